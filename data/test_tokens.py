@@ -1,0 +1,562 @@
+#!/usr/bin/env python3
+"""Tests of data/tokens.py.
+
+    python3 data/test_tokens.py            # all; the last line is "N passed, N failed"
+    python3 data/test_tokens.py split kill # only the tests whose name contains one of these words
+
+The oracles are the input text itself (decoded shards equal it), the tokenizer libraries called on whole documents,
+and a plain reimplementation of the tokenizer.bin merge rule. Files of ../shared/data are used where they exist.
+"""
+import base64, contextlib, gzip, importlib, json, os, random, resource, shutil, signal, struct, subprocess, sys
+import tempfile, time, zlib
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHARED = os.path.join(HERE, "..", "..", "shared", "data")
+SCRIPT = os.path.join(HERE, "tokens.py")
+passed, failed = 0, 0
+
+
+def check(what, ok, more=""):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    if not ok:
+        print(f"FAILED {what} {more}")
+
+
+class Skip(Exception):
+    pass
+
+
+def library(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Skip(f"{name} is missing (pip install {name})")
+
+
+def shared(path):
+    full = os.path.join(SHARED, path)
+    if not os.path.exists(full):
+        raise Skip(f"shared/data/{path} is not here")
+    return full
+
+
+# ---- Running the script, reading its output by other code than its own ----------------------------------
+def run(*args, **kw):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, **kw)
+
+
+def must(*args):
+    r = run(*args)
+    check(f"exit 0 of {args}", r.returncode == 0, r.stderr)
+    return r.stdout
+
+
+def refused(name, words, *args, **kw):
+    """One line "error: ...", exit 1, and the line names what matters."""
+    r = run(*args, **kw)
+    ok = r.returncode == 1 and r.stderr.count("\n") == 1 and r.stderr.startswith("error: ")
+    check(f"{name}: one line", ok, f"exit {r.returncode}: {r.stderr}")
+    check(f"{name}: names {words}", all(w in r.stderr for w in words), r.stderr)
+
+
+def save(path, text):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def read_bin(path):
+    with open(path, "rb") as f:
+        data = f.read()
+    head = struct.unpack("<256i", data[:1024])
+    width = {(20240520, 1): "H", (20240801, 7): "I"}[head[:2]]
+    ids = struct.unpack(f"<{head[2]}{width}", data[1024:])
+    check(f"{path}: CRC", head[4] & 0xFFFFFFFF == zlib.crc32(data[1024:]))
+    check(f"{path}: the rest of the header is 0", not any(head[6:]))
+    check(f"{path}: ids below the vocabulary", max(ids) < head[3])
+    return list(ids), head
+
+
+def shard_ids(out, prefix):
+    return [t for n in sorted(os.listdir(out)) if n.startswith(prefix + "_") for t in read_bin(os.path.join(out, n))[0]]
+
+
+def read_tokenizer(path):
+    with open(path, "rb") as f:
+        data = f.read()
+    magic, version, kind, size, bos, eos, prefix, zero = struct.unpack_from("<8i", data)
+    check("tokenizer.bin header", (magic, version, zero) == (20251002, 1, 0))
+    at, pieces, scores = 32, [], []
+    for _ in range(size):
+        score, n = struct.unpack_from("<fi", data, at)
+        pieces.append(data[at + 8:at + 8 + n])
+        scores.append(score)
+        at += 8 + n
+    check("tokenizer.bin ends with its last piece", at == len(data))
+    return kind, pieces, scores, bos, eos, prefix
+
+
+def plain(tok, ids):
+    """Tokens -> bytes, as the contract says: BOS and EOS print nothing, "<0xHH>" is that byte."""
+    kind, pieces, scores, bos, eos, prefix = tok
+    out = b""
+    for p in (pieces[i] for i in ids if i not in (bos, eos)):
+        out += bytes([int(p[3:5], 16)]) if len(p) == 6 and p.startswith(b"<0x") else p
+    return out[1:] if prefix and out[:1] == b" " else out
+
+
+def documents(ids, tok):
+    out, one = [], []
+    for i in ids:
+        if i == tok[4]:
+            out.append(plain(tok, one))
+            one = []
+        else:
+            one.append(i)
+    check("the last document is closed", not one)
+    return out
+
+
+def merge_encode(tok, text):
+    """The kind 0 rule: code points, bytes where one is no piece; then join the pair whose union scores highest."""
+    kind, pieces, scores, bos, eos, prefix = tok
+    index = {p: i for i, p in reversed(list(enumerate(pieces)))}
+    ids = []
+    for c in (" " if prefix else "") + text:
+        c = c.encode()
+        ids += [index[c]] if c in index else [index.get(b"<0x%02X>" % b, index.get(bytes([b]))) for b in c]
+    while True:
+        best = (-1e10, None, None)
+        for k in range(len(ids) - 1):
+            joined = index.get(pieces[ids[k]] + pieces[ids[k + 1]])
+            if joined is not None and scores[joined] > best[0]:
+                best = (scores[joined], k, joined)
+        if best[1] is None:
+            return ids
+        ids[best[1]:best[1] + 2] = [best[2]]
+
+
+def sample_texts(n=300, seed=7):
+    """Documents with what goes wrong elsewhere: spaces at ends, newlines, other scripts, emoji, marks, specials."""
+    rng = random.Random(seed)
+    words = ("the cat sat on a mat and then 1234 3.14 don't WE'LL naïve façade Straße 東京 привет 😀 👩‍👩‍👧 e\u0301 "
+             "<0x0A> <s> </s> <|endoftext|> \u2581 \t x=1; foo_bar() ... !! \u00a0").split(" ")
+    return ["".join(rng.choice(words) + rng.choice([" ", " ", " ", "  ", "\n", "\n\n", ""])
+                    for _ in range(rng.randint(1, 60))) or "x" for _ in range(n)]
+
+
+def save_jsonl(path, texts):
+    return save(path, "".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+
+def long_text(size):
+    rng = random.Random(3)
+    words = "Once upon a time there was little Lily, who (2 days) loved — naïve — to play! 東京".split(" ")
+    lines, n = [], 0
+    while n < size:
+        lines.append(" ".join(rng.choice(words) for _ in range(rng.randint(0, 30))) + rng.choice(["", " ", "\n", "\n  "]))
+        n += len(lines[-1]) + 1
+    return "\n".join(lines)
+
+
+# ---- Tests ---------------------------------------------------------------------------------------------
+def test_bytes(d):
+    texts = [t for t in sample_texts() if t.strip()]
+    must(save_jsonl(f"{d}/in.jsonl", texts), "--out", f"{d}/o", "--val-fraction", 0.2)
+    tok = read_tokenizer(f"{d}/o/tokenizer.bin")
+    check("bytes: 257 pieces, kind 1", tok[0] == 1 and len(tok[1]) == 257 and tok[3] == tok[4] == 256)
+    train, val = (documents(shard_ids(f"{d}/o", p), tok) for p in ("train", "val"))
+    check("bytes: every document once", sorted(train + val) == sorted(t.encode() for t in texts))
+    rest = iter(train)
+    check("bytes: order kept", all(t.encode() in rest for t in texts if t.encode() not in val))
+    check("bytes: about a fifth validates", 30 < len(val) < 90, len(val))
+    head = read_bin(f"{d}/o/train_000.bin")[1]
+    check("bytes: header words", head[0] == 20240520 and head[3] == 257 and head[5] == 257)
+
+
+def test_txt_splitting(d):
+    docs = ["one\ntwo  ", "three\r\nfour", "five 東京"]
+    sep = save(f"{d}/sep.txt", "\n<|endoftext|>\n".join(docs) + "\n<|endoftext|>\n\n\n<|endoftext|>\n")
+    blank = save(f"{d}/blank.txt", "\n\n" + "\n\n \n".join(docs))
+    whole = save(f"{d}/whole.txt", b"\xef\xbb\xbf" + "\n".join(docs).encode() + b"\n")
+    for name, path, how, want in (("separator", sep, "<|endoftext|>", docs), ("regex", sep, r"<\|end.*\|>", docs),
+                                  ("blank lines", blank, "blank-lines", docs),
+                                  ("whole", whole, "whole-file", ["\n".join(docs) + "\n"])):
+        must(path, "--split-on", how, "--out", f"{d}/{name}", "--val-fraction", 0)
+        got = documents(shard_ids(f"{d}/{name}", "train"), read_tokenizer(f"{d}/{name}/tokenizer.bin"))
+        check(f"txt split by {name}", got == [t.encode() for t in want], got)
+
+
+def test_compressed_and_folder(d):
+    texts = ["alpha", "beta", "gamma"]
+    save(f"{d}/in/b/2.txt.gz", gzip.compress(b"beta"))
+    save(f"{d}/in/a.txt", "alpha")
+    save(f"{d}/in/skip.csv", "x")
+    save(f"{d}/in/info.json", "{}")
+    save(f"{d}/in/z.json.gz", gzip.compress(b'{"text": "gamma"}\n'))
+    must(f"{d}/in", "--out", f"{d}/o", "--val-fraction", 0)
+    check("folder, gz", documents(shard_ids(f"{d}/o", "train"), read_tokenizer(f"{d}/o/tokenizer.bin"))
+          == [t.encode() for t in texts])
+    zstd = library("zstandard").ZstdCompressor()
+    two_frames = zstd.compress(b'{"text": "al') + zstd.compress(b'pha"}\n{"text": "beta"}')
+    must(save(f"{d}/x.jsonl.zst", two_frames), "--out", f"{d}/z", "--val-fraction", 0)
+    check("zst", documents(shard_ids(f"{d}/z", "train"), read_tokenizer(f"{d}/z/tokenizer.bin")) == [b"alpha", b"beta"])
+    refused("damaged zst", ["y.txt.zst", "damaged"], save(f"{d}/y.txt.zst", b"not zstd at all"), "--out", f"{d}/y")
+
+
+def sentencepiece_model(d):
+    try:
+        return shared("tokenizers/mistral_tokenizer.model.v1")
+    except Skip:
+        sp = library("sentencepiece")
+        save(f"{d}/corpus.txt", long_text(200000))
+        sp.SentencePieceTrainer.train(input=f"{d}/corpus.txt", model_prefix=f"{d}/spm", vocab_size=500, model_type="bpe",
+                                      byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+                                      remove_extra_whitespaces=False, character_coverage=0.999)
+        return f"{d}/spm.model"
+
+
+def encoders(d):
+    """(name, model file, library encoder of a whole document, bos, eos) for every library that is here."""
+    found = []
+    with contextlib.suppress(Skip):
+        model = sentencepiece_model(d)
+        sp = library("sentencepiece").SentencePieceProcessor(model_file=model)
+        found.append(("sentencepiece", model, sp.encode, sp.bos_id(), sp.eos_id()))
+    with contextlib.suppress(Skip):
+        ranks_file, tiktoken = shared("tokenizers/r50k_base.tiktoken"), library("tiktoken")
+        with open(ranks_file, "rb") as f:
+            ranks = {base64.b64decode(a): int(b) for a, b in (line.split() for line in f)}
+        from tiktoken_ext import openai_public       # the published word pattern
+        enc = tiktoken.Encoding("r50k", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
+                                special_tokens={"<|endoftext|>": 50256})
+        found.append(("tiktoken", ranks_file, enc.encode_ordinary, -1, 50256))
+    with contextlib.suppress(Skip):
+        found += hf_encoders(d)
+    return found
+
+
+def hf_encoders(d):
+    tk = library("tokenizers")
+    byte_level, sp_like = tk.Tokenizer(tk.models.BPE()), tk.Tokenizer(tk.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    byte_level.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = tk.decoders.ByteLevel()
+    byte_level.train_from_iterator(sample_texts(200, 1), tk.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    sp_like.pre_tokenizer = tk.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    sp_like.train_from_iterator(long_text(20000).split("\n"), tk.trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)]))
+    sp_like.post_processor = tk.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    out = []
+    for name, tok, bos, eos in (("tokenizers byte-level", byte_level, -1, 0), ("tokenizers metaspace", sp_like, 1, 2)):
+        folder = f"{d}/{name.replace(' ', '_')}"
+        os.makedirs(folder, exist_ok=True)
+        tok.save(f"{folder}/tokenizer.json")
+        tok.encode_special_tokens = True
+        out.append((name, f"{folder}/tokenizer.json",
+                    lambda t, tok=tok: tok.encode(t, add_special_tokens=False).ids, bos, eos))
+    return out
+
+
+def test_encoders(d):
+    """Per document, and for one document of many pieces, the ids are those of the library on the whole text."""
+    texts = [t for t in sample_texts() if t.strip()]
+    save_jsonl(f"{d}/in.jsonl", texts)
+    whole = long_text(1500000)
+    save(f"{d}/long.txt", whole)
+    found = encoders(d)
+    for name, model, encode, bos, eos in found:
+        o = f"{d}/{name.replace(' ', '_')}_out"
+        must(f"{d}/in.jsonl", "--tokenizer", model, "--out", o, "--val-fraction", 0)
+        frame = lambda t: ([bos] if bos >= 0 else []) + list(encode(t)) + [eos]
+        ids, tok = shard_ids(o, "train"), read_tokenizer(f"{o}/tokenizer.bin")
+        check(f"{name}: ids equal the library's", ids == [i for t in texts for i in frame(t)])
+        check(f"{name}: bos and eos recorded", tok[4] == eos and bos in (-1, tok[3]), (tok[3:5], bos, eos))
+        if "metaspace" not in name:       # its normal form cannot hold a literal U+2581 or unknown letters
+            # SentencePiece writes U+2581 for a space, so a literal one comes back as a space
+            want = [t.replace("\u2581", " ") if name == "sentencepiece" else t for t in texts]
+            got = documents(ids, tok)
+            bad = [(a, b) for a, b in zip(got, want) if a != b.encode()]
+            check(f"{name}: decoded documents equal the text", not bad and len(got) == len(want), bad[:1])
+        words = sorted({w for w in long_text(20000).split() if w.isascii() and w.isalpha()})
+        check(f"{name}: words by the merge rule", [w for w in words if merge_encode(tok, w) != list(encode(w))] == [])
+        must(f"{d}/long.txt", "--tokenizer", model, "--out", o + "_long", "--jobs", 2)
+        got, want = shard_ids(o + "_long", "train"), frame(whole)
+        first = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), None)
+        check(f"{name}: a long document is encoded as if whole", got == want, (first, len(got), len(want)))
+    check("HF files copied", not any("tokenizers" in f[0] for f in found)
+          or os.path.exists(f"{d}/tokenizers_byte-level_out/tokenizer.json"))
+    for need in {"sentencepiece", "tiktoken", "tokenizers"} - {f[0].split()[0] for f in found}:
+        print(f"skipped: {need} as an oracle (pip install {need}; the GPT-2 ranks are in shared/data)")
+
+
+def test_cl100k_pattern(d):
+    tiktoken, ranks_file = library("tiktoken"), shared("tokenizers/r50k_base.tiktoken")
+    from tiktoken_ext import openai_public
+    with open(ranks_file, "rb") as f:
+        ranks = {base64.b64decode(a): int(b) for a, b in (line.split() for line in f)}
+    openai_public.load_tiktoken_bpe = lambda *a, **k: ranks       # instead of a download
+    enc = tiktoken.Encoding("x", pat_str=openai_public.cl100k_base()["pat_str"], mergeable_ranks=ranks, special_tokens={})
+    texts = [t for t in sample_texts(200, 5) if t.strip()] + [long_text(600000)]
+    must(save_jsonl(f"{d}/in.jsonl", texts), "--tokenizer", ranks_file, "--tiktoken-pattern", "cl100k", "--out", f"{d}/o",
+         "--val-fraction", 0)
+    check("cl100k pattern equals the published one",
+          shard_ids(f"{d}/o", "train") == [i for t in texts for i in enc.encode_ordinary(t) + [50256]])
+
+
+def test_merge_rule(d):
+    """tokenizer.bin alone, with the merge rule of the trainers, encodes as SentencePiece does."""
+    sp = library("sentencepiece").SentencePieceProcessor(model_file=sentencepiece_model(d))
+    must("--export-tokenizer", sentencepiece_model(d), "--out", f"{d}/tokenizer.bin")
+    tok = read_tokenizer(f"{d}/tokenizer.bin")
+    check("kind 0, every piece", tok[0] == 0 and len(tok[1]) == sp.get_piece_size())
+    lines = [t.replace("\u2581", "")[:160] for t in sample_texts(200, 9)]
+    for name in ("text/tinyshakespeare.txt", "text/wiki_demo.txt"):
+        with contextlib.suppress(Skip), open(shared(name), encoding="utf-8") as f:
+            lines += [line[:160] for line in f.read().split("\n") if line.strip()][100:300]
+    bad = [t for t in lines if t and merge_encode(tok, t) != sp.encode(t)]
+    check(f"merge rule on {len(lines)} lines", not bad, repr(bad[:2]))
+
+
+def test_shards_and_split(d):
+    texts = [f"document {i} " + "x" * (i % 50) for i in range(400)]
+    save_jsonl(f"{d}/in.jsonl", texts)
+    save_jsonl(f"{d}/more.jsonl", texts + ["and one more"])
+    must(f"{d}/in.jsonl", "--out", f"{d}/one", "--val-fraction", 0.1)
+    must(f"{d}/in.jsonl", "--out", f"{d}/many", "--val-fraction", 0.1, "--shard-tokens", 1000)
+    must(f"{d}/more.jsonl", "--out", f"{d}/more", "--val-fraction", 0.1)
+    must(f"{d}/in.jsonl", "--out", f"{d}/seed", "--val-fraction", 0.1, "--seed", 2)
+    tok = read_tokenizer(f"{d}/one/tokenizer.bin")
+    check("many shards hold what one holds", all(shard_ids(f"{d}/one", p) == shard_ids(f"{d}/many", p) for p in ("train", "val")))
+    sizes = [len(read_bin(f"{d}/many/{n}")[0]) for n in sorted(os.listdir(f"{d}/many")) if n.startswith("train")]
+    check("shards end at documents near N", len(sizes) > 5 and all(1000 <= s < 1100 for s in sizes[:-1]), sizes)
+    val = documents(shard_ids(f"{d}/one", "val"), tok)
+    check("the split does not move when documents are added",
+          set(documents(shard_ids(f"{d}/more", "val"), tok)) - {b"and one more"} == set(val))
+    check("another seed, another split", documents(shard_ids(f"{d}/seed", "val"), tok) != val)
+    must(f"{d}/in.jsonl", "--out", f"{d}/valtok", "--val-tokens", 500)
+    n = len(shard_ids(f"{d}/valtok", "val"))
+    check("--val-tokens is reached by the last document", 500 <= n < 570, n)
+    must(save(f"{d}/long.txt", "y" * 5000), "--out", f"{d}/cut", "--shard-tokens", 1000)
+    check("a document longer than two shards is cut", [len(read_bin(f"{d}/cut/train_{i:03d}.bin")[0]) for i in range(3)]
+          == [2000, 2000, 1001])
+
+
+def test_ds(d):
+    texts = [f"row document {i} " * 3 for i in range(200)]
+    save_jsonl(f"{d}/in.jsonl", texts)
+    T = 64
+    must(f"{d}/in.jsonl", "--out", f"{d}/bin", "--val-fraction", 0.1)
+    for shard in (1 << 20, 1000):
+        o = f"{d}/ds{shard}"
+        must(f"{d}/in.jsonl", "--out", o, "--val-fraction", 0.1, "--format", "ds", "--seq-len", T, "--shard-tokens", shard)
+        for folder, prefix in (("train", "train"), ("validation", "val")):
+            with open(f"{o}/{folder}/metadata.json") as f:
+                meta = json.load(f)
+            data = b"".join(open(f"{o}/{folder}/{n}", "rb").read() for n in sorted(os.listdir(f"{o}/{folder}")) if n.endswith(".ds"))
+            rows = len(data) // (2 * (T + 1))
+            ids = struct.unpack(f"<{len(data) // 2}H", data)
+            stream = shard_ids(f"{d}/bin", prefix)
+            check("ds metadata", (meta["vocab_size"], meta["sequence_length"], meta["token_size_bytes"], meta["total_sequences"],
+                                  meta["total_tokens"]) == (257, T, 2, rows, rows * (T + 1)), meta)
+            check("ds rows are the windows of the bin", rows == (len(stream) - 1) // T and all(
+                list(ids[i * (T + 1):(i + 1) * (T + 1)]) == stream[i * T:i * T + T + 1] for i in range(rows)))
+            check("tokenizer.bin beside the rows", os.path.exists(f"{o}/{folder}/tokenizer.bin"))
+    check("inspect ds", "row document 0" in must("--inspect", f"{d}/ds1000/train/train_000.ds"))
+    check("several ds shards", os.path.exists(f"{d}/ds1000/train/train_002.ds"))
+
+
+def test_same_bytes_for_any_jobs(d):
+    words = long_text(300000).split(" ")
+    texts = [" ".join(words[i % 40000:i % 40000 + 400]) for i in range(0, 1800000, 250)]
+    save_jsonl(f"{d}/in.jsonl", texts)
+    for jobs in (1, 2, 3):
+        must(f"{d}/in.jsonl", "--out", f"{d}/{jobs}", "--jobs", jobs, "--shard-tokens", 1000000)
+    names = sorted(os.listdir(f"{d}/1"))
+    same = all(open(f"{d}/1/{n}", "rb").read() == open(f"{d}/{j}/{n}", "rb").read() for j in (2, 3) for n in names)
+    check("1, 2 and 3 jobs: same files", same and all(sorted(os.listdir(f"{d}/{j}")) == names for j in (2, 3)), names)
+    before = {n: open(f"{d}/1/{n}", "rb").read() for n in names}
+    must(f"{d}/in.jsonl", "--out", f"{d}/1", "--jobs", 2, "--shard-tokens", 1000000)
+    check("the same command again: same files", before == {n: open(f"{d}/1/{n}", "rb").read() for n in sorted(os.listdir(f"{d}/1"))})
+    refused("other options", ["other options", "seed"], f"{d}/in.jsonl", "--out", f"{d}/1", "--shard-tokens", 1000000, "--seed", 5)
+    check("a refused run leaves the folder alone", before == {n: open(f"{d}/1/{n}", "rb").read() for n in sorted(os.listdir(f"{d}/1"))})
+
+
+def peak_mb(*args):
+    """(exit status, peak resident MB of the largest process). A fresh process starts the script, because a child's
+    peak counts from its parent's size."""
+    code = ("import resource, subprocess, sys; r = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL); "
+            "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    out = subprocess.run([sys.executable, "-c", code, sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.PIPE)
+    status, peak = map(int, out.stdout.split())
+    return status, peak / (1024 if sys.platform != "darwin" else 1 << 20)
+
+
+def test_memory(d):
+    line = (long_text(1 << 20).replace("\n", " ") + "\n").encode()
+    with open(f"{d}/big.txt", "wb") as f:
+        for _ in range(300):
+            f.write(line)
+    status, mb = peak_mb(f"{d}/big.txt", "--out", f"{d}/o", "--val-fraction", 0, "--jobs", 2)
+    check("300 MB as one document: below 400 MB", status == 0 and mb < 400, f"{status} {mb:.0f} MB")
+    print(f"peak {mb:.0f} MB for 300 MB of text")
+    os.truncate(f"{d}/big.txt", 4000000)
+    for name, model, *_ in encoders(d)[:2]:
+        status, mb = peak_mb(f"{d}/big.txt", "--out", f"{d}/{name}", "--tokenizer", model, "--val-fraction", 0, "--jobs", 1)
+        check(f"{name}: lines of 1 MB, below 400 MB", status == 0 and mb < 400, f"{status} {mb:.0f} MB")
+        print(f"peak {mb:.0f} MB with {name}")
+
+
+def test_kill(d):
+    """kill -9 at any moment: what carries a shard's name is whole, and the same command then finishes the work."""
+    line = (long_text(1 << 20) + "\n").encode()
+    with open(f"{d}/big.txt", "wb") as f:
+        for _ in range(120):
+            f.write(line)
+    args = [f"{d}/big.txt", "--out", f"{d}/o", "--shard-tokens", 4000000, "--split-on", "blank-lines", "--jobs", 2]
+    whole = 0
+    for wait in (0.3, 0.7, 1.2):
+        p = subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(p.pid)], stdout=subprocess.PIPE).stdout.split() \
+            if shutil.which("ps") else []
+        killed = p.poll() is None
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        check(f"killed after {wait} s while it ran", killed)
+        for n in (sorted(os.listdir(f"{d}/o")) if os.path.isdir(f"{d}/o") else []):
+            if n.endswith(".bin") and not n.startswith("tokenizer"):
+                whole += run("--inspect", f"{d}/o/{n}").returncode == 0 or 1 << 20
+            if n.endswith(".tmp") and n.startswith(".train"):
+                with open(f"{d}/o/{n}", "rb") as f:
+                    check("a partial shard has no magic", f.read(4) in (b"", bytes(4)))
+        if os.path.exists(f"{d}/o/tokens.json"):
+            with open(f"{d}/o/tokens.json") as f:
+                check("a killed run is not complete", json.load(f)["complete"] is False)
+    check("shards left by a kill are whole", whole < 1 << 20, whole)
+    time.sleep(1.2)
+    check("workers of a killed run leave", not any(os.path.exists(f"/proc/{int(c)}/cmdline")
+          and b"tokens.py" in open(f"/proc/{int(c)}/cmdline", "rb").read() for c in children))
+    os.truncate(f"{d}/big.txt", 10 << 20)
+    must(*args)
+    check("then the same command finishes", json.load(open(f"{d}/o/tokens.json"))["complete"])
+    check("and leaves no temporary file", not [n for n in os.listdir(f"{d}/o") if n.endswith(".tmp")])
+
+
+def test_bad_input(d):
+    good = save_jsonl(f"{d}/good.jsonl", ["hello", "world"])
+    o = ["--out", f"{d}/o"]
+    refused("missing file", ["nowhere.txt", "no such file"], f"{d}/nowhere.txt", *o)
+    refused("unknown kind", ["x.csv", ".jsonl"], save(f"{d}/x.csv", "a"), *o)
+    refused("empty folder", ["no .txt"], os.path.dirname(save(f"{d}/e/x.csv", "a")), *o)
+    latin = save(f"{d}/latin.txt", b"a" * 700001 + b"\xe9t\xe9")
+    refused("wrong encoding", ["latin.txt", "byte 700001", "0xe9", "--errors replace"], latin, "--out", f"{d}/o1")
+    must(latin, "--out", f"{d}/o2", "--errors", "replace")
+    text = documents(shard_ids(f"{d}/o2", "train"), read_tokenizer(f"{d}/o2/tokenizer.bin"))[0].decode()
+    check("--errors replace", text == "a" * 700001 + "\ufffdt\ufffd")
+    for name, line, words in (("bad JSON", b'{"text": ', ["bad JSON"]), ("no key", b'{"x": 1}', ["--text-key"]),
+                              ("JSON array", b'[{"text": "a"},', ["jq"]), ("not a string", b'{"text": 5}', ["not a string"]),
+                              ("surrogate", b'{"text": "\\ud800"}', ["surrogate"]), ("latin JSON", b'{"text": "\xe9"}', ["UTF-8"])):
+        path = save(f"{d}/bad.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
+        shutil.rmtree(f"{d}/o3", ignore_errors=True)
+        refused(name, ["bad.jsonl:3"] + words, path, "--out", f"{d}/o3")
+    refused("empty input", ["nothing to tokenize"], save(f"{d}/empty.txt", ""), "--out", f"{d}/o4")
+    refused("white input", ["nothing to tokenize"], save(f"{d}/white.txt", " \n\n"), "--out", f"{d}/o5")
+    refused("damaged gzip", ["cut.txt.gz", "damaged"], save(f"{d}/cut.txt.gz", gzip.compress(os.urandom(9999))[:5000]), "--out", f"{d}/o6")
+    refused("unwritable out", ["latin.txt"], good, "--out", f"{latin}/x")
+    refused("foreign folder", ["not empty"], good, "--out", d)
+    refused("not a tokenizer", ["latin.txt", "neither"], good, *o, "--tokenizer", latin)
+    refused("missing tokenizer", ["none.model"], good, *o, "--tokenizer", f"{d}/none.model")
+    refused("bad tiktoken line", ["t.tiktoken:2"], good, *o, "--tokenizer", save(f"{d}/t.tiktoken", "YQ== 0\n%% x\n"))
+    refused("damaged model", ["m.model", "damaged"], good, *o, "--tokenizer", save(f"{d}/m.model", b"\n\x7fabc"))
+    refused("WordPiece", ["WordPiece"], good, *o, "--tokenizer", save(f"{d}/w.json", '{"model": {"type": "WordPiece"}}'))
+    refused("unknown option", ["--frobnicate"], good, *o, "--frobnicate")
+    refused("seq-len without ds", ["--seq-len"], good, *o, "--seq-len", 8)
+    refused("ds rows too long", ["smaller --seq-len"], good, "--out", f"{d}/o7", "--format", "ds", "--seq-len", 512)
+    refused("no out", ["--out"], good)
+    refused("bad regex", ["regular expression"], good, *o, "--split-on", "(")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))        # as a full disk does
+    refused("disk full", [f"{d}/o8", "--out"], save(f"{d}/b.txt", "b" * 3000000), "--out", f"{d}/o8", preexec_fn=limit)
+    check("no shard of a failed run", [n for n in os.listdir(f"{d}/o8") if n.endswith((".bin", ".tmp"))] == [])
+    block = save(f"{d}/block/sentencepiece.py", "raise ImportError('blocked')")
+    for name in ("tiktoken", "tokenizers", "zstandard", "numpy"):
+        shutil.copy(block, f"{d}/block/{name}.py")
+    env = {**os.environ, "PYTHONPATH": f"{d}/block"}
+    refused("no numpy", ["pip install numpy"], good, *o, env=env)
+    os.unlink(f"{d}/block/numpy.py")
+    with contextlib.suppress(Skip):
+        refused("no sentencepiece", ["pip install sentencepiece"], good, *o, "--tokenizer",
+                shared("tokenizers/mistral_tokenizer.model.v1"), env=env)
+    refused("no tiktoken", ["pip install tiktoken"], good, *o, "--tokenizer", save(f"{d}/t2", "YQ== 0\nYg== 1\n"), env=env)
+    refused("no tokenizers", ["pip install tokenizers"], good, *o, "--tokenizer",
+            save(f"{d}/t3", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'), env=env)
+    refused("no zstandard", ["pip install zstandard"], save(f"{d}/q.txt.zst", "x"), "--out", f"{d}/o9", env=env)
+
+
+def test_wide_tokens(d):
+    """Ids of 2^16 and more: uint32 by default, refused where uint16 is asked for. Needs tiktoken."""
+    library("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks[b"ab"] = 70000
+    model = save(f"{d}/wide.tiktoken", "".join(f"{base64.b64encode(k).decode()} {v}\n" for k, v in ranks.items()))
+    text = save_jsonl(f"{d}/in.jsonl", ["xx", "ab"])
+    must(text, "--tokenizer", model, "--out", f"{d}/o", "--val-fraction", 0)
+    ids, head = read_bin(f"{d}/o/train_000.bin")
+    check("uint32 shard", head[:2] == (20240801, 7) and 70000 in ids and head[3] == 70001 and head[5] == 257)
+    refused("id too large for uint16", ["70000", "document 1"], text, "--tokenizer", model, "--out", f"{d}/p", "--token-bytes", 2)
+
+
+def test_inspect(d):
+    must(save_jsonl(f"{d}/in.jsonl", ["Hello there", "Bye"]), "--out", f"{d}/o", "--val-fraction", 0)
+    path = f"{d}/o/train_000.bin"
+    text = must("--inspect", path)
+    check("inspect", all(w in text for w in ("16 tokens", "vocabulary 257", "2 documents", "= recorded", "Hello there")), text)
+    data = open(path, "rb").read()
+    refused("inspect: a flipped bit", ["checksum"], "--inspect", save(f"{d}/o/flip.bin", data[:1030] + b"\x01" + data[1031:]))
+    refused("inspect: truncated", ["header promises"], "--inspect", save(f"{d}/o/cut.bin", data[:-2]))
+    refused("inspect: foreign", ["not a token shard"], "--inspect", save(f"{d}/o/no.bin", b"x" * 5000))
+    refused("inspect: ds without metadata", ["metadata.json"], "--inspect", save(f"{d}/o/a.ds", b"x" * 50))
+    refused("inspect: missing", ["gone.bin"], "--inspect", f"{d}/o/gone.bin")
+
+
+def test_shared_corpora(d):
+    """Tinyshakespeare by speeches and C4 with the Mistral model, document by document."""
+    sp = library("sentencepiece").SentencePieceProcessor(model_file=shared("tokenizers/mistral_tokenizer.model.v1"))
+    model = shared("tokenizers/mistral_tokenizer.model.v1")
+    with open(shared("text/tinyshakespeare.txt"), encoding="utf-8") as f:
+        speeches = [t.strip("\n") for t in f.read().split("\n\n") if t.strip()]
+    with open(shared("text/c4_demo.jsonl"), encoding="utf-8") as f:
+        pages = [json.loads(line)["text"] for line in f]
+    for name, path, texts in (("shakespeare", shared("text/tinyshakespeare.txt"), speeches), ("c4", shared("text/c4_demo.jsonl"), pages)):
+        must(path, "--split-on", "blank-lines", "--tokenizer", model, "--out", f"{d}/{name}", "--val-fraction", 0)
+        ids, tok = shard_ids(f"{d}/{name}", "train"), read_tokenizer(f"{d}/{name}/tokenizer.bin")
+        check(f"{name}: decoded = text", documents(ids, tok) == [t.encode() for t in texts])
+        check(f"{name}: ids = library", ids == [i for t in texts for i in [1] + sp.encode(t) + [2]])
+
+
+def main():
+    wanted, start = sys.argv[1:], time.time()
+    for name, test in list(globals().items()):
+        if name.startswith("test_") and (not wanted or any(w in name for w in wanted)):
+            began, folder = time.time(), tempfile.mkdtemp(prefix="tokens_")
+            try:
+                library("numpy") if name != "test_bad_input" else None
+                test(folder)
+            except Skip as e:
+                print(f"skipped: {name}: {e}")
+            except Exception as e:
+                check(name, False, f"{type(e).__name__}: {e} (line {e.__traceback__.tb_next and e.__traceback__.tb_next.tb_lineno})")
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            print(f"{name} {time.time() - began:.1f} s", flush=True)
+    print(f"{time.time() - start:.0f} s")
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

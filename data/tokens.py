@@ -1,0 +1,860 @@
+#!/usr/bin/env python3
+"""Any text -> token shards for litespark.
+
+    python3 data/tokens.py stories.txt --split-on '<|endoftext|>' --out data/tiny          # bytes
+    python3 data/tokens.py dump/ --tokenizer tokenizer.model --out data/slim --jobs 8      # SentencePiece
+    python3 data/tokens.py a.jsonl.gz --tokenizer r50k_base.tiktoken --out data/web        # GPT-2
+    python3 data/tokens.py a.jsonl.zst --tokenizer tokenizer.json --format ds --seq-len 2048 --out data/rows
+    python3 data/tokens.py --inspect data/tiny/train_000.bin
+    python3 data/tokens.py --export-tokenizer tokenizer.model --out tokenizer.bin
+    python3 data/test_tokens.py
+
+Inputs are .txt, .jsonl or .json (one JSON object per line), plain, .gz or .zst; folders are searched.
+Outputs (byte tables in data/README.md):
+    bin   OUT/train_000.bin ..., OUT/val_000.bin ..., OUT/tokenizer.bin, OUT/tokens.json
+    ds    the same as OUT/train/train_000.ds and OUT/validation/val_000.ds, each folder with metadata.json
+
+What holds, whatever the input:
+    - Memory is bounded: text flows through in pieces of at most 256 KiB (one JSON line is read whole).
+    - The same inputs and options give the same bytes, for any --jobs: batches are cut by the reader and
+      written in the reader's order.
+    - A document goes to validation if hash(seed, its index) says so; document 0 always trains.
+    - A document longer than a piece is cut where a line begins with a letter or digit. No GPT-2 or
+      Llama token crosses such a place, so the tokens are those of the whole document.
+    - A shard is written under a temporary name, fsynced, then renamed. A kill leaves whole shards only,
+      and tokens.json with "complete": false.
+    - A shard ends with the document that fills it, so no document is cut unless it is longer than a shard.
+"""
+import argparse, base64, collections, concurrent.futures, concurrent.futures.process, contextlib, gzip
+import hashlib, json, os, re, shutil, struct, sys, threading, time, zlib
+
+PIECE = 1 << 18          # bytes of text that are encoded at once
+BATCH = 1 << 20          # bytes of text handed to a worker at once
+LINE_MAX = 1 << 28       # the longest JSON line
+NEVER = -1e30            # score of a piece that no merge may produce (below any reader's "no merge yet")
+INPUT = re.compile(r"\.(txt|jsonl?)(\.gz|\.zst)?$")
+IN_FOLDER = re.compile(r"^[^.].*\.((txt|jsonl)(\.gz|\.zst)?|json(\.gz|\.zst))$")   # not a stray info.json
+OURS = re.compile(r"^\.?(train|val)_\d{3,}\.(bin|ds)(\.tmp)?$")
+LINE_CUT = re.compile(rb"(?s).*\S\n(?=[0-9A-Za-z])")    # greedy: the last such place
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit 1."""
+
+
+def need(module, package=None):
+    try:
+        return __import__(module)
+    except ImportError:
+        raise UserError(f"the Python library {module} is missing; run: pip install {package or module}")
+
+
+# ---- Tokenizers: each loader returns a Tokenizer; its encoder needs the library, its pieces do not ------
+class Tokenizer(argparse.Namespace):
+    """name; kind, pieces, scores, bos, eos, prefix_space: what tokenizer.bin holds; encoder() -> f(text, continued)
+    gives ids; add_bos: put BOS before documents by default; side_files: (source, name) to copy beside shards.
+    `continued` says that the text goes on where the last piece ended (no space is to be put in front)."""
+
+
+def bytes_tokenizer():
+    def encoder():
+        np = need("numpy")
+        return lambda text, continued: np.frombuffer(text.encode(), np.uint8)
+    pieces = [b"<0x%02X>" % i for i in range(256)] + [b"<|endoftext|>"]
+    return Tokenizer(name="bytes", kind=1, pieces=pieces, scores=[0.0] * 257, bos=256, eos=256, prefix_space=False,
+                     encoder=encoder, add_bos=False, side_files=[])
+
+
+def protobuf_fields(data):
+    """(field number, value) pairs of one protobuf message: int, or bytes for what has a length."""
+    def varint(i):
+        value = shift = 0
+        while True:
+            value |= (data[i] & 127) << shift
+            i, shift = i + 1, shift + 7
+            if data[i - 1] < 128:
+                return value, i
+    i = 0
+    while i < len(data):
+        key, i = varint(i)
+        if key & 7 == 0:
+            value, i = varint(i)
+        else:
+            size, i = {1: (8, i), 5: (4, i)}.get(key & 7) or varint(i)
+            if key & 7 not in (1, 2, 5) or i + size > len(data):
+                raise ValueError("not a protobuf message")
+            value, i = data[i:i + size], i + size
+        yield key >> 3, value
+
+
+def sentencepiece_tokenizer(path, data):
+    """ModelProto: 1 = piece {1 text, 2 score, 3 type}, 2 = trainer {3 model type, 41 bos, 42 eos},
+    3 = normalizer {3 add_dummy_prefix, 4 remove_extra_whitespaces}."""
+    pieces, scores = [], []
+    trainer, normalizer = {3: 1, 41: 1, 42: 2}, {3: 1, 4: 1}
+    for field, value in protobuf_fields(data):
+        if field == 1:
+            piece = dict(protobuf_fields(value))
+            normal = piece.get(3, 1) in (1, 4)      # the others (unknown, control, unused, byte) never merge
+            pieces.append(piece[1].replace("\u2581".encode(), b" "))
+            scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0] if normal else NEVER)
+        elif field in (2, 3):
+            (trainer if field == 2 else normalizer).update(protobuf_fields(value))
+    bos, eos = (i if i < len(pieces) else -1 for i in (trainer[41], trainer[42]))    # -1 is 2^64 - 1 here
+
+    def encoder():
+        sp = need("sentencepiece")
+        first = sp.SentencePieceProcessor(model_proto=data)
+        # Later fields win in protobuf, so two appended bytes switch add_dummy_prefix off. Models that squeeze
+        # white space drop the newline at the end of a piece, and need the prefix in its place.
+        rest = first if normalizer[4] else sp.SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
+        return lambda text, continued: (rest if continued else first).encode(text)
+    return Tokenizer(name=path, kind=0, pieces=pieces, scores=scores, bos=bos, eos=eos, encoder=encoder, add_bos=True,
+                     bpe=trainer[3] == 2, prefix_space=bool(normalizer[3]), side_files=[(path, "tokenizer.model")])
+
+
+# Word patterns published with tiktoken; llama3 splits words as cl100k does.
+CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+TIKTOKEN = {  # name: ranks, pattern, special tokens
+    "r50k": (50256, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+             {"<|endoftext|>": 50256}),
+    "cl100k": (100256, CL100K, {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+                                "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
+    "llama3": (128000, CL100K, {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, **{
+        f"<|reserved_{i}|>": i for i in range(128002, 128256)}}),
+}
+
+
+def tiktoken_tokenizer(path, data, pattern):
+    ranks = {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        try:
+            if line.strip():
+                text, rank = line.split()
+                ranks[base64.b64decode(text, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path}:{number}: not a tiktoken line (base64, rank); get the file again")
+    size = max(ranks.values()) + 1
+    if not pattern:      # by size: the largest known set that is not larger
+        pattern = ([n for n, row in TIKTOKEN.items() if row[0] <= size] or ["r50k"])[-1]
+    known, regex, special = TIKTOKEN[pattern]
+    if size != known:    # some other rank set: the first free id ends a document
+        special = {"<|endoftext|>": min(set(range(size + 1)) - set(ranks.values()))}
+
+    def encoder():
+        encoding = need("tiktoken").Encoding(os.path.basename(path), pat_str=regex, mergeable_ranks=ranks,
+                                             special_tokens=special)
+        return lambda text, continued: encoding.encode_ordinary(text)
+    vocab = {i: (t, -float(i)) for t, i in ranks.items()}
+    vocab.update((i, (t.encode(), NEVER)) for t, i in special.items())
+    pieces, scores = fill_gaps(vocab)
+    eos = special.get("<|endoftext|>", special.get("<|end_of_text|>"))
+    bos = special.get("<|begin_of_text|>", eos)
+    return Tokenizer(name=path, kind=0, pieces=pieces, scores=scores, bos=bos, eos=eos, encoder=encoder,
+                     add_bos=bos != eos, prefix_space=False, side_files=[])
+
+
+def fill_gaps(vocab):
+    """{id: (bytes, score)} -> two lists without holes."""
+    rows = [vocab.get(i, (b"<|unused_%d|>" % i, NEVER)) for i in range(max(vocab) + 1)]
+    return [r[0] for r in rows], [r[1] for r in rows]
+
+
+def gpt2_bytes():
+    """The printable character that byte-level BPE files write for each byte -> that byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    odd = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(odd)}}
+
+
+def parts(node):
+    """Every dict in a JSON tree."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from parts(child)
+
+
+def puts_space_first(part):
+    return (part.get("type") == "Prepend" or part.get("prepend_scheme", "never") != "never"
+            or bool(part.get("add_prefix_space")))
+
+
+def without_prefix(spec):
+    """tokenizer.json text that does not put a space in front of the text."""
+    spec = json.loads(json.dumps(spec))
+    for part in list(parts([spec.get("normalizer"), spec.get("pre_tokenizer")])):
+        if part.get("type") == "Prepend":
+            part.clear()
+            part.update(type="Sequence", normalizers=[])
+        part.update({k: v for k, v in (("prepend_scheme", "never"), ("add_prefix_space", False)) if k in part})
+    return json.dumps(spec)
+
+
+def hf_tokenizer(path, data):
+    spec, folder = json.loads(data), os.path.dirname(path)
+    model = spec.get("model") or {}
+    kind = model.get("type") or ("BPE" if "merges" in model else None)
+    if kind != "BPE":
+        raise UserError(f"{path}: tokenizer model {kind} is not supported, BPE is; use another tokenizer")
+    byte_of = gpt2_bytes()
+    byte_level = any(p.get("type") == "ByteLevel" for p in parts([spec.get("pre_tokenizer"), spec.get("decoder")]))
+
+    def raw(piece):
+        if byte_level and all(c in byte_of for c in piece):
+            return bytes(byte_of[c] for c in piece)
+        return piece.replace("\u2581", " ").encode()
+    score = {}
+    for rank, pair in enumerate(model["merges"]):
+        score.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), -float(rank))
+    vocab = {i: (raw(p), score.get(p, NEVER)) for p, i in model["vocab"].items()}
+    added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    vocab.update((i, (text.encode(), NEVER)) for text, i in added.items())
+    pieces, scores = fill_gaps(vocab)
+    config = {}
+    if os.path.exists(os.path.join(folder, "tokenizer_config.json")):
+        with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f:
+            config = json.load(f)
+
+    def special(key, usual):
+        named = config.get(key)
+        named = named.get("content") if isinstance(named, dict) else named
+        return next((t for t in [named, *usual] if t in added), None)
+    eos = special("eos_token", ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"])
+    bos = special("bos_token", ["<|begin_of_text|>", "<s>", "<bos>"]) or eos
+    # The file itself says whether a text starts with BOS: its post-processor names the piece then.
+    add_bos = bos != eos and json.dumps(bos) in json.dumps(spec.get("post_processor"))
+
+    def encoder():
+        library = need("tokenizers")
+        both = []
+        for text in (data.decode(), without_prefix(spec)):
+            try:
+                both.append(library.Tokenizer.from_str(text))
+            except Exception as e:       # the library raises bare Exceptions
+                raise UserError(f"{path}: tokenizers {library.__version__} cannot read it ({e}); "
+                                "run: pip install -U tokenizers")
+            both[-1].no_padding()
+            both[-1].no_truncation()
+            both[-1].encode_special_tokens = True      # "<|endoftext|>" inside a text is text
+        return lambda text, continued: both[continued].encode(text, add_special_tokens=False).ids
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    side = [(path, names[0])] + [(os.path.join(folder, n), n) for n in names[1:]]
+    prefix = any(puts_space_first(p) for p in parts([spec.get("normalizer"), spec.get("pre_tokenizer")]))
+    return Tokenizer(name=path, kind=0, pieces=pieces, scores=scores, bos=added.get(bos, -1), eos=added.get(eos, -1),
+                     encoder=encoder, add_bos=add_bos, prefix_space=prefix,
+                     side_files=[(a, b) for a, b in side if os.path.exists(a)])
+
+
+def load_tokenizer(path, pattern=None):
+    """The kind is told by the content, since suffixes vary (.model, .model.v3, tokenizer.model with ranks)."""
+    if path == "bytes":
+        return bytes_tokenizer()
+    with open(path, "rb") as f:
+        data = f.read()
+    try:
+        if data.lstrip()[:1] == b"{":
+            return hf_tokenizer(path, data)
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+            return tiktoken_tokenizer(path, data, pattern)
+        if data[:1] == b"\n":        # field 1 with a length, where a ModelProto begins
+            return sentencepiece_tokenizer(path, data)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: damaged tokenizer file ({type(e).__name__}: {e}); get it again")
+    raise UserError(f"{path}: neither a SentencePiece model, nor tiktoken ranks, nor a tokenizer.json; "
+                    "name one of these, or use --tokenizer bytes")
+
+
+def tokenizer_bin(t):
+    if not getattr(t, "bpe", True):
+        print(f"note: {t.name} is not a BPE model: tokenizer.bin decodes exactly, but encodes prompts differently",
+              file=sys.stderr)
+    head = struct.pack("<8i", 20251002, 1, t.kind, len(t.pieces), t.bos, t.eos, t.prefix_space, 0)
+    return head + b"".join(struct.pack("<fi", s, len(p)) + p for p, s in zip(t.pieces, t.scores))
+
+
+def write_whole(path, data):
+    """All or nothing, also when the machine stops."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+# ---- Reading: files -> (document index, first, last, path, line or byte offset, is JSON, bytes) ---------
+def find_inputs(paths):
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            found = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names
+                           if IN_FOLDER.match(n))
+            if not found:
+                raise UserError(f"{path}: no .txt or .jsonl file in this folder; name the files")
+            files += found
+        elif not os.path.exists(path):
+            raise UserError(f"{path}: no such file or folder")
+        elif not INPUT.search(path):
+            raise UserError(f"{path}: unknown kind of input; name it .txt or .jsonl (also with .gz or .zst)")
+        else:
+            files.append(path)
+    return files
+
+
+def cut_point(buf):
+    """Where to end a piece of at most PIECE bytes of a longer UTF-8 text; see the top of the file."""
+    m = LINE_CUT.match(buf, 0, PIECE)
+    i = m.end() if m else buf.rfind(b"\n", 0, PIECE) + 1
+    if i <= 0:
+        i = buf.rfind(b" ", 1, PIECE)        # a word carries the space before it
+    if i <= 0:
+        i = PIECE
+        while i > PIECE - 4 and buf[i] & 0xC0 == 0x80:      # not inside a character
+            i -= 1
+    return i
+
+
+def split_pieces(data):
+    while len(data) >= 2 * PIECE:
+        cut = cut_point(data)
+        yield data[:cut]
+        data = data[cut:]
+    if data:
+        yield data
+
+
+def text_pieces(stream, separator):
+    """Yield (offset, first, last, bytes); separator(line) is None where the whole stream is one document.
+    Empty lines around a separator belong to no document."""
+    buf, offset, first, line_start = bytearray(), 0, True, True
+    while True:
+        chunk = stream.readline(PIECE) if separator else stream.read(PIECE)
+        if offset == 0 and not buf and chunk.startswith(b"\xef\xbb\xbf"):        # byte order mark
+            chunk, offset = chunk[3:], 3
+            if not chunk:
+                continue
+        if not chunk or (separator and line_start and separator(chunk)):
+            text = bytes(buf.rstrip(b"\r\n") if separator else buf)
+            if not first or text.strip():
+                yield offset, first, True, text
+            offset, first = offset + len(buf) + len(chunk), True
+            buf.clear()
+            if not chunk:
+                return
+        elif separator and first and not buf and not chunk.strip(b"\r\n"):
+            offset += len(chunk)
+        else:
+            buf += chunk
+            while len(buf) >= 2 * PIECE:
+                cut = cut_point(buf)
+                yield offset, first, False, bytes(buf[:cut])
+                del buf[:cut]
+                offset, first = offset + cut, False
+        line_start = chunk.endswith(b"\n")
+
+
+def json_lines(path, stream):
+    for number, line in enumerate(iter(lambda: stream.readline(LINE_MAX), b""), 1):
+        if len(line) == LINE_MAX:
+            raise UserError(f"{path}:{number}: the line is longer than {LINE_MAX >> 20} MiB; "
+                            "write one document per line")
+        if line.strip():
+            yield number, True, True, line
+
+
+def make_separator(how):
+    if how == "whole-file":
+        return None
+    if how == "blank-lines":
+        return lambda line: not line.strip()
+    try:
+        regex = re.compile(how.encode())
+    except re.error as e:
+        raise UserError(f"--split-on {how}: bad regular expression ({e})")
+    return lambda line: line.strip() == how.encode() or regex.fullmatch(line.strip()) is not None
+
+
+def open_input(path, raw):
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.endswith(".zst"):
+        import io
+        return io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True),
+                                 BATCH)
+    return raw
+
+
+def read_documents(files, separator, progress):
+    document = -1
+    for path in files:
+        with open(path, "rb") as raw:
+            stream, is_json, before = open_input(path, raw), ".json" in path[-11:], progress.done
+            try:
+                for where, first, last, data in (json_lines(path, stream) if is_json
+                                                 else text_pieces(stream, separator)):
+                    document += first
+                    progress.done = before + raw.tell()
+                    yield document, first, last, path, where, is_json, data
+            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+                raise UserError(f"{path}: damaged gzip file ({e}); get it again")
+            except Exception as e:
+                if type(e).__name__ != "ZstdError":
+                    raise
+                raise UserError(f"{path}: damaged zst file ({e}); get it again")
+            progress.done = before + os.path.getsize(path)
+
+
+def batches(items):
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += len(item[-1]) + 64
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- Encoding, in this process or in --jobs workers ----------------------------------------------------
+worker = argparse.Namespace()
+
+
+def start_worker(args, parent):
+    """Fills `worker`. A child leaves when its parent is gone, since a killed parent cannot tell it to."""
+    tokenizer = load_tokenizer(args.tokenizer, args.tiktoken_pattern)
+    worker.encode, worker.args = tokenizer.encoder(), args
+    if parent != os.getpid():
+        def watch():
+            while os.getppid() == parent:
+                time.sleep(0.5)
+            os._exit(1)
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def decode_text(data, errors, path, where, is_json):
+    try:
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as e:
+        place = f"{path}:{where}: byte {e.start} of the line" if is_json else f"{path}: byte {where + e.start}"
+        raise UserError(f"{place} (0x{data[e.start]:02x}) is not UTF-8; convert the file "
+                        "(iconv -f latin1 -t utf-8) or pass --errors replace")
+
+
+def json_text(line, path, number):
+    args = worker.args
+    try:
+        text = json.loads(decode_text(line, args.errors, path, number, True).lstrip("\ufeff"))[args.text_key]
+        if not isinstance(text, str):
+            raise UserError(f"{path}:{number}: \"{args.text_key}\" is not a string; pass --text-key NAME")
+        return text.encode("utf-8", args.errors)        # half a surrogate pair is legal JSON, but no text
+    except UnicodeEncodeError:
+        raise UserError(f"{path}:{number}: a lone surrogate is not text; mend the line or pass --errors replace")
+    except (KeyError, TypeError, IndexError):
+        raise UserError(f"{path}:{number}: no key \"{args.text_key}\" in this line; pass --text-key NAME")
+    except (ValueError, RecursionError) as e:
+        hint = "; a JSON array must become one object per line (jq -c '.[]')" if line[:1] == b"[" else ""
+        raise UserError(f"{path}:{number}: bad JSON ({e}){hint or '; mend or remove the line'}")
+
+
+def encode_batch(batch):
+    """-> (uint16 or uint32 ids of all pieces, [(document, ids in this piece, first, last, text bytes)])."""
+    np, args, out, spans = need("numpy"), worker.args, [], []
+    for document, first, last, path, where, is_json, data in batch:
+        if is_json:
+            data = json_text(data, path, where)
+        if first and last and not data.strip():
+            continue
+        start = len(out)
+        for part in split_pieces(data):
+            text = decode_text(part, args.errors, path, where, is_json)
+            out.append(np.asarray(worker.encode(text, not first or len(out) > start)))
+        if first and args.bos_id >= 0:
+            out.insert(start, np.array([args.bos_id]))
+        if last and args.eos_id >= 0:
+            out.append(np.array([args.eos_id]))
+        for ids in out[start:]:
+            if len(ids) and int(ids.max()) >= 1 << 8 * args.token_bytes:
+                raise UserError(f"{path}: document {document} has token id {int(ids.max())}, which does not fit "
+                                f"{args.token_bytes} bytes; leave --token-bytes out")
+        spans.append((document, sum(map(len, out[start:])), first, last, len(data)))
+    dtype = f"<u{args.token_bytes}"
+    return (np.concatenate([a.astype(dtype) for a in out]) if out else np.zeros(0, dtype)), spans
+
+
+def encoded(work, args):
+    """encode_batch over all batches, in order; at most 2 x jobs batches wait in memory."""
+    if args.jobs == 1:
+        start_worker(args, os.getpid())
+        yield from map(encode_batch, work)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start_worker,
+                                                  initargs=(args, os.getpid()))
+    try:
+        waiting = collections.deque()
+        for batch in work:
+            waiting.append(pool.submit(encode_batch, batch))
+            if len(waiting) > 2 * args.jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError("a worker process died (out of memory?); use a smaller --jobs")
+    finally:
+        pool.shutdown()
+
+
+# ---- Writing -------------------------------------------------------------------------------------------
+class Shards:
+    """Writes the tokens of one split; .count, .documents, .files, .rows tell what was written."""
+    def __init__(self, folder, prefix, args, header):
+        self.folder, self.prefix, self.args, self.header = folder, prefix, args, header
+        self.file, self.files, self.count, self.documents, self.rows, self.pending = None, [], 0, 0, 0, None
+
+    def add(self, ids, last):
+        self.count += len(ids)
+        self.documents += last
+        if self.args.format == "ds":
+            return self.add_rows(ids)
+        while len(ids):
+            room = 2 * self.args.shard_tokens - (self.in_shard if self.file else 0)
+            self.write(ids[:room])
+            ids = ids[room:]
+            if self.in_shard >= 2 * self.args.shard_tokens:
+                self.close()
+        if last and self.file and self.in_shard >= self.args.shard_tokens:
+            self.close()
+
+    def add_rows(self, ids):
+        """Row i holds tokens iT .. iT+T of the stream, the same windows that a .bin gives."""
+        np, T = need("numpy"), self.args.seq_len
+        self.pending = ids if self.pending is None else np.concatenate([self.pending, ids])
+        rows = (len(self.pending) - 1) // T
+        if rows > 0:
+            windows = np.lib.stride_tricks.sliding_window_view(self.pending, T + 1)[::T]
+            step = max(1, self.args.shard_tokens // T)
+            while rows > 0:
+                take = min(rows, step - (self.in_shard // T if self.file else 0))
+                self.write(np.ascontiguousarray(windows[:take]).reshape(-1), take * T)
+                windows, rows, self.rows = windows[take:], rows - take, self.rows + take
+                if self.in_shard >= step * T:
+                    self.close()
+            self.pending = self.pending[(len(self.pending) - 1) // T * T:].copy()
+
+    def write(self, ids, tokens=None):
+        if not self.file:
+            os.makedirs(self.folder, exist_ok=True)
+            name = f"{self.prefix}_{len(self.files):03d}.{self.args.format}"
+            self.final, self.temporary = (os.path.join(self.folder, n) for n in (name, f".{name}.tmp"))
+            self.file, self.in_shard, self.crc = open(self.temporary, "wb", BATCH), 0, 0
+            if self.args.format == "bin":
+                self.file.write(bytes(1024))
+        data = memoryview(ids).cast("B") if len(ids) else b""
+        self.file.write(data)
+        self.crc = zlib.crc32(data, self.crc)
+        self.in_shard += len(ids) if tokens is None else tokens
+
+    def close(self):
+        if not self.file:
+            return
+        if self.args.format == "bin":
+            self.file.seek(0)
+            self.file.write(self.header(self.in_shard, self.crc))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.final)
+        self.file = None
+        self.files.append(self.final)
+
+    def abandon(self):
+        with contextlib.suppress(OSError):
+            if self.file:
+                os.unlink(self.temporary)
+                self.file.close()
+
+
+class Progress:
+    """One line on stderr, redrawn: share, bytes read of total, rates, time left. Quiet in a log file."""
+    def __init__(self, total):
+        self.total, self.done, self.start, self.shown = total, 0, time.time(), time.time()
+        self.tty = sys.stderr.isatty()
+
+    def show(self, tokens, force=False):
+        now = time.time()
+        if not force and now - self.shown < (0.2 if self.tty else 30):
+            return
+        self.shown, spent = now, max(now - self.start, 1e-6)
+        share = self.done / max(self.total, 1)
+        left = int(spent / share - spent) if share > 0 else 0
+        line = (f"[{'#' * int(20 * share):20s}] {100 * share:3.0f}%  {self.done / 1e6:.1f}/{self.total / 1e6:.1f} MB"
+                f"  {self.done / spent / 1e6:.1f} MB/s  {tokens / spent / 1e6:.2f} Mtok/s"
+                f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+        print("\r\033[K" + line if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.tty:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def claim_folder(out, options):
+    """An empty folder, or one that the same command filled before: its shards are then written anew."""
+    state = os.path.join(out, "tokens.json")
+    if os.path.isdir(out) and os.listdir(out):
+        if not os.path.exists(state):
+            raise UserError(f"{out} is not empty and holds no tokens.json; choose another --out")
+        with open(state, encoding="utf-8") as f:
+            before = json.load(f)["options"]
+        for key in options:
+            if before.get(key) != options[key]:
+                raise UserError(f"{out} was made with other options ({key} = {before.get(key)}, now {options[key]}); "
+                                "choose another --out or remove the folder")
+        for folder, _, names in os.walk(out):
+            for name in names:
+                if OURS.match(name) or name == "metadata.json":
+                    os.unlink(os.path.join(folder, name))
+    os.makedirs(out, exist_ok=True)
+    write_whole(state, json.dumps({"options": options, "complete": False}, indent=1).encode())
+
+
+def in_validation(document, args):
+    if document == 0:
+        return False
+    share = 0.1 if args.val_tokens else args.val_fraction
+    digest = hashlib.blake2b(f"{args.seed}:{document}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2.0 ** 64
+
+
+def prepare(args):
+    need("numpy")
+    tokenizer = load_tokenizer(args.tokenizer, args.tiktoken_pattern)
+    tokenizer.encoder()              # a missing library is told before any work
+    files, separator = find_inputs(args.inputs), make_separator(args.split_on)
+    total = sum(os.path.getsize(f) for f in files)
+    args.jobs = max(1, min(args.jobs, total // (4 * BATCH)))
+    args.bos_id = boundary(args.bos, tokenizer, tokenizer.bos, tokenizer.add_bos, "--bos")
+    args.eos_id = boundary(args.eos, tokenizer, tokenizer.eos, True, "--eos")
+    vocab, export = len(tokenizer.pieces), tokenizer_bin(tokenizer)
+    args.token_bytes = args.token_bytes or (2 if vocab <= 65536 else 4)
+    options = {k: v for k, v in vars(args).items() if k not in ("jobs", "out", "inspect", "export_tokenizer")}
+    claim_folder(args.out, {**options, "tokenizer_crc": zlib.crc32(export)})
+
+    def header(count, crc):
+        magic = (20240520, 1) if args.token_bytes == 2 else (20240801, 7)
+        return struct.pack("<4iIi", *magic, count, vocab, crc, args.eos_id + 1) + bytes(1000)
+    ds, progress = args.format == "ds", Progress(total)
+    train = Shards(os.path.join(args.out, "train") if ds else args.out, "train", args, header)
+    val = Shards(os.path.join(args.out, "validation") if ds else args.out, "val", args, header)
+    split, text_bytes = train, 0
+    try:
+        for ids, spans in encoded(batches(read_documents(files, separator, progress)), args):
+            at = 0
+            for document, count, first, last, size in spans:
+                if first:
+                    split = val if in_validation(document, args) and not (
+                        args.val_tokens and val.count >= args.val_tokens) else train
+                split.add(ids[at:at + count], last)
+                at, text_bytes = at + count, text_bytes + size
+            progress.show(train.count + val.count)
+        if not train.count:
+            raise UserError(f"no text in {', '.join(args.inputs[:3])}: nothing to tokenize")
+        if ds and not train.rows:
+            raise UserError(f"{train.count} training tokens fill no row of {args.seq_len} + 1; use a smaller --seq-len")
+        train.close()
+        val.close()
+    except OSError as e:
+        raise UserError(f"{e.filename}: {e.strerror}" if e.filename else
+                        f"{args.out}: {e.strerror}; free space or choose another --out")
+    finally:
+        train.abandon()
+        val.abandon()
+        progress.clear()
+    for split, name in ((train, "train"), (val, "validation")):
+        if split.files:
+            finish_folder(split, name, args, tokenizer, export)
+    done = {n: {"documents": s.documents, "tokens": s.count, "rows": s.rows, "shards": len(s.files)}
+            for n, s in (("train", train), ("val", val))}
+    write_whole(os.path.join(args.out, "tokens.json"), json.dumps(
+        {"options": {**options, "tokenizer_crc": zlib.crc32(export)}, "complete": True, **done}, indent=1).encode())
+    for name, s in (("train", train), ("val", val)):
+        tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" if ds else ""
+        print(f"{name:5s} | {s.documents:,} documents | {s.count:,} tokens{tail} | {len(s.files)} shards")
+    print(f"vocabulary {vocab}, uint{8 * args.token_bytes}, {text_bytes / (train.count + val.count):.2f} bytes per "
+          f"token, {time.time() - progress.start:.1f} s -> {args.out}")
+    wanted = args.val_tokens or (1 if args.val_fraction else 0)
+    if (val.rows * args.seq_len if ds else val.count) < wanted:
+        print(f"note: validation got {val.count} tokens of {train.documents + val.documents} documents; for more use a "
+              "larger --val-fraction, or more documents (--split-on)", file=sys.stderr)
+
+
+def boundary(choice, tokenizer, usual, wanted, option):
+    """The token id that --bos/--eos auto|on|off|PIECE means, or -1."""
+    if choice == "off" or choice == "auto" and not (wanted and usual >= 0):
+        return -1
+    if choice in ("on", "auto"):
+        if usual < 0:
+            raise UserError(f"{option} on: {tokenizer.name} names no such token; pass {option} off or {option} PIECE")
+        return usual
+    if choice.encode() not in tokenizer.pieces:
+        raise UserError(f"{option} {choice}: no such piece in {tokenizer.name}")
+    return tokenizer.pieces.index(choice.encode())
+
+
+def finish_folder(split, name, args, tokenizer, export):
+    write_whole(os.path.join(split.folder, "tokenizer.bin"), export)
+    for source, target in tokenizer.side_files:
+        shutil.copyfile(source, os.path.join(split.folder, target))
+    if args.format == "ds":
+        meta = {"dataset": os.path.basename(os.path.abspath(args.out)), "split": name, "tokenizer": tokenizer.name,
+                "vocab_size": len(tokenizer.pieces), "sequence_length": args.seq_len,
+                "token_size_bytes": args.token_bytes, "total_sequences": split.rows,
+                "total_tokens": split.rows * (args.seq_len + 1), "eos_token_id": args.eos_id}
+        write_whole(os.path.join(split.folder, "metadata.json"), json.dumps(meta, indent=1).encode())
+    if hasattr(os, "O_DIRECTORY"):       # the renames themselves reach the disk
+        fd = os.open(split.folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+# ---- Looking -------------------------------------------------------------------------------------------
+def read_tokenizer_bin(path):
+    with open(path, "rb") as f:
+        data = f.read()
+    magic, version, kind, size, bos, eos, prefix, _ = struct.unpack_from("<8i", data)
+    if magic != 20251002 or version != 1:
+        raise UserError(f"{path}: not a litespark tokenizer.bin")
+    at, pieces = 32, []
+    for _ in range(size):
+        length = struct.unpack_from("<i", data, at + 4)[0]
+        pieces.append(data[at + 8:at + 8 + length])
+        at += 8 + length
+    return pieces, bos, eos, prefix
+
+
+def decode(ids, pieces, bos, eos):
+    out = [b"" if i in (bos, eos) else pieces[i] for i in map(int, ids)]
+    return b"".join(bytes([int(p[3:5], 16)]) if re.fullmatch(rb"<0x[0-9A-F]{2}>", p) else p for p in out)
+
+
+def beside(path, name):
+    folder = os.path.dirname(os.path.abspath(path))
+    return next((p for p in (os.path.join(folder, name), os.path.join(folder, "..", name)) if os.path.exists(p)), None)
+
+
+def inspect(path):
+    np, size = need("numpy"), os.path.getsize(path)
+    meta, word, skip, row, crc = beside(path, "metadata.json"), [0] * 6, 0, 1, 0
+    if path.endswith(".ds"):
+        if not meta:
+            raise UserError(f"{path}: no metadata.json beside it, so its row length is unknown")
+        with open(meta, encoding="utf-8") as f:
+            meta = json.load(f)
+        width, vocab, row = meta["token_size_bytes"], meta["vocab_size"], meta["sequence_length"] + 1
+        eod, count = meta.get("eos_token_id", -1), size // width
+        print(f"{path}: {count // row:,} rows of {row - 1} + 1 tokens, uint{8 * width}, vocabulary {vocab}")
+        if size % (width * row):
+            raise UserError(f"{path}: {size} bytes are not whole rows of {row} tokens; write the shard again")
+    else:
+        with open(path, "rb") as f:
+            head = f.read(1024)
+        word = struct.unpack("<4iIi", head[:24]) if len(head) == 1024 else word
+        width, skip = {(20240520, 1): 2, (20240801, 7): 4}.get(tuple(word[:2]), 0), 1024
+        if not width:
+            raise UserError(f"{path}: not a token shard (no llm.c or litespark header)")
+        count, vocab, eod = word[2], word[3], word[5] - 1
+        print(f"{path}: {count:,} tokens, uint{8 * width}, vocabulary {vocab or 'unknown'}, "
+              f"end of document {eod if eod >= 0 else 'unknown'}")
+        if size != 1024 + count * width:
+            raise UserError(f"{path}: {size} bytes, but the header promises {1024 + count * width}; write the shard again")
+    ids = np.memmap(path, f"<u{width}", "r", skip, (count,)) if count else np.zeros(0, np.uint16)
+    top, documents, step = -1, 0, max(1, (1 << 22) // row) * row
+    for at in range(0, count, step):
+        block = np.array(ids[at:at + step])
+        crc, top = zlib.crc32(block, crc), max(top, int(block.max()))
+        # the first token of a row is also the last one of the row before
+        documents += int((block.reshape(-1, row)[:, 1 if row > 1 else 0:] == eod).sum())
+    print(f"largest id {top}, {documents if eod >= 0 else 'unknown'} documents end here, CRC-32 {crc:08x} "
+          + ("(not recorded)" if not word[4] else "= recorded" if word[4] == crc else f"but {word[4]:08x} recorded"))
+    if word[4] and word[4] != crc:
+        raise UserError(f"{path}: checksum differs, the shard is damaged; write it again")
+    if vocab and top >= vocab:
+        raise UserError(f"{path}: token id {top} is outside the vocabulary of {vocab}; write the shard again")
+    tokenizer = beside(path, "tokenizer.bin")
+    if tokenizer:
+        pieces, bos, eos, _ = read_tokenizer_bin(tokenizer)
+        text = decode([i for i in ids[:1000] if i < len(pieces)], pieces, bos, eos).decode("utf-8", "replace")
+        print(f"starts with: {text[:200]!r}")
+
+
+# ---- Command line --------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parse(argv):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("inputs", nargs="*", metavar="INPUT")
+    p.add_argument("--out", metavar="DIR", help="new or empty folder (a file for --export-tokenizer)")
+    p.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE", help="SentencePiece model, tiktoken ranks or "
+                   "tokenizer.json, told apart by content (default: bytes)")
+    p.add_argument("--tiktoken-pattern", choices=list(TIKTOKEN), help="word pattern (default: by number of ranks)")
+    p.add_argument("--format", choices=["bin", "ds"], default="bin")
+    p.add_argument("--seq-len", type=int, default=0, metavar="N", help="row length, ds only")
+    p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="a shard ends with the document "
+                   "that reaches N (default 100,000,000), at the latest at 2N")
+    p.add_argument("--val-fraction", type=float, default=0.01, metavar="F", help="share of documents (default 0.01)")
+    p.add_argument("--val-tokens", type=int, default=0, metavar="N", help="instead: every tenth document until N tokens")
+    p.add_argument("--seed", type=int, default=1, help="of the train/validation split")
+    p.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines")
+    p.add_argument("--split-on", default="whole-file", metavar="REGEX", help="a .txt holds documents between lines that "
+                   "equal or match this; or blank-lines; or whole-file (default)")
+    p.add_argument("--bos", default="auto", metavar="on|off|PIECE", help="before each document (default: on for "
+                   "SentencePiece and for tokenizer.json files that do so themselves)")
+    p.add_argument("--eos", default="auto", metavar="on|off|PIECE", help="after each document (default: on)")
+    p.add_argument("--token-bytes", type=int, choices=[2, 4], default=0, help="(default: 2 if the vocabulary fits)")
+    p.add_argument("--errors", choices=["strict", "replace"], default="strict", help="for text that is not UTF-8")
+    p.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="worker processes")
+    p.add_argument("--inspect", metavar="FILE", help="print what a .bin or .ds shard holds")
+    p.add_argument("--export-tokenizer", metavar="MODEL", help="only write MODEL as tokenizer.bin to --out FILE")
+    args = p.parse_args(argv)
+    if args.inspect:
+        return args
+    if not args.out:
+        raise UserError("--out is missing; see --help")
+    if not args.inputs and not args.export_tokenizer:
+        raise UserError("no INPUT; name .txt or .jsonl files or folders, or see --help")
+    if (args.format == "ds") != (args.seq_len > 0):
+        raise UserError("--seq-len N (at least 1) goes with --format ds, and only with it")
+    if not 1 <= args.shard_tokens <= 1 << 30 or args.jobs < 1 or args.val_tokens < 0 or not 0 <= args.val_fraction < 1:
+        raise UserError("out of range: --shard-tokens 1..2^30, --jobs >= 1, --val-tokens >= 0, --val-fraction 0..1")
+    return args
+
+
+def main(argv):
+    try:
+        args = parse(argv)
+        if args.inspect:
+            inspect(args.inspect)
+        elif args.export_tokenizer:
+            tokenizer = load_tokenizer(args.export_tokenizer, args.tiktoken_pattern)
+            write_whole(args.out, tokenizer_bin(tokenizer))
+            print(f"{args.out}: {len(tokenizer.pieces)} pieces, bos {tokenizer.bos}, eos {tokenizer.eos}")
+        else:
+            prepare(args)
+        return 0
+    except UserError as e:
+        message = e
+    except OSError as e:
+        message = f"{e.filename}: {e.strerror}"
+    except MemoryError:
+        message = "out of memory; use a smaller --jobs"
+    except KeyboardInterrupt:
+        message = "interrupted; the same command starts again"
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,335 @@
+"""litespark and Hugging Face must agree, in both directions, with the newest transformers and safetensors.
+
+    pip install torch transformers safetensors numpy
+    python3 dev/test_hf.py --binary ./train_litespark            # last line: N passed, N failed
+    python3 dev/test_hf.py --binary ./train_litespark --work DIR --only qwen3    # keeps the files in DIR
+
+For small random Llama (rope type llama3), Mistral, Qwen2 and Qwen3 models:
+  1. save_pretrained -> litespark: evaluation loss 1e-5, gradient of every tensor 1e-5 (relative L2), from fp32, bf16 and
+     sharded files, and from config.json as transformers 4 and as transformers 5 write it;
+  2. litespark -> from_pretrained: a pass through litespark keeps every bit; checkpoints of runs from --config and
+     --init-from load with no missing or unexpected key and have the loss that litespark reports for them; greedy text;
+  3. every file litespark wrote opens in the safetensors library, with the expected dtypes and shapes.
+Hugging Face's side runs in fp64 (except where its own code casts to fp32), so the tolerance is litespark's alone.
+"""
+import argparse, glob, json, os, shutil, struct, subprocess, sys, tempfile
+
+try:
+    import torch, transformers
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+except ImportError as e:
+    print(f"skipped: {e}; pip install torch transformers safetensors numpy")
+    sys.exit(0)
+from fixture import rel_l2, write_shard
+
+B, T = 3, 29                      # T is no multiple of a tile
+VAL_TOKENS = 7 * T + 1 + 5        # 7 windows: the last batch of 3 is not full, 5 tokens are dropped
+TRAIN_TOKENS = 2 * B * T + 1      # exactly one update of two micro-steps, so the order of windows does not matter
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+DEFAULT = dict(rope_type="default", rope_theta=3000.0)
+SMALL = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=120, max_position_embeddings=128,
+             bos_token_id=0, eos_token_id=1, pad_token_id=None)
+FAMILIES = {
+    "llama": (LLAMA3, dict(SMALL, vocab_size=257, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+                           bos_token_id=256, eos_token_id=256, tie_word_embeddings=False)),
+    "mistral": (DEFAULT, dict(SMALL, vocab_size=211, num_attention_heads=4, num_key_value_heads=1, head_dim=24,
+                              sliding_window=64, tie_word_embeddings=False)),
+    "qwen2": (DEFAULT, dict(SMALL, vocab_size=130, num_attention_heads=4, num_key_value_heads=2,
+                            tie_word_embeddings=True)),
+    "qwen3": (DEFAULT, dict(SMALL, vocab_size=199, num_attention_heads=3, num_key_value_heads=3, head_dim=32,
+                            tie_word_embeddings=True)),
+}
+DTYPES = dict(float32="F32", bfloat16="BF16")
+passed = failed = 0
+
+
+def check(name, ok, detail=""):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    if not ok or detail:
+        print(f"{'ok  ' if ok else 'FAIL'} {name}{': ' if detail else ''}{detail}", flush=True)
+    return ok
+
+
+# ---- the Hugging Face side ------------------------------------------------------------------------------------
+def make_model(family):
+    """A random model with nothing trivial in it: norms are not 1, biases not 0."""
+    rope, fields = FAMILIES[family]
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        fields = dict(fields, rope_parameters=rope)
+    else:
+        fields = dict(fields, rope_theta=rope["rope_theta"],
+                      rope_scaling={k: v for k, v in rope.items() if k != "rope_theta"} if rope is LLAMA3 else None)
+    torch.manual_seed(sum(map(ord, family)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn_like(p)
+            p.copy_(1 + 0.3 * noise if "norm" in name else (0.3 if p.dim() == 1 else 0.12) * noise)
+        if family == "llama":  # byte tokenizer: let only space and letters win, so that greedy text is printable
+            words = torch.zeros(257, 1)
+            words[32] = words[97:123] = 1
+            model.lm_head.weight.mul_(words)
+    return model
+
+
+def load_hf(name, folder):
+    """The model in fp64; checks that no key is missing or unexpected."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager",
+                                                       output_loading_info=True)
+    bad = {k: v for k, v in info.items() if v}
+    check(f"{name} loads in transformers", not bad, f"{bad}" if bad else "")
+    return model.double()
+
+
+def windows(tokens):
+    n = (len(tokens) - 1) // T
+    rows = torch.tensor([tokens[i * T:i * T + T + 1] for i in range(n)])
+    return rows[:, :-1], rows[:, 1:]
+
+
+def mean_nll(model, tokens):
+    x, y = windows(tokens)
+    return torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+
+
+# ---- the litespark side ---------------------------------------------------------------------------------------
+class Litespark:
+    def __init__(self, binary, work):
+        self.binary, self.work, self.count = os.path.abspath(binary), work, 0
+
+    def run(self, name, *options):
+        """(fresh OUT folder, stdout as bytes), or None after a failed check."""
+        self.count += 1
+        out = os.path.join(self.work, f"out{self.count:03d}")
+        cmd = [self.binary, "--batch-size", str(B), "--seq-len", str(T), "--total-batch-tokens", str(2 * B * T),
+               "--sample-every", "0", "--out", out, *map(str, options)]
+        done = subprocess.run(cmd, capture_output=True)
+        if done.returncode:
+            check(f"{name} runs", False, f"exit {done.returncode}: {done.stderr.decode(errors='replace').strip()[-300:]}\n"
+                  f"     {' '.join(cmd)}")
+            return None
+        return out, done.stdout
+
+    def evaluate(self, name, folder, val):
+        """Loss over all windows of `val`, from the log; NaN after a failed check."""
+        done = self.run(name, "--init-from", folder, "--eval-only", "--val-data", val, "--val-batches", 0)
+        if not done:
+            return float("nan")
+        with open(os.path.join(done[0], "log.jsonl")) as f:
+            losses = [r["val_loss"] for r in map(json.loads, f) if r["type"] == "val"]
+        printed = done[1].decode(errors="replace").partition("val loss ")[2].split()
+        if check(f"{name} logs one val loss", len(losses) == 1, "" if len(losses) == 1 else f"{losses}"):
+            check(f"{name} prints it", printed and abs(float(printed[0]) - losses[0]) < 1e-3, f"{printed[:1]}" if not printed else "")
+        return losses[-1] if losses else float("nan")
+
+
+def last_checkpoint(out):
+    steps = sorted(glob.glob(os.path.join(out, "step_*")))
+    return steps[-1] if steps else None
+
+
+def check_loss(name, got, want, tol=1e-5):
+    check(f"{name} loss", abs(got - want) <= tol, f"{got:.7f}, Hugging Face {want:.7f}, diff {abs(got - want):.1e}")
+
+
+def check_grads(name, ls, folder, train, model, tokens):
+    path = os.path.join(ls.work, "grads.safetensors")
+    if not ls.run(name, "--init-from", folder, "--train-data", train, "--steps", 1, "--dump-grads", path):
+        return
+    got = load_file(path)
+    model.zero_grad()
+    loss = mean_nll(model, tokens)
+    loss.backward()
+    want = {k: p.grad for k, p in model.named_parameters()}
+    same = {k: tuple(t.shape) for k, t in got.items() if k != "loss"} == {k: tuple(t.shape) for k, t in want.items()}
+    if check(f"{name} gradient names and shapes", same, "" if same else f"{sorted(set(got) ^ set(want))}"):
+        worst = max(want, key=lambda k: rel_l2(got[k], want[k]))
+        err = rel_l2(got[worst], want[worst])
+        check(f"{name} gradients", err <= 1e-5, f"{len(want)} tensors, worst {err:.1e} ({worst})")
+    check_loss(f"{name} training", got["loss"].item(), loss.item())
+
+
+def check_checkpoint(name, folder, model, dtype="float32"):
+    """Files, dtypes, shapes and config of a litespark checkpoint; `model` is any model of the same configuration."""
+    shapes = {k: tuple(p.shape) for k, p in model.named_parameters()}  # a tied head is listed once
+    seen, opened, optimizer = {}, 0, 0
+    for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
+        with safe_open(path, framework="pt") as f:
+            tensors = {k: f.get_slice(k) for k in f.keys()}
+            finite = all(f.get_tensor(k).float().isfinite().all() for k in tensors)
+            is_model = os.path.basename(path).startswith("model")
+            if is_model:
+                check(f"{name} metadata format", (f.metadata() or {}).get("format") == "pt")
+        opened += 1
+        check(f"{name} {os.path.basename(path)} is finite", finite)
+        want = DTYPES[dtype] if is_model else "F32"
+        kinds = {s.get_dtype() for s in tensors.values()}
+        check(f"{name} {os.path.basename(path)} dtype", kinds == {want}, "" if kinds == {want} else f"{kinds}, not {want}")
+        if is_model:
+            seen.update({k: tuple(s.get_shape()) for k, s in tensors.items()})
+        else:
+            optimizer += sum(torch.Size(s.get_shape()).numel() for s in tensors.values())
+    check(f"{name} model and optimizer files", opened >= 2, f"{opened}" if opened < 2 else "")
+    check(f"{name} tensor shapes", seen == shapes, "" if seen == shapes else f"{set(seen.items()) ^ set(shapes.items())}")
+    params = sum(torch.Size(s).numel() for s in shapes.values())
+    check(f"{name} optimizer holds master, m and v", optimizer >= 3 * params, "" if optimizer >= 3 * params else
+          f"{optimizer} values for {params} parameters")
+    got, want = AutoConfig.from_pretrained(folder).to_dict(), model.config.to_dict()
+    keys = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
+            "rope_parameters", "rope_theta", "rope_scaling", "sliding_window", "bos_token_id", "eos_token_id")
+    diff = {k: (got.get(k), want[k]) for k in keys if k in want and got.get(k) != want[k]}
+    check(f"{name} AutoConfig", not diff, f"(read, expected) {diff}" if diff else "")
+    with open(os.path.join(folder, "config.json")) as f:
+        raw = json.load(f)
+    rope = want.get("rope_parameters") or {}
+    check(f"{name} config.json for transformers 4", raw.get("rope_theta") == rope.get("rope_theta", raw.get("rope_theta"))
+          and bool(raw.get("rope_scaling")) == (rope.get("rope_type", "default") != "default")
+          and raw.get("torch_dtype") == dtype and raw.get("architectures") == [type(model).__name__])
+    GenerationConfig.from_pretrained(folder)
+
+
+def as_transformers4(folder, target):
+    """A copy whose config.json has the keys of transformers 4."""
+    shutil.copytree(folder, target)
+    path = os.path.join(target, "config.json")
+    with open(path) as f:
+        c = json.load(f)
+    rope = c.pop("rope_parameters", None)
+    if rope:
+        c["rope_theta"] = rope.pop("rope_theta")
+        c["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    if "dtype" in c:
+        c["torch_dtype"] = c.pop("dtype")
+    with open(path, "w") as f:
+        json.dump(c, f)
+
+
+def check_generation(ls, folder, model):
+    """Greedy text of a byte-level model; a leading bos token is litespark's choice."""
+    path, prompt, n = os.path.join(ls.work, "tokenizer.bin"), "once upon", 16
+    pieces = [b"<0x%02X>" % i for i in range(256)] + [b"<|endoftext|>"]
+    with open(path, "wb") as f:
+        f.write(struct.pack("<8i", 20251002, 1, 1, 257, 256, 256, 0, 0))
+        f.write(b"".join(struct.pack("<fi", 0.0, len(p)) + p for p in pieces))
+    done = ls.run("llama greedy", "--init-from", folder, "--generate", "--prompt", prompt, "--temperature", 0,
+                  "--sample-tokens", n, "--tokenizer", path)
+    if not done:
+        return
+    texts = []
+    for start in ([256], []):
+        ids = start + list(prompt.encode())
+        for _ in range(n):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        texts.append(bytes(ids[len(start) + len(prompt):]).decode())
+    want = [(prompt + text[:n // 2]).encode() for text in texts]
+    ok = any(w in done[1] for w in want)
+    check("llama greedy text", ok, f"{want} " + ("" if ok else f"not in {done[1][-200:]}"))
+
+
+# ---- the tests of one family ----------------------------------------------------------------------------------
+def test_family(family, ls):
+    work = os.path.join(ls.work, family)
+    os.makedirs(work)
+    model = make_model(family)
+    tokens = {k: torch.randint(model.config.vocab_size, (n,)).tolist()
+              for k, n in (("val", VAL_TOKENS), ("train", TRAIN_TOKENS))}
+    files = {k: os.path.join(work, k + ".bin") for k in tokens}
+    for k in tokens:
+        write_shard(files[k], tokens[k], model.config.vocab_size)
+    data = ("--train-data", files["train"])
+
+    sources = {k: os.path.join(work, k) for k in ("fp32", "sharded", "bf16", "transformers4")}
+    model.save_pretrained(sources["fp32"])
+    model.save_pretrained(sources["sharded"], max_shard_size="60KB")
+    model.bfloat16().save_pretrained(sources["bf16"])
+    as_transformers4(sources["fp32"], sources["transformers4"])
+    assert len(glob.glob(os.path.join(sources["sharded"], "*.safetensors"))) > 1
+    for kind, folder in sources.items():
+        name = f"{family} {kind}"
+        model = load_hf(name, folder)
+        with torch.no_grad():
+            want = mean_nll(model, tokens["val"]).item()
+        check_loss(name, ls.evaluate(name, folder, files["val"]), want)
+        if kind in ("fp32", "bf16"):
+            check_grads(name, ls, folder, files["train"], model, tokens["train"])
+
+        name += " passed through"
+        done = ls.run(name, "--init-from", folder, *data, "--steps", 0)
+        saved = done and last_checkpoint(done[0])
+        if not check(f"{name} writes a checkpoint", saved):
+            continue
+        check_checkpoint(name, saved, model)
+        again = load_hf(name, saved)
+        same = [k for k, p in model.named_parameters() if torch.equal(p, again.get_parameter(k))]
+        check(f"{name} weights bit-equal", len(same) == len(list(model.named_parameters())), f"{len(same)} tensors")
+        x, _ = windows(tokens["val"])
+        with torch.no_grad():
+            diff = (model(x).logits - again(x).logits).abs().max().item()
+        check(f"{name} logits", diff <= 1e-4, "" if diff <= 1e-4 else f"differ by {diff:.1e}")
+        check_loss(name, ls.evaluate(name, saved, files["val"]), want)
+        if kind == "fp32" and family == "llama":
+            check_generation(ls, saved, model)
+
+    config = os.path.join(sources["fp32"], "config.json")
+    runs = {"random init": ("--config", config, "--steps", 0), "trained from --config": ("--config", config, "--steps", 2),
+            "trained from --init-from": ("--init-from", sources["fp32"], "--steps", 2),
+            "trained in bf16": ("--init-from", sources["fp32"], "--steps", 2, "--precision", "bf16")}
+    for kind, options in runs.items():
+        name = f"{family} {kind}"
+        done = ls.run(name, *options, *data)
+        saved = done and last_checkpoint(done[0])
+        if not check(f"{name} writes a checkpoint", saved):
+            continue
+        check_checkpoint(name, saved, model, "bfloat16" if "bf16" in kind else "float32")
+        got = load_hf(name, saved)
+        if kind == "random init":
+            check_init(name, got)
+        with torch.no_grad():
+            want = mean_nll(got, tokens["val"]).item()
+        check_loss(name, ls.evaluate(name, saved, files["val"]), want)
+
+
+def check_init(name, model):
+    """Hugging Face's: matrices normal(0, initializer_range), norms 1, biases 0."""
+    bad = []
+    for k, p in model.named_parameters():
+        if p.dim() == 1:
+            ok = (p == (0 if k.endswith("bias") else 1)).all()
+        else:  # 5 standard errors
+            std, n = model.config.initializer_range, p.numel()
+            ok = abs(p.std() / std - 1) < 5 / (2 * n) ** 0.5 and abs(p.mean()) < 5 * std / n ** 0.5
+        if not ok:
+            bad.append(k)
+    check(f"{name} distribution", not bad, f"{bad}" if bad else "")
+
+
+def main():
+    ap = argparse.ArgumentParser(description="litespark against Hugging Face transformers")
+    ap.add_argument("--binary", default="./train_litespark")
+    ap.add_argument("--work", default="", help="keep all files here (default: a temporary folder, removed)")
+    ap.add_argument("--only", default=",".join(FAMILIES), help="families, comma separated")
+    args = ap.parse_args()
+    if not os.access(args.binary, os.X_OK):
+        sys.exit(f"error: {args.binary} is not an executable; run `make train` first")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    work = args.work or tempfile.mkdtemp(prefix="test_hf")
+    for family in args.only.split(","):
+        base = os.path.join(work, family + "-runs")
+        shutil.rmtree(base, ignore_errors=True)
+        os.makedirs(base)
+        test_family(family, Litespark(args.binary, base))
+    if not args.work:
+        shutil.rmtree(work)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
