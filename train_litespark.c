@@ -1,0 +1,4414 @@
+/*
+litespark: train Llama-family language models. This file is the CPU trainer and the reference ("twin") that proves every
+gradient of the CUDA trainer train_litespark.cu: same sections, same names, same options.
+
+    make run                                            build, make the default data, train on all cores
+    make train && mpirun -np 2 ./train_litespark        the same by hand, two ranks
+    ./train_litespark --help                            every option
+
+Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary, L layers, C hidden size, H query heads,
+K key/value heads, D head size, F MLP width. All matrices are row-major, last index fastest; a weight w is (out, in) as in
+Hugging Face's files, and a row of activations x gives x w^T.
+
+The model, for each layer:   q,k,v = rope(norm1(x) Wqkv^T)        x_mid = x + attention(q,k,v) Wo^T
+                             g,u   = norm2(x_mid) Wgate_up^T      x'    = x_mid + (silu(g) * u) Wdown^T
+then loss = cross-entropy(norm(x) Whead^T). Llama, Mistral, Qwen2 (biases on q,k,v), Qwen3 (RMSNorm on each head of q and k).
+
+Rules
+- Gradients of parameters are +=: they add up over micro-steps and are cleared once per update. Gradients of activations are =,
+  except the residual stream `dx`, where each block adds its share. Every op says which.
+- Memory: one arena for parameters, gradients, optimizer state and one for activations, allocated before step 0; nothing is
+  allocated inside a step. Norm outputs and the SwiGLU product are never kept: backward rebuilds them.
+- Precision: fp32 (or double, -DfloatX=double, for the gradient checks). Norms, losses and global sums add in double.
+  --precision bf16 rounds to bf16 whatever the CUDA trainer stores in bf16 (weights, activations and their gradients, the
+  attention probabilities) and keeps sums, master weights, m, v, rstd and LSE in fp32: the naive bf16 computation that the
+  CUDA trainer's error is measured with.
+- Every sum has a fixed order that does not depend on the number of threads: two runs give the same bits.
+- The text between SHARED BEGIN and SHARED END stands in both trainers (`make sync` copies it, `make check` compares).
+Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
+
+Read: 12 (ops, each forward with its backward below), 13 (the model), 14 (main); then 10 (checkpoints) and 8 (data).
+*/
+// ==== 1. Includes, types, constants =====================================================================================
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <assert.h>
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_num_procs(void) { return 1; }
+static void omp_set_num_threads(int n) { (void)n; }
+#endif
+
+#ifndef floatX
+#define floatX float        // what parameters and activations are computed in; the gradient checks build with double
+#endif
+
+#ifndef LITESPARK_COMMIT
+#define LITESPARK_COMMIT "unknown"
+#endif
+#define CEIL_DIV(n, d) (((n) + (d) - 1) / (d))
+
+// SHARED BEGIN
+// ==== 2. Errors, memory, numbers ========================================================================================
+int comm_rank(void);        // section 11; 0 and 1 without MPI
+int comm_world(void);
+void comm_abort(void);      // ends all ranks with exit status 1
+void comm_barrier(void);
+void comm_broadcast(void *data, size_t bytes);      // from rank 0
+void comm_sum(double *x, int n);                    // over ranks, in place
+
+static void (*die_hook)(const char *message);   // tests leave die() through it
+
+// A mistake of the user's or the machine's: what, where, what to do. Prints one line and ends all ranks with status 1.
+__attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
+    char message[2048];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(message, sizeof message, fmt, args);
+    va_end(args);
+    if (die_hook) die_hook(message);
+    if (comm_rank() > 0) usleep(500000);        // what all ranks see, rank 0 alone should say
+    fflush(stdout);
+    if (comm_world() > 1) fprintf(stderr, "error: rank %d: %s\n", comm_rank(), message);
+    else fprintf(stderr, "error: %s\n", message);
+    comm_abort();
+    exit(EXIT_FAILURE);
+}
+// ==== 2b. Memory, time, CRC-32, counter-based random numbers, strict numbers, small files ============================
+void *xmalloc(size_t bytes) {
+    void *p = malloc(bytes ? bytes : 1);
+    if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
+    return p;
+}
+
+void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * size that overflows
+    void *p = calloc(n ? n : 1, size ? size : 1);
+    if (!p) die("out of memory: %zu x %zu bytes more are needed; use a smaller batch or model", n, size);
+    return p;
+}
+
+char *xstrdup(const char *s) {
+    size_t n = strlen(s) + 1;
+    return (char *)memcpy(xmalloc(n), s, n);
+}
+
+double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b followed by k zero bytes, so 16
+// bytes become 16 independent lookups instead of a chain of 16. (Words are read as little endian, like all our formats.)
+uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
+    static uint32_t table[16][256];             // filled by the first call, which must not race with another
+    if (!table[0][1]) {
+        for (int b = 0; b < 256; b++) {
+            uint32_t c = (uint32_t)b;
+            for (int bit = 0; bit < 8; bit++) c = (c >> 1) ^ (c & 1 ? 0xEDB88320u : 0);
+            table[0][b] = c;
+        }
+        for (int k = 1; k < 16; k++)
+            for (int b = 0; b < 256; b++) table[k][b] = (table[k-1][b] >> 8) ^ table[0][table[k-1][b] & 255];
+    }
+    const unsigned char *p = (const unsigned char *)data;
+    crc = ~crc;
+    for (; n >= 16; n -= 16, p += 16) {
+        uint32_t w[4], next = 0;
+        memcpy(w, p, 16);
+        w[0] ^= crc;
+        for (int i = 0; i < 4; i++)
+            next ^= table[15 - 4*i][w[i] & 255] ^ table[14 - 4*i][w[i] >> 8 & 255]
+                  ^ table[13 - 4*i][w[i] >> 16 & 255] ^ table[12 - 4*i][w[i] >> 24];
+        crc = next;
+    }
+    while (n--) crc = (crc >> 8) ^ table[0][(crc ^ *p++) & 255];
+    return ~crc;
+}
+
+// Random numbers without a state: element `index` of stream `stream` is a pure function, in integers only, so a GPU
+// thread, another rank count or a resumed run computes the same bits. The mixer is SplitMix64's (Stafford's mix 13).
+static uint64_t mix64(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
+    const uint64_t golden = 0x9E3779B97F4A7C15u;                // odd: a different point for each index
+    uint64_t key = mix64(mix64(seed + golden) ^ (stream * golden + 1));
+    return mix64(mix64(key + index * golden) ^ key);            // twice, so that streams are not shifts of one sequence
+}
+
+double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {     // [0, 1): the top 53 bits
+    return (double)(random_bits(seed, stream, index) >> 11) * 0x1p-53;
+}
+
+double random_normal(uint64_t seed, uint64_t stream, uint64_t index) {      // Box-Muller: mean 0, variance 1
+    double u = 1 - random_uniform(seed, stream, 2*index);       // (0, 1]: the logarithm stays finite
+    double v = random_uniform(seed, stream, 2*index + 1);
+    return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+}
+
+uint64_t hash_string(const char *s) {           // FNV-1a, then mixed: a stream number for random_bits
+    uint64_t h = 0xCBF29CE484222325u;
+    while (*s) h = (h ^ (unsigned char)*s++) * 0x100000001B3u;
+    return mix64(h);
+}
+
+// Strict numbers: 1 and *out when the whole of s is one decimal number that fits, else 0 and *out as it was.
+int parse_int(const char *s, int64_t *out) {
+    const char *digits = s + (*s == '-' || *s == '+');
+    if (!*digits || digits[strspn(digits, "0123456789")]) return 0;
+    errno = 0;
+    long long value = strtoll(s, NULL, 10);
+    if (errno) return 0;
+    *out = value;
+    return 1;
+}
+
+int parse_double(const char *s, double *out) {
+    if (!*s || s[strspn(s, "0123456789+-.eE")]) return 0;       // no blanks, hexadecimal, inf or nan
+    char *end;
+    errno = 0;
+    double value = strtod(s, &end);
+    if (end == s || *end || (errno == ERANGE && fabs(value) > 1)) return 0;     // a tiny number may become 0
+    *out = value;
+    return 1;
+}
+
+// A descriptor and the size of a regular file. Dies naming `what` and the path: missing, a folder, a device, not readable.
+static int open_regular(const char *path, const char *what, size_t *bytes) {
+    struct stat st;
+    if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s '%s' is not a file; name the file itself", what, path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    *bytes = (size_t)st.st_size;
+    return fd;
+}
+
+// Up to n bytes at `offset`; fewer only at the end of the file (returns how many). Dies on a read error.
+static size_t read_at(int fd, const char *path, void *out, size_t n, size_t offset) {
+    size_t done = 0;
+    while (done < n) {
+        ssize_t got = pread(fd, (char *)out + done, n - done, (off_t)(offset + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) die("cannot read '%s' at byte %zu: %s", path, offset + done, strerror(errno));
+        if (got == 0) break;
+        done += (size_t)got;
+    }
+    return done;
+}
+
+char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
+    int fd = open_regular(path, "file", n);
+    if (*n > max_bytes) die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
+    char *text = (char *)xmalloc(*n + 1);
+    if (read_at(fd, path, text, *n, 0) != *n) die("'%s' became shorter while it was read", path);
+    close(fd);
+    text[*n] = 0;
+    return text;
+}
+
+void write_file_whole(const char *path, const void *data, size_t n) {       // on the disk when it returns
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) die("cannot create '%s': %s", path, strerror(errno));
+    for (size_t done = 0; done < n; ) {
+        ssize_t put = write(fd, (const char *)data + done, n - done);
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) die("cannot write '%s': %s", path, strerror(errno));
+        done += (size_t)put;
+    }
+    if (fsync(fd) != 0 || close(fd) != 0) die("cannot write '%s': %s", path, strerror(errno));
+}
+// ==== 3. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
+
+// One node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number keeps its digits in str.
+typedef struct Json {
+    char type;             // 'o'bject, 'a'rray, 's'tring, 'n'umber, 't'rue, 'f'alse, '0' null
+    const char *key, *str; // name inside the parent object; text of a string or (not terminated) of a number
+    size_t str_len;
+    double num;
+    int64_t inum;          // valid when is_int: written without '.' and exponent, and it fits
+    int is_int, n;         // n = number of children
+    struct Json *child, *next;
+} Json;
+
+enum { JSON_MAX_DEPTH = 64, JSON_CHUNK = 64 };
+#define JSON_REQUIRED INT64_MIN // the fallback of json_int for a key that must be there
+
+typedef struct JsonChunk { struct JsonChunk *next; int used; Json nodes[JSON_CHUNK]; } JsonChunk;
+typedef struct JsonDoc { Json root; char *text; JsonChunk *chunks; } JsonDoc; // root first: json_free finds the rest
+typedef struct JsonParser {
+    JsonDoc *doc;
+    char *at, *end;        // *end is NUL, so looking one byte ahead is always safe
+    const char *where;
+    const Json **keys;     // scratch of json_check_keys
+    int max_keys;
+} JsonParser;
+
+// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
+static void *array_room(void *p, int need, int *max, size_t size) {
+    if (need <= *max) return p;
+    *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
+    p = realloc(p, (size_t)*max * size);
+    if (!p) die("out of memory: an array of %d items of %zu bytes", *max, size);
+    return p;
+}
+
+static void json_fail(const JsonParser *p, const char *expected) {
+    char found[32];
+    unsigned char c = (unsigned char)*p->at;
+    if (p->at == p->end) snprintf(found, sizeof found, "the end of the text");
+    else snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->doc->text), expected, found);
+}
+
+static void json_space(JsonParser *p) {
+    while (*p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t') p->at++;
+}
+
+static Json *json_node(JsonParser *p) {
+    JsonChunk *c = p->doc->chunks;
+    if (!c || c->used == JSON_CHUNK) {
+        c = (JsonChunk *)xcalloc(1, sizeof *c);
+        c->next = p->doc->chunks;
+        p->doc->chunks = c;
+    }
+    return &c->nodes[c->used++];
+}
+
+// Bytes of the UTF-8 sequence at s (first byte >= 0x80), or 0: overlong forms and surrogates are malformed.
+static int utf8_length(const char *s) {
+    const unsigned char *u = (const unsigned char *)s;
+    int n = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
+    uint32_t code = u[0] & (0x7Fu >> n);
+    if (u[0] < 0xC2 || u[0] > 0xF4) return 0;
+    for (int i = 1; i < n; i++) {
+        if ((u[i] & 0xC0) != 0x80) return 0;
+        code = code << 6 | (u[i] & 0x3Fu);
+    }
+    if ((n == 3 && code < 0x800) || (n == 4 && code < 0x10000)) return 0;
+    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : n;
+}
+
+// The value of "\uXXXX" at s, or -1.
+static int json_hex4(const char *s) {
+    int code = 0;
+    if (s[0] != '\\' || s[1] != 'u') return -1;
+    for (int i = 2; i < 6; i++) {
+        if (!isxdigit((unsigned char)s[i])) return -1;
+        code = code * 16 + (isdigit((unsigned char)s[i]) ? s[i] - '0' : (s[i] | 32) - 'a' + 10);
+    }
+    return code;
+}
+
+// Decodes the escape at p->at into `out`; returns the end of what it wrote (at most as long as the escape).
+static char *json_escape(JsonParser *p, char *out) {
+    const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t";
+    const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
+    if (simple) {
+        *out++ = to[simple - from];
+        p->at += 2;
+        return out;
+    }
+    int code = json_hex4(p->at);
+    int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0; // a pair \uD8xx\uDCxx is one code point
+    if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
+        json_fail(p, "an escape: \\\" \\\\ \\/ \\b \\f \\n \\r \\t, or \\uXXXX with surrogates in pairs");
+    p->at += low ? 12 : 6;
+    if (low) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    if (code < 0x80) {
+        *out++ = (char)code;
+        return out;
+    }
+    int n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
+    out[0] = (char)((0xF00 >> n & 0xFF) | code);
+    return out + n;
+}
+
+// Decodes the string at p->at in place: the text it stands for is never longer than its source.
+static char *json_chars(JsonParser *p, size_t *length) {
+    char *start = ++p->at, *out = start;
+    while (*p->at != '"') {
+        unsigned char c = (unsigned char)*p->at;
+        int n = c < 0x80 ? 1 : utf8_length(p->at);
+        if (c < 0x20) json_fail(p, "the rest of a string (control characters must be escaped)");
+        if (!n) json_fail(p, "valid UTF-8");
+        if (c == '\\') out = json_escape(p, out);
+        else while (n--) *out++ = *p->at++;
+    }
+    *length = (size_t)(out - start);
+    *out = 0;
+    p->at++;
+    return start;
+}
+
+static void json_scan_number(JsonParser *p, Json *v) {
+    char *start = p->at;
+    v->type = 'n';
+    v->is_int = 1;
+    if (*p->at == '-') p->at++;
+    if (*p->at == '0') p->at++; // no further digit may follow a leading zero
+    else {
+        if (!isdigit((unsigned char)*p->at)) json_fail(p, "a digit");
+        while (isdigit((unsigned char)*p->at)) p->at++;
+    }
+    for (int part = 0; part < 2; part++) { // fraction, exponent
+        if (part ? (*p->at | 32) != 'e' : *p->at != '.') continue;
+        p->at++;
+        if (part && (*p->at == '+' || *p->at == '-')) p->at++;
+        if (!isdigit((unsigned char)*p->at)) json_fail(p, "a digit");
+        while (isdigit((unsigned char)*p->at)) p->at++;
+        v->is_int = 0;
+    }
+    v->str = start;
+    v->str_len = (size_t)(p->at - start);
+    v->num = strtod(start, NULL);
+    if (!isfinite(v->num)) {
+        p->at = start;
+        json_fail(p, "a number within the range of a double");
+    }
+    errno = 0;
+    if (v->is_int) v->inum = strtoll(start, NULL, 10);
+    if (errno) v->is_int = 0;
+}
+
+static int json_compare_keys(const void *a, const void *b) {
+    return strcmp((*(const Json *const *)a)->key, (*(const Json *const *)b)->key);
+}
+
+// Dies when two children have one key: readers disagree on which of them counts.
+static void json_check_keys(JsonParser *p, const Json *object) {
+    p->keys = (const Json **)array_room(p->keys, object->n, &p->max_keys, sizeof *p->keys);
+    int n = 0;
+    for (const Json *e = object->child; e; e = e->next) p->keys[n++] = e;
+    qsort(p->keys, (size_t)n, sizeof *p->keys, json_compare_keys);
+    for (int i = 1; i < n; i++)
+        if (!strcmp(p->keys[i - 1]->key, p->keys[i]->key)) die("%s: the key \"%s\" appears twice", p->where, p->keys[i]->key);
+}
+
+static void json_value(JsonParser *p, Json *v, int depth);
+
+static void json_container(JsonParser *p, Json *v, int depth) {
+    int is_object = *p->at == '{';
+    char close = is_object ? '}' : ']';
+    Json **link = &v->child;
+    if (depth > JSON_MAX_DEPTH) json_fail(p, "at most 64 levels of nesting");
+    v->type = is_object ? 'o' : 'a';
+    p->at++;
+    json_space(p);
+    while (*p->at != close || v->n) {
+        Json *e = json_node(p);
+        json_space(p);
+        if (is_object) {
+            size_t length;
+            if (*p->at != '"') json_fail(p, "a key in double quotes");
+            e->key = json_chars(p, &length);
+            if (strlen(e->key) != length) json_fail(p, "a key without \\u0000");
+            json_space(p);
+            if (*p->at != ':') json_fail(p, "':'");
+            p->at++;
+        }
+        json_value(p, e, depth);
+        *link = e;
+        link = &e->next;
+        v->n++;
+        json_space(p);
+        if (*p->at == close) break;
+        if (*p->at != ',') json_fail(p, is_object ? "',' or '}'" : "',' or ']'");
+        p->at++;
+    }
+    p->at++;
+    if (is_object && v->n > 1) json_check_keys(p, v);
+}
+
+static void json_value(JsonParser *p, Json *v, int depth) {
+    static const char *const words[] = {"true", "false", "null"};
+    json_space(p);
+    if (*p->at == '{' || *p->at == '[') json_container(p, v, depth + 1);
+    else if (*p->at == '-' || isdigit((unsigned char)*p->at)) json_scan_number(p, v);
+    else if (*p->at == '"') {
+        v->type = 's';
+        v->str = json_chars(p, &v->str_len);
+    } else {
+        int i = 0;
+        while (i < 3 && strncmp(p->at, words[i], strlen(words[i]))) i++;
+        if (i == 3) json_fail(p, "a value");
+        v->type = "tf0"[i];
+        p->at += strlen(words[i]);
+    }
+}
+
+// Parses n bytes; dies with `where`, the byte and what was expected there. One json_free releases every node.
+Json *json_parse(const char *text, size_t n, const char *where) {
+    JsonParser p;
+    if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
+    JsonDoc *doc = (JsonDoc *)xcalloc(1, sizeof *doc);
+    doc->text = (char *)xmalloc(n + 1);
+    memcpy(doc->text, text, n);
+    doc->text[n] = 0;
+    memset(&p, 0, sizeof p);
+    p.doc = doc;
+    p.at = doc->text;
+    p.end = doc->text + n;
+    p.where = where;
+    json_value(&p, &doc->root, 0);
+    json_space(&p);
+    if (p.at != p.end) json_fail(&p, "the end of the text");
+    free(p.keys);
+    return &doc->root;
+}
+
+// Frees a root that json_parse returned; NULL is fine.
+void json_free(Json *root) {
+    JsonDoc *doc = (JsonDoc *)root;
+    if (!doc) return;
+    for (JsonChunk *c = doc->chunks, *next; c; c = next) {
+        next = c->next;
+        free(c);
+    }
+    free(doc->text);
+    free(doc);
+}
+
+// The value of `key`; NULL when obj is not an object, or when the key is absent or null.
+const Json *json_get(const Json *obj, const char *key) {
+    if (!obj || obj->type != 'o') return NULL;
+    for (const Json *e = obj->child; e; e = e->next)
+        if (!strcmp(e->key, key)) return e->type == '0' ? NULL : e;
+    return NULL;
+}
+
+// Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
+static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
+    char shown[64];
+    int n = v ? (int)(v->str_len < 40 ? v->str_len : 40) : 0;
+    if (!v) snprintf(shown, sizeof shown, "missing");
+    else if (v->type == 's' || v->type == 'n')
+        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", n, v->str, v->str_len > 40 ? "..." : "");
+    else snprintf(shown, sizeof shown, "%s", v->type == 'o' ? "an object" : v->type == 'a' ? "a list" : v->type == 't' ? "true" :
+                  v->type == 'f' ? "false" : "null");
+    for (char *c = shown; *c; c++)
+        if (iscntrl((unsigned char)*c)) *c = '?';
+    die("%s: \"%s\" is %s; expected %s", where, key, shown, expected);
+}
+
+// Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`, the key,
+// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), -1 (bool), NULL (string).
+int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi, int64_t fallback) {
+    const Json *v = json_get(obj, key);
+    char expected[80];
+    if (!v && fallback != JSON_REQUIRED) return fallback;
+    snprintf(expected, sizeof expected, "an integer from %" PRId64 " to %" PRId64, lo, hi);
+    if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi) json_refuse(v, key, where, expected);
+    return v->inum;
+}
+
+double json_number(const Json *obj, const char *key, const char *where, double lo, double hi, double fallback) {
+    const Json *v = json_get(obj, key);
+    char expected[80];
+    if (!v && !isnan(fallback)) return fallback;
+    snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
+    if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi)) json_refuse(v, key, where, expected);
+    return v->num;
+}
+
+int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
+    const Json *v = json_get(obj, key);
+    if (!v && fallback >= 0) return fallback;
+    if (!v || (v->type != 't' && v->type != 'f')) json_refuse(v, key, where, "true or false");
+    return v->type == 't';
+}
+
+const char *json_string(const Json *obj, const char *key, const char *where, const char *fallback) {
+    const Json *v = json_get(obj, key);
+    if (!v && fallback) return fallback;
+    if (!v || v->type != 's' || strlen(v->str) != v->str_len) json_refuse(v, key, where, "a string");
+    return v->str;
+}
+
+// A growing text: start from zero, text_add, free(t.s).
+typedef struct Text { char *s; int n, max; } Text;
+
+// Appends like printf.
+void text_add(Text *t, const char *fmt, ...) {
+    va_list args;
+    for (int pass = 0, n = 0; pass < 2; pass++) { // measure, then print
+        va_start(args, fmt);
+        n = vsnprintf(pass ? t->s + t->n : NULL, pass ? (size_t)n + 1 : 0, fmt, args);
+        va_end(args);
+        assert(n >= 0 && t->n < INT_MAX / 4 - n);
+        if (pass) t->n += n;
+        else t->s = (char *)array_room(t->s, t->n + n + 1, &t->max, 1);
+    }
+}
+
+// Appends s as a JSON string, quotes included (s is UTF-8).
+void text_add_string(Text *t, const char *s) {
+    text_add(t, "\"");
+    for (; *s; s++)
+        if (*s == '"' || *s == '\\') text_add(t, "\\%c", *s);
+        else text_add(t, (unsigned char)*s < 0x20 ? "\\u%04x" : "%c", *s);
+    text_add(t, "\"");
+}
+
+// Appends the shortest decimal that reads back as x, marked as a float (8.0, not 8); JSON has no NaN: null.
+void text_add_number(Text *t, double x) {
+    char s[40];
+    int digits = 1;
+    if (!isfinite(x)) {
+        text_add(t, "null");
+        return;
+    }
+    do snprintf(s, sizeof s, "%.*g", digits, x);
+    while (digits++ < 17 && strtod(s, NULL) != x);
+    text_add(t, strpbrk(s, ".e") ? "%s" : "%s.0", s);
+}
+// ==== 4. Options: one table feeds parser, --help, the log and resume ====================================================
+enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
+enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
+enum { FP32, BF16 };
+enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
+enum { AUTO = -1 };         // decided at start from model, data and machine
+
+typedef struct Options {
+    const char *preset, *config, *init_from, *resume;
+    const char *train_data, *val_data, *tokenizer;
+    int64_t stage, document_mask;
+    double dpo_beta;
+    int64_t batch_size, seq_len, total_batch_tokens, steps, warmup_steps, schedule, optimizer_dtype;
+    double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
+    int64_t val_every, val_batches, sample_every, sample_tokens, log_every, eval_only, generate;
+    const char *prompt;
+    double temperature;
+    const char *out, *dump_grads, *device;
+    int64_t checkpoint_every, keep, seed, threads, precision, zero, shard_size, reduce_dtype, recompute, logits_chunk;
+    int64_t deterministic, timeout, gpus, nodes, dry_run, help;
+    double skip_spikes;
+} Options;
+
+static Options opt;
+
+enum { OPT_INT, OPT_REAL, OPT_TEXT, OPT_CHOICE, OPT_FLAG };
+enum { RUN = 1 };           // the option is part of what a run is: saved with a checkpoint and taken up again by --resume
+
+typedef struct Option {
+    const char *name;
+    int type, kind;
+    void *value;
+    const char *initial;    // NULL: not set
+    double lo, hi;          // of numbers
+    const char *help;       // a choice: "first|second: text"
+    int given;              // on the command line
+} Option;
+
+#define FROM(x) (&opt.x)
+static Option option_table[] = {
+    {"--preset", OPT_TEXT, 0, FROM(preset), NULL, 0, 0, "model by name (list: --preset help)", 0},
+    {"--config", OPT_TEXT, 0, FROM(config), NULL, 0, 0, "model by a Hugging Face config.json, random weights", 0},
+    {"--init-from", OPT_TEXT, 0, FROM(init_from), NULL, 0, 0, "start from the weights of a Hugging Face checkpoint folder", 0},
+    {"--resume", OPT_TEXT, 0, FROM(resume), NULL, 0, 0, "continue a litespark checkpoint folder; auto: the newest whole one in --out", 0},
+    {"--train-data", OPT_TEXT, RUN, FROM(train_data), NULL, 0, 0, "token shards, a quoted glob (default: the generated stories)", 0},
+    {"--val-data", OPT_TEXT, RUN, FROM(val_data), NULL, 0, 0, "validation shards (default: the stories', with the default --train-data)", 0},
+    {"--tokenizer", OPT_TEXT, RUN, FROM(tokenizer), NULL, 0, 0, "tokenizer.bin for text (default: beside model or data)", 0},
+    {"--stage", OPT_CHOICE, RUN, FROM(stage), "pretrain", 0, 0, "pretrain|sft|dpo: what is trained", 0},
+    {"--dpo-beta", OPT_REAL, RUN, FROM(dpo_beta), "0.1", 0, 1e3, "strength of the pull to the reference model", 0},
+    {"--document-mask", OPT_CHOICE, RUN, FROM(document_mask), "off", 0, 0, "off|on: attention stays inside documents", 0},
+    {"--batch-size", OPT_INT, RUN, FROM(batch_size), "0", 0, 1 << 20, "sequences per rank and micro-step, 0 = the largest that fits", 0},
+    {"--seq-len", OPT_INT, RUN, FROM(seq_len), "0", 0, 1 << 24, "tokens per sequence, 0 = the model's, at most 1024", 0},
+    {"--total-batch-tokens", OPT_INT, RUN, FROM(total_batch_tokens), "0", 0, 1e12, "tokens per update over all ranks, 0 = the model's default", 0},
+    {"--steps", OPT_INT, RUN, FROM(steps), "-1", -1, 1e12, "updates, -1 = the model's default", 0},
+    {"--lr", OPT_REAL, RUN, FROM(lr), "-1", -1, 1e3, "peak learning rate, -1 = the model's default", 0},
+    {"--min-lr", OPT_REAL, RUN, FROM(min_lr), "-1", -1, 1e3, "learning rate at the end, -1 = lr/10", 0},
+    {"--warmup-steps", OPT_INT, RUN, FROM(warmup_steps), "-1", -1, 1e12, "linear warm-up, -1 = min(100, steps/10)", 0},
+    {"--schedule", OPT_CHOICE, RUN, FROM(schedule), "cosine", 0, 0, "cosine|linear|wsd|constant: shape of the decay (wsd: over the last fifth)", 0},
+    {"--beta1", OPT_REAL, RUN, FROM(beta1), "0.9", 0, 0.999999, "AdamW", 0},
+    {"--beta2", OPT_REAL, RUN, FROM(beta2), "0.95", 0, 0.999999999, "AdamW", 0},
+    {"--eps", OPT_REAL, RUN, FROM(eps), "1e-8", 1e-30, 1, "AdamW", 0},
+    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.1", 0, 1e3, "AdamW, on matrices", 0},
+    {"--grad-clip", OPT_REAL, RUN, FROM(grad_clip), "1", 0, 1e9, "largest global gradient norm, 0 = no clipping", 0},
+    {"--optimizer-dtype", OPT_CHOICE, RUN, FROM(optimizer_dtype), "fp32", 0, 0, "fp32|bf16: storage of m and v", 0},
+    {"--skip-spikes", OPT_REAL, RUN, FROM(skip_spikes), "0", 0, 1e6, "skip updates whose loss or norm is this many standard deviations off, 0 = never", 0},
+    {"--val-every", OPT_INT, RUN, FROM(val_every), "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10", 0},
+    {"--val-batches", OPT_INT, RUN, FROM(val_batches), "0", 0, 1e12, "micro-steps of an evaluation, 0 = all of --val-data", 0},
+    {"--sample-every", OPT_INT, RUN, FROM(sample_every), "-1", -1, 1e12, "updates between text samples, 0 = never, -1 = at the end", 0},
+    {"--sample-tokens", OPT_INT, RUN, FROM(sample_tokens), "200", 0, 1e9, "length of a sample", 0},
+    {"--prompt", OPT_TEXT, RUN, FROM(prompt), "", 0, 0, "text a sample begins with", 0},
+    {"--temperature", OPT_REAL, RUN, FROM(temperature), "0.8", 0, 100, "of samples, 0 = greedy", 0},
+    {"--log-every", OPT_INT, RUN, FROM(log_every), "1", 1, 1e12, "updates between lines on the screen (log.jsonl has all)", 0},
+    {"--eval-only", OPT_FLAG, 0, FROM(eval_only), NULL, 0, 0, "print the loss on --val-data and stop", 0},
+    {"--generate", OPT_FLAG, 0, FROM(generate), NULL, 0, 0, "print a sample of text and stop", 0},
+    {"--out", OPT_TEXT, 0, FROM(out), "out", 0, 0, "folder of checkpoints and log.jsonl", 0},
+    {"--checkpoint-every", OPT_INT, RUN, FROM(checkpoint_every), "-1", -1, 1e12, "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end", 0},
+    {"--keep", OPT_INT, RUN, FROM(keep), "2", 1, 1e9, "checkpoints to keep", 0},
+    {"--seed", OPT_INT, RUN, FROM(seed), "1", 0, 9e15, "of initial weights, data order and samples", 0},
+    {"--threads", OPT_INT, 0, FROM(threads), "0", 0, 4096, "per rank, 0 = cores / ranks of this machine", 0},
+    {"--precision", OPT_CHOICE, RUN, FROM(precision), "fp32", 0, 0, "fp32|bf16: of weights and activations", 0},
+    {"--zero", OPT_INT, 0, FROM(zero), "0", 0, 3, "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 weights", 0},
+    {"--shard-size", OPT_INT, 0, FROM(shard_size), "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all", 0},
+    {"--reduce-dtype", OPT_CHOICE, 0, FROM(reduce_dtype), "fp32", 0, 0, "fp32|bf16: gradients on the wire", 0},
+    {"--recompute", OPT_CHOICE, 0, FROM(recompute), "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping", 0},
+    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them", 0},
+    {"--deterministic", OPT_CHOICE, 0, FROM(deterministic), "on", 0, 0, "off|on: two runs give the same bits", 0},
+    {"--timeout", OPT_INT, 0, FROM(timeout), "600", 1, 1e6, "seconds to wait for another rank before giving up", 0},
+    {"--gpus", OPT_INT, 0, FROM(gpus), "0", 0, 1e6, "with --dry-run: GPUs to plan for", 0},
+    {"--nodes", OPT_INT, 0, FROM(nodes), "0", 0, 1e6, "with --dry-run: nodes to plan for", 0},
+    {"--device", OPT_TEXT, 0, FROM(device), NULL, 0, 0, "with --dry-run: GPU to plan for", 0},
+    {"--dry-run", OPT_FLAG, 0, FROM(dry_run), NULL, 0, 0, "print the memory this run needs and stop", 0},
+    {"--dump-grads", OPT_TEXT, 0, FROM(dump_grads), NULL, 0, 0, "write the first update's gradients to this safetensors file and stop", 0},
+    {"--help", OPT_FLAG, 0, FROM(help), NULL, 0, 0, "this list", 0},
+};
+enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
+
+// Index of `text` among the '|'-separated words before ':' in help, or -1. text NULL: prints nothing, finds word `index` into name.
+static int choice_index(const char *help, const char *text) {
+    int index = 0;
+    for (const char *at = help;; at++) {
+        size_t n = strcspn(at, "|:");
+        if (strlen(text) == n && !strncmp(at, text, n)) return index;
+        at += n;
+        if (*at != '|') return -1;
+        index++;
+    }
+}
+
+// The word of a choice, in a static buffer.
+static const char *choice_name(const Option *o) {
+    static char word[16];
+    const char *at = o->help;
+    for (int64_t i = *(int64_t *)o->value; i > 0; i--) at = strchr(at, '|') + 1;
+    snprintf(word, sizeof word, "%.*s", (int)strcspn(at, "|:"), at);
+    return word;
+}
+
+Option *option_find(const char *name) {
+    for (int i = 0; i < N_OPTIONS; i++) if (!strcmp(option_table[i].name, name)) return &option_table[i];
+    return NULL;
+}
+
+int option_given(const char *name) { return option_find(name)->given; }
+
+// Parses text into the option's variable; dies naming the option and what it wants.
+void option_set(Option *o, const char *text) {
+    if (o->type == OPT_TEXT) {
+        *(const char **)o->value = xstrdup(text);
+    } else if (o->type == OPT_CHOICE) {
+        int index = choice_index(o->help, text);
+        if (index < 0) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
+        *(int64_t *)o->value = index;
+    } else if (o->type == OPT_REAL) {
+        double x;
+        if (!parse_double(text, &x)) die("%s %s: not a number", o->name, text);
+        if (!(x >= o->lo && x <= o->hi)) die("%s %s: out of range %g .. %g", o->name, text, o->lo, o->hi);
+        *(double *)o->value = x;
+    } else {
+        int64_t x;
+        if (!parse_int(text, &x)) die("%s %s: not a whole number", o->name, text);
+        if (!((double)x >= o->lo && (double)x <= o->hi)) die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
+        *(int64_t *)o->value = x;
+    }
+}
+
+// The option's value as text, as option_set reads it (NULL: not set).
+const char *option_text(const Option *o) {
+    static char text[64];
+    if (o->type == OPT_TEXT) return *(const char **)o->value;
+    if (o->type == OPT_CHOICE) return choice_name(o);
+    if (o->type == OPT_REAL) snprintf(text, sizeof text, "%.17g", *(double *)o->value);
+    else snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
+    return text;
+}
+
+void options_default(void) {
+    memset(&opt, 0, sizeof opt);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        option_table[i].given = 0;
+        if (option_table[i].initial) option_set(&option_table[i], option_table[i].initial);
+    }
+}
+
+void options_help(void) {
+    printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        char left[64];
+        snprintf(left, sizeof left, "%s%s", o->name, o->type == OPT_FLAG ? "" : o->type == OPT_TEXT ? " TEXT" : o->type == OPT_CHOICE ? " WORD" : " N");
+        printf("  %-24s %s", left, o->help);
+        printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
+    }
+}
+
+// argv -> opt. Unknown names, missing and malformed values die.
+void options_parse(int argc, char **argv) {
+    options_default();
+    for (int i = 1; i < argc; i++) {
+        Option *o = option_find(argv[i]);
+        if (!o) die("unknown option %s; --help lists them all", argv[i]);
+        if (o->given) die("%s is given twice", o->name);
+        o->given = 1;
+        if (o->type == OPT_FLAG) {
+            *(int64_t *)o->value = 1;
+            continue;
+        }
+        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
+        option_set(o, argv[++i]);
+    }
+}
+
+// What can be said against the options without looking at any file.
+void options_check(void) {
+    int models = !!opt.preset + !!opt.config + !!opt.init_from;
+    if (models > 1) die("choose one of --preset, --config and --init-from");
+    if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
+    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1) die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
+    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume) die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
+    if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
+    if (!*opt.out) die("--out is empty; name a folder");
+    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run) die("--gpus, --nodes and --device go with --dry-run");
+    if (opt.min_lr > opt.lr && opt.lr >= 0) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
+}
+// ==== 5. safetensors: reading and writing Hugging Face weight files =============================
+// OFFSET  SIZE  MEANING (https://github.com/huggingface/safetensors#format)
+// 0       8     N, the header's length in bytes, little-endian (as is everything; so must this machine be)
+// 8       N     JSON {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}, space-padded
+// 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
+
+enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, ST_U32, ST_U16, ST_U8, ST_BOOL, ST_F8_E4M3,
+       ST_F8_E5M2, ST_DTYPES };
+static const struct { const char *name; size_t bytes; } st_dtypes[ST_DTYPES] = {
+    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"F64", 8}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
+    {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+enum { ST_MAX_HEADER = 100000000, ST_MAX_DIMS = 4, ST_BUFFER = 1 << 20 }; // bytes; the library has the same header limit
+
+typedef struct StTensor {
+    const char *name;
+    int dtype, n_dims, file;        // file: index into StSet.paths
+    int64_t shape[ST_MAX_DIMS];
+    size_t offset, n_bytes, n;      // offset from the start of the file; n = elements
+} StTensor;
+
+typedef struct StSet {              // the tensors of one checkpoint, sorted by name
+    StTensor *tensors;
+    int n_tensors, max_tensors, n_files, max_paths, max_fds, max_headers;
+    char **paths;
+    int *fds;
+    Json **headers;                 // own the names
+} StSet;
+
+// Reads exactly n bytes; a file that ends early (it was whole when opened) dies by name.
+static void st_pread(int fd, const char *path, void *out, size_t n, size_t offset) {
+    while (n) {
+        ssize_t got = pread(fd, out, n < (1u << 30) ? n : 1u << 30, (off_t)offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) die("%s: cannot read at byte %zu: %s", path, offset, got ? strerror(errno) : "the file ends early");
+        out = (char *)out + got;
+        n -= (size_t)got;
+        offset += (size_t)got;
+    }
+}
+
+// Appends the tensor of one header entry; checks all but how tensors lie next to each other.
+static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
+    const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape"), *span = json_get(e, "data_offsets");
+    StTensor t;
+    memset(&t, 0, sizeof t);
+    t.name = e->key;
+    t.file = s->n_files - 1;
+    if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
+        die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
+    while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
+    if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
+    if (shape->n > ST_MAX_DIMS) die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
+    t.n = 1;
+    for (const Json *d = shape->child; d; d = d->next) {
+        if (!d->is_int || d->inum < 0 || (d->inum && t.n > (size_t)INT64_MAX / 8 / (size_t)d->inum))
+            die("%s: tensor %s: dimension %d of its shape is no size", path, t.name, t.n_dims);
+        t.shape[t.n_dims++] = d->inum;
+        t.n *= (size_t)d->inum;
+    }
+    const Json *begin = span->child, *end = begin->next;
+    if (!begin->is_int || !end->is_int || begin->inum < 0 || end->inum < begin->inum || (size_t)end->inum > data_bytes)
+        die("%s: tensor %s: its data_offsets lie outside of the %zu data bytes", path, t.name, data_bytes);
+    t.offset = data_start + (size_t)begin->inum;
+    t.n_bytes = (size_t)(end->inum - begin->inum);
+    if (t.n_bytes != t.n * st_dtypes[t.dtype].bytes)
+        die("%s: tensor %s: %zu bytes of data, but its shape and dtype need %zu", path, t.name, t.n_bytes, t.n * st_dtypes[t.dtype].bytes);
+    s->tensors = (StTensor *)array_room(s->tensors, s->n_tensors + 1, &s->max_tensors, sizeof t);
+    s->tensors[s->n_tensors++] = t;
+}
+
+static int st_compare_offsets(const void *a, const void *b) {
+    const StTensor *x = (const StTensor *)a, *y = (const StTensor *)b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    return (x->n_bytes > y->n_bytes) - (x->n_bytes < y->n_bytes); // empty tensors first
+}
+
+static int st_compare_names(const void *a, const void *b) {
+    return strcmp(((const StTensor *)a)->name, ((const StTensor *)b)->name);
+}
+
+// Opens a file, takes over its header and adds its tensors.
+static void st_add_file(StSet *s, const char *path) {
+    struct stat info;
+    unsigned char length[8];
+    uint64_t n_header = 0;
+    if (stat(path, &info)) die("%s: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("%s is not a regular file", path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC), f = s->n_files++, first = s->n_tensors;
+    if (fd < 0) die("%s: cannot open: %s", path, strerror(errno));
+    s->paths = (char **)array_room(s->paths, f + 1, &s->max_paths, sizeof *s->paths);
+    s->fds = (int *)array_room(s->fds, f + 1, &s->max_fds, sizeof *s->fds);
+    s->headers = (Json **)array_room(s->headers, f + 1, &s->max_headers, sizeof *s->headers);
+    s->paths[f] = xstrdup(path);
+    s->fds[f] = fd;
+
+    size_t size = (size_t)info.st_size;
+    if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
+    st_pread(fd, path, length, 8, 0);
+    for (int i = 7; i >= 0; i--) n_header = n_header << 8 | length[i];
+    if (n_header > size - 8 || n_header > ST_MAX_HEADER)
+        die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file", path, n_header, size);
+    char *text = (char *)xmalloc((size_t)n_header + 1);
+    st_pread(fd, path, text, (size_t)n_header, 8);
+    Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
+    free(text);
+    if (header->type != 'o') die("%s: the header is no JSON object", path);
+    size_t start = 8 + (size_t)n_header, at = start;
+    for (const Json *e = header->child; e; e = e->next) {
+        if (strcmp(e->key, "__metadata__")) st_add_tensor(s, e, path, start, size - start);
+        else if (e->type != 'o') die("%s: __metadata__ is no JSON object", path);
+    }
+    qsort(s->tensors + first, (size_t)(s->n_tensors - first), sizeof *s->tensors, st_compare_offsets);
+    for (int i = first; i < s->n_tensors; at += s->tensors[i++].n_bytes)
+        if (s->tensors[i].offset != at)
+            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu", path, s->tensors[i].name, s->tensors[i].offset, at);
+    if (at != size) die("%s: the tensors end at byte %zu, but the file has %zu", path, at, size);
+}
+
+// The tensor of that name, or NULL.
+const StTensor *st_find(const StSet *s, const char *name) {
+    StTensor key;
+    key.name = name;
+    return (const StTensor *)bsearch(&key, s->tensors, (size_t)s->n_tensors, sizeof key, st_compare_names);
+}
+
+static void st_sort_names(StSet *s) {
+    qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, st_compare_names);
+    for (int i = 1; i < s->n_tensors; i++)
+        if (!strcmp(s->tensors[i - 1].name, s->tensors[i].name))
+            die("%s and %s both hold tensor %s", s->paths[s->tensors[i - 1].file], s->paths[s->tensors[i].file], s->tensors[i].name);
+}
+
+// Is paths[f] the file of that name beside the index?
+static int st_is_file(const StSet *s, int f, const char *name) { return !strcmp(strrchr(s->paths[f], '/') + 1, name); }
+
+// Opens every file that the index names; index and files must agree on where each tensor is.
+static void st_open_index(StSet *s, const char *folder, const char *index_path) {
+    size_t n;
+    char *text = read_text_file(index_path, ST_MAX_HEADER, &n);
+    Json *index = json_parse(text, n, index_path);
+    const Json *map = json_get(index, "weight_map");
+    if (!map || map->type != 'o') die("%s: \"weight_map\" is no JSON object", index_path);
+    for (const Json *e = map->child; e; e = e->next) {
+        int f = s->n_files - 1;
+        if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
+            die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
+        while (f >= 0 && !st_is_file(s, f, e->str)) f--;
+        if (f >= 0) continue;
+        Text path = {NULL, 0, 0};
+        text_add(&path, "%s/%s", folder, e->str);
+        st_add_file(s, path.s);
+        free(path.s);
+    }
+    st_sort_names(s);
+    char *listed = (char *)xcalloc((size_t)s->n_tensors + 1, 1);
+    for (const Json *e = map->child; e; e = e->next) {
+        const StTensor *t = st_find(s, e->key);
+        if (!t || !st_is_file(s, t->file, e->str)) die("%s: tensor %s is not in %s", index_path, e->key, e->str);
+        listed[t - s->tensors] = 1;
+    }
+    for (int i = 0; i < s->n_tensors; i++)
+        if (!listed[i]) die("%s does not list tensor %s of %s", index_path, s->tensors[i].name, s->paths[s->tensors[i].file]);
+    free(listed);
+    json_free(index);
+    free(text);
+}
+
+// Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
+// one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
+StSet *st_open(const char *dir_or_file) {
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
+    s->tensors = (StTensor *)array_room(NULL, 1, &s->max_tensors, sizeof *s->tensors); // never NULL: qsort, bsearch
+    struct stat info;
+    Text one = {NULL, 0, 0}, index = {NULL, 0, 0};
+    text_add(&one, "%s/model.safetensors", dir_or_file);
+    text_add(&index, "%s/model.safetensors.index.json", dir_or_file);
+    if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
+    if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
+    else if (!access(one.s, F_OK)) st_add_file(s, one.s);
+    else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
+    else die("%s holds neither model.safetensors nor model.safetensors.index.json; save the model with safetensors", dir_or_file);
+    st_sort_names(s);
+    free(one.s);
+    free(index.s);
+    return s;
+}
+
+// The value of a __metadata__ key, or NULL.
+const char *st_metadata(const StSet *s, const char *key) {
+    for (int f = 0; f < s->n_files; f++) {
+        const Json *v = json_get(json_get(s->headers[f], "__metadata__"), key);
+        if (v && v->type == 's') return v->str;
+    }
+    return NULL;
+}
+
+// IEEE half to float: exact, subnormals included.
+static float st_f16_to_float(uint32_t h) {
+    uint32_t exponent = h >> 10 & 31, fraction = h & 1023, bits;
+    float x = ldexpf((float)fraction, -24); // exponent 0: fraction * 2^-24
+    memcpy(&bits, &x, 4);
+    if (exponent) bits = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    bits |= h >> 15 << 31;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// Elements first .. first+count-1 of an F32, BF16 or F16 tensor, as float. Threads may call it at the same time.
+void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
+    size_t size = st_dtypes[t->dtype].bytes;
+    const char *path = s->paths[t->file];
+    assert(first <= t->n && count <= t->n - first);
+    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; F32, BF16 or F16 is supported", path, t->name, st_dtypes[t->dtype].name);
+    // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
+    char *raw = (char *)out + count * (sizeof(float) - size);
+    st_pread(s->fds[t->file], path, raw, count * size, t->offset + first * size);
+    for (size_t i = 0; size == 2 && i < count; i++) {
+        uint16_t h;
+        memcpy(&h, raw + 2 * i, 2);
+        uint32_t bits = (uint32_t)h << 16;
+        if (t->dtype == ST_F16) out[i] = st_f16_to_float(h);
+        else memcpy(out + i, &bits, 4);
+    }
+}
+
+void st_close(StSet *s) {
+    if (!s) return;
+    for (int f = 0; f < s->n_files; f++) {
+        close(s->fds[f]);
+        free(s->paths[f]);
+        json_free(s->headers[f]);
+    }
+    free(s->paths);
+    free(s->fds);
+    free(s->headers);
+    free(s->tensors);
+    free(s);
+}
+
+// Writes one file front to back in constant memory: create, declare every tensor, begin, write the values in that order,
+// finish. A failing disk does not end the program: the first error is kept, later writes do nothing, and the caller asks
+// st_error after st_finish (or earlier), removes its temporary directory and keeps the old checkpoint.
+typedef struct StPart { size_t n; int dtype; } StPart;
+typedef struct StWriter {
+    char *path;
+    int fd, failed;                  // failed: the first errno
+    Text header;
+    StPart *parts;                   // the declared tensors
+    int n_parts, max_parts, part;    // the part being written, and
+    size_t done;                     // how many of its elements have come
+    size_t data_bytes, file_bytes, n_buffer;
+    unsigned char *buffer;           // ST_BUFFER bytes on their way to the file
+    uint32_t crc;
+    Text message;
+} StWriter;
+
+static void st_flush(StWriter *w) {
+    size_t at = 0;
+    w->crc = crc32_update(w->crc, w->buffer, w->n_buffer);
+    while (!w->failed && at < w->n_buffer) {
+        ssize_t n = write(w->fd, w->buffer + at, w->n_buffer - at);
+        if (n >= 0) at += (size_t)n;
+        else if (errno != EINTR) w->failed = errno;
+    }
+    w->file_bytes += w->n_buffer;
+    w->n_buffer = 0;
+}
+
+static void st_put(StWriter *w, const void *bytes, size_t n) {
+    for (size_t take; n; n -= take, bytes = (const char *)bytes + take) {
+        if (w->n_buffer == ST_BUFFER) st_flush(w);
+        take = n < ST_BUFFER - w->n_buffer ? n : ST_BUFFER - w->n_buffer;
+        memcpy(w->buffer + w->n_buffer, bytes, take);
+        w->n_buffer += take;
+    }
+}
+
+// Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
+StWriter *st_create(const char *path, const char *metadata) {
+    StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
+    w->path = xstrdup(path);
+    w->buffer = (unsigned char *)xmalloc(ST_BUFFER);
+    w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (w->fd < 0) w->failed = errno;
+    text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
+    return w;
+}
+
+// Announces the next tensor: dtype ST_F32 or ST_BF16.
+void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape) {
+    StPart part = {1, dtype};
+    assert((dtype == ST_F32 || dtype == ST_BF16) && n_dims <= ST_MAX_DIMS);
+    text_add(&w->header, w->header.n > 1 ? "," : "");
+    text_add_string(&w->header, name);
+    text_add(&w->header, ":{\"dtype\":\"%s\",\"shape\":[", st_dtypes[dtype].name);
+    for (int d = 0; d < n_dims; d++) {
+        text_add(&w->header, d ? ",%" PRId64 : "%" PRId64, shape[d]);
+        part.n *= (size_t)shape[d];
+    }
+    size_t end = w->data_bytes + part.n * st_dtypes[dtype].bytes;
+    text_add(&w->header, "],\"data_offsets\":[%zu,%zu]}", w->data_bytes, end);
+    w->data_bytes = end;
+    w->parts = (StPart *)array_room(w->parts, w->n_parts + 1, &w->max_parts, sizeof part);
+    w->parts[w->n_parts++] = part;
+}
+
+// Writes the header; no st_declare after it. Spaces bring the data to a multiple of 8, as the library does.
+void st_begin(StWriter *w) {
+    text_add(&w->header, "}");
+    text_add(&w->header, "%*s", (8 - w->header.n % 8) % 8, "");
+    unsigned char length[8];
+    for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)w->header.n >> 8 * i);
+    st_put(w, length, 8);
+    st_put(w, w->header.s, (size_t)w->header.n);
+}
+
+// float to bf16, round to nearest even; NaN stays NaN (rounding could carry it to infinity).
+static uint16_t st_float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (isnan(x)) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// Moves on to the part that the next element belongs to (empty tensors have none).
+static void st_next_part(StWriter *w) {
+    while (w->part < w->n_parts && w->done == w->parts[w->part].n) {
+        w->part++;
+        w->done = 0;
+    }
+}
+
+// The next elements, in the order of declaration; one call may span several tensors.
+void st_write(StWriter *w, const float *values, size_t count) {
+    for (size_t take; count; count -= take, values += take) {
+        st_next_part(w);
+        assert(w->part < w->n_parts);
+        const StPart *part = w->parts + w->part;
+        size_t size = st_dtypes[part->dtype].bytes, left = part->n - w->done;
+        if (ST_BUFFER - w->n_buffer < size) st_flush(w);
+        take = (ST_BUFFER - w->n_buffer) / size;
+        if (take > left) take = left;
+        if (take > count) take = count;
+        unsigned char *out = w->buffer + w->n_buffer;
+        if (size == 4) memcpy(out, values, take * 4);
+        else for (size_t i = 0; i < take; i++) {
+            uint16_t h = st_float_to_bf16(values[i]);
+            memcpy(out + 2 * i, &h, 2);
+        }
+        w->n_buffer += take * size;
+        w->done += take;
+    }
+}
+
+// Flushes, fsyncs, closes; all declared values must have come. Returns the CRC-32 of the whole file and its size; both
+// mean something only when st_error(w) is NULL.
+uint32_t st_finish(StWriter *w, size_t *file_bytes) {
+    st_next_part(w);
+    assert(w->part == w->n_parts);
+    st_flush(w);
+    if (w->fd >= 0 && fsync(w->fd) && !w->failed) w->failed = errno;
+    if (w->fd >= 0 && close(w->fd) && !w->failed) w->failed = errno;
+    w->fd = -1;
+    if (file_bytes) *file_bytes = w->file_bytes;
+    return w->crc;
+}
+
+// NULL while all is well, else "PATH: why"; valid until st_free.
+const char *st_error(StWriter *w) {
+    if (w->failed && !w->message.n) text_add(&w->message, "%s: cannot write: %s", w->path, strerror(w->failed));
+    return w->message.s;
+}
+
+void st_free(StWriter *w) {
+    free(w->path);
+    free(w->header.s);
+    free(w->parts);
+    free(w->buffer);
+    free(w->message.s);
+    free(w);
+}
+// ==== 6. Model configuration: Hugging Face's config.json and the presets ========================
+
+// The integers of a model: field, config.json key, smallest and largest value, what an absent (or null) key means.
+#define CONFIG_INTS(X) \
+    X(V,     "vocab_size",              2, 1 << 24, JSON_REQUIRED) \
+    X(L,     "num_hidden_layers",       1, 1 << 12, JSON_REQUIRED) \
+    X(C,     "hidden_size",             1, 1 << 20, JSON_REQUIRED) \
+    X(H,     "num_attention_heads",     1, 1 << 14, JSON_REQUIRED) \
+    X(K,     "num_key_value_heads",     1, 1 << 14, 0 /* = H */)   \
+    X(D,     "head_dim",                1, 1 << 14, 0 /* = C/H */) \
+    X(F,     "intermediate_size",       1, 1 << 22, JSON_REQUIRED) \
+    X(max_T, "max_position_embeddings", 1, 1 << 28, JSON_REQUIRED)
+#define CONFIG_NUMBERS(X) \
+    X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
+    X(init_std, "initializer_range", 0, 1, 0.02)
+
+typedef struct Config {
+    char family[16];          // "llama", "mistral", "qwen2", "qwen3"
+    int V, Vp;                // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
+    int L, C, H, K, D, F;     // layers, hidden size, query heads, key/value heads, head_dim, MLP width
+    int max_T;                // positions the model is made for
+    int tied;                 // lm_head is the embedding
+    int qkv_bias, qk_norm;    // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
+    double eps, rope_theta, init_std;
+    int rope_llama3;          // rope type "llama3": long wavelengths are stretched by rope_factor; its parameters:
+    double rope_factor, rope_low, rope_high;
+    int rope_original_T;
+    int sliding_window;       // 0 = none, else attention reaches that far in layers >= window_layer: refuse seq-len beyond it
+    int window_layer;         // Qwen's max_window_layers
+    int bos, eos;             // token ids, -1 = none
+} Config;
+
+static const struct { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } config_families[] = {
+    {"llama",   "LlamaForCausalLM",   0, 0, 0},
+    {"mistral", "MistralForCausalLM", 0, 0, 0},
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
+    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
+};
+enum { N_FAMILIES = sizeof config_families / sizeof *config_families };
+
+// Keys that would change the computation, and the one value that we compute.
+static const struct { const char *key, *only; } config_fixed[] = {
+    {"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}, {"attention_dropout", "0"},
+    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"}, {"num_experts", "0"},
+    {"num_local_experts", "0"}, {"n_routed_experts", "0"}, {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
+};
+
+// The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
+static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std, factor;
+                      int window, bos, eos; } config_presets[] = {
+//   name             family          V   L     C   H   K    D      F   max_T tied eps    theta   init  factor window  bos     eos
+    {"tiny",         "llama",       640,  4,  128,  4,  2,  32,   384,    256, 1, 1e-5,   10000, 0.02,   0,    0,     -1,     -1},
+    {"15M",          "llama",     32000,  6,  288,  6,  6,  48,   768,   1024, 1, 1e-5,   10000, 0.02,   0,    0,      1,      2},
+    {"100M",         "llama",     32000, 12,  768, 12,  4,  64,  2048,   2048, 1, 1e-5,   10000, 0.02,   0,    0,      1,      2},
+    {"3B",           "llama",     32000, 28, 2048, 16,  2, 128, 11008,   4096, 0, 1e-5,   10000, 0.02,   0,    0,      1,      2},
+    {"30B",          "llama",     32000, 60, 6656, 64, 64, 104, 17920,   4096, 0, 1e-5,   10000, 0.02,   0,    0,      1,      2},
+    {"llama3.2-1B",  "llama",    128256, 16, 2048, 32,  8,  64,  8192, 131072, 1, 1e-5,  500000, 0.02,  32,    0, 128000, 128001},
+    {"llama3.1-8B",  "llama",    128256, 32, 4096, 32,  8, 128, 14336, 131072, 0, 1e-5,  500000, 0.02,   8,    0, 128000, 128001},
+    {"qwen2.5-0.5B", "qwen2",    151936, 24,  896, 14,  2,  64,  4864,  32768, 1, 1e-6, 1000000, 0.02,   0,    0, 151643, 151643},
+    {"qwen2.5-3B",   "qwen2",    151936, 36, 2048, 16,  2, 128, 11008,  32768, 1, 1e-6, 1000000, 0.02,   0,    0, 151643, 151643},
+    {"qwen3-0.6B",   "qwen3",    151936, 28, 1024, 16,  8, 128,  3072,  40960, 1, 1e-6, 1000000, 0.02,   0,    0, 151643, 151645},
+    {"mistral-7B",   "mistral",   32000, 32, 4096, 32,  8, 128, 14336,  32768, 0, 1e-5,   10000, 0.02,   0, 4096,      1,      2},
+    {"smollm2-135M", "llama",     49152, 30,  576,  9,  3,  64,  1536,   8192, 1, 1e-5,  100000, 1.0/24, 0,    0,      0,      0},
+};
+enum { N_PRESETS = sizeof config_presets / sizeof *config_presets };
+
+static int config_set_family(Config *c, const char *name) {
+    for (int i = 0; i < N_FAMILIES; i++) {
+        if (strcmp(name, config_families[i].name)) continue;
+        snprintf(c->family, sizeof c->family, "%s", name);
+        c->qkv_bias = config_families[i].qkv_bias;
+        c->qk_norm = config_families[i].qk_norm;
+        return i;
+    }
+    return -1;
+}
+
+// Sets V and with it Vp: GEMMs and shards like the padded size.
+void config_set_vocab(Config *c, int V) {
+    c->V = V;
+    c->Vp = (V + 127) / 128 * 128;
+}
+
+// Parameters of the model, as Hugging Face counts them (a tied head once).
+double config_params(const Config *c) {
+    double C = c->C, q = (double)c->H * c->D, kv = (double)c->K * c->D;
+    double block = 2 * C * q + 2 * C * kv + 3 * C * c->F + 2 * C;      // q o, k v, gate up down, two norms
+    block += (c->qkv_bias ? q + 2 * kv : 0) + (c->qk_norm ? 2 * c->D : 0);
+    return (c->tied ? 1 : 2) * (double)c->V * C + c->L * block + C;
+}
+
+// Dies when the numbers make no model that we can train; `where` names their source.
+void config_check(const Config *c, const char *where) {
+#define CHECK(field, key, lo, hi, fallback) \
+    if (c->field < (lo) || c->field > (hi)) \
+        die("%s: \"%s\" is %d; expected an integer from %d to %d", where, key, c->field, lo, hi);
+    CONFIG_INTS(CHECK)
+#undef CHECK
+    if (c->H % c->K)
+        die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
+    if (c->D % 8 || c->D > 128)
+        die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
+    if (c->rope_llama3 && !(c->rope_low < c->rope_high))
+        die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
+    if (c->bos >= c->V || c->eos >= c->V)
+        die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where, c->bos >= c->V ? "bos_token_id" : "eos_token_id",
+            c->bos >= c->V ? c->bos : c->eos, c->V);
+    if (config_params(c) >= 0x1p40)
+        die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
+}
+
+// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into rope_parameters.
+// Like transformers 5, a rope_scaling wins over rope_parameters, and rope_theta inside over rope_theta outside.
+static void config_read_rope(Config *c, const Json *j, const char *where) {
+    const Json *rope = json_get(j, "rope_scaling");
+    if (!rope || !rope->n) rope = json_get(j, "rope_parameters");
+    if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
+    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type"; // "type": before transformers 4.43
+    const char *type = json_string(rope, type_key, where, "default");
+    if (strcmp(type, "default") && strcmp(type, "llama3"))
+        json_refuse(json_get(rope, type_key), "rope_type", where, "\"default\" or \"llama3\": no other kind of RoPE is supported");
+    const Json *part = json_get(rope, "partial_rotary_factor");
+    if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
+    for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
+        if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
+    c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
+    if (strcmp(type, "llama3")) return;
+    c->rope_llama3 = 1;
+    c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
+    c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
+    c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
+    c->rope_original_T = (int)json_int(rope, "original_max_position_embeddings", where, 1, 1 << 28, c->max_T);
+}
+
+// Sliding windows: Qwen's count only when switched on, and only from layer max_window_layers on.
+static void config_read_window(Config *c, const Json *j, const char *where, int has_switch) {
+    const Json *types = has_switch ? json_get(j, "layer_types") : NULL;
+    c->sliding_window = (int)json_int(j, "sliding_window", where, 0, INT_MAX, 0);
+    if (!json_bool(j, "use_sliding_window", where, !has_switch)) c->sliding_window = 0;
+    c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
+    int l = 0;
+    for (const Json *e = types ? types->child : NULL; e; e = e->next) {
+        const char *want = c->sliding_window && l++ >= c->window_layer ? "sliding_attention" : "full_attention";
+        if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
+    }
+}
+
+// Reads config.json of transformers 4 or 5 and checks it; dies naming `where`, the key, its value and what was expected.
+// null means absent; keys that do not change the computation are ignored.
+void config_from_json(Config *c, const char *text, size_t n, const char *where) {
+    Json *j = json_parse(text, n, where);
+    memset(c, 0, sizeof *c);
+    if (j->type != 'o') die("%s: expected a JSON object", where);
+    int family = config_set_family(c, json_string(j, "model_type", where, NULL));
+    if (family < 0) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    for (size_t i = 0; i < sizeof config_fixed / sizeof *config_fixed; i++) {
+        const Json *v = json_get(j, config_fixed[i].key);
+        const char *only = config_fixed[i].only;
+        int same = !v || (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
+                          v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
+        if (!same) json_refuse(v, config_fixed[i].key, where, only);
+    }
+#define READ(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
+    CONFIG_INTS(READ)
+#undef READ
+#define READ(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
+    CONFIG_NUMBERS(READ)
+#undef READ
+    config_set_vocab(c, c->V);
+    if (!c->K) c->K = c->H;
+    if (!c->D && c->C % c->H)
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d", where, c->C, c->H);
+    if (!c->D) c->D = c->C / c->H;
+    c->tied = json_bool(j, "tie_word_embeddings", where, 0);
+    config_read_rope(c, j, where);
+    config_read_window(c, j, where, config_families[family].window_switch);
+    c->bos = (int)json_int(j, "bos_token_id", where, -1, INT_MAX, -1);
+    const Json *eos = json_get(j, "eos_token_id");       // chat models list several: the first
+    if (eos && eos->type == 'a') {
+        if (!eos->child || !eos->child->is_int || eos->child->inum < 0 || eos->child->inum > INT_MAX)
+            json_refuse(eos->child, "eos_token_id", where, "token ids");
+        c->eos = (int)eos->child->inum;
+    } else c->eos = (int)json_int(j, "eos_token_id", where, -1, INT_MAX, -1);
+    json_free(j);
+    config_check(c, where);
+}
+
+// " tiny 15M ...": for messages
+const char *config_preset_names(void) {
+    static char names[512];
+    names[0] = 0;
+    for (int i = 0; i < N_PRESETS; i++) {
+        strcat(names, " ");
+        strcat(names, config_presets[i].name);
+    }
+    return names;
+}
+
+// Fills c from the preset table; 0 when the name is unknown.
+int config_preset(Config *c, const char *name) {
+    for (int i = 0; i < N_PRESETS; i++) {
+        if (strcmp(name, config_presets[i].name)) continue;
+        memset(c, 0, sizeof *c);
+        config_set_family(c, config_presets[i].family);
+#define COPY(field, key, lo, hi, fallback) c->field = config_presets[i].field;
+        CONFIG_INTS(COPY)
+        CONFIG_NUMBERS(COPY)
+#undef COPY
+        config_set_vocab(c, c->V);
+        c->tied = config_presets[i].tied;
+        c->rope_theta = config_presets[i].theta;
+        if (config_presets[i].factor > 0) {
+            c->rope_llama3 = 1;
+            c->rope_factor = config_presets[i].factor;
+            c->rope_low = 1;
+            c->rope_high = 4;
+            c->rope_original_T = 8192;
+        }
+        c->sliding_window = config_presets[i].window;
+        c->bos = config_presets[i].bos;
+        c->eos = config_presets[i].eos;
+        config_check(c, name);
+        return 1;
+    }
+    return 0;
+}
+
+static void config_add_id(Text *t, const char *key, int id) {
+    if (id < 0) text_add(t, "  \"%s\": null,\n", key);
+    else text_add(t, "  \"%s\": %d,\n", key, id);
+}
+
+static void config_add_number(Text *t, const char *before, double x, const char *after) {
+    text_add(t, "%s", before);
+    text_add_number(t, x);
+    text_add(t, "%s", after);
+}
+
+// The members of rope_scaling, and with rope_theta those of rope_parameters.
+static void config_add_rope(Text *t, const Config *c, int with_theta) {
+    text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_llama3 ? "llama3" : "default");
+    if (with_theta) config_add_number(t, ",\n    \"rope_theta\": ", c->rope_theta, "");
+    if (c->rope_llama3) {
+        config_add_number(t, ",\n    \"factor\": ", c->rope_factor, "");
+        config_add_number(t, ",\n    \"low_freq_factor\": ", c->rope_low, "");
+        config_add_number(t, ",\n    \"high_freq_factor\": ", c->rope_high, "");
+        text_add(t, ",\n    \"original_max_position_embeddings\": %d", c->rope_original_T);
+    }
+    text_add(t, "\n  }");
+}
+
+// config.json with the keys of transformers 4 and of 5; dtype: "float32" or "bfloat16". The caller frees it.
+char *config_to_json(const Config *c, const char *dtype) {
+    Text t = {NULL, 0, 0};
+    int family = 0;
+    while (strcmp(config_families[family].name, c->family)) family++;
+    text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", config_families[family].class_name);
+    text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family);
+#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
+    CONFIG_INTS(WRITE)
+#undef WRITE
+#define WRITE(field, key, lo, hi, fallback) config_add_number(&t, "  \"" key "\": ", c->field, ",\n");
+    CONFIG_NUMBERS(WRITE)
+#undef WRITE
+    text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
+    if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    if (config_families[family].window_switch)
+        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false", c->window_layer);
+    if (strcmp(c->family, "llama")) config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+    config_add_number(&t, "  \"rope_theta\": ", c->rope_theta, ",\n  \"rope_scaling\": ");
+    if (c->rope_llama3) config_add_rope(&t, c, /*with_theta=*/0);
+    else text_add(&t, "null");
+    text_add(&t, ",\n  \"rope_parameters\": ");
+    config_add_rope(&t, c, /*with_theta=*/1);
+    text_add(&t, ",\n");
+    config_add_id(&t, "bos_token_id", c->bos);
+    config_add_id(&t, "eos_token_id", c->eos);
+    text_add(&t, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\"\n}\n", dtype, dtype);
+    return t.s;
+}
+// ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ------------------------------
+// Parameters lie in flat buffers, unit after unit: the embedding, each layer, and the final norm with the head. A unit is what
+// is reduced, sharded and saved together. Inside a unit q|k|v (and their biases) and gate|up are neighbours, so that each group
+// is one matrix for the matmul; other tensors start at multiples of 64 elements.
+enum { MAX_TENSORS_PER_UNIT = 14, TENSOR_ALIGN = 64, UNIT_ALIGN = 128 };
+enum { INIT_NORMAL, INIT_ONE, INIT_ZERO };
+
+typedef struct Tensor {
+    char name[80];          // Hugging Face's
+    int unit;
+    size_t at, n;           // first element in the flat buffer, number of elements
+    int rows, cols;         // cols 0: a vector
+    int init, decay;
+} Tensor;
+
+typedef struct Unit {
+    char name[24];          // "embed", "layers.7", "head"
+    size_t at, n, n_padded; // n_padded: a multiple of UNIT_ALIGN * ranks, vocabulary padding included
+    int first_tensor, n_tensors;
+} Unit;
+
+typedef struct ParamTable {
+    Tensor *tensors;
+    Unit *units;
+    int n_tensors, n_units;
+    size_t n, n_params;     // elements of a flat buffer; parameters without padding
+} ParamTable;
+
+static void table_unit(ParamTable *p, const char *name) {
+    Unit *u = &p->units[p->n_units++];
+    memset(u, 0, sizeof *u);
+    snprintf(u->name, sizeof u->name, "%s", name);
+    u->at = p->n;
+    u->first_tensor = p->n_tensors;
+}
+
+// Appends a tensor to the last unit. joined: starts right after the previous one, as part of the same matrix.
+static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols, int init, int joined) {
+    Tensor *t = &p->tensors[p->n_tensors++];
+    Unit *u = &p->units[p->n_units - 1];
+    memset(t, 0, sizeof *t);
+    snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
+    t->unit = p->n_units - 1;
+    if (!joined) u->n = CEIL_DIV(u->n, TENSOR_ALIGN) * TENSOR_ALIGN;
+    t->at = u->at + u->n;
+    t->n = (size_t)rows * (cols ? cols : 1);
+    t->rows = rows;
+    t->cols = cols;
+    t->init = init;
+    t->decay = cols > 0;    // matrices decay, norms and biases do not
+    u->n += t->n;
+    u->n_tensors++;
+    p->n_params += t->n;
+}
+
+static void table_unit_end(ParamTable *p, size_t vocab_padding, int world) {
+    Unit *u = &p->units[p->n_units - 1];
+    size_t align = (size_t)UNIT_ALIGN * world;
+    u->n_padded = CEIL_DIV(u->n + vocab_padding, align) * align;
+    p->n += u->n_padded;
+}
+
+// The table of a model; unit sizes are divisible by the number of ranks.
+void param_table_build(ParamTable *p, const Config *c, int world) {
+    memset(p, 0, sizeof *p);
+    p->units = (Unit *)xcalloc((size_t)c->L + 2, sizeof(Unit));
+    p->tensors = (Tensor *)xcalloc(((size_t)c->L + 2) * MAX_TENSORS_PER_UNIT, sizeof(Tensor));
+    size_t vocab_padding = (size_t)(c->Vp - c->V) * c->C;
+    table_unit(p, "embed");
+    table_tensor(p, "model.", "embed_tokens.weight", c->V, c->C, INIT_NORMAL, 0);
+    table_unit_end(p, vocab_padding, world);
+    for (int l = 0; l < c->L; l++) {
+        char unit[24], x[40];
+        snprintf(unit, sizeof unit, "layers.%d", l);
+        snprintf(x, sizeof x, "model.layers.%d.", l);
+        table_unit(p, unit);
+        table_tensor(p, x, "input_layernorm.weight", c->C, 0, INIT_ONE, 0);
+        table_tensor(p, x, "self_attn.q_proj.weight", c->H * c->D, c->C, INIT_NORMAL, 0);
+        table_tensor(p, x, "self_attn.k_proj.weight", c->K * c->D, c->C, INIT_NORMAL, 1);
+        table_tensor(p, x, "self_attn.v_proj.weight", c->K * c->D, c->C, INIT_NORMAL, 1);
+        if (c->qkv_bias) {
+            table_tensor(p, x, "self_attn.q_proj.bias", c->H * c->D, 0, INIT_ZERO, 0);
+            table_tensor(p, x, "self_attn.k_proj.bias", c->K * c->D, 0, INIT_ZERO, 1);
+            table_tensor(p, x, "self_attn.v_proj.bias", c->K * c->D, 0, INIT_ZERO, 1);
+        }
+        if (c->qk_norm) {
+            table_tensor(p, x, "self_attn.q_norm.weight", c->D, 0, INIT_ONE, 0);
+            table_tensor(p, x, "self_attn.k_norm.weight", c->D, 0, INIT_ONE, 0);
+        }
+        table_tensor(p, x, "self_attn.o_proj.weight", c->C, c->H * c->D, INIT_NORMAL, 0);
+        table_tensor(p, x, "post_attention_layernorm.weight", c->C, 0, INIT_ONE, 0);
+        table_tensor(p, x, "mlp.gate_proj.weight", c->F, c->C, INIT_NORMAL, 0);
+        table_tensor(p, x, "mlp.up_proj.weight", c->F, c->C, INIT_NORMAL, 1);
+        table_tensor(p, x, "mlp.down_proj.weight", c->C, c->F, INIT_NORMAL, 0);
+        table_unit_end(p, 0, world);
+    }
+    table_unit(p, "head");
+    table_tensor(p, "model.", "norm.weight", c->C, 0, INIT_ONE, 0);
+    if (!c->tied) table_tensor(p, "", "lm_head.weight", c->V, c->C, INIT_NORMAL, 0);
+    table_unit_end(p, c->tied ? 0 : vocab_padding, world);
+}
+
+// Pointers into a flat buffer of parameters or of gradients.
+typedef struct LayerParams {
+    floatX *norm1;          // (C)
+    floatX *qkv;            // ((H+2K)D, C)
+    floatX *qkv_bias;       // ((H+2K)D)        Qwen2, else NULL
+    floatX *q_norm, *k_norm;// (D)              Qwen3, else NULL
+    floatX *o;              // (C, HD)
+    floatX *norm2;          // (C)
+    floatX *gate_up;        // (2F, C)
+    floatX *down;           // (C, F)
+} LayerParams;
+
+static const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
+    for (int i = 0; i < p->units[unit].n_tensors; i++) {
+        const Tensor *t = &p->tensors[p->units[unit].first_tensor + i];
+        size_t n = strlen(t->name), m = strlen(suffix);
+        if (n >= m && !strcmp(t->name + n - m, suffix)) return t;
+    }
+    return NULL;
+}
+
+LayerParams layer_params(floatX *flat, const ParamTable *p, int l) {
+    struct { const char *suffix; floatX *at; } row[9] = {
+        {"input_layernorm.weight", NULL}, {"q_proj.weight", NULL}, {"q_proj.bias", NULL}, {"q_norm.weight", NULL}, {"k_norm.weight", NULL},
+        {"o_proj.weight", NULL}, {"post_attention_layernorm.weight", NULL}, {"gate_proj.weight", NULL}, {"down_proj.weight", NULL}};
+    for (int i = 0; i < 9; i++) {
+        const Tensor *t = table_find(p, 1 + l, row[i].suffix);
+        if (t) row[i].at = flat + t->at;
+    }
+    LayerParams w = {row[0].at, row[1].at, row[2].at, row[3].at, row[4].at, row[5].at, row[6].at, row[7].at, row[8].at};
+    return w;
+}
+
+floatX *embed_param(floatX *flat, const ParamTable *p) { return flat + p->units[0].at; }                                  // (V,C)
+floatX *final_norm_param(floatX *flat, const ParamTable *p) { return flat + p->units[p->n_units - 1].at; }                // (C)
+floatX *head_param(floatX *flat, const ParamTable *p) {                                                                   // (V,C)
+    const Tensor *t = table_find(p, p->n_units - 1, "lm_head.weight");
+    return t ? flat + t->at : embed_param(flat, p);     // tied: the embedding
+}
+// ==== 7. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
+// Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
+//   ours      offset  0 int32 magic 20251002 | 4 int32 version 1 | 8 int32 kind: 0 BPE, 1 greedy | 12 int32 vocabulary V
+//                    16 int32 BOS id or -1 | 20 int32 EOS id or -1 | 24 int32 1 = a space goes before the text | 28 int32 0
+//                    32 V times: float32 score, int32 length, that many bytes
+//   llama2.c  offset  0 int32 longest piece | 4 the same records until the file ends; BPE with a space before the text;
+//                       ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
+// Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
+// again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals. Kind 1 takes the
+// longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30 (other special tokens).
+#define TOKENIZER_MAGIC 20251002
+#define NO_MERGE (-1e30f)
+
+typedef struct Tokenizer {
+    int kind, V, bos, eos, prefix_space;    // bos and eos: -1 = none
+    float *score;                           // (V)
+    char **piece;                           // (V) into `file`, not NUL-terminated
+    int *length;                            // (V) bytes of each piece, may be 0
+    int byte_id[256];                       // the piece that stands for a byte: "<0xHH>", else the byte itself, else -1
+    uint32_t slots;                         // power of two >= 2V
+    int *slot;                              // (slots) hash table of the ids that text can become; -1 = empty
+    char *path, *file;
+} Tokenizer;
+
+// The slot where the piece with these bytes is, or where it would go (FNV-1a; its low bits alone mix badly).
+static int *tokenizer_slot(const Tokenizer *t, const char *s, size_t n) {
+    uint32_t h = 2166136261u;
+    for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 16777619u;
+    for (h ^= h >> 15; ; h++) {
+        int *id = &t->slot[h & (t->slots - 1)];
+        if (*id < 0 || ((size_t)t->length[*id] == n && memcmp(t->piece[*id], s, n) == 0)) return id;
+    }
+}
+
+// The byte that a piece of the form <0xHH> stands for, else -1.
+static int piece_byte(const char *s, int n) {
+    const char *hex = "0123456789ABCDEF";
+    if (n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
+    const char *high = strchr(hex, s[3]), *low = strchr(hex, s[4]);
+    return high && low ? (int)(high - hex) * 16 + (int)(low - hex) : -1;
+}
+
+// Points t at the V records that fill the file from `at` to its end; V = 0: as many as there are.
+static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
+    size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;    // a record has at least 8 bytes
+    if (n > room) die("tokenizer '%s' is truncated: its %zu pieces do not fit; make it again", t->path, n);
+    t->score = (float *)xmalloc(n * sizeof(float));
+    t->length = (int *)xmalloc(n * sizeof(int));
+    t->piece = (char **)xmalloc(n * sizeof(char *));
+    for (; id < n && file_bytes - at >= 8; id++) {
+        memcpy(&t->score[id], t->file + at, 4);
+        memcpy(&t->length[id], t->file + at + 4, 4);
+        t->piece[id] = t->file + (at += 8);
+        if (t->length[id] < 0 || (size_t)t->length[id] > file_bytes - at || !(fabsf(t->score[id]) < 1e38f))
+            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again",
+                t->path, id, t->length[id], (double)t->score[id]);
+        at += (size_t)t->length[id];
+    }
+    if (at < file_bytes || id == 0 || (t->V && id < n))
+        die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again", t->path, id, at,
+            file_bytes);
+    t->V = (int)id;
+}
+
+// Fills the hash table with what text can become, and byte_id.
+static void tokenizer_index(Tokenizer *t) {
+    memset(t->byte_id, 255, sizeof t->byte_id);             // all -1, as is the table
+    for (t->slots = 2; t->slots < 2 * (uint32_t)t->V; ) t->slots *= 2;
+    t->slot = (int *)xmalloc(t->slots * sizeof(int));
+    memset(t->slot, 255, t->slots * sizeof(int));
+    for (int id = 0; id < t->V; id++) {
+        const char *s = t->piece[id];
+        int n = t->length[id], byte = piece_byte(s, n);
+        if (n == 0 || id == t->bos || id == t->eos) continue;
+        if (byte >= 0) t->byte_id[byte] = id;
+        else if (n == 1 && t->byte_id[(unsigned char)*s] < 0) t->byte_id[(unsigned char)*s] = id;
+        if (byte >= 0 || t->score[id] <= NO_MERGE) continue;
+        int *slot = tokenizer_slot(t, s, (size_t)n);
+        if (*slot < 0 || t->score[id] > t->score[*slot]) *slot = id;        // the better one of two equal pieces
+    }
+}
+
+// Reads a tokenizer of either format; dies naming the file when it is neither, or damaged.
+Tokenizer *tokenizer_open(const char *path) {
+    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
+    size_t n;
+    int32_t h[8] = {0};
+    t->path = xstrdup(path);
+    t->file = read_text_file(path, (size_t)1 << 28, &n);
+    memcpy(h, t->file, n < sizeof h ? n : sizeof h);
+    if (n >= 4 && h[0] == TOKENIZER_MAGIC) {
+        if (n < sizeof h) die("tokenizer '%s' is truncated inside its header; make it again", path);
+        if (h[1] != 1) die("tokenizer '%s' has version %d, this program reads version 1", path, h[1]);
+        if (h[2] < 0 || h[2] > 1 || h[3] < 1 || h[4] < -1 || h[4] >= h[3] || h[5] < -1 || h[5] >= h[3]
+            || h[6] < 0 || h[6] > 1 || h[7] != 0)
+            die("tokenizer '%s' has a damaged header: kind %d, %d pieces, BOS %d, EOS %d, space %d, %d; make it again",
+                path, h[2], h[3], h[4], h[5], h[6], h[7]);
+        t->kind = h[2]; t->V = h[3]; t->bos = h[4]; t->eos = h[5]; t->prefix_space = h[6];
+        tokenizer_records(t, sizeof h, n);
+    } else {
+        if (n < 12 || h[0] < 1 || h[0] > 4096 || h[2] < 0 || h[2] > h[0])
+            die("'%s' is no tokenizer: neither litespark's (make it with data/tokens.py) nor llama2.c's", path);
+        t->bos = 1; t->eos = 2; t->prefix_space = 1;
+        tokenizer_records(t, 4, n);
+        for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
+            if (id >= t->V || t->length[id] > h[0] || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
+                die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
+        t->score[0] = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
+    }
+    tokenizer_index(t);
+    return t;
+}
+
+void tokenizer_free(Tokenizer *t) {
+    if (!t) return;
+    free(t->score); free(t->piece); free(t->length); free(t->slot); free(t->path); free(t->file);
+    free(t);
+}
+
+// Bytes of the well-formed UTF-8 code point at s, or 1: a stray byte stands for itself.
+static int code_point_bytes(const char *s, size_t n) {
+    unsigned char c = (unsigned char)s[0];
+    int k = c < 0xC2 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 1;
+    for (int i = 1; i < k; i++)
+        if ((size_t)i >= n || ((unsigned char)s[i] & 0xC0) != 0x80) return 1;
+    return k;
+}
+
+static int tokenizer_byte(const Tokenizer *t, char byte) {
+    int id = t->byte_id[(unsigned char)byte];
+    if (id < 0) die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; change the text or the tokenizer",
+                    (unsigned char)byte, t->path);
+    return id;
+}
+
+// One symbol of the text being joined, and one possible join in a heap ordered by score, then from the left.
+typedef struct Symbol { int start, bytes, id, previous, next; } Symbol;         // bytes = 0: joined to its left
+typedef struct Join { float score; int left, bytes, id; } Join;
+
+static int join_before(const Join *a, const Join *b) {
+    return a->score > b->score || (!(a->score < b->score) && a->left < b->left);
+}
+
+static void heap_push(Join *heap, int *n, Join join) {
+    int i = (*n)++;
+    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = join;
+}
+
+static Join heap_pop(Join *heap, int *n) {
+    Join top = heap[0], last = heap[--*n];
+    int i = 0, child = 1;
+    for (; child < *n; i = child, child = 2*i + 1) {
+        if (child + 1 < *n && join_before(&heap[child + 1], &heap[child])) child++;
+        if (!join_before(&heap[child], &last)) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = last;
+    return top;
+}
+
+static void propose_join(const Tokenizer *t, const char *text, const Symbol *symbol, int left, Join *heap, int *n) {
+    if (left < 0 || symbol[left].next < 0) return;
+    Join join = {0, left, symbol[left].bytes + symbol[symbol[left].next].bytes, -1};
+    join.id = *tokenizer_slot(t, text + symbol[left].start, (size_t)join.bytes);
+    if (join.id < 0) return;
+    join.score = t->score[join.id];
+    heap_push(heap, n, join);
+}
+
+// Kind 0. Every join removes a symbol and proposes at most two others: at most 3n entries, O(n log n) time.
+static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) {
+    Symbol *symbol = (Symbol *)xmalloc(n * sizeof(Symbol));
+    Join *heap = (Join *)xmalloc(3 * n * sizeof(Join));
+    int n_symbols = 0, n_heap = 0, count = 0;
+    for (size_t at = 0; at < n; ) {
+        int bytes = code_point_bytes(text + at, n - at), id = *tokenizer_slot(t, text + at, (size_t)bytes);
+        int parts = id < 0 ? bytes : 1;
+        for (int i = 0; i < parts; i++, n_symbols++) {
+            Symbol s = {(int)at, bytes / parts, id < 0 ? tokenizer_byte(t, text[at]) : id, n_symbols - 1, n_symbols + 1};
+            symbol[n_symbols] = s;
+            at += (size_t)s.bytes;
+        }
+    }
+    if (n_symbols) symbol[n_symbols - 1].next = -1;
+    for (int i = 0; i < n_symbols; i++) propose_join(t, text, symbol, i, heap, &n_heap);
+    while (n_heap) {
+        Join join = heap_pop(heap, &n_heap);
+        Symbol *left = &symbol[join.left], *right = &symbol[left->next < 0 ? join.left : left->next];
+        if (left == right || !left->bytes || left->bytes + right->bytes != join.bytes) continue;    // one side has grown since
+        left->id = join.id;
+        left->bytes = join.bytes;
+        left->next = right->next;
+        right->bytes = 0;
+        if (left->next >= 0) symbol[left->next].previous = join.left;
+        propose_join(t, text, symbol, left->previous, heap, &n_heap);
+        propose_join(t, text, symbol, join.left, heap, &n_heap);
+    }
+    for (int i = n_symbols ? 0 : -1; i >= 0; i = symbol[i].next) ids[count++] = symbol[i].id;
+    free(symbol);
+    free(heap);
+    return count;
+}
+
+// Kind 1.
+static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *ids) {
+    size_t longest = 1;
+    int count = 0;
+    for (int id = 0; id < t->V; id++) if ((size_t)t->length[id] > longest) longest = (size_t)t->length[id];
+    for (size_t at = 0, k; at < n; at += k) {
+        int id = -1;
+        for (k = n - at < longest ? n - at : longest; k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
+        if (id < 0) { id = tokenizer_byte(t, text[at]); k = 1; }
+        ids[count++] = id;
+    }
+    return count;
+}
+
+// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies when a byte has no piece.
+int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
+    if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
+    char *spaced = NULL;
+    if (t->prefix_space && n > 0) {
+        spaced = (char *)xmalloc(n + 1);
+        spaced[0] = ' ';
+        memcpy(spaced + 1, text, n++);
+        text = spaced;
+    }
+    *ids = (int *)xmalloc(n * sizeof(int));                 // a token is at least one byte
+    int count = t->kind == 0 ? encode_bpe(t, text, n, *ids) : encode_greedy(t, text, n, *ids);
+    free(spaced);
+    return count;
+}
+
+// The bytes of one id as they are; BOS, EOS and ids without a piece print nothing. previous_id: the id before it, which
+// at the start of the text is BOS (-1 where there is none): there the space that encoding put in front is dropped.
+void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
+    if (id < 0 || id >= t->V || id == t->bos || id == t->eos) return;
+    const char *s = t->piece[id];
+    int n = t->length[id], byte = piece_byte(s, n);
+    if (byte >= 0) { fputc(byte, f); return; }
+    if (t->prefix_space && previous_id == t->bos && n > 0 && s[0] == ' ') { s++; n--; }
+    fwrite(s, 1, (size_t)n, f);
+}
+// ==== 8. Token shards and the DataLoader =============================================================================
+// .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. data/README.md has every format in full.
+//   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32     word 3  vocabulary size, 0 = unknown
+//   word 1  version: 1 with uint16, 7 with uint32                  word 4  CRC-32 of the token bytes, 0 = unknown
+//   word 2  n                                                      word 5  end-of-document id + 1, 0 = unknown
+// .ds (Litespark's): rows of S+1 tokens without a header; metadata.json in the same folder or its parent has S and the width.
+// .nll (optional, for evaluation): float32 -ln p of target j of the shard, under the process that made the data.
+//
+// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share one token, each
+// token is a target once, a shard has floor((n-1)/T) windows, no window spans two shards, and the tail is dropped.
+// Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, in the order of their names, are numbered
+// 0 .. n_windows-1.
+//
+// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws the next world*B
+// positions, and rank r has r*B .. r*B+B-1 of them. The whole state is therefore (seed, epoch, position), the same on all
+// ranks: any split of the same world*B sees the same batches, and a resumed run may have another one.
+#define MAX_OPEN_SHARDS 256             // a corpus has thousands of shards, a process often no more than 1024 descriptors
+#define FULL_SCAN_BYTES ((size_t)4 << 30)
+#define IGNORED (-100)                  // a target that is no target (PyTorch's ignore_index)
+
+typedef struct Shard {
+    char *path;
+    int fd;                             // -1 = closed at the moment
+    size_t n_tokens, n_windows, header_bytes;
+    int width;                          // bytes per token: 2 or 4
+    int row;                            // .ds: S+1 tokens per row; .bin: 0
+    int eod;                            // id of the end-of-document token, -1 = unknown
+    uint32_t crc;                       // of the token bytes, 0 = unknown
+} Shard;
+
+typedef struct LoaderState {
+    uint64_t seed;
+    int64_t epoch, position;            // position = windows that all ranks together have drawn in this epoch
+} LoaderState;
+
+typedef struct DataLoader {
+    Shard *shards;
+    int n_shards;
+    int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
+    int B, T, rank, world, shuffle, vocab_size, document_mask;
+    int has_floor;                      // every shard of an evaluation has its .nll
+    LoaderState state;
+    int64_t *first_window;              // (n_shards + 1) running sums of n_windows
+    unsigned char *buffer;              // one window as it lies in the file
+    int open_shard[MAX_OPEN_SHARDS];    // which shard has a descriptor in this place, -1 = none
+    int next_open;                      // the place that is given up next
+} DataLoader;
+
+typedef struct Batch {
+    int B, T;
+    int n_rows;                         // rows with data; the others are padding: inputs 0, targets -100
+    int *inputs, *targets;              // (B, T)
+    int *doc_start;                     // (B, T) first position of the document of t; NULL without document mask
+    float *floor;                       // (B, T) true -ln p of each target; NULL when the data has none
+    float *floor_memory;
+} Batch;
+
+static int ends_with(const char *s, const char *end) {
+    size_t n = strlen(s), k = strlen(end);
+    return n >= k && strcmp(s + n - k, end) == 0;
+}
+
+// The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
+static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
+    if (shard_vocab > vocab_size || vocab_size - shard_vocab > vocab_size / 100)
+        die("token shard '%s' was tokenized for a vocabulary of %" PRId64 ", the model has %d; "
+            "use the tokenizer of the model, or a model for this vocabulary", path, shard_vocab, vocab_size);
+}
+
+static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
+    int32_t h[256];
+    if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
+        die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again", s->path, bytes);
+    if (h[0] != 20240520 && h[0] != 20240801)
+        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py", s->path);
+    s->width = h[0] == 20240520 ? 2 : 4;
+    s->header_bytes = sizeof h;
+    if (h[1] != (s->width == 2 ? 1 : 7))
+        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], s->width == 2 ? 1 : 7);
+    if (h[2] <= 0 || h[3] < 0 || h[5] < 0)
+        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end of document %d; write it again",
+            s->path, h[2], h[3], h[5] - 1);
+    s->n_tokens = (size_t)h[2];
+    size_t expected = s->header_bytes + s->n_tokens * (size_t)s->width;
+    if (bytes != expected)
+        die("token shard '%s' %s: %zu bytes, its header promises %zu; write it again", s->path,
+            bytes < expected ? "is truncated" : "has extra bytes", bytes, expected);
+    if (h[3]) check_vocab(s->path, h[3], vocab_size);
+    s->crc = (uint32_t)h[4];
+    s->eod = h[5] - 1;
+}
+
+static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
+    size_t n, folder = (size_t)(strrchr(s->path, '/') ? strrchr(s->path, '/') + 1 - s->path : 0);
+    char *where = (char *)xmalloc(folder + 32);
+    for (int up = 0; up < 2; up++) {
+        sprintf(where, "%.*s%smetadata.json", (int)folder, s->path, up ? "../" : "");
+        if (access(where, F_OK) == 0) break;
+        if (up) die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; "
+                    "put it there, or write the shard again", s->path);
+    }
+    char *text = read_text_file(where, 1 << 20, &n);
+    Json *meta = json_parse(text, n, where);
+    if (meta->type != 'o') die("'%s' must hold one JSON object", where);
+    check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
+    s->row = (int)json_int(meta, "sequence_length", where, 1, 1 << 28, JSON_REQUIRED) + 1;
+    s->width = (int)json_int(meta, "token_size_bytes", where, 2, 4, JSON_REQUIRED);
+    s->eod = (int)json_int(meta, "eos_token_id", where, -1, INT_MAX, -1);
+    if (s->width == 3) die("'%s': \"token_size_bytes\" must be 2 or 4", where);
+    size_t row_bytes = (size_t)s->row * (size_t)s->width;
+    if (bytes % row_bytes)
+        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes as "
+            "'%s' says; write it again", s->path, bytes, s->row, s->width, where);
+    s->n_tokens = bytes / (size_t)s->width;
+    json_free(meta);
+    free(text);
+    free(where);
+}
+
+static void shard_open(DataLoader *dl, Shard *s) {
+    size_t bytes;
+    s->fd = open_regular(s->path, "token shard", &bytes);
+    if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
+    if (ends_with(s->path, ".ds")) shard_open_ds(s, bytes, dl->vocab_size);
+    else shard_open_bin(s, bytes, dl->vocab_size);
+    if (s->eod >= dl->vocab_size)
+        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d", s->path, s->eod, dl->vocab_size);
+    if (s->eod < 0 && dl->document_mask)
+        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, "
+            "or train with --document-mask off", s->path);
+    if (s->row && s->row < dl->T + 1)
+        die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
+    s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)dl->T;
+    size_t used = s->row ? s->n_windows * ((size_t)dl->T + 1) : s->n_windows ? s->n_windows * (size_t)dl->T + 1 : 0;
+    dl->n_tokens += (int64_t)s->n_tokens;
+    dl->n_dropped += (int64_t)(s->n_tokens - used);
+    close(s->fd);
+    s->fd = -1;
+}
+
+// Token i of n packed tokens.
+static uint32_t packed_token(const unsigned char *data, int width, size_t i) {
+    uint16_t narrow;
+    uint32_t wide;
+    if (width == 2) { memcpy(&narrow, data + 2*i, 2); return narrow; }
+    memcpy(&wide, data + 4*i, 4);
+    return wide;
+}
+
+// The descriptor of a shard; the one that has been open longest gives up its place.
+static int shard_fd(DataLoader *dl, int index) {
+    Shard *s = &dl->shards[index];
+    if (s->fd >= 0) return s->fd;
+    int *place = &dl->open_shard[dl->next_open++ % MAX_OPEN_SHARDS];
+    if (*place >= 0) { close(dl->shards[*place].fd); dl->shards[*place].fd = -1; }
+    size_t bytes;
+    *place = -1;
+    s->fd = open_regular(s->path, "token shard", &bytes);
+    *place = index;
+    return s->fd;
+}
+
+// Reads a whole shard once: its CRC-32 and its largest id.
+static void shard_scan(DataLoader *dl, int index) {
+    Shard *s = &dl->shards[index];
+    const size_t block = (size_t)1 << 20;
+    unsigned char *data = (unsigned char *)xmalloc(block);
+    uint32_t crc = 0, largest = 0;
+    size_t bytes = s->n_tokens * (size_t)s->width;
+    int fd = shard_fd(dl, index);
+    for (size_t at = 0; at < bytes; at += block) {
+        size_t n = bytes - at < block ? bytes - at : block;
+        if (read_at(fd, s->path, data, n, s->header_bytes + at) != n) die("token shard '%s' became shorter while it was read", s->path);
+        if (s->crc) crc = crc32_update(crc, data, n);
+        for (size_t i = 0; i < n / (size_t)s->width; i++) {
+            uint32_t id = packed_token(data, s->width, i);
+            largest = id > largest ? id : largest;
+        }
+    }
+    free(data);
+    if (crc != s->crc)
+        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc, s->crc);
+    if (largest >= (uint32_t)dl->vocab_size)
+        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path, largest,
+            dl->vocab_size);
+}
+
+static char *floor_path(const Shard *s) {                   // the caller frees
+    const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
+    int n = dot && (!slash || dot > slash) ? (int)(dot - s->path) : (int)strlen(s->path);
+    char *path = (char *)xmalloc((size_t)n + 5);
+    sprintf(path, "%.*s.nll", n, s->path);
+    return path;
+}
+
+// Whether each shard has its true losses: one float per target, that is (n-1) of a .bin, S of each row of a .ds.
+static int loader_has_floor(const DataLoader *dl) {
+    int found = 0;
+    for (int i = 0; i < dl->n_shards; i++) {
+        const Shard *s = &dl->shards[i];
+        char *path = floor_path(s);
+        if (access(path, F_OK) == 0) {
+            size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
+            close(open_regular(path, "true loss", &bytes));
+            if (bytes != expected)
+                die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path, expected);
+            found++;
+        }
+        free(path);
+    }
+    return found == dl->n_shards;
+}
+
+// Opens the shards that match `pattern`, and dies with one line that names the file unless all of them can be trained on:
+// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the work) checksums and the largest id.
+// B rows of T tokens per rank and micro-step. shuffle = 0: an evaluation, one pass in order. document_mask: fill doc_start.
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
+                 int vocab_size, int document_mask) {
+    glob_t found;
+    size_t bytes = 0;
+    memset(dl, 0, sizeof *dl);
+    dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
+    dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
+    memset(dl->open_shard, 255, sizeof dl->open_shard);
+    if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
+        die("no token shard matches '%s'; make data with `make data` or data/tokens.py, or name other shards", pattern);
+    dl->n_shards = (int)found.gl_pathc;
+    dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
+    dl->first_window = (int64_t *)xcalloc(found.gl_pathc + 1, sizeof(int64_t));
+    for (int i = 0; i < dl->n_shards; i++) {
+        Shard *s = &dl->shards[i];
+        s->path = xstrdup(found.gl_pathv[i]);
+        shard_open(dl, s);
+        dl->first_window[i + 1] = dl->first_window[i] + (int64_t)s->n_windows;
+        bytes += s->n_tokens * (size_t)s->width;
+    }
+    globfree(&found);
+    dl->n_windows = dl->first_window[dl->n_shards];
+    if (dl->n_windows == 0)
+        die("'%s' has %" PRId64 " tokens in %d shards, too short for one window of --seq-len %d + 1; use more text or a "
+            "smaller --seq-len", pattern, dl->n_tokens, dl->n_shards, T);
+    if (bytes <= FULL_SCAN_BYTES)
+        for (int i = 0; i < dl->n_shards; i++) if (i % world == rank) shard_scan(dl, i);
+    dl->has_floor = !shuffle && loader_has_floor(dl);
+    dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
+}
+
+void loader_log(const DataLoader *dl, const char *name, FILE *f) {
+    fprintf(f, "%s data | %d shards from '%s' | %" PRId64 " tokens | %" PRId64 " windows of %d | %" PRId64 " tokens dropped in tails%s\n",
+            name, dl->n_shards, dl->shards[0].path, dl->n_tokens, dl->n_windows, dl->T, dl->n_dropped,
+            dl->has_floor ? " | true loss known" : "");
+}
+
+void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
+
+void loader_close(DataLoader *dl) {
+    for (int i = 0; i < dl->n_shards; i++) {
+        if (dl->shards[i].fd >= 0) close(dl->shards[i].fd);
+        free(dl->shards[i].path);
+    }
+    free(dl->shards); free(dl->first_window); free(dl->buffer);
+    memset(dl, 0, sizeof *dl);
+}
+
+// Micro-steps that show each window of an evaluation once.
+int64_t loader_eval_batches(const DataLoader *dl) {
+    int64_t step = (int64_t)dl->world * dl->B;
+    return (dl->n_windows + step - 1) / step;
+}
+
+void batch_alloc(Batch *batch, int B, int T, int document_mask) {
+    size_t n = (size_t)B * (size_t)T;
+    memset(batch, 0, sizeof *batch);
+    batch->B = B; batch->T = T;
+    batch->inputs = (int *)xcalloc(n, sizeof(int));
+    batch->targets = (int *)xcalloc(n, sizeof(int));
+    batch->doc_start = document_mask ? (int *)xcalloc(n, sizeof(int)) : NULL;
+    batch->floor_memory = (float *)xcalloc(n, sizeof(float));
+}
+
+void batch_free(Batch *batch) {
+    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor_memory);
+    memset(batch, 0, sizeof *batch);
+}
+
+// A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its round
+// function, since each round can be undone; 4^h >= n > 4^(h-1), so walking its cycle until the result is below n takes at
+// most 4 walks on average, and is a bijection again (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+// 12 rounds: with 8 or fewer the order of a handful of windows is measurably uneven over many epochs.
+static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n) {
+    int h = 0;
+    while (((uint64_t)1 << 2*h) < (uint64_t)n) h++;
+    const uint64_t mask = ((uint64_t)1 << h) - 1, key = random_bits(seed, hash_string("loader"), (uint64_t)epoch);
+    uint64_t x = (uint64_t)position;
+    do {
+        uint64_t left = x >> h, right = x & mask;
+        for (uint64_t round = 0; round < 12; round++) {
+            uint64_t next = left ^ (random_bits(key, round, right) >> 32 & mask);
+            left = right;
+            right = next;
+        }
+        x = left << h | right;
+    } while (x >= (uint64_t)n);
+    return (int64_t)x;
+}
+
+static void read_floor(const Shard *s, size_t first_target, int T, float *floor) {
+    char *path = floor_path(s);
+    size_t bytes, n = (size_t)T * sizeof(float);
+    int fd = open_regular(path, "true loss", &bytes);
+    if (read_at(fd, path, floor, n, first_target * sizeof(float)) != n) die("true loss '%s' became shorter while it was read", path);
+    for (int t = 0; t < T; t++)
+        if (!(floor[t] >= 0 && floor[t] < 1e6f))
+            die("true loss '%s' is damaged: target %zu has %g", path, first_target + (size_t)t, (double)floor[t]);
+    close(fd);
+    free(path);
+}
+
+// Window `window` of all shards into row b.
+static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
+    int low = 0, high = dl->n_shards, T = dl->T;            // the shard with first_window[low] <= window < first_window[low+1]
+    while (high - low > 1) {
+        int middle = low + (high - low) / 2;
+        if (dl->first_window[middle] <= window) low = middle; else high = middle;
+    }
+    const Shard *s = &dl->shards[low];
+    size_t w = (size_t)(window - dl->first_window[low]), width = (size_t)s->width, n = (size_t)T + 1;
+    size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
+    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
+        die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
+    int *inputs = batch->inputs + (size_t)b * (size_t)T, *targets = batch->targets + (size_t)b * (size_t)T, start = 0;
+    for (int t = 0; t <= T; t++) {
+        uint32_t id = packed_token(dl->buffer, s->width, (size_t)t);
+        if (id >= (uint32_t)dl->vocab_size)
+            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; use the tokenizer of the model",
+                s->path, id, w, dl->vocab_size);
+        if (t < T) inputs[t] = (int)id;
+        if (t > 0) targets[t - 1] = (int)id;
+        if (batch->doc_start && t < T) {
+            if (t > 0 && inputs[t - 1] == s->eod) start = t;
+            batch->doc_start[(size_t)b * (size_t)T + (size_t)t] = start;
+        }
+    }
+    if (batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + (size_t)b * (size_t)T);
+}
+
+// The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
+// one. Evaluation: where the windows end, the rest is padding. Dies naming shard and window when a file has changed.
+void loader_next(DataLoader *dl, Batch *batch) {
+    assert(batch->B == dl->B && batch->T == dl->T && (!dl->document_mask || batch->doc_start));
+    LoaderState *state = &dl->state;
+    batch->n_rows = 0;
+    batch->floor = dl->has_floor ? batch->floor_memory : NULL;
+    for (int b = 0; b < dl->B; b++) {
+        int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch;
+        if (dl->shuffle) {
+            epoch += p / dl->n_windows;
+            p %= dl->n_windows;
+            read_window(dl, permute(state->seed, epoch, p, dl->n_windows), batch, b);
+            batch->n_rows++;
+        } else if (p < dl->n_windows) {
+            read_window(dl, p, batch, b);
+            batch->n_rows++;
+        } else {
+            for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
+                batch->inputs[i] = 0;
+                batch->targets[i] = IGNORED;
+                batch->floor_memory[i] = 0;
+                if (batch->doc_start) batch->doc_start[i] = 0;
+            }
+        }
+    }
+    state->position += (int64_t)dl->world * dl->B;
+    if (dl->shuffle) {
+        state->epoch += state->position / dl->n_windows;
+        state->position %= dl->n_windows;
+    }
+}
+// ==== 9. Schedule, FLOPs, energy, log ===================================================================================
+// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr down to min_lr. wsd: constant, linear over the last fifth.
+double learning_rate(const Options *o, int64_t step) {
+    if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
+    int64_t rest = o->steps - o->warmup_steps;
+    double done = rest > 1 ? (double)(step - o->warmup_steps) / (double)(rest - 1) : 1;
+    done = done < 1 ? done : 1;
+    switch (o->schedule) {
+    case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * done));
+    case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
+    case SCHEDULE_WSD: return done < 0.8 ? o->lr : o->lr + (o->min_lr - o->lr) * (done - 0.8) / 0.2;
+    default: return o->lr;
+    }
+}
+
+// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention, or half
+// of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
+double flops_per_token(const Config *c, int T, int causal) {
+    double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
+    double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
+    return 6 * (c->L * block + C * c->V) + (causal ? 6.0 : 12.0) * c->L * HD * T;
+}
+
+// ---- energy: counters of the processor package and its memory (RAPL), read where the system lets us -----------------------
+enum { MAX_COUNTERS = 32 };
+static const char RAPL_FOLDER[] = "/sys/class/powercap";
+typedef struct Energy {
+    char path[MAX_COUNTERS][128];
+    double last[MAX_COUNTERS], wrap[MAX_COUNTERS];
+    int n;
+    double joules;          // since energy_open; NAN: unavailable
+} Energy;
+
+static int read_number(const char *path, double *x) {
+    FILE *f = fopen(path, "r");
+    int ok = f && fscanf(f, "%lf", x) == 1;
+    if (f) fclose(f);
+    return ok;
+}
+
+// Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same names).
+void energy_open(Energy *e, const char *folder) {
+    memset(e, 0, sizeof *e);
+    glob_t found;
+    char pattern[160];
+    snprintf(pattern, sizeof pattern, "%.100s/intel-rapl:*", folder);
+    if (!glob(pattern, 0, NULL, &found)) {
+        for (size_t i = 0; i < found.gl_pathc && e->n < MAX_COUNTERS; i++) {
+            char path[160], name[32] = "";
+            snprintf(path, sizeof path, "%s/name", found.gl_pathv[i]);
+            FILE *f = fopen(path, "r");
+            if (!f || fscanf(f, "%31s", name) != 1) name[0] = 0;
+            if (f) fclose(f);
+            if (strncmp(name, "package", 7) && strcmp(name, "dram")) continue;
+            snprintf(path, sizeof path, "%s/max_energy_range_uj", found.gl_pathv[i]);
+            if (!read_number(path, &e->wrap[e->n])) continue;
+            snprintf(e->path[e->n], sizeof e->path[0], "%.100s/energy_uj", found.gl_pathv[i]);
+            if (read_number(e->path[e->n], &e->last[e->n])) e->n++;
+        }
+        globfree(&found);
+    }
+    e->joules = e->n ? 0 : NAN;
+}
+
+// Joules since energy_open; the counters wrap, so read at least once an hour.
+double energy_read(Energy *e) {
+    for (int i = 0; i < e->n; i++) {
+        double now;
+        if (!read_number(e->path[i], &now)) continue;
+        double spent = now - e->last[i];
+        e->joules += (spent < 0 ? spent + e->wrap[i] : spent) * 1e-6;
+        e->last[i] = now;
+    }
+    return e->joules;
+}
+
+// ---- log.jsonl: one JSON object per line, only rank 0 writes --------------------------------------------------------------
+static FILE *log_file;
+
+void log_open(const char *out) {
+    if (comm_rank() != 0) return;
+    char path[4096];
+    snprintf(path, sizeof path, "%s/log.jsonl", out);
+    log_file = fopen(path, "a");
+    if (!log_file) die("cannot write %s: %s; choose another --out", path, strerror(errno));
+}
+
+void json_write_text(FILE *f, const char *s) {
+    fputc('"', f);
+    for (; *s; s++) {
+        unsigned char ch = (unsigned char)*s;
+        if (ch == '"' || ch == '\\') fprintf(f, "\\%c", ch);
+        else if (ch < 32) fprintf(f, "\\u%04x", ch);
+        else fputc(ch, f);
+    }
+    fputc('"', f);
+}
+
+// "key": number, after a comma; a number that is not finite (unknown, unavailable) is null
+void json_write_number(FILE *f, const char *key, double x) {
+    if (isfinite(x)) fprintf(f, ", \"%s\": %.17g", key, x);
+    else fprintf(f, ", \"%s\": null", key);
+}
+
+void json_write_options(FILE *f, int kind) {
+    const char *comma = "";
+    fprintf(f, "{");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        const char *text = option_text(o);
+        if ((kind && !(o->kind & kind)) || !text || o->type == OPT_FLAG) continue;
+        fprintf(f, "%s\"%s\": ", comma, o->name + 2);
+        json_write_text(f, text);
+        comma = ", ";
+    }
+    fprintf(f, "}");
+}
+
+// "1.5 s" .. "3 h 20 min": for people
+const char *duration_text(double s) {
+    static char text[32];
+    if (s < 60) snprintf(text, sizeof text, "%.0f s", s);
+    else if (s < 3600) snprintf(text, sizeof text, "%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
+    else snprintf(text, sizeof text, "%.0f h %02.0f min", floor(s / 3600), fmod(s / 60, 60));
+    return text;
+}
+
+// "unavailable" rather than a wrong number
+const char *measured_text(double x, const char *format) {
+    static char text[4][48];
+    static int next;
+    char *t = text[next++ % 4];
+    if (isfinite(x)) snprintf(t, sizeof text[0], format, x);
+    else snprintf(t, sizeof text[0], "unavailable");
+    return t;
+}
+// ==== 10. Checkpoints: Hugging Face directories =========================================================================
+// OUT/step_00000120/
+//   config.json, model.safetensors, generation_config.json, tokenizer files      what Hugging Face loads; weights in the compute precision
+//   optimizer-RRRRR-of-NNNNN.safetensors     fp32 tensors UNIT.KIND.OFFSET: KIND is master, m or v; elements OFFSET.. of the flat unit
+//   trainer_state.json                       step, options, data position, sums of the run
+//   checksums.txt                            a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
+// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
+typedef struct Model Model;             // section 13
+enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V };
+// Elements [at, at+n) of the flat weights, or of this rank's share of master, m, v, as fp32 on the host. Section 13.
+void model_read(const Model *m, int what, size_t at, size_t n, float *host);
+void model_write(Model *m, int what, size_t at, size_t n, const float *host);
+void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at);
+const ParamTable *model_table(const Model *m);
+
+enum { IO_CHUNK = 1 << 20 };            // elements that pass through the host at a time
+enum { SPIKE_WINDOW = 128 };
+
+typedef struct TrainState {             // with the weights and the optimizer: all that a run is
+    int64_t step, updates;              // updates: steps that changed the weights
+    int64_t tokens;
+    double seconds, joules;             // spent in steps; joules NAN: unavailable
+    LoaderState loader;
+    double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
+    int64_t n_healthy;
+} TrainState;
+
+static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"};
+enum { N_SIDE_FILES = (int)(sizeof side_files / sizeof *side_files) };
+
+// path = printf(...), in a fresh string
+__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
+    char *s = NULL;
+    va_list args;
+    va_start(args, fmt);
+    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
+    va_end(args);
+    return s;
+}
+
+static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        char *path = path_text("%s/%s", dir, e->d_name);
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(path);
+        free(path);
+    }
+    if (d) closedir(d);
+    rmdir(dir);
+}
+
+static void sync_folder(const char *dir) {
+    int fd = open(dir, O_RDONLY | O_DIRECTORY);
+    if (fd >= 0) {
+        fsync(fd);
+        close(fd);
+    }
+}
+
+// Steps of the checkpoints in OUT, ascending; the caller frees *steps.
+int checkpoint_list(const char *out, int64_t **steps) {
+    int n = 0, room = 0;
+    *steps = NULL;
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        int64_t step;
+        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5 + strspn(e->d_name + 5, "0"), &step)) {
+            if (strcmp(e->d_name, "step_00000000")) continue;
+            step = 0;
+        }
+        if (n == room) *steps = (int64_t *)realloc(*steps, (size_t)(room = 2 * room + 8) * sizeof(int64_t));
+        int at = n++;
+        for (; at > 0 && (*steps)[at - 1] > step; at--) (*steps)[at] = (*steps)[at - 1];
+        (*steps)[at] = step;
+    }
+    if (d) closedir(d);
+    return n;
+}
+
+char *checkpoint_path(const char *out, int64_t step) { return path_text("%s/step_%08" PRId64, out, step); }
+
+// ---- writing -------------------------------------------------------------------------------------------------------------
+typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
+    const char *dir;
+    Text checksums;
+    char error[512];
+} Saving;
+
+static void saving_failed(Saving *s, const char *path, int error) {
+    if (!s->error[0]) snprintf(s->error, sizeof s->error, "%s: %s", path, strerror(error));
+}
+
+static void save_file(Saving *s, const char *name, const void *data, size_t n) {
+    if (s->error[0]) return;
+    char *path = path_text("%s/%s", s->dir, name);
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    size_t done = 0;
+    for (ssize_t k; fd >= 0 && done < n; done += (size_t)k)
+        if ((k = write(fd, (const char *)data + done, n - done)) < 0) break;
+    int failed = fd < 0 || done < n || fsync(fd) ? errno : 0;
+    if (fd >= 0 && close(fd) && !failed) failed = errno;
+    if (failed) saving_failed(s, path, failed);
+    text_add(&s->checksums, "%08x %zu %s\n", crc32_update(0, data, n), n, name);
+    free(path);
+}
+
+// Ends w: its file joins the checksums, its error the saving's.
+static void save_tensors_end(Saving *s, StWriter *w, const char *name, uint32_t *crc, size_t *bytes) {
+    *crc = st_finish(w, bytes);
+    if (st_error(w) && !s->error[0]) snprintf(s->error, sizeof s->error, "%s", st_error(w));
+    if (name) text_add(&s->checksums, "%08x %zu %s\n", *crc, *bytes, name);
+    st_free(w);
+}
+
+static void save_weights(Saving *s, const Model *m, int dtype) {
+    char *path = path_text("%s/model.safetensors", s->dir);
+    const ParamTable *p = model_table(m);
+    StWriter *w = st_create(path, "{\"format\":\"pt\"}");
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int i = 0; i < p->n_tensors; i++) {
+        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
+        st_declare(w, p->tensors[i].name, dtype, p->tensors[i].cols ? 2 : 1, shape);
+    }
+    st_begin(w);
+    for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0; at < p->tensors[i].n; at += IO_CHUNK) {
+        size_t n = p->tensors[i].n - at < IO_CHUNK ? p->tensors[i].n - at : IO_CHUNK;
+        model_read(m, STATE_WEIGHTS, p->tensors[i].at + at, n, host);
+        st_write(w, host, n);
+    }
+    uint32_t crc;
+    size_t bytes;
+    save_tensors_end(s, w, "model.safetensors", &crc, &bytes);
+    free(host);
+    free(path);
+}
+
+static const char *const state_kinds[] = {"weights", "master", "m", "v"};
+
+// This rank's share of master, m and v; vocabulary padding is left out.
+static void save_optimizer(Saving *s, const Model *m, const char *name, uint32_t *crc, size_t *bytes) {
+    char *path = path_text("%s/%s", s->dir, name);
+    const ParamTable *p = model_table(m);
+    StWriter *w = st_create(path, NULL);
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int pass = 0; pass < 2; pass++) {          // declare, then write
+        for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
+            size_t first, n, at, begin;
+            state_slice(m, u, &first, &n, &at);
+            begin = first - p->units[u].at;
+            if (begin >= p->units[u].n) continue;
+            if (n > p->units[u].n - begin) n = p->units[u].n - begin;
+            if (pass == 0) {
+                char tensor[64];
+                int64_t shape = (int64_t)n;
+                snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
+                st_declare(w, tensor, ST_F32, 1, &shape);
+                continue;
+            }
+            for (size_t done = 0; done < n; done += IO_CHUNK) {
+                size_t k = n - done < IO_CHUNK ? n - done : IO_CHUNK;
+                model_read(m, kind, at + done, k, host);
+                st_write(w, host, k);
+            }
+        }
+        if (pass == 0) st_begin(w);
+    }
+    save_tensors_end(s, w, NULL, crc, bytes);
+    free(host);
+    free(path);
+}
+
+static void save_trainer_state(Saving *s, const TrainState *t) {
+    char *text = NULL;
+    size_t n = 0;
+    FILE *f = open_memstream(&text, &n);
+    fprintf(f, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d,\n",
+            t->step, t->updates, t->tokens, comm_world());
+    fprintf(f, " \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n", t->loader.seed, t->loader.epoch, t->loader.position);
+    fprintf(f, " \"options\": ");
+    json_write_options(f, RUN);
+    fprintf(f, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
+    json_write_number(f, "seconds", t->seconds);
+    json_write_number(f, "joules", t->joules);
+    for (int k = 0; k < 2; k++) {
+        fprintf(f, ",\n \"%s\": [", k ? "norms" : "losses");
+        for (int i = 0; i < SPIKE_WINDOW; i++) fprintf(f, i ? ", %.17g" : "%.17g", (k ? t->norms : t->losses)[i]);
+        fprintf(f, "]");
+    }
+    fprintf(f, "}\n");
+    fclose(f);
+    save_file(s, "trainer_state.json", text, n);
+    free(text);
+}
+
+// What Hugging Face wants beside the weights; side files come from `from` (a folder) where they exist.
+static void save_side_files(Saving *s, const Config *c, const Options *o, const char *from) {
+    char *config = config_to_json(c, o->precision == BF16 ? "bfloat16" : "float32");
+    save_file(s, "config.json", config, strlen(config));
+    free(config);
+    Text g = {NULL, 0, 0};
+    text_add(&g, "{");
+    if (c->bos >= 0) text_add(&g, "\"bos_token_id\": %d, ", c->bos);
+    if (c->eos >= 0) text_add(&g, "\"eos_token_id\": %d, ", c->eos);
+    text_add(&g, "\"do_sample\": true}\n");
+    save_file(s, "generation_config.json", g.s, (size_t)g.n);
+    free(g.s);
+    for (int i = 0; from && i < N_SIDE_FILES; i++) {
+        char *path = path_text("%s/%s", from, side_files[i]);
+        size_t n;
+        if (!access(path, R_OK)) {
+            char *data = read_text_file(path, (size_t)1 << 30, &n);
+            save_file(s, side_files[i], data, n);
+            free(data);
+        }
+        free(path);
+    }
+}
+
+static void checkpoint_prune(const char *out, int64_t keep) {
+    int64_t *steps;
+    int n = checkpoint_list(out, &steps);
+    for (int i = 0; i < n - keep; i++) {
+        char *old = checkpoint_path(out, steps[i]), *gone = path_text("%s/tmp.old", out);
+        if (!rename(old, gone)) remove_folder(gone);    // renamed first: a kill in between leaves no half checkpoint behind
+        free(old);
+        free(gone);
+    }
+    free(steps);
+}
+
+static void remove_leftovers(const char *out) {         // of a killed run
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) if (!strncmp(e->d_name, "tmp.", 4)) {
+        char *path = path_text("%s/%s", out, e->d_name);
+        remove_folder(path);
+        free(path);
+    }
+    if (d) closedir(d);
+}
+
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began: the older ones are whole.
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
+    int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
+    char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
+    Saving s = {tmp, {NULL, 0, 0}, ""};
+    double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
+    if (rank == 0) {
+        remove_leftovers(o->out);
+        if (mkdir(tmp, 0777)) saving_failed(&s, tmp, errno);
+    }
+    comm_barrier();
+    if (rank < parts && !s.error[0]) {
+        char name[64];
+        uint32_t crc;
+        size_t bytes;
+        snprintf(name, sizeof name, "optimizer-%05d-of-%05d.safetensors", rank, parts);
+        save_optimizer(&s, m, name, &crc, &bytes);
+        sums[2 * rank] = crc;
+        sums[2 * rank + 1] = (double)bytes;
+    }
+    if (rank == 0 && !s.error[0]) {
+        save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
+        save_side_files(&s, c, o, side_folder);
+        save_trainer_state(&s, t);
+    }
+    sums[2 * parts] = s.error[0] != 0;
+    comm_sum(sums, 2 * parts + 1);
+    int failed = sums[2 * parts] > 0;
+    if (rank == 0 && !failed) {
+        for (int i = 0; i < parts; i++)
+            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
+        text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
+        char *text = s.checksums.s;
+        s.checksums.s = NULL;
+        size_t n = (size_t)s.checksums.n;
+        memset(&s.checksums, 0, sizeof s.checksums);
+        save_file(&s, "checksums.txt", text, n);
+        free(text);
+        sync_folder(tmp);
+        char *old = path_text("%s/tmp.old", o->out);
+        rename(final, old);                             // a damaged one of the same step
+        if (!s.error[0] && rename(tmp, final)) saving_failed(&s, final, errno);
+        remove_folder(old);
+        free(old);
+        sync_folder(o->out);
+        if (!s.error[0]) checkpoint_prune(o->out, o->keep);
+    }
+    if (s.error[0]) {
+        if (rank == 0) remove_folder(tmp);
+        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step, s.error);
+    }
+    comm_barrier();
+    if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
+    free(s.checksums.s);
+    free(sums);
+    free(tmp);
+    free(final);
+}
+
+// ---- reading -------------------------------------------------------------------------------------------------------------
+static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {
+    int fd = open(path, O_RDONLY);
+    char *buffer = (char *)xmalloc(IO_CHUNK);
+    ssize_t n = -1;
+    *crc = 0;
+    *bytes = 0;
+    while (fd >= 0 && (n = read(fd, buffer, IO_CHUNK)) > 0) {
+        *crc = crc32_update(*crc, buffer, (size_t)n);
+        *bytes += (size_t)n;
+    }
+    if (fd >= 0) close(fd);
+    free(buffer);
+    return n == 0;
+}
+
+// 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
+int checkpoint_whole(const char *dir, char *why, size_t n) {
+    char *path = path_text("%s/checksums.txt", dir);
+    struct stat info;
+    why[0] = 0;
+    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) {
+        snprintf(why, n, "%s is missing or empty", path);
+        free(path);
+        return 0;
+    }
+    size_t size;
+    char *text = read_text_file(path, 1 << 24, &size), *last = text + size - 9;
+    char self[16];
+    snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
+    if (strcmp(last, self)) snprintf(why, n, "%s does not match its own checksum", path);
+    *last = 0;
+    for (char *line = text, *next; *line && !why[0]; line = next) {
+        unsigned int crc;
+        uint32_t found_crc;
+        size_t bytes, found;
+        int name = 0;
+        next = line + strcspn(line, "\n");
+        if (*next) *next++ = 0;
+        if (sscanf(line, "%x %zu %n", &crc, &bytes, &name) != 2 || !name) {
+            snprintf(why, n, "%s has a bad line", path);
+            break;
+        }
+        char *file = path_text("%s/%s", dir, line + name);
+        if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
+        else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file, found, bytes);
+        else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
+        free(file);
+    }
+    free(text);
+    free(path);
+    return !why[0];
+}
+
+// --resume: the folder to continue, whole; NULL: `auto` found none. Damaged ones are named; auto then takes an older one.
+char *checkpoint_choose(const char *resume, const char *out) {
+    char why[1024] = "";
+    if (strcmp(resume, "auto")) {
+        int ok = comm_rank() || checkpoint_whole(resume, why, sizeof why);
+        if (!ok) die("--resume %s: %s; resume an older checkpoint", resume, why);
+        return xstrdup(resume);
+    }
+    int64_t *steps, chosen = -1;
+    int n = checkpoint_list(out, &steps);
+    for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
+        char *dir = checkpoint_path(out, steps[i]);
+        if (checkpoint_whole(dir, why, sizeof why)) chosen = steps[i];
+        else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why);
+        free(dir);
+    }
+    free(steps);
+    if (n && chosen < 0 && comm_rank() == 0) die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
+    comm_broadcast(&chosen, sizeof chosen);
+    return chosen < 0 ? NULL : checkpoint_path(out, chosen);
+}
+
+static void read_series(const Json *root, const char *key, const char *where, double *x) {
+    const Json *list = json_get(root, key);
+    if (!list || list->type != 'a' || list->n != SPIKE_WINDOW) die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
+    int i = 0;
+    for (const Json *e = list->child; e; e = e->next) x[i++] = e->num;
+}
+
+// trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
+void checkpoint_read_state(const char *dir, TrainState *t) {
+    char *where = path_text("%s/trainer_state.json", dir);
+    size_t n;
+    char *text = read_text_file(where, 1 << 24, &n);
+    Json *root = json_parse(text, n, where);
+    const int64_t MOST = INT64_C(1) << 53;
+    memset(t, 0, sizeof *t);
+    json_int(root, "format", where, 1, 1, JSON_REQUIRED);
+    t->step = json_int(root, "step", where, 0, MOST, JSON_REQUIRED);
+    t->updates = json_int(root, "updates", where, 0, t->step, JSON_REQUIRED);
+    t->tokens = json_int(root, "tokens", where, 0, INT64_MAX, JSON_REQUIRED);
+    t->seconds = json_number(root, "seconds", where, 0, 1e18, NAN);
+    t->joules = json_get(root, "joules") ? json_number(root, "joules", where, 0, 1e30, NAN) : NAN;
+    t->n_healthy = json_int(root, "n_healthy", where, 0, MOST, JSON_REQUIRED);
+    read_series(root, "losses", where, t->losses);
+    read_series(root, "norms", where, t->norms);
+    const Json *loader = json_get(root, "loader");
+    t->loader.seed = (uint64_t)json_int(loader, "seed", where, 0, INT64_MAX, JSON_REQUIRED);
+    t->loader.epoch = json_int(loader, "epoch", where, 0, MOST, JSON_REQUIRED);
+    t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
+    const Json *options = json_get(root, "options");
+    for (const Json *e = options ? options->child : NULL; e; e = e->next) {
+        char name[64];
+        snprintf(name, sizeof name, "--%s", e->key);
+        Option *o = option_find(name);
+        if (!o || !(o->kind & RUN) || e->type != 's') die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
+        if (!o->given) option_set(o, e->str);
+        else if (comm_rank() == 0 && strcmp(option_text(o), e->str)) printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
+    }
+    json_free(root);
+    free(text);
+    free(where);
+}
+
+// Reads part of an optimizer tensor: elements [first, first+n) of a unit, from whichever files hold them; dies if any is missing.
+typedef struct OptimizerFiles { StSet **sets; int n; const char *dir; } OptimizerFiles;
+
+static OptimizerFiles optimizer_open(const char *dir) {
+    OptimizerFiles f = {NULL, 0, dir};
+    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
+    f.n = (int)found.gl_pathc;
+    f.sets = (StSet **)xcalloc((size_t)f.n, sizeof(StSet *));
+    for (int i = 0; i < f.n; i++) f.sets[i] = st_open(found.gl_pathv[i]);
+    globfree(&found);
+    free(pattern);
+    return f;
+}
+
+static void optimizer_read(const OptimizerFiles *f, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at, float *host) {
+    char prefix[64];
+    size_t found = 0;
+    snprintf(prefix, sizeof prefix, "%s.%s.", unit->name, state_kinds[kind]);
+    for (int i = 0; i < f->n; i++) for (int j = 0; j < f->sets[i]->n_tensors; j++) {
+        const StTensor *t = &f->sets[i]->tensors[j];
+        int64_t offset;
+        if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
+        size_t begin = (size_t)offset > first ? (size_t)offset : first;
+        size_t end = (size_t)offset + t->n < first + n ? (size_t)offset + t->n : first + n;
+        for (size_t x = begin; x < end; x += IO_CHUNK) {
+            size_t k = end - x < IO_CHUNK ? end - x : IO_CHUNK;
+            st_read(f->sets[i], t, x - (size_t)offset, k, host);
+            model_write(m, to, at + (x - first), k, host);
+            found += k;
+        }
+    }
+    if (found != n) die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", f->dir, found, n, state_kinds[kind], unit->name);
+}
+
+// Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
+void checkpoint_read_model(const char *dir, Model *m) {
+    const ParamTable *p = model_table(m);
+    OptimizerFiles f = optimizer_open(dir);
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int u = 0; u < p->n_units; u++) {
+        const Unit *unit = &p->units[u];
+        optimizer_read(&f, unit, STATE_MASTER, 0, unit->n, m, STATE_WEIGHTS, unit->at, host);
+        size_t first, n, at, begin;
+        state_slice(m, u, &first, &n, &at);
+        begin = first - unit->at;
+        if (begin >= unit->n) continue;
+        if (n > unit->n - begin) n = unit->n - begin;
+        for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(&f, unit, kind, begin, n, m, kind, at, host);
+    }
+    for (int i = 0; i < f.n; i++) st_close(f.sets[i]);
+    free(f.sets);
+    free(host);
+}
+
+// Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
+void weights_read(const char *dir, Model *m, const Config *c) {
+    const ParamTable *p = model_table(m);
+    StSet *s = st_open(dir);
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int i = 0; i < p->n_tensors; i++) {
+        const Tensor *t = &p->tensors[i];
+        const StTensor *from = st_find(s, t->name);
+        if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
+        int64_t rows = from->n_dims > 0 ? from->shape[0] : 0, cols = from->n_dims > 1 ? from->shape[1] : 0;
+        if (from->n_dims != (t->cols ? 2 : 1) || rows != t->rows || cols != t->cols)
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols, t->rows, t->cols);
+        for (size_t at = 0; at < t->n; at += IO_CHUNK) {
+            size_t n = t->n - at < IO_CHUNK ? t->n - at : IO_CHUNK;
+            st_read(s, from, at, n, host);
+            model_write(m, STATE_WEIGHTS, t->at + at, n, host);
+        }
+    }
+    for (int j = 0; j < s->n_tensors; j++) {
+        const char *name = s->tensors[j].name;
+        int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
+        for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
+        if (!known) die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
+    }
+    st_close(s);
+    free(host);
+}
+// SHARED END
+// ==== 11. Comm: ranks, one process each =================================================================================
+// Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop of
+// MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number of ranks.
+typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
+static Comm comm = {0, 1, 0, 1, 600};
+
+int comm_rank(void) { return comm.rank; }
+int comm_world(void) { return comm.world; }
+int comm_local_ranks(void) { return comm.local_ranks; }             // on this machine
+int comm_is_local_leader(void) { return comm.local_rank == 0; }     // one rank of each machine
+void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
+
+#ifdef USE_MPI
+#include <mpi.h>
+enum { MAX_PENDING = 4096, BUCKET = 1 << 22 };      // BUCKET: elements of one all-reduce, so that large units overlap too
+static MPI_Request pending[MAX_PENDING];
+static int n_pending;
+#define MPI_FLOATX (sizeof(floatX) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT)
+
+void comm_abort(void) {
+    int up = 0, down = 0;
+    MPI_Initialized(&up);
+    MPI_Finalized(&down);
+    if (up && !down && comm.world > 1) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+}
+
+void comm_init(int *argc, char ***argv) {
+    MPI_Init(argc, argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
+    MPI_Comm local;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &local);
+    MPI_Comm_rank(local, &comm.local_rank);
+    MPI_Comm_size(local, &comm.local_ranks);
+    MPI_Comm_free(&local);
+}
+
+void comm_finish(void) { MPI_Finalize(); }
+
+// Waits for n requests; after `timeout` seconds without progress the job ends.
+static void comm_wait(MPI_Request *requests, int n, const char *what) {
+    double start = now_seconds();
+    for (int done = 0; !done;) {
+        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (!done && now_seconds() - start > (double)comm.timeout) {
+            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
+                    "(or raise --timeout)\n", comm.rank, now_seconds() - start, what);
+            comm_abort();
+        }
+        if (!done) usleep(50);
+    }
+}
+
+void comm_barrier(void) {
+    MPI_Request r;
+    MPI_Ibarrier(MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a barrier");
+}
+
+void comm_broadcast(void *data, size_t bytes) {     // from rank 0
+    for (size_t at = 0; at < bytes; at += BUCKET) {
+        MPI_Request r;
+        MPI_Ibcast((char *)data + at, (int)(bytes - at < BUCKET ? bytes - at : BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
+        comm_wait(&r, 1, "a broadcast");
+    }
+}
+
+void comm_sum(double *x, int n) {
+    MPI_Request r;
+    MPI_Iallreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a sum");
+}
+
+double comm_max(double x) {
+    MPI_Request r;
+    MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a maximum");
+    return x;
+}
+
+// x (n) becomes its sum over ranks some time before comm_reduce_finish returns; until then it must not be touched.
+void comm_reduce_start(floatX *x, size_t n) {
+    if (comm.world == 1) return;
+    for (size_t at = 0; at < n; at += BUCKET) {
+        if (n_pending == MAX_PENDING) comm_reduce_finish();
+        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)(n - at < BUCKET ? n - at : BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD, &pending[n_pending++]);
+    }
+}
+
+// MPI moves data only inside its calls: backward calls this between ops.
+void comm_progress(void) {
+    int done;
+    if (n_pending) MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);
+}
+
+void comm_reduce_finish(void) {
+    if (n_pending) comm_wait(pending, n_pending, "the all-reduce of gradients");
+    n_pending = 0;
+}
+
+// Rank r holds elements [r*n, (r+1)*n) of x; afterwards all ranks hold all.
+void comm_allgather(floatX *x, size_t n) {
+    MPI_Request r;
+    if (n > INT_MAX) die("a unit of %zu elements per rank is too large for MPI; use more ranks or --zero 0", n);
+    MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, x, (int)n, MPI_FLOATX, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "the all-gather of weights");
+}
+#else
+void comm_abort(void) {}
+void comm_init(int *argc, char ***argv) {
+    (void)argc;
+    (void)argv;
+    const char *size = getenv("OMPI_COMM_WORLD_SIZE");
+    if (size && strcmp(size, "1"))
+        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
+}
+void comm_finish(void) {}
+void comm_barrier(void) {}
+void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
+void comm_sum(double *x, int n) { (void)x; (void)n; }
+double comm_max(double x) { return x; }
+void comm_reduce_start(floatX *x, size_t n) { (void)x; (void)n; }
+void comm_progress(void) {}
+void comm_reduce_finish(void) {}
+void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
+#endif
+// ==== 12. Ops, in forward order, each backward below its forward =======================================================
+// x (n) rounded to bf16 in place, ties to even: the twin's stand-in for storing it in bf16.
+static inline floatX round_bf16(floatX x) {
+    union { float f; uint32_t u; } bits;
+    bits.f = (float)x;
+    bits.u = (bits.u + 0x7fff + ((bits.u >> 16) & 1)) & 0xffff0000u;    // a NaN may become Inf: still not finite
+    return bits.f;
+}
+
+void store_bf16(floatX *x, size_t n) {
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) x[i] = round_bf16(x[i]);
+}
+
+// e^x, branch-free so that loops over it become vector code: 2^n times Cephes' polynomial on |r| <= ln(2)/2, 1.5 ulp.
+// x > 88 saturates, x < -87 gives 0, NaN stays NaN. In double: the C library's.
+static inline floatX exp_x(floatX x) {
+    if (sizeof(floatX) == sizeof(double)) return (floatX)exp((double)x);
+    float f = (float)x;
+    f = f < -87.0f ? -87.0f : f;
+    f = f > 88.0f ? 88.0f : f;
+    union { float f; uint32_t u; } n, scale;
+    n.f = f * 1.44269504f + 12582912.0f;                        // 1.5 * 2^23: the integer part lands in the low bits
+    float whole = n.f - 12582912.0f;
+    float r = f - whole * 0.693359375f - whole * -2.12194440e-4f;
+    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
+               + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+    scale.u = (n.u + 127) << 23;
+    return x < (floatX)-87 ? (floatX)0 : (p * r * r + r + 1.0f) * scale.f;
+}
+
+static inline floatX sqrt_x(floatX x) { return sizeof(floatX) == sizeof(double) ? (floatX)sqrt((double)x) : (floatX)sqrtf((float)x); }
+
+// ---- token embedding ---------------------------------------------------------------------------------------------------
+// x (N,C) = w[ids]     w (V,C), ids (N)
+void embedding_forward(floatX *x, const int *ids, const floatX *w, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) memcpy(x + (size_t)n * C, w + (size_t)ids[n] * C, (size_t)C * sizeof(floatX));
+}
+
+// dw (V,C) += dx rows of each token. Threads share out the columns, so equal tokens never race.
+void embedding_backward(floatX *dw, const int *ids, const floatX *dx, int N, int C) {
+    const int BLOCK = 16;
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < C; c0 += BLOCK) {
+        int width = C - c0 < BLOCK ? C - c0 : BLOCK;
+        for (int n = 0; n < N; n++) {
+            floatX *dw_n = dw + (size_t)ids[n] * C + c0;
+            const floatX *dx_n = dx + (size_t)n * C + c0;
+            for (int c = 0; c < width; c++) dw_n[c] += dx_n[c];
+        }
+    }
+}
+
+// ---- residual add + RMSNorm (Zhang & Sennrich 2019) ---------------------------------------------------------------------
+// out_c = w_c x_c r,  r = (mean_j x_j^2 + eps)^(-1/2)
+// x_out (N,C) = x + delta and out (N,C) = norm(x_out) in one pass; rstd (N) = r is kept. delta NULL: x_out is not written.
+void residual_rmsnorm_forward(floatX *x_out, floatX *out, floatX *rstd, const floatX *x, const floatX *delta, const floatX *w,
+                              double eps, int N, int C, int bf16) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const floatX *x_n = x + (size_t)n * C;
+        floatX *out_n = out + (size_t)n * C;
+        if (delta) {
+            const floatX *delta_n = delta + (size_t)n * C;
+            floatX *sum_n = x_out + (size_t)n * C;
+            if (bf16) for (int c = 0; c < C; c++) sum_n[c] = round_bf16(x_n[c] + delta_n[c]);
+            else for (int c = 0; c < C; c++) sum_n[c] = x_n[c] + delta_n[c];
+            x_n = sum_n;
+        }
+        double squares = 0;
+        #pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < C; c++) squares += (double)x_n[c] * x_n[c];
+        floatX r = (floatX)(1 / sqrt(squares / C + eps));
+        rstd[n] = r;
+        for (int c = 0; c < C; c++) out_n[c] = x_n[c] * r * w[c];
+        if (bf16) for (int c = 0; c < C; c++) out_n[c] = round_bf16(out_n[c]);
+    }
+}
+
+// out (N,C) = x * rstd * w: the norm's output again, from what was kept.
+void rmsnorm_rebuild(floatX *out, const floatX *x, const floatX *rstd, const floatX *w, int N, int C, int bf16) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        for (int c = 0; c < C; c++) out[(size_t)n * C + c] = x[(size_t)n * C + c] * rstd[n] * w[c];
+        if (bf16) for (int c = 0; c < C; c++) out[(size_t)n * C + c] = round_bf16(out[(size_t)n * C + c]);
+    }
+}
+
+// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
+// dx (N,C) += (the residual path), dw (C) +=
+void rmsnorm_backward(floatX *dx, floatX *dw, const floatX *dout, const floatX *x, const floatX *rstd, const floatX *w,
+                      int N, int C, int bf16) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const floatX *dout_n = dout + (size_t)n * C, *x_n = x + (size_t)n * C;
+        floatX *dx_n = dx + (size_t)n * C, r = rstd[n];
+        double gn = 0;
+        #pragma omp simd reduction(+ : gn)
+        for (int c = 0; c < C; c++) gn += (double)dout_n[c] * w[c] * x_n[c];
+        floatX mean = (floatX)(gn * r / C);
+        for (int c = 0; c < C; c++) dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);
+        if (bf16) for (int c = 0; c < C; c++) dx_n[c] = round_bf16(dx_n[c]);
+    }
+    enum { COLUMNS = 32 };                      // a thread owns columns: the order of the sum over rows is fixed
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < C; c0 += COLUMNS) {
+        double sum[COLUMNS] = {0};
+        int width = C - c0 < COLUMNS ? C - c0 : COLUMNS;
+        for (int n = 0; n < N; n++) {
+            size_t at = (size_t)n * C + c0;
+            for (int c = 0; c < width; c++) sum[c] += (double)dout[at + c] * (x[at + c] * rstd[n]);
+        }
+        for (int c = 0; c < width; c++) dw[c0 + c] += (floatX)sum[c];
+    }
+}
+
+void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int ta, const floatX *b, int ldb, int tb, int M, int N, int K, int accumulate) {
+    #pragma omp parallel for
+    for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) {
+        double s = 0;
+        for (int k = 0; k < K; k++) s += (double)(ta ? a[(size_t)k*lda+m] : a[(size_t)m*lda+k]) * (tb ? b[(size_t)n*ldb+k] : b[(size_t)k*ldb+n]);
+        out[(size_t)m*ldo+n] = (floatX)((accumulate ? out[(size_t)m*ldo+n] : 0) + s);
+    }
+}
+void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int ta, const floatX *b, int ldb, int tb, int M, int N, int K, int accumulate) {
+    for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) {
+        double s = 0;
+        for (int k = 0; k < K; k++) s += (double)(ta ? a[(size_t)k*lda+m] : a[(size_t)m*lda+k]) * (tb ? b[(size_t)n*ldb+k] : b[(size_t)k*ldb+n]);
+        out[(size_t)m*ldo+n] = (floatX)((accumulate ? out[(size_t)m*ldo+n] : 0) + s);
+    }
+}
+void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC) { matmul_naive(out, OC, x, C, 0, w, C, 1, N, OC, C, 0); }
+void matmul_backward_x(floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC, int accumulate) { matmul_naive(dx, C, dout, OC, 0, w, C, 0, N, C, OC, accumulate); }
+void matmul_backward_w(floatX *dw, const floatX *dout, const floatX *x, int N, int C, int OC) { matmul_naive(dw, C, dout, OC, 1, x, C, 0, OC, C, N, 1); }
+// ---- bias on q, k, v (Qwen2) --------------------------------------------------------------------------------------------
+// out (N,OC) += bias (OC)
+void bias_forward(floatX *out, const floatX *bias, int N, int OC) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) for (int o = 0; o < OC; o++) out[(size_t)n * OC + o] += bias[o];
+}
+
+// dbias (OC) += column sums of dout (N,OC)
+void bias_backward(floatX *dbias, const floatX *dout, int N, int OC) {
+    enum { COLUMNS = 32 };
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < OC; c0 += COLUMNS) {
+        double sum[COLUMNS] = {0};
+        int width = OC - c0 < COLUMNS ? OC - c0 : COLUMNS;
+        for (int n = 0; n < N; n++) for (int c = 0; c < width; c++) sum[c] += dout[(size_t)n * OC + c0 + c];
+        for (int c = 0; c < width; c++) dbias[c0 + c] += (floatX)sum[c];
+    }
+}
+
+// ---- norm of each q and k head (Qwen3) and rotary embedding (Su et al. 2021, Hugging Face's rotate_half) ----------------
+// Angles of position t and pair i < D/2: t * theta^(-2i/D), for Llama 3 stretched: wavelengths longer than the original
+// context / low are divided by `factor`, shorter than context / high kept, a linear ramp between.
+void rope_table(floatX *cosine, floatX *sine, const Config *c, int T) {     // (T, D/2) each
+    const double PI = 3.14159265358979323846;
+    for (int i = 0; i < c->D / 2; i++) {
+        double freq = pow(c->rope_theta, -2.0 * i / c->D);
+        if (c->rope_llama3) {
+            double turns = c->rope_original_T * freq / (2 * PI);
+            double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
+            freq *= keep + (1 - keep) / c->rope_factor;
+        }
+        for (int t = 0; t < T; t++) {
+            cosine[(size_t)t * (c->D / 2) + i] = (floatX)cos(t * freq);
+            sine[(size_t)t * (c->D / 2) + i] = (floatX)sin(t * freq);
+        }
+    }
+}
+
+// The pair (i, i + D/2) of x (D) turns by the angle of its position; `sign` -1 turns back (the transpose: its backward).
+static inline void rotate_head(floatX *x, const floatX *cosine, const floatX *sine, int D, floatX sign) {
+    for (int i = 0; i < D / 2; i++) {
+        floatX a = x[i], b = x[i + D / 2], s = sign * sine[i];
+        x[i] = a * cosine[i] - b * s;
+        x[i + D / 2] = b * cosine[i] + a * s;
+    }
+}
+
+// qkv (N,(H+2K)D) in place: q and k heads normed (if q_norm), then rotated; v as it is. For the backward of the norm,
+// qk_raw (N,(H+K)D) = the heads before it and qk_rstd (N,H+K). q_norm, k_norm (D) or NULL.
+void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const floatX *q_norm, const floatX *k_norm,
+                          const floatX *cosine, const floatX *sine, const Config *c, int N, int T, int bf16) {
+    int H = c->H, K = c->K, D = c->D;
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        size_t angle = (size_t)(n % T) * (D / 2);
+        for (int h = 0; h < H + K; h++) {
+            floatX *x = qkv + ((size_t)n * (H + 2 * K) + h) * D;
+            if (q_norm) {
+                const floatX *w = h < H ? q_norm : k_norm;
+                double squares = 0;
+                for (int d = 0; d < D; d++) squares += (double)x[d] * x[d];
+                floatX r = (floatX)(1 / sqrt(squares / D + c->eps));
+                memcpy(qk_raw + ((size_t)n * (H + K) + h) * D, x, (size_t)D * sizeof(floatX));
+                qk_rstd[(size_t)n * (H + K) + h] = r;
+                for (int d = 0; d < D; d++) x[d] *= r * w[d];
+            }
+            rotate_head(x, cosine + angle, sine + angle, D, 1);
+            if (bf16) for (int d = 0; d < D; d++) x[d] = round_bf16(x[d]);
+        }
+    }
+}
+
+// dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation. dq_norm, dk_norm (D) +=
+void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const floatX *qk_raw, const floatX *qk_rstd,
+                           const floatX *q_norm, const floatX *k_norm, const floatX *cosine, const floatX *sine,
+                           const Config *c, int N, int T, int bf16) {
+    int H = c->H, K = c->K, D = c->D, heads = H + K;
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        size_t angle = (size_t)(n % T) * (D / 2);
+        for (int h = 0; h < heads; h++) rotate_head(dqkv + ((size_t)n * (H + 2 * K) + h) * D, cosine + angle, sine + angle, D, -1);
+    }
+    if (q_norm) {
+        #pragma omp parallel for
+        for (int d = 0; d < D; d++) {           // dw first: dx overwrites dout
+            double sum[2] = {0, 0};
+            for (int n = 0; n < N; n++) for (int h = 0; h < heads; h++)
+                sum[h >= H] += (double)dqkv[((size_t)n * (H + 2 * K) + h) * D + d]
+                             * (qk_raw[((size_t)n * heads + h) * D + d] * qk_rstd[(size_t)n * heads + h]);
+            dq_norm[d] += (floatX)sum[0];
+            dk_norm[d] += (floatX)sum[1];
+        }
+        #pragma omp parallel for
+        for (int n = 0; n < N; n++) for (int h = 0; h < heads; h++) {
+            floatX *dx = dqkv + ((size_t)n * (H + 2 * K) + h) * D, r = qk_rstd[(size_t)n * heads + h];
+            const floatX *x = qk_raw + ((size_t)n * heads + h) * D, *w = h < H ? q_norm : k_norm;
+            double gn = 0;
+            for (int d = 0; d < D; d++) gn += (double)dx[d] * w[d] * x[d];
+            floatX mean = (floatX)(gn * r / D);
+            for (int d = 0; d < D; d++) dx[d] = r * (dx[d] * w[d] - x[d] * r * mean);
+        }
+    }
+    if (bf16) store_bf16(dqkv, (size_t)N * (H + 2 * K) * D);
+}
+
+// ---- causal attention with grouped heads, blocked so that memory is O(T) (Dao et al. 2022) -------------------------------
+// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads share a k/v head.
+enum { TILE = 64 };             // rows of q or k at a time: scores stay in the cache
+
+// Scores of q rows t0.. against k rows s0.. become scaled, masked ones: -inf where the query may not look.
+static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const int *doc_start, floatX scale) {
+    for (int i = 0; i < rows; i++) {
+        floatX *s_i = s + i * TILE;
+        for (int j = 0; j < cols; j++) s_i[j] *= scale;
+        int first = doc_start ? doc_start[t0 + i] - s0 : 0, last = t0 + i - s0;
+        for (int j = 0; j < cols && j < first; j++) s_i[j] = -INFINITY;
+        for (int j = last < 0 ? 0 : last + 1; j < cols; j++) s_i[j] = -INFINITY;
+    }
+}
+
+// out (N,H*D) =, lse (N,H) = log of the softmax's denominator.  qkv (N,(H+2K)D), doc_start (N) or NULL
+void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *doc_start, int B, int T, int H, int K, int D,
+                       int bf16) {
+    const int W = (H + 2 * K) * D, tiles = (T + TILE - 1) / TILE;
+    const floatX scale = (floatX)(1 / sqrt((double)D));
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int bh = 0; bh < B * H; bh++) for (int tile = 0; tile < tiles; tile++) {
+        int b = bh / H, h = bh % H, t0 = (tiles - 1 - tile) * TILE, rows = T - t0 < TILE ? T - t0 : TILE;  // long ones first
+        const floatX *q = qkv + ((size_t)b * T + t0) * W + h * D;
+        const floatX *k = qkv + (size_t)b * T * W + (H + h / (H / K)) * D, *v = k + K * D;
+        const int *doc_b = doc_start ? doc_start + (size_t)b * T : NULL;
+        floatX *out_t = out + ((size_t)b * T + t0) * H * D + h * D;
+        floatX s[TILE * TILE], highest[TILE];
+        double total[TILE];
+        for (int i = 0; i < rows; i++) {
+            highest[i] = -INFINITY;
+            total[i] = 0;
+            memset(out_t + (size_t)i * H * D, 0, (size_t)D * sizeof(floatX));
+        }
+        for (int s0 = doc_b ? doc_b[t0] / TILE * TILE : 0; s0 < t0 + rows; s0 += TILE) {
+            int cols = T - s0 < TILE ? T - s0 : TILE;
+            matmul_tile(s, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
+            attention_mask(s, rows, cols, t0, s0, doc_b, scale);
+            for (int i = 0; i < rows; i++) {    // online softmax: what was summed so far shrinks when a larger score appears
+                floatX *s_i = s + i * TILE, top = highest[i];
+                #pragma omp simd reduction(max : top)
+                for (int j = 0; j < cols; j++) top = s_i[j] > top ? s_i[j] : top;
+                floatX base = top == -INFINITY ? 0 : top, shrink = exp_x(highest[i] - base);   // nothing visible yet: all exp are 0
+                double sum = 0;
+                #pragma omp simd reduction(+ : sum)
+                for (int j = 0; j < cols; j++) {
+                    s_i[j] = exp_x(s_i[j] - base);
+                    sum += s_i[j];
+                }
+                if (bf16) for (int j = 0; j < cols; j++) s_i[j] = round_bf16(s_i[j]);
+                total[i] = total[i] * shrink + sum;
+                highest[i] = top;
+                floatX *out_i = out_t + (size_t)i * H * D;
+                if (shrink != 1) for (int d = 0; d < D; d++) out_i[d] *= shrink;
+            }
+            matmul_tile(out_t, H * D, s, TILE, 0, v + (size_t)s0 * W, W, 0, rows, D, cols, 1);
+        }
+        for (int i = 0; i < rows; i++) {
+            floatX *out_i = out_t + (size_t)i * H * D, inverse = (floatX)(1 / total[i]);
+            for (int d = 0; d < D; d++) out_i[d] = bf16 ? round_bf16(out_i[d] * inverse) : out_i[d] * inverse;
+            lse[((size_t)b * T + t0 + i) * H + h] = highest[i] + (floatX)log(total[i]);
+        }
+    }
+}
+
+// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:   dv_s = sum_t P_ts dout_t    dS_ts = P_ts (dout_t v_s - delta_t)
+//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =
+// One task holds all query heads of a k/v head, so every gradient has one writer.
+void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out, const floatX *lse,
+                        const int *doc_start, int B, int T, int H, int K, int D, int bf16) {
+    const int W = (H + 2 * K) * D, group = H / K;
+    const floatX scale = (floatX)(1 / sqrt((double)D));
+    #pragma omp parallel for schedule(dynamic)
+    for (int bk = 0; bk < B * K; bk++) {
+        int b = bk / K, kv = bk % K;
+        size_t row = (size_t)b * T;
+        const floatX *k = qkv + row * W + (H + kv) * D, *v = k + K * D;
+        floatX *dk = dqkv + row * W + (H + kv) * D, *dv = dk + K * D;
+        const int *doc_b = doc_start ? doc_start + row : NULL;
+        floatX p[TILE * TILE], ds[TILE * TILE];
+        for (int t = 0; t < T; t++) {
+            memset(dqkv + (row + t) * W + kv * group * D, 0, (size_t)group * D * sizeof(floatX));
+            memset(dk + (size_t)t * W, 0, (size_t)D * sizeof(floatX));
+            memset(dv + (size_t)t * W, 0, (size_t)D * sizeof(floatX));
+        }
+        for (int h = kv * group; h < (kv + 1) * group; h++) for (int t0 = 0; t0 < T; t0 += TILE) {
+            int rows = T - t0 < TILE ? T - t0 : TILE;
+            const floatX *q = qkv + (row + t0) * W + h * D, *dout_t = dout + (row + t0) * H * D + h * D;
+            floatX delta[TILE];
+            for (int i = 0; i < rows; i++) {
+                const floatX *do_i = dout_t + (size_t)i * H * D, *o_i = out + (row + t0 + i) * H * D + h * D;
+                double sum = 0;
+                for (int d = 0; d < D; d++) sum += (double)do_i[d] * o_i[d];
+                delta[i] = (floatX)sum;
+            }
+            for (int s0 = doc_b ? doc_b[t0] / TILE * TILE : 0; s0 < t0 + rows; s0 += TILE) {
+                int cols = T - s0 < TILE ? T - s0 : TILE;
+                matmul_tile(p, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
+                attention_mask(p, rows, cols, t0, s0, doc_b, scale);
+                matmul_tile(ds, TILE, dout_t, H * D, 0, v + (size_t)s0 * W, W, 1, rows, cols, D, 0);
+                for (int i = 0; i < rows; i++) {
+                    floatX *p_i = p + i * TILE, *ds_i = ds + i * TILE, lse_i = lse[(row + t0 + i) * H + h], delta_i = delta[i];
+                    for (int j = 0; j < cols; j++) {
+                        p_i[j] = exp_x(p_i[j] - lse_i);
+                        ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;
+                    }
+                    if (bf16) for (int j = 0; j < cols; j++) p_i[j] = round_bf16(p_i[j]), ds_i[j] = round_bf16(ds_i[j]);
+                }
+                matmul_tile(dv + (size_t)s0 * W, W, p, TILE, 1, dout_t, H * D, 0, cols, D, rows, 1);
+                matmul_tile(dk + (size_t)s0 * W, W, ds, TILE, 1, q, W, 0, cols, D, rows, 1);
+                matmul_tile(dqkv + (row + t0) * W + h * D, W, ds, TILE, 0, k + (size_t)s0 * W, W, 0, rows, D, cols, 1);
+            }
+        }
+    }
+    if (bf16) store_bf16(dqkv, (size_t)B * T * W);
+}
+
+// ---- SwiGLU (Shazeer 2020) ----------------------------------------------------------------------------------------------
+// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
+void swiglu_forward(floatX *h, const floatX *gate_up, int N, int F, int bf16) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const floatX *g = gate_up + (size_t)n * 2 * F, *u = g + F;
+        floatX *h_n = h + (size_t)n * F;
+        #pragma omp simd
+        for (int f = 0; f < F; f++) h_n[f] = g[f] / (1 + exp_x(-g[f])) * u[f];
+        if (bf16) for (int f = 0; f < F; f++) h_n[f] = round_bf16(h_n[f]);
+    }
+}
+
+// With s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s.   dgate_up (N,2F) =
+void swiglu_backward(floatX *dgate_up, const floatX *dh, const floatX *gate_up, int N, int F, int bf16) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const floatX *g = gate_up + (size_t)n * 2 * F, *u = g + F, *dh_n = dh + (size_t)n * F;
+        floatX *dg = dgate_up + (size_t)n * 2 * F, *du = dg + F;
+        #pragma omp simd
+        for (int f = 0; f < F; f++) {
+            floatX s = 1 / (1 + exp_x(-g[f]));
+            dg[f] = dh_n[f] * u[f] * s * (1 + g[f] * (1 - s));
+            du[f] = dh_n[f] * g[f] * s;
+        }
+        if (bf16) for (int f = 0; f < 2 * F; f++) dg[f] = round_bf16(dg[f]);
+    }
+}
+
+// ---- softmax + cross-entropy on rows of logits ---------------------------------------------------------------------------
+// nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED; returns nothing else. With dscale != 0 the logits (N,V)
+// become their gradient dscale (softmax - onehot), 0 where ignored: the two never exist at once.
+void cross_entropy(double *nll, floatX *logits, const int *targets, double dscale, int N, int V, int bf16) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        floatX *row = logits + (size_t)n * V, top = -INFINITY;
+        nll[n] = 0;
+        if (targets[n] == IGNORED) {
+            if (dscale != 0) memset(row, 0, (size_t)V * sizeof(floatX));
+            continue;
+        }
+        #pragma omp simd reduction(max : top)
+        for (int v = 0; v < V; v++) top = row[v] > top ? row[v] : top;
+        floatX at_target = row[targets[n]];
+        double sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) {
+            floatX e = exp_x(row[v] - top);
+            sum += e;
+            row[v] = e;
+        }
+        nll[n] = log(sum) + top - at_target;
+        if (dscale == 0) continue;
+        floatX factor = (floatX)(dscale / sum);
+        for (int v = 0; v < V; v++) row[v] *= factor;
+        row[targets[n]] -= (floatX)dscale;
+        if (bf16) for (int v = 0; v < V; v++) row[v] = round_bf16(row[v]);
+    }
+}
+
+// ---- global norm, AdamW ---------------------------------------------------------------------------------------------------
+// sum of squares of x (n), in double, in blocks of fixed size so that the order does not depend on threads
+double sum_of_squares(const floatX *x, size_t n) {
+    enum { BLOCK = 1 << 14, MOST = 1024 };
+    double total = 0;
+    for (size_t start = 0; start < n; start += (size_t)BLOCK * MOST) {
+        double part[MOST];
+        int blocks = (int)((n - start + BLOCK - 1) / BLOCK < MOST ? (n - start + BLOCK - 1) / BLOCK : MOST);
+        #pragma omp parallel for
+        for (int i = 0; i < blocks; i++) {
+            size_t first = start + (size_t)i * BLOCK, end = first + BLOCK < n ? first + BLOCK : n;
+            double sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (size_t j = first; j < end; j++) sum += (double)x[j] * x[j];
+            part[i] = sum;
+        }
+        for (int i = 0; i < blocks; i++) total += part[i];
+    }
+    return total;
+}
+
+// AdamW (Loshchilov & Hutter 2019), decoupled decay. master, m, v (n) are updated; w (n) is the compute copy of master (may be the same).
+// g is grad * grad_scale (clipping and the mean over targets). bf16_state: m and v are stored rounded to bf16.
+void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX *grad, size_t n, double lr, double beta1,
+                  double beta2, double eps, double decay, double grad_scale, int64_t step, int bf16, int bf16_state) {
+    floatX b1 = (floatX)beta1, b2 = (floatX)beta2, shrink = (floatX)(1 - lr * decay), gscale = (floatX)grad_scale;
+    floatX rate = (floatX)(lr / (1 - pow(beta1, (double)step))), vscale = (floatX)(1 / (1 - pow(beta2, (double)step))), e = (floatX)eps;
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) {
+        floatX g = grad[i] * gscale;
+        floatX mi = b1 * m[i] + (1 - b1) * g, vi = b2 * v[i] + (1 - b2) * g * g;
+        master[i] = master[i] * shrink - rate * mi / (sqrt_x(vi * vscale) + e);
+        m[i] = bf16_state ? round_bf16(mi) : mi;
+        v[i] = bf16_state ? round_bf16(vi) : vi;
+        w[i] = bf16 ? round_bf16(master[i]) : master[i];
+    }
+}
+// ==== 13. The model =====================================================================================================
+// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer that each layer reuses.
+typedef struct LayerActs {
+    floatX *x;                          // (N,C)        the layer's input
+    floatX *rstd1, *rstd2;              // (N)
+    floatX *qkv;                        // (N,(H+2K)D)  after norm and rotation
+    floatX *qk_raw, *qk_rstd;           // (N,(H+K)D), (N,H+K)      Qwen3: before the head norm
+    floatX *att, *lse;                  // (N,HD), (N,H)
+    floatX *x_mid;                      // (N,C)        after attention
+    floatX *gate_up;                    // (N,2F)
+} LayerActs;
+
+struct Model {
+    Config c;
+    ParamTable p;
+    int B, T, N;                        // micro-step: N = B*T rows
+    int bf16, bf16_state, recompute, world, rank, zero;
+    int chunk;                          // rows of logits that exist at a time
+    floatX *weights, *grads;            // flat, (p.n)
+    floatX *master, *m, *v;             // flat; ZeRO 1: this rank's slice of each unit. In fp32 the weights are their own master
+    size_t n_state;                     // elements of m
+    LayerActs *acts;                    // (L)
+    floatX *x_last, *rstd_last;         // (N,C), (N)   input of the final norm
+    floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
+    floatX *delta;                      // (N,C)        what a block adds to x
+    floatX *h;                          // (N,F)        SwiGLU's product
+    floatX *dx, *dnorm;                 // (N,C)        gradient of the residual stream; of a norm's output
+    floatX *datt, *dqkv, *dgate_up, *dh;
+    floatX *logits;                     // (chunk,V)
+    double *nll;                        // (N)          loss of each target
+    floatX *cosine, *sine;              // (T,D/2)
+    floatX *arena[2];                   // state, activations: what the pointers above point into
+    size_t arena_n[2];
+};
+
+// An arena is laid out by the same calls twice: first with base NULL to learn its size, then to hand out the pointers.
+typedef struct Arena { floatX *base; size_t used; } Arena;
+
+static floatX *take(Arena *a, size_t n) {
+    floatX *at = a->base ? a->base + a->used : NULL;
+    a->used += CEIL_DIV(n, 16) * 16;
+    return at;
+}
+
+static void layout_state(Model *m, Arena *a) {
+    size_t n = m->p.n, shard = m->zero ? n / m->world : n;
+    m->n_state = shard;
+    m->weights = take(a, n);
+    m->grads = take(a, n);
+    m->m = take(a, shard);
+    m->v = take(a, shard);
+    m->master = m->bf16 ? take(a, shard) : m->weights;
+}
+
+static void layout_layer(Model *m, LayerActs *y, Arena *a, int keep_block, int keep_mlp) {
+    const Config *c = &m->c;
+    size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    if (keep_block) {
+        y->rstd1 = take(a, N);
+        y->qkv = take(a, N * (HD + 2 * KD));
+        y->qk_raw = c->qk_norm ? take(a, N * (HD + KD)) : NULL;
+        y->qk_rstd = c->qk_norm ? take(a, N * (c->H + c->K)) : NULL;
+        y->att = take(a, N * HD);
+        y->lse = take(a, N * c->H);
+        y->x_mid = take(a, N * c->C);
+        y->rstd2 = take(a, N);
+    }
+    if (keep_mlp) y->gate_up = take(a, N * 2 * c->F);
+}
+
+static void layout_acts(Model *m, Arena *a) {
+    const Config *c = &m->c;
+    size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    LayerActs shared;
+    memset(&shared, 0, sizeof shared);
+    layout_layer(m, &shared, a, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
+    for (int l = 0; l < c->L; l++) {
+        m->acts[l] = shared;
+        m->acts[l].x = take(a, N * c->C);
+        layout_layer(m, &m->acts[l], a, m->recompute != RECOMPUTE_BLOCK, m->recompute == RECOMPUTE_NONE);
+    }
+    m->x_last = take(a, N * c->C);
+    m->rstd_last = take(a, N);
+    m->norm = take(a, N * c->C);
+    m->delta = take(a, N * c->C);
+    m->h = take(a, N * c->F);
+    m->dx = take(a, N * c->C);
+    m->dnorm = m->delta;                // forward is done with delta when backward begins
+    m->datt = take(a, N * HD);
+    m->dqkv = take(a, N * (HD + 2 * KD));
+    m->dgate_up = take(a, N * 2 * c->F);
+    m->dh = take(a, N * c->F);
+    m->logits = take(a, (size_t)m->chunk * c->V);
+    m->cosine = take(a, (size_t)m->T * c->D / 2);
+    m->sine = take(a, (size_t)m->T * c->D / 2);
+    m->nll = (double *)take(a, N * sizeof(double) / sizeof(floatX));
+}
+
+// Sizes only: fills m->p and m->arena_n from the sizes in m; no memory is taken (--dry-run).
+void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
+    m->c = *c;
+    m->B = B;
+    m->T = T;
+    m->N = B * T;
+    m->chunk = chunk < m->N ? chunk : m->N;
+    param_table_build(&m->p, c, m->world);
+    m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
+    Arena state = {NULL, 0}, acts = {NULL, 0};
+    layout_state(m, &state);
+    layout_acts(m, &acts);
+    m->arena_n[0] = state.used;
+    m->arena_n[1] = acts.used;
+}
+
+void model_alloc(Model *m) {
+    for (int i = 0; i < 2; i++) {
+        void *at = NULL;
+        size_t bytes = m->arena_n[i] * sizeof(floatX);
+        if (posix_memalign(&at, 4096, bytes))
+            die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block", bytes / 1048576.0, i ? "activations" : "parameters");
+        m->arena[i] = (floatX *)at;
+        memset(at, 0, bytes);
+    }
+    Arena state = {m->arena[0], 0}, acts = {m->arena[1], 0};
+    layout_state(m, &state);
+    layout_acts(m, &acts);
+    rope_table(m->cosine, m->sine, &m->c, m->T);
+}
+
+void model_free(Model *m) {
+    free(m->arena[0]);
+    free(m->arena[1]);
+    free(m->acts);
+    free(m->p.tensors);
+    free(m->p.units);
+    memset(m, 0, sizeof *m);
+}
+
+// The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v (and master).
+void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at) {
+    const Unit *unit = &m->p.units[u];
+    size_t parts = m->zero ? (size_t)m->world : 1, share = unit->n_padded / parts;
+    *n = share;
+    *first = unit->at + (m->zero ? share * m->rank : 0);
+    *at = unit->at / parts;
+}
+
+// Master weights from the weights (ZeRO 1: this rank's slices), then the weights rounded to what they are computed in.
+void model_set_master(Model *m) {
+    for (int u = 0; u < m->p.n_units && m->bf16; u++) {
+        size_t first, n, at;
+        state_slice(m, u, &first, &n, &at);
+        memcpy(m->master + at, m->weights + first, n * sizeof(floatX));
+    }
+    if (m->bf16) store_bf16(m->weights, m->p.n);
+}
+
+// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
+void model_init(Model *m, uint64_t seed) {
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        const Tensor *t = &m->p.tensors[i];
+        uint64_t stream = hash_string(t->name);
+        floatX *w = m->weights + t->at;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->n; j++)
+            w[j] = t->init == INIT_NORMAL ? (floatX)(float)(m->c.init_std * random_normal(seed, stream, j)) : (floatX)(t->init == INIT_ONE);
+    }
+    model_set_master(m);
+}
+
+// Output of a matmul, stored: in bf16 mode rounded.
+static void store(const Model *m, floatX *x, size_t n) {
+    if (m->bf16) store_bf16(x, n);
+}
+
+// Attention block: y->qkv, att, lse, and m->delta = attention's addition to x. m->norm holds norm1(x).
+static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y, const Batch *batch) {
+    const Config *c = &m->c;
+    int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    matmul_forward(y->qkv, m->norm, w->qkv, N, c->C, W);
+    if (w->qkv_bias) bias_forward(y->qkv, w->qkv_bias, N, W);
+    store(m, y->qkv, (size_t)N * W);
+    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, c, N, batch->T, m->bf16);
+    attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D, m->bf16);
+    matmul_forward(m->delta, y->att, w->o, N, HD, c->C);
+    store(m, m->delta, (size_t)N * c->C);
+}
+
+static void gate_up_forward(Model *m, const LayerParams *w, LayerActs *y, int N) {
+    matmul_forward(y->gate_up, m->norm, w->gate_up, N, m->c.C, 2 * m->c.F);
+    store(m, y->gate_up, (size_t)N * 2 * m->c.F);
+}
+
+// Runs all layers on batch->inputs; leaves the final norm's output (N,C) in m->norm.
+void llama_forward(Model *m, const Batch *batch) {
+    const Config *c = &m->c;
+    int N = batch->B * batch->T;
+    embedding_forward(m->acts[0].x, batch->inputs, embed_param(m->weights, &m->p), N, c->C);
+    for (int l = 0; l < c->L; l++) {
+        LayerParams w = layer_params(m->weights, &m->p, l);
+        LayerActs *y = &m->acts[l];
+        floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
+        if (l == 0) residual_rmsnorm_forward(NULL, m->norm, y->rstd1, y->x, NULL, w.norm1, c->eps, N, c->C, m->bf16);
+        attention_block_forward(m, &w, y, batch);
+        residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, c->eps, N, c->C, m->bf16);
+        gate_up_forward(m, &w, y, N);
+        swiglu_forward(m->h, y->gate_up, N, c->F, m->bf16);
+        matmul_forward(m->delta, m->h, w.down, N, c->F, c->C);
+        store(m, m->delta, (size_t)N * c->C);
+        // the residual add of this layer and the first norm of the next are one pass
+        const floatX *norm_next = l + 1 < c->L ? layer_params(m->weights, &m->p, l + 1).norm1 : final_norm_param(m->weights, &m->p);
+        floatX *rstd_next = l + 1 < c->L ? m->acts[l + 1].rstd1 : m->rstd_last;
+        residual_rmsnorm_forward(x_next, m->norm, rstd_next, y->x_mid, m->delta, norm_next, c->eps, N, c->C, m->bf16);
+        comm_progress();
+    }
+}
+
+// Loss of each target into m->nll (N). dscale != 0: also dnorm (N,C) = and dhead (V,C) +=, both scaled by dscale.
+// Logits exist for `chunk` rows at a time.
+static void head_and_loss(Model *m, const Batch *batch, double dscale) {
+    const Config *c = &m->c;
+    int N = batch->B * batch->T;
+    const floatX *head = head_param(m->weights, &m->p);
+    for (int n = 0; n < N; n += m->chunk) {
+        int rows = N - n < m->chunk ? N - n : m->chunk;
+        const floatX *norm = m->norm + (size_t)n * c->C;
+        matmul_forward(m->logits, norm, head, rows, c->C, c->V);
+        store(m, m->logits, (size_t)rows * c->V);
+        cross_entropy(m->nll + n, m->logits, batch->targets + n, dscale, rows, c->V, m->bf16);
+        if (dscale == 0) continue;
+        matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, rows, c->C, c->V, /*accumulate=*/0);
+        matmul_backward_w(head_param(m->grads, &m->p), m->logits, norm, rows, c->C, c->V);
+    }
+    if (dscale != 0) store(m, m->dnorm, (size_t)N * c->C);
+}
+
+// In the order of the rows, so that the sum does not depend on chunk or threads.
+double sum_nll(const Model *m, const Batch *batch, int64_t *n_targets) {
+    double sum = 0;
+    *n_targets = 0;
+    for (int n = 0; n < batch->B * batch->T; n++) {
+        sum += m->nll[n];
+        *n_targets += batch->targets[n] != IGNORED;
+    }
+    return sum;
+}
+
+// Sum of the losses of the batch's targets; *n_targets = how many there are.
+double llama_loss(Model *m, const Batch *batch, int64_t *n_targets) {
+    llama_forward(m, batch);
+    head_and_loss(m, batch, 0);
+    return sum_nll(m, batch, n_targets);
+}
+
+// Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when unit u's gradients are complete.
+// Returns the sum of losses.
+double llama_forward_backward(Model *m, const Batch *batch, double dscale, int64_t *n_targets, void (*unit_done)(Model *, int)) {
+    const Config *c = &m->c;
+    int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    llama_forward(m, batch);
+    head_and_loss(m, batch, dscale);
+    memset(m->dx, 0, (size_t)N * C * sizeof(floatX));
+    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), m->dnorm, m->x_last, m->rstd_last, final_norm_param(m->weights, &m->p), N, C, m->bf16);
+    if (unit_done) unit_done(m, c->L + 1);
+    for (int l = c->L - 1; l >= 0; l--) {
+        LayerParams w = layer_params(m->weights, &m->p, l), dw = layer_params(m->grads, &m->p, l);
+        LayerActs *y = &m->acts[l];
+        if (m->recompute == RECOMPUTE_BLOCK) {
+            residual_rmsnorm_forward(NULL, m->norm, y->rstd1, y->x, NULL, w.norm1, c->eps, N, C, m->bf16);
+            attention_block_forward(m, &w, y, batch);
+            residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, c->eps, N, C, m->bf16);
+        } else {
+            rmsnorm_rebuild(m->norm, y->x_mid, y->rstd2, w.norm2, N, C, m->bf16);
+        }
+        if (m->recompute != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);
+
+        // x' = x_mid + (silu(g) * u) Wdown^T
+        swiglu_forward(m->h, y->gate_up, N, F, m->bf16);
+        matmul_backward_w(dw.down, m->dx, m->h, N, F, C);
+        matmul_backward_x(m->dh, m->dx, w.down, N, F, C, /*accumulate=*/0);
+        store(m, m->dh, (size_t)N * F);
+        swiglu_backward(m->dgate_up, m->dh, y->gate_up, N, F, m->bf16);
+        // g | u = norm2(x_mid) Wgate_up^T
+        matmul_backward_w(dw.gate_up, m->dgate_up, m->norm, N, C, 2 * F);
+        matmul_backward_x(m->dnorm, m->dgate_up, w.gate_up, N, C, 2 * F, /*accumulate=*/0);
+        store(m, m->dnorm, (size_t)N * C);
+        rmsnorm_backward(m->dx, dw.norm2, m->dnorm, y->x_mid, y->rstd2, w.norm2, N, C, m->bf16);
+        comm_progress();
+
+        // x_mid = x + attention(q, k, v) Wo^T
+        matmul_backward_w(dw.o, m->dx, y->att, N, HD, C);
+        matmul_backward_x(m->datt, m->dx, w.o, N, HD, C, /*accumulate=*/0);
+        store(m, m->datt, (size_t)N * HD);
+        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D, m->bf16);
+        qk_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine, c, N, batch->T, m->bf16);
+        if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);
+        // q | k | v = norm1(x) Wqkv^T
+        rmsnorm_rebuild(m->norm, y->x, y->rstd1, w.norm1, N, C, m->bf16);
+        matmul_backward_w(dw.qkv, m->dqkv, m->norm, N, C, W);
+        matmul_backward_x(m->dnorm, m->dqkv, w.qkv, N, C, W, /*accumulate=*/0);
+        store(m, m->dnorm, (size_t)N * C);
+        rmsnorm_backward(m->dx, dw.norm1, m->dnorm, y->x, y->rstd1, w.norm1, N, C, m->bf16);
+        if (unit_done) unit_done(m, 1 + l);
+    }
+    embedding_backward(embed_param(m->grads, &m->p), batch->inputs, m->dx, N, C);
+    if (unit_done) unit_done(m, 0);
+    return sum_nll(m, batch, n_targets);
+}
+
+// One AdamW update with gradients * grad_scale; step counts from 1. ZeRO 1: each rank updates its slices, then all gather the weights.
+void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
+    for (int u = 0; u < m->p.n_units; u++) {
+        const Unit *unit = &m->p.units[u];
+        size_t first, n, at;
+        state_slice(m, u, &first, &n, &at);
+        for (int i = 0; i < unit->n_tensors; i++) {
+            const Tensor *t = &m->p.tensors[unit->first_tensor + i];
+            size_t begin = t->at > first ? t->at : first, end = t->at + t->n < first + n ? t->at + t->n : first + n;
+            if (begin >= end) continue;
+            size_t s = at + (begin - first);
+            floatX *master = m->bf16 ? m->master + s : m->weights + begin;
+            adamw_update(m->weights + begin, master, m->m + s, m->v + s, m->grads + begin, end - begin, lr, o->beta1, o->beta2, o->eps,
+                         t->decay ? o->weight_decay : 0, grad_scale, step, m->bf16, m->bf16_state);
+        }
+        if (m->zero) comm_allgather(m->weights + unit->at, n);
+    }
+}
+
+// Host access for checkpoints (section 10): fp32 values of the flat weights, or of this rank's share of the optimizer state.
+static floatX *state_pointer(const Model *m, int what, size_t at) {
+    if (what == STATE_M) return m->m + at;
+    if (what == STATE_V) return m->v + at;
+    if (what == STATE_WEIGHTS) return m->weights + at;
+    if (m->bf16) return m->master + at;
+    for (int u = 0;; u++) {                 // fp32: a share of the master is a share of the weights
+        size_t first, n, begin;
+        state_slice(m, u, &first, &n, &begin);
+        if (at >= begin && at < begin + n) return m->weights + first + (at - begin);
+    }
+}
+
+void model_read(const Model *m, int what, size_t at, size_t n, float *host) {
+    const floatX *x = state_pointer(m, what, at);
+    for (size_t i = 0; i < n; i++) host[i] = (float)x[i];
+}
+
+void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
+    floatX *x = state_pointer(m, what, at);
+    for (size_t i = 0; i < n; i++) x[i] = host[i];
+}
+
+const ParamTable *model_table(const Model *m) { return &m->p; }
+// ==== 14. main ==========================================================================================================
+static volatile sig_atomic_t signals;       // how many arrived
+
+static void on_signal(int number) {
+    if (++signals > 1) _exit(128 + number);
+}
+
+// 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
+static int stop_requested(void) { return comm_max((double)signals) > 0; }
+
+typedef struct Trainer {
+    Model m;
+    Config c;
+    DataLoader train, val;
+    Batch batch, val_batch;
+    Tokenizer *tokenizer;
+    char *side_folder;                      // where tokenizer files are copied from
+    TrainState state;
+    Energy energy;
+    double peak;                            // FLOP/s of this rank's threads, measured
+    int64_t micro_steps;                    // per update
+    int64_t bad_in_a_row, saved_step;
+    double val_loss, floor;                 // of the last evaluation, NAN: none
+} Trainer;
+
+// FMA peak of all threads: twelve independent chains of vectors, the best of a few short runs.
+double measure_peak(void) {
+    typedef float vec __attribute__((vector_size(64)));
+    enum { CHAINS = 12, ROUNDS = 200000 };
+    double best = 0, sink = 0;
+    for (int run = 0; run < 3; run++) {
+        double start = now_seconds();
+        int threads = 0;
+        #pragma omp parallel reduction(+ : sink, threads)
+        {
+            vec x[CHAINS], a, b;
+            for (int i = 0; i < 16; i++) a[i] = 0.999f, b[i] = 1e-3f;
+            for (int k = 0; k < CHAINS; k++) x[k] = b * (float)k;
+            for (int r = 0; r < ROUNDS; r++) {
+                #pragma GCC unroll 12
+                for (int k = 0; k < CHAINS; k++) x[k] = x[k] * a + b;
+                __asm__ volatile("" ::: "memory");
+            }
+            for (int k = 0; k < CHAINS; k++) sink += x[k][k];
+            threads += 1;
+        }
+        double flops = 2.0 * 16 * CHAINS * ROUNDS * threads / (now_seconds() - start);
+        best = flops > best ? flops : best;
+    }
+    return sink == 12345 ? 0 : best;        // sink keeps the loop alive
+}
+
+// ---- set-up --------------------------------------------------------------------------------------------------------------
+static void refuse_what_the_cpu_cannot(void) {
+    static const char *const gpu_only[] = {"--shard-size", "--gpus", "--nodes", "--device", "--reduce-dtype"};
+    for (int i = 0; i < 5; i++) if (option_given(gpu_only[i])) die("%s is for the CUDA trainer; this is the CPU trainer", gpu_only[i]);
+    if (opt.zero > 1) die("--zero %d is for the CUDA trainer; the CPU trainer has 0 and 1", (int)opt.zero);
+    if (!opt.deterministic) die("--deterministic off is for the CUDA trainer; the CPU trainer has deterministic kernels only");
+    if (opt.stage != STAGE_PRETRAIN) die("--stage %s is not in this version; it trains on plain text", choice_name(option_find("--stage")));
+}
+
+static Config read_config(const char *dir_or_file, int is_dir) {
+    Config c;
+    char *path = is_dir ? path_text("%s/config.json", dir_or_file) : xstrdup(dir_or_file);
+    size_t n;
+    char *text = read_text_file(path, 1 << 24, &n);
+    config_from_json(&c, text, n, path);
+    config_check(&c, path);
+    free(text);
+    free(path);
+    return c;
+}
+
+// The model of --preset, --config, --init-from or the checkpoint `resume_dir` (NULL: none). V 0: the data decides.
+static Config choose_config(const char *resume_dir) {
+    Config c;
+    const char *preset = opt.preset ? opt.preset : "tiny";
+    if (opt.init_from) return read_config(opt.init_from, 1);
+    if (opt.config) c = read_config(opt.config, 0);
+    else if (!config_preset(&c, preset)) die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
+    if (!opt.config && !strcmp(preset, "tiny")) c.V = 0;
+    if (!resume_dir) return c;
+    Config saved = read_config(resume_dir, 1);
+    if (opt.preset || opt.config) {
+        if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
+        char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
+        if (strcmp(a, b)) die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
+                              resume_dir, opt.preset ? "--preset" : "--config");
+        free(a);
+        free(b);
+    }
+    return saved;
+}
+
+static char *folder_of(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? path_text("%.*s", (int)(slash - path), path) : xstrdup(".");
+}
+
+// --tokenizer, or tokenizer.bin beside the model or in the folder of the data or above it. NULL if there is none.
+static char *find_tokenizer(const char *model_dir) {
+    if (opt.tokenizer) return xstrdup(opt.tokenizer);
+    char *data = folder_of(opt.train_data);
+    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data), path_text("%s/../tokenizer.bin", data)};
+    char *found = NULL;
+    for (int i = 0; i < 3; i++) {
+        if (places[i] && !found && !access(places[i], R_OK)) found = places[i];
+        else free(places[i]);
+    }
+    free(data);
+    return found;
+}
+
+static const char DEFAULT_TRAIN[] = "data/stories/train_*.bin", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+
+static int data_exists(const char *pattern) {
+    glob_t found;
+    int none = glob(pattern, 0, NULL, &found);
+    if (!none) globfree(&found);
+    return !none;
+}
+
+// Options of this process -> the fields of a Model that model_plan reads.
+static void model_options(Model *m) {
+    memset(m, 0, sizeof *m);
+    m->bf16 = opt.precision == BF16;
+    m->bf16_state = opt.optimizer_dtype == BF16;
+    m->recompute = (int)opt.recompute;
+    m->zero = (int)opt.zero;
+    m->world = comm_world();
+    m->rank = comm_rank();
+}
+
+// Numbers that the user left open. Small models (below 5 M parameters) get the defaults of `tiny`.
+static void resolve_options(Trainer *tr) {
+    int small = config_params(&tr->c) < 5e6, world = comm_world();
+    if (!opt.seq_len) opt.seq_len = tr->c.max_T < 1024 ? tr->c.max_T : 1024;
+    if (opt.seq_len > tr->c.max_T) die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
+    if (tr->c.sliding_window && opt.seq_len > tr->c.sliding_window)
+        die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that", (int)opt.seq_len, tr->c.sliding_window);
+    if (opt.steps < 0) opt.steps = 1000;
+    if (opt.lr < 0) opt.lr = small ? 3e-3 : 3e-4;
+    if (opt.min_lr < 0) opt.min_lr = opt.lr / 10;
+    if (opt.warmup_steps < 0) opt.warmup_steps = opt.steps / 10 < 100 ? opt.steps / 10 : 100;
+    if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
+    if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
+    int64_t row = opt.seq_len * world;
+    if (!opt.total_batch_tokens) {
+        int64_t wanted = small ? 4096 : 524288;
+        opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
+    }
+    if (opt.total_batch_tokens % row)
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
+    int64_t rows = opt.total_batch_tokens / row;
+    if (!opt.logits_chunk) {
+        opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(floatX) * tr->c.V);
+        if (opt.logits_chunk < 64) opt.logits_chunk = 64;
+    }
+    if (!opt.batch_size) {      // the largest divisor that fits in 70% of this rank's share of memory; beyond 4096 rows nothing gets faster
+        double memory = 0.7 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / comm_local_ranks();
+        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= 4096); b++) {
+            if (rows % b) continue;
+            Model plan;
+            model_options(&plan);
+            model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
+            if (b == 1 || (double)(plan.arena_n[0] + plan.arena_n[1]) * sizeof(floatX) < memory) opt.batch_size = b;
+            model_free(&plan);
+        }
+    }
+    if (rows % opt.batch_size)
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64, opt.total_batch_tokens, opt.batch_size * row);
+    if (opt.batch_size * opt.seq_len > INT_MAX / 2) die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
+    tr->micro_steps = rows / opt.batch_size;
+    if (opt.checkpoint_every < 0) opt.checkpoint_every = opt.steps / 5 > 1 ? opt.steps / 5 : 1;
+}
+
+static void print_memory(const Model *m) {
+    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
+    printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n", n * unit, n * unit,
+           ((double)m->arena_n[0] - 2 * n) * unit, (double)m->arena_n[1] * unit, (double)(m->arena_n[0] + m->arena_n[1]) * unit);
+}
+
+static void print_model(const Trainer *tr) {
+    const Config *c = &tr->c;
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family, (double)tr->m.p.n_params / 1e6,
+           c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
+    printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | recompute %s\n", opt.total_batch_tokens,
+           tr->m.B, tr->m.T, comm_world(), tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32", (const char *[]){"none", "mlp", "block"}[opt.recompute]);
+    print_memory(&tr->m);
+}
+
+// ---- looking ---------------------------------------------------------------------------------------------------------------
+// Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
+static void evaluate(Trainer *tr) {
+    DataLoader *dl = &tr->val;
+    int64_t batches = loader_eval_batches(dl);
+    if (opt.val_batches && opt.val_batches < batches) batches = opt.val_batches;
+    double sums[3] = {0, 0, 0};             // loss, targets, floor
+    loader_rewind(dl);
+    tr->val_loss = tr->floor = NAN;
+    for (int64_t i = 0; i < batches; i++) {
+        if (stop_requested()) return;
+        loader_next(dl, &tr->val_batch);
+        int64_t n;
+        sums[0] += llama_loss(&tr->m, &tr->val_batch, &n);
+        sums[1] += (double)n;
+        for (int j = 0; tr->val_batch.floor && j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
+    }
+    comm_sum(sums, 3);
+    tr->val_loss = sums[0] / sums[1];
+    if (dl->has_floor) tr->floor = sums[2] / sums[1];
+    if (comm_rank()) return;
+    printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
+    if (dl->has_floor) printf(", floor %.4f", tr->floor);
+    printf(" nats/token | %.0f targets\n", sums[1]);
+    if (log_file) {
+        fprintf(log_file, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
+        json_write_number(log_file, "val_loss", tr->val_loss);
+        json_write_number(log_file, "floor", tr->floor);
+        fprintf(log_file, "}\n");
+        fflush(log_file);
+    }
+}
+
+// Next token after ids (n), by temperature (0: the most likely).
+static int sample_token(Model *m, const int *ids, int n, double temperature, double coin) {
+    Batch b;
+    memset(&b, 0, sizeof b);
+    b.B = 1;
+    b.T = n;
+    b.inputs = (int *)ids;
+    llama_forward(m, &b);
+    const floatX *norm = m->norm + (size_t)(n - 1) * m->c.C;
+    matmul_forward(m->logits, norm, head_param(m->weights, &m->p), 1, m->c.C, m->c.V);
+    store(m, m->logits, (size_t)m->c.V);
+    int best = 0;
+    for (int v = 1; v < m->c.V; v++) if (m->logits[v] > m->logits[best]) best = v;
+    if (temperature == 0) return best;
+    double sum = 0, seen = 0;
+    for (int v = 0; v < m->c.V; v++) sum += exp((m->logits[v] - m->logits[best]) / temperature);
+    for (int v = 0; v < m->c.V; v++) {
+        seen += exp((m->logits[v] - m->logits[best]) / temperature);
+        if (seen > coin * sum) return v;
+    }
+    return best;
+}
+
+// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait at their next exchange.
+static void generate(Trainer *tr) {
+    if (comm_rank() || !opt.sample_tokens) return;
+    const Tokenizer *tok = tr->tokenizer;
+    int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos, eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
+    int *prompt = NULL, n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0, n = 0;
+    int room = tr->m.N < tr->m.T ? tr->m.N : tr->m.T, total = n_prompt + (int)opt.sample_tokens + 1;
+    int *ids = (int *)xmalloc((size_t)(total + 1) * sizeof(int));
+    if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
+    for (int i = 0; i < n_prompt; i++) {
+        if (prompt[i] >= tr->c.V) die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        ids[n++] = prompt[i];
+    }
+    int start = n - n_prompt;
+    for (int i = start; i < n; i++) tokenizer_print(tok, i ? ids[i - 1] : -1, ids[i], stdout);
+    for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
+        int window = n < room ? n : room;
+        double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
+        ids[n] = sample_token(&tr->m, ids + n - window, window, opt.temperature, coin);
+        if (ids[n] == eos) break;
+        if (tok && ids[n] < tok->V) tokenizer_print(tok, ids[n - 1], ids[n], stdout);
+        else printf(" %d", ids[n]);
+        fflush(stdout);
+        n++;
+    }
+    printf("\n");
+    free(prompt);
+    free(ids);
+}
+
+// ---- one update ------------------------------------------------------------------------------------------------------------
+static void reduce_unit(Model *m, int u) { comm_reduce_start(m->grads + m->p.units[u].at, m->p.units[u].n_padded); }
+
+// Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between micro-steps
+// (nothing has changed then, the data position neither). sums = loss, targets.
+static int update_gradients(Trainer *tr, double *sums) {
+    LoaderState before = tr->train.state;
+    memset(tr->m.grads, 0, tr->m.p.n * sizeof(floatX));
+    sums[0] = sums[1] = 0;
+    for (int64_t i = 0; i < tr->micro_steps; i++) {
+        if (stop_requested()) {
+            tr->train.state = before;
+            return 0;
+        }
+        loader_next(&tr->train, &tr->batch);
+        int64_t n;
+        sums[0] += llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, &n, i + 1 == tr->micro_steps ? reduce_unit : NULL);
+        sums[1] += (double)n;
+    }
+    comm_reduce_finish();
+    comm_sum(sums, 2);
+    return 1;
+}
+
+// Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
+static double gradient_norm(const Model *m, const char **bad, int *n_bad) {
+    double total = 0;
+    *bad = NULL;
+    *n_bad = 0;
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        double squares = sum_of_squares(m->grads + m->p.tensors[i].at, m->p.tensors[i].n);
+        if (!isfinite(squares) && !(*n_bad)++) *bad = m->p.tensors[i].name;
+        total += squares;
+    }
+    return sqrt(total);
+}
+
+// How many standard deviations x lies above the mean of the last n values (0 until the window is full).
+static double z_score(const double *window, int64_t n, double x) {
+    if (n < SPIKE_WINDOW) return 0;
+    double mean = 0, var = 0;
+    for (int i = 0; i < SPIKE_WINDOW; i++) mean += window[i] / SPIKE_WINDOW;
+    for (int i = 0; i < SPIKE_WINDOW; i++) var += (window[i] - mean) * (window[i] - mean) / SPIKE_WINDOW;
+    return var > 0 ? (x - mean) / sqrt(var) : 0;
+}
+
+// NULL: healthy. Otherwise why this update must not reach the weights.
+static const char *update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
+    static char text[256];
+    if (!isfinite(loss) || !isfinite(norm)) {
+        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad, tr->m.p.n_tensors, bad ? bad : "none");
+        return text;
+    }
+    double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss), z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
+    if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes)) {
+        snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm, z_norm);
+        return text;
+    }
+    return NULL;
+}
+
+static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, double joules, const char *skipped) {
+    if (comm_rank()) return;
+    int64_t step = tr->state.step;
+    double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
+    double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world, causal = flops_per_token(&tr->c, tr->m.T, 1) * speed / world;
+    if (skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
+    if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
+        double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %.1f%% (causal %.1f%%) | %s J/token | eta %s\n",
+               step, opt.steps, loss, lr, norm, seconds * 1e3, speed, 100 * report / tr->peak, 100 * causal / tr->peak,
+               measured_text(joules / tokens, "%.3g"), duration_text(left));
+        fflush(stdout);
+    }
+    if (!log_file) return;
+    fprintf(log_file, "{\"type\": \"step\", \"step\": %" PRId64, step);
+    const struct { const char *key; double x; } row[] = {
+        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
+        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak}, {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
+        {"joules_per_token", joules / tokens}, {"watts", joules / seconds}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) json_write_number(log_file, row[i].key, row[i].x);
+    fprintf(log_file, ", \"skipped\": %s}\n", skipped ? "true" : "false");
+    fflush(log_file);
+}
+
+enum { MOST_BAD_IN_A_ROW = 5 };
+
+// One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
+static int train_step(Trainer *tr) {
+    double start = now_seconds(), joules = energy_read(&tr->energy), sums[2];
+    if (!update_gradients(tr, sums)) return 0;
+    TrainState *s = &tr->state;
+    const char *bad;
+    int n_bad;
+    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
+    double facts[2] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean};
+    comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
+    double loss = facts[0], norm = facts[1], lr = learning_rate(&opt, s->step);
+    const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
+    s->step++;
+    s->tokens += opt.total_batch_tokens;
+    if (!skipped) {
+        double clip = opt.grad_clip > 0 && norm > opt.grad_clip ? opt.grad_clip / norm : 1;
+        model_update(&tr->m, lr, clip * mean, ++s->updates, &opt);
+        s->losses[s->n_healthy % SPIKE_WINDOW] = loss;
+        s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
+    }
+    tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
+    double spent[2] = {energy_read(&tr->energy) - joules, 0}, seconds = now_seconds() - start;
+    if (!comm_is_local_leader()) spent[0] = 0;              // one rank per machine counts
+    comm_sum(spent, 1);
+    s->joules += spent[0];
+    s->seconds += seconds;
+    log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
+    if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
+        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr or look at the data, then --resume auto",
+            s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
+    return 1;
+}
+
+static void save(Trainer *tr) {
+    if (tr->saved_step == tr->state.step) return;
+    double start = now_seconds();
+    tr->state.loader = tr->train.state;
+    checkpoint_save(&tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
+    tr->saved_step = tr->state.step;
+    if (comm_rank() == 0) printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step, now_seconds() - start);
+}
+
+static void report_end(const Trainer *tr) {
+    const TrainState *s = &tr->state;
+    if (comm_rank() || !s->step || s->seconds <= 0) return;
+    double speed = (double)s->tokens / s->seconds, world = comm_world();
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %.1f%% of %.1f GFLOP/s per rank (measured FMA peak) | energy %s kWh, %s W, %s J/token\n",
+           s->step, s->tokens, duration_text(s->seconds), speed, 100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, tr->peak * 1e-9,
+           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"), measured_text(s->joules / (double)s->tokens, "%.3g"));
+    if (isfinite(tr->val_loss) && isfinite(tr->floor))
+        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor, tr->val_loss - tr->floor);
+}
+
+static void train(Trainer *tr) {
+    int has_val = opt.val_data != NULL;
+    while (tr->state.step < opt.steps) {
+        if (!train_step(tr)) break;
+        int last = tr->state.step == opt.steps;
+        if (has_val && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
+        if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
+        if (opt.sample_every && tr->state.step % opt.sample_every == 0 && !last) generate(tr);
+    }
+    int stopped = stop_requested();
+    if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
+    if (stopped) {
+        if (comm_rank() == 0) printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+        return;
+    }
+    report_end(tr);
+    if (opt.sample_every) generate(tr);
+}
+
+static void dump_grads(Trainer *tr) {
+    double sums[2];
+    if (!update_gradients(tr, sums)) die("--dump-grads: stopped by a signal");
+    if (comm_rank()) return;
+    const ParamTable *p = &tr->m.p;
+    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;
+    float loss = (float)(sums[1] > 0 ? sums[0] / sums[1] : 0), *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
+    int64_t one = 1;
+    st_declare(w, "loss", ST_F32, 1, &one);
+    for (int i = 0; i < p->n_tensors; i++) {
+        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
+        st_declare(w, p->tensors[i].name, ST_F32, p->tensors[i].cols ? 2 : 1, shape);
+    }
+    st_begin(w);
+    st_write(w, &loss, 1);
+    for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {
+        n = p->tensors[i].n - at < IO_CHUNK ? p->tensors[i].n - at : IO_CHUNK;
+        for (size_t j = 0; j < n; j++) host[j] = (float)(tr->m.grads[p->tensors[i].at + at + j] * mean);
+        st_write(w, host, n);
+    }
+    size_t bytes;
+    st_finish(w, &bytes);
+    if (st_error(w)) die("--dump-grads: %s", st_error(w));
+    st_free(w);
+    free(host);
+    printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
+}
+
+static void log_header(const Trainer *tr) {
+    if (!log_file) return;
+    char host[256] = "", cpu[256] = "";
+    gethostname(host, sizeof host - 1);
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    for (char line[256]; f && fgets(line, sizeof line, f);) if (!strncmp(line, "model name", 10)) {
+        snprintf(cpu, sizeof cpu, "%s", strchr(line, ':') ? strchr(line, ':') + 2 : "");
+        cpu[strcspn(cpu, "\n")] = 0;
+        break;
+    }
+    if (f) fclose(f);
+    fprintf(log_file, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
+    json_write_text(log_file, cpu);
+    fprintf(log_file, ", \"host\": ");
+    json_write_text(log_file, host);
+    fprintf(log_file, ", \"ranks\": %d, \"threads\": %d", comm_world(), omp_get_max_threads());
+    json_write_number(log_file, "peak_tflops_per_gpu", tr->peak * 1e-12);
+    json_write_number(log_file, "parameters", (double)tr->m.p.n_params);
+    fprintf(log_file, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
+    json_write_options(log_file, 0);
+    fprintf(log_file, "}\n");
+    fflush(log_file);
+}
+
+// OUT must be writable, and free of a checkpoint that this run does not continue.
+static void claim_out(const char *resume_dir) {
+    int64_t *steps;
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    comm_barrier();
+    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
+    int n = checkpoint_list(opt.out, &steps);
+    if (n && !resume_dir) die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
+    free(steps);
+}
+
+// ---- putting it together ---------------------------------------------------------------------------------------------------
+// Vocabulary that the first shard of `pattern` declares; 0: it says nothing.
+static int data_vocabulary(const char *pattern) {
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) return 0;
+    int words[4] = {0, 0, 0, 0};
+    FILE *f = fopen(found.gl_pathv[0], "rb");
+    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
+    if (f) fclose(f);
+    globfree(&found);
+    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
+}
+
+static void setup_tokenizer(Trainer *tr, const char *model_dir) {
+    char *path = find_tokenizer(model_dir);
+    if (path) {
+        tr->tokenizer = tokenizer_open(path);
+        int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
+        if (tr->c.V && (spare < 0 || spare > tr->c.V / 100)) {
+            if (opt.tokenizer) die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
+            tokenizer_free(tr->tokenizer);          // beside the data by chance
+            tr->tokenizer = NULL;
+        }
+    }
+    tr->side_folder = model_dir ? xstrdup(model_dir) : tr->tokenizer ? folder_of(path) : NULL;
+    free(path);
+}
+
+// Everything that can go wrong goes wrong here, before any work.
+static void setup(Trainer *tr) {
+    int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
+    tr->saved_step = -1;
+    tr->val_loss = tr->floor = NAN;
+    char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
+    if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
+    else if (opt.resume && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    const char *model_dir = resume_dir ? resume_dir : opt.init_from;
+    if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
+    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
+    if (!data_exists(opt.train_data) && !strcmp(opt.train_data, DEFAULT_TRAIN) && (training || opt.dump_grads))
+        die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
+
+    tr->c = choose_config(resume_dir);
+    setup_tokenizer(tr, model_dir);
+    if (!tr->c.V) {                         // `tiny` takes its vocabulary from the data
+        tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
+        if (!tr->c.V && opt.dry_run) tr->c.V = 1024;
+        if (!tr->c.V) die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer", opt.train_data);
+        tr->c.Vp = (int)CEIL_DIV(tr->c.V, 128) * 128;
+        tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
+        tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
+    }
+    resolve_options(tr);
+    options_check();
+    if (training) claim_out(resume_dir);
+    model_options(&tr->m);
+    model_plan(&tr->m, &tr->c, (int)opt.batch_size, (int)opt.seq_len, (int)opt.logits_chunk);
+    if (opt.dry_run) return;
+
+    int B = tr->m.B, T = tr->m.T, masked = (int)opt.document_mask;
+    if (training || opt.dump_grads) {
+        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1, tr->c.V, masked);
+        batch_alloc(&tr->batch, B, T, masked);
+        if (resume_dir) {
+            tr->train.state = tr->state.loader;
+            tr->train.state.position %= tr->train.n_windows;
+        }
+        if (comm_rank() == 0) loader_log(&tr->train, "train", stdout);
+    }
+    if (opt.val_data && (training || opt.eval_only)) {
+        loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
+        batch_alloc(&tr->val_batch, B, T, masked);
+        if (comm_rank() == 0) loader_log(&tr->val, "val", stdout);
+    } else if (opt.eval_only) {
+        die("--eval-only needs --val-data");
+    }
+    if (comm_rank() == 0 && !opt.generate) print_model(tr);
+    model_alloc(&tr->m);
+    if (resume_dir) checkpoint_read_model(resume_dir, &tr->m);
+    else if (opt.init_from) weights_read(opt.init_from, &tr->m, &tr->c);
+    else model_init(&tr->m, (uint64_t)opt.seed);
+    model_set_master(&tr->m);
+
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    signal(SIGUSR1, on_signal);
+    if (opt.eval_only && comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    if (!training && !opt.eval_only) return;
+    log_open(opt.out);
+    if (!training) return;
+    energy_open(&tr->energy, RAPL_FOLDER);
+    if (!resume_dir) tr->state.joules = tr->energy.joules;
+    tr->peak = measure_peak();
+    if (comm_rank() == 0)
+        printf("device | %d threads per rank | %.1f GFLOP/s measured FMA peak | energy counters %s\n", omp_get_max_threads(), tr->peak * 1e-9,
+               tr->energy.n ? "of the processor" : "unavailable");
+    log_header(tr);
+    if (resume_dir && comm_rank() == 0) printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
+                                                tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
+    free(resume_dir);
+}
+
+#ifndef LITESPARK_NO_MAIN
+int main(int argc, char **argv) {
+    comm_init(&argc, &argv);
+    options_parse(argc, argv);
+    if (opt.help) {
+        options_help();
+        comm_finish();
+        return 0;
+    }
+    options_check();
+    refuse_what_the_cpu_cannot();
+    comm_set_timeout(opt.timeout);
+    omp_set_num_threads(opt.threads ? (int)opt.threads : omp_get_num_procs() / comm_local_ranks() > 0 ? omp_get_num_procs() / comm_local_ranks() : 1);
+    static Trainer trainer;
+    Trainer *tr = &trainer;
+    setup(tr);
+    if (opt.dry_run) print_model(tr);
+    else if (opt.eval_only) evaluate(tr);
+    else if (opt.generate) generate(tr);
+    else if (opt.dump_grads) dump_grads(tr);
+    else train(tr);
+    comm_barrier();
+    comm_finish();
+    return 0;
+}
+#endif
