@@ -1,5 +1,72 @@
-# litespark. `make` lists the targets and what was found on this machine.
-CC ?= gcc
-CFLAGS ?= -O3 -march=native
-WARN = -Wall -Wextra -Wshadow -Werror
-SAN ?= 0
+# litespark. `make` alone lists the targets and says what was found on this machine.
+#   make run                    build, make the default data, train on all cores
+#   make train [DEVICE=cpu]     build ./train_litespark
+#   make test [SAN=1]           prove it right
+ifeq ($(origin CC),default)
+CC       := gcc
+endif
+OUT      ?= out
+DEVICE   ?= auto
+SAN      ?= 0
+WARN     := -Wall -Wextra -Wshadow -Werror
+
+# Probes: each compiles, links or runs the thing itself. Say MPI=0 to do without.
+compiles  = $(shell echo '$(1)' | $(CC) -x c - -o /dev/null $(2) >/dev/null 2>&1 && echo 1 || echo 0)
+NATIVE   := $(if $(filter 1,$(call compiles,int main(void){return 0;},-march=native)),-march=native)
+OPENMP   := $(if $(filter 1,$(call compiles,int main(void){return 0;},-fopenmp)),-fopenmp,-Wno-unknown-pragmas)
+MPI_C    := $(shell mpicc --showme:compile 2>/dev/null)
+MPI_L    := $(shell mpicc --showme:link 2>/dev/null)
+MPI      ?= $(call compiles,int main(void){return MPI_Init(0,0);},-include mpi.h $(MPI_C) $(MPI_L))
+MPIRUN   := $(shell command -v mpirun 2>/dev/null)
+COMMIT   := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+
+# no-math-errno, no-trapping-math: let sqrt and selects become vector code; results are the same
+CFLAGS   ?= -O3 $(NATIVE) -g -fno-math-errno -fno-trapping-math
+ALL      := -std=gnu11 $(WARN) $(CFLAGS) $(OPENMP) -DLITESPARK_COMMIT='"$(COMMIT)"'
+ifeq ($(SAN),1)
+ALL      += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+endif
+ifeq ($(MPI),1)
+WITH_MPI := -DUSE_MPI $(MPI_C)
+LINK_MPI := $(MPI_L)
+endif
+
+help:
+	@echo 'make run      build, make the default data, train on all cores (OUT=$(OUT))'
+	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
+	@echo 'make test     all tests; SAN=1 with sanitizers      make test-hf   against Hugging Face (pip)'
+	@echo 'make fuzz     fuzz the file parsers (clang; SECONDS_EACH=60)      make bench   against PyTorch and OpenBLAS'
+	@echo 'make check    facts that must hold of the sources     make clean'
+	@echo
+	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
+	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) | git commit $(COMMIT)'
+
+# One name for the trainer of this machine.
+train: build/train_litespark data/stories/tokenizer.bin
+	@ln -sf build/train_litespark train_litespark
+	@echo 'train: ./train_litespark is the CPU trainer ($(if $(filter 1,$(MPI)),with,without) MPI)'
+
+build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1):
+	@mkdir -p build && rm -f build/flags-* && touch $@
+
+build/train_litespark: train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+	$(CC) $(ALL) $(WITH_MPI) $< -o $@ $(LINK_MPI) -lm
+
+build/stories: data/stories.c
+	@mkdir -p build
+	$(CC) -O2 $(WARN) $< -o $@ -lm
+
+data: data/stories/tokenizer.bin
+data/stories/tokenizer.bin: build/stories
+	build/stories --out data/stories
+
+# mpirun refuses root unless told, and kills ranks 1 s after a signal, too soon for a checkpoint.
+MPIENV   := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_odls_base_sigkill_timeout=60 OMPI_MCA_hwloc_base_binding_policy=none
+run: train
+	$(if $(and $(filter 1,$(MPI)),$(MPIRUN)),$(MPIENV) mpirun -np 1 )./train_litespark --resume auto --out $(OUT) $(ARGS)
+
+check:
+	@echo check: ok
+clean:
+	rm -rf build train_litespark
+.PHONY: help train data run check clean

@@ -56,6 +56,7 @@ static const ClassText class_texts[] = {
     {"bits", "", "nails*2 string glue rope tape"},
     {"instrument", "", "flute*2 trumpet*2 violin guitar piano harp"},
     {"food", "", "bread cheese honey milk rice soup butter jam apples pears plums cherries carrots nuts berries grapes"},
+    {"drink", "", "tea juice cocoa cream"},
     {"tasty", "", "delicious wonderful sweet perfect"},
     {"vessel", "", "jar bag bowl sack"},
     {"indoors", "in", "garden*2 forest*2 park meadow barn valley castle"},
@@ -68,7 +69,7 @@ static const ClassText class_texts[] = {
     {"rag", "", "sock shoe spoon glove bottle"},
     {"crumbs", "", "dust sand leaves crumbs"},
     {"limb", "", "knee foot arm nose"},
-    {"trait", "", "little*2 kind brave clever gentle quiet funny curious shy busy polite careful friendly cheeky"},
+    {"trait", "", "little*2 kind brave clever gentle quiet funny curious shy busy polite careful dreamy cheeky"},
     {"size", "", "big small tiny huge strange round heavy pretty"},
     {"shiny", "", "shiny smooth warm beautiful"},
     {"sad", "", "sad*2 worried lonely gloomy tired"},
@@ -90,15 +91,15 @@ static const ClassText class_texts[] = {
     {"asked", "", "asked*3 wondered"},
     {"hugged", "", "hugged thanked kissed"},
     {"smile", "", "smile grin giggle wink"},
-    {"softly", "", "softly quietly loudly gladly kindly at_once"},
+    {"softly", "", "softly quietly loudly sweetly kindly bravely"},
     {"slowly", "", "slowly quickly carefully happily"},
 };
 
 // {hero.his} is the form "his" of the word that hero is bound to. Column 1 is that word's feature.
 static const struct { const char *feature, *form, *text; } forms[] = {
-    {"f", "he", "she"}, {"f", "He", "She"}, {"f", "his", "her"}, {"f", "His", "Her"}, {"f", "him", "her"},
-    {"m", "he", "he"},  {"m", "He", "He"},  {"m", "his", "his"}, {"m", "His", "His"}, {"m", "him", "him"},
-    {"in", "at", "in"}, {"by", "at", "by"}, {"on", "at", "on"}, {"under", "at", "under"}, {"behind", "at", "behind"},
+    {"f", "he", " she"}, {"f", "He", " She"}, {"f", "his", " her"}, {"f", "His", " Her"}, {"f", "him", " her"},
+    {"m", "he", " he"},  {"m", "He", " He"},  {"m", "his", " his"}, {"m", "His", " His"}, {"m", "him", " him"},
+    {"in", "at", " in"}, {"by", "at", " by"}, {"on", "at", " on"}, {"under", "at", " under"}, {"behind", "at", " behind"},
 };
 
 // ----------------------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ static const GrammarText grammar_texts[] = {
     {"opening", 5, "Once upon a time there was a <trait>[who hero]."},
     {"opening", 2, "There once lived a <trait>[who hero]."},
     {"opening", 2, "In a <size> house lived a <trait>[who hero]."},
-    {"opening", 2, "Long ago there was a <trait> and <trait>[who hero]."},
+    {"opening", 2, "Long ago there was a {t=trait} and {u=trait}[who hero]."},
     {"who", 4, " girl named {$=girl}"},
     {"who", 4, " boy named {$=boy}"},
     {"who", 3, " <animal> named {$=name}"},
@@ -134,7 +135,7 @@ static const GrammarText grammar_texts[] = {
     {"when", 4, " One <weather> <daypart>"},
     {"when", 2, " On a <weather> <weekday>"},
     {"when", 2, " Last <weekday>"},
-    {"when", 2, " After some <food> with <food> for breakfast"},
+    {"when", 2, " After some <food> and <drink> for breakfast"},
 
     {"plot", 1, "[lost]"},   {"plot", 1, "[gift]"},  {"plot", 1, "[errand]"}, {"plot", 1, "[hungry]"},
     {"plot", 1, "[race]"},   {"plot", 1, "[storm]"}, {"plot", 1, "[build]"},  {"plot", 1, "[bake]"},
@@ -160,6 +161,10 @@ static const GrammarText grammar_texts[] = {
     {"tone", 4, ""},
     {"tone", 2, " <softly>"},
     {"tone", 2, " with a <smile>"},
+    {"aside", 3, ""},
+    {"aside", 2, " Nearby a <size> <animal> sang <softly>."},
+    {"aside", 2, " Far away, <number> <bugs> were dancing."},
+    {"aside", 2, " Outside it was <weather>."},
     {"sigh", 2, " How <sad> {hero.he} was!"},
     {"sigh", 3, ""},
     {"thanks", 3, " `Thank you, {friend}!` <said> {hero}[tone]."},
@@ -170,8 +175,8 @@ static const GrammarText grammar_texts[] = {
     {"pastime", 2, " For <number> hours they played <game>."},
     {"pastime", 3, " {friend} drew a <colour> <animal>, and {hero} drew a <colour> <being>."},
 
-    {"lost", 1, " could not find {hero.his} {c=colour} {x=toy}. `Where is my {x}?` {hero.he} <asked>[tone].[sigh]"
-                " {hero.He} looked[spot a], but there was only[junk].[again][helper]"
+    {"lost", 1, " could not find {hero.his} {c=colour} {x=toy}. `Where is my {x}?` {hero.he} <asked>.[sigh]"
+                " {hero.He} looked[spot a], but found only[junk].[again][aside][helper]"
                 " `You played[place p] on <weekday>,` {friend.he} <said>[tone]. They <ran> to the {p}."
                 " There, next to a <size> <landmark>, was the {c} {x}![thanks]"
                 " From then on, {hero} always kept the {c} {x}[spot d]."},
@@ -183,7 +188,7 @@ static const GrammarText grammar_texts[] = {
 
     {"gift", 1, " bought a {c=colour} {x=toy} for {hero.his} friend {friend=name}."
                 " It was a surprise, so {hero.he} hid it[spot a].[visit]"
-                " `What are you hiding?` <asked> {friend}[tone]. `Nothing at all,` <said> {hero}[tone].[pastime]"
+                " `What are you hiding?` <asked> {friend}[tone]. `Nothing at all,` <said> {hero}[tone].[pastime][aside]"
                 " At last {hero} said, `Close your eyes, {friend}.` {hero.He} looked {a.at} the {a}.[surprise]"
                 " `A {c} {x}, and it is for me!` <said> {friend}. {friend.He} was so <happy> that {friend.he}[rejoice]."},
     {"visit", 3, " Soon {friend} came to play."},
@@ -196,12 +201,12 @@ static const GrammarText grammar_texts[] = {
 
     {"errand", 1, " had to go to the market."
                   " `Please bring me some {f=food}, some {g=food} and a {c=colour} {x=ware},` said {hero.his} {kin=kin}[tone]."
-                  " On the way {hero.he} met a <trait> {pal=animal}. `Come and play <game> with me,` <said> the {pal}.[play]"
+                  " On the way {hero.he} met a <trait> {pal=animal}. `Come and play <game> with me,` <said> the {pal}.[play][aside]"
                   " Suddenly {hero} stopped. `Oh no! What did I have to buy?`[think]"
                   " `I know it,` {hero.he} <said>[tone]. `Some {f}, some {g} and a {c} {x}!`"
                   " The <trait> <job> put everything into a <size> <vessel>.[basket]"
                   " `You did not forget anything!` <said> {hero.his} {kin}[tone]."},
-    {"play", 3, " So they played until {hero} was <sad>."},
+    {"play", 3, " So they played next to a <size> <landmark>."},
     {"play", 2, " {hero} forgot the market and played for <number> hours."},
     {"play", 2, " What fun they had!"},
     {"think", 3, " {hero.He} sat down next to a <landmark> and tried to remember."},
@@ -212,12 +217,12 @@ static const GrammarText grammar_texts[] = {
 
     {"hungry", 1, " met a {s=sad} {pal=animal}[place p]. `Why are you crying?` <asked> {hero}[tone]."
                   " `I am hungry, and I only like {f=food},` <said> the {pal}[tone].[offer] So {hero} <ran> to the {job=job}."
-                  " `I will give you {f} if you {chore=chore},` said the {job}.[work]"
+                  " `I will give you {f} if you {chore=chore},` said the {job}.[work][aside]"
                   " Then the {job} gave {hero.him} a <size> <vessel> of {f}. {hero} <ran> back to the {p}."
                   " The {pal} ate the {f} <slowly> and was not {s} any more."
                   " `Take my {c=colour} {x=treasure},` <said> the {pal}[tone]. `It will bring you luck.`"
                   " To this day {hero} keeps the {c} {x}[spot a]."},
-    {"offer", 3, " At home there was only some {y=food} with {z=food}."},
+    {"offer", 3, " At home there was only some {y=food} with <drink>."},
     {"offer", 2, " `Wait next to the <landmark>,` <said> {hero}."},
     {"offer", 2, " {hero} had no {f} at home."},
     {"work", 3, " {hero} began to {chore} at once."},
@@ -225,14 +230,14 @@ static const GrammarText grammar_texts[] = {
 
     {"race", 1, " heard about a race[place p]. The prize was a {c=colour} {x=toy}."
                 " {hero.His} <trait> friend {friend=name} the {pal=animal} wanted to win it, too."
-                " `Ready, steady, go!` <said> the {job=job}[tone].[running]"
+                " `Ready, steady, go!` <said> the {job=job}[tone].[running][aside]"
                 " Near the end {friend} fell over a <size> <landmark> and hurt {friend.his} {limb=limb}.[finish]"
                 " That is how the race {p.at} the {p} ended."},
     {"running", 3, " {friend} was as fast as a <animal>."},
     {"running", 3, " {hero} was first, but {friend} ran faster and faster."},
     {"running", 2, " Side by side they ran past <number> <size> houses."},
     {"finish", 6, " {hero} stopped at once.[bandage] Then they <ran> to the end hand in hand."
-                  " `You both win,` <said> the {job}[tone], and the {c} {x} was for {hero} and {friend} together."},
+                  " `You both win,` <said> the {job}[tone] and gave the {c} {x} to {hero} and {friend}."},
     {"finish", 4, " Nobody saw it, and {hero} won. But the {c} {x} did not make {hero.him} <happy>."
                   " So {hero.he} gave it to {friend} the {pal}, and {friend.his} {limb} did not hurt any more."},
     {"bandage", 3, " `How is your {limb}?` {hero.he} <asked>[tone]."},
@@ -243,7 +248,7 @@ static const GrammarText grammar_texts[] = {
                  " {hero} lit a {c=colour} candle and told a story. `A <trait> {m=being} once lost a {d=colour} {x=treasure}."
                  " It was not[place p] and it was not[place q]. The {m} found only[junk].[return]`"
                  " `Was the {m} <happy>?` <asked> {friend}. `Yes,` <said> {hero}[tone],"
-                 " `and the {d} {x} was never lost again.` Soon the storm was over.[calm]"},
+                 " `and the {d} {x} was never lost again.`[aside] Soon the storm was over.[calm]"},
     {"return", 3, " At last a <trait> <animal> brought the {d} {x} back."},
     {"return", 2, " Then, <number> days later, the {d} {x} was[spot b]."},
     {"calm", 3, " {friend} blew out the {c} candle and was not afraid of the {noise} any more."},
@@ -251,7 +256,7 @@ static const GrammarText grammar_texts[] = {
 
     {"build", 1, " began to build a <size> {x=craft} out of {m=material}."
                  " {hero.His} {kin=kin} brought {hero.him} a <colour> <tool> and some <bits>.[toil] But the {x}[broken].[sigh]"
-                 " `Do not use {m}, use {n=material},` <said> {hero.his} friend {friend=name}[tone]."
+                 " `Do not use {m}, use {n=material},` <said> {hero.his} friend {friend=name}[tone].[aside]"
                  " So they <slowly> built the {x} again, and {friend} painted it {c=colour}.[pride]"
                  " {hero.His} {kin} came to see the {c} {x}. `It is made of {n},` <said> {hero}[tone],"
                  " `and {friend} had the idea!`"},
@@ -266,7 +271,7 @@ static const GrammarText grammar_texts[] = {
     {"bake", 1, " wanted to bake a cake for {hero.his} {kin=kin}."
                 " {hero.He} needed some {f=food}, some {g=food} and some {h=food}."
                 " But {hero.he} could not find any[missing] {hero} <slowly> mixed the {f}, the {g} and the {h} in a <size> bowl."
-                "[oven] {hero.His} {kin} took a bite. `I can taste {f}, {g} and {h},` {kin.he} <said>[tone]. `It is <tasty>!`"
+                "[aside][oven] {hero.His} {kin} took a bite. `I can taste {f}, {g} and {h},` {kin.he} <said>[tone]. `It is <tasty>!`"
                 " They gave the last piece to {friend}."},
     {"missing", 1, "[fetch f]"}, {"missing", 1, "[fetch g]"}, {"missing", 1, "[fetch h]"},
     {"fetch", 1, " {$}! So {hero} <ran> to {hero.his} friend {friend=name}, who lived[place p]."
@@ -280,7 +285,7 @@ static const GrammarText grammar_texts[] = {
 
     {"wish", 1, " found a magic {x=treasure}[place p]. It was {c=colour} and very <shiny>."
                 " When {hero.he} rubbed it, a <size> {m=being} came out. `You have three wishes,` <said> the {m}[tone]."
-                " First {hero} wished for some {f=food}. Then {hero.he} wished for a {d=colour} {y=toy}."
+                " First {hero} wished for some {f=food}. Then {hero.he} wished for a {d=colour} {y=toy}.[aside]"
                 " But {hero.he} still felt {s=sad}.[advice]"
                 " So {hero} wished for a friend, and there was a <trait>[who friend]![share] {hero} was not {s} any more."
                 " The {m} went back into the {c} {x} and slept for <number> years."},
@@ -292,17 +297,17 @@ static const GrammarText grammar_texts[] = {
     {"seeds", 1, " planted {n=number} seeds[place p]. Every <daypart> {hero.he} gave them water.[sprout]"
                  " Then a <size> {pal=animal} came by. `I will eat your plants,` <said> the {pal}[tone]."
                  " `Please do not,` <said> {hero}[tone]. `I will bring you some {f=food}.`"
-                 " {hero} <ran> home and came back with the {f}.[guard]"
+                 " {hero} <ran> home and came back with the {f}.[guard][aside]"
                  " In {season=season} there were {n} {c=colour} {y=flower} {p.at} the {p}."
                  " {hero} gave one to {hero.his} <trait> <kin> and one to the {pal} that liked {f}."},
     {"sprout", 3, " After a week there were {n} <size> plants."},
     {"sprout", 2, " `Grow, grow, grow,` {hero.he} <said>[tone]."},
-    {"sprout", 2, " They grew <slowly>."},
+    {"sprout", 2, " They grew and grew."},
     {"guard", 3, " From that day on, the {pal} took care of the {n} plants and chased away the <bugs>."},
     {"guard", 2, " `I like you,` <said> the {pal}[tone], and ate the {f} <slowly>."},
 
     {"secret", 1, " discovered a tiny <colour> door[spot a]. `What is the secret word?` <asked> a voice[tone].[guess]"
-                  " Then a <trait> {pal=animal} came by. `The word is {w=secret},` <said> the {pal}[tone].[repeat]"
+                  " Then a <trait> {pal=animal} came by. `The word is {w=secret},` <said> the {pal}[tone].[repeat][aside]"
                   " The next <daypart> {hero} <ran> back to the door {a.at} the {a}."
                   " `The secret word is {w},` {hero.he} <said>[tone]. The door opened, and there sat a <trait> {m=being}."
                   " `Well done,` <said> the {m}. `This {c=colour} {x=treasure} is for you.`"
@@ -314,7 +319,7 @@ static const GrammarText grammar_texts[] = {
 
     {"concert", 1, " got a {c=colour} {i=instrument} from {hero.his} {kin=kin}."
                    " `There is a concert[place p] on {d=weekday},` {kin.he} <said>[tone]."
-                   " At first the {i} sounded like a <sad> {pal=animal}.[tease] But {hero} played it every <daypart>.[practice]"
+                   " At first the {i} sounded like a <sad> {pal=animal}.[tease] But {hero} played it every <daypart>.[practice][aside]"
                    " On {d} everyone came to the {p}. `You can do it,` <said> {friend}[tone]."
                    " {hero} took the {c} {i} and played.[applause] `That was not a {pal},` <said> {hero.his} {kin}[tone]."
                    " `That was the best {i} in the world!`"},
@@ -328,35 +333,29 @@ static const GrammarText grammar_texts[] = {
 };
 
 // ----------------------------------------------------------------------------------------------------------------------------
-// The compiler. It reads the tables above once to collect the vocabulary and once more to turn every alternative into symbols.
+// Reading the tables: the text of the grammar item by item, the classes, the vocabulary.
+
+#define COUNT(table) ((int)(sizeof(table) / sizeof((table)[0])))
 
 enum {
     SEQ_LEN = 256,        // T: a window has T+1 tokens, <|endoftext|> and whole stories
     EOD = 256,            // <|endoftext|>: begin and end of a document; ids below it are the 256 bytes, ids above are words
-    MAX_PIECES = 1024, MAX_WORDS = 1024, MAX_RULES = 128, MAX_ALTERNATIVES = 256, MAX_SYMBOLS = 8192, MAX_CLASSES = 64,
-    MAX_CLASS_WORDS = 64, MAX_VARS = 32, MAX_NAME = 32, MAX_WORD_TOKENS = 8, MAX_DEPTH = 16, SHARD_TOKENS = 3000000
+    MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 32, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8
 };
-enum { TOKEN, DRAW, RECALL, CALL };   // the four kinds of symbols
 
-typedef struct Symbol { int op, id, var, form; } Symbol;   // id: token, class or rule; var: -1 = none, 0 = "$"; form: -1 = none
-typedef struct Word { char text[MAX_NAME]; const char *feature; int n, tokens[MAX_WORD_TOKENS]; } Word;
-typedef struct Class { int n, words[MAX_CLASS_WORDS], weights[MAX_CLASS_WORDS]; } Class;
-typedef struct Alternative { int weight, first, n; } Alternative;   // symbols first .. first+n-1
-typedef struct Rule { const char *name; int first, n, weight; } Rule;   // alternatives first .. first+n-1 and their total weight
-typedef struct Names { int n; char text[MAX_VARS][MAX_NAME]; } Names;
+typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight; } Word;   // text begins with a space
+typedef struct Class { int n; Word words[MAX_CLASS_WORDS]; } Class;
 
 typedef struct Grammar {
-    char pieces[MAX_PIECES][MAX_NAME];   // piece of token id i; sorted above EOD
-    int n_pieces, n_rules, n_alternatives, n_symbols, n_words, n_content_words;
-    Word words[MAX_WORDS];               // everything that is drawn or recalled
-    Class classes[MAX_CLASSES];
-    Rule rules[MAX_RULES];
-    Alternative alternatives[MAX_ALTERNATIVES];
-    Symbol symbols[MAX_SYMBOLS];
-    Names vars;
-    int form_words[32];                  // word of each row of forms
-    int collecting;                      // first reading: literals become pieces, not symbols
+    char pieces[MAX_PIECES][MAX_TEXT];   // piece of token id i; sorted above EOD
+    int n_pieces, n_content_words;
+    Class classes[COUNT(class_texts)];
 } Grammar;
+
+// One item of a grammar text: LITERAL name; DRAW a word of class `other` as variable `name` ("" = forget it);
+// RECALL variable `name` in form `other` ("" = as it is); CALL rule `name` with parameter `other` ("" = the caller's own).
+enum { LITERAL, DRAW, RECALL, CALL };
+typedef struct Item { int op; char name[MAX_TEXT], other[MAX_TEXT]; } Item;
 
 static void die(const char *fmt, ...) {
     va_list args;
@@ -368,194 +367,118 @@ static void die(const char *fmt, ...) {
     exit(1);
 }
 
-#define COUNT(table) ((int)(sizeof(table) / sizeof((table)[0])))
-
-static void add_piece(Grammar *g, const char *text) {
-    for (int i = EOD + 1; i < g->n_pieces; i++) if (strcmp(g->pieces[i], text) == 0) return;
-    if (g->n_pieces == MAX_PIECES || strlen(text) >= MAX_NAME) die("no room for the piece '%s'", text);
-    strcpy(g->pieces[g->n_pieces++], text);
-}
-
-// A literal piece of text: one word with the space before it, or one punctuation mark with the space before it.
-static const char *next_unit(const char *p, char *unit) {
-    int n = 0;
-    if (*p == ' ') unit[n++] = *p++;
-    if (isalpha((unsigned char)*p)) while (isalpha((unsigned char)*p) && n < MAX_NAME - 1) unit[n++] = *p++;
-    else { unit[n++] = *p == '`' ? '"' : *p; p++; }
-    unit[n] = 0;
-    return p;
-}
-
-// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it; bytes that start no piece become byte tokens.
-static int encode(const Grammar *g, const char *text, int *tokens, int max_tokens) {
-    int n = 0;
-    for (const char *p = text; *p;) {
-        int best = (unsigned char)*p;
-        size_t best_length = 0;
-        for (int i = EOD + 1; i < g->n_pieces; i++) {
-            size_t length = strlen(g->pieces[i]);
-            if (length > best_length && strncmp(p, g->pieces[i], length) == 0) { best = i; best_length = length; }
-        }
-        if (n == max_tokens) die("too many tokens in '%s'", text);
-        tokens[n++] = best;
-        p += best_length ? best_length : 1;
-    }
-    return n;
-}
-
-// The literal text between two other symbols.
-static void compile_literal(Grammar *g, const char *text, const char *end) {
-    while (text < end) {
-        char unit[MAX_NAME];
-        int tokens[MAX_WORD_TOKENS];
-        text = next_unit(text, unit);
-        if (g->collecting) { add_piece(g, unit); continue; }
-        int n = encode(g, unit, tokens, MAX_WORD_TOKENS);
-        for (int i = 0; i < n; i++) {
-            if (g->n_symbols == MAX_SYMBOLS) die("the grammar has more than %d symbols", MAX_SYMBOLS);
-            Symbol *s = &g->symbols[g->n_symbols++];
-            s->op = TOKEN; s->id = tokens[i]; s->var = s->form = -1;
-        }
-    }
-}
-
 static int find_class(const char *name) {
     for (int i = 0; i < COUNT(class_texts); i++) if (strcmp(class_texts[i].name, name) == 0) return i;
     die("the grammar has no class '%s'", name);
     return -1;
 }
 
-static int find_rule(const Grammar *g, const char *name) {
-    for (int i = 0; i < g->n_rules; i++) if (strcmp(g->rules[i].name, name) == 0) return i;
+static int find_rule(const char *name) {   // its first row
+    for (int i = 0; i < COUNT(grammar_texts); i++) if (strcmp(grammar_texts[i].rule, name) == 0) return i;
     die("the grammar has no rule '%s'", name);
     return -1;
 }
 
-static int find_form(const char *name) {   // any row of that form
-    for (int i = 0; i < COUNT(forms); i++) if (strcmp(forms[i].form, name) == 0) return i;
-    die("the grammar has no form '%s'", name);
-    return -1;
+static int in_rule(int row, int first) {
+    return row < COUNT(grammar_texts) && strcmp(grammar_texts[row].rule, grammar_texts[first].rule) == 0;
 }
 
-static int find_var(Grammar *g, const char *name) {   // a new name is a new variable
-    int i = 0;
-    while (i < g->vars.n && strcmp(g->vars.text[i], name) != 0) i++;
-    if (i == MAX_VARS) die("the grammar has more than %d variables", MAX_VARS);
-    if (i == g->vars.n) strcpy(g->vars.text[g->vars.n++], name);
-    return i;
-}
-
-// text points at < { or [; returns what follows the closing bracket.
-static const char *compile_bracket(Grammar *g, const char *text) {
-    char open = *text, inside[2 * MAX_NAME], *mark;
-    const char *end = strchr(text, open == '<' ? '>' : open == '{' ? '}' : ']');
-    if (!end || (size_t)(end - text) > sizeof inside) die("bracket without end in the grammar: %s", text);
-    memcpy(inside, text + 1, (size_t)(end - text) - 1);
-    inside[end - text - 1] = 0;
-    if (g->n_symbols == MAX_SYMBOLS) die("the grammar has more than %d symbols", MAX_SYMBOLS);
-    Symbol *s = &g->symbols[g->n_symbols++];
-    s->id = s->var = s->form = -1;
-    if (open == '<') {
-        s->op = DRAW;
-        s->id = find_class(inside);
-    } else if (open == '[') {
-        s->op = CALL;
-        if ((mark = strchr(inside, ' '))) { *mark = 0; s->var = find_var(g, mark + 1); }
-        s->id = find_rule(g, inside);
-    } else if ((mark = strchr(inside, '='))) {
-        s->op = DRAW;
-        s->id = find_class(mark + 1);
-        *mark = 0;
-        s->var = find_var(g, inside);
-    } else {
-        s->op = RECALL;
-        if ((mark = strchr(inside, '.'))) { *mark = 0; s->form = find_form(mark + 1); }
-        s->var = find_var(g, inside);
+// Reads the item at *text and moves on; 0 at the end. A literal is a word or a punctuation mark, with the space before it.
+static int next_item(const char **text, Item *item) {
+    const char *p = *text;
+    int n = 0;
+    item->name[0] = item->other[0] = 0;
+    if (!*p) return 0;
+    if (*p == ' ' && (p[1] == '<' || p[1] == '{')) p++;
+    if (*p == '<' || *p == '{' || *p == '[') {
+        const char *end = p + strcspn(p, ">}]"), *mark = p + strcspn(p, "=. >}]");
+        if (!*end || end - p > MAX_TEXT || (*p != '[' && p == *text)) die("bad bracket, or no space before it: %s", p);
+        item->op = *p == '[' ? CALL : *p == '<' || *mark == '=' ? DRAW : RECALL;
+        memcpy(*p == '<' ? item->other : item->name, p + 1, (size_t)(mark - p - 1));
+        (*p == '<' ? item->other : item->name)[mark - p - 1] = 0;
+        if (mark < end) { memcpy(item->other, mark + 1, (size_t)(end - mark - 1)); item->other[end - mark - 1] = 0; }
+        *text = end + 1;
+        return 1;
     }
-    return end + 1;
+    item->op = LITERAL;
+    if (*p == ' ') item->name[n++] = *p++;
+    if (!isalpha((unsigned char)*p)) { item->name[n++] = *p == '`' ? '"' : *p; p++; }
+    else while (isalpha((unsigned char)*p) && n < MAX_TEXT - 1) item->name[n++] = *p++;
+    item->name[n] = 0;
+    *text = p;
+    return 1;
 }
 
-static void compile_text(Grammar *g, const char *text) {
+static int compare_text(const void *a, const void *b) { return strcmp((const char *)a, (const char *)b); }
+
+// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it, for one literal or one word of a class.
+static int encode(const Grammar *g, const char *text, int *tokens) {
+    int n = 0;
     while (*text) {
-        const char *p = text + strcspn(text, "<{[");
-        if (*p && *p != '[' && (p == text || p[-1] != ' ')) die("a drawn word needs a space before it: %s", text);
-        compile_literal(g, text, *p == '<' || *p == '{' ? p - 1 : p);
-        text = *p ? compile_bracket(g, p) : p;
-    }
-}
-
-static void compile_rules(Grammar *g, int collecting) {
-    g->collecting = collecting;
-    g->n_symbols = 0;
-    for (int i = 0; i < COUNT(grammar_texts); i++) {
-        Alternative *a = &g->alternatives[i];
-        a->weight = grammar_texts[i].weight;
-        a->first = g->n_symbols;
-        compile_text(g, grammar_texts[i].text);
-        a->n = g->n_symbols - a->first;
-    }
-}
-
-static void collect_rules(Grammar *g) {
-    if (COUNT(grammar_texts) > MAX_ALTERNATIVES) die("the grammar has more than %d alternatives", MAX_ALTERNATIVES);
-    for (int i = 0; i < COUNT(grammar_texts); i++) {
-        if (i == 0 || strcmp(grammar_texts[i].rule, grammar_texts[i - 1].rule) != 0) {
-            if (g->n_rules == MAX_RULES) die("the grammar has more than %d rules", MAX_RULES);
-            Rule *r = &g->rules[g->n_rules++];
-            r->name = grammar_texts[i].rule;
-            r->first = i;
+        char piece[MAX_TEXT];
+        const char *found = NULL;
+        size_t length = strlen(text);
+        for (; length && !found; length -= !found) {
+            memcpy(piece, text, length);
+            piece[length] = 0;
+            found = (const char *)bsearch(piece, g->pieces[EOD + 1], (size_t)(g->n_pieces - EOD - 1), MAX_TEXT, compare_text);
         }
-        g->rules[g->n_rules - 1].n++;
-        g->rules[g->n_rules - 1].weight += grammar_texts[i].weight;
+        if (!found || n == MAX_WORD_TOKENS) die("the vocabulary has no pieces for '%s'", text);
+        tokens[n++] = (int)((found - g->pieces[0]) / MAX_TEXT);
+        text += length;
     }
+    return n;
 }
 
-static int add_word(Grammar *g, const char *text, const char *feature) {
-    for (int i = 0; i < g->n_words; i++)
-        if (strcmp(g->words[i].text, text) == 0 && strcmp(g->words[i].feature, feature) == 0) return i;
-    if (g->n_words == MAX_WORDS) die("the grammar has more than %d words", MAX_WORDS);
-    Word *w = &g->words[g->n_words];
-    strcpy(w->text, text);
-    w->feature = feature;
-    return g->n_words++;
+static void add_piece(Grammar *g, const char *text) {
+    for (int i = EOD + 1; i < g->n_pieces; i++) if (strcmp(g->pieces[i], text) == 0) return;
+    if (g->n_pieces == MAX_PIECES) die("no room for the piece '%s'", text);
+    strcpy(g->pieces[g->n_pieces++], text);
 }
 
-// Adds the words of class `from` to class `to`.
-static void collect_class(Grammar *g, int to, int from) {
-    char item[MAX_NAME], text[MAX_NAME + 1];
+static void add_pieces(Grammar *g, const char *text) {
+    Item item;
+    while (next_item(&text, &item)) if (item.op == LITERAL) add_piece(g, item.name);
+}
+
+// Reads the words of class `from` into class c.
+static void read_class(Class *c, int from) {
+    char text[MAX_TEXT];
     int n_chars;
-    for (const char *p = class_texts[from].words; sscanf(p, "%31s%n", item, &n_chars) == 1; p += n_chars) {
-        if (item[0] == '@') { collect_class(g, to, find_class(item + 1)); continue; }
-        Class *c = &g->classes[to];
-        if (c->n == MAX_CLASS_WORDS) die("class %s has more than %d words", class_texts[to].name, MAX_CLASS_WORDS);
-        char *star = strchr(item, '*');
-        c->weights[c->n] = star ? atoi(star + 1) : 1;
+    for (const char *p = class_texts[from].words; sscanf(p, "%30s%n", text, &n_chars) == 1; p += n_chars) {
+        if (text[0] == '@') { read_class(c, find_class(text + 1)); continue; }
+        if (c->n == MAX_CLASS_WORDS) die("class %s has more than %d words", class_texts[from].name, MAX_CLASS_WORDS);
+        Word *w = &c->words[c->n++];
+        char *star = strchr(text, '*');
+        w->weight = star ? atoi(star + 1) : 1;
+        w->feature = class_texts[from].feature;
         if (star) *star = 0;
-        snprintf(text, sizeof text, " %s", item);
-        for (char *t = text; *t; t++) if (*t == '_') *t = ' ';
-        c->words[c->n++] = add_word(g, text, class_texts[from].feature);
+        w->text[0] = ' ';
+        for (int i = 0; i == 0 || text[i - 1]; i++) w->text[i + 1] = text[i] == '_' ? ' ' : text[i];
     }
 }
 
-static int compare_pieces(const void *a, const void *b) { return strcmp((const char *)a, (const char *)b); }
+static int is_first_use(const Grammar *g, int c, const char *text) {
+    for (int i = 0; i < c; i++)
+        for (int k = 0; k < g->classes[i].n; k++) if (strcmp(g->classes[i].words[k].text, text) == 0) return 0;
+    return 1;
+}
 
 // Sorts the pieces; a word that is another word with a suffix becomes two pieces, so the suffix is learned once: " look" "ed".
 static void finish_pieces(Grammar *g) {
-    static const char *const suffixes[] = {"ed", "d", "s", "er"};
+    static const char *const suffixes[] = {"ed", "d", "s", "er", "ly"};
     int n = EOD + 1;
     for (int i = 0; i < COUNT(suffixes); i++) add_piece(g, suffixes[i]);
-    qsort(g->pieces[n], (size_t)(g->n_pieces - n), sizeof g->pieces[0], compare_pieces);
+    qsort(g->pieces[n], (size_t)(g->n_pieces - n), MAX_TEXT, compare_text);
     for (int i = n; i < g->n_pieces; i++) {
-        char stem[MAX_NAME];
         int is_derived = 0;
         for (int k = 0; k < COUNT(suffixes); k++) {
             size_t length = strlen(g->pieces[i]), cut = strlen(suffixes[k]);
             if (length < cut + 4 || strcmp(g->pieces[i] + length - cut, suffixes[k]) != 0) continue;
-            strcpy(stem, g->pieces[i]);
-            stem[length - cut] = 0;
-            for (int j = EOD + 1; j < n; j++) is_derived |= strcmp(g->pieces[j], stem) == 0;   // a stem sorts before its word
+            for (int j = EOD + 1; j < n; j++)   // a stem sorts before its word
+                is_derived |= strlen(g->pieces[j]) == length - cut && strncmp(g->pieces[j], g->pieces[i], length - cut) == 0;
         }
-        if (!is_derived) memmove(g->pieces[n++], g->pieces[i], sizeof g->pieces[0]);
+        if (!is_derived) memmove(g->pieces[n++], g->pieces[i], MAX_TEXT);
     }
     g->n_pieces = n;
 }
@@ -563,58 +486,58 @@ static void finish_pieces(Grammar *g) {
 static Grammar *grammar_create(void) {
     Grammar *g = (Grammar *)calloc(1, sizeof(Grammar));
     if (!g) die("out of memory");
-    for (int i = 0; i < 256; i++) snprintf(g->pieces[i], MAX_NAME, "<0x%02X>", (unsigned)i);
+    for (int i = 0; i < 256; i++) snprintf(g->pieces[i], MAX_TEXT, "<0x%02X>", (unsigned)i);
     strcpy(g->pieces[EOD], "<|endoftext|>");
     g->n_pieces = EOD + 1;
-    find_var(g, "$");
-    if (COUNT(class_texts) > MAX_CLASSES) die("the grammar has more than %d classes", MAX_CLASSES);
-    for (int i = 0; i < COUNT(class_texts); i++) collect_class(g, i, i);
-    g->n_content_words = g->n_words;
-    for (int i = 0; i < COUNT(forms); i++) {
-        char text[MAX_NAME];
-        snprintf(text, sizeof text, " %s", forms[i].text);
-        g->form_words[i] = add_word(g, text, "");
+    for (int c = 0; c < COUNT(class_texts); c++) {
+        read_class(&g->classes[c], c);
+        for (int k = 0; k < g->classes[c].n; k++) {
+            g->n_content_words += is_first_use(g, c, g->classes[c].words[k].text);
+            add_pieces(g, g->classes[c].words[k].text);
+        }
     }
-    collect_rules(g);
-    compile_rules(g, 1);
-    for (int i = 0; i < g->n_words; i++) compile_literal(g, g->words[i].text, strchr(g->words[i].text, 0));
+    for (int i = 0; i < COUNT(forms); i++) add_pieces(g, forms[i].text);
+    for (int i = 0; i < COUNT(grammar_texts); i++) add_pieces(g, grammar_texts[i].text);
     finish_pieces(g);
-    for (int i = 0; i < g->n_words; i++) g->words[i].n = encode(g, g->words[i].text, g->words[i].tokens, MAX_WORD_TOKENS);
-    compile_rules(g, 0);
     return g;
 }
 
-// The most tokens that `rule` can give: no story may be cut by chance, or its probabilities would be wrong. var_tokens[v] is the
-// longest word that v may hold; it grows while we look, so the caller asks twice.
-static int longest(const Grammar *g, int rule, int param, int *var_tokens, int depth) {
-    if (depth == MAX_DEPTH) die("the rule %s calls itself", g->rules[rule].name);
-    int best = 0;
-    for (int a = 0; a < g->rules[rule].n; a++) {
-        const Alternative *alt = &g->alternatives[g->rules[rule].first + a];
-        int n = 0;
-        for (int i = alt->first; i < alt->first + alt->n; i++) {
-            const Symbol *s = &g->symbols[i];
-            int var = s->var == 0 ? param : s->var, n_word = 0;
-            if (s->op == TOKEN) n += 1;
-            if (s->op == CALL) n += longest(g, s->id, s->var < 0 ? param : var, var_tokens, depth + 1);
-            if (s->op == RECALL) n += var_tokens[var];
-            if (s->op != DRAW) continue;
-            for (int k = 0; k < g->classes[s->id].n; k++) {
-                const Word *w = &g->words[g->classes[s->id].words[k]];
-                if (w->n > n_word) n_word = w->n;
+// The most tokens that `rule` can give: no story may be cut by chance, or its probabilities would be wrong. recall->n[v] is the
+// longest word that variable v may hold; it is known when the whole grammar has been walked once, so the caller asks twice.
+typedef struct Recall { char vars[MAX_VARS][MAX_TEXT]; int n[MAX_VARS]; } Recall;
+
+static int longest(const Grammar *g, const char *rule, const char *param, Recall *recall, int depth) {
+    int best = 0, tokens[MAX_WORD_TOKENS], first = find_rule(rule);
+    if (depth == MAX_DEPTH) die("the rule %s calls itself", rule);
+    for (int row = first; in_rule(row, first); row++) {
+        const char *text = grammar_texts[row].text;
+        int total = 0, v = 0, n_word = 0;
+        for (Item item; next_item(&text, &item); total += n_word) {
+            const char *var = strcmp(item.op == CALL ? item.other : item.name, "$") == 0 ? param : item.name;
+            for (v = 0, n_word = 0; v < MAX_VARS - 1 && recall->vars[v][0] && strcmp(recall->vars[v], var) != 0;) v++;
+            if (item.op == LITERAL) n_word = encode(g, item.name, tokens);
+            if (item.op == RECALL) n_word = recall->n[v];
+            if (item.op == CALL) n_word = longest(g, item.name, item.other[0] && item.other[0] != '$' ? item.other : param, recall, depth + 1);
+            if (item.op != DRAW) continue;
+            const Class *c = &g->classes[find_class(item.other)];
+            for (int k = 0; k < c->n; k++) {
+                int n = encode(g, c->words[k].text, tokens);
+                if (n > n_word) n_word = n;
             }
-            if (var >= 0 && n_word > var_tokens[var]) var_tokens[var] = n_word;
-            n += n_word;
+            if (!var[0]) continue;
+            strcpy(recall->vars[v], var);
+            if (n_word > recall->n[v]) recall->n[v] = n_word;
         }
-        if (n > best) best = n;
+        if (total > best) best = total;
     }
     return best;
 }
 
 static int longest_story(const Grammar *g) {   // with its <|endoftext|>
-    int var_tokens[MAX_VARS] = {0}, story = find_rule(g, "story");
-    longest(g, story, 0, var_tokens, 0);
-    return longest(g, story, 0, var_tokens, 0) + 1;
+    Recall recall;
+    memset(&recall, 0, sizeof recall);
+    longest(g, "story", "", &recall, 0);
+    return longest(g, "story", "", &recall, 0) + 1;
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------
@@ -624,7 +547,8 @@ typedef struct Story {
     const Grammar *g;
     uint64_t rng;
     double p;
-    int n, bound[MAX_VARS];            // bound[v]: the word of variable v, -1 = none yet
+    int n, n_vars;
+    struct { char name[MAX_TEXT]; const Word *word; } vars[MAX_VARS];   // what the story remembers
     uint16_t tokens[SEQ_LEN + 1];
     float nll[SEQ_LEN + 1];            // -ln p(tokens[i] | the story before it)
 } Story;
@@ -636,7 +560,7 @@ static uint64_t splitmix64(uint64_t *state) {
     return z ^ z >> 31;
 }
 
-// 0 .. n-1, each with the same probability (to 2^-50: n is a few hundred at most).
+// 0 .. n-1 with equal probability, to within 2^-32.
 static int random_below(Story *s, int n) { return (int)((splitmix64(&s->rng) >> 32) * (uint64_t)n >> 32); }
 
 static void tell_token(Story *s, int token) {
@@ -646,55 +570,57 @@ static void tell_token(Story *s, int token) {
     s->p = 1;
 }
 
-static void tell_word(Story *s, int word) {
-    for (int i = 0; i < s->g->words[word].n; i++) tell_token(s, s->g->words[word].tokens[i]);
+static void tell_text(Story *s, const char *text) {
+    int tokens[MAX_WORD_TOKENS], n = encode(s->g, text, tokens);
+    for (int i = 0; i < n; i++) tell_token(s, tokens[i]);
 }
 
-static int is_bound(const Story *s, int word) {
-    for (int v = 0; v < s->g->vars.n; v++) if (s->bound[v] == word) return 1;
+static int is_remembered(const Story *s, const Word *w) {
+    for (int v = 0; v < s->n_vars; v++) if (strcmp(s->vars[v].word->text, w->text) == 0) return 1;
     return 0;
 }
 
-static void tell_draw(Story *s, const Class *c, int var) {
-    int total = 0, i = 0;
-    for (int k = 0; k < c->n; k++) if (var < 0 || !is_bound(s, c->words[k])) total += c->weights[k];
-    int left = random_below(s, total);
-    for (;; i++) {
-        if (var >= 0 && is_bound(s, c->words[i])) continue;
-        if (left < c->weights[i]) break;
-        left -= c->weights[i];
+static void tell_draw(Story *s, const Class *c, const char *var) {
+    const Word *left_to_draw[MAX_CLASS_WORDS];
+    int n = 0, total = 0, i = 0;
+    for (int k = 0; k < c->n; k++) {
+        if (var[0] && is_remembered(s, &c->words[k])) continue;
+        left_to_draw[n++] = &c->words[k];
+        total += c->words[k].weight;
     }
-    s->p *= (double)c->weights[i] / total;
-    tell_word(s, c->words[i]);
-    if (var >= 0) s->bound[var] = c->words[i];
+    int x = random_below(s, total);
+    for (; x >= left_to_draw[i]->weight; i++) x -= left_to_draw[i]->weight;
+    s->p *= (double)left_to_draw[i]->weight / total;
+    tell_text(s, left_to_draw[i]->text);
+    if (!var[0]) return;
+    if (s->n_vars == MAX_VARS) die("the grammar has more than %d variables", MAX_VARS);
+    strcpy(s->vars[s->n_vars].name, var);
+    s->vars[s->n_vars++].word = left_to_draw[i];
 }
 
-static void tell_recall(Story *s, int var, int form) {
-    const Grammar *g = s->g;
-    int word = s->bound[var];
-    if (word < 0) die("the grammar recalls {%s} before it is drawn", g->vars.text[var]);
-    if (form < 0) { tell_word(s, word); return; }
+static void tell_recall(Story *s, const char *var, const char *form) {
+    const Word *w = NULL;
+    for (int v = 0; v < s->n_vars; v++) if (strcmp(s->vars[v].name, var) == 0) w = s->vars[v].word;
+    if (!w) die("the grammar recalls {%s} before it is drawn", var);
+    if (!form[0]) { tell_text(s, w->text); return; }
     for (int i = 0; i < COUNT(forms); i++)
-        if (strcmp(forms[i].form, forms[form].form) == 0 && strcmp(forms[i].feature, g->words[word].feature) == 0) {
-            tell_word(s, g->form_words[i]);
-            return;
-        }
-    die("the grammar has no form '%s' of '%s'", forms[form].form, g->words[word].text);
+        if (strcmp(forms[i].form, form) == 0 && strcmp(forms[i].feature, w->feature) == 0) { tell_text(s, forms[i].text); return; }
+    die("the grammar has no form '%s' of '%s'", form, w->text);
 }
 
-static void tell_rule(Story *s, int rule, int param) {
-    const Rule *r = &s->g->rules[rule];
-    const Alternative *a = &s->g->alternatives[r->first];
-    int left = random_below(s, r->weight);
-    for (; left >= a->weight; a++) left -= a->weight;
-    s->p *= (double)a->weight / r->weight;
-    for (int i = a->first; i < a->first + a->n; i++) {
-        const Symbol *y = &s->g->symbols[i];
-        int var = y->var == 0 ? param : y->var;
-        if (y->op == TOKEN) tell_token(s, y->id);
-        if (y->op == DRAW) tell_draw(s, &s->g->classes[y->id], var);
-        if (y->op == RECALL) tell_recall(s, var, y->form);
-        if (y->op == CALL) tell_rule(s, y->id, y->var < 0 ? param : var);
+static void tell_rule(Story *s, const char *rule, const char *param) {
+    int row = find_rule(rule), total = 0;
+    for (int i = row; in_rule(i, row); i++) total += grammar_texts[i].weight;
+    int x = random_below(s, total);
+    for (; x >= grammar_texts[row].weight; row++) x -= grammar_texts[row].weight;
+    s->p *= (double)grammar_texts[row].weight / total;
+    const char *text = grammar_texts[row].text;
+    for (Item item; next_item(&text, &item);) {
+        const char *var = strcmp(item.name, "$") == 0 ? param : item.name;
+        if (item.op == LITERAL) tell_text(s, item.name);
+        if (item.op == DRAW) tell_draw(s, &s->g->classes[find_class(item.other)], var);
+        if (item.op == RECALL) tell_recall(s, var, item.other);
+        if (item.op == CALL) tell_rule(s, item.name, item.other[0] && item.other[0] != '$' ? item.other : param);
     }
 }
 
@@ -704,10 +630,9 @@ static void story_tell(Story *s, const Grammar *g, uint64_t seed, uint64_t strea
     s->rng = seed;
     s->rng = splitmix64(&s->rng) ^ stream;
     s->rng = splitmix64(&s->rng) ^ index;
-    s->n = 0;
+    s->n = s->n_vars = 0;
     s->p = 1;
-    for (int v = 0; v < MAX_VARS; v++) s->bound[v] = -1;
-    tell_rule(s, find_rule(g, "story"), 0);
+    tell_rule(s, "story", "");
     tell_token(s, EOD);
 }
 
@@ -715,11 +640,15 @@ static void story_tell(Story *s, const Grammar *g, uint64_t seed, uint64_t strea
 // The files. Each is written under a temporary name and renamed; stories.json comes last, so it marks a whole set.
 
 enum { TRAIN_STREAM, VAL_STREAM, PRINT_STREAM };
+enum { SHARD_TOKENS = 3000000 };
 
 typedef struct File { FILE *f; char path[1024], temp[1040]; } File;
 
 static void file_check(const File *file, int ok) {
-    if (!ok) die("cannot write %s: %s", file->path, strerror(errno));
+    if (ok) return;
+    int error = errno;
+    remove(file->temp);
+    die("cannot write %s: %s", file->path, strerror(error));
 }
 
 static void file_open(File *file, const char *dir, const char *name) {
@@ -864,9 +793,16 @@ static void write_marker(const Grammar *g, const char *dir, uint64_t seed, const
     file_close(&file);
 }
 
-static void print_story(const Story *s) {
-    for (int i = 0; i < s->n - 1; i++) fputs(s->g->pieces[s->tokens[i]], stdout);
-    fputs("\n\n", stdout);
+// Makes the whole set. The marker goes first and comes back last, so an interrupted run is seen and made again.
+static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int64_t n_tokens, int64_t n_rows, Totals *totals) {
+    char marker[1100];
+    make_dirs(dir);
+    snprintf(marker, sizeof marker, "%s/stories.json", dir);
+    if (remove(marker) != 0 && errno != ENOENT) die("cannot remove %s: %s", marker, strerror(errno));
+    write_tokenizer(g, dir);
+    write_val(g, dir, seed, n_rows, totals);
+    write_train(g, dir, seed, n_tokens, totals);
+    write_marker(g, dir, seed, totals);
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------
@@ -876,6 +812,11 @@ static const char usage[] =
     "usage: stories [--out DIR] [--train-tokens N] [--val-rows N] [--seed S]\n"
     "       stories --print N [--seed S]\n"
     "Writes training and validation stories with their true loss to DIR (default data/stories), or prints N stories.\n";
+
+static void print_story(const Story *s) {
+    for (int i = 0; i < s->n - 1; i++) fputs(s->g->pieces[s->tokens[i]], stdout);
+    fputs("\n\n", stdout);
+}
 
 static int64_t parse_int(const char *name, const char *text, int64_t lo, int64_t hi) {
     char *end;
@@ -914,14 +855,7 @@ int main(int argc, char **argv) {
         return 0;
     }
 
-    char marker[1100];
-    make_dirs(dir);
-    snprintf(marker, sizeof marker, "%s/stories.json", dir);
-    if (remove(marker) != 0 && errno != ENOENT) die("cannot remove %s: %s", marker, strerror(errno));
-    write_tokenizer(g, dir);
-    write_val(g, dir, (uint64_t)seed, n_rows, &totals);
-    write_train(g, dir, (uint64_t)seed, n_tokens, &totals);
-    write_marker(g, dir, (uint64_t)seed, &totals);
+    write_stories(g, dir, (uint64_t)seed, n_tokens, n_rows, &totals);
     printf("stories: %s | %lld training tokens in %lld stories | %lld validation rows of %d | vocabulary %d | %d content words | "
            "floor %.4f nats per token | longest possible story %d tokens\n", dir, (long long)totals.tokens, (long long)totals.stories,
            (long long)totals.val_rows, SEQ_LEN + 1, g->n_pieces, g->n_content_words, totals.floor, totals.longest);

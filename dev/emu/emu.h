@@ -1,0 +1,737 @@
+// emu.h: the engine of "CUDA on the CPU". Included by our cuda_runtime.h; nothing here is CUDA's own interface.
+//
+// A block runs on one OS thread; its CUDA threads are fibers that switch only at barriers and warp operations, so every
+// other instruction sequence is atomic and a missing barrier shows as an order of execution no device would forbid.
+// Blocks are spread over OS threads (OpenMP). EMU_SEED shuffles the order of blocks, warps and lanes at every switch.
+// Contents: settings, symbols and reports, device memory, fibers, blocks and scheduling, barriers and warp operations,
+// shared-memory checks, launch, streams.
+#pragma once
+#include <cxxabi.h>
+#include <elf.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <ucontext.h>
+#include <unistd.h>
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#define EMU_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EMU_ASAN 1
+#endif
+#endif
+#ifdef EMU_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#endif
+#define EMU_NOINLINE __attribute__((noinline))
+
+extern "C" void emu_switch(void **save_sp, void *load_sp);   // in assembly below
+
+namespace emu {
+
+// ---- settings (environment) ---------------------------------------------------------------------------------------
+inline size_t parse_size(const char *s) {                     // "8G", "512M", "64K" or bytes
+    char *end;
+    double v = strtod(s, &end);
+    int shift = *end == 'G' ? 30 : *end == 'M' ? 20 : *end == 'K' ? 10 : 0;
+    return (size_t)(v * (double)((size_t)1 << shift));
+}
+inline size_t setting(const char *name, size_t fallback) { const char *s = getenv(name); return s && *s ? parse_size(s) : fallback; }
+inline int default_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads() < 16 ? omp_get_max_threads() : 16;
+#else
+    return 1;
+#endif
+}
+struct Settings {
+    uint64_t seed = setting("EMU_SEED", 0);                   // 0: natural order
+    uint64_t async = setting("EMU_ASYNC", 0);                 // 0: streams run at once; else a seed for their interleaving
+    int threads = (int)setting("EMU_THREADS", default_threads());
+    size_t memory = setting("EMU_MEM", (size_t)8 << 30);      // bytes of the virtual device
+    int cc = getenv("EMU_CC") ? (int)(atof(getenv("EMU_CC")) * 10 + 0.5) : 80;
+    int poison = (int)setting("EMU_POISON", 1);               // 0: do not touch fresh memory (large runs)
+#ifdef EMU_ASAN
+    size_t stack = setting("EMU_STACK", 256 << 10);
+#else
+    size_t stack = setting("EMU_STACK", 128 << 10);           // bytes of stack per CUDA thread
+#endif
+};
+inline Settings settings;
+
+struct Thread;
+inline thread_local Thread *me = nullptr;                     // the running CUDA thread; null in host code
+
+// ---- symbols of this program: kernel names, and the static __shared__ variables to poison ---------------------------
+// A static __shared__ variable is a function-local thread_local, i.e. a TLS symbol whose mangled name starts with _ZZ.
+struct TlsRange { size_t offset, bytes; };
+struct Symbols {
+    std::map<uintptr_t, std::string> functions;
+    std::vector<TlsRange> shared;
+    size_t tls_bytes = 0, tls_me = 0;                         // size of the program's TLS block, offset of emu::me in it
+    Symbols() {
+        int fd = open("/proc/self/exe", O_RDONLY);
+        struct stat st;
+        if (fd < 0 || fstat(fd, &st)) return;
+        const char *p = (const char *)mmap(nullptr, st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        close(fd);
+        if (p == MAP_FAILED) return;
+        const Elf64_Ehdr *h = (const Elf64_Ehdr *)p;
+        const Elf64_Phdr *ph = (const Elf64_Phdr *)(p + h->e_phoff);
+        for (int i = 0; i < h->e_phnum; i++) if (ph[i].p_type == PT_TLS) tls_bytes = ph[i].p_memsz;
+        const Elf64_Shdr *sh = (const Elf64_Shdr *)(p + h->e_shoff);
+        for (int i = 0; i < h->e_shnum; i++) if (sh[i].sh_type == SHT_SYMTAB) read(p, sh, sh[i]);
+        munmap((void *)p, st.st_size);
+    }
+    void read(const char *p, const Elf64_Shdr *sections, const Elf64_Shdr &table) {
+        const Elf64_Sym *sym = (const Elf64_Sym *)(p + table.sh_offset);
+        const char *names = p + sections[table.sh_link].sh_offset;
+        uintptr_t bias = 0;
+        for (size_t i = 0; i < table.sh_size / sizeof *sym; i++) {
+            const char *name = names + sym[i].st_name;
+            int type = ELF64_ST_TYPE(sym[i].st_info);
+            if (type == STT_FUNC && !strcmp(name, "emu_switch")) bias = (uintptr_t)&emu_switch - sym[i].st_value;
+            if (type == STT_TLS && !strcmp(name, "_ZN3emu2meE")) tls_me = sym[i].st_value;
+            if (type == STT_TLS && !strncmp(name, "_ZZ", 3)) shared.push_back(TlsRange{sym[i].st_value, sym[i].st_size});
+        }
+        for (size_t i = 0; i < table.sh_size / sizeof *sym; i++)
+            if (ELF64_ST_TYPE(sym[i].st_info) == STT_FUNC) functions[sym[i].st_value + bias] = names + sym[i].st_name;
+    }
+    char *tls_base() const { return (char *)&me - tls_me; }  // of the calling OS thread
+};
+inline Symbols &symbols() { static Symbols s; return s; }
+
+inline const char *function_name(const void *f) {             // demangled, without the parameter list; lives forever
+    static std::map<const void *, std::string> cache;
+    static std::mutex lock;
+    std::lock_guard<std::mutex> guard(lock);
+    std::string &s = cache[f];
+    if (s.empty()) {
+        std::map<uintptr_t, std::string>::iterator it = symbols().functions.find((uintptr_t)f);
+        int status = 1;
+        char *text = it == symbols().functions.end() ? nullptr : abi::__cxa_demangle(it->second.c_str(), nullptr, nullptr, &status);
+        s = text ? text : it == symbols().functions.end() ? "kernel" : it->second;
+        free(text);
+        for (size_t i = s.size(), depth = 0; i-- > 0;) {      // cut at the parenthesis that matches the last one
+            if (s[i] == ')') depth++;
+            if (s[i] == '(' && --depth == 0) { s.resize(i); break; }
+        }
+        if (!s.compare(0, 5, "void ")) s.erase(0, 5);
+    }
+    return s.c_str();
+}
+
+// Source lines of a return address through addr2line (binutils), frames inside dev/emu left out.
+inline std::string source_line(const void *where) {
+    char command[128], line[512];
+    snprintf(command, sizeof command, "addr2line -Cips -e /proc/%d/exe %#lx 2>/dev/null", (int)getpid(),
+             (unsigned long)((uintptr_t)where - 1 - ((uintptr_t)&emu_switch - [] {
+                 for (const auto &f : symbols().functions) if (f.second == "emu_switch") return f.first; return (uintptr_t)&emu_switch; }())));
+    std::string out;
+    FILE *f = popen(command, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        if (strstr(line, "emu.h:") || strstr(line, "emu_verbs.h:") || strstr(line, "cuda_runtime.h:") || strstr(line, "??")) continue;
+        line[strcspn(line, "\n")] = 0;
+        const char *text = strstr(line, "(inlined by) ");
+        out += (out.empty() ? "" : " < ") + std::string(text ? text + 13 : line);
+    }
+    if (f) pclose(f);
+    if (out.empty()) { snprintf(line, sizeof line, "%p", where); out = line; }
+    return out;
+}
+
+// ---- errors ---------------------------------------------------------------------------------------------------------
+inline std::atomic<int> sticky{0};                            // first device-side error; only cudaDeviceReset clears it
+inline thread_local int last_error = 0;
+inline std::mutex report_lock;
+struct ExitStatus { ~ExitStatus() { if (sticky) { fprintf(stderr, "emu: exit with a device error\n"); fflush(stdout); _exit(86); } } };
+inline ExitStatus exit_status;
+
+// Host-side misuse: one line, and the CUDA error code.
+EMU_NOINLINE inline cudaError_t host_error(cudaError_t code, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    std::lock_guard<std::mutex> guard(report_lock);
+    fprintf(stderr, "emu: ");
+    vfprintf(stderr, fmt, ap);
+    fprintf(stderr, "\n");
+    va_end(ap);
+    last_error = code;
+    return code;
+}
+[[noreturn]] inline void fail(cudaError_t code, const char *fmt, ...);
+
+// ---- device memory: page mapping with guard pages, 0xFF at first, never reused after cudaFree --------------------------
+struct Allocation {
+    char *base; size_t bytes; char *pages; size_t page_bytes; const void *site; int id; char kind;  // 'd'evice 'h'ost pinned
+    bool live;                                                                                      // 'r'egistered host
+};
+enum { PAGE = 4096, ALIGN = 256, FENCE = 64, POISON = 0xFF };  // cudaMalloc aligns to 256 bytes
+inline std::map<uintptr_t, Allocation> allocations;           // by base; freed ones stay, their pages inaccessible
+inline std::recursive_mutex memory_lock;
+inline size_t memory_used = 0;
+
+inline Allocation *find_allocation(const void *p) {           // the live allocation that holds p, or null
+    static thread_local Allocation *last;
+    (void)last;
+    std::map<uintptr_t, Allocation>::iterator it = allocations.upper_bound((uintptr_t)p);
+    if (it == allocations.begin()) return nullptr;
+    Allocation &a = (--it)->second;
+    return a.live && (char *)p < a.base + a.bytes ? &a : nullptr;
+}
+inline std::string describe_address(const void *p) {
+    char text[256];
+    std::map<uintptr_t, Allocation>::iterator it = allocations.upper_bound((uintptr_t)p);
+    const Allocation *below = it == allocations.begin() ? nullptr : &std::prev(it)->second;
+    const Allocation *above = it == allocations.end() ? nullptr : &it->second;
+    const Allocation *a = below;
+    if (!a || (above && (size_t)((char *)p - (below->base + below->bytes)) > (size_t)(above->base - (char *)p) &&
+               (char *)p >= below->base + below->bytes)) a = above;
+    if (!a) { snprintf(text, sizeof text, "%p (no device allocation near)", p); return text; }
+    long off = (char *)p - a->base;
+    if (off < 0) snprintf(text, sizeof text, "%p: %ld bytes before", p, -off);
+    else if ((size_t)off >= a->bytes) snprintf(text, sizeof text, "%p: %ld bytes after the end of", p, off - (long)a->bytes);
+    else snprintf(text, sizeof text, "%p: byte %ld of", p, off);
+    std::string s = text;
+    snprintf(text, sizeof text, " %s #%d (%zu bytes, allocated at ", a->live ? "allocation" : "FREED allocation", a->id, a->bytes);
+    return s + text + source_line(a->site) + ")";
+}
+inline cudaError_t allocate(void **out, size_t bytes, char kind, const void *site) {
+    std::lock_guard<std::recursive_mutex> guard(memory_lock);
+    if (!out) return host_error(cudaErrorInvalidValue, "cudaMalloc: null pointer");
+    *out = nullptr;
+    if (!bytes) return cudaSuccess;
+    if (kind == 'd' && memory_used + bytes > settings.memory) return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
+    size_t n = (bytes + ALIGN - 1) / ALIGN * ALIGN, page_bytes = (n + PAGE - 1) / PAGE * PAGE;
+    char *map = (char *)mmap(nullptr, page_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED || mprotect(map + PAGE, page_bytes, PROT_READ | PROT_WRITE)) return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
+    static int count = 0;
+    Allocation a = {map + PAGE + page_bytes - n, bytes, map + PAGE, page_bytes, site, ++count, kind, true};
+    if (settings.poison) memset(a.pages, POISON, page_bytes);
+    else { memset(a.pages, POISON, a.base - a.pages); memset(a.base + bytes, POISON, n - bytes); }
+    ASAN_POISON_MEMORY_REGION(a.pages, a.base - a.pages);
+    ASAN_POISON_MEMORY_REGION(a.base + bytes, n - bytes);
+    allocations[(uintptr_t)a.base] = a;
+    if (kind == 'd') memory_used += bytes;
+    *out = a.base;
+    return cudaSuccess;
+}
+// The padding around an allocation must still hold the poison; false names it.
+inline bool fences_intact(const Allocation &a) {
+#ifndef EMU_ASAN
+    const char *end = a.pages + a.page_bytes, *start = a.base - a.pages < FENCE ? a.pages : a.base - FENCE;
+    for (const char *p = start; p < a.base; p++) if ((unsigned char)*p != POISON) return false;
+    for (const char *p = a.base + a.bytes; p < end; p++) if ((unsigned char)*p != POISON) return false;
+#endif
+    return true;
+}
+inline cudaError_t release(void *p, char kind) {
+    std::lock_guard<std::recursive_mutex> guard(memory_lock);
+    if (!p) return cudaSuccess;
+    std::map<uintptr_t, Allocation>::iterator it = allocations.find((uintptr_t)p);
+    if (it == allocations.end() || !it->second.live || it->second.kind != kind)
+        return host_error(cudaErrorInvalidValue, "free of %s, which is not the start of a live allocation of that kind", describe_address(p).c_str());
+    Allocation &a = it->second;
+    if (!fences_intact(a)) host_error(cudaErrorIllegalAddress, "written past the bounds: %s", describe_address(p).c_str());
+    ASAN_UNPOISON_MEMORY_REGION(a.pages, a.page_bytes);
+    mprotect(a.pages, a.page_bytes, PROT_NONE);
+    madvise(a.pages, a.page_bytes, MADV_DONTNEED);
+    a.live = false;
+    if (kind == 'd') memory_used -= a.bytes;
+    return cudaSuccess;
+}
+
+// ---- fibers -----------------------------------------------------------------------------------------------------------
+#if defined(__x86_64__)
+asm(".text\n.weak emu_switch\n.type emu_switch,@function\nemu_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size emu_switch,.-emu_switch\n");
+inline void *first_frame(char *top, void (*entry)()) {       // a stack that emu_switch can load: it "returns" into entry
+    void **sp = (void **)((uintptr_t)top & ~(uintptr_t)63);
+    *--sp = nullptr;                                         // entry's own return address: none; keeps the ABI's alignment
+    *--sp = (void *)entry;
+    for (int i = 0; i < 6; i++) *--sp = nullptr;
+    return sp;
+}
+#elif defined(__aarch64__)
+asm(".text\n.weak emu_switch\n.type emu_switch,%function\nemu_switch:\n"
+    "sub sp,sp,#160\nstp x19,x20,[sp]\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\nstp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\n"
+    "stp x29,x30,[sp,#80]\nstp d8,d9,[sp,#96]\nstp d10,d11,[sp,#112]\nstp d12,d13,[sp,#128]\nstp d14,d15,[sp,#144]\n"
+    "mov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
+    "ldp x19,x20,[sp]\nldp x21,x22,[sp,#16]\nldp x23,x24,[sp,#32]\nldp x25,x26,[sp,#48]\nldp x27,x28,[sp,#64]\n"
+    "ldp x29,x30,[sp,#80]\nldp d8,d9,[sp,#96]\nldp d10,d11,[sp,#112]\nldp d12,d13,[sp,#128]\nldp d14,d15,[sp,#144]\n"
+    "add sp,sp,#160\nret\n.size emu_switch,.-emu_switch\n");
+inline void *first_frame(char *top, void (*entry)()) {
+    void **sp = (void **)((uintptr_t)top & ~(uintptr_t)63) - 20;
+    memset(sp, 0, 160);
+    sp[11] = (void *)entry;                                  // x30, the link register
+    return sp;
+}
+#else
+#error "emu_switch is written for x86-64 and aarch64; add a few lines for this processor"
+#endif
+
+// ---- one block: threads, warps, barriers, run order -------------------------------------------------------------------
+enum { MAX_THREADS = 1024, MAX_WARPS = 32, BARRIERS = 16, SMEM_MAX = 256 << 10, SMEM_ALIGN = 128 };
+
+struct Copy { void *dst; const void *src; int valid; };       // one cp.async in flight
+struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); };  // args[lane] of each lane of the mask
+
+struct Worker;
+struct Thread {
+    void *sp; char *stack; Worker *worker;                    // stack is null before the first run and after the last
+    uint3 idx; int warp, lane;
+    const char *waits_at; const void *where;                  // for reports; waits_at is null while not waiting
+    std::vector<Copy> copies;                                 // cp.async not landed yet, oldest first
+    std::vector<size_t> groups;                               // copies.size() at each commit not waited for yet
+#ifdef EMU_ASAN
+    void *fake;
+#endif
+};
+struct Warp {
+    uint32_t alive, ready, waiting;                           // lane masks: not exited; can run; inside a warp operation
+    const Verb *verb[32]; uint32_t mask[32]; void *args[32];  // of the waiting lanes
+};
+struct Barrier { int expected, arrived, line, sum; uint32_t waiting[MAX_WARPS]; int result; };
+struct Launch {
+    const void *kernel; std::function<void()> body;
+    dim3 grid, block; size_t smem; uint64_t number;
+    std::atomic<uint64_t> next{0}; std::atomic<bool> failed{false};
+};
+
+struct Worker {                                              // one per OS thread
+    Launch *launch; uint3 block; int n_threads, alive;
+    uint64_t rng; uint32_t ready_warps; int last_warp, last_lane;
+    void *main_sp; char *smem; size_t smem_bytes;
+    Warp warps[MAX_WARPS]; Barrier barriers[BARRIERS]; Thread threads[MAX_THREADS];
+    char *stacks, *smem_pages; std::vector<char *> free_stacks;
+#ifdef EMU_ASAN
+    void *main_fake; const void *main_bottom; size_t main_size;
+#endif
+    Worker();
+    size_t stack_stride() const { return settings.stack + PAGE; }         // a guard page below each stack
+    uint64_t random() { rng ^= rng << 13; rng ^= rng >> 7; rng ^= rng << 17; return rng >> 11; }
+    void wake(int warp, uint32_t lanes) { warps[warp].ready |= lanes; if (lanes) ready_warps |= 1u << warp; }
+    Thread *pick();
+    void resume(Thread *next);
+    void sleep(const char *waits_at, const void *where);     // until somebody wakes this thread
+    void yield();                                            // with EMU_SEED: perhaps let others run first
+    Thread *finish(Thread *t);
+    void leave();
+    void run_block(Launch *l, uint64_t number);
+    void reset_stacks();
+    [[noreturn]] void deadlock();
+    std::string waiting_list();
+};
+inline thread_local Worker *my_worker = nullptr;
+
+inline void fiber_main();
+inline void on_fault(int sig, siginfo_t *info, void *context);
+
+inline Worker::Worker() {
+    size_t n = stack_stride() * MAX_THREADS;
+    stacks = (char *)mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    smem_pages = (char *)mmap(nullptr, SMEM_MAX + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    stack_t alt = {};
+    alt.ss_size = 256 << 10;
+    alt.ss_sp = mmap(nullptr, alt.ss_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stacks == MAP_FAILED || smem_pages == MAP_FAILED || alt.ss_sp == MAP_FAILED) { perror("emu: stacks"); _exit(86); }
+    for (int i = 0; i < MAX_THREADS; i++) mprotect(stacks + i * stack_stride(), PAGE, PROT_NONE);
+    mprotect(smem_pages, PAGE, PROT_NONE);
+    mprotect(smem_pages + PAGE + SMEM_MAX, PAGE, PROT_NONE);
+    sigaltstack(&alt, nullptr);
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGABRT};
+    for (int s : signals) sigaction(s, &action, nullptr);
+    reset_stacks();
+}
+inline void Worker::reset_stacks() {                         // the next stack to use is the last of the list
+    free_stacks.clear();
+    for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(stacks + i * stack_stride() + PAGE);
+    ASAN_UNPOISON_MEMORY_REGION(stacks, stack_stride() * MAX_THREADS);
+    for (Thread &t : threads) t.stack = nullptr;
+}
+
+inline int next_bit(uint32_t m, int after) {                 // the first set bit above `after`, else the lowest
+    uint32_t high = after >= 31 ? 0 : m & (~0u << (after + 1));
+    return __builtin_ctz(high ? high : m);
+}
+inline int random_bit(uint32_t m, uint64_t r) {
+    for (int k = (int)(r % __builtin_popcount(m)); k; k--) m &= m - 1;
+    return __builtin_ctz(m);
+}
+// Natural order: the other lanes of the same warp, then the next warp.
+inline Thread *Worker::pick() {
+    if (!ready_warps) return nullptr;
+    int w, lane;
+    if (settings.seed) {
+        w = random_bit(ready_warps, random());
+        lane = random_bit(warps[w].ready, random());
+    } else {
+        w = ready_warps >> last_warp & 1 ? last_warp : next_bit(ready_warps, last_warp);
+        lane = next_bit(warps[w].ready, w == last_warp ? last_lane : 31);
+    }
+    warps[w].ready &= ~(1u << lane);
+    if (!warps[w].ready) ready_warps &= ~(1u << w);
+    last_warp = w;
+    last_lane = lane;
+    return &threads[w * 32 + lane];
+}
+inline void Worker::resume(Thread *next) {
+    Thread *prev = me;
+    if (next == prev) return;
+    if (!next->stack) {
+        next->stack = free_stacks.back();
+        free_stacks.pop_back();
+        size_t stagger = (next->lane * 5 + next->warp * 3) % 32 * 64;      // keep stack tops out of the same cache set
+        next->sp = first_frame(next->stack + settings.stack - stagger, fiber_main);
+    }
+    me = next;
+#ifdef EMU_ASAN
+    __sanitizer_start_switch_fiber(&prev->fake, next->stack, settings.stack);
+    emu_switch(&prev->sp, next->sp);
+    __sanitizer_finish_switch_fiber(prev->fake, nullptr, nullptr);
+#else
+    emu_switch(&prev->sp, next->sp);
+#endif
+}
+inline void Worker::sleep(const char *waits_at, const void *where) {
+    me->waits_at = waits_at;
+    me->where = where;
+    Thread *self = me, *next = pick();
+    if (!next) deadlock();
+    resume(next);
+    self->waits_at = nullptr;
+}
+inline void Worker::yield() {
+    if (!settings.seed || random() % 4) return;
+    wake(me->warp, 1u << me->lane);
+    resume(pick());
+}
+inline void Worker::leave() {                                // back to run_block; the fiber is abandoned
+    me = nullptr;
+    void *dead;
+#ifdef EMU_ASAN
+    __sanitizer_start_switch_fiber(nullptr, main_bottom, main_size);
+#endif
+    emu_switch(&dead, main_sp);
+}
+inline Thread *Worker::finish(Thread *t) {                   // t returned from the kernel: who runs next? null: all are done
+    Warp &w = warps[t->warp];
+    w.alive &= ~(1u << t->lane);
+    alive--;
+    t->copies.clear();
+    t->groups.clear();
+    if (barriers[0].arrived)
+        fail(cudaErrorLaunchFailure, "the thread left the kernel while others wait at __syncthreads\n%s", waiting_list().c_str());
+    for (uint32_t m = w.waiting; m; m &= m - 1)
+        if (w.mask[__builtin_ctz(m)] >> t->lane & 1)
+            fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s", t->lane, __builtin_ctz(m),
+                 w.verb[__builtin_ctz(m)]->name, w.mask[__builtin_ctz(m)], waiting_list().c_str());
+    if (!alive) return nullptr;
+    Thread *next = pick();
+    if (!next) deadlock();
+    return next;
+}
+inline void fiber_main() {
+#ifdef EMU_ASAN
+    const void *bottom; size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+    if (!my_worker->main_bottom) { my_worker->main_bottom = bottom; my_worker->main_size = size; }
+#endif
+    for (;;) {
+        Thread *t = me;
+        Worker *w = t->worker;
+        w->launch->body();
+        Thread *next = w->finish(t);
+        if (next && !next->stack) {                          // not started yet: it runs on this very stack
+            next->stack = t->stack;
+            t->stack = nullptr;
+            me = next;
+            continue;
+        }
+        w->free_stacks.push_back(t->stack);
+        t->stack = nullptr;
+        if (!next) w->leave();
+#ifdef EMU_ASAN
+        __sanitizer_start_switch_fiber(nullptr, next->stack, settings.stack);
+#endif
+        me = next;
+        void *dead;
+        emu_switch(&dead, next->sp);
+    }
+}
+inline void Worker::run_block(Launch *l, uint64_t number) {
+    launch = l;
+    block = uint3{(unsigned)(number % l->grid.x), (unsigned)(number / l->grid.x % l->grid.y), (unsigned)(number / l->grid.x / l->grid.y)};
+    n_threads = alive = l->block.x * l->block.y * l->block.z;
+    rng = (settings.seed + 1) * 0x9E3779B97F4A7C15ull ^ (l->number << 40) ^ (number + 1) * 0xD1342543DE82EF95ull;
+    ready_warps = 0;
+    last_warp = last_lane = 31;
+    for (int w = 0; w * 32 < n_threads; w++) {
+        int lanes = n_threads - w * 32 < 32 ? n_threads - w * 32 : 32;
+        warps[w].alive = lanes == 32 ? ~0u : (1u << lanes) - 1;
+        warps[w].ready = warps[w].waiting = 0;
+        wake(w, warps[w].alive);
+    }
+    memset(barriers, 0, sizeof barriers);
+    uint3 idx = {0, 0, 0};
+    for (int i = 0; i < n_threads; i++) {
+        Thread &t = threads[i];
+        t.worker = this; t.idx = idx; t.warp = i / 32; t.lane = i % 32; t.waits_at = nullptr;
+        if (++idx.x == l->block.x) { idx.x = 0; if (++idx.y == l->block.y) { idx.y = 0; idx.z++; } }
+    }
+    smem_bytes = l->smem;
+    char *top = smem_pages + PAGE + SMEM_MAX;
+    smem = top - (smem_bytes + SMEM_ALIGN - 1) / SMEM_ALIGN * SMEM_ALIGN;
+    ASAN_UNPOISON_MEMORY_REGION(smem_pages + PAGE, SMEM_MAX);
+    memset(smem, POISON, top - smem);
+    ASAN_POISON_MEMORY_REGION(smem_pages + PAGE, smem - smem_pages - PAGE);
+    ASAN_POISON_MEMORY_REGION(smem + smem_bytes, top - smem - smem_bytes);
+    for (const TlsRange &r : symbols().shared) memset(symbols().tls_base() + r.offset, POISON, r.bytes);
+    Thread host = {};
+    me = &host;
+#ifdef EMU_ASAN
+    main_bottom = nullptr;
+#endif
+    resume(pick());
+    me = nullptr;
+#ifndef EMU_ASAN
+    for (char *p = smem + smem_bytes; p < top && !l->failed; p++)
+        if ((unsigned char)*p != POISON) {
+            host_error(cudaErrorIllegalAddress, "%s block (%u,%u,%u): shared memory written %d bytes past its %zu bytes", function_name(l->kernel),
+                       block.x, block.y, block.z, (int)(p - smem - smem_bytes), smem_bytes);
+            sticky = cudaErrorIllegalAddress;
+            l->failed = true;
+        }
+#endif
+    if (l->failed) {
+        for (Thread &t : threads) { t.copies.clear(); t.groups.clear(); }
+        reset_stacks();
+    }
+}
+
+// ---- reports from inside a kernel -------------------------------------------------------------------------------------
+inline void print_where(const Thread *t) {
+    const Worker *w = t->worker;
+    fprintf(stderr, "emu: %s block (%u,%u,%u) thread (%u,%u,%u): ", function_name(w->launch->kernel), w->block.x, w->block.y, w->block.z,
+            t->idx.x, t->idx.y, t->idx.z);
+}
+// Prints one report, makes the error sticky and gives the block up. The first report of a launch is printed, the rest are its echo.
+[[noreturn]] inline void fail_at(const void *where, cudaError_t code, const char *text) {
+    Worker *w = me->worker;
+    {
+        std::lock_guard<std::mutex> guard(report_lock);
+        int none = 0;
+        if (sticky.compare_exchange_strong(none, code)) {
+            fflush(stdout);
+            print_where(me);
+            fprintf(stderr, "%s\n", text);
+            if (where) fprintf(stderr, "     at %s\n", source_line(where).c_str());
+            if (settings.seed) fprintf(stderr, "     with EMU_SEED=%llu\n", (unsigned long long)settings.seed);
+        }
+    }
+    w->launch->failed = true;
+    w->leave();
+    __builtin_unreachable();
+}
+[[noreturn]] inline void fail(cudaError_t code, const char *fmt, ...) {
+    char text[8192];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    fail_at(me->where, code, text);
+}
+inline std::string Worker::waiting_list() {                  // threads that wait, grouped by what and where
+    std::map<std::pair<std::string, const void *>, std::vector<int> > groups;
+    for (int i = 0; i < n_threads; i++) {
+        Thread &t = threads[i];
+        if (t.waits_at) groups[std::make_pair(std::string(t.waits_at), t.where)].push_back(i);
+        else if (!(warps[t.warp].alive >> t.lane & 1)) groups[std::make_pair(std::string("left the kernel"), (const void *)nullptr)].push_back(i);
+    }
+    std::string out;
+    for (const auto &g : groups) {
+        out += out.empty() ? "     threads" : "\n     threads";
+        for (size_t i = 0, j; i < g.second.size(); i = j) {   // linear thread numbers as ranges
+            for (j = i + 1; j < g.second.size() && g.second[j] == g.second[j - 1] + 1;) j++;
+            out += " " + std::to_string(g.second[i]) + (j > i + 1 ? "-" + std::to_string(g.second[j - 1]) : "");
+            if (out.size() > 3000) { out += " ..."; break; }
+        }
+        out += ": " + g.first.first + (g.first.second ? " at " + source_line(g.first.second) : "");
+    }
+    return out;
+}
+inline void Worker::deadlock() { fail(cudaErrorLaunchFailure, "deadlock: no thread of the block can run\n%s", waiting_list().c_str()); }
+
+// SIGSEGV and friends: inside a kernel a report and a sticky error; in host code the default action.
+inline void on_fault(int sig, siginfo_t *info, void *context) {
+    if (!me || !me->worker) {
+        if (sig == SIGSEGV || sig == SIGBUS) fprintf(stderr, "emu: host code touched %s\n", describe_address(info->si_addr).c_str());
+        signal(sig, SIG_DFL);
+        raise(sig);
+        return;
+    }
+#if defined(__x86_64__)
+    const void *pc = (const void *)(((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP] + 1);
+#else
+    const void *pc = (const void *)(((ucontext_t *)context)->uc_mcontext.pc + 1);
+#endif
+    const Worker *w = me->worker;
+    const char *p = (const char *)info->si_addr;
+    std::string text;
+    if (sig == SIGABRT) text = "abort or assert";
+    else if (sig == SIGFPE) text = "integer division by zero";
+    else if (p >= w->stacks && p < w->stacks + w->stack_stride() * MAX_THREADS) text = "stack overflow (EMU_STACK sets the bytes per thread)";
+    else if (p >= w->smem_pages && p < w->smem_pages + SMEM_MAX + 2 * PAGE)
+        text = "access " + std::to_string(p - w->smem) + " bytes from the start of the block's " + std::to_string(w->smem_bytes) + " bytes of shared memory";
+    else text = "illegal access to " + describe_address(p);
+    fail_at(pc, sig == SIGABRT ? cudaErrorAssert : cudaErrorIllegalAddress, text.c_str());
+}
+#ifdef EMU_ASAN
+extern "C" inline __attribute__((used)) void __asan_on_error() { if (me && me->worker) { print_where(me); fprintf(stderr, "AddressSanitizer report follows\n"); } }
+#endif
+
+// ---- barriers and warp operations -------------------------------------------------------------------------------------
+// Barrier 0 is __syncthreads: all threads of the block, from one source line (line != 0). Returns the sum of `value`.
+EMU_NOINLINE inline int barrier(int id, int expected, int line, int value, bool wait, const char *name) {
+    Thread *t = me;
+    Worker *w = t->worker;
+    t->where = __builtin_return_address(0);
+    if (id < 0 || id >= BARRIERS) fail(cudaErrorLaunchFailure, "%s: barrier %d, there are %d", name, id, BARRIERS);
+    Barrier &b = w->barriers[id];
+    if (!expected) expected = w->n_threads;
+    else if (expected % 32 || expected > w->n_threads) fail(cudaErrorLaunchFailure, "%s(%d, %d): the count must be a multiple of 32 within the block", name, id, expected);
+    if (line && w->alive < w->n_threads)
+        fail(cudaErrorLaunchFailure, "__syncthreads after %d threads left the kernel\n%s", w->n_threads - w->alive, w->waiting_list().c_str());
+    if (b.arrived && b.expected != expected) fail(cudaErrorLaunchFailure, "%s(%d, %d): others wait there for %d threads", name, id, expected, b.expected);
+    if (b.arrived && b.line != line) {
+        t->waits_at = name;
+        fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line, w->waiting_list().c_str());
+    }
+    b.expected = expected;
+    b.line = line;
+    b.sum += value;
+    if (++b.arrived == expected) {
+        for (int i = 0; i < MAX_WARPS; i++) { w->wake(i, b.waiting[i]); b.waiting[i] = 0; }
+        b.result = b.sum;
+        b.arrived = b.sum = 0;
+        int result = b.result;
+        w->yield();
+        return result;
+    }
+    if (!wait) return 0;
+    b.waiting[t->warp] |= 1u << t->lane;
+    w->sleep(name, t->where);
+    return b.result;                                          // the next phase cannot end before this thread arrives again
+}
+
+// All lanes of `mask` meet in the same verb with the same mask; the last one completes it for all.
+EMU_NOINLINE inline void warp_op(const Verb *verb, uint32_t mask, void *args) {
+    Thread *t = me;
+    Worker *w = t->worker;
+    Warp &warp = w->warps[t->warp];
+    uint32_t bit = 1u << t->lane;
+    t->where = __builtin_return_address(0);
+    if (!(mask & bit)) fail(cudaErrorLaunchFailure, "%s: lane %d is not in its own mask %08x", verb->name, t->lane, mask);
+    if (mask & ~warp.alive) fail(cudaErrorLaunchFailure, "%s: mask %08x names lanes %08x, which have left the kernel or never existed", verb->name, mask, mask & ~warp.alive);
+    uint32_t there = warp.waiting & mask;
+    if (there) {
+        int other = __builtin_ctz(there);
+        if ((warp.mask[other] & bit) && (warp.mask[other] != mask || warp.verb[other] != verb)) {
+            t->waits_at = verb->name;
+            fail(cudaErrorLaunchFailure, "%s with mask %08x, but lane %d waits at %s with mask %08x\n%s", verb->name, mask, other,
+                 warp.verb[other]->name, warp.mask[other], w->waiting_list().c_str());
+        }
+    }
+    warp.verb[t->lane] = verb;
+    warp.mask[t->lane] = mask;
+    warp.args[t->lane] = args;
+    warp.waiting |= bit;
+    bool complete = (warp.waiting & mask) == mask;
+    for (uint32_t m = mask; complete && m; m &= m - 1) complete = warp.verb[__builtin_ctz(m)] == verb && warp.mask[__builtin_ctz(m)] == mask;
+    if (!complete) return w->sleep(verb->name, t->where);
+    verb->complete(warp.args, mask);
+    warp.waiting &= ~mask;
+    w->wake(t->warp, mask & ~bit);
+    w->yield();
+}
+
+// ---- address checks of the verbs --------------------------------------------------------------------------------------
+inline bool in_range(const void *p, size_t n, const void *base, size_t bytes) {
+    return (const char *)p >= (const char *)base && (const char *)p + n <= (const char *)base + bytes;
+}
+inline bool in_shared(const void *p, size_t n) {
+    const Worker *w = me->worker;
+    return in_range(p, n, w->smem, w->smem_bytes) || in_range(p, n, symbols().tls_base(), symbols().tls_bytes);
+}
+extern "C" char __executable_start, _end;                     // bounds of the program: __device__ and __constant__ variables
+EMU_NOINLINE inline void check_slow(const char *name, const void *p, size_t n, size_t align, bool global_only) {
+    me->where = __builtin_return_address(0);
+    if ((uintptr_t)p % align) fail(cudaErrorMisalignedAddress, "%s: address %p is not aligned to %zu bytes", name, p, align);
+    const Allocation *a = find_allocation(p);
+    if (a && in_range(p, n, a->base, a->bytes)) return;
+    if (in_range(p, n, &__executable_start, &_end - &__executable_start)) return;
+    const Worker *w = me->worker;
+    if (!global_only && (in_shared(p, n) || in_range(p, n, w->stacks, w->stack_stride() * MAX_THREADS))) return;
+    if (in_range(p, 1, w->smem_pages, SMEM_MAX + 2 * PAGE))
+        fail(cudaErrorIllegalAddress, "%s: %ld bytes from the start of the block's %zu bytes of shared memory", name, (long)((const char *)p - w->smem), w->smem_bytes);
+    fail(cudaErrorIllegalAddress, "%s of %zu bytes: %s", name, n, describe_address(p).c_str());
+}
+inline void check_global(const char *name, const void *p, size_t n, size_t align) { check_slow(name, p, n, align, true); }
+inline void check_access(const char *name, const void *p, size_t n, size_t align) { check_slow(name, p, n, align, false); }
+EMU_NOINLINE inline void check_shared(const char *name, const void *p, size_t n, size_t align) {
+    me->where = __builtin_return_address(0);
+    if ((uintptr_t)p % align) fail(cudaErrorMisalignedAddress, "%s: shared address %p is not aligned to %zu bytes", name, p, align);
+    if (!in_shared(p, n)) fail(cudaErrorIllegalAddress, "%s: not shared memory: %ld bytes from the start of the block's %zu bytes", name,
+                               (long)((const char *)p - me->worker->smem), me->worker->smem_bytes);
+}
+
+// ---- launch -----------------------------------------------------------------------------------------------------------
+inline void run_launch(Launch &l) {
+    if (sticky) return;
+    uint64_t n = (uint64_t)l.grid.x * l.grid.y * l.grid.z, step = 1, first = 0;
+    if (settings.seed && n > 2) {                             // an affine permutation of the blocks
+        step = (settings.seed * 0x9E3779B97F4A7C15ull + l.number) % n | 1;
+        for (uint64_t a = step, b = n; ; a = step, b = n) {
+            while (b) { uint64_t r = a % b; a = b; b = r; }
+            if (a == 1) break;
+            step += 2;
+        }
+        first = (settings.seed ^ l.number * 0xD1342543DE82EF95ull) % n;
+    }
+    int threads = (uint64_t)settings.threads < n ? settings.threads : (int)n;
+    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (!my_worker) my_worker = new Worker();             // lives as long as its OS thread
+        for (uint64_t i; !l.failed && (i = l.next++) < n;) my_worker->run_block(&l, (uint64_t)(((unsigned __int128)i * step + first) % n));
+    }
+    for (const auto &it : allocations)
+        if (it.second.live && it.second.kind == 'd' && !fences_intact(it.second)) {
+            host_error(cudaErrorIllegalAddress, "%s wrote outside its memory, beside allocation %s", function_name(l.kernel), describe_address(it.second.base).c_str());
+            int none = 0;
+            sticky.compare_exchange_strong(none, cudaErrorIllegalAddress);
+        }
+}
+}  // namespace emu
