@@ -2932,6 +2932,11 @@ double comm_max(double x) {
     return x;
 }
 
+void comm_reduce_finish(void) {
+    if (n_pending) comm_wait(pending, n_pending, "the all-reduce of gradients");
+    n_pending = 0;
+}
+
 // x (n) becomes its sum over ranks some time before comm_reduce_finish returns; until then it must not be touched.
 void comm_reduce_start(floatX *x, size_t n) {
     if (comm.world == 1) return;
@@ -2947,16 +2952,11 @@ void comm_progress(void) {
     if (n_pending) MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);
 }
 
-void comm_reduce_finish(void) {
-    if (n_pending) comm_wait(pending, n_pending, "the all-reduce of gradients");
-    n_pending = 0;
-}
-
 // Rank r holds elements [r*n, (r+1)*n) of x; afterwards all ranks hold all.
 void comm_allgather(floatX *x, size_t n) {
     MPI_Request r;
     if (n > INT_MAX) die("a unit of %zu elements per rank is too large for MPI; use more ranks or --zero 0", n);
-    MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, x, (int)n, MPI_FLOATX, MPI_COMM_WORLD, &r);
+    MPI_Iallgather(MPI_IN_PLACE, 0, MPI_FLOATX, x, (int)n, MPI_FLOATX, MPI_COMM_WORLD, &r);
     comm_wait(&r, 1, "the all-gather of weights");
 }
 #else
