@@ -95,7 +95,6 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
     comm_abort();
     exit(EXIT_FAILURE);
 }
-// ==== 2b. Memory, time, CRC-32, counter-based random numbers, strict numbers, small files ============================
 void *xmalloc(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
     if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
@@ -120,7 +119,7 @@ double now_seconds(void) {                      // differences only: the zero is
 }
 
 // zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b followed by k zero bytes, so 16
-// bytes become 16 independent lookups instead of a chain of 16. (Words are read as little endian, like all our formats.)
+// bytes become 16 independent lookups instead of a chain of 16. (Words are little endian here, as in all our formats.)
 uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
     static uint32_t table[16][256];             // filled by the first call, which must not race with another
     if (!table[0][1]) {
@@ -198,7 +197,7 @@ int parse_double(const char *s, double *out) {
     return 1;
 }
 
-// A descriptor and the size of a regular file. Dies naming `what` and the path: missing, a folder, a device, not readable.
+// A descriptor and the size of a regular file. Dies naming `what` and the path: missing, a folder, not readable.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
@@ -243,6 +242,7 @@ void write_file_whole(const char *path, const void *data, size_t n) {       // o
     }
     if (fsync(fd) != 0 || close(fd) != 0) die("cannot write '%s': %s", path, strerror(errno));
 }
+
 // ==== 3. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
 
 // One node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number keeps its digits in str.
@@ -287,7 +287,13 @@ static void json_fail(const JsonParser *p, const char *expected) {
 }
 
 static void json_space(JsonParser *p) {
-    while (*p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t') p->at++;
+    p->at += strspn(p->at, " \n\r\t");
+}
+
+static void json_digits(JsonParser *p) {
+    size_t n = strspn(p->at, "0123456789");
+    if (!n) json_fail(p, "a digit");
+    p->at += n;
 }
 
 static Json *json_node(JsonParser *p) {
@@ -316,13 +322,10 @@ static int utf8_length(const char *s) {
 
 // The value of "\uXXXX" at s, or -1.
 static int json_hex4(const char *s) {
-    int code = 0;
-    if (s[0] != '\\' || s[1] != 'u') return -1;
-    for (int i = 2; i < 6; i++) {
-        if (!isxdigit((unsigned char)s[i])) return -1;
-        code = code * 16 + (isdigit((unsigned char)s[i]) ? s[i] - '0' : (s[i] | 32) - 'a' + 10);
-    }
-    return code;
+    char digits[5] = "";
+    if (s[0] != '\\' || s[1] != 'u' || strspn(s + 2, "0123456789abcdefABCDEF") < 4) return -1;
+    memcpy(digits, s + 2, 4);
+    return (int)strtol(digits, NULL, 16);
 }
 
 // Decodes the escape at p->at into `out`; returns the end of what it wrote (at most as long as the escape).
@@ -340,13 +343,9 @@ static char *json_escape(JsonParser *p, char *out) {
         json_fail(p, "an escape: \\\" \\\\ \\/ \\b \\f \\n \\r \\t, or \\uXXXX with surrogates in pairs");
     p->at += low ? 12 : 6;
     if (low) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-    if (code < 0x80) {
-        *out++ = (char)code;
-        return out;
-    }
-    int n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
-    out[0] = (char)((0xF00 >> n & 0xFF) | code);
+    out[0] = (char)(n == 1 ? code : (0xF00 >> n & 0xFF) | code);
     return out + n;
 }
 
@@ -373,16 +372,12 @@ static void json_scan_number(JsonParser *p, Json *v) {
     v->is_int = 1;
     if (*p->at == '-') p->at++;
     if (*p->at == '0') p->at++; // no further digit may follow a leading zero
-    else {
-        if (!isdigit((unsigned char)*p->at)) json_fail(p, "a digit");
-        while (isdigit((unsigned char)*p->at)) p->at++;
-    }
+    else json_digits(p);
     for (int part = 0; part < 2; part++) { // fraction, exponent
         if (part ? (*p->at | 32) != 'e' : *p->at != '.') continue;
         p->at++;
         if (part && (*p->at == '+' || *p->at == '-')) p->at++;
-        if (!isdigit((unsigned char)*p->at)) json_fail(p, "a digit");
-        while (isdigit((unsigned char)*p->at)) p->at++;
+        json_digits(p);
         v->is_int = 0;
     }
     v->str = start;
@@ -407,8 +402,10 @@ static void json_check_keys(JsonParser *p, const Json *object) {
     int n = 0;
     for (const Json *e = object->child; e; e = e->next) p->keys[n++] = e;
     qsort(p->keys, (size_t)n, sizeof *p->keys, json_compare_keys);
-    for (int i = 1; i < n; i++)
-        if (!strcmp(p->keys[i - 1]->key, p->keys[i]->key)) die("%s: the key \"%s\" appears twice", p->where, p->keys[i]->key);
+    for (int i = 1; i < n; i++) {
+        const char *key = p->keys[i]->key;
+        if (!strcmp(p->keys[i - 1]->key, key)) die("%s: the key \"%s\" appears twice", p->where, key);
+    }
 }
 
 static void json_value(JsonParser *p, Json *v, int depth);
@@ -465,17 +462,12 @@ static void json_value(JsonParser *p, Json *v, int depth) {
 
 // Parses n bytes; dies with `where`, the byte and what was expected there. One json_free releases every node.
 Json *json_parse(const char *text, size_t n, const char *where) {
-    JsonParser p;
     if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
     JsonDoc *doc = (JsonDoc *)xcalloc(1, sizeof *doc);
     doc->text = (char *)xmalloc(n + 1);
     memcpy(doc->text, text, n);
     doc->text[n] = 0;
-    memset(&p, 0, sizeof p);
-    p.doc = doc;
-    p.at = doc->text;
-    p.end = doc->text + n;
-    p.where = where;
+    JsonParser p = {doc, doc->text, doc->text + n, where, NULL, 0};
     json_value(&p, &doc->root, 0);
     json_space(&p);
     if (p.at != p.end) json_fail(&p, "the end of the text");
@@ -510,8 +502,8 @@ static void json_refuse(const Json *v, const char *key, const char *where, const
     if (!v) snprintf(shown, sizeof shown, "missing");
     else if (v->type == 's' || v->type == 'n')
         snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", n, v->str, v->str_len > 40 ? "..." : "");
-    else snprintf(shown, sizeof shown, "%s", v->type == 'o' ? "an object" : v->type == 'a' ? "a list" : v->type == 't' ? "true" :
-                  v->type == 'f' ? "false" : "null");
+    else snprintf(shown, sizeof shown, "%s", v->type == 'o' ? "an object" : v->type == 'a' ? "a list" :
+                  v->type == 't' ? "true" : v->type == 'f' ? "false" : "null");
     for (char *c = shown; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
     die("%s: \"%s\" is %s; expected %s", where, key, shown, expected);
@@ -580,14 +572,11 @@ void text_add_string(Text *t, const char *s) {
 void text_add_number(Text *t, double x) {
     char s[40];
     int digits = 1;
-    if (!isfinite(x)) {
-        text_add(t, "null");
-        return;
-    }
     do snprintf(s, sizeof s, "%.*g", digits, x);
     while (digits++ < 17 && strtod(s, NULL) != x);
-    text_add(t, strpbrk(s, ".e") ? "%s" : "%s.0", s);
+    text_add(t, !isfinite(x) ? "null" : strpbrk(s, ".e") ? "%s" : "%s.0", s);
 }
+
 // ==== 4. Options: one table feeds parser, --help, the log and resume ====================================================
 enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
 enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
@@ -738,8 +727,11 @@ const char *option_text(const Option *o) {
     static char text[64];
     if (o->type == OPT_TEXT) return *(const char **)o->value;
     if (o->type == OPT_CHOICE) return choice_name(o);
-    if (o->type == OPT_REAL) snprintf(text, sizeof text, "%.17g", *(double *)o->value);
-    else snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
+    if (o->type == OPT_REAL) {          // the shortest decimal that reads back the same
+        int digits = 1;
+        do snprintf(text, sizeof text, "%.*g", digits, *(double *)o->value);
+        while (digits++ < 17 && strtod(text, NULL) != *(double *)o->value);
+    } else snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
     return text;
 }
 
@@ -794,7 +786,8 @@ void options_check(void) {
 // ==== 5. safetensors: reading and writing Hugging Face weight files =============================
 // OFFSET  SIZE  MEANING (https://github.com/huggingface/safetensors#format)
 // 0       8     N, the header's length in bytes, little-endian (as is everything; so must this machine be)
-// 8       N     JSON {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}, space-padded
+// 8       N     JSON, padded with spaces:
+//               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 // 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
 
 enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, ST_U32, ST_U16, ST_U8, ST_BOOL, ST_F8_E4M3,
@@ -802,7 +795,7 @@ enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, S
 static const struct { const char *name; size_t bytes; } st_dtypes[ST_DTYPES] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"F64", 8}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_MAX_HEADER = 100000000, ST_MAX_DIMS = 4, ST_BUFFER = 1 << 20 }; // bytes; the library has the same header limit
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 512, ST_BUFFER = 1 << 20 };
 
 typedef struct StTensor {
     const char *name;
@@ -813,22 +806,14 @@ typedef struct StTensor {
 
 typedef struct StSet {              // the tensors of one checkpoint, sorted by name
     StTensor *tensors;
-    int n_tensors, max_tensors, n_files, max_paths, max_fds, max_headers;
-    char **paths;
-    int *fds;
-    Json **headers;                 // own the names
+    int n_tensors, max_tensors, n_files;
+    char *paths[ST_MAX_FILES];
+    int fds[ST_MAX_FILES];
+    Json *headers[ST_MAX_FILES];    // own the names
 } StSet;
 
-// Reads exactly n bytes; a file that ends early (it was whole when opened) dies by name.
-static void st_pread(int fd, const char *path, void *out, size_t n, size_t offset) {
-    while (n) {
-        ssize_t got = pread(fd, out, n < (1u << 30) ? n : 1u << 30, (off_t)offset);
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) die("%s: cannot read at byte %zu: %s", path, offset, got ? strerror(errno) : "the file ends early");
-        out = (char *)out + got;
-        n -= (size_t)got;
-        offset += (size_t)got;
-    }
+static void st_pread(const StSet *s, int f, void *out, size_t n, size_t offset) {
+    if (read_at(s->fds[f], s->paths[f], out, n, offset) != n) die("%s became shorter while it was read", s->paths[f]);
 }
 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
@@ -842,7 +827,8 @@ static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data
         die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
     while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
     if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
-    if (shape->n > ST_MAX_DIMS) die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
+    if (shape->n > ST_MAX_DIMS)
+        die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
     t.n = 1;
     for (const Json *d = shape->child; d; d = d->next) {
         if (!d->is_int || d->inum < 0 || (d->inum && t.n > (size_t)INT64_MAX / 8 / (size_t)d->inum))
@@ -855,8 +841,9 @@ static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data
         die("%s: tensor %s: its data_offsets lie outside of the %zu data bytes", path, t.name, data_bytes);
     t.offset = data_start + (size_t)begin->inum;
     t.n_bytes = (size_t)(end->inum - begin->inum);
-    if (t.n_bytes != t.n * st_dtypes[t.dtype].bytes)
-        die("%s: tensor %s: %zu bytes of data, but its shape and dtype need %zu", path, t.name, t.n_bytes, t.n * st_dtypes[t.dtype].bytes);
+    size_t needed = t.n * st_dtypes[t.dtype].bytes;
+    if (t.n_bytes != needed)
+        die("%s: tensor %s has %zu bytes of data, but its shape and dtype need %zu", path, t.name, t.n_bytes, needed);
     s->tensors = (StTensor *)array_room(s->tensors, s->n_tensors + 1, &s->max_tensors, sizeof t);
     s->tensors[s->n_tensors++] = t;
 }
@@ -873,27 +860,20 @@ static int st_compare_names(const void *a, const void *b) {
 
 // Opens a file, takes over its header and adds its tensors.
 static void st_add_file(StSet *s, const char *path) {
-    struct stat info;
+    size_t size;
     unsigned char length[8];
     uint64_t n_header = 0;
-    if (stat(path, &info)) die("%s: %s", path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) die("%s is not a regular file", path);
-    int fd = open(path, O_RDONLY | O_CLOEXEC), f = s->n_files++, first = s->n_tensors;
-    if (fd < 0) die("%s: cannot open: %s", path, strerror(errno));
-    s->paths = (char **)array_room(s->paths, f + 1, &s->max_paths, sizeof *s->paths);
-    s->fds = (int *)array_room(s->fds, f + 1, &s->max_fds, sizeof *s->fds);
-    s->headers = (Json **)array_room(s->headers, f + 1, &s->max_headers, sizeof *s->headers);
+    int f = s->n_files++, first = s->n_tensors;
+    if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
+    s->fds[f] = open_regular(path, "weights", &size);
     s->paths[f] = xstrdup(path);
-    s->fds[f] = fd;
-
-    size_t size = (size_t)info.st_size;
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
-    st_pread(fd, path, length, 8, 0);
+    st_pread(s, f, length, 8, 0);
     for (int i = 7; i >= 0; i--) n_header = n_header << 8 | length[i];
     if (n_header > size - 8 || n_header > ST_MAX_HEADER)
         die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file", path, n_header, size);
     char *text = (char *)xmalloc((size_t)n_header + 1);
-    st_pread(fd, path, text, (size_t)n_header, 8);
+    st_pread(s, f, text, (size_t)n_header, 8);
     Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
     free(text);
     if (header->type != 'o') die("%s: the header is no JSON object", path);
@@ -903,9 +883,9 @@ static void st_add_file(StSet *s, const char *path) {
         else if (e->type != 'o') die("%s: __metadata__ is no JSON object", path);
     }
     qsort(s->tensors + first, (size_t)(s->n_tensors - first), sizeof *s->tensors, st_compare_offsets);
-    for (int i = first; i < s->n_tensors; at += s->tensors[i++].n_bytes)
-        if (s->tensors[i].offset != at)
-            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu", path, s->tensors[i].name, s->tensors[i].offset, at);
+    for (const StTensor *t = s->tensors + first; t < s->tensors + s->n_tensors; at += t++->n_bytes)
+        if (t->offset != at)
+            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu", path, t->name, t->offset, at);
     if (at != size) die("%s: the tensors end at byte %zu, but the file has %zu", path, at, size);
 }
 
@@ -918,9 +898,9 @@ const StTensor *st_find(const StSet *s, const char *name) {
 
 static void st_sort_names(StSet *s) {
     qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, st_compare_names);
-    for (int i = 1; i < s->n_tensors; i++)
-        if (!strcmp(s->tensors[i - 1].name, s->tensors[i].name))
-            die("%s and %s both hold tensor %s", s->paths[s->tensors[i - 1].file], s->paths[s->tensors[i].file], s->tensors[i].name);
+    for (const StTensor *t = s->tensors; t + 1 < s->tensors + s->n_tensors; t++)
+        if (!strcmp(t[0].name, t[1].name))
+            die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
 }
 
 // Is paths[f] the file of that name beside the index?
@@ -951,8 +931,8 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         if (!t || !st_is_file(s, t->file, e->str)) die("%s: tensor %s is not in %s", index_path, e->key, e->str);
         listed[t - s->tensors] = 1;
     }
-    for (int i = 0; i < s->n_tensors; i++)
-        if (!listed[i]) die("%s does not list tensor %s of %s", index_path, s->tensors[i].name, s->paths[s->tensors[i].file]);
+    for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++)
+        if (!listed[t - s->tensors]) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     free(listed);
     json_free(index);
     free(text);
@@ -971,7 +951,7 @@ StSet *st_open(const char *dir_or_file) {
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
     else if (!access(one.s, F_OK)) st_add_file(s, one.s);
     else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
-    else die("%s holds neither model.safetensors nor model.safetensors.index.json; save the model with safetensors", dir_or_file);
+    else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
     st_sort_names(s);
     free(one.s);
     free(index.s);
@@ -998,16 +978,22 @@ static float st_f16_to_float(uint32_t h) {
     return x;
 }
 
-// Elements first .. first+count-1 of an F32, BF16 or F16 tensor, as float. Threads may call it at the same time.
-void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
+// Elements first .. first+count-1 of a tensor, in the file's own dtype. Threads may call it at the same time.
+void st_read_raw(const StSet *s, const StTensor *t, size_t first, size_t count, void *out) {
     size_t size = st_dtypes[t->dtype].bytes;
-    const char *path = s->paths[t->file];
     assert(first <= t->n && count <= t->n - first);
-    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; F32, BF16 or F16 is supported", path, t->name, st_dtypes[t->dtype].name);
+    st_pread(s, t->file, out, count * size, t->offset + first * size);
+}
+
+// The same as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
+void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
+    const char *dtype = st_dtypes[t->dtype].name;
+    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", s->paths[t->file], t->name, dtype);
     // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
-    char *raw = (char *)out + count * (sizeof(float) - size);
-    st_pread(s->fds[t->file], path, raw, count * size, t->offset + first * size);
-    for (size_t i = 0; size == 2 && i < count; i++) {
+    char *raw = (char *)out + count * (sizeof(float) - st_dtypes[t->dtype].bytes);
+    st_read_raw(s, t, first, count, raw);
+    if (t->dtype == ST_F32) return;
+    for (size_t i = 0; i < count; i++) {
         uint16_t h;
         memcpy(&h, raw + 2 * i, 2);
         uint32_t bits = (uint32_t)h << 16;
@@ -1023,9 +1009,6 @@ void st_close(StSet *s) {
         free(s->paths[f]);
         json_free(s->headers[f]);
     }
-    free(s->paths);
-    free(s->fds);
-    free(s->headers);
     free(s->tensors);
     free(s);
 }
@@ -1172,6 +1155,7 @@ void st_free(StWriter *w) {
     free(w->message.s);
     free(w);
 }
+
 // ==== 6. Model configuration: Hugging Face's config.json and the presets ========================
 
 // The integers of a model: field, config.json key, smallest and largest value, what an absent (or null) key means.
@@ -1199,7 +1183,7 @@ typedef struct Config {
     int rope_llama3;          // rope type "llama3": long wavelengths are stretched by rope_factor; its parameters:
     double rope_factor, rope_low, rope_high;
     int rope_original_T;
-    int sliding_window;       // 0 = none, else attention reaches that far in layers >= window_layer: refuse seq-len beyond it
+    int sliding_window;       // 0 = none, else how far layers >= window_layer look back; the caller refuses a longer seq-len
     int window_layer;         // Qwen's max_window_layers
     int bos, eos;             // token ids, -1 = none
 } Config;
@@ -1220,21 +1204,21 @@ static const struct { const char *key, *only; } config_fixed[] = {
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
-static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std, factor;
-                      int window, bos, eos; } config_presets[] = {
-//   name             family          V   L     C   H   K    D      F   max_T tied eps    theta   init  factor window  bos     eos
-    {"tiny",         "llama",       640,  4,  128,  4,  2,  32,   384,    256, 1, 1e-5,   10000, 0.02,   0,    0,     -1,     -1},
-    {"15M",          "llama",     32000,  6,  288,  6,  6,  48,   768,   1024, 1, 1e-5,   10000, 0.02,   0,    0,      1,      2},
-    {"100M",         "llama",     32000, 12,  768, 12,  4,  64,  2048,   2048, 1, 1e-5,   10000, 0.02,   0,    0,      1,      2},
-    {"3B",           "llama",     32000, 28, 2048, 16,  2, 128, 11008,   4096, 0, 1e-5,   10000, 0.02,   0,    0,      1,      2},
-    {"30B",          "llama",     32000, 60, 6656, 64, 64, 104, 17920,   4096, 0, 1e-5,   10000, 0.02,   0,    0,      1,      2},
-    {"llama3.2-1B",  "llama",    128256, 16, 2048, 32,  8,  64,  8192, 131072, 1, 1e-5,  500000, 0.02,  32,    0, 128000, 128001},
-    {"llama3.1-8B",  "llama",    128256, 32, 4096, 32,  8, 128, 14336, 131072, 0, 1e-5,  500000, 0.02,   8,    0, 128000, 128001},
-    {"qwen2.5-0.5B", "qwen2",    151936, 24,  896, 14,  2,  64,  4864,  32768, 1, 1e-6, 1000000, 0.02,   0,    0, 151643, 151643},
-    {"qwen2.5-3B",   "qwen2",    151936, 36, 2048, 16,  2, 128, 11008,  32768, 1, 1e-6, 1000000, 0.02,   0,    0, 151643, 151643},
-    {"qwen3-0.6B",   "qwen3",    151936, 28, 1024, 16,  8, 128,  3072,  40960, 1, 1e-6, 1000000, 0.02,   0,    0, 151643, 151645},
-    {"mistral-7B",   "mistral",   32000, 32, 4096, 32,  8, 128, 14336,  32768, 0, 1e-5,   10000, 0.02,   0, 4096,      1,      2},
-    {"smollm2-135M", "llama",     49152, 30,  576,  9,  3,  64,  1536,   8192, 1, 1e-5,  100000, 1.0/24, 0,    0,      0,      0},
+static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std,
+                      factor; int window, bos, eos; } config_presets[] = {
+//   name            family          V   L     C   H   K    D      F   max_T  tie   eps    theta    init  fac   win     bos     eos
+    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.02,   0,    0,     -1,     -1},
+    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,  500000,   0.02,  32,    0, 128000, 128001},
+    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,  500000,   0.02,   8,    0, 128000, 128001},
+    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
+    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
+    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151645},
+    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   10000,   0.02,   0, 4096,      1,      2},
+    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,  100000, 1.0/24,   0,    0,      0,      0},
 };
 enum { N_PRESETS = sizeof config_presets / sizeof *config_presets };
 
@@ -1276,9 +1260,10 @@ void config_check(const Config *c, const char *where) {
         die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
     if (c->rope_llama3 && !(c->rope_low < c->rope_high))
         die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
-    if (c->bos >= c->V || c->eos >= c->V)
-        die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where, c->bos >= c->V ? "bos_token_id" : "eos_token_id",
-            c->bos >= c->V ? c->bos : c->eos, c->V);
+    for (int i = 0; i < 2; i++)
+        if ((i ? c->eos : c->bos) >= c->V)
+            die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where, i ? "eos_token_id" : "bos_token_id",
+                i ? c->eos : c->bos, c->V);
     if (config_params(c) >= 0x1p40)
         die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
 }
@@ -1287,12 +1272,12 @@ void config_check(const Config *c, const char *where) {
 // Like transformers 5, a rope_scaling wins over rope_parameters, and rope_theta inside over rope_theta outside.
 static void config_read_rope(Config *c, const Json *j, const char *where) {
     const Json *rope = json_get(j, "rope_scaling");
-    if (!rope || !rope->n) rope = json_get(j, "rope_parameters");
+    if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
     if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
     const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type"; // "type": before transformers 4.43
     const char *type = json_string(rope, type_key, where, "default");
     if (strcmp(type, "default") && strcmp(type, "llama3"))
-        json_refuse(json_get(rope, type_key), "rope_type", where, "\"default\" or \"llama3\": no other kind of RoPE is supported");
+        json_refuse(json_get(rope, type_key), "rope_type", where, "\"default\" or \"llama3\", the supported kinds of RoPE");
     const Json *part = json_get(rope, "partial_rotary_factor");
     if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
     for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
@@ -1312,6 +1297,7 @@ static void config_read_window(Config *c, const Json *j, const char *where, int 
     c->sliding_window = (int)json_int(j, "sliding_window", where, 0, INT_MAX, 0);
     if (!json_bool(j, "use_sliding_window", where, !has_switch)) c->sliding_window = 0;
     c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
+    if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
     int l = 0;
     for (const Json *e = types ? types->child : NULL; e; e = e->next) {
         const char *want = c->sliding_window && l++ >= c->window_layer ? "sliding_attention" : "full_attention";
@@ -1343,7 +1329,8 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     config_set_vocab(c, c->V);
     if (!c->K) c->K = c->H;
     if (!c->D && c->C % c->H)
-        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d", where, c->C, c->H);
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d", where,
+            c->C, c->H);
     if (!c->D) c->D = c->C / c->H;
     c->tied = json_bool(j, "tie_word_embeddings", where, 0);
     config_read_rope(c, j, where);
@@ -1439,8 +1426,10 @@ char *config_to_json(const Config *c, const char *dtype) {
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
     if (config_families[family].window_switch)
-        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false", c->window_layer);
-    if (strcmp(c->family, "llama")) config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false",
+                 c->window_layer);
+    if (c->sliding_window || strcmp(c->family, "llama"))
+        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
     config_add_number(&t, "  \"rope_theta\": ", c->rope_theta, ",\n  \"rope_scaling\": ");
     if (c->rope_llama3) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
@@ -1452,6 +1441,7 @@ char *config_to_json(const Config *c, const char *dtype) {
     text_add(&t, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\"\n}\n", dtype, dtype);
     return t.s;
 }
+
 // ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ------------------------------
 // Parameters lie in flat buffers, unit after unit: the embedding, each layer, and the final norm with the head. A unit is what
 // is reduced, sharded and saved together. Inside a unit q|k|v (and their biases) and gate|up are neighbours, so that each group
@@ -1554,18 +1544,7 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
     table_unit_end(p, c->tied ? 0 : vocab_padding, world);
 }
 
-// Pointers into a flat buffer of parameters or of gradients.
-typedef struct LayerParams {
-    floatX *norm1;          // (C)
-    floatX *qkv;            // ((H+2K)D, C)
-    floatX *qkv_bias;       // ((H+2K)D)        Qwen2, else NULL
-    floatX *q_norm, *k_norm;// (D)              Qwen3, else NULL
-    floatX *o;              // (C, HD)
-    floatX *norm2;          // (C)
-    floatX *gate_up;        // (2F, C)
-    floatX *down;           // (C, F)
-} LayerParams;
-
+// The tensor of a unit whose name ends in `suffix`, or NULL.
 static const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
     for (int i = 0; i < p->units[unit].n_tensors; i++) {
         const Tensor *t = &p->tensors[p->units[unit].first_tensor + i];
@@ -1575,31 +1554,13 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
     return NULL;
 }
 
-LayerParams layer_params(floatX *flat, const ParamTable *p, int l) {
-    struct { const char *suffix; floatX *at; } row[9] = {
-        {"input_layernorm.weight", NULL}, {"q_proj.weight", NULL}, {"q_proj.bias", NULL}, {"q_norm.weight", NULL}, {"k_norm.weight", NULL},
-        {"o_proj.weight", NULL}, {"post_attention_layernorm.weight", NULL}, {"gate_proj.weight", NULL}, {"down_proj.weight", NULL}};
-    for (int i = 0; i < 9; i++) {
-        const Tensor *t = table_find(p, 1 + l, row[i].suffix);
-        if (t) row[i].at = flat + t->at;
-    }
-    LayerParams w = {row[0].at, row[1].at, row[2].at, row[3].at, row[4].at, row[5].at, row[6].at, row[7].at, row[8].at};
-    return w;
-}
-
-floatX *embed_param(floatX *flat, const ParamTable *p) { return flat + p->units[0].at; }                                  // (V,C)
-floatX *final_norm_param(floatX *flat, const ParamTable *p) { return flat + p->units[p->n_units - 1].at; }                // (C)
-floatX *head_param(floatX *flat, const ParamTable *p) {                                                                   // (V,C)
-    const Tensor *t = table_find(p, p->n_units - 1, "lm_head.weight");
-    return t ? flat + t->at : embed_param(flat, p);     // tied: the embedding
-}
 // ==== 7. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
-//   ours      offset  0 int32 magic 20251002 | 4 int32 version 1 | 8 int32 kind: 0 BPE, 1 greedy | 12 int32 vocabulary V
-//                    16 int32 BOS id or -1 | 20 int32 EOS id or -1 | 24 int32 1 = a space goes before the text | 28 int32 0
-//                    32 V times: float32 score, int32 length, that many bytes
-//   llama2.c  offset  0 int32 longest piece | 4 the same records until the file ends; BPE with a space before the text;
-//                       ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
+//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
+//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length,
+//             that many bytes
+//   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
+//             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
 // Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
 // again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals. Kind 1 takes the
 // longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30 (other special tokens).
@@ -1698,7 +1659,8 @@ Tokenizer *tokenizer_open(const char *path) {
         t->bos = 1; t->eos = 2; t->prefix_space = 1;
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
-            if (id >= t->V || t->length[id] > h[0] || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
+            if (id >= t->V || t->length[id] > h[0]
+                || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
                 die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
         t->score[0] = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
@@ -1723,8 +1685,9 @@ static int code_point_bytes(const char *s, size_t n) {
 
 static int tokenizer_byte(const Tokenizer *t, char byte) {
     int id = t->byte_id[(unsigned char)byte];
-    if (id < 0) die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; change the text or the tokenizer",
-                    (unsigned char)byte, t->path);
+    if (id < 0)
+        die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; change the text or the tokenizer",
+            (unsigned char)byte, t->path);
     return id;
 }
 
@@ -1772,7 +1735,8 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
         int bytes = code_point_bytes(text + at, n - at), id = *tokenizer_slot(t, text + at, (size_t)bytes);
         int parts = id < 0 ? bytes : 1;
         for (int i = 0; i < parts; i++, n_symbols++) {
-            Symbol s = {(int)at, bytes / parts, id < 0 ? tokenizer_byte(t, text[at]) : id, n_symbols - 1, n_symbols + 1};
+            Symbol s = {(int)at, bytes / parts, id, n_symbols - 1, n_symbols + 1};
+            if (id < 0) s.id = tokenizer_byte(t, text[at]);
             symbol[n_symbols] = s;
             at += (size_t)s.bytes;
         }
@@ -1782,7 +1746,7 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
     while (n_heap) {
         Join join = heap_pop(heap, &n_heap);
         Symbol *left = &symbol[join.left], *right = &symbol[left->next < 0 ? join.left : left->next];
-        if (left == right || !left->bytes || left->bytes + right->bytes != join.bytes) continue;    // one side has grown since
+        if (left == right || left->bytes + right->bytes != join.bytes || !left->bytes) continue;   // one has grown since
         left->id = join.id;
         left->bytes = join.bytes;
         left->next = right->next;
@@ -1811,7 +1775,7 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
     return count;
 }
 
-// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies when a byte has no piece.
+// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies if a byte has no piece.
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
     if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
     char *spaced = NULL;
@@ -1837,23 +1801,23 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     if (t->prefix_space && previous_id == t->bos && n > 0 && s[0] == ' ') { s++; n--; }
     fwrite(s, 1, (size_t)n, f);
 }
+
 // ==== 8. Token shards and the DataLoader =============================================================================
 // .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. data/README.md has every format in full.
 //   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32     word 3  vocabulary size, 0 = unknown
 //   word 1  version: 1 with uint16, 7 with uint32                  word 4  CRC-32 of the token bytes, 0 = unknown
 //   word 2  n                                                      word 5  end-of-document id + 1, 0 = unknown
-// .ds (Litespark's): rows of S+1 tokens without a header; metadata.json in the same folder or its parent has S and the width.
-// .nll (optional, for evaluation): float32 -ln p of target j of the shard, under the process that made the data.
+// .ds (Litespark's): rows of S+1 tokens, no header; metadata.json in the same folder or its parent has S and the width.
+// .nll (optional, beside evaluation shards): float32 -ln p of each target under the process that made the data.
 //
-// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share one token, each
-// token is a target once, a shard has floor((n-1)/T) windows, no window spans two shards, and the tail is dropped.
-// Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, in the order of their names, are numbered
-// 0 .. n_windows-1.
+// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share one token,
+// each token is a target once, a shard has floor((n-1)/T) windows, none spans two shards, and the tail is dropped.
+// Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, sorted by name, count 0 .. n_windows-1.
 //
-// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws the next world*B
-// positions, and rank r has r*B .. r*B+B-1 of them. The whole state is therefore (seed, epoch, position), the same on all
-// ranks: any split of the same world*B sees the same batches, and a resumed run may have another one.
-#define MAX_OPEN_SHARDS 256             // a corpus has thousands of shards, a process often no more than 1024 descriptors
+// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws the next
+// world*B positions, and rank r has r*B .. r*B+B-1 of them. The whole state is therefore (seed, epoch, position), the
+// same on all ranks: any split of one world*B sees the same batches, and a resumed run may have another one.
+#define MAX_OPEN_SHARDS 256             // of thousands; a process often may have 1024 descriptors
 #define FULL_SCAN_BYTES ((size_t)4 << 30)
 #define IGNORED (-100)                  // a target that is no target (PyTorch's ignore_index)
 
@@ -1865,6 +1829,7 @@ typedef struct Shard {
     int row;                            // .ds: S+1 tokens per row; .bin: 0
     int eod;                            // id of the end-of-document token, -1 = unknown
     uint32_t crc;                       // of the token bytes, 0 = unknown
+    char *floor_path;                   // evaluation: its .nll file, NULL = it has none
 } Shard;
 
 typedef struct LoaderState {
@@ -1877,7 +1842,7 @@ typedef struct DataLoader {
     int n_shards;
     int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
     int B, T, rank, world, shuffle, vocab_size, document_mask;
-    int has_floor;                      // every shard of an evaluation has its .nll
+    int has_floor;                      // evaluation: every shard has its .nll
     LoaderState state;
     int64_t *first_window;              // (n_shards + 1) running sums of n_windows
     unsigned char *buffer;              // one window as it lies in the file
@@ -1894,11 +1859,6 @@ typedef struct Batch {
     float *floor_memory;
 } Batch;
 
-static int ends_with(const char *s, const char *end) {
-    size_t n = strlen(s), k = strlen(end);
-    return n >= k && strcmp(s + n - k, end) == 0;
-}
-
 // The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
 static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
     if (shard_vocab > vocab_size || vocab_size - shard_vocab > vocab_size / 100)
@@ -1911,14 +1871,16 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
     if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
         die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again", s->path, bytes);
     if (h[0] != 20240520 && h[0] != 20240801)
-        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py", s->path);
+        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py",
+            s->path);
     s->width = h[0] == 20240520 ? 2 : 4;
     s->header_bytes = sizeof h;
     if (h[1] != (s->width == 2 ? 1 : 7))
-        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], s->width == 2 ? 1 : 7);
+        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1],
+            s->width == 2 ? 1 : 7);
     if (h[2] <= 0 || h[3] < 0 || h[5] < 0)
-        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end of document %d; write it again",
-            s->path, h[2], h[3], h[5] - 1);
+        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; write it again",
+            s->path, h[2], h[3], h[5]);
     s->n_tokens = (size_t)h[2];
     size_t expected = s->header_bytes + s->n_tokens * (size_t)s->width;
     if (bytes != expected)
@@ -1931,9 +1893,9 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     size_t n, folder = (size_t)(strrchr(s->path, '/') ? strrchr(s->path, '/') + 1 - s->path : 0);
-    char *where = (char *)xmalloc(folder + 32);
+    char *where = (char *)memcpy(xmalloc(folder + 32), s->path, folder);
     for (int up = 0; up < 2; up++) {
-        sprintf(where, "%.*s%smetadata.json", (int)folder, s->path, up ? "../" : "");
+        strcpy(where + folder, up ? "../metadata.json" : "metadata.json");
         if (access(where, F_OK) == 0) break;
         if (up) die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; "
                     "put it there, or write the shard again", s->path);
@@ -1948,25 +1910,42 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     if (s->width == 3) die("'%s': \"token_size_bytes\" must be 2 or 4", where);
     size_t row_bytes = (size_t)s->row * (size_t)s->width;
     if (bytes % row_bytes)
-        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes as "
-            "'%s' says; write it again", s->path, bytes, s->row, s->width, where);
+        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes "
+            "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     json_free(meta);
     free(text);
     free(where);
 }
 
+// The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
+static void shard_find_floor(Shard *s) {
+    const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
+    size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
+    char *path = (char *)memcpy(xmalloc(stem + 5), s->path, stem);
+    strcpy(path + stem, ".nll");
+    if (access(path, F_OK) != 0) { free(path); return; }
+    size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
+    close(open_regular(path, "true loss", &bytes));
+    if (bytes != expected)
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path,
+            expected);
+    s->floor_path = path;
+}
+
 static void shard_open(DataLoader *dl, Shard *s) {
     size_t bytes;
     s->fd = open_regular(s->path, "token shard", &bytes);
     if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
-    if (ends_with(s->path, ".ds")) shard_open_ds(s, bytes, dl->vocab_size);
+    const char *dot = strrchr(s->path, '.');
+    if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
     else shard_open_bin(s, bytes, dl->vocab_size);
     if (s->eod >= dl->vocab_size)
-        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d", s->path, s->eod, dl->vocab_size);
+        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again", s->path, s->eod,
+            dl->vocab_size);
     if (s->eod < 0 && dl->document_mask)
-        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, "
-            "or train with --document-mask off", s->path);
+        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, or train "
+            "with --document-mask off", s->path);
     if (s->row && s->row < dl->T + 1)
         die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
     s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)dl->T;
@@ -1975,6 +1954,7 @@ static void shard_open(DataLoader *dl, Shard *s) {
     dl->n_dropped += (int64_t)(s->n_tokens - used);
     close(s->fd);
     s->fd = -1;
+    if (!dl->shuffle) shard_find_floor(s);
 }
 
 // Token i of n packed tokens.
@@ -2009,7 +1989,8 @@ static void shard_scan(DataLoader *dl, int index) {
     int fd = shard_fd(dl, index);
     for (size_t at = 0; at < bytes; at += block) {
         size_t n = bytes - at < block ? bytes - at : block;
-        if (read_at(fd, s->path, data, n, s->header_bytes + at) != n) die("token shard '%s' became shorter while it was read", s->path);
+        if (read_at(fd, s->path, data, n, s->header_bytes + at) != n)
+            die("token shard '%s' became shorter while it was read", s->path);
         if (s->crc) crc = crc32_update(crc, data, n);
         for (size_t i = 0; i < n / (size_t)s->width; i++) {
             uint32_t id = packed_token(data, s->width, i);
@@ -2018,51 +1999,27 @@ static void shard_scan(DataLoader *dl, int index) {
     }
     free(data);
     if (crc != s->crc)
-        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc, s->crc);
+        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc,
+            s->crc);
     if (largest >= (uint32_t)dl->vocab_size)
-        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path, largest,
-            dl->vocab_size);
+        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path,
+            largest, dl->vocab_size);
 }
 
-static char *floor_path(const Shard *s) {                   // the caller frees
-    const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
-    int n = dot && (!slash || dot > slash) ? (int)(dot - s->path) : (int)strlen(s->path);
-    char *path = (char *)xmalloc((size_t)n + 5);
-    sprintf(path, "%.*s.nll", n, s->path);
-    return path;
-}
-
-// Whether each shard has its true losses: one float per target, that is (n-1) of a .bin, S of each row of a .ds.
-static int loader_has_floor(const DataLoader *dl) {
-    int found = 0;
-    for (int i = 0; i < dl->n_shards; i++) {
-        const Shard *s = &dl->shards[i];
-        char *path = floor_path(s);
-        if (access(path, F_OK) == 0) {
-            size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
-            close(open_regular(path, "true loss", &bytes));
-            if (bytes != expected)
-                die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path, expected);
-            found++;
-        }
-        free(path);
-    }
-    return found == dl->n_shards;
-}
-
-// Opens the shards that match `pattern`, and dies with one line that names the file unless all of them can be trained on:
-// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the work) checksums and the largest id.
-// B rows of T tokens per rank and micro-step. shuffle = 0: an evaluation, one pass in order. document_mask: fill doc_start.
+// Opens the shards that match `pattern`; dies with one line that names the file unless all of them can be trained on:
+// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the shards) checksums and the largest id.
+// B rows of T tokens per rank and micro-step. shuffle = 0: an evaluation, one pass in order. document_mask: doc_start.
 void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
                  int vocab_size, int document_mask) {
     glob_t found;
     size_t bytes = 0;
+    int n_floors = 0;
     memset(dl, 0, sizeof *dl);
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
     memset(dl->open_shard, 255, sizeof dl->open_shard);
     if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
-        die("no token shard matches '%s'; make data with `make data` or data/tokens.py, or name other shards", pattern);
+        die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others", pattern);
     dl->n_shards = (int)found.gl_pathc;
     dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
     dl->first_window = (int64_t *)xcalloc(found.gl_pathc + 1, sizeof(int64_t));
@@ -2072,20 +2029,22 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
         shard_open(dl, s);
         dl->first_window[i + 1] = dl->first_window[i] + (int64_t)s->n_windows;
         bytes += s->n_tokens * (size_t)s->width;
+        n_floors += s->floor_path != NULL;
     }
     globfree(&found);
     dl->n_windows = dl->first_window[dl->n_shards];
     if (dl->n_windows == 0)
-        die("'%s' has %" PRId64 " tokens in %d shards, too short for one window of --seq-len %d + 1; use more text or a "
-            "smaller --seq-len", pattern, dl->n_tokens, dl->n_shards, T);
+        die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
+            "smaller --seq-len", pattern, dl->n_tokens, T);
     if (bytes <= FULL_SCAN_BYTES)
         for (int i = 0; i < dl->n_shards; i++) if (i % world == rank) shard_scan(dl, i);
-    dl->has_floor = !shuffle && loader_has_floor(dl);
+    dl->has_floor = n_floors == dl->n_shards;
     dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
 }
 
+// One line for the log; name: "train" or "val".
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
-    fprintf(f, "%s data | %d shards from '%s' | %" PRId64 " tokens | %" PRId64 " windows of %d | %" PRId64 " tokens dropped in tails%s\n",
+    fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | %" PRId64 " tokens dropped%s\n",
             name, dl->n_shards, dl->shards[0].path, dl->n_tokens, dl->n_windows, dl->T, dl->n_dropped,
             dl->has_floor ? " | true loss known" : "");
 }
@@ -2096,6 +2055,7 @@ void loader_close(DataLoader *dl) {
     for (int i = 0; i < dl->n_shards; i++) {
         if (dl->shards[i].fd >= 0) close(dl->shards[i].fd);
         free(dl->shards[i].path);
+        free(dl->shards[i].floor_path);
     }
     free(dl->shards); free(dl->first_window); free(dl->buffer);
     memset(dl, 0, sizeof *dl);
@@ -2122,10 +2082,10 @@ void batch_free(Batch *batch) {
     memset(batch, 0, sizeof *batch);
 }
 
-// A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its round
-// function, since each round can be undone; 4^h >= n > 4^(h-1), so walking its cycle until the result is below n takes at
-// most 4 walks on average, and is a bijection again (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-// 12 rounds: with 8 or fewer the order of a handful of windows is measurably uneven over many epochs.
+// A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
+// round function, since each round can be undone. Walking along its cycle until the result is below n is one again, and
+// takes at most 4 walks on average, as 4^h >= n > 4^(h-1) (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+// 2002). 12 rounds: with 8 or fewer, a handful of windows comes in measurably uneven orders over many epochs.
 static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n) {
     int h = 0;
     while (((uint64_t)1 << 2*h) < (uint64_t)n) h++;
@@ -2144,20 +2104,20 @@ static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n
 }
 
 static void read_floor(const Shard *s, size_t first_target, int T, float *floor) {
-    char *path = floor_path(s);
     size_t bytes, n = (size_t)T * sizeof(float);
-    int fd = open_regular(path, "true loss", &bytes);
-    if (read_at(fd, path, floor, n, first_target * sizeof(float)) != n) die("true loss '%s' became shorter while it was read", path);
+    int fd = open_regular(s->floor_path, "true loss", &bytes);
+    if (read_at(fd, s->floor_path, floor, n, first_target * sizeof(float)) != n)
+        die("true loss '%s' became shorter since the run began", s->floor_path);
     for (int t = 0; t < T; t++)
         if (!(floor[t] >= 0 && floor[t] < 1e6f))
-            die("true loss '%s' is damaged: target %zu has %g", path, first_target + (size_t)t, (double)floor[t]);
+            die("true loss '%s' is damaged: target %zu has %g; remove it or make it again", s->floor_path,
+                first_target + (size_t)t, (double)floor[t]);
     close(fd);
-    free(path);
 }
 
 // Window `window` of all shards into row b.
 static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
-    int low = 0, high = dl->n_shards, T = dl->T;            // the shard with first_window[low] <= window < first_window[low+1]
+    int low = 0, high = dl->n_shards, T = dl->T;            // its shard has first_window[low] <= window < first_window[high]
     while (high - low > 1) {
         int middle = low + (high - low) / 2;
         if (dl->first_window[middle] <= window) low = middle; else high = middle;
@@ -2167,20 +2127,19 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
     size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
     if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
-    int *inputs = batch->inputs + (size_t)b * (size_t)T, *targets = batch->targets + (size_t)b * (size_t)T, start = 0;
-    for (int t = 0; t <= T; t++) {
+    size_t at = (size_t)b * (size_t)T;
+    for (int t = 0, start = 0; t <= T; t++) {
         uint32_t id = packed_token(dl->buffer, s->width, (size_t)t);
         if (id >= (uint32_t)dl->vocab_size)
-            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; use the tokenizer of the model",
-                s->path, id, w, dl->vocab_size);
-        if (t < T) inputs[t] = (int)id;
-        if (t > 0) targets[t - 1] = (int)id;
-        if (batch->doc_start && t < T) {
-            if (t > 0 && inputs[t - 1] == s->eod) start = t;
-            batch->doc_start[(size_t)b * (size_t)T + (size_t)t] = start;
-        }
+            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; use the tokenizer of the "
+                "model", s->path, id, w, dl->vocab_size);
+        if (t > 0) batch->targets[at + (size_t)t - 1] = (int)id;
+        if (t == T) break;
+        batch->inputs[at + (size_t)t] = (int)id;
+        if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
+        if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
-    if (batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + (size_t)b * (size_t)T);
+    if (batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
 }
 
 // The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
@@ -2215,6 +2174,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
         state->position %= dl->n_windows;
     }
 }
+
 // ==== 9. Schedule, FLOPs, energy, log ===================================================================================
 // Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr down to min_lr. wsd: constant, linear over the last fifth.
 double learning_rate(const Options *o, int64_t step) {
@@ -2302,35 +2262,35 @@ void log_open(const char *out) {
     if (!log_file) die("cannot write %s: %s; choose another --out", path, strerror(errno));
 }
 
-void json_write_text(FILE *f, const char *s) {
-    fputc('"', f);
-    for (; *s; s++) {
-        unsigned char ch = (unsigned char)*s;
-        if (ch == '"' || ch == '\\') fprintf(f, "\\%c", ch);
-        else if (ch < 32) fprintf(f, "\\u%04x", ch);
-        else fputc(ch, f);
-    }
-    fputc('"', f);
+// Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
+static void text_add_field(Text *t, const char *key, double x) {
+    text_add(t, ", \"%s\": ", key);
+    text_add_number(t, x);
 }
 
-// "key": number, after a comma; a number that is not finite (unknown, unavailable) is null
-void json_write_number(FILE *f, const char *key, double x) {
-    if (isfinite(x)) fprintf(f, ", \"%s\": %.17g", key, x);
-    else fprintf(f, ", \"%s\": null", key);
-}
-
-void json_write_options(FILE *f, int kind) {
+// Appends the options as an object of strings; kind RUN: only what a run is made of.
+static void text_add_options(Text *t, int kind) {
     const char *comma = "";
-    fprintf(f, "{");
+    text_add(t, "{");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
-        const char *text = option_text(o);
-        if ((kind && !(o->kind & kind)) || !text || o->type == OPT_FLAG) continue;
-        fprintf(f, "%s\"%s\": ", comma, o->name + 2);
-        json_write_text(f, text);
+        const char *value = option_text(o);
+        if ((kind && !(o->kind & kind)) || !value || o->type == OPT_FLAG) continue;
+        text_add(t, "%s\"%s\": ", comma, o->name + 2);
+        text_add_string(t, value);
         comma = ", ";
     }
-    fprintf(f, "}");
+    text_add(t, "}");
+}
+
+// Writes the record t as one line and frees it.
+static void log_record(Text *t) {
+    if (log_file) {
+        fprintf(log_file, "%s}\n", t->s);
+        fflush(log_file);
+    }
+    free(t->s);
+    memset(t, 0, sizeof *t);
 }
 
 // "1.5 s" .. "3 h 20 min": for people
@@ -2523,26 +2483,23 @@ static void save_optimizer(Saving *s, const Model *m, const char *name, uint32_t
 }
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
-    char *text = NULL;
-    size_t n = 0;
-    FILE *f = open_memstream(&text, &n);
-    fprintf(f, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d,\n",
-            t->step, t->updates, t->tokens, comm_world());
-    fprintf(f, " \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n", t->loader.seed, t->loader.epoch, t->loader.position);
-    fprintf(f, " \"options\": ");
-    json_write_options(f, RUN);
-    fprintf(f, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
-    json_write_number(f, "seconds", t->seconds);
-    json_write_number(f, "joules", t->joules);
+    Text j = {NULL, 0, 0};
+    text_add(&j, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
+    text_add_field(&j, "seconds", t->seconds);
+    text_add_field(&j, "joules", t->joules);
+    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
+    text_add_options(&j, RUN);
+    text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     for (int k = 0; k < 2; k++) {
-        fprintf(f, ",\n \"%s\": [", k ? "norms" : "losses");
-        for (int i = 0; i < SPIKE_WINDOW; i++) fprintf(f, i ? ", %.17g" : "%.17g", (k ? t->norms : t->losses)[i]);
-        fprintf(f, "]");
+        text_add(&j, k ? "],\n \"norms\": [" : ",\n \"losses\": [");
+        for (int i = 0; i < SPIKE_WINDOW; i++) {
+            if (i) text_add(&j, ", ");
+            text_add_number(&j, (k ? t->norms : t->losses)[i]);
+        }
     }
-    fprintf(f, "}\n");
-    fclose(f);
-    save_file(s, "trainer_state.json", text, n);
-    free(text);
+    text_add(&j, "]}\n");
+    save_file(s, "trainer_state.json", j.s, (size_t)j.n);
+    free(j.s);
 }
 
 // What Hugging Face wants beside the weights; side files come from `from` (a folder) where they exist.
@@ -3095,24 +3052,283 @@ void rmsnorm_backward(floatX *dx, floatX *dw, const floatX *dout, const floatX *
     }
 }
 
-void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int ta, const floatX *b, int ldb, int tb, int M, int N, int K, int accumulate) {
-    #pragma omp parallel for
-    for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) {
-        double s = 0;
-        for (int k = 0; k < K; k++) s += (double)(ta ? a[(size_t)k*lda+m] : a[(size_t)m*lda+k]) * (tb ? b[(size_t)n*ldb+k] : b[(size_t)k*ldb+n]);
-        out[(size_t)m*ldo+n] = (floatX)((accumulate ? out[(size_t)m*ldo+n] : 0) + s);
+// ==== 12a. Matrix multiplication ======================================================================================
+// Nine tenths of a training step is out = op(a) op(b). The textbook triple loop (matmul_naive) is what these functions
+// mean; this is how they get close to the arithmetic peak of a core (Goto and van de Geijn 2008, "Anatomy of
+// High-Performance Matrix Multiplication"; BLIS):
+//   micro-kernel   an MR x NR block of out stays in registers while k runs: per k it loads NR values of b and MR of a
+//                  and does MR*NR multiply-adds, so the multipliers wait for nobody;
+//   packing        the panels of a (MR rows) and b (NR columns) are copied in the order in which the micro-kernel reads
+//                  them: contiguous, no page or cache-set conflicts, zeros beyond the last column;
+//   blocking       k is cut into slices of at most KC, so that the panels stay in the caches while they are reused.
+// Each element of out is one sum per slice, added in the order of k, whatever the number of threads: results are
+// reproducible bit for bit. Vectors are the compiler's (GCC and Clang vector extensions): one source for every machine.
+#if defined(__AVX512F__)
+enum { VEC_BYTES = 64, MR = 14 };               // 32 registers: 14*2 sums, 2 of b, 1 of a
+#define ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14)
+#elif defined(__AVX__)
+enum { VEC_BYTES = 32, MR = 6 };                // 16 registers: 6*2 sums, 2 of b, 1 of a
+#define ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#else
+enum { VEC_BYTES = 16, MR = 6 };
+#define ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#endif
+#ifndef KC_
+#define KC_ 512
+#endif
+#ifndef TM_
+#define TM_ 10
+#define TN_ 16
+#endif
+enum {
+    LANES = VEC_BYTES / (int)sizeof(floatX),
+    NR = 2 * LANES,
+    KC = KC_,                                    // slice of k
+    MC = TM_ * MR,                               // rows of a packed at a time
+    NC = TN_ * NR,                                  // columns of b packed at a time
+    SCRATCH = MC*KC + NC*KC
+};
+typedef floatX Vec __attribute__((vector_size(VEC_BYTES)));
+typedef floatX VecAny __attribute__((vector_size(VEC_BYTES), aligned(sizeof(floatX)), may_alias));   // any address
+typedef floatX Quad __attribute__((vector_size(4*sizeof(floatX))));
+typedef floatX QuadAny __attribute__((vector_size(4*sizeof(floatX)), aligned(sizeof(floatX)), may_alias));
+
+// out (rows, NR) = or += a b over one slice; element (i, k) of a is a[i*row + k*col], b is (K, NR) with row stride ldb.
+// `rows` is a constant wherever this is inlined, so `sum` lives in registers.
+static inline __attribute__((always_inline)) void micro_kernel(const int rows, floatX *out, size_t ldo,
+        const floatX *a, size_t row, size_t col, const floatX *b, size_t ldb, int K, int accumulate) {
+    Vec sum[MR][2];
+    const floatX *p[(MR + 1) / 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (Vec){0};
+#pragma GCC unroll 16
+    for (int i = 0; i < (rows + 1) / 2; i++) p[i] = a + 2*i*row;
+    size_t off = 0;
+    for (int k = 0; k < K; k++, b += ldb, off += col) {
+        Vec b0 = *(const VecAny *)b, b1 = *(const VecAny *)(b + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            floatX x = p[i/2][off + (i & 1)*row];
+            sum[i][0] += x * b0;
+            sum[i][1] += x * b1;
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++, out += ldo) {
+        VecAny *o = (VecAny *)out, *o1 = (VecAny *)(out + LANES);
+        if (accumulate) sum[i][0] += *o, sum[i][1] += *o1;
+        *o = sum[i][0];
+        *o1 = sum[i][1];
     }
 }
-void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int ta, const floatX *b, int ldb, int tb, int M, int N, int K, int accumulate) {
-    for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) {
-        double s = 0;
-        for (int k = 0; k < K; k++) s += (double)(ta ? a[(size_t)k*lda+m] : a[(size_t)m*lda+k]) * (tb ? b[(size_t)n*ldb+k] : b[(size_t)k*ldb+n]);
-        out[(size_t)m*ldo+n] = (floatX)((accumulate ? out[(size_t)m*ldo+n] : 0) + s);
+
+static void micro_kernel_any(int rows, floatX *out, size_t ldo, const floatX *a, size_t row, size_t col,
+                             const floatX *b, size_t ldb, int K, int accumulate) {
+    switch (rows) {
+#define CASE(n) case n: micro_kernel(n, out, ldo, a, row, col, b, ldb, K, accumulate); break;
+        ROWS(CASE)
+#undef CASE
     }
 }
-void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC) { matmul_naive(out, OC, x, C, 0, w, C, 1, N, OC, C, 0); }
-void matmul_backward_x(floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC, int accumulate) { matmul_naive(dx, C, dout, OC, 0, w, C, 0, N, C, OC, accumulate); }
-void matmul_backward_w(floatX *dw, const floatX *dout, const floatX *x, int N, int C, int OC) { matmul_naive(dw, C, dout, OC, 1, x, C, 0, OC, C, N, 1); }
+static __attribute__((noinline)) void micro_kernel_full(floatX *out, size_t ldo, const floatX *a, const floatX *b, int K, int accumulate) {
+    micro_kernel(MR, out, ldo, a, 1, MR, b, NR, K, accumulate);
+}
+
+// Dispatch
+static void micro_tile(floatX *out, size_t ldo, const floatX *a, size_t row, size_t col, const floatX *b, size_t ldb,
+                       int rows, int cols, int K, int accumulate) {
+    if (cols == NR) {
+        if (rows == MR && row == 1) { micro_kernel_full(out, ldo, a, b, K, accumulate); return; }
+        micro_kernel_any(rows, out, ldo, a, row, col, b, ldb, K, accumulate);
+        return;
+    }
+    Vec edge[MR * 2];
+    floatX *e = (floatX *)edge;
+    micro_kernel_any(rows, e, NR, a, row, col, b, ldb, K, 0);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j++) out[i*ldo + j] = (accumulate ? out[i*ldo + j] : 0) + e[i*NR + j];
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef long long QuadIndex __attribute__((vector_size(4*sizeof(floatX))));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (QuadIndex){i, j, k, l})
+#endif
+
+// dst[k*width + i] = src(i, k) for i < n, zeros for n <= i < width.   src(i, k) = src[i*si + k*sk], one of the strides is 1
+static void pack_panel(floatX *dst, int width, const floatX *src, size_t si, size_t sk, int n, int K) {
+    if (si == 1) {
+        if (n == width && width == NR) {
+            for (int k = 0; k < K; k++, src += sk, dst += NR) {
+                *(VecAny *)dst = *(const VecAny *)src;
+                *(VecAny *)(dst + LANES) = *(const VecAny *)(src + LANES);
+            }
+            return;
+        }
+        if (n == width && width == MR) {
+            for (int k = 0; k < K; k++, src += sk, dst += MR)
+                for (int i = 0; i < MR; i++) dst[i] = src[i];
+            return;
+        }
+        for (int k = 0; k < K; k++, src += sk, dst += width) {
+            for (int i = 0; i < n; i++) dst[i] = src[i];
+            for (int i = n; i < width; i++) dst[i] = 0;
+        }
+        return;
+    }
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const floatX *s = src + i*si;
+        floatX *d = dst + i;
+        int k = 0;
+        for (; k + 4 <= K; k += 4, s += 4) {
+            Quad r0 = *(const QuadAny *)s, r1 = *(const QuadAny *)(s + si), r2 = *(const QuadAny *)(s + 2*si), r3 = *(const QuadAny *)(s + 3*si);
+            Quad t0 = SHUFFLE(r0, r1, 0, 4, 1, 5), t1 = SHUFFLE(r0, r1, 2, 6, 3, 7);
+            Quad t2 = SHUFFLE(r2, r3, 0, 4, 1, 5), t3 = SHUFFLE(r2, r3, 2, 6, 3, 7);
+            *(QuadAny *)d = SHUFFLE(t0, t2, 0, 1, 4, 5); d += width;
+            *(QuadAny *)d = SHUFFLE(t0, t2, 2, 3, 6, 7); d += width;
+            *(QuadAny *)d = SHUFFLE(t1, t3, 0, 1, 4, 5); d += width;
+            *(QuadAny *)d = SHUFFLE(t1, t3, 2, 3, 6, 7); d += width;
+        }
+        for (; k < K; k++, s++, d += width)
+            for (int j = 0; j < 4; j++) d[j] = s[j*si];
+    }
+    for (; i < n; i++)
+        for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = src[i*si + k];
+    for (; i < width; i++)
+        for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = 0;
+}
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+
+static int slice_size(int K) {
+    int n = K > 0 ? (K + KC - 1) / KC : 1;
+    return (K + n - 1) / n;
+}
+
+// The oracle
+void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
+                  int M, int N, int K, int accumulate) {
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) {
+            floatX sum = 0;
+            for (int k = 0; k < K; k++)
+                sum += a[trans_a ? (size_t)k*lda + i : (size_t)i*lda + k] * b[trans_b ? (size_t)j*ldb + k : (size_t)k*ldb + j];
+            out[(size_t)i*ldo + j] = accumulate ? out[(size_t)i*ldo + j] + sum : sum;
+        }
+}
+
+// One thread's share: out (M,N) = or += a b with the strides of both operands, through this thread's packing scratch.
+static void matmul_block(floatX *out, size_t ldo, const floatX *a, size_t a_row, size_t a_col,
+                         const floatX *b, size_t b_row, size_t b_col, int M, int N, int K, int accumulate, floatX *scratch) {
+    const int slice = slice_size(K);
+    floatX *pa = scratch, *pb = scratch + MC*KC;
+    for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
+        for (int j0 = 0; j0 < N; j0 += NC) {
+            const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
+            for (int j = 0; j < nj; j += NR)
+                pack_panel(pb + (size_t)j*nk, NR, b + (j0 + j)*b_col + k0*b_row, b_col, b_row, min_int(NR, nj - j), nk);
+            for (int i0 = 0; i0 < M; i0 += MC) {
+                const int ni = min_int(MC, M - i0);
+                for (int i = 0; i < ni; i += MR)
+                    pack_panel(pa + (size_t)i*nk, MR, a + (i0 + i)*a_row + k0*a_col, a_row, a_col, min_int(MR, ni - i), nk);
+#ifdef ORDER_
+                for (int j = 0; j < nj; j += NR)
+                    for (int i = 0; i < ni; i += MR)
+#else
+                for (int i = 0; i < ni; i += MR)
+                    for (int j = 0; j < nj; j += NR)
+#endif
+                        micro_tile(out + (i0 + i)*ldo + j0 + j, ldo, pa + (size_t)i*nk, 1, MR, pb + (size_t)j*nk, NR,
+                                   min_int(MR, ni - i), min_int(NR, nj - j), nk, accumulate || k0 > 0);
+            }
+        }
+}
+
+static floatX *pack_scratch(int n_threads) {
+    static floatX *scratch;
+    static int n_ready;
+    if (n_ready < n_threads) {
+        free(scratch);
+        size_t bytes = (size_t)n_threads * SCRATCH * sizeof(floatX), huge = (size_t)2 << 20;
+        bytes = (bytes + huge - 1) / huge * huge;
+        scratch = (floatX *)aligned_alloc(huge, bytes);
+#ifdef HUGE_
+        madvise(scratch, bytes, MADV_HUGEPAGE);
+#endif
+        n_ready = n_threads;
+    }
+    return scratch;
+}
+
+static inline int div_up(int a, int b) { return (a + b - 1) / b; }
+
+#ifndef F_
+#define F_ 2
+#endif
+void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
+            int M, int N, int K, int accumulate) {
+    const size_t a_row = trans_a ? 1 : (size_t)lda, a_col = trans_a ? (size_t)lda : 1;
+    const size_t b_row = trans_b ? 1 : (size_t)ldb, b_col = trans_b ? (size_t)ldb : 1;
+    const int n_threads = (double)M*N*K > 1e5 ? omp_get_max_threads() : 1, n_blocks = n_threads > 1 ? F_*n_threads : 1;
+    floatX *scratch = pack_scratch(n_threads);
+    int block_m = M, block_n = N;
+    double best = 1e300;
+    for (int gm = 1; gm <= n_blocks; gm++)
+        if (n_blocks % gm == 0) {
+            int bm = div_up(div_up(M, MR), gm) * MR, bn = div_up(div_up(N, NR), n_blocks/gm) * NR;
+            double cost = (double)bm*bn + 16.0*(bm + bn);
+            if (cost < best) best = cost, block_m = bm, block_n = bn;
+        }
+    const int grid_m = div_up(M, block_m), grid_n = div_up(N, block_n);
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+    for (int t = 0; t < grid_m * grid_n; t++) {
+        const int i = t % grid_m * block_m, j = t / grid_m * block_n;
+        matmul_block(out + (size_t)i*ldo + j, ldo, a + i*a_row, a_row, a_col, b + j*b_col, b_row, b_col,
+                     min_int(block_m, M - i), min_int(block_n, N - j), K, accumulate,
+                     scratch + (size_t)omp_get_thread_num()*SCRATCH);
+    }
+}
+
+// single thread
+void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
+                 int M, int N, int K, int accumulate) {
+    enum { KT = 128 };
+    Vec panel[KT * 2];
+    const size_t a_row = trans_a ? 1 : (size_t)lda, a_col = trans_a ? (size_t)lda : 1;
+    for (int k0 = 0; k0 == 0 || k0 < K; k0 += KT) {
+        const int nk = min_int(KT, K - k0);
+        for (int j = 0; j < N; j += NR) {
+            const int nj = min_int(NR, N - j);
+            const floatX *pb = trans_b ? b + (size_t)j*ldb + k0 : b + (size_t)k0*ldb + j;
+            size_t ld = (size_t)ldb;
+            if (trans_b || nj < NR) {
+                pack_panel((floatX *)panel, NR, pb, trans_b ? ld : 1, trans_b ? 1 : ld, nj, nk);
+                pb = (floatX *)panel;
+                ld = NR;
+            }
+            for (int i = 0; i < M; i += MR)
+                micro_tile(out + (size_t)i*ldo + j, ldo, a + i*a_row + k0*a_col, a_row, a_col, pb, ld, min_int(MR, M - i), nj, nk, accumulate || k0 > 0);
+        }
+    }
+}
+
+// out (N,OC) = x (N,C) w (OC,C)^T
+void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC) {
+    matmul(out, OC, x, C, 0, w, C, 1, N, OC, C, /*accumulate=*/0);
+}
+
+// dx (N,C) = or += dout (N,OC) w (OC,C)
+void matmul_backward_x(floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC, int accumulate) {
+    matmul(dx, C, dout, OC, 0, w, C, 0, N, C, OC, accumulate);
+}
+
+// dw (OC,C) += dout (N,OC)^T x (N,C)
+void matmul_backward_w(floatX *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
+    matmul(dw, C, dout, OC, 1, x, C, 0, OC, C, N, /*accumulate=*/1);
+}
+
 // ---- bias on q, k, v (Qwen2) --------------------------------------------------------------------------------------------
 // out (N,OC) += bias (OC)
 void bias_forward(floatX *out, const floatX *bias, int N, int OC) {
@@ -3433,6 +3649,36 @@ void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX 
     }
 }
 // ==== 13. The model =====================================================================================================
+// Pointers into a flat buffer of parameters or of gradients.
+typedef struct LayerParams {
+    floatX *norm1;          // (C)
+    floatX *qkv;            // ((H+2K)D, C)
+    floatX *qkv_bias;       // ((H+2K)D)        Qwen2, else NULL
+    floatX *q_norm, *k_norm;// (D)              Qwen3, else NULL
+    floatX *o;              // (C, HD)
+    floatX *norm2;          // (C)
+    floatX *gate_up;        // (2F, C)
+    floatX *down;           // (C, F)
+} LayerParams;
+
+LayerParams layer_params(floatX *flat, const ParamTable *p, int l) {
+    struct { const char *suffix; floatX *at; } row[9] = {
+        {"input_layernorm.weight", NULL}, {"q_proj.weight", NULL}, {"q_proj.bias", NULL}, {"q_norm.weight", NULL}, {"k_norm.weight", NULL},
+        {"o_proj.weight", NULL}, {"post_attention_layernorm.weight", NULL}, {"gate_proj.weight", NULL}, {"down_proj.weight", NULL}};
+    for (int i = 0; i < 9; i++) {
+        const Tensor *t = table_find(p, 1 + l, row[i].suffix);
+        if (t) row[i].at = flat + t->at;
+    }
+    LayerParams w = {row[0].at, row[1].at, row[2].at, row[3].at, row[4].at, row[5].at, row[6].at, row[7].at, row[8].at};
+    return w;
+}
+
+floatX *embed_param(floatX *flat, const ParamTable *p) { return flat + p->units[0].at; }                                  // (V,C)
+floatX *final_norm_param(floatX *flat, const ParamTable *p) { return flat + p->units[p->n_units - 1].at; }                // (C)
+floatX *head_param(floatX *flat, const ParamTable *p) {                                                                   // (V,C)
+    const Tensor *t = table_find(p, p->n_units - 1, "lm_head.weight");
+    return t ? flat + t->at : embed_param(flat, p);     // tied: the embedding
+}
 // What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer that each layer reuses.
 typedef struct LayerActs {
     floatX *x;                          // (N,C)        the layer's input
@@ -3999,13 +4245,11 @@ static void evaluate(Trainer *tr) {
     printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
     if (dl->has_floor) printf(", floor %.4f", tr->floor);
     printf(" nats/token | %.0f targets\n", sums[1]);
-    if (log_file) {
-        fprintf(log_file, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
-        json_write_number(log_file, "val_loss", tr->val_loss);
-        json_write_number(log_file, "floor", tr->floor);
-        fprintf(log_file, "}\n");
-        fflush(log_file);
-    }
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
+    text_add_field(&r, "val_loss", tr->val_loss);
+    text_add_field(&r, "floor", tr->floor);
+    log_record(&r);
 }
 
 // Next token after ids (n), by temperature (0: the most likely).
@@ -4135,15 +4379,15 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
                measured_text(joules / tokens, "%.3g"), duration_text(left));
         fflush(stdout);
     }
-    if (!log_file) return;
-    fprintf(log_file, "{\"type\": \"step\", \"step\": %" PRId64, step);
     const struct { const char *key; double x; } row[] = {
         {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
         {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak}, {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
         {"joules_per_token", joules / tokens}, {"watts", joules / seconds}};
-    for (size_t i = 0; i < sizeof row / sizeof *row; i++) json_write_number(log_file, row[i].key, row[i].x);
-    fprintf(log_file, ", \"skipped\": %s}\n", skipped ? "true" : "false");
-    fflush(log_file);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) text_add_field(&r, row[i].key, row[i].x);
+    text_add(&r, ", \"skipped\": %s", skipped ? "true" : "false");
+    log_record(&r);
 }
 
 enum { MOST_BAD_IN_A_ROW = 5 };
@@ -4260,17 +4504,16 @@ static void log_header(const Trainer *tr) {
         break;
     }
     if (f) fclose(f);
-    fprintf(log_file, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
-    json_write_text(log_file, cpu);
-    fprintf(log_file, ", \"host\": ");
-    json_write_text(log_file, host);
-    fprintf(log_file, ", \"ranks\": %d, \"threads\": %d", comm_world(), omp_get_max_threads());
-    json_write_number(log_file, "peak_tflops_per_gpu", tr->peak * 1e-12);
-    json_write_number(log_file, "parameters", (double)tr->m.p.n_params);
-    fprintf(log_file, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
-    json_write_options(log_file, 0);
-    fprintf(log_file, "}\n");
-    fflush(log_file);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
+    text_add_string(&r, cpu);
+    text_add(&r, ", \"host\": ");
+    text_add_string(&r, host);
+    text_add(&r, ", \"ranks\": %d, \"threads\": %d, \"parameters\": %zu", comm_world(), omp_get_max_threads(), tr->m.p.n_params);
+    text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
+    text_add(&r, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
+    text_add_options(&r, 0);
+    log_record(&r);
 }
 
 // OUT must be writable, and free of a checkpoint that this run does not continue.
@@ -4332,7 +4575,7 @@ static void setup(Trainer *tr) {
         tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
         if (!tr->c.V && opt.dry_run) tr->c.V = 1024;
         if (!tr->c.V) die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer", opt.train_data);
-        tr->c.Vp = (int)CEIL_DIV(tr->c.V, 128) * 128;
+        config_set_vocab(&tr->c, tr->c.V);
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
     }

@@ -1,16 +1,18 @@
-// stories.c: the default training data, written on the spot: little stories from a grammar whose entropy is known.
+// stories.c: the default training data, made on the spot: little stories from a grammar whose entropy is known.
 //
 //     cc -O2 -o stories data/stories.c -lm && ./stories --print 3 && ./stories --out data/stories
 //
-// A language model's loss can never go below the entropy of its text, and for real text nobody knows that number. Here we do:
-// a story is a chain of random choices, each made with a known probability. If every choice shows in the very next token, then
+// A language model's loss can never go below the entropy of its text, and for real text nobody knows that number.
+// Here we do: a story is a chain of random choices, each made with a known probability. If every choice shows in the
+// very next token, then
 //     p(token | story so far) = product of the choices made since the last token
-// and -ln p of the validation tokens, averaged, is the floor that the loss of a perfect model would reach.
-// "Shows in the very next token" is the one rule to keep when you write a grammar of your own: at each choice the alternatives
-// begin with different tokens (the grammar is LL(1)). The test of this file recomputes every p from the text alone, by
-// summing over all derivations, and fails where the rule is broken.
+// and -ln p of the validation tokens, averaged, is the floor: the loss of a perfect model.
 //
-// The file in order: the words, the grammar, the compiler (text of the grammar -> symbols), the storyteller, the files, main.
+// "Shows in the very next token" is the one rule to keep when you write a grammar of your own: at each choice the
+// alternatives begin with different tokens (the grammar is LL(1)). The test of this file recomputes every p from the
+// text alone, by summing over all derivations, and fails where the rule is broken.
+//
+// The file in order: the words, the grammar, reading them, the storyteller, the files, main.
 // The bytes of every file written here are described in data/README.md.
 
 #ifndef _POSIX_C_SOURCE
@@ -28,9 +30,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// The words. A class is a list to draw from: `word*3` is three times as likely, `_` stands for a space inside a word, @name
-// includes another class. The feature decides how other words agree with it, see `forms`.
+// ---------------------------------------------------------------------------------------------------------
+// The words. A class is a list to draw from: `word*3` is three times as likely, `_` stands for a space inside a
+// word, @name includes another class. The feature decides how other words agree with it, see `forms`.
 
 typedef struct ClassText { const char *name, *feature, *words; } ClassText;
 
@@ -99,17 +101,19 @@ static const ClassText class_texts[] = {
 static const struct { const char *feature, *form, *text; } forms[] = {
     {"f", "he", " she"}, {"f", "He", " She"}, {"f", "his", " her"}, {"f", "His", " Her"}, {"f", "him", " her"},
     {"m", "he", " he"},  {"m", "He", " He"},  {"m", "his", " his"}, {"m", "His", " His"}, {"m", "him", " him"},
-    {"in", "at", " in"}, {"by", "at", " by"}, {"on", "at", " on"}, {"under", "at", " under"}, {"behind", "at", " behind"},
+    {"in", "at", " in"}, {"by", "at", " by"}, {"on", "at", " on"},
+    {"under", "at", " under"}, {"behind", "at", " behind"},
 };
 
-// ----------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // The grammar. Rows with the same name are the alternatives of one rule, with their weights. In the text:
 //     <class>        a word drawn from the class and forgotten
 //     {var=class}    a word drawn and remembered as var; words that the story already remembers are left out of the draw
 //     {var} {var.form}   the remembered word, or a form of it: certain, if the reader has paid attention
 //     [rule] [rule var]  another rule; inside it {$...} means var
 //     `              a double quote
-// The space before < and { belongs to the word; a rule brings its own. An empty alternative shows in the token that follows.
+// The space before < and { belongs to the word; a rule brings its own. An empty alternative shows in the token
+// that follows.
 
 typedef struct GrammarText { const char *rule; int weight; const char *text; } GrammarText;
 
@@ -188,9 +192,11 @@ static const GrammarText grammar_texts[] = {
 
     {"gift", 1, " bought a {c=colour} {x=toy} for {hero.his} friend {friend=name}."
                 " It was a surprise, so {hero.he} hid it[spot a].[visit]"
-                " `What are you hiding?` <asked> {friend}[tone]. `Nothing at all,` <said> {hero}[tone].[pastime][aside]"
+                " `What are you hiding?` <asked> {friend}[tone]. `Nothing at all,` <said>"
+                " {hero}[tone].[pastime][aside]"
                 " At last {hero} said, `Close your eyes, {friend}.` {hero.He} looked {a.at} the {a}.[surprise]"
-                " `A {c} {x}, and it is for me!` <said> {friend}. {friend.He} was so <happy> that {friend.he}[rejoice]."},
+                " `A {c} {x}, and it is for me!` <said> {friend}. {friend.He} was so <happy> that"
+                " {friend.he}[rejoice]."},
     {"visit", 3, " Soon {friend} came to play."},
     {"visit", 2, " In the <daypart> {friend} knocked <number> times at the door."},
     {"surprise", 6, " The {x} was still there."},
@@ -200,8 +206,10 @@ static const GrammarText grammar_texts[] = {
     {"rejoice", 2, " <hugged> {hero} <number> times"},
 
     {"errand", 1, " had to go to the market."
-                  " `Please bring me some {f=food}, some {g=food} and a {c=colour} {x=ware},` said {hero.his} {kin=kin}[tone]."
-                  " On the way {hero.he} met a <trait> {pal=animal}. `Come and play <game> with me,` <said> the {pal}.[play][aside]"
+                  " `Please bring me some {f=food}, some {g=food} and a {c=colour} {x=ware},` said {hero.his}"
+                  " {kin=kin}[tone]."
+                  " On the way {hero.he} met a <trait> {pal=animal}. `Come and play <game> with me,` <said>"
+                  " the {pal}.[play][aside]"
                   " Suddenly {hero} stopped. `Oh no! What did I have to buy?`[think]"
                   " `I know it,` {hero.he} <said>[tone]. `Some {f}, some {g} and a {c} {x}!`"
                   " The <trait> <job> put everything into a <size> <vessel>.[basket]"
@@ -216,7 +224,8 @@ static const GrammarText grammar_texts[] = {
     {"basket", 2, " That evening there was {g} with {f} for dinner, and the {c} {x} was on the table."},
 
     {"hungry", 1, " met a {s=sad} {pal=animal}[place p]. `Why are you crying?` <asked> {hero}[tone]."
-                  " `I am hungry, and I only like {f=food},` <said> the {pal}[tone].[offer] So {hero} <ran> to the {job=job}."
+                  " `I am hungry, and I only like {f=food},` <said> the {pal}[tone].[offer] So {hero} <ran>"
+                  " to the {job=job}."
                   " `I will give you {f} if you {chore=chore},` said the {job}.[work][aside]"
                   " Then the {job} gave {hero.him} a <size> <vessel> of {f}. {hero} <ran> back to the {p}."
                   " The {pal} ate the {f} <slowly> and was not {s} any more."
@@ -231,7 +240,8 @@ static const GrammarText grammar_texts[] = {
     {"race", 1, " heard about a race[place p]. The prize was a {c=colour} {x=toy}."
                 " {hero.His} <trait> friend {friend=name} the {pal=animal} wanted to win it, too."
                 " `Ready, steady, go!` <said> the {job=job}[tone].[running][aside]"
-                " Near the end {friend} fell over a <size> <landmark> and hurt {friend.his} {limb=limb}.[finish]"
+                " Near the end {friend} fell over a <size> <landmark> and hurt {friend.his}"
+                " {limb=limb}.[finish]"
                 " That is how the race {p.at} the {p} ended."},
     {"running", 3, " {friend} was as fast as a <animal>."},
     {"running", 3, " {hero} was first, but {friend} ran faster and faster."},
@@ -239,13 +249,16 @@ static const GrammarText grammar_texts[] = {
     {"finish", 6, " {hero} stopped at once.[bandage] Then they <ran> to the end hand in hand."
                   " `You both win,` <said> the {job}[tone] and gave the {c} {x} to {hero} and {friend}."},
     {"finish", 4, " Nobody saw it, and {hero} won. But the {c} {x} did not make {hero.him} <happy>."
-                  " So {hero.he} gave it to {friend} the {pal}, and {friend.his} {limb} did not hurt any more."},
+                  " So {hero.he} gave it to {friend} the {pal}, and {friend.his} {limb} did not hurt any"
+                  " more."},
     {"bandage", 3, " `How is your {limb}?` {hero.he} <asked>[tone]."},
     {"bandage", 2, " {hero.He} put a <colour> bandage on {friend.his} {limb}."},
 
-    {"storm", 1, " saw a storm coming. The wind <howl>ed and {hero.his} <trait> friend {friend=name} hid[spot a]."
+    {"storm", 1, " saw a storm coming. The wind <howl>ed and {hero.his} <trait> friend {friend=name}"
+                 " hid[spot a]."
                  " `I am afraid of the {noise=noise},` <said> {friend} <softly>."
-                 " {hero} lit a {c=colour} candle and told a story. `A <trait> {m=being} once lost a {d=colour} {x=treasure}."
+                 " {hero} lit a {c=colour} candle and told a story. `A <trait> {m=being} once lost a"
+                 " {d=colour} {x=treasure}."
                  " It was not[place p] and it was not[place q]. The {m} found only[junk].[return]`"
                  " `Was the {m} <happy>?` <asked> {friend}. `Yes,` <said> {hero}[tone],"
                  " `and the {d} {x} was never lost again.`[aside] Soon the storm was over.[calm]"},
@@ -255,7 +268,8 @@ static const GrammarText grammar_texts[] = {
     {"calm", 2, " Nobody was {a.at} the {a} now, and the {c} candle went out <slowly>."},
 
     {"build", 1, " began to build a <size> {x=craft} out of {m=material}."
-                 " {hero.His} {kin=kin} brought {hero.him} a <colour> <tool> and some <bits>.[toil] But the {x}[broken].[sigh]"
+                 " {hero.His} {kin=kin} brought {hero.him} a <colour> <tool> and some <bits>.[toil] But the"
+                 " {x}[broken].[sigh]"
                  " `Do not use {m}, use {n=material},` <said> {hero.his} friend {friend=name}[tone].[aside]"
                  " So they <slowly> built the {x} again, and {friend} painted it {c=colour}.[pride]"
                  " {hero.His} {kin} came to see the {c} {x}. `It is made of {n},` <said> {hero}[tone],"
@@ -270,8 +284,10 @@ static const GrammarText grammar_texts[] = {
 
     {"bake", 1, " wanted to bake a cake for {hero.his} {kin=kin}."
                 " {hero.He} needed some {f=food}, some {g=food} and some {h=food}."
-                " But {hero.he} could not find any[missing] {hero} <slowly> mixed the {f}, the {g} and the {h} in a <size> bowl."
-                "[aside][oven] {hero.His} {kin} took a bite. `I can taste {f}, {g} and {h},` {kin.he} <said>[tone]. `It is <tasty>!`"
+                " But {hero.he} could not find any[missing] {hero} <slowly> mixed the {f}, the {g} and the"
+                " {h} in a <size> bowl."
+                "[aside][oven] {hero.His} {kin} took a bite. `I can taste {f}, {g} and {h},` {kin.he}"
+                " <said>[tone]. `It is <tasty>!`"
                 " They gave the last piece to {friend}."},
     {"missing", 1, "[fetch f]"}, {"missing", 1, "[fetch g]"}, {"missing", 1, "[fetch h]"},
     {"fetch", 1, " {$}! So {hero} <ran> to {hero.his} friend {friend=name}, who lived[place p]."
@@ -284,10 +300,12 @@ static const GrammarText grammar_texts[] = {
     {"oven", 2, " After <number> minutes the cake was ready."},
 
     {"wish", 1, " found a magic {x=treasure}[place p]. It was {c=colour} and very <shiny>."
-                " When {hero.he} rubbed it, a <size> {m=being} came out. `You have three wishes,` <said> the {m}[tone]."
+                " When {hero.he} rubbed it, a <size> {m=being} came out. `You have three wishes,` <said> the"
+                " {m}[tone]."
                 " First {hero} wished for some {f=food}. Then {hero.he} wished for a {d=colour} {y=toy}.[aside]"
                 " But {hero.he} still felt {s=sad}.[advice]"
-                " So {hero} wished for a friend, and there was a <trait>[who friend]![share] {hero} was not {s} any more."
+                " So {hero} wished for a friend, and there was a <trait>[who friend]![share] {hero} was not"
+                " {s} any more."
                 " The {m} went back into the {c} {x} and slept for <number> years."},
     {"advice", 3, " `You need a friend,` <said> the {m}[tone]."},
     {"advice", 2, " It is no fun to be alone."},
@@ -306,10 +324,13 @@ static const GrammarText grammar_texts[] = {
     {"guard", 3, " From that day on, the {pal} took care of the {n} plants and chased away the <bugs>."},
     {"guard", 2, " `I like you,` <said> the {pal}[tone], and ate the {f} <slowly>."},
 
-    {"secret", 1, " discovered a tiny <colour> door[spot a]. `What is the secret word?` <asked> a voice[tone].[guess]"
-                  " Then a <trait> {pal=animal} came by. `The word is {w=secret},` <said> the {pal}[tone].[repeat][aside]"
+    {"secret", 1, " discovered a tiny <colour> door[spot a]. `What is the secret word?` <asked> a"
+                  " voice[tone].[guess]"
+                  " Then a <trait> {pal=animal} came by. `The word is {w=secret},` <said> the"
+                  " {pal}[tone].[repeat][aside]"
                   " The next <daypart> {hero} <ran> back to the door {a.at} the {a}."
-                  " `The secret word is {w},` {hero.he} <said>[tone]. The door opened, and there sat a <trait> {m=being}."
+                  " `The secret word is {w},` {hero.he} <said>[tone]. The door opened, and there sat a"
+                  " <trait> {m=being}."
                   " `Well done,` <said> the {m}. `This {c=colour} {x=treasure} is for you.`"
                   " {hero} showed the {c} {x} to the {pal} and never told anyone the word {w}."},
     {"guess", 3, " `Is it {v=secret}?` <asked> {hero}. It was not {v}."},
@@ -319,9 +340,11 @@ static const GrammarText grammar_texts[] = {
 
     {"concert", 1, " got a {c=colour} {i=instrument} from {hero.his} {kin=kin}."
                    " `There is a concert[place p] on {d=weekday},` {kin.he} <said>[tone]."
-                   " At first the {i} sounded like a <sad> {pal=animal}.[tease] But {hero} played it every <daypart>.[practice][aside]"
+                   " At first the {i} sounded like a <sad> {pal=animal}.[tease] But {hero} played it every"
+                   " <daypart>.[practice][aside]"
                    " On {d} everyone came to the {p}. `You can do it,` <said> {friend}[tone]."
-                   " {hero} took the {c} {i} and played.[applause] `That was not a {pal},` <said> {hero.his} {kin}[tone]."
+                   " {hero} took the {c} {i} and played.[applause] `That was not a {pal},` <said> {hero.his}"
+                   " {kin}[tone]."
                    " `That was the best {i} in the world!`"},
     {"tease", 3, " {hero.His} <trait> friend {friend=name} laughed."},
     {"tease", 2, " `Stop it,` <said> {hero.his} friend {friend=name}[tone]."},
@@ -332,15 +355,15 @@ static const GrammarText grammar_texts[] = {
     {"applause", 2, " A <trait> <being> gave {hero.him} some <flower>."},
 };
 
-// ----------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Reading the tables: the text of the grammar item by item, the classes, the vocabulary.
 
 #define COUNT(table) ((int)(sizeof(table) / sizeof((table)[0])))
 
 enum {
     SEQ_LEN = 256,        // T: a window has T+1 tokens, <|endoftext|> and whole stories
-    EOD = 256,            // <|endoftext|>: begin and end of a document; ids below it are the 256 bytes, ids above are words
-    MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 32, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8
+    EOD = 256,            // <|endoftext|>: begin and end of a document; below it are the 256 bytes, above the words
+    MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8
 };
 
 typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight; } Word;   // text begins with a space
@@ -353,7 +376,8 @@ typedef struct Grammar {
 } Grammar;
 
 // One item of a grammar text: LITERAL name; DRAW a word of class `other` as variable `name` ("" = forget it);
-// RECALL variable `name` in form `other` ("" = as it is); CALL rule `name` with parameter `other` ("" = the caller's own).
+// RECALL variable `name` in form `other` ("" = as it is); CALL rule `name` with parameter `other` ("" = the
+// caller's own).
 enum { LITERAL, DRAW, RECALL, CALL };
 typedef struct Item { int op; char name[MAX_TEXT], other[MAX_TEXT]; } Item;
 
@@ -383,45 +407,61 @@ static int in_rule(int row, int first) {
     return row < COUNT(grammar_texts) && strcmp(grammar_texts[row].rule, grammar_texts[first].rule) == 0;
 }
 
-// Reads the item at *text and moves on; 0 at the end. A literal is a word or a punctuation mark, with the space before it.
+static void copy_text(char *to, const char *from, const char *end) {
+    memcpy(to, from, (size_t)(end - from));
+    to[end - from] = 0;
+}
+
+// Reads the item at *text and moves on; 0 at the end. A literal is a word or a mark, with the space before it.
 static int next_item(const char **text, Item *item) {
     const char *p = *text;
-    int n = 0;
-    item->name[0] = item->other[0] = 0;
     if (!*p) return 0;
+    item->name[0] = item->other[0] = 0;
     if (*p == ' ' && (p[1] == '<' || p[1] == '{')) p++;
-    if (*p == '<' || *p == '{' || *p == '[') {
-        const char *end = p + strcspn(p, ">}]"), *mark = p + strcspn(p, "=. >}]");
-        if (!*end || end - p > MAX_TEXT || (*p != '[' && p == *text)) die("bad bracket, or no space before it: %s", p);
+    if (strchr("<{[", *p)) {
+        const char *inside = p + 1, *end = inside + strcspn(inside, ">}]");
+        const char *mark = inside + strcspn(inside, "=. >}]");
+        if (!*end || end - p > MAX_TEXT) die("the grammar has a bad bracket: %s", p);
+        if (*p != '[' && p == *text) die("the grammar has no space before: %s", p);
         item->op = *p == '[' ? CALL : *p == '<' || *mark == '=' ? DRAW : RECALL;
-        memcpy(*p == '<' ? item->other : item->name, p + 1, (size_t)(mark - p - 1));
-        (*p == '<' ? item->other : item->name)[mark - p - 1] = 0;
-        if (mark < end) { memcpy(item->other, mark + 1, (size_t)(end - mark - 1)); item->other[end - mark - 1] = 0; }
+        copy_text(*p == '<' ? item->other : item->name, inside, mark);
+        if (mark < end) copy_text(item->other, mark + 1, end);
         *text = end + 1;
         return 1;
     }
+    const char *word = p + (*p == ' '), *end = word;
+    while (isalpha((unsigned char)*end)) end++;
+    if (end == word) end++;
+    if (end - p >= MAX_TEXT) die("the grammar has a word that is too long: %s", p);
     item->op = LITERAL;
-    if (*p == ' ') item->name[n++] = *p++;
-    if (!isalpha((unsigned char)*p)) { item->name[n++] = *p == '`' ? '"' : *p; p++; }
-    else while (isalpha((unsigned char)*p) && n < MAX_TEXT - 1) item->name[n++] = *p++;
-    item->name[n] = 0;
-    *text = p;
+    copy_text(item->name, p, end);
+    if (*word == '`') item->name[word - p] = '"';
+    *text = end;
     return 1;
+}
+
+// Inside a rule "$" is the variable that the caller named, its parameter.
+static const char *var_of(const Item *item, const char *param) {
+    return strcmp(item->name, "$") == 0 ? param : item->name;
+}
+
+static const char *param_of(const Item *item, const char *param) {
+    return item->other[0] && strcmp(item->other, "$") != 0 ? item->other : param;
 }
 
 static int compare_text(const void *a, const void *b) { return strcmp((const char *)a, (const char *)b); }
 
-// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it, for one literal or one word of a class.
+// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it, of a literal or a word of a class.
 static int encode(const Grammar *g, const char *text, int *tokens) {
     int n = 0;
     while (*text) {
         char piece[MAX_TEXT];
-        const char *found = NULL;
-        size_t length = strlen(text);
+        const char *words = g->pieces[EOD + 1], *found = NULL;
+        size_t length = strlen(text), n_words = (size_t)(g->n_pieces - EOD - 1);
         for (; length && !found; length -= !found) {
             memcpy(piece, text, length);
             piece[length] = 0;
-            found = (const char *)bsearch(piece, g->pieces[EOD + 1], (size_t)(g->n_pieces - EOD - 1), MAX_TEXT, compare_text);
+            found = (const char *)bsearch(piece, words, n_words, MAX_TEXT, compare_text);
         }
         if (!found || n == MAX_WORD_TOKENS) die("the vocabulary has no pieces for '%s'", text);
         tokens[n++] = (int)((found - g->pieces[0]) / MAX_TEXT);
@@ -460,11 +500,12 @@ static void read_class(Class *c, int from) {
 
 static int is_first_use(const Grammar *g, int c, const char *text) {
     for (int i = 0; i < c; i++)
-        for (int k = 0; k < g->classes[i].n; k++) if (strcmp(g->classes[i].words[k].text, text) == 0) return 0;
+        for (int k = 0; k < g->classes[i].n; k++)
+            if (strcmp(g->classes[i].words[k].text, text) == 0) return 0;
     return 1;
 }
 
-// Sorts the pieces; a word that is another word with a suffix becomes two pieces, so the suffix is learned once: " look" "ed".
+// Sorts the pieces and takes out the words that are another word and a suffix, they become two: " look" "ed".
 static void finish_pieces(Grammar *g) {
     static const char *const suffixes[] = {"ed", "d", "s", "er", "ly"};
     int n = EOD + 1;
@@ -473,10 +514,10 @@ static void finish_pieces(Grammar *g) {
     for (int i = n; i < g->n_pieces; i++) {
         int is_derived = 0;
         for (int k = 0; k < COUNT(suffixes); k++) {
-            size_t length = strlen(g->pieces[i]), cut = strlen(suffixes[k]);
-            if (length < cut + 4 || strcmp(g->pieces[i] + length - cut, suffixes[k]) != 0) continue;
+            size_t length = strlen(g->pieces[i]), cut = strlen(suffixes[k]), stem = length - cut;
+            if (length < cut + 4 || strcmp(g->pieces[i] + stem, suffixes[k]) != 0) continue;
             for (int j = EOD + 1; j < n; j++)   // a stem sorts before its word
-                is_derived |= strlen(g->pieces[j]) == length - cut && strncmp(g->pieces[j], g->pieces[i], length - cut) == 0;
+                is_derived |= strlen(g->pieces[j]) == stem && strncmp(g->pieces[j], g->pieces[i], stem) == 0;
         }
         if (!is_derived) memmove(g->pieces[n++], g->pieces[i], MAX_TEXT);
     }
@@ -502,31 +543,43 @@ static Grammar *grammar_create(void) {
     return g;
 }
 
-// The most tokens that `rule` can give: no story may be cut by chance, or its probabilities would be wrong. recall->n[v] is the
-// longest word that variable v may hold; it is known when the whole grammar has been walked once, so the caller asks twice.
-typedef struct Recall { char vars[MAX_VARS][MAX_TEXT]; int n[MAX_VARS]; } Recall;
+// The longest word, in tokens, that each variable may hold.
+typedef struct Longest { char vars[MAX_VARS][MAX_TEXT]; int n[MAX_VARS]; } Longest;
 
-static int longest(const Grammar *g, const char *rule, const char *param, Recall *recall, int depth) {
+static int *longest_of(Longest *l, const char *var) {
+    int v = 0;
+    while (l->vars[v][0] && strcmp(l->vars[v], var) != 0) v++;
+    if (v == MAX_VARS - 1) die("the grammar has more than %d variables", MAX_VARS - 1);
+    strcpy(l->vars[v], var);
+    return &l->n[v];
+}
+
+static int longest_word(const Grammar *g, const Class *c) {
+    int best = 0, tokens[MAX_WORD_TOKENS];
+    for (int k = 0; k < c->n; k++) {
+        int n = encode(g, c->words[k].text, tokens);
+        if (n > best) best = n;
+    }
+    return best;
+}
+
+// The most tokens that `rule` can give: no story may be cut by chance, or its probabilities would be wrong.
+// What a variable may hold is known when the whole grammar has been walked once, so the caller asks twice.
+static int longest_text(const Grammar *g, const char *rule, const char *param, Longest *l, int depth) {
     int best = 0, tokens[MAX_WORD_TOKENS], first = find_rule(rule);
     if (depth == MAX_DEPTH) die("the rule %s calls itself", rule);
     for (int row = first; in_rule(row, first); row++) {
         const char *text = grammar_texts[row].text;
-        int total = 0, v = 0, n_word = 0;
-        for (Item item; next_item(&text, &item); total += n_word) {
-            const char *var = strcmp(item.op == CALL ? item.other : item.name, "$") == 0 ? param : item.name;
-            for (v = 0, n_word = 0; v < MAX_VARS - 1 && recall->vars[v][0] && strcmp(recall->vars[v], var) != 0;) v++;
-            if (item.op == LITERAL) n_word = encode(g, item.name, tokens);
-            if (item.op == RECALL) n_word = recall->n[v];
-            if (item.op == CALL) n_word = longest(g, item.name, item.other[0] && item.other[0] != '$' ? item.other : param, recall, depth + 1);
-            if (item.op != DRAW) continue;
-            const Class *c = &g->classes[find_class(item.other)];
-            for (int k = 0; k < c->n; k++) {
-                int n = encode(g, c->words[k].text, tokens);
-                if (n > n_word) n_word = n;
+        int total = 0, n = 0;
+        for (Item item; next_item(&text, &item); total += n) {
+            if (item.op == LITERAL) n = encode(g, item.name, tokens);
+            if (item.op == CALL) n = longest_text(g, item.name, param_of(&item, param), l, depth + 1);
+            if (item.op == RECALL) n = *longest_of(l, var_of(&item, param));
+            if (item.op == DRAW) {
+                n = longest_word(g, &g->classes[find_class(item.other)]);
+                int *longest = longest_of(l, var_of(&item, param));
+                if (item.name[0] && n > *longest) *longest = n;
             }
-            if (!var[0]) continue;
-            strcpy(recall->vars[v], var);
-            if (n_word > recall->n[v]) recall->n[v] = n_word;
         }
         if (total > best) best = total;
     }
@@ -534,14 +587,15 @@ static int longest(const Grammar *g, const char *rule, const char *param, Recall
 }
 
 static int longest_story(const Grammar *g) {   // with its <|endoftext|>
-    Recall recall;
-    memset(&recall, 0, sizeof recall);
-    longest(g, "story", "", &recall, 0);
-    return longest(g, "story", "", &recall, 0) + 1;
+    Longest l;
+    memset(&l, 0, sizeof l);
+    longest_text(g, "story", "", &l, 0);
+    return longest_text(g, "story", "", &l, 0) + 1;
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// The storyteller. It walks down the grammar; p collects the probability of the choices made since the last token.
+// ---------------------------------------------------------------------------------------------------------
+// The storyteller. It walks down the grammar; p collects the probability of the choices made since the last
+// token.
 
 typedef struct Story {
     const Grammar *g;
@@ -588,6 +642,7 @@ static void tell_draw(Story *s, const Class *c, const char *var) {
         left_to_draw[n++] = &c->words[k];
         total += c->words[k].weight;
     }
+    if (total == 0) die("the grammar draws {%s} from a class without words left", var);
     int x = random_below(s, total);
     for (; x >= left_to_draw[i]->weight; i++) x -= left_to_draw[i]->weight;
     s->p *= (double)left_to_draw[i]->weight / total;
@@ -603,8 +658,11 @@ static void tell_recall(Story *s, const char *var, const char *form) {
     for (int v = 0; v < s->n_vars; v++) if (strcmp(s->vars[v].name, var) == 0) w = s->vars[v].word;
     if (!w) die("the grammar recalls {%s} before it is drawn", var);
     if (!form[0]) { tell_text(s, w->text); return; }
-    for (int i = 0; i < COUNT(forms); i++)
-        if (strcmp(forms[i].form, form) == 0 && strcmp(forms[i].feature, w->feature) == 0) { tell_text(s, forms[i].text); return; }
+    for (int i = 0; i < COUNT(forms); i++) {
+        if (strcmp(forms[i].form, form) != 0 || strcmp(forms[i].feature, w->feature) != 0) continue;
+        tell_text(s, forms[i].text);
+        return;
+    }
     die("the grammar has no form '%s' of '%s'", form, w->text);
 }
 
@@ -616,11 +674,10 @@ static void tell_rule(Story *s, const char *rule, const char *param) {
     s->p *= (double)grammar_texts[row].weight / total;
     const char *text = grammar_texts[row].text;
     for (Item item; next_item(&text, &item);) {
-        const char *var = strcmp(item.name, "$") == 0 ? param : item.name;
         if (item.op == LITERAL) tell_text(s, item.name);
-        if (item.op == DRAW) tell_draw(s, &s->g->classes[find_class(item.other)], var);
-        if (item.op == RECALL) tell_recall(s, var, item.other);
-        if (item.op == CALL) tell_rule(s, item.name, item.other[0] && item.other[0] != '$' ? item.other : param);
+        if (item.op == DRAW) tell_draw(s, &s->g->classes[find_class(item.other)], var_of(&item, param));
+        if (item.op == RECALL) tell_recall(s, var_of(&item, param), item.other);
+        if (item.op == CALL) tell_rule(s, item.name, param_of(&item, param));
     }
 }
 
@@ -636,8 +693,9 @@ static void story_tell(Story *s, const Grammar *g, uint64_t seed, uint64_t strea
     tell_token(s, EOD);
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// The files. Each is written under a temporary name and renamed; stories.json comes last, so it marks a whole set.
+// ---------------------------------------------------------------------------------------------------------
+// The files. Each is written under a temporary name and renamed; stories.json comes last, so it marks a whole
+// set.
 
 enum { TRAIN_STREAM, VAL_STREAM, PRINT_STREAM };
 enum { SHARD_TOKENS = 3000000 };
@@ -652,13 +710,16 @@ static void file_check(const File *file, int ok) {
 }
 
 static void file_open(File *file, const char *dir, const char *name) {
-    if (snprintf(file->path, sizeof file->path, "%s/%s", dir, name) >= (int)sizeof file->path) die("the path %s is too long", dir);
+    if (snprintf(file->path, sizeof file->path, "%s/%s", dir, name) >= (int)sizeof file->path)
+        die("the path %s is too long", dir);
     snprintf(file->temp, sizeof file->temp, "%s.tmp", file->path);
     file->f = fopen(file->temp, "wb");
     file_check(file, file->f != NULL);
 }
 
-static void file_write(File *file, const void *data, size_t n) { file_check(file, fwrite(data, 1, n, file->f) == n); }
+static void file_write(File *file, const void *data, size_t n) {
+    file_check(file, fwrite(data, 1, n, file->f) == n);
+}
 
 static void file_close(File *file) {
     file_check(file, fflush(file->f) == 0 && fsync(fileno(file->f)) == 0);
@@ -725,10 +786,13 @@ static void write_train(const Grammar *g, const char *dir, uint64_t seed, int64_
         totals->tokens += n;
     }
     free(tokens);
-    do snprintf(path, sizeof path, "%s/train_%03d.bin", dir, shard++); while (remove(path) == 0);   // of a longer run before
+    do {   // shards of a longer run before
+        snprintf(path, sizeof path, "%s/train_%03d.bin", dir, shard++);
+    } while (remove(path) == 0);
 }
 
-// Rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. Every target has its whole story in sight.
+// Rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. Every target has its whole story in
+// sight.
 static void write_val(const Grammar *g, const char *dir, uint64_t seed, int64_t n_rows, Totals *totals) {
     char val_dir[1024], json[512];
     File rows, nll, metadata;
@@ -755,10 +819,11 @@ static void write_val(const Grammar *g, const char *dir, uint64_t seed, int64_t 
     }
     file_close(&rows);
     file_close(&nll);
-    int n = snprintf(json, sizeof json, "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"validation\",\n"
+    int n = snprintf(json, sizeof json,
+                     "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"validation\",\n"
                      "  \"vocab_size\": %d,\n  \"sequence_length\": %d,\n  \"token_size_bytes\": 2,\n  \"eos_token_id\": %d,\n"
-                     "  \"total_sequences\": %lld,\n  \"total_tokens\": %lld\n}\n", g->n_pieces, SEQ_LEN, EOD, (long long)n_rows,
-                     (long long)n_rows * (SEQ_LEN + 1));
+                     "  \"total_sequences\": %lld,\n  \"total_tokens\": %lld\n}\n", g->n_pieces, SEQ_LEN, EOD,
+                     (long long)n_rows, (long long)n_rows * (SEQ_LEN + 1));
     file_open(&metadata, val_dir, "metadata.json");
     file_write(&metadata, json, (size_t)n);
     file_close(&metadata);
@@ -784,17 +849,19 @@ static void write_tokenizer(const Grammar *g, const char *dir) {
 static void write_marker(const Grammar *g, const char *dir, uint64_t seed, const Totals *t) {
     char json[512];
     File file;
-    int n = snprintf(json, sizeof json, "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n"
-                     "  \"val_rows\": %lld,\n  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n"
-                     "  \"floor\": %.6f,\n  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens,
-                     (long long)t->stories, (long long)t->val_rows, g->n_pieces, g->n_content_words, t->longest, t->floor);
+    int n = snprintf(json, sizeof json,
+                     "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n  \"val_rows\": %lld,\n"
+                     "  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n  \"floor\": %.6f,\n"
+                     "  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
+                     (long long)t->val_rows, g->n_pieces, g->n_content_words, t->longest, t->floor);
     file_open(&file, dir, "stories.json");
     file_write(&file, json, (size_t)n);
     file_close(&file);
 }
 
 // Makes the whole set. The marker goes first and comes back last, so an interrupted run is seen and made again.
-static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int64_t n_tokens, int64_t n_rows, Totals *totals) {
+static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int64_t n_tokens, int64_t n_rows,
+                          Totals *totals) {
     char marker[1100];
     make_dirs(dir);
     snprintf(marker, sizeof marker, "%s/stories.json", dir);
@@ -805,7 +872,7 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
     write_marker(g, dir, seed, totals);
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 #ifndef STORIES_NO_MAIN
 
 static const char usage[] =
@@ -856,9 +923,10 @@ int main(int argc, char **argv) {
     }
 
     write_stories(g, dir, (uint64_t)seed, n_tokens, n_rows, &totals);
-    printf("stories: %s | %lld training tokens in %lld stories | %lld validation rows of %d | vocabulary %d | %d content words | "
-           "floor %.4f nats per token | longest possible story %d tokens\n", dir, (long long)totals.tokens, (long long)totals.stories,
-           (long long)totals.val_rows, SEQ_LEN + 1, g->n_pieces, g->n_content_words, totals.floor, totals.longest);
+    printf("stories: %s | %lld training tokens in %lld stories | %lld validation rows of %d | vocabulary %d | "
+           "%d content words | floor %.4f nats per token | longest possible story %d tokens\n", dir,
+           (long long)totals.tokens, (long long)totals.stories, (long long)totals.val_rows, SEQ_LEN + 1, g->n_pieces,
+           g->n_content_words, totals.floor, totals.longest);
     free(g);
     return 0;
 }
