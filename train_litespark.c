@@ -2319,8 +2319,8 @@ const char *measured_text(double x, const char *format) {
 //   checksums.txt                            a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
 // Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
 typedef struct Model Model;             // section 13
-enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V };
-// Elements [at, at+n) of the flat weights, or of this rank's share of master, m, v, as fp32 on the host. Section 13.
+enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
+// Elements [at, at+n) of the flat weights or gradients, or of this rank's share of master, m, v, as fp32 on the host. Section 13.
 void model_read(const Model *m, int what, size_t at, size_t n, float *host);
 void model_write(Model *m, int what, size_t at, size_t n, const float *host);
 void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at);
@@ -3792,6 +3792,8 @@ void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
     m->arena_n[1] = acts.used;
 }
 
+double model_bytes(const Model *m) { return (double)(m->arena_n[0] + m->arena_n[1]) * sizeof(floatX); }
+
 void model_alloc(Model *m) {
     for (int i = 0; i < 2; i++) {
         void *at = NULL;
@@ -3805,6 +3807,12 @@ void model_alloc(Model *m) {
     layout_state(m, &state);
     layout_acts(m, &acts);
     rope_table(m->cosine, m->sine, &m->c, m->T);
+}
+
+void print_memory(const Model *m) {
+    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
+    printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n", n * unit, n * unit,
+           ((double)m->arena_n[0] - 2 * n) * unit, (double)m->arena_n[1] * unit, (double)(m->arena_n[0] + m->arena_n[1]) * unit);
 }
 
 void model_free(Model *m) {
@@ -3932,6 +3940,19 @@ double llama_loss(Model *m, const Batch *batch, int64_t *n_targets) {
     return sum_nll(m, batch, n_targets);
 }
 
+// Logits (V) of the token after ids (n), n <= N, as fp32 on the host.
+void next_logits(Model *m, const int *ids, int n, float *logits) {
+    Batch b;
+    memset(&b, 0, sizeof b);
+    b.B = 1;
+    b.T = n;
+    b.inputs = (int *)ids;
+    llama_forward(m, &b);
+    matmul_forward(m->logits, m->norm + (size_t)(n - 1) * m->c.C, head_param(m->weights, &m->p), 1, m->c.C, m->c.V);
+    store(m, m->logits, (size_t)m->c.V);
+    for (int v = 0; v < m->c.V; v++) logits[v] = (float)m->logits[v];
+}
+
 // Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when unit u's gradients are complete.
 // Returns the sum of losses.
 double llama_forward_backward(Model *m, const Batch *batch, double dscale, int64_t *n_targets, void (*unit_done)(Model *, int)) {
@@ -3987,6 +4008,24 @@ double llama_forward_backward(Model *m, const Batch *batch, double dscale, int64
     return sum_nll(m, batch, n_targets);
 }
 
+void model_zero_grads(Model *m) { memset(m->grads, 0, m->p.n * sizeof(floatX)); }
+
+// Starts to add up unit u's gradients over the ranks; comm_reduce_finish waits for it.
+void model_reduce_unit(Model *m, int u) { comm_reduce_start(m->grads + m->p.units[u].at, m->p.units[u].n_padded); }
+
+// Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
+double gradient_norm(const Model *m, const char **bad, int *n_bad) {
+    double total = 0;
+    *bad = NULL;
+    *n_bad = 0;
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        double squares = sum_of_squares(m->grads + m->p.tensors[i].at, m->p.tensors[i].n);
+        if (!isfinite(squares) && !(*n_bad)++) *bad = m->p.tensors[i].name;
+        total += squares;
+    }
+    return sqrt(total);
+}
+
 // One AdamW update with gradients * grad_scale; step counts from 1. ZeRO 1: each rank updates its slices, then all gather the weights.
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
     for (int u = 0; u < m->p.n_units; u++) {
@@ -4011,6 +4050,7 @@ static floatX *state_pointer(const Model *m, int what, size_t at) {
     if (what == STATE_M) return m->m + at;
     if (what == STATE_V) return m->v + at;
     if (what == STATE_WEIGHTS) return m->weights + at;
+    if (what == STATE_GRADS) return m->grads + at;
     if (m->bf16) return m->master + at;
     for (int u = 0;; u++) {                 // fp32: a share of the master is a share of the weights
         size_t first, n, begin;
@@ -4030,6 +4070,37 @@ void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
 }
 
 const ParamTable *model_table(const Model *m) { return &m->p; }
+// ---- the machine ---------------------------------------------------------------------------------------------------------
+// Bytes that a rank may plan with: 70% of its share of the machine's memory.
+double memory_of_rank(void) { return 0.7 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / comm_local_ranks(); }
+
+// FMA peak of all threads: twelve independent chains of vectors that stay in registers, the best of a few short runs.
+double measure_peak(void) {
+    enum { CHAINS = 12, ROUNDS = 400000 };
+    double best = 0, sink = 0;
+    for (int run = 0; run < 5; run++) {
+        double start = now_seconds();
+        int threads = 0;
+        #pragma omp parallel reduction(+ : sink, threads)
+        {
+            Vec x[CHAINS], a = (Vec){0} + (floatX)0.999, b = (Vec){0} + (floatX)1e-3;
+            #pragma GCC unroll 12
+            for (int k = 0; k < CHAINS; k++) x[k] = b * (floatX)k;
+            for (int r = 0; r < ROUNDS; r++) {
+                #pragma GCC unroll 12
+                for (int k = 0; k < CHAINS; k++) x[k] = x[k] * a + b;
+            }
+            #pragma GCC unroll 12
+            for (int k = 1; k < CHAINS; k++) x[0] += x[k];
+            sink += (double)x[0][0];            // keeps the loop alive
+            threads += 1;
+        }
+        double flops = 2.0 * LANES * CHAINS * ROUNDS * threads / (now_seconds() - start);
+        best = flops > best ? flops : best;
+    }
+    return isfinite(sink) ? best : 0;
+}
+
 // ==== 14. main ==========================================================================================================
 static volatile sig_atomic_t signals;       // how many arrived
 
@@ -4054,33 +4125,6 @@ typedef struct Trainer {
     int64_t bad_in_a_row, saved_step;
     double val_loss, floor;                 // of the last evaluation, NAN: none
 } Trainer;
-
-// FMA peak of all threads: twelve independent chains of vectors, the best of a few short runs.
-double measure_peak(void) {
-    typedef float vec __attribute__((vector_size(64)));
-    enum { CHAINS = 12, ROUNDS = 200000 };
-    double best = 0, sink = 0;
-    for (int run = 0; run < 3; run++) {
-        double start = now_seconds();
-        int threads = 0;
-        #pragma omp parallel reduction(+ : sink, threads)
-        {
-            vec x[CHAINS], a, b;
-            for (int i = 0; i < 16; i++) a[i] = 0.999f, b[i] = 1e-3f;
-            for (int k = 0; k < CHAINS; k++) x[k] = b * (float)k;
-            for (int r = 0; r < ROUNDS; r++) {
-                #pragma GCC unroll 12
-                for (int k = 0; k < CHAINS; k++) x[k] = x[k] * a + b;
-                __asm__ volatile("" ::: "memory");
-            }
-            for (int k = 0; k < CHAINS; k++) sink += x[k][k];
-            threads += 1;
-        }
-        double flops = 2.0 * 16 * CHAINS * ROUNDS * threads / (now_seconds() - start);
-        best = flops > best ? flops : best;
-    }
-    return sink == 12345 ? 0 : best;        // sink keeps the loop alive
-}
 
 // ---- set-up --------------------------------------------------------------------------------------------------------------
 static void refuse_what_the_cpu_cannot(void) {
@@ -4185,17 +4229,17 @@ static void resolve_options(Trainer *tr) {
         die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
     int64_t rows = opt.total_batch_tokens / row;
     if (!opt.logits_chunk) {
-        opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(floatX) * tr->c.V);
+        opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(float) * tr->c.V);
         if (opt.logits_chunk < 64) opt.logits_chunk = 64;
     }
     if (!opt.batch_size) {      // the largest divisor that fits in 70% of this rank's share of memory; beyond 4096 rows nothing gets faster
-        double memory = 0.7 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / comm_local_ranks();
+        double memory = memory_of_rank();
         for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= 4096); b++) {
             if (rows % b) continue;
             Model plan;
             model_options(&plan);
             model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
-            if (b == 1 || (double)(plan.arena_n[0] + plan.arena_n[1]) * sizeof(floatX) < memory) opt.batch_size = b;
+            if (b == 1 || model_bytes(&plan) < memory) opt.batch_size = b;
             model_free(&plan);
         }
     }
@@ -4204,12 +4248,6 @@ static void resolve_options(Trainer *tr) {
     if (opt.batch_size * opt.seq_len > INT_MAX / 2) die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
     tr->micro_steps = rows / opt.batch_size;
     if (opt.checkpoint_every < 0) opt.checkpoint_every = opt.steps / 5 > 1 ? opt.steps / 5 : 1;
-}
-
-static void print_memory(const Model *m) {
-    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
-    printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n", n * unit, n * unit,
-           ((double)m->arena_n[0] - 2 * n) * unit, (double)m->arena_n[1] * unit, (double)(m->arena_n[0] + m->arena_n[1]) * unit);
 }
 
 static void print_model(const Trainer *tr) {
@@ -4252,24 +4290,15 @@ static void evaluate(Trainer *tr) {
     log_record(&r);
 }
 
-// Next token after ids (n), by temperature (0: the most likely).
-static int sample_token(Model *m, const int *ids, int n, double temperature, double coin) {
-    Batch b;
-    memset(&b, 0, sizeof b);
-    b.B = 1;
-    b.T = n;
-    b.inputs = (int *)ids;
-    llama_forward(m, &b);
-    const floatX *norm = m->norm + (size_t)(n - 1) * m->c.C;
-    matmul_forward(m->logits, norm, head_param(m->weights, &m->p), 1, m->c.C, m->c.V);
-    store(m, m->logits, (size_t)m->c.V);
+// The next token by temperature (0: the most likely) and a coin in [0,1).
+static int sample_token(const float *logits, int V, double temperature, double coin) {
     int best = 0;
-    for (int v = 1; v < m->c.V; v++) if (m->logits[v] > m->logits[best]) best = v;
+    for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
     if (temperature == 0) return best;
     double sum = 0, seen = 0;
-    for (int v = 0; v < m->c.V; v++) sum += exp((m->logits[v] - m->logits[best]) / temperature);
-    for (int v = 0; v < m->c.V; v++) {
-        seen += exp((m->logits[v] - m->logits[best]) / temperature);
+    for (int v = 0; v < V; v++) sum += exp((logits[v] - logits[best]) / temperature);
+    for (int v = 0; v < V; v++) {
+        seen += exp((logits[v] - logits[best]) / temperature);
         if (seen > coin * sum) return v;
     }
     return best;
@@ -4283,6 +4312,7 @@ static void generate(Trainer *tr) {
     int *prompt = NULL, n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0, n = 0;
     int room = tr->m.N < tr->m.T ? tr->m.N : tr->m.T, total = n_prompt + (int)opt.sample_tokens + 1;
     int *ids = (int *)xmalloc((size_t)(total + 1) * sizeof(int));
+    float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
     if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
     for (int i = 0; i < n_prompt; i++) {
         if (prompt[i] >= tr->c.V) die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
@@ -4293,7 +4323,8 @@ static void generate(Trainer *tr) {
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         int window = n < room ? n : room;
         double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
-        ids[n] = sample_token(&tr->m, ids + n - window, window, opt.temperature, coin);
+        next_logits(&tr->m, ids + n - window, window, logits);
+        ids[n] = sample_token(logits, tr->c.V, opt.temperature, coin);
         if (ids[n] == eos) break;
         if (tok && ids[n] < tok->V) tokenizer_print(tok, ids[n - 1], ids[n], stdout);
         else printf(" %d", ids[n]);
@@ -4302,17 +4333,16 @@ static void generate(Trainer *tr) {
     }
     printf("\n");
     free(prompt);
+    free(logits);
     free(ids);
 }
 
 // ---- one update ------------------------------------------------------------------------------------------------------------
-static void reduce_unit(Model *m, int u) { comm_reduce_start(m->grads + m->p.units[u].at, m->p.units[u].n_padded); }
-
 // Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between micro-steps
 // (nothing has changed then, the data position neither). sums = loss, targets.
 static int update_gradients(Trainer *tr, double *sums) {
     LoaderState before = tr->train.state;
-    memset(tr->m.grads, 0, tr->m.p.n * sizeof(floatX));
+    model_zero_grads(&tr->m);
     sums[0] = sums[1] = 0;
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) {
@@ -4321,25 +4351,12 @@ static int update_gradients(Trainer *tr, double *sums) {
         }
         loader_next(&tr->train, &tr->batch);
         int64_t n;
-        sums[0] += llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, &n, i + 1 == tr->micro_steps ? reduce_unit : NULL);
+        sums[0] += llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, &n, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
         sums[1] += (double)n;
     }
     comm_reduce_finish();
     comm_sum(sums, 2);
     return 1;
-}
-
-// Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
-static double gradient_norm(const Model *m, const char **bad, int *n_bad) {
-    double total = 0;
-    *bad = NULL;
-    *n_bad = 0;
-    for (int i = 0; i < m->p.n_tensors; i++) {
-        double squares = sum_of_squares(m->grads + m->p.tensors[i].at, m->p.tensors[i].n);
-        if (!isfinite(squares) && !(*n_bad)++) *bad = m->p.tensors[i].name;
-        total += squares;
-    }
-    return sqrt(total);
 }
 
 // How many standard deviations x lies above the mean of the last n values (0 until the window is full).
@@ -4482,7 +4499,8 @@ static void dump_grads(Trainer *tr) {
     st_write(w, &loss, 1);
     for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {
         n = p->tensors[i].n - at < IO_CHUNK ? p->tensors[i].n - at : IO_CHUNK;
-        for (size_t j = 0; j < n; j++) host[j] = (float)(tr->m.grads[p->tensors[i].at + at + j] * mean);
+        model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, host);
+        for (size_t j = 0; j < n; j++) host[j] = (float)(host[j] * mean);
         st_write(w, host, n);
     }
     size_t bytes;
