@@ -57,6 +57,7 @@ Read: 12 (ops, each forward with its backward below), 13 (the model), 14 (main);
 #else
 static int omp_get_max_threads(void) { return 1; }
 static int omp_get_num_procs(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
 
@@ -77,6 +78,8 @@ void comm_abort(void);      // ends all ranks with exit status 1
 void comm_barrier(void);
 void comm_broadcast(void *data, size_t bytes);      // from rank 0
 void comm_sum(double *x, int n);                    // over ranks, in place
+
+static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 static void (*die_hook)(const char *message);   // tests leave die() through it
 
@@ -2326,7 +2329,7 @@ void model_write(Model *m, int what, size_t at, size_t n, const float *host);
 void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at);
 const ParamTable *model_table(const Model *m);
 
-enum { IO_CHUNK = 1 << 20 };            // elements that pass through the host at a time
+#define IO_CHUNK ((size_t)1 << 20)      // elements that pass through the host at a time
 enum { SPIKE_WINDOW = 128 };
 
 typedef struct TrainState {             // with the weights and the optimizer: all that a run is
@@ -2436,7 +2439,7 @@ static void save_weights(Saving *s, const Model *m, int dtype) {
     }
     st_begin(w);
     for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0; at < p->tensors[i].n; at += IO_CHUNK) {
-        size_t n = p->tensors[i].n - at < IO_CHUNK ? p->tensors[i].n - at : IO_CHUNK;
+        size_t n = min_size(p->tensors[i].n - at, IO_CHUNK);
         model_read(m, STATE_WEIGHTS, p->tensors[i].at + at, n, host);
         st_write(w, host, n);
     }
@@ -2470,7 +2473,7 @@ static void save_optimizer(Saving *s, const Model *m, const char *name, uint32_t
                 continue;
             }
             for (size_t done = 0; done < n; done += IO_CHUNK) {
-                size_t k = n - done < IO_CHUNK ? n - done : IO_CHUNK;
+                size_t k = min_size(n - done, IO_CHUNK);
                 model_read(m, kind, at + done, k, host);
                 st_write(w, host, k);
             }
@@ -2752,7 +2755,7 @@ static void optimizer_read(const OptimizerFiles *f, const Unit *unit, int kind, 
         size_t begin = (size_t)offset > first ? (size_t)offset : first;
         size_t end = (size_t)offset + t->n < first + n ? (size_t)offset + t->n : first + n;
         for (size_t x = begin; x < end; x += IO_CHUNK) {
-            size_t k = end - x < IO_CHUNK ? end - x : IO_CHUNK;
+            size_t k = min_size(end - x, IO_CHUNK);
             st_read(f->sets[i], t, x - (size_t)offset, k, host);
             model_write(m, to, at + (x - first), k, host);
             found += k;
@@ -2794,7 +2797,7 @@ void weights_read(const char *dir, Model *m, const Config *c) {
         if (from->n_dims != (t->cols ? 2 : 1) || rows != t->rows || cols != t->cols)
             die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols, t->rows, t->cols);
         for (size_t at = 0; at < t->n; at += IO_CHUNK) {
-            size_t n = t->n - at < IO_CHUNK ? t->n - at : IO_CHUNK;
+            size_t n = min_size(t->n - at, IO_CHUNK);
             st_read(s, from, at, n, host);
             model_write(m, STATE_WEIGHTS, t->at + at, n, host);
         }
@@ -3618,10 +3621,10 @@ double sum_of_squares(const floatX *x, size_t n) {
     double total = 0;
     for (size_t start = 0; start < n; start += (size_t)BLOCK * MOST) {
         double part[MOST];
-        int blocks = (int)((n - start + BLOCK - 1) / BLOCK < MOST ? (n - start + BLOCK - 1) / BLOCK : MOST);
+        int blocks = (int)min_size(CEIL_DIV(n - start, BLOCK), MOST);
         #pragma omp parallel for
         for (int i = 0; i < blocks; i++) {
-            size_t first = start + (size_t)i * BLOCK, end = first + BLOCK < n ? first + BLOCK : n;
+            size_t first = start + (size_t)i * BLOCK, end = min_size(first + BLOCK, n);
             double sum = 0;
             #pragma omp simd reduction(+ : sum)
             for (size_t j = first; j < end; j++) sum += (double)x[j] * x[j];
@@ -4498,7 +4501,7 @@ static void dump_grads(Trainer *tr) {
     st_begin(w);
     st_write(w, &loss, 1);
     for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {
-        n = p->tensors[i].n - at < IO_CHUNK ? p->tensors[i].n - at : IO_CHUNK;
+        n = min_size(p->tensors[i].n - at, IO_CHUNK);
         model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, host);
         for (size_t j = 0; j < n; j++) host[j] = (float)(host[j] * mean);
         st_write(w, host, n);

@@ -3,8 +3,7 @@
 // A block runs on one OS thread; its CUDA threads are fibers that switch only at barriers and warp operations, so every
 // other instruction sequence is atomic and a missing barrier shows as an order of execution no device would forbid.
 // Blocks are spread over OS threads (OpenMP). EMU_SEED shuffles the order of blocks, warps and lanes at every switch.
-// Contents: settings, symbols and reports, device memory, fibers, blocks and scheduling, barriers and warp operations,
-// shared-memory checks, launch, streams.
+// Contents: settings, symbols, errors, device memory, fibers, one block, reports, barriers and warp operations, checks, launch.
 #pragma once
 #include <cxxabi.h>
 #include <elf.h>
@@ -13,6 +12,9 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <sys/mman.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -20,6 +22,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -189,8 +192,6 @@ inline std::recursive_mutex memory_lock;
 inline size_t memory_used = 0;
 
 inline Allocation *find_allocation(const void *p) {           // the live allocation that holds p, or null
-    static thread_local Allocation *last;
-    (void)last;
     std::map<uintptr_t, Allocation>::iterator it = allocations.upper_bound((uintptr_t)p);
     if (it == allocations.begin()) return nullptr;
     Allocation &a = (--it)->second;
