@@ -3056,280 +3056,276 @@ void rmsnorm_backward(floatX *dx, floatX *dw, const floatX *dout, const floatX *
 }
 
 // ==== 12a. Matrix multiplication ======================================================================================
-// Nine tenths of a training step is out = op(a) op(b). The textbook triple loop (matmul_naive) is what these functions
-// mean; this is how they get close to the arithmetic peak of a core (Goto and van de Geijn 2008, "Anatomy of
-// High-Performance Matrix Multiplication"; BLIS):
-//   micro-kernel   an MR x NR block of out stays in registers while k runs: per k it loads NR values of b and MR of a
-//                  and does MR*NR multiply-adds, so the multipliers wait for nobody;
-//   packing        the panels of a (MR rows) and b (NR columns) are copied in the order in which the micro-kernel reads
-//                  them: contiguous, no page or cache-set conflicts, zeros beyond the last column;
-//   blocking       k is cut into slices of at most KC, so that the panels stay in the caches while they are reused.
-// Each element of out is one sum per slice, added in the order of k, whatever the number of threads: results are
-// reproducible bit for bit. Vectors are the compiler's (GCC and Clang vector extensions): one source for every machine.
+// Nine tenths of a training step is out = op(a) op(b). matmul_naive says what that means; the rest of this part is how it
+// comes close to the arithmetic peak of a core (Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix
+// Multiplication"; Van Zee and van de Geijn 2015, "BLIS"):
+//   micro-kernel   MR x NR sums stay in registers while k runs. One step of k loads NR values of b and MR of a for
+//                  MR*NR multiply-adds, so the loads keep up with the multipliers.
+//   packing        panels of a (MR rows) and of b (NR columns) are copied into the order in which the micro-kernel reads:
+//                  contiguous, no conflicts of pages or cache sets, and zeros instead of what lies beyond the last column.
+//   blocking       k is cut into slices of at most KC: a panel of a stays in the L1 cache, MC rows of a in L2 and NC
+//                  columns of b in L3 while they are reused.
+//   threads        out is cut into blocks of rows and columns. A thread takes a block from packing to the last slice, so
+//                  there is no barrier but the last, and a thread that the system holds up holds up nobody else.
+// An element of out is a sum over k in order within a slice, then over the slices in order: neither the blocks nor the
+// number of threads change a bit. Vectors are the compiler's (vector extensions of GCC and Clang): one source for all CPUs.
 #if defined(__AVX512F__)
-enum { VEC_BYTES = 64, MR = 14 };               // 32 registers: 14*2 sums, 2 of b, 1 of a
-#define ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14)
+enum { VEC_BYTES = 64, MR = 12 };               // 32 registers: 12*2 sums, 2 of b, 1 of a (14 rows were no faster)
+#define MATMUL_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
 #elif defined(__AVX__)
 enum { VEC_BYTES = 32, MR = 6 };                // 16 registers: 6*2 sums, 2 of b, 1 of a
-#define ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define MATMUL_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #else
-enum { VEC_BYTES = 16, MR = 6 };
-#define ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
-#endif
-#ifndef KC_
-#define KC_ 512
-#endif
-#ifndef TM_
-#define TM_ 10
-#define TN_ 16
+enum { VEC_BYTES = 16, MR = 6 };                // SSE (16 registers) and NEON (32)
+#define MATMUL_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #endif
 enum {
-    LANES = VEC_BYTES / (int)sizeof(floatX),
-    NR = 2 * LANES,
-    KC = KC_,                                    // slice of k
-    MC = TM_ * MR,                               // rows of a packed at a time
-    NC = TN_ * NR,                                  // columns of b packed at a time
-    SCRATCH = MC*KC + NC*KC
+    LANES = VEC_BYTES / (int)sizeof(floatX), NR = 2 * LANES,
+    KC = 512, MC = 144, NC = 1024,              // multiples of MR and NR; fp32 sums of 512 terms stay accurate
+    TILE_KC = 128,                              // slice of matmul_tile: its panel of b lies on the stack
+    PACK_SIZE = (MC + NC) * KC                  // one thread's scratch, in elements
 };
+// Vec lives in a register; the _mem types may lie at any address, over elements that other code reads as floatX.
 typedef floatX Vec __attribute__((vector_size(VEC_BYTES)));
-typedef floatX VecAny __attribute__((vector_size(VEC_BYTES), aligned(sizeof(floatX)), may_alias));   // any address
+typedef floatX Vec_mem __attribute__((vector_size(VEC_BYTES), aligned(sizeof(floatX)), may_alias));
 typedef floatX Quad __attribute__((vector_size(4*sizeof(floatX))));
-typedef floatX QuadAny __attribute__((vector_size(4*sizeof(floatX)), aligned(sizeof(floatX)), may_alias));
+typedef floatX Quad_mem __attribute__((vector_size(4*sizeof(floatX)), aligned(sizeof(floatX)), may_alias));
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
+#else
+typedef __typeof__((Quad){0} < (Quad){0}) QuadIndex;    // integers as wide as floatX
+#define SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (QuadIndex){i, j, k, l})
+#endif
 
-// out (rows, NR) = or += a b over one slice; element (i, k) of a is a[i*row + k*col], b is (K, NR) with row stride ldb.
-// `rows` is a constant wherever this is inlined, so `sum` lives in registers.
-static inline __attribute__((always_inline)) void micro_kernel(const int rows, floatX *out, size_t ldo,
-        const floatX *a, size_t row, size_t col, const floatX *b, size_t ldb, int K, int accumulate) {
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int div_up(int a, int b) { return (a + b - 1) / b; }
+
+// An operand as the loops see it: element (i, k) is p[i*row + k*col]. Transposition is a swap of the two strides.
+typedef struct { const floatX *p; size_t row, col; } Operand;
+
+static inline Operand operand(const floatX *p, int ld, int trans) {
+    Operand x = {p, trans ? 1 : (size_t)ld, trans ? (size_t)ld : 1};
+    return x;
+}
+static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i*x.row + (size_t)k*x.col; }
+
+// The oracle: out (M,N) = or += op(a) op(b). a is (M,K), or stored as (K,M) if trans_a; b is (K,N), or (N,K) if trans_b.
+// Row-major; ldo, lda and ldb are the distances of rows in memory, in elements. K = 0 writes (or adds) zeros.
+void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
+                  int M, int N, int K, int accumulate) {
+    const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) {
+            floatX sum = 0, *o = out + (size_t)i*ldo + j;
+            for (int k = 0; k < K; k++) sum += *at(x, i, k) * *at(y, k, j);
+            *o = accumulate ? *o + sum : sum;
+        }
+}
+
+// out (rows,NR) = or += a (rows,K) b (K,NR). `rows` is a constant wherever this is inlined, so that every loop over i
+// unrolls and `sum` is registers. Two rows share one pointer: x86 has 16 of them.
+static inline __attribute__((always_inline)) void micro_kernel(const int rows, floatX *out, size_t ldo, Operand a,
+                                                               const floatX *b, size_t ldb, int K, int accumulate) {
     Vec sum[MR][2];
-    const floatX *p[(MR + 1) / 2];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (Vec){0};
-#pragma GCC unroll 16
-    for (int i = 0; i < (rows + 1) / 2; i++) p[i] = a + 2*i*row;
-    size_t off = 0;
-    for (int k = 0; k < K; k++, b += ldb, off += col) {
-        Vec b0 = *(const VecAny *)b, b1 = *(const VecAny *)(b + LANES);
-#pragma GCC unroll 16
+    const floatX *a_row[(MR + 1) / 2];
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        sum[i][0] = sum[i][1] = (Vec){0};
+        if (i % 2 == 0) a_row[i/2] = at(a, i, 0);
+    }
+    for (size_t k = 0, offset = 0; k < (size_t)K; k++, offset += a.col, b += ldb) {
+        const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + LANES);
+        UNROLL
         for (int i = 0; i < rows; i++) {
-            floatX x = p[i/2][off + (i & 1)*row];
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
+            const floatX a_ik = a_row[i/2][offset + (i % 2)*a.row];
+            sum[i][0] += a_ik * b0;
+            sum[i][1] += a_ik * b1;
         }
     }
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < rows; i++, out += ldo) {
-        VecAny *o = (VecAny *)out, *o1 = (VecAny *)(out + LANES);
-        if (accumulate) sum[i][0] += *o, sum[i][1] += *o1;
-        *o = sum[i][0];
-        *o1 = sum[i][1];
+        Vec_mem *o = (Vec_mem *)out;
+        o[0] = accumulate ? (Vec)(o[0] + sum[i][0]) : sum[i][0];
+        o[1] = accumulate ? (Vec)(o[1] + sum[i][1]) : sum[i][1];
     }
 }
 
-static void micro_kernel_any(int rows, floatX *out, size_t ldo, const floatX *a, size_t row, size_t col,
-                             const floatX *b, size_t ldb, int K, int accumulate) {
+static void micro_kernel_rows(int rows, floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb, int K,
+                              int accumulate) {
+    if (rows == MR && a.row == 1 && a.col == MR && ldb == NR) {     // packed: constant strides fit in the instructions
+        const Operand packed = {a.p, 1, MR};
+        micro_kernel(MR, out, ldo, packed, b, NR, K, accumulate);
+        return;
+    }
     switch (rows) {
-#define CASE(n) case n: micro_kernel(n, out, ldo, a, row, col, b, ldb, K, accumulate); break;
-        ROWS(CASE)
+#define CASE(n) case n: micro_kernel(n, out, ldo, a, b, ldb, K, accumulate); break;
+        MATMUL_ROWS(CASE)
 #undef CASE
     }
 }
-static __attribute__((noinline)) void micro_kernel_full(floatX *out, size_t ldo, const floatX *a, const floatX *b, int K, int accumulate) {
-    micro_kernel(MR, out, ldo, a, 1, MR, b, NR, K, accumulate);
-}
 
-// Dispatch
-static void micro_tile(floatX *out, size_t ldo, const floatX *a, size_t row, size_t col, const floatX *b, size_t ldb,
-                       int rows, int cols, int K, int accumulate) {
+// Any block of out up to MR x NR. The last columns go through a full-width tile, so b must be padded to NR there.
+static void micro_tile(floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb, int rows, int cols, int K,
+                       int accumulate) {
     if (cols == NR) {
-        if (rows == MR && row == 1) { micro_kernel_full(out, ldo, a, b, K, accumulate); return; }
-        micro_kernel_any(rows, out, ldo, a, row, col, b, ldb, K, accumulate);
+        micro_kernel_rows(rows, out, ldo, a, b, ldb, K, accumulate);
         return;
     }
-    Vec edge[MR * 2];
-    floatX *e = (floatX *)edge;
-    micro_kernel_any(rows, e, NR, a, row, col, b, ldb, K, 0);
+    floatX tile[MR * NR] __attribute__((aligned(VEC_BYTES)));
+    micro_kernel_rows(rows, tile, NR, a, b, ldb, K, 0);
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < cols; j++) out[i*ldo + j] = (accumulate ? out[i*ldo + j] : 0) + e[i*NR + j];
+        for (int j = 0; j < cols; j++) out[i*ldo + j] = accumulate ? out[i*ldo + j] + tile[i*NR + j] : tile[i*NR + j];
 }
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef long long QuadIndex __attribute__((vector_size(4*sizeof(floatX))));
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (QuadIndex){i, j, k, l})
-#endif
-
-// dst[k*width + i] = src(i, k) for i < n, zeros for n <= i < width.   src(i, k) = src[i*si + k*sk], one of the strides is 1
-static void pack_panel(floatX *dst, int width, const floatX *src, size_t si, size_t sk, int n, int K) {
-    if (si == 1) {
-        if (n == width && width == NR) {
-            for (int k = 0; k < K; k++, src += sk, dst += NR) {
-                *(VecAny *)dst = *(const VecAny *)src;
-                *(VecAny *)(dst + LANES) = *(const VecAny *)(src + LANES);
+// dst (K,width) = the transpose of src (n,K), columns n .. width-1 zero; inlined, so that `width` is a constant.
+// Along k, a block of 4 x 4 is loaded, transposed in registers and stored as four vectors.
+static inline __attribute__((always_inline)) void pack_panel(floatX *dst, const int width, Operand src, int n, int K) {
+    int n_copied = 0;
+    if (src.row == 1) {                         // already in this order
+        n_copied = n;
+        for (int k = 0; k < K; k++) {
+            floatX *d = dst + (size_t)k*width;
+            const floatX *s = at(src, 0, k);
+            if (n == width) for (int i = 0; i < width; i++) d[i] = s[i];
+            else for (int i = 0; i < n; i++) d[i] = s[i];
+        }
+    } else if (src.col == 1) {
+        for (; n_copied + 4 <= n; n_copied += 4) {
+            const floatX *s = at(src, n_copied, 0);
+            floatX *d = dst + n_copied;
+            int k = 0;
+            for (; k + 4 <= K; k += 4, s += 4, d += 4*width) {
+                const Quad r0 = *(const Quad_mem *)s, r1 = *(const Quad_mem *)(s + src.row);
+                const Quad r2 = *(const Quad_mem *)(s + 2*src.row), r3 = *(const Quad_mem *)(s + 3*src.row);
+                const Quad lo01 = SHUFFLE(r0, r1, 0, 4, 1, 5), hi01 = SHUFFLE(r0, r1, 2, 6, 3, 7);
+                const Quad lo23 = SHUFFLE(r2, r3, 0, 4, 1, 5), hi23 = SHUFFLE(r2, r3, 2, 6, 3, 7);
+                *(Quad_mem *)d             = SHUFFLE(lo01, lo23, 0, 1, 4, 5);
+                *(Quad_mem *)(d + width)   = SHUFFLE(lo01, lo23, 2, 3, 6, 7);
+                *(Quad_mem *)(d + 2*width) = SHUFFLE(hi01, hi23, 0, 1, 4, 5);
+                *(Quad_mem *)(d + 3*width) = SHUFFLE(hi01, hi23, 2, 3, 6, 7);
             }
-            return;
+            for (; k < K; k++, s++, d += width)
+                for (int i = 0; i < 4; i++) d[i] = s[i*src.row];
         }
-        if (n == width && width == MR) {
-            for (int k = 0; k < K; k++, src += sk, dst += MR)
-                for (int i = 0; i < MR; i++) dst[i] = src[i];
-            return;
-        }
-        for (int k = 0; k < K; k++, src += sk, dst += width) {
-            for (int i = 0; i < n; i++) dst[i] = src[i];
-            for (int i = n; i < width; i++) dst[i] = 0;
-        }
-        return;
     }
-    int i = 0;
-    for (; i + 4 <= n; i += 4) {
-        const floatX *s = src + i*si;
-        floatX *d = dst + i;
-        int k = 0;
-        for (; k + 4 <= K; k += 4, s += 4) {
-            Quad r0 = *(const QuadAny *)s, r1 = *(const QuadAny *)(s + si), r2 = *(const QuadAny *)(s + 2*si), r3 = *(const QuadAny *)(s + 3*si);
-            Quad t0 = SHUFFLE(r0, r1, 0, 4, 1, 5), t1 = SHUFFLE(r0, r1, 2, 6, 3, 7);
-            Quad t2 = SHUFFLE(r2, r3, 0, 4, 1, 5), t3 = SHUFFLE(r2, r3, 2, 6, 3, 7);
-            *(QuadAny *)d = SHUFFLE(t0, t2, 0, 1, 4, 5); d += width;
-            *(QuadAny *)d = SHUFFLE(t0, t2, 2, 3, 6, 7); d += width;
-            *(QuadAny *)d = SHUFFLE(t1, t3, 0, 1, 4, 5); d += width;
-            *(QuadAny *)d = SHUFFLE(t1, t3, 2, 3, 6, 7); d += width;
-        }
-        for (; k < K; k++, s++, d += width)
-            for (int j = 0; j < 4; j++) d[j] = s[j*si];
-    }
-    for (; i < n; i++)
-        for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = src[i*si + k];
-    for (; i < width; i++)
-        for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = 0;
+    for (int i = n_copied; i < width; i++)
+        for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = i < n ? *at(src, i, k) : 0;
 }
 
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-
-static int slice_size(int K) {
-    int n = K > 0 ? (K + KC - 1) / KC : 1;
-    return (K + n - 1) / n;
+static void pack_a(floatX *dst, Operand a, int n, int K) { pack_panel(dst, MR, a, n, K); }
+static void pack_b(floatX *dst, Operand b, int n, int K) {
+    const Operand columns = {b.p, b.col, b.row};
+    pack_panel(dst, NR, columns, n, K);
 }
 
-// The oracle
-void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
-                  int M, int N, int K, int accumulate) {
-    for (int i = 0; i < M; i++)
-        for (int j = 0; j < N; j++) {
-            floatX sum = 0;
-            for (int k = 0; k < K; k++)
-                sum += a[trans_a ? (size_t)k*lda + i : (size_t)i*lda + k] * b[trans_b ? (size_t)j*ldb + k : (size_t)k*ldb + j];
-            out[(size_t)i*ldo + j] = accumulate ? out[(size_t)i*ldo + j] + sum : sum;
-        }
-}
+// k in slices of equal size <= max, at least one, so that K = 0 still writes its zeros.
+static inline int slice_size(int K, int max) { return K > 0 ? div_up(K, div_up(K, max)) : 1; }
 
-// One thread's share: out (M,N) = or += a b with the strides of both operands, through this thread's packing scratch.
-static void matmul_block(floatX *out, size_t ldo, const floatX *a, size_t a_row, size_t a_col,
-                         const floatX *b, size_t b_row, size_t b_col, int M, int N, int K, int accumulate, floatX *scratch) {
-    const int slice = slice_size(K);
-    floatX *pa = scratch, *pb = scratch + MC*KC;
+// One thread's block: out (M,N) = or += a (M,K) b (K,N), packing into scratch (PACK_SIZE).
+static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, int N, int K, int accumulate,
+                         floatX *scratch) {
+    floatX *packed_a = scratch, *packed_b = scratch + MC*KC;
+    const int slice = slice_size(K, KC);
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += NC) {
             const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
-            for (int j = 0; j < nj; j += NR)
-                pack_panel(pb + (size_t)j*nk, NR, b + (j0 + j)*b_col + k0*b_row, b_col, b_row, min_int(NR, nj - j), nk);
+            for (int j = 0; j < nj; j += NR) {
+                const Operand panel = {at(b, k0, j0 + j), b.row, b.col};
+                pack_b(packed_b + (size_t)j*nk, panel, min_int(NR, nj - j), nk);
+            }
             for (int i0 = 0; i0 < M; i0 += MC) {
                 const int ni = min_int(MC, M - i0);
-                for (int i = 0; i < ni; i += MR)
-                    pack_panel(pa + (size_t)i*nk, MR, a + (i0 + i)*a_row + k0*a_col, a_row, a_col, min_int(MR, ni - i), nk);
-#ifdef ORDER_
-                for (int j = 0; j < nj; j += NR)
-                    for (int i = 0; i < ni; i += MR)
-#else
-                for (int i = 0; i < ni; i += MR)
-                    for (int j = 0; j < nj; j += NR)
-#endif
-                        micro_tile(out + (i0 + i)*ldo + j0 + j, ldo, pa + (size_t)i*nk, 1, MR, pb + (size_t)j*nk, NR,
+                for (int i = 0; i < ni; i += MR) {
+                    const Operand panel = {at(a, i0 + i, k0), a.row, a.col};
+                    pack_a(packed_a + (size_t)i*nk, panel, min_int(MR, ni - i), nk);
+                }
+                for (int i = 0; i < ni; i += MR)        // the panel of a stays in L1, those of b stream past it
+                    for (int j = 0; j < nj; j += NR) {
+                        const Operand panel = {packed_a + (size_t)i*nk, 1, MR};
+                        micro_tile(out + (i0 + i)*ldo + j0 + j, ldo, panel, packed_b + (size_t)j*nk, NR,
                                    min_int(MR, ni - i), min_int(NR, nj - j), nk, accumulate || k0 > 0);
+                    }
             }
         }
 }
 
-static floatX *pack_scratch(int n_threads) {
-    static floatX *scratch;
+// Scratch for n threads, kept for the next call; grows when the number of threads does. It starts on a cache line:
+// a vector of b that lies across two costs two loads (3% of the whole product).
+static floatX *matmul_scratch(int n) {
+    static char *scratch;
     static int n_ready;
-    if (n_ready < n_threads) {
+    if (n > n_ready) {
         free(scratch);
-        size_t bytes = (size_t)n_threads * SCRATCH * sizeof(floatX), huge = (size_t)2 << 20;
-        bytes = (bytes + huge - 1) / huge * huge;
-        scratch = (floatX *)aligned_alloc(huge, bytes);
-#ifdef HUGE_
-        madvise(scratch, bytes, MADV_HUGEPAGE);
-#endif
-        n_ready = n_threads;
+        scratch = (char *)xmalloc((size_t)n * PACK_SIZE * sizeof(floatX) + 64);
+        n_ready = n;
     }
-    return scratch;
+    return (floatX *)(scratch + (64 - (uintptr_t)scratch % 64) % 64);
 }
 
-static inline int div_up(int a, int b) { return (a + b - 1) / b; }
-
-#ifndef F_
-#define F_ 2
-#endif
+// As matmul_naive, rounding apart. Call it outside parallel regions: it starts its own threads and its scratch is shared.
 void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
             int M, int N, int K, int accumulate) {
-    const size_t a_row = trans_a ? 1 : (size_t)lda, a_col = trans_a ? (size_t)lda : 1;
-    const size_t b_row = trans_b ? 1 : (size_t)ldb, b_col = trans_b ? (size_t)ldb : 1;
-    const int n_threads = (double)M*N*K > 1e5 ? omp_get_max_threads() : 1, n_blocks = n_threads > 1 ? F_*n_threads : 1;
-    floatX *scratch = pack_scratch(n_threads);
+    if (M <= 0 || N <= 0) return;
+    const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
+    const int n_threads = (double)M*N*K < 1e5 ? 1 : omp_get_max_threads();  // below, waking them takes longer
+    const int n_blocks = n_threads == 1 ? 1 : 2*n_threads;                  // two each: a late thread leaves one to others
+    floatX *scratch = matmul_scratch(n_threads);
     int block_m = M, block_n = N;
-    double best = 1e300;
-    for (int gm = 1; gm <= n_blocks; gm++)
-        if (n_blocks % gm == 0) {
-            int bm = div_up(div_up(M, MR), gm) * MR, bn = div_up(div_up(N, NR), n_blocks/gm) * NR;
-            double cost = (double)bm*bn + 16.0*(bm + bn);
-            if (cost < best) best = cost, block_m = bm, block_n = bn;
-        }
+    double least = 1e300;
+    for (int m = 1; m <= n_blocks; m++) {       // m x n blocks, the least work for the largest; packing one element
+        if (n_blocks % m != 0) continue;        // costs about as much as 16 multiply-adds
+        const int rows = div_up(div_up(M, MR), m) * MR, cols = div_up(div_up(N, NR), n_blocks/m) * NR;
+        const double work = (double)rows*cols + 16.0*rows + 16.0*cols;
+        if (work < least) least = work, block_m = rows, block_n = cols;
+    }
     const int grid_m = div_up(M, block_m), grid_n = div_up(N, block_n);
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
     for (int t = 0; t < grid_m * grid_n; t++) {
         const int i = t % grid_m * block_m, j = t / grid_m * block_n;
-        matmul_block(out + (size_t)i*ldo + j, ldo, a + i*a_row, a_row, a_col, b + j*b_col, b_row, b_col,
-                     min_int(block_m, M - i), min_int(block_n, N - j), K, accumulate,
-                     scratch + (size_t)omp_get_thread_num()*SCRATCH);
+        const Operand rows = {at(x, i, 0), x.row, x.col}, cols = {at(y, 0, j), y.row, y.col};
+        matmul_block(out + (size_t)i*ldo + j, (size_t)ldo, rows, cols, min_int(block_m, M - i), min_int(block_n, N - j), K,
+                     accumulate, scratch + (size_t)omp_get_thread_num()*PACK_SIZE);
     }
 }
 
-// single thread
+// As matmul_naive, for small blocks inside a parallel region: one thread, no memory but the stack. a is read in place;
+// b too, except for transposed or incomplete panels, which are packed.
 void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
                  int M, int N, int K, int accumulate) {
-    enum { KT = 128 };
-    Vec panel[KT * 2];
-    const size_t a_row = trans_a ? 1 : (size_t)lda, a_col = trans_a ? (size_t)lda : 1;
-    for (int k0 = 0; k0 == 0 || k0 < K; k0 += KT) {
-        const int nk = min_int(KT, K - k0);
+    floatX packed[TILE_KC * NR] __attribute__((aligned(VEC_BYTES)));
+    const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
+    const int slice = slice_size(K, TILE_KC);
+    for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j = 0; j < N; j += NR) {
-            const int nj = min_int(NR, N - j);
-            const floatX *pb = trans_b ? b + (size_t)j*ldb + k0 : b + (size_t)k0*ldb + j;
-            size_t ld = (size_t)ldb;
-            if (trans_b || nj < NR) {
-                pack_panel((floatX *)panel, NR, pb, trans_b ? ld : 1, trans_b ? 1 : ld, nj, nk);
-                pb = (floatX *)panel;
-                ld = NR;
+            const int nk = min_int(slice, K - k0), cols = min_int(NR, N - j), pack = trans_b || cols < NR;
+            const Operand panel = {at(y, k0, j), y.row, y.col};
+            if (pack) pack_b(packed, panel, cols, nk);
+            for (int i = 0; i < M; i += MR) {
+                const Operand rows = {at(x, i, k0), x.row, x.col};
+                micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, rows, pack ? packed : panel.p, pack ? (size_t)NR : y.row,
+                           min_int(MR, M - i), cols, nk, accumulate || k0 > 0);
             }
-            for (int i = 0; i < M; i += MR)
-                micro_tile(out + (size_t)i*ldo + j, ldo, a + i*a_row + k0*a_col, a_row, a_col, pb, ld, min_int(MR, M - i), nj, nk, accumulate || k0 > 0);
         }
-    }
 }
 
-// out (N,OC) = x (N,C) w (OC,C)^T
+// The three products of a linear layer out = x w^T: x (N,C), w (OC,C) as Hugging Face stores it, out (N,OC).
+// out (N,OC) = x w^T
 void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC) {
-    matmul(out, OC, x, C, 0, w, C, 1, N, OC, C, /*accumulate=*/0);
+    matmul(out, OC, x, C, /*trans_a=*/0, w, C, /*trans_b=*/1, N, OC, C, /*accumulate=*/0);
 }
-
-// dx (N,C) = or += dout (N,OC) w (OC,C)
+// dx (N,C) = or += dout w
 void matmul_backward_x(floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC, int accumulate) {
-    matmul(dx, C, dout, OC, 0, w, C, 0, N, C, OC, accumulate);
+    matmul(dx, C, dout, OC, /*trans_a=*/0, w, C, /*trans_b=*/0, N, C, OC, accumulate);
 }
-
-// dw (OC,C) += dout (N,OC)^T x (N,C)
+// dw (OC,C) += dout^T x
 void matmul_backward_w(floatX *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
-    matmul(dw, C, dout, OC, 1, x, C, 0, OC, C, N, /*accumulate=*/1);
+    matmul(dw, C, dout, OC, /*trans_a=*/1, x, C, /*trans_b=*/0, OC, C, N, /*accumulate=*/1);
 }
 
 // ---- bias on q, k, v (Qwen2) --------------------------------------------------------------------------------------------
