@@ -42,7 +42,7 @@ help:
 	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) | git commit $(COMMIT)'
 
 # One name for the trainer of this machine.
-train: build/train_litespark data/stories/tokenizer.bin
+train: build/train_litespark data/stories/stories.json
 	@ln -sf build/train_litespark train_litespark
 	@echo 'train: ./train_litespark is the CPU trainer ($(if $(filter 1,$(MPI)),with,without) MPI)'
 
@@ -56,8 +56,8 @@ build/stories: data/stories.c
 	@mkdir -p build
 	$(CC) -O2 $(WARN) $< -o $@ -lm
 
-data: data/stories/tokenizer.bin
-data/stories/tokenizer.bin: build/stories
+data: data/stories/stories.json
+data/stories/stories.json: build/stories
 	build/stories --out data/stories
 
 # mpirun refuses root unless told, and kills ranks 1 s after a signal, too soon for a checkpoint.

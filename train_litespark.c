@@ -1210,7 +1210,7 @@ static const struct { const char *key, *only; } config_fixed[] = {
 static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std,
                       factor; int window, bos, eos; } config_presets[] = {
 //   name            family          V   L     C   H   K    D      F   max_T  tie   eps    theta    init  fac   win     bos     eos
-    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.02,   0,    0,     -1,     -1},
+    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.06,   0,    0,     -1,     -1},
     {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
     {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
     {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
@@ -4186,7 +4186,7 @@ static char *find_tokenizer(const char *model_dir) {
     return found;
 }
 
-static const char DEFAULT_TRAIN[] = "data/stories/train_*.bin", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
 
 static int data_exists(const char *pattern) {
     glob_t found;
@@ -4213,15 +4213,15 @@ static void resolve_options(Trainer *tr) {
     if (opt.seq_len > tr->c.max_T) die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
     if (tr->c.sliding_window && opt.seq_len > tr->c.sliding_window)
         die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that", (int)opt.seq_len, tr->c.sliding_window);
-    if (opt.steps < 0) opt.steps = 1000;
-    if (opt.lr < 0) opt.lr = small ? 3e-3 : 3e-4;
+    if (opt.steps < 0) opt.steps = small ? 2400 : 1000;
+    if (opt.lr < 0) opt.lr = small ? 4e-3 : 3e-4;
     if (opt.min_lr < 0) opt.min_lr = opt.lr / 10;
     if (opt.warmup_steps < 0) opt.warmup_steps = opt.steps / 10 < 100 ? opt.steps / 10 : 100;
     if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
     if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
     int64_t row = opt.seq_len * world;
     if (!opt.total_batch_tokens) {
-        int64_t wanted = small ? 4096 : 524288;
+        int64_t wanted = small ? 2048 : 524288;
         opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
     }
     if (opt.total_batch_tokens % row)

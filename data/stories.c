@@ -37,8 +37,8 @@
 typedef struct ClassText { const char *name, *feature, *words; } ClassText;
 
 static const ClassText class_texts[] = {
-    {"girl", "f", "Lily*2 Anna*2 Mia Rosa Clara Nina Ella Molly Ruby Wendy Zoe Sophie"},
-    {"boy", "m", "Tom*2 Ben*2 Max Leo Sam Finn Oscar Hugo Jack Milo Peter Toby"},
+    {"girl", "f", "Lily*2 Anna*2 Mia Rosa Clara Molly Ruby Sophie"},
+    {"boy", "m", "Tom*2 Ben*2 Max Leo Sam Finn Hugo Milo"},
     {"name", "", "@girl @boy"},
     {"woman", "f", "mother*2 grandmother aunt sister"},
     {"man", "m", "father*2 grandfather uncle brother"},
@@ -698,7 +698,6 @@ static void story_tell(Story *s, const Grammar *g, uint64_t seed, uint64_t strea
 // set.
 
 enum { TRAIN_STREAM, VAL_STREAM, PRINT_STREAM };
-enum { SHARD_TOKENS = 3000000 };
 
 typedef struct File { FILE *f; char path[1024], temp[1040]; } File;
 
@@ -740,74 +739,30 @@ static void make_dirs(const char *dir) {
     }
 }
 
-// zlib's CRC-32
-static uint32_t crc32_of(const void *data, size_t n) {
-    uint32_t table[256], crc = 0xFFFFFFFFu;
-    for (uint32_t i = 0; i < 256; i++) {
-        table[i] = i;
-        for (int k = 0; k < 8; k++) table[i] = table[i] >> 1 ^ (table[i] & 1 ? 0xEDB88320u : 0);
-    }
-    for (const unsigned char *p = (const unsigned char *)data; n--; p++) crc = crc >> 8 ^ table[(crc ^ *p) & 255];
-    return ~crc;
-}
-
 // Every file is little endian, as every machine that this runs on.
-static void write_shard(const Grammar *g, const char *dir, int shard, const uint16_t *tokens, int n) {
-    char name[32];
-    int32_t header[256] = {20240520, 1, n, g->n_pieces, 0, EOD + 1};
-    uint32_t crc = crc32_of(tokens, 2 * (size_t)n);
-    File file;
-    memcpy(&header[4], &crc, 4);
-    snprintf(name, sizeof name, "train_%03d.bin", shard);
-    file_open(&file, dir, name);
-    file_write(&file, header, sizeof header);
-    file_write(&file, tokens, 2 * (size_t)n);
-    file_close(&file);
-}
+typedef struct Totals { int64_t tokens, stories, val_rows; double floor; int longest; } Totals;   // floor: of the validation rows
 
-typedef struct Totals { int64_t tokens, stories, val_rows; double floor; int longest; } Totals;
-
-static void write_train(const Grammar *g, const char *dir, uint64_t seed, int64_t n_tokens, Totals *totals) {
-    uint16_t *tokens = (uint16_t *)malloc((SHARD_TOKENS + SEQ_LEN + 2) * sizeof(uint16_t));
-    Story story;
-    char path[1100];
-    int shard = 0;
-    if (!tokens) die("out of memory");
-    while (totals->tokens < n_tokens) {
-        int64_t want = n_tokens - totals->tokens;
-        int n = 0;
-        tokens[n++] = EOD;   // each shard, too, begins where a story begins
-        while (n < want && n < SHARD_TOKENS) {
-            story_tell(&story, g, seed, TRAIN_STREAM, (uint64_t)totals->stories++);
-            memcpy(tokens + n, story.tokens, (size_t)story.n * sizeof(uint16_t));
-            n += story.n;
-        }
-        write_shard(g, dir, shard++, tokens, n);
-        totals->tokens += n;
-    }
-    free(tokens);
-    do {   // shards of a longer run before
-        snprintf(path, sizeof path, "%s/train_%03d.bin", dir, shard++);
-    } while (remove(path) == 0);
-}
-
-// Rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. Every target has its whole story in
-// sight.
-static void write_val(const Grammar *g, const char *dir, uint64_t seed, int64_t n_rows, Totals *totals) {
-    char val_dir[1024], json[512];
+// DIR/SPLIT/SPLIT_000.ds: rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. So every target has its
+// whole story in sight. Beside it the true loss of each target (.nll) and what a reader must know (metadata.json).
+// Returns the mean of the true loss; adds the stories it took to *n_stories.
+static double write_rows(const Grammar *g, const char *dir, const char *split, uint64_t seed, uint64_t stream, int64_t n_rows,
+                         int64_t *n_stories) {
+    char folder[1024], name[64], json[512];
     File rows, nll, metadata;
     Story story;
     uint64_t index = 0;
     double sum = 0;
-    if (snprintf(val_dir, sizeof val_dir, "%s/val", dir) >= (int)sizeof val_dir) die("the path %s is too long", dir);
-    make_dirs(val_dir);
-    file_open(&rows, val_dir, "val_000.ds");
-    file_open(&nll, val_dir, "val_000.nll");
+    if (snprintf(folder, sizeof folder, "%s/%s", dir, split) >= (int)sizeof folder) die("the path %s is too long", dir);
+    make_dirs(folder);
+    snprintf(name, sizeof name, "%s_000.ds", split);
+    file_open(&rows, folder, name);
+    snprintf(name, sizeof name, "%s_000.nll", split);
+    file_open(&nll, folder, name);
     for (int64_t r = 0; r < n_rows; r++) {
         uint16_t row[SEQ_LEN + 1] = {EOD};
         float row_nll[SEQ_LEN];
         for (int t = 0; t < SEQ_LEN;) {
-            story_tell(&story, g, seed, VAL_STREAM, index++);
+            story_tell(&story, g, seed, stream, index++);
             for (int i = 0; i < story.n && t < SEQ_LEN; i++, t++) {
                 row[t + 1] = story.tokens[i];
                 row_nll[t] = story.nll[i];
@@ -820,15 +775,15 @@ static void write_val(const Grammar *g, const char *dir, uint64_t seed, int64_t 
     file_close(&rows);
     file_close(&nll);
     int n = snprintf(json, sizeof json,
-                     "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"validation\",\n"
+                     "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"%s\",\n"
                      "  \"vocab_size\": %d,\n  \"sequence_length\": %d,\n  \"token_size_bytes\": 2,\n  \"eos_token_id\": %d,\n"
-                     "  \"total_sequences\": %lld,\n  \"total_tokens\": %lld\n}\n", g->n_pieces, SEQ_LEN, EOD,
+                     "  \"total_sequences\": %lld,\n  \"total_tokens\": %lld\n}\n", split, g->n_pieces, SEQ_LEN, EOD,
                      (long long)n_rows, (long long)n_rows * (SEQ_LEN + 1));
-    file_open(&metadata, val_dir, "metadata.json");
+    file_open(&metadata, folder, "metadata.json");
     file_write(&metadata, json, (size_t)n);
     file_close(&metadata);
-    totals->val_rows = n_rows;
-    totals->floor = sum / ((double)n_rows * SEQ_LEN);
+    *n_stories += (int64_t)index;
+    return sum / ((double)n_rows * SEQ_LEN);
 }
 
 static void write_tokenizer(const Grammar *g, const char *dir) {
@@ -867,8 +822,11 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
     snprintf(marker, sizeof marker, "%s/stories.json", dir);
     if (remove(marker) != 0 && errno != ENOENT) die("cannot remove %s: %s", marker, strerror(errno));
     write_tokenizer(g, dir);
-    write_val(g, dir, seed, n_rows, totals);
-    write_train(g, dir, seed, n_tokens, totals);
+    int64_t val_stories = 0, train_rows = (n_tokens + SEQ_LEN - 1) / SEQ_LEN;
+    totals->floor = write_rows(g, dir, "val", seed, VAL_STREAM, n_rows, &val_stories);
+    totals->val_rows = n_rows;
+    write_rows(g, dir, "train", seed, TRAIN_STREAM, train_rows, &totals->stories);
+    totals->tokens = train_rows * SEQ_LEN;
     write_marker(g, dir, seed, totals);
 }
 
