@@ -2178,7 +2178,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
     }
 }
 
-// ==== 9. Schedule, FLOPs, energy, log ===================================================================================
+// ==== 9. Schedule, FLOPs, log ======= ===================================================================================
 // Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr down to min_lr. wsd: constant, linear over the last fifth.
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
@@ -2199,59 +2199,6 @@ double flops_per_token(const Config *c, int T, int causal) {
     double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
     double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
     return 6 * (c->L * block + C * c->V) + (causal ? 6.0 : 12.0) * c->L * HD * T;
-}
-
-// ---- energy: counters of the processor package and its memory (RAPL), read where the system lets us -----------------------
-enum { MAX_COUNTERS = 32 };
-static const char RAPL_FOLDER[] = "/sys/class/powercap";
-typedef struct Energy {
-    char path[MAX_COUNTERS][128];
-    double last[MAX_COUNTERS], wrap[MAX_COUNTERS];
-    int n;
-    double joules;          // since energy_open; NAN: unavailable
-} Energy;
-
-static int read_number(const char *path, double *x) {
-    FILE *f = fopen(path, "r");
-    int ok = f && fscanf(f, "%lf", x) == 1;
-    if (f) fclose(f);
-    return ok;
-}
-
-// Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same names).
-void energy_open(Energy *e, const char *folder) {
-    memset(e, 0, sizeof *e);
-    glob_t found;
-    char pattern[160];
-    snprintf(pattern, sizeof pattern, "%.100s/intel-rapl:*", folder);
-    if (!glob(pattern, 0, NULL, &found)) {
-        for (size_t i = 0; i < found.gl_pathc && e->n < MAX_COUNTERS; i++) {
-            char path[160], name[32] = "";
-            snprintf(path, sizeof path, "%s/name", found.gl_pathv[i]);
-            FILE *f = fopen(path, "r");
-            if (!f || fscanf(f, "%31s", name) != 1) name[0] = 0;
-            if (f) fclose(f);
-            if (strncmp(name, "package", 7) && strcmp(name, "dram")) continue;
-            snprintf(path, sizeof path, "%s/max_energy_range_uj", found.gl_pathv[i]);
-            if (!read_number(path, &e->wrap[e->n])) continue;
-            snprintf(e->path[e->n], sizeof e->path[0], "%.100s/energy_uj", found.gl_pathv[i]);
-            if (read_number(e->path[e->n], &e->last[e->n])) e->n++;
-        }
-        globfree(&found);
-    }
-    e->joules = e->n ? 0 : NAN;
-}
-
-// Joules since energy_open; the counters wrap, so read at least once an hour.
-double energy_read(Energy *e) {
-    for (int i = 0; i < e->n; i++) {
-        double now;
-        if (!read_number(e->path[i], &now)) continue;
-        double spent = now - e->last[i];
-        e->joules += (spent < 0 ? spent + e->wrap[i] : spent) * 1e-6;
-        e->last[i] = now;
-    }
-    return e->joules;
 }
 
 // ---- log.jsonl: one JSON object per line, only rank 0 writes --------------------------------------------------------------
@@ -4070,6 +4017,61 @@ void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
 
 const ParamTable *model_table(const Model *m) { return &m->p; }
 // ---- the machine ---------------------------------------------------------------------------------------------------------
+// Energy: counters of the processor package and its memory (RAPL), read where the system lets us -----------------------
+enum { MAX_COUNTERS = 32 };
+static const char RAPL_FOLDER[] = "/sys/class/powercap";
+typedef struct Energy {
+    char path[MAX_COUNTERS][128];
+    double last[MAX_COUNTERS], wrap[MAX_COUNTERS];
+    int n;
+    double joules;          // since energy_open; NAN: unavailable
+} Energy;
+
+static int read_number(const char *path, double *x) {
+    FILE *f = fopen(path, "r");
+    int ok = f && fscanf(f, "%lf", x) == 1;
+    if (f) fclose(f);
+    return ok;
+}
+
+// Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same names).
+void energy_open(Energy *e, const char *folder) {
+    memset(e, 0, sizeof *e);
+    glob_t found;
+    char pattern[160];
+    snprintf(pattern, sizeof pattern, "%.100s/intel-rapl:*", folder);
+    if (!glob(pattern, 0, NULL, &found)) {
+        for (size_t i = 0; i < found.gl_pathc && e->n < MAX_COUNTERS; i++) {
+            char path[160], name[32] = "";
+            snprintf(path, sizeof path, "%s/name", found.gl_pathv[i]);
+            FILE *f = fopen(path, "r");
+            if (!f || fscanf(f, "%31s", name) != 1) name[0] = 0;
+            if (f) fclose(f);
+            if (strncmp(name, "package", 7) && strcmp(name, "dram")) continue;
+            snprintf(path, sizeof path, "%s/max_energy_range_uj", found.gl_pathv[i]);
+            if (!read_number(path, &e->wrap[e->n])) continue;
+            snprintf(e->path[e->n], sizeof e->path[0], "%.100s/energy_uj", found.gl_pathv[i]);
+            if (read_number(e->path[e->n], &e->last[e->n])) e->n++;
+        }
+        globfree(&found);
+    }
+    e->joules = e->n ? 0 : NAN;
+}
+
+// Joules since energy_open; the counters wrap, so read at least once an hour.
+double energy_read(Energy *e) {
+    for (int i = 0; i < e->n; i++) {
+        double now;
+        if (!read_number(e->path[i], &now)) continue;
+        double spent = now - e->last[i];
+        e->joules += (spent < 0 ? spent + e->wrap[i] : spent) * 1e-6;
+        e->last[i] = now;
+    }
+    return e->joules;
+}
+
+enum { ENOUGH_ROWS = 4096 };            // of a micro-step: more are no faster here
+
 // Bytes that a rank may plan with: 70% of its share of the machine's memory.
 double memory_of_rank(void) { return 0.7 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / comm_local_ranks(); }
 
@@ -4231,9 +4233,9 @@ static void resolve_options(Trainer *tr) {
         opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(float) * tr->c.V);
         if (opt.logits_chunk < 64) opt.logits_chunk = 64;
     }
-    if (!opt.batch_size) {      // the largest divisor that fits in 70% of this rank's share of memory; beyond 4096 rows nothing gets faster
+    if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
         double memory = memory_of_rank();
-        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= 4096); b++) {
+        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) {
             if (rows % b) continue;
             Model plan;
             model_options(&plan);

@@ -1,0 +1,5824 @@
+/*
+litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the CPU and the reference
+for every gradient here: same sections, same names, same options; read them side by side.
+
+    make train DEVICE=cuda && mpirun -np 8 ./train_litespark          one rank per GPU
+    make train DEVICE=emu  && mpirun -np 2 ./train_litespark          the same source on the CPU (dev/emu), for tests
+    ./train_litespark --help                                          every option
+
+Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp rounded up to 128: rows in memory, never in
+files), L layers, C hidden size, H query heads, K key/value heads, D head size, F MLP width. All matrices are row-major; a weight w is (out, in).
+
+Precision map (--precision bf16; with fp32 every floatX is a float)
+    weights, activations and their gradients, attention probabilities     bf16, rounded once per op to nearest even
+    master weights, m, v, gradients of parameters, rstd, LSE              fp32
+    sums inside kernels, matmuls                                          fp32      loss, norms of gradients   double
+Rules
+- floatX is a template parameter: __nv_bfloat16 or float. Gradients of parameters are += (fp32, over micro-steps), of activations =, except the
+  residual stream dx. Every op says which.
+- Every sum has a fixed order: no float atomics, so two runs give the same bits.
+- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is allocated in a step.
+- Kernels start only through launch(); hardware verbs stand once, in section 11; no architecture #ifdef outside it.
+- The text between SHARED BEGIN and SHARED END is the twin's, copied by `make sync`.
+Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
+
+Read: 13 (ops, each forward with its backward below), 14 (the model), 15 (main).
+*/
+// ==== 1. Includes, types, constants =====================================================================================
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <assert.h>
+#include <ctype.h>
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <glob.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+typedef __nv_bfloat16 bf16;
+#ifndef LITESPARK_COMMIT
+#define LITESPARK_COMMIT "unknown"
+#endif
+#define CEIL_DIV(n, d) (((n) + (d) - 1) / (d))
+
+// SHARED BEGIN
+// ==== 2. Errors, memory, numbers ========================================================================================
+int comm_rank(void);        // section 11; 0 and 1 without MPI
+int comm_world(void);
+void comm_abort(void);      // ends all ranks with exit status 1
+void comm_barrier(void);
+void comm_broadcast(void *data, size_t bytes);      // from rank 0
+void comm_sum(double *x, int n);                    // over ranks, in place
+
+static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+static void (*die_hook)(const char *message);   // tests leave die() through it
+
+// A mistake of the user's or the machine's: what, where, what to do. Prints one line and ends all ranks with status 1.
+__attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
+    char message[2048];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(message, sizeof message, fmt, args);
+    va_end(args);
+    if (die_hook) die_hook(message);
+    if (comm_rank() > 0) usleep(500000);        // what all ranks see, rank 0 alone should say
+    fflush(stdout);
+    if (comm_world() > 1) fprintf(stderr, "error: rank %d: %s\n", comm_rank(), message);
+    else fprintf(stderr, "error: %s\n", message);
+    comm_abort();
+    exit(EXIT_FAILURE);
+}
+void *xmalloc(size_t bytes) {
+    void *p = malloc(bytes ? bytes : 1);
+    if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
+    return p;
+}
+
+void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * size that overflows
+    void *p = calloc(n ? n : 1, size ? size : 1);
+    if (!p) die("out of memory: %zu x %zu bytes more are needed; use a smaller batch or model", n, size);
+    return p;
+}
+
+char *xstrdup(const char *s) {
+    size_t n = strlen(s) + 1;
+    return (char *)memcpy(xmalloc(n), s, n);
+}
+
+double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b followed by k zero bytes, so 16
+// bytes become 16 independent lookups instead of a chain of 16. (Words are little endian here, as in all our formats.)
+uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
+    static uint32_t table[16][256];             // filled by the first call, which must not race with another
+    if (!table[0][1]) {
+        for (int b = 0; b < 256; b++) {
+            uint32_t c = (uint32_t)b;
+            for (int bit = 0; bit < 8; bit++) c = (c >> 1) ^ (c & 1 ? 0xEDB88320u : 0);
+            table[0][b] = c;
+        }
+        for (int k = 1; k < 16; k++)
+            for (int b = 0; b < 256; b++) table[k][b] = (table[k-1][b] >> 8) ^ table[0][table[k-1][b] & 255];
+    }
+    const unsigned char *p = (const unsigned char *)data;
+    crc = ~crc;
+    for (; n >= 16; n -= 16, p += 16) {
+        uint32_t w[4], next = 0;
+        memcpy(w, p, 16);
+        w[0] ^= crc;
+        for (int i = 0; i < 4; i++)
+            next ^= table[15 - 4*i][w[i] & 255] ^ table[14 - 4*i][w[i] >> 8 & 255]
+                  ^ table[13 - 4*i][w[i] >> 16 & 255] ^ table[12 - 4*i][w[i] >> 24];
+        crc = next;
+    }
+    while (n--) crc = (crc >> 8) ^ table[0][(crc ^ *p++) & 255];
+    return ~crc;
+}
+
+// Random numbers without a state: element `index` of stream `stream` is a pure function, in integers only, so a GPU
+// thread, another rank count or a resumed run computes the same bits. The mixer is SplitMix64's (Stafford's mix 13).
+static uint64_t mix64(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
+    const uint64_t golden = 0x9E3779B97F4A7C15u;                // odd: a different point for each index
+    uint64_t key = mix64(mix64(seed + golden) ^ (stream * golden + 1));
+    return mix64(mix64(key + index * golden) ^ key);            // twice, so that streams are not shifts of one sequence
+}
+
+double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {     // [0, 1): the top 53 bits
+    return (double)(random_bits(seed, stream, index) >> 11) * 0x1p-53;
+}
+
+double random_normal(uint64_t seed, uint64_t stream, uint64_t index) {      // Box-Muller: mean 0, variance 1
+    double u = 1 - random_uniform(seed, stream, 2*index);       // (0, 1]: the logarithm stays finite
+    double v = random_uniform(seed, stream, 2*index + 1);
+    return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+}
+
+uint64_t hash_string(const char *s) {           // FNV-1a, then mixed: a stream number for random_bits
+    uint64_t h = 0xCBF29CE484222325u;
+    while (*s) h = (h ^ (unsigned char)*s++) * 0x100000001B3u;
+    return mix64(h);
+}
+
+// Strict numbers: 1 and *out when the whole of s is one decimal number that fits, else 0 and *out as it was.
+int parse_int(const char *s, int64_t *out) {
+    const char *digits = s + (*s == '-' || *s == '+');
+    if (!*digits || digits[strspn(digits, "0123456789")]) return 0;
+    errno = 0;
+    long long value = strtoll(s, NULL, 10);
+    if (errno) return 0;
+    *out = value;
+    return 1;
+}
+
+int parse_double(const char *s, double *out) {
+    if (!*s || s[strspn(s, "0123456789+-.eE")]) return 0;       // no blanks, hexadecimal, inf or nan
+    char *end;
+    errno = 0;
+    double value = strtod(s, &end);
+    if (end == s || *end || (errno == ERANGE && fabs(value) > 1)) return 0;     // a tiny number may become 0
+    *out = value;
+    return 1;
+}
+
+// A descriptor and the size of a regular file. Dies naming `what` and the path: missing, a folder, not readable.
+static int open_regular(const char *path, const char *what, size_t *bytes) {
+    struct stat st;
+    if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s '%s' is not a file; name the file itself", what, path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    *bytes = (size_t)st.st_size;
+    return fd;
+}
+
+// Up to n bytes at `offset`; fewer only at the end of the file (returns how many). Dies on a read error.
+static size_t read_at(int fd, const char *path, void *out, size_t n, size_t offset) {
+    size_t done = 0;
+    while (done < n) {
+        ssize_t got = pread(fd, (char *)out + done, n - done, (off_t)(offset + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) die("cannot read '%s' at byte %zu: %s", path, offset + done, strerror(errno));
+        if (got == 0) break;
+        done += (size_t)got;
+    }
+    return done;
+}
+
+char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
+    int fd = open_regular(path, "file", n);
+    if (*n > max_bytes) die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
+    char *text = (char *)xmalloc(*n + 1);
+    if (read_at(fd, path, text, *n, 0) != *n) die("'%s' became shorter while it was read", path);
+    close(fd);
+    text[*n] = 0;
+    return text;
+}
+
+void write_file_whole(const char *path, const void *data, size_t n) {       // on the disk when it returns
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) die("cannot create '%s': %s", path, strerror(errno));
+    for (size_t done = 0; done < n; ) {
+        ssize_t put = write(fd, (const char *)data + done, n - done);
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) die("cannot write '%s': %s", path, strerror(errno));
+        done += (size_t)put;
+    }
+    if (fsync(fd) != 0 || close(fd) != 0) die("cannot write '%s': %s", path, strerror(errno));
+}
+
+// ==== 3. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
+
+// One node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number keeps its digits in str.
+typedef struct Json {
+    char type;             // 'o'bject, 'a'rray, 's'tring, 'n'umber, 't'rue, 'f'alse, '0' null
+    const char *key, *str; // name inside the parent object; text of a string or (not terminated) of a number
+    size_t str_len;
+    double num;
+    int64_t inum;          // valid when is_int: written without '.' and exponent, and it fits
+    int is_int, n;         // n = number of children
+    struct Json *child, *next;
+} Json;
+
+enum { JSON_MAX_DEPTH = 64, JSON_CHUNK = 64 };
+#define JSON_REQUIRED INT64_MIN // the fallback of json_int for a key that must be there
+
+typedef struct JsonChunk { struct JsonChunk *next; int used; Json nodes[JSON_CHUNK]; } JsonChunk;
+typedef struct JsonDoc { Json root; char *text; JsonChunk *chunks; } JsonDoc; // root first: json_free finds the rest
+typedef struct JsonParser {
+    JsonDoc *doc;
+    char *at, *end;        // *end is NUL, so looking one byte ahead is always safe
+    const char *where;
+    const Json **keys;     // scratch of json_check_keys
+    int max_keys;
+} JsonParser;
+
+// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
+static void *array_room(void *p, int need, int *max, size_t size) {
+    if (need <= *max) return p;
+    *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
+    p = realloc(p, (size_t)*max * size);
+    if (!p) die("out of memory: an array of %d items of %zu bytes", *max, size);
+    return p;
+}
+
+static void json_fail(const JsonParser *p, const char *expected) {
+    char found[32];
+    unsigned char c = (unsigned char)*p->at;
+    if (p->at == p->end) snprintf(found, sizeof found, "the end of the text");
+    else snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->doc->text), expected, found);
+}
+
+static void json_space(JsonParser *p) {
+    p->at += strspn(p->at, " \n\r\t");
+}
+
+static void json_digits(JsonParser *p) {
+    size_t n = strspn(p->at, "0123456789");
+    if (!n) json_fail(p, "a digit");
+    p->at += n;
+}
+
+static Json *json_node(JsonParser *p) {
+    JsonChunk *c = p->doc->chunks;
+    if (!c || c->used == JSON_CHUNK) {
+        c = (JsonChunk *)xcalloc(1, sizeof *c);
+        c->next = p->doc->chunks;
+        p->doc->chunks = c;
+    }
+    return &c->nodes[c->used++];
+}
+
+// Bytes of the UTF-8 sequence at s (first byte >= 0x80), or 0: overlong forms and surrogates are malformed.
+static int utf8_length(const char *s) {
+    const unsigned char *u = (const unsigned char *)s;
+    int n = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
+    uint32_t code = u[0] & (0x7Fu >> n);
+    if (u[0] < 0xC2 || u[0] > 0xF4) return 0;
+    for (int i = 1; i < n; i++) {
+        if ((u[i] & 0xC0) != 0x80) return 0;
+        code = code << 6 | (u[i] & 0x3Fu);
+    }
+    if ((n == 3 && code < 0x800) || (n == 4 && code < 0x10000)) return 0;
+    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : n;
+}
+
+// The value of "\uXXXX" at s, or -1.
+static int json_hex4(const char *s) {
+    char digits[5] = "";
+    if (s[0] != '\\' || s[1] != 'u' || strspn(s + 2, "0123456789abcdefABCDEF") < 4) return -1;
+    memcpy(digits, s + 2, 4);
+    return (int)strtol(digits, NULL, 16);
+}
+
+// Decodes the escape at p->at into `out`; returns the end of what it wrote (at most as long as the escape).
+static char *json_escape(JsonParser *p, char *out) {
+    const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t";
+    const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
+    if (simple) {
+        *out++ = to[simple - from];
+        p->at += 2;
+        return out;
+    }
+    int code = json_hex4(p->at);
+    int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0; // a pair \uD8xx\uDCxx is one code point
+    if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
+        json_fail(p, "an escape: \\\" \\\\ \\/ \\b \\f \\n \\r \\t, or \\uXXXX with surrogates in pairs");
+    p->at += low ? 12 : 6;
+    if (low) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
+    out[0] = (char)(n == 1 ? code : (0xF00 >> n & 0xFF) | code);
+    return out + n;
+}
+
+// Decodes the string at p->at in place: the text it stands for is never longer than its source.
+static char *json_chars(JsonParser *p, size_t *length) {
+    char *start = ++p->at, *out = start;
+    while (*p->at != '"') {
+        unsigned char c = (unsigned char)*p->at;
+        int n = c < 0x80 ? 1 : utf8_length(p->at);
+        if (c < 0x20) json_fail(p, "the rest of a string (control characters must be escaped)");
+        if (!n) json_fail(p, "valid UTF-8");
+        if (c == '\\') out = json_escape(p, out);
+        else while (n--) *out++ = *p->at++;
+    }
+    *length = (size_t)(out - start);
+    *out = 0;
+    p->at++;
+    return start;
+}
+
+static void json_scan_number(JsonParser *p, Json *v) {
+    char *start = p->at;
+    v->type = 'n';
+    v->is_int = 1;
+    if (*p->at == '-') p->at++;
+    if (*p->at == '0') p->at++; // no further digit may follow a leading zero
+    else json_digits(p);
+    for (int part = 0; part < 2; part++) { // fraction, exponent
+        if (part ? (*p->at | 32) != 'e' : *p->at != '.') continue;
+        p->at++;
+        if (part && (*p->at == '+' || *p->at == '-')) p->at++;
+        json_digits(p);
+        v->is_int = 0;
+    }
+    v->str = start;
+    v->str_len = (size_t)(p->at - start);
+    v->num = strtod(start, NULL);
+    if (!isfinite(v->num)) {
+        p->at = start;
+        json_fail(p, "a number within the range of a double");
+    }
+    errno = 0;
+    if (v->is_int) v->inum = strtoll(start, NULL, 10);
+    if (errno) v->is_int = 0;
+}
+
+static int json_compare_keys(const void *a, const void *b) {
+    return strcmp((*(const Json *const *)a)->key, (*(const Json *const *)b)->key);
+}
+
+// Dies when two children have one key: readers disagree on which of them counts.
+static void json_check_keys(JsonParser *p, const Json *object) {
+    p->keys = (const Json **)array_room(p->keys, object->n, &p->max_keys, sizeof *p->keys);
+    int n = 0;
+    for (const Json *e = object->child; e; e = e->next) p->keys[n++] = e;
+    qsort(p->keys, (size_t)n, sizeof *p->keys, json_compare_keys);
+    for (int i = 1; i < n; i++) {
+        const char *key = p->keys[i]->key;
+        if (!strcmp(p->keys[i - 1]->key, key)) die("%s: the key \"%s\" appears twice", p->where, key);
+    }
+}
+
+static void json_value(JsonParser *p, Json *v, int depth);
+
+static void json_container(JsonParser *p, Json *v, int depth) {
+    int is_object = *p->at == '{';
+    char close = is_object ? '}' : ']';
+    Json **link = &v->child;
+    if (depth > JSON_MAX_DEPTH) json_fail(p, "at most 64 levels of nesting");
+    v->type = is_object ? 'o' : 'a';
+    p->at++;
+    json_space(p);
+    while (*p->at != close || v->n) {
+        Json *e = json_node(p);
+        json_space(p);
+        if (is_object) {
+            size_t length;
+            if (*p->at != '"') json_fail(p, "a key in double quotes");
+            e->key = json_chars(p, &length);
+            if (strlen(e->key) != length) json_fail(p, "a key without \\u0000");
+            json_space(p);
+            if (*p->at != ':') json_fail(p, "':'");
+            p->at++;
+        }
+        json_value(p, e, depth);
+        *link = e;
+        link = &e->next;
+        v->n++;
+        json_space(p);
+        if (*p->at == close) break;
+        if (*p->at != ',') json_fail(p, is_object ? "',' or '}'" : "',' or ']'");
+        p->at++;
+    }
+    p->at++;
+    if (is_object && v->n > 1) json_check_keys(p, v);
+}
+
+static void json_value(JsonParser *p, Json *v, int depth) {
+    static const char *const words[] = {"true", "false", "null"};
+    json_space(p);
+    if (*p->at == '{' || *p->at == '[') json_container(p, v, depth + 1);
+    else if (*p->at == '-' || isdigit((unsigned char)*p->at)) json_scan_number(p, v);
+    else if (*p->at == '"') {
+        v->type = 's';
+        v->str = json_chars(p, &v->str_len);
+    } else {
+        int i = 0;
+        while (i < 3 && strncmp(p->at, words[i], strlen(words[i]))) i++;
+        if (i == 3) json_fail(p, "a value");
+        v->type = "tf0"[i];
+        p->at += strlen(words[i]);
+    }
+}
+
+// Parses n bytes; dies with `where`, the byte and what was expected there. One json_free releases every node.
+Json *json_parse(const char *text, size_t n, const char *where) {
+    if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
+    JsonDoc *doc = (JsonDoc *)xcalloc(1, sizeof *doc);
+    doc->text = (char *)xmalloc(n + 1);
+    memcpy(doc->text, text, n);
+    doc->text[n] = 0;
+    JsonParser p = {doc, doc->text, doc->text + n, where, NULL, 0};
+    json_value(&p, &doc->root, 0);
+    json_space(&p);
+    if (p.at != p.end) json_fail(&p, "the end of the text");
+    free(p.keys);
+    return &doc->root;
+}
+
+// Frees a root that json_parse returned; NULL is fine.
+void json_free(Json *root) {
+    JsonDoc *doc = (JsonDoc *)root;
+    if (!doc) return;
+    for (JsonChunk *c = doc->chunks, *next; c; c = next) {
+        next = c->next;
+        free(c);
+    }
+    free(doc->text);
+    free(doc);
+}
+
+// The value of `key`; NULL when obj is not an object, or when the key is absent or null.
+const Json *json_get(const Json *obj, const char *key) {
+    if (!obj || obj->type != 'o') return NULL;
+    for (const Json *e = obj->child; e; e = e->next)
+        if (!strcmp(e->key, key)) return e->type == '0' ? NULL : e;
+    return NULL;
+}
+
+// Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
+static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
+    char shown[64];
+    int n = v ? (int)(v->str_len < 40 ? v->str_len : 40) : 0;
+    if (!v) snprintf(shown, sizeof shown, "missing");
+    else if (v->type == 's' || v->type == 'n')
+        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", n, v->str, v->str_len > 40 ? "..." : "");
+    else snprintf(shown, sizeof shown, "%s", v->type == 'o' ? "an object" : v->type == 'a' ? "a list" :
+                  v->type == 't' ? "true" : v->type == 'f' ? "false" : "null");
+    for (char *c = shown; *c; c++)
+        if (iscntrl((unsigned char)*c)) *c = '?';
+    die("%s: \"%s\" is %s; expected %s", where, key, shown, expected);
+}
+
+// Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`, the key,
+// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), -1 (bool), NULL (string).
+int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi, int64_t fallback) {
+    const Json *v = json_get(obj, key);
+    char expected[80];
+    if (!v && fallback != JSON_REQUIRED) return fallback;
+    snprintf(expected, sizeof expected, "an integer from %" PRId64 " to %" PRId64, lo, hi);
+    if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi) json_refuse(v, key, where, expected);
+    return v->inum;
+}
+
+double json_number(const Json *obj, const char *key, const char *where, double lo, double hi, double fallback) {
+    const Json *v = json_get(obj, key);
+    char expected[80];
+    if (!v && !isnan(fallback)) return fallback;
+    snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
+    if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi)) json_refuse(v, key, where, expected);
+    return v->num;
+}
+
+int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
+    const Json *v = json_get(obj, key);
+    if (!v && fallback >= 0) return fallback;
+    if (!v || (v->type != 't' && v->type != 'f')) json_refuse(v, key, where, "true or false");
+    return v->type == 't';
+}
+
+const char *json_string(const Json *obj, const char *key, const char *where, const char *fallback) {
+    const Json *v = json_get(obj, key);
+    if (!v && fallback) return fallback;
+    if (!v || v->type != 's' || strlen(v->str) != v->str_len) json_refuse(v, key, where, "a string");
+    return v->str;
+}
+
+// A growing text: start from zero, text_add, free(t.s).
+typedef struct Text { char *s; int n, max; } Text;
+
+// Appends like printf.
+void text_add(Text *t, const char *fmt, ...) {
+    va_list args;
+    for (int pass = 0, n = 0; pass < 2; pass++) { // measure, then print
+        va_start(args, fmt);
+        n = vsnprintf(pass ? t->s + t->n : NULL, pass ? (size_t)n + 1 : 0, fmt, args);
+        va_end(args);
+        assert(n >= 0 && t->n < INT_MAX / 4 - n);
+        if (pass) t->n += n;
+        else t->s = (char *)array_room(t->s, t->n + n + 1, &t->max, 1);
+    }
+}
+
+// Appends s as a JSON string, quotes included (s is UTF-8).
+void text_add_string(Text *t, const char *s) {
+    text_add(t, "\"");
+    for (; *s; s++)
+        if (*s == '"' || *s == '\\') text_add(t, "\\%c", *s);
+        else text_add(t, (unsigned char)*s < 0x20 ? "\\u%04x" : "%c", *s);
+    text_add(t, "\"");
+}
+
+// Appends the shortest decimal that reads back as x, marked as a float (8.0, not 8); JSON has no NaN: null.
+void text_add_number(Text *t, double x) {
+    char s[40];
+    int digits = 1;
+    do snprintf(s, sizeof s, "%.*g", digits, x);
+    while (digits++ < 17 && strtod(s, NULL) != x);
+    text_add(t, !isfinite(x) ? "null" : strpbrk(s, ".e") ? "%s" : "%s.0", s);
+}
+
+// ==== 4. Options: one table feeds parser, --help, the log and resume ====================================================
+enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
+enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
+enum { FP32, BF16 };
+enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
+enum { AUTO = -1 };         // decided at start from model, data and machine
+
+typedef struct Options {
+    const char *preset, *config, *init_from, *resume;
+    const char *train_data, *val_data, *tokenizer;
+    int64_t stage, document_mask;
+    double dpo_beta;
+    int64_t batch_size, seq_len, total_batch_tokens, steps, warmup_steps, schedule, optimizer_dtype;
+    double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
+    int64_t val_every, val_batches, sample_every, sample_tokens, log_every, eval_only, generate;
+    const char *prompt;
+    double temperature;
+    const char *out, *dump_grads, *device;
+    int64_t checkpoint_every, keep, seed, threads, precision, zero, shard_size, reduce_dtype, recompute, logits_chunk;
+    int64_t deterministic, timeout, gpus, nodes, dry_run, help;
+    double skip_spikes;
+} Options;
+
+static Options opt;
+
+enum { OPT_INT, OPT_REAL, OPT_TEXT, OPT_CHOICE, OPT_FLAG };
+enum { RUN = 1 };           // the option is part of what a run is: saved with a checkpoint and taken up again by --resume
+
+typedef struct Option {
+    const char *name;
+    int type, kind;
+    void *value;
+    const char *initial;    // NULL: not set
+    double lo, hi;          // of numbers
+    const char *help;       // a choice: "first|second: text"
+    int given;              // on the command line
+} Option;
+
+#define FROM(x) (&opt.x)
+static Option option_table[] = {
+    {"--preset", OPT_TEXT, 0, FROM(preset), NULL, 0, 0, "model by name (list: --preset help)", 0},
+    {"--config", OPT_TEXT, 0, FROM(config), NULL, 0, 0, "model by a Hugging Face config.json, random weights", 0},
+    {"--init-from", OPT_TEXT, 0, FROM(init_from), NULL, 0, 0, "start from the weights of a Hugging Face checkpoint folder", 0},
+    {"--resume", OPT_TEXT, 0, FROM(resume), NULL, 0, 0, "continue a litespark checkpoint folder; auto: the newest whole one in --out", 0},
+    {"--train-data", OPT_TEXT, RUN, FROM(train_data), NULL, 0, 0, "token shards, a quoted glob (default: the generated stories)", 0},
+    {"--val-data", OPT_TEXT, RUN, FROM(val_data), NULL, 0, 0, "validation shards (default: the stories', with the default --train-data)", 0},
+    {"--tokenizer", OPT_TEXT, RUN, FROM(tokenizer), NULL, 0, 0, "tokenizer.bin for text (default: beside model or data)", 0},
+    {"--stage", OPT_CHOICE, RUN, FROM(stage), "pretrain", 0, 0, "pretrain|sft|dpo: what is trained", 0},
+    {"--dpo-beta", OPT_REAL, RUN, FROM(dpo_beta), "0.1", 0, 1e3, "strength of the pull to the reference model", 0},
+    {"--document-mask", OPT_CHOICE, RUN, FROM(document_mask), "off", 0, 0, "off|on: attention stays inside documents", 0},
+    {"--batch-size", OPT_INT, RUN, FROM(batch_size), "0", 0, 1 << 20, "sequences per rank and micro-step, 0 = the largest that fits", 0},
+    {"--seq-len", OPT_INT, RUN, FROM(seq_len), "0", 0, 1 << 24, "tokens per sequence, 0 = the model's, at most 1024", 0},
+    {"--total-batch-tokens", OPT_INT, RUN, FROM(total_batch_tokens), "0", 0, 1e12, "tokens per update over all ranks, 0 = the model's default", 0},
+    {"--steps", OPT_INT, RUN, FROM(steps), "-1", -1, 1e12, "updates, -1 = the model's default", 0},
+    {"--lr", OPT_REAL, RUN, FROM(lr), "-1", -1, 1e3, "peak learning rate, -1 = the model's default", 0},
+    {"--min-lr", OPT_REAL, RUN, FROM(min_lr), "-1", -1, 1e3, "learning rate at the end, -1 = lr/10", 0},
+    {"--warmup-steps", OPT_INT, RUN, FROM(warmup_steps), "-1", -1, 1e12, "linear warm-up, -1 = min(100, steps/10)", 0},
+    {"--schedule", OPT_CHOICE, RUN, FROM(schedule), "cosine", 0, 0, "cosine|linear|wsd|constant: shape of the decay (wsd: over the last fifth)", 0},
+    {"--beta1", OPT_REAL, RUN, FROM(beta1), "0.9", 0, 0.999999, "AdamW", 0},
+    {"--beta2", OPT_REAL, RUN, FROM(beta2), "0.95", 0, 0.999999999, "AdamW", 0},
+    {"--eps", OPT_REAL, RUN, FROM(eps), "1e-8", 1e-30, 1, "AdamW", 0},
+    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.1", 0, 1e3, "AdamW, on matrices", 0},
+    {"--grad-clip", OPT_REAL, RUN, FROM(grad_clip), "1", 0, 1e9, "largest global gradient norm, 0 = no clipping", 0},
+    {"--optimizer-dtype", OPT_CHOICE, RUN, FROM(optimizer_dtype), "fp32", 0, 0, "fp32|bf16: storage of m and v", 0},
+    {"--skip-spikes", OPT_REAL, RUN, FROM(skip_spikes), "0", 0, 1e6, "skip updates whose loss or norm is this many standard deviations off, 0 = never", 0},
+    {"--val-every", OPT_INT, RUN, FROM(val_every), "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10", 0},
+    {"--val-batches", OPT_INT, RUN, FROM(val_batches), "0", 0, 1e12, "micro-steps of an evaluation, 0 = all of --val-data", 0},
+    {"--sample-every", OPT_INT, RUN, FROM(sample_every), "-1", -1, 1e12, "updates between text samples, 0 = never, -1 = at the end", 0},
+    {"--sample-tokens", OPT_INT, RUN, FROM(sample_tokens), "200", 0, 1e9, "length of a sample", 0},
+    {"--prompt", OPT_TEXT, RUN, FROM(prompt), "", 0, 0, "text a sample begins with", 0},
+    {"--temperature", OPT_REAL, RUN, FROM(temperature), "0.8", 0, 100, "of samples, 0 = greedy", 0},
+    {"--log-every", OPT_INT, RUN, FROM(log_every), "1", 1, 1e12, "updates between lines on the screen (log.jsonl has all)", 0},
+    {"--eval-only", OPT_FLAG, 0, FROM(eval_only), NULL, 0, 0, "print the loss on --val-data and stop", 0},
+    {"--generate", OPT_FLAG, 0, FROM(generate), NULL, 0, 0, "print a sample of text and stop", 0},
+    {"--out", OPT_TEXT, 0, FROM(out), "out", 0, 0, "folder of checkpoints and log.jsonl", 0},
+    {"--checkpoint-every", OPT_INT, RUN, FROM(checkpoint_every), "-1", -1, 1e12, "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end", 0},
+    {"--keep", OPT_INT, RUN, FROM(keep), "2", 1, 1e9, "checkpoints to keep", 0},
+    {"--seed", OPT_INT, RUN, FROM(seed), "1", 0, 9e15, "of initial weights, data order and samples", 0},
+    {"--threads", OPT_INT, 0, FROM(threads), "0", 0, 4096, "per rank, 0 = cores / ranks of this machine", 0},
+    {"--precision", OPT_CHOICE, RUN, FROM(precision), "fp32", 0, 0, "fp32|bf16: of weights and activations", 0},
+    {"--zero", OPT_INT, 0, FROM(zero), "0", 0, 3, "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 weights", 0},
+    {"--shard-size", OPT_INT, 0, FROM(shard_size), "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all", 0},
+    {"--reduce-dtype", OPT_CHOICE, 0, FROM(reduce_dtype), "fp32", 0, 0, "fp32|bf16: gradients on the wire", 0},
+    {"--recompute", OPT_CHOICE, 0, FROM(recompute), "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping", 0},
+    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them", 0},
+    {"--deterministic", OPT_CHOICE, 0, FROM(deterministic), "on", 0, 0, "off|on: two runs give the same bits", 0},
+    {"--timeout", OPT_INT, 0, FROM(timeout), "600", 1, 1e6, "seconds to wait for another rank before giving up", 0},
+    {"--gpus", OPT_INT, 0, FROM(gpus), "0", 0, 1e6, "with --dry-run: GPUs to plan for", 0},
+    {"--nodes", OPT_INT, 0, FROM(nodes), "0", 0, 1e6, "with --dry-run: nodes to plan for", 0},
+    {"--device", OPT_TEXT, 0, FROM(device), NULL, 0, 0, "with --dry-run: GPU to plan for", 0},
+    {"--dry-run", OPT_FLAG, 0, FROM(dry_run), NULL, 0, 0, "print the memory this run needs and stop", 0},
+    {"--dump-grads", OPT_TEXT, 0, FROM(dump_grads), NULL, 0, 0, "write the first update's gradients to this safetensors file and stop", 0},
+    {"--help", OPT_FLAG, 0, FROM(help), NULL, 0, 0, "this list", 0},
+};
+enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
+
+// Index of `text` among the '|'-separated words before ':' in help, or -1. text NULL: prints nothing, finds word `index` into name.
+static int choice_index(const char *help, const char *text) {
+    int index = 0;
+    for (const char *at = help;; at++) {
+        size_t n = strcspn(at, "|:");
+        if (strlen(text) == n && !strncmp(at, text, n)) return index;
+        at += n;
+        if (*at != '|') return -1;
+        index++;
+    }
+}
+
+// The word of a choice, in a static buffer.
+static const char *choice_name(const Option *o) {
+    static char word[16];
+    const char *at = o->help;
+    for (int64_t i = *(int64_t *)o->value; i > 0; i--) at = strchr(at, '|') + 1;
+    snprintf(word, sizeof word, "%.*s", (int)strcspn(at, "|:"), at);
+    return word;
+}
+
+Option *option_find(const char *name) {
+    for (int i = 0; i < N_OPTIONS; i++) if (!strcmp(option_table[i].name, name)) return &option_table[i];
+    return NULL;
+}
+
+int option_given(const char *name) { return option_find(name)->given; }
+
+// Parses text into the option's variable; dies naming the option and what it wants.
+void option_set(Option *o, const char *text) {
+    if (o->type == OPT_TEXT) {
+        *(const char **)o->value = xstrdup(text);
+    } else if (o->type == OPT_CHOICE) {
+        int index = choice_index(o->help, text);
+        if (index < 0) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
+        *(int64_t *)o->value = index;
+    } else if (o->type == OPT_REAL) {
+        double x;
+        if (!parse_double(text, &x)) die("%s %s: not a number", o->name, text);
+        if (!(x >= o->lo && x <= o->hi)) die("%s %s: out of range %g .. %g", o->name, text, o->lo, o->hi);
+        *(double *)o->value = x;
+    } else {
+        int64_t x;
+        if (!parse_int(text, &x)) die("%s %s: not a whole number", o->name, text);
+        if (!((double)x >= o->lo && (double)x <= o->hi)) die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
+        *(int64_t *)o->value = x;
+    }
+}
+
+// The option's value as text, as option_set reads it (NULL: not set).
+const char *option_text(const Option *o) {
+    static char text[64];
+    if (o->type == OPT_TEXT) return *(const char **)o->value;
+    if (o->type == OPT_CHOICE) return choice_name(o);
+    if (o->type == OPT_REAL) {          // the shortest decimal that reads back the same
+        int digits = 1;
+        do snprintf(text, sizeof text, "%.*g", digits, *(double *)o->value);
+        while (digits++ < 17 && strtod(text, NULL) != *(double *)o->value);
+    } else snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
+    return text;
+}
+
+void options_default(void) {
+    memset(&opt, 0, sizeof opt);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        option_table[i].given = 0;
+        if (option_table[i].initial) option_set(&option_table[i], option_table[i].initial);
+    }
+}
+
+void options_help(void) {
+    printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        char left[64];
+        snprintf(left, sizeof left, "%s%s", o->name, o->type == OPT_FLAG ? "" : o->type == OPT_TEXT ? " TEXT" : o->type == OPT_CHOICE ? " WORD" : " N");
+        printf("  %-24s %s", left, o->help);
+        printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
+    }
+}
+
+// argv -> opt. Unknown names, missing and malformed values die.
+void options_parse(int argc, char **argv) {
+    options_default();
+    for (int i = 1; i < argc; i++) {
+        Option *o = option_find(argv[i]);
+        if (!o) die("unknown option %s; --help lists them all", argv[i]);
+        if (o->given) die("%s is given twice", o->name);
+        o->given = 1;
+        if (o->type == OPT_FLAG) {
+            *(int64_t *)o->value = 1;
+            continue;
+        }
+        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
+        option_set(o, argv[++i]);
+    }
+}
+
+// What can be said against the options without looking at any file.
+void options_check(void) {
+    int models = !!opt.preset + !!opt.config + !!opt.init_from;
+    if (models > 1) die("choose one of --preset, --config and --init-from");
+    if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
+    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1) die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
+    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume) die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
+    if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
+    if (!*opt.out) die("--out is empty; name a folder");
+    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run) die("--gpus, --nodes and --device go with --dry-run");
+    if (opt.min_lr > opt.lr && opt.lr >= 0) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
+}
+// ==== 5. safetensors: reading and writing Hugging Face weight files =============================
+// OFFSET  SIZE  MEANING (https://github.com/huggingface/safetensors#format)
+// 0       8     N, the header's length in bytes, little-endian (as is everything; so must this machine be)
+// 8       N     JSON, padded with spaces:
+//               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
+// 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
+
+enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, ST_U32, ST_U16, ST_U8, ST_BOOL, ST_F8_E4M3,
+       ST_F8_E5M2, ST_DTYPES };
+static const struct { const char *name; size_t bytes; } st_dtypes[ST_DTYPES] = {
+    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"F64", 8}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
+    {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 512, ST_BUFFER = 1 << 20 };
+
+typedef struct StTensor {
+    const char *name;
+    int dtype, n_dims, file;        // file: index into StSet.paths
+    int64_t shape[ST_MAX_DIMS];
+    size_t offset, n_bytes, n;      // offset from the start of the file; n = elements
+} StTensor;
+
+typedef struct StSet {              // the tensors of one checkpoint, sorted by name
+    StTensor *tensors;
+    int n_tensors, max_tensors, n_files;
+    char *paths[ST_MAX_FILES];
+    int fds[ST_MAX_FILES];
+    Json *headers[ST_MAX_FILES];    // own the names
+} StSet;
+
+static void st_pread(const StSet *s, int f, void *out, size_t n, size_t offset) {
+    if (read_at(s->fds[f], s->paths[f], out, n, offset) != n) die("%s became shorter while it was read", s->paths[f]);
+}
+
+// Appends the tensor of one header entry; checks all but how tensors lie next to each other.
+static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
+    const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape"), *span = json_get(e, "data_offsets");
+    StTensor t;
+    memset(&t, 0, sizeof t);
+    t.name = e->key;
+    t.file = s->n_files - 1;
+    if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
+        die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
+    while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
+    if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
+    if (shape->n > ST_MAX_DIMS)
+        die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
+    t.n = 1;
+    for (const Json *d = shape->child; d; d = d->next) {
+        if (!d->is_int || d->inum < 0 || (d->inum && t.n > (size_t)INT64_MAX / 8 / (size_t)d->inum))
+            die("%s: tensor %s: dimension %d of its shape is no size", path, t.name, t.n_dims);
+        t.shape[t.n_dims++] = d->inum;
+        t.n *= (size_t)d->inum;
+    }
+    const Json *begin = span->child, *end = begin->next;
+    if (!begin->is_int || !end->is_int || begin->inum < 0 || end->inum < begin->inum || (size_t)end->inum > data_bytes)
+        die("%s: tensor %s: its data_offsets lie outside of the %zu data bytes", path, t.name, data_bytes);
+    t.offset = data_start + (size_t)begin->inum;
+    t.n_bytes = (size_t)(end->inum - begin->inum);
+    size_t needed = t.n * st_dtypes[t.dtype].bytes;
+    if (t.n_bytes != needed)
+        die("%s: tensor %s has %zu bytes of data, but its shape and dtype need %zu", path, t.name, t.n_bytes, needed);
+    s->tensors = (StTensor *)array_room(s->tensors, s->n_tensors + 1, &s->max_tensors, sizeof t);
+    s->tensors[s->n_tensors++] = t;
+}
+
+static int st_compare_offsets(const void *a, const void *b) {
+    const StTensor *x = (const StTensor *)a, *y = (const StTensor *)b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    return (x->n_bytes > y->n_bytes) - (x->n_bytes < y->n_bytes); // empty tensors first
+}
+
+static int st_compare_names(const void *a, const void *b) {
+    return strcmp(((const StTensor *)a)->name, ((const StTensor *)b)->name);
+}
+
+// Opens a file, takes over its header and adds its tensors.
+static void st_add_file(StSet *s, const char *path) {
+    size_t size;
+    unsigned char length[8];
+    uint64_t n_header = 0;
+    int f = s->n_files++, first = s->n_tensors;
+    if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
+    s->fds[f] = open_regular(path, "weights", &size);
+    s->paths[f] = xstrdup(path);
+    if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
+    st_pread(s, f, length, 8, 0);
+    for (int i = 7; i >= 0; i--) n_header = n_header << 8 | length[i];
+    if (n_header > size - 8 || n_header > ST_MAX_HEADER)
+        die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file", path, n_header, size);
+    char *text = (char *)xmalloc((size_t)n_header + 1);
+    st_pread(s, f, text, (size_t)n_header, 8);
+    Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
+    free(text);
+    if (header->type != 'o') die("%s: the header is no JSON object", path);
+    size_t start = 8 + (size_t)n_header, at = start;
+    for (const Json *e = header->child; e; e = e->next) {
+        if (strcmp(e->key, "__metadata__")) st_add_tensor(s, e, path, start, size - start);
+        else if (e->type != 'o') die("%s: __metadata__ is no JSON object", path);
+    }
+    qsort(s->tensors + first, (size_t)(s->n_tensors - first), sizeof *s->tensors, st_compare_offsets);
+    for (const StTensor *t = s->tensors + first; t < s->tensors + s->n_tensors; at += t++->n_bytes)
+        if (t->offset != at)
+            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu", path, t->name, t->offset, at);
+    if (at != size) die("%s: the tensors end at byte %zu, but the file has %zu", path, at, size);
+}
+
+// The tensor of that name, or NULL.
+const StTensor *st_find(const StSet *s, const char *name) {
+    StTensor key;
+    key.name = name;
+    return (const StTensor *)bsearch(&key, s->tensors, (size_t)s->n_tensors, sizeof key, st_compare_names);
+}
+
+static void st_sort_names(StSet *s) {
+    qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, st_compare_names);
+    for (const StTensor *t = s->tensors; t + 1 < s->tensors + s->n_tensors; t++)
+        if (!strcmp(t[0].name, t[1].name))
+            die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
+}
+
+// Is paths[f] the file of that name beside the index?
+static int st_is_file(const StSet *s, int f, const char *name) { return !strcmp(strrchr(s->paths[f], '/') + 1, name); }
+
+// Opens every file that the index names; index and files must agree on where each tensor is.
+static void st_open_index(StSet *s, const char *folder, const char *index_path) {
+    size_t n;
+    char *text = read_text_file(index_path, ST_MAX_HEADER, &n);
+    Json *index = json_parse(text, n, index_path);
+    const Json *map = json_get(index, "weight_map");
+    if (!map || map->type != 'o') die("%s: \"weight_map\" is no JSON object", index_path);
+    for (const Json *e = map->child; e; e = e->next) {
+        int f = s->n_files - 1;
+        if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
+            die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
+        while (f >= 0 && !st_is_file(s, f, e->str)) f--;
+        if (f >= 0) continue;
+        Text path = {NULL, 0, 0};
+        text_add(&path, "%s/%s", folder, e->str);
+        st_add_file(s, path.s);
+        free(path.s);
+    }
+    st_sort_names(s);
+    char *listed = (char *)xcalloc((size_t)s->n_tensors + 1, 1);
+    for (const Json *e = map->child; e; e = e->next) {
+        const StTensor *t = st_find(s, e->key);
+        if (!t || !st_is_file(s, t->file, e->str)) die("%s: tensor %s is not in %s", index_path, e->key, e->str);
+        listed[t - s->tensors] = 1;
+    }
+    for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++)
+        if (!listed[t - s->tensors]) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
+    free(listed);
+    json_free(index);
+    free(text);
+}
+
+// Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
+// one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
+StSet *st_open(const char *dir_or_file) {
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
+    s->tensors = (StTensor *)array_room(NULL, 1, &s->max_tensors, sizeof *s->tensors); // never NULL: qsort, bsearch
+    struct stat info;
+    Text one = {NULL, 0, 0}, index = {NULL, 0, 0};
+    text_add(&one, "%s/model.safetensors", dir_or_file);
+    text_add(&index, "%s/model.safetensors.index.json", dir_or_file);
+    if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
+    if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
+    else if (!access(one.s, F_OK)) st_add_file(s, one.s);
+    else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
+    else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
+    st_sort_names(s);
+    free(one.s);
+    free(index.s);
+    return s;
+}
+
+// The value of a __metadata__ key, or NULL.
+const char *st_metadata(const StSet *s, const char *key) {
+    for (int f = 0; f < s->n_files; f++) {
+        const Json *v = json_get(json_get(s->headers[f], "__metadata__"), key);
+        if (v && v->type == 's') return v->str;
+    }
+    return NULL;
+}
+
+// IEEE half to float: exact, subnormals included.
+static float st_f16_to_float(uint32_t h) {
+    uint32_t exponent = h >> 10 & 31, fraction = h & 1023, bits;
+    float x = ldexpf((float)fraction, -24); // exponent 0: fraction * 2^-24
+    memcpy(&bits, &x, 4);
+    if (exponent) bits = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    bits |= h >> 15 << 31;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// Elements first .. first+count-1 of a tensor, in the file's own dtype. Threads may call it at the same time.
+void st_read_raw(const StSet *s, const StTensor *t, size_t first, size_t count, void *out) {
+    size_t size = st_dtypes[t->dtype].bytes;
+    assert(first <= t->n && count <= t->n - first);
+    st_pread(s, t->file, out, count * size, t->offset + first * size);
+}
+
+// The same as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
+void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
+    const char *dtype = st_dtypes[t->dtype].name;
+    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", s->paths[t->file], t->name, dtype);
+    // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
+    char *raw = (char *)out + count * (sizeof(float) - st_dtypes[t->dtype].bytes);
+    st_read_raw(s, t, first, count, raw);
+    if (t->dtype == ST_F32) return;
+    for (size_t i = 0; i < count; i++) {
+        uint16_t h;
+        memcpy(&h, raw + 2 * i, 2);
+        uint32_t bits = (uint32_t)h << 16;
+        if (t->dtype == ST_F16) out[i] = st_f16_to_float(h);
+        else memcpy(out + i, &bits, 4);
+    }
+}
+
+void st_close(StSet *s) {
+    if (!s) return;
+    for (int f = 0; f < s->n_files; f++) {
+        close(s->fds[f]);
+        free(s->paths[f]);
+        json_free(s->headers[f]);
+    }
+    free(s->tensors);
+    free(s);
+}
+
+// Writes one file front to back in constant memory: create, declare every tensor, begin, write the values in that order,
+// finish. A failing disk does not end the program: the first error is kept, later writes do nothing, and the caller asks
+// st_error after st_finish (or earlier), removes its temporary directory and keeps the old checkpoint.
+typedef struct StPart { size_t n; int dtype; } StPart;
+typedef struct StWriter {
+    char *path;
+    int fd, failed;                  // failed: the first errno
+    Text header;
+    StPart *parts;                   // the declared tensors
+    int n_parts, max_parts, part;    // the part being written, and
+    size_t done;                     // how many of its elements have come
+    size_t data_bytes, file_bytes, n_buffer;
+    unsigned char *buffer;           // ST_BUFFER bytes on their way to the file
+    uint32_t crc;
+    Text message;
+} StWriter;
+
+static void st_flush(StWriter *w) {
+    size_t at = 0;
+    w->crc = crc32_update(w->crc, w->buffer, w->n_buffer);
+    while (!w->failed && at < w->n_buffer) {
+        ssize_t n = write(w->fd, w->buffer + at, w->n_buffer - at);
+        if (n >= 0) at += (size_t)n;
+        else if (errno != EINTR) w->failed = errno;
+    }
+    w->file_bytes += w->n_buffer;
+    w->n_buffer = 0;
+}
+
+static void st_put(StWriter *w, const void *bytes, size_t n) {
+    for (size_t take; n; n -= take, bytes = (const char *)bytes + take) {
+        if (w->n_buffer == ST_BUFFER) st_flush(w);
+        take = n < ST_BUFFER - w->n_buffer ? n : ST_BUFFER - w->n_buffer;
+        memcpy(w->buffer + w->n_buffer, bytes, take);
+        w->n_buffer += take;
+    }
+}
+
+// Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
+StWriter *st_create(const char *path, const char *metadata) {
+    StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
+    w->path = xstrdup(path);
+    w->buffer = (unsigned char *)xmalloc(ST_BUFFER);
+    w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (w->fd < 0) w->failed = errno;
+    text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
+    return w;
+}
+
+// Announces the next tensor: dtype ST_F32 or ST_BF16.
+void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape) {
+    StPart part = {1, dtype};
+    assert((dtype == ST_F32 || dtype == ST_BF16) && n_dims <= ST_MAX_DIMS);
+    text_add(&w->header, w->header.n > 1 ? "," : "");
+    text_add_string(&w->header, name);
+    text_add(&w->header, ":{\"dtype\":\"%s\",\"shape\":[", st_dtypes[dtype].name);
+    for (int d = 0; d < n_dims; d++) {
+        text_add(&w->header, d ? ",%" PRId64 : "%" PRId64, shape[d]);
+        part.n *= (size_t)shape[d];
+    }
+    size_t end = w->data_bytes + part.n * st_dtypes[dtype].bytes;
+    text_add(&w->header, "],\"data_offsets\":[%zu,%zu]}", w->data_bytes, end);
+    w->data_bytes = end;
+    w->parts = (StPart *)array_room(w->parts, w->n_parts + 1, &w->max_parts, sizeof part);
+    w->parts[w->n_parts++] = part;
+}
+
+// Writes the header; no st_declare after it. Spaces bring the data to a multiple of 8, as the library does.
+void st_begin(StWriter *w) {
+    text_add(&w->header, "}");
+    text_add(&w->header, "%*s", (8 - w->header.n % 8) % 8, "");
+    unsigned char length[8];
+    for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)w->header.n >> 8 * i);
+    st_put(w, length, 8);
+    st_put(w, w->header.s, (size_t)w->header.n);
+}
+
+// float to bf16, round to nearest even; NaN stays NaN (rounding could carry it to infinity).
+static uint16_t st_float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (isnan(x)) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// Moves on to the part that the next element belongs to (empty tensors have none).
+static void st_next_part(StWriter *w) {
+    while (w->part < w->n_parts && w->done == w->parts[w->part].n) {
+        w->part++;
+        w->done = 0;
+    }
+}
+
+// The next elements, in the order of declaration; one call may span several tensors.
+void st_write(StWriter *w, const float *values, size_t count) {
+    for (size_t take; count; count -= take, values += take) {
+        st_next_part(w);
+        assert(w->part < w->n_parts);
+        const StPart *part = w->parts + w->part;
+        size_t size = st_dtypes[part->dtype].bytes, left = part->n - w->done;
+        if (ST_BUFFER - w->n_buffer < size) st_flush(w);
+        take = (ST_BUFFER - w->n_buffer) / size;
+        if (take > left) take = left;
+        if (take > count) take = count;
+        unsigned char *out = w->buffer + w->n_buffer;
+        if (size == 4) memcpy(out, values, take * 4);
+        else for (size_t i = 0; i < take; i++) {
+            uint16_t h = st_float_to_bf16(values[i]);
+            memcpy(out + 2 * i, &h, 2);
+        }
+        w->n_buffer += take * size;
+        w->done += take;
+    }
+}
+
+// Flushes, fsyncs, closes; all declared values must have come. Returns the CRC-32 of the whole file and its size; both
+// mean something only when st_error(w) is NULL.
+uint32_t st_finish(StWriter *w, size_t *file_bytes) {
+    st_next_part(w);
+    assert(w->part == w->n_parts);
+    st_flush(w);
+    if (w->fd >= 0 && fsync(w->fd) && !w->failed) w->failed = errno;
+    if (w->fd >= 0 && close(w->fd) && !w->failed) w->failed = errno;
+    w->fd = -1;
+    if (file_bytes) *file_bytes = w->file_bytes;
+    return w->crc;
+}
+
+// NULL while all is well, else "PATH: why"; valid until st_free.
+const char *st_error(StWriter *w) {
+    if (w->failed && !w->message.n) text_add(&w->message, "%s: cannot write: %s", w->path, strerror(w->failed));
+    return w->message.s;
+}
+
+void st_free(StWriter *w) {
+    free(w->path);
+    free(w->header.s);
+    free(w->parts);
+    free(w->buffer);
+    free(w->message.s);
+    free(w);
+}
+
+// ==== 6. Model configuration: Hugging Face's config.json and the presets ========================
+
+// The integers of a model: field, config.json key, smallest and largest value, what an absent (or null) key means.
+#define CONFIG_INTS(X) \
+    X(V,     "vocab_size",              2, 1 << 24, JSON_REQUIRED) \
+    X(L,     "num_hidden_layers",       1, 1 << 12, JSON_REQUIRED) \
+    X(C,     "hidden_size",             1, 1 << 20, JSON_REQUIRED) \
+    X(H,     "num_attention_heads",     1, 1 << 14, JSON_REQUIRED) \
+    X(K,     "num_key_value_heads",     1, 1 << 14, 0 /* = H */)   \
+    X(D,     "head_dim",                1, 1 << 14, 0 /* = C/H */) \
+    X(F,     "intermediate_size",       1, 1 << 22, JSON_REQUIRED) \
+    X(max_T, "max_position_embeddings", 1, 1 << 28, JSON_REQUIRED)
+#define CONFIG_NUMBERS(X) \
+    X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
+    X(init_std, "initializer_range", 0, 1, 0.02)
+
+typedef struct Config {
+    char family[16];          // "llama", "mistral", "qwen2", "qwen3"
+    int V, Vp;                // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
+    int L, C, H, K, D, F;     // layers, hidden size, query heads, key/value heads, head_dim, MLP width
+    int max_T;                // positions the model is made for
+    int tied;                 // lm_head is the embedding
+    int qkv_bias, qk_norm;    // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
+    double eps, rope_theta, init_std;
+    int rope_llama3;          // rope type "llama3": long wavelengths are stretched by rope_factor; its parameters:
+    double rope_factor, rope_low, rope_high;
+    int rope_original_T;
+    int sliding_window;       // 0 = none, else how far layers >= window_layer look back; the caller refuses a longer seq-len
+    int window_layer;         // Qwen's max_window_layers
+    int bos, eos;             // token ids, -1 = none
+} Config;
+
+static const struct { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } config_families[] = {
+    {"llama",   "LlamaForCausalLM",   0, 0, 0},
+    {"mistral", "MistralForCausalLM", 0, 0, 0},
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
+    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
+};
+enum { N_FAMILIES = sizeof config_families / sizeof *config_families };
+
+// Keys that would change the computation, and the one value that we compute.
+static const struct { const char *key, *only; } config_fixed[] = {
+    {"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}, {"attention_dropout", "0"},
+    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"}, {"num_experts", "0"},
+    {"num_local_experts", "0"}, {"n_routed_experts", "0"}, {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
+};
+
+// The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
+static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std,
+                      factor; int window, bos, eos; } config_presets[] = {
+//   name            family          V   L     C   H   K    D      F   max_T  tie   eps    theta    init  fac   win     bos     eos
+    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.06,   0,    0,     -1,     -1},
+    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
+    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,  500000,   0.02,  32,    0, 128000, 128001},
+    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,  500000,   0.02,   8,    0, 128000, 128001},
+    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
+    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
+    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151645},
+    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   10000,   0.02,   0, 4096,      1,      2},
+    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,  100000, 1.0/24,   0,    0,      0,      0},
+};
+enum { N_PRESETS = sizeof config_presets / sizeof *config_presets };
+
+static int config_set_family(Config *c, const char *name) {
+    for (int i = 0; i < N_FAMILIES; i++) {
+        if (strcmp(name, config_families[i].name)) continue;
+        snprintf(c->family, sizeof c->family, "%s", name);
+        c->qkv_bias = config_families[i].qkv_bias;
+        c->qk_norm = config_families[i].qk_norm;
+        return i;
+    }
+    return -1;
+}
+
+// Sets V and with it Vp: GEMMs and shards like the padded size.
+void config_set_vocab(Config *c, int V) {
+    c->V = V;
+    c->Vp = (V + 127) / 128 * 128;
+}
+
+// Parameters of the model, as Hugging Face counts them (a tied head once).
+double config_params(const Config *c) {
+    double C = c->C, q = (double)c->H * c->D, kv = (double)c->K * c->D;
+    double block = 2 * C * q + 2 * C * kv + 3 * C * c->F + 2 * C;      // q o, k v, gate up down, two norms
+    block += (c->qkv_bias ? q + 2 * kv : 0) + (c->qk_norm ? 2 * c->D : 0);
+    return (c->tied ? 1 : 2) * (double)c->V * C + c->L * block + C;
+}
+
+// Dies when the numbers make no model that we can train; `where` names their source.
+void config_check(const Config *c, const char *where) {
+#define CHECK(field, key, lo, hi, fallback) \
+    if (c->field < (lo) || c->field > (hi)) \
+        die("%s: \"%s\" is %d; expected an integer from %d to %d", where, key, c->field, lo, hi);
+    CONFIG_INTS(CHECK)
+#undef CHECK
+    if (c->H % c->K)
+        die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
+    if (c->D % 8 || c->D > 128)
+        die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
+    if (c->rope_llama3 && !(c->rope_low < c->rope_high))
+        die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
+    for (int i = 0; i < 2; i++)
+        if ((i ? c->eos : c->bos) >= c->V)
+            die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where, i ? "eos_token_id" : "bos_token_id",
+                i ? c->eos : c->bos, c->V);
+    if (config_params(c) >= 0x1p40)
+        die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
+}
+
+// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into rope_parameters.
+// Like transformers 5, a rope_scaling wins over rope_parameters, and rope_theta inside over rope_theta outside.
+static void config_read_rope(Config *c, const Json *j, const char *where) {
+    const Json *rope = json_get(j, "rope_scaling");
+    if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
+    if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
+    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type"; // "type": before transformers 4.43
+    const char *type = json_string(rope, type_key, where, "default");
+    if (strcmp(type, "default") && strcmp(type, "llama3"))
+        json_refuse(json_get(rope, type_key), "rope_type", where, "\"default\" or \"llama3\", the supported kinds of RoPE");
+    const Json *part = json_get(rope, "partial_rotary_factor");
+    if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
+    for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
+        if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
+    c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
+    if (strcmp(type, "llama3")) return;
+    c->rope_llama3 = 1;
+    c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
+    c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
+    c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
+    c->rope_original_T = (int)json_int(rope, "original_max_position_embeddings", where, 1, 1 << 28, c->max_T);
+}
+
+// Sliding windows: Qwen's count only when switched on, and only from layer max_window_layers on.
+static void config_read_window(Config *c, const Json *j, const char *where, int has_switch) {
+    const Json *types = has_switch ? json_get(j, "layer_types") : NULL;
+    c->sliding_window = (int)json_int(j, "sliding_window", where, 0, INT_MAX, 0);
+    if (!json_bool(j, "use_sliding_window", where, !has_switch)) c->sliding_window = 0;
+    c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
+    if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
+    int l = 0;
+    for (const Json *e = types ? types->child : NULL; e; e = e->next) {
+        const char *want = c->sliding_window && l++ >= c->window_layer ? "sliding_attention" : "full_attention";
+        if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
+    }
+}
+
+// Reads config.json of transformers 4 or 5 and checks it; dies naming `where`, the key, its value and what was expected.
+// null means absent; keys that do not change the computation are ignored.
+void config_from_json(Config *c, const char *text, size_t n, const char *where) {
+    Json *j = json_parse(text, n, where);
+    memset(c, 0, sizeof *c);
+    if (j->type != 'o') die("%s: expected a JSON object", where);
+    int family = config_set_family(c, json_string(j, "model_type", where, NULL));
+    if (family < 0) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    for (size_t i = 0; i < sizeof config_fixed / sizeof *config_fixed; i++) {
+        const Json *v = json_get(j, config_fixed[i].key);
+        const char *only = config_fixed[i].only;
+        int same = !v || (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
+                          v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
+        if (!same) json_refuse(v, config_fixed[i].key, where, only);
+    }
+#define READ(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
+    CONFIG_INTS(READ)
+#undef READ
+#define READ(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
+    CONFIG_NUMBERS(READ)
+#undef READ
+    config_set_vocab(c, c->V);
+    if (!c->K) c->K = c->H;
+    if (!c->D && c->C % c->H)
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d", where,
+            c->C, c->H);
+    if (!c->D) c->D = c->C / c->H;
+    c->tied = json_bool(j, "tie_word_embeddings", where, 0);
+    config_read_rope(c, j, where);
+    config_read_window(c, j, where, config_families[family].window_switch);
+    c->bos = (int)json_int(j, "bos_token_id", where, -1, INT_MAX, -1);
+    const Json *eos = json_get(j, "eos_token_id");       // chat models list several: the first
+    if (eos && eos->type == 'a') {
+        if (!eos->child || !eos->child->is_int || eos->child->inum < 0 || eos->child->inum > INT_MAX)
+            json_refuse(eos->child, "eos_token_id", where, "token ids");
+        c->eos = (int)eos->child->inum;
+    } else c->eos = (int)json_int(j, "eos_token_id", where, -1, INT_MAX, -1);
+    json_free(j);
+    config_check(c, where);
+}
+
+// " tiny 15M ...": for messages
+const char *config_preset_names(void) {
+    static char names[512];
+    names[0] = 0;
+    for (int i = 0; i < N_PRESETS; i++) {
+        strcat(names, " ");
+        strcat(names, config_presets[i].name);
+    }
+    return names;
+}
+
+// Fills c from the preset table; 0 when the name is unknown.
+int config_preset(Config *c, const char *name) {
+    for (int i = 0; i < N_PRESETS; i++) {
+        if (strcmp(name, config_presets[i].name)) continue;
+        memset(c, 0, sizeof *c);
+        config_set_family(c, config_presets[i].family);
+#define COPY(field, key, lo, hi, fallback) c->field = config_presets[i].field;
+        CONFIG_INTS(COPY)
+        CONFIG_NUMBERS(COPY)
+#undef COPY
+        config_set_vocab(c, c->V);
+        c->tied = config_presets[i].tied;
+        c->rope_theta = config_presets[i].theta;
+        if (config_presets[i].factor > 0) {
+            c->rope_llama3 = 1;
+            c->rope_factor = config_presets[i].factor;
+            c->rope_low = 1;
+            c->rope_high = 4;
+            c->rope_original_T = 8192;
+        }
+        c->sliding_window = config_presets[i].window;
+        c->bos = config_presets[i].bos;
+        c->eos = config_presets[i].eos;
+        config_check(c, name);
+        return 1;
+    }
+    return 0;
+}
+
+static void config_add_id(Text *t, const char *key, int id) {
+    if (id < 0) text_add(t, "  \"%s\": null,\n", key);
+    else text_add(t, "  \"%s\": %d,\n", key, id);
+}
+
+static void config_add_number(Text *t, const char *before, double x, const char *after) {
+    text_add(t, "%s", before);
+    text_add_number(t, x);
+    text_add(t, "%s", after);
+}
+
+// The members of rope_scaling, and with rope_theta those of rope_parameters.
+static void config_add_rope(Text *t, const Config *c, int with_theta) {
+    text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_llama3 ? "llama3" : "default");
+    if (with_theta) config_add_number(t, ",\n    \"rope_theta\": ", c->rope_theta, "");
+    if (c->rope_llama3) {
+        config_add_number(t, ",\n    \"factor\": ", c->rope_factor, "");
+        config_add_number(t, ",\n    \"low_freq_factor\": ", c->rope_low, "");
+        config_add_number(t, ",\n    \"high_freq_factor\": ", c->rope_high, "");
+        text_add(t, ",\n    \"original_max_position_embeddings\": %d", c->rope_original_T);
+    }
+    text_add(t, "\n  }");
+}
+
+// config.json with the keys of transformers 4 and of 5; dtype: "float32" or "bfloat16". The caller frees it.
+char *config_to_json(const Config *c, const char *dtype) {
+    Text t = {NULL, 0, 0};
+    int family = 0;
+    while (strcmp(config_families[family].name, c->family)) family++;
+    text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", config_families[family].class_name);
+    text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family);
+#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
+    CONFIG_INTS(WRITE)
+#undef WRITE
+#define WRITE(field, key, lo, hi, fallback) config_add_number(&t, "  \"" key "\": ", c->field, ",\n");
+    CONFIG_NUMBERS(WRITE)
+#undef WRITE
+    text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
+    if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    if (config_families[family].window_switch)
+        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false",
+                 c->window_layer);
+    if (c->sliding_window || strcmp(c->family, "llama"))
+        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+    config_add_number(&t, "  \"rope_theta\": ", c->rope_theta, ",\n  \"rope_scaling\": ");
+    if (c->rope_llama3) config_add_rope(&t, c, /*with_theta=*/0);
+    else text_add(&t, "null");
+    text_add(&t, ",\n  \"rope_parameters\": ");
+    config_add_rope(&t, c, /*with_theta=*/1);
+    text_add(&t, ",\n");
+    config_add_id(&t, "bos_token_id", c->bos);
+    config_add_id(&t, "eos_token_id", c->eos);
+    text_add(&t, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\"\n}\n", dtype, dtype);
+    return t.s;
+}
+
+// ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ------------------------------
+// Parameters lie in flat buffers, unit after unit: the embedding, each layer, and the final norm with the head. A unit is what
+// is reduced, sharded and saved together. Inside a unit q|k|v (and their biases) and gate|up are neighbours, so that each group
+// is one matrix for the matmul; other tensors start at multiples of 64 elements.
+enum { MAX_TENSORS_PER_UNIT = 14, TENSOR_ALIGN = 64, UNIT_ALIGN = 128 };
+enum { INIT_NORMAL, INIT_ONE, INIT_ZERO };
+
+typedef struct Tensor {
+    char name[80];          // Hugging Face's
+    int unit;
+    size_t at, n;           // first element in the flat buffer, number of elements
+    int rows, cols;         // cols 0: a vector
+    int init, decay;
+} Tensor;
+
+typedef struct Unit {
+    char name[24];          // "embed", "layers.7", "head"
+    size_t at, n, n_padded; // n_padded: a multiple of UNIT_ALIGN * ranks, vocabulary padding included
+    int first_tensor, n_tensors;
+} Unit;
+
+typedef struct ParamTable {
+    Tensor *tensors;
+    Unit *units;
+    int n_tensors, n_units;
+    size_t n, n_params;     // elements of a flat buffer; parameters without padding
+} ParamTable;
+
+static void table_unit(ParamTable *p, const char *name) {
+    Unit *u = &p->units[p->n_units++];
+    memset(u, 0, sizeof *u);
+    snprintf(u->name, sizeof u->name, "%s", name);
+    u->at = p->n;
+    u->first_tensor = p->n_tensors;
+}
+
+// Appends a tensor to the last unit. joined: starts right after the previous one, as part of the same matrix.
+static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols, int init, int joined) {
+    Tensor *t = &p->tensors[p->n_tensors++];
+    Unit *u = &p->units[p->n_units - 1];
+    memset(t, 0, sizeof *t);
+    snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
+    t->unit = p->n_units - 1;
+    if (!joined) u->n = CEIL_DIV(u->n, TENSOR_ALIGN) * TENSOR_ALIGN;
+    t->at = u->at + u->n;
+    t->n = (size_t)rows * (cols ? cols : 1);
+    t->rows = rows;
+    t->cols = cols;
+    t->init = init;
+    t->decay = cols > 0;    // matrices decay, norms and biases do not
+    u->n += t->n;
+    u->n_tensors++;
+    p->n_params += t->n;
+}
+
+static void table_unit_end(ParamTable *p, size_t vocab_padding, int world) {
+    Unit *u = &p->units[p->n_units - 1];
+    size_t align = (size_t)UNIT_ALIGN * world;
+    u->n_padded = CEIL_DIV(u->n + vocab_padding, align) * align;
+    p->n += u->n_padded;
+}
+
+// The table of a model; unit sizes are divisible by the number of ranks.
+void param_table_build(ParamTable *p, const Config *c, int world) {
+    memset(p, 0, sizeof *p);
+    p->units = (Unit *)xcalloc((size_t)c->L + 2, sizeof(Unit));
+    p->tensors = (Tensor *)xcalloc(((size_t)c->L + 2) * MAX_TENSORS_PER_UNIT, sizeof(Tensor));
+    size_t vocab_padding = (size_t)(c->Vp - c->V) * c->C;
+    table_unit(p, "embed");
+    table_tensor(p, "model.", "embed_tokens.weight", c->V, c->C, INIT_NORMAL, 0);
+    table_unit_end(p, vocab_padding, world);
+    for (int l = 0; l < c->L; l++) {
+        char unit[24], x[40];
+        snprintf(unit, sizeof unit, "layers.%d", l);
+        snprintf(x, sizeof x, "model.layers.%d.", l);
+        table_unit(p, unit);
+        table_tensor(p, x, "input_layernorm.weight", c->C, 0, INIT_ONE, 0);
+        table_tensor(p, x, "self_attn.q_proj.weight", c->H * c->D, c->C, INIT_NORMAL, 0);
+        table_tensor(p, x, "self_attn.k_proj.weight", c->K * c->D, c->C, INIT_NORMAL, 1);
+        table_tensor(p, x, "self_attn.v_proj.weight", c->K * c->D, c->C, INIT_NORMAL, 1);
+        if (c->qkv_bias) {
+            table_tensor(p, x, "self_attn.q_proj.bias", c->H * c->D, 0, INIT_ZERO, 0);
+            table_tensor(p, x, "self_attn.k_proj.bias", c->K * c->D, 0, INIT_ZERO, 1);
+            table_tensor(p, x, "self_attn.v_proj.bias", c->K * c->D, 0, INIT_ZERO, 1);
+        }
+        if (c->qk_norm) {
+            table_tensor(p, x, "self_attn.q_norm.weight", c->D, 0, INIT_ONE, 0);
+            table_tensor(p, x, "self_attn.k_norm.weight", c->D, 0, INIT_ONE, 0);
+        }
+        table_tensor(p, x, "self_attn.o_proj.weight", c->C, c->H * c->D, INIT_NORMAL, 0);
+        table_tensor(p, x, "post_attention_layernorm.weight", c->C, 0, INIT_ONE, 0);
+        table_tensor(p, x, "mlp.gate_proj.weight", c->F, c->C, INIT_NORMAL, 0);
+        table_tensor(p, x, "mlp.up_proj.weight", c->F, c->C, INIT_NORMAL, 1);
+        table_tensor(p, x, "mlp.down_proj.weight", c->C, c->F, INIT_NORMAL, 0);
+        table_unit_end(p, 0, world);
+    }
+    table_unit(p, "head");
+    table_tensor(p, "model.", "norm.weight", c->C, 0, INIT_ONE, 0);
+    if (!c->tied) table_tensor(p, "", "lm_head.weight", c->V, c->C, INIT_NORMAL, 0);
+    table_unit_end(p, c->tied ? 0 : vocab_padding, world);
+}
+
+// The tensor of a unit whose name ends in `suffix`, or NULL.
+static const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
+    for (int i = 0; i < p->units[unit].n_tensors; i++) {
+        const Tensor *t = &p->tensors[p->units[unit].first_tensor + i];
+        size_t n = strlen(t->name), m = strlen(suffix);
+        if (n >= m && !strcmp(t->name + n - m, suffix)) return t;
+    }
+    return NULL;
+}
+
+// ==== 7. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
+// Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
+//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
+//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length,
+//             that many bytes
+//   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
+//             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
+// Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
+// again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals. Kind 1 takes the
+// longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30 (other special tokens).
+#define TOKENIZER_MAGIC 20251002
+#define NO_MERGE (-1e30f)
+
+typedef struct Tokenizer {
+    int kind, V, bos, eos, prefix_space;    // bos and eos: -1 = none
+    float *score;                           // (V)
+    char **piece;                           // (V) into `file`, not NUL-terminated
+    int *length;                            // (V) bytes of each piece, may be 0
+    int byte_id[256];                       // the piece that stands for a byte: "<0xHH>", else the byte itself, else -1
+    uint32_t slots;                         // power of two >= 2V
+    int *slot;                              // (slots) hash table of the ids that text can become; -1 = empty
+    char *path, *file;
+} Tokenizer;
+
+// The slot where the piece with these bytes is, or where it would go (FNV-1a; its low bits alone mix badly).
+static int *tokenizer_slot(const Tokenizer *t, const char *s, size_t n) {
+    uint32_t h = 2166136261u;
+    for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 16777619u;
+    for (h ^= h >> 15; ; h++) {
+        int *id = &t->slot[h & (t->slots - 1)];
+        if (*id < 0 || ((size_t)t->length[*id] == n && memcmp(t->piece[*id], s, n) == 0)) return id;
+    }
+}
+
+// The byte that a piece of the form <0xHH> stands for, else -1.
+static int piece_byte(const char *s, int n) {
+    const char *hex = "0123456789ABCDEF";
+    if (n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
+    const char *high = strchr(hex, s[3]), *low = strchr(hex, s[4]);
+    return high && low ? (int)(high - hex) * 16 + (int)(low - hex) : -1;
+}
+
+// Points t at the V records that fill the file from `at` to its end; V = 0: as many as there are.
+static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
+    size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;    // a record has at least 8 bytes
+    if (n > room) die("tokenizer '%s' is truncated: its %zu pieces do not fit; make it again", t->path, n);
+    t->score = (float *)xmalloc(n * sizeof(float));
+    t->length = (int *)xmalloc(n * sizeof(int));
+    t->piece = (char **)xmalloc(n * sizeof(char *));
+    for (; id < n && file_bytes - at >= 8; id++) {
+        memcpy(&t->score[id], t->file + at, 4);
+        memcpy(&t->length[id], t->file + at + 4, 4);
+        t->piece[id] = t->file + (at += 8);
+        if (t->length[id] < 0 || (size_t)t->length[id] > file_bytes - at || !(fabsf(t->score[id]) < 1e38f))
+            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again",
+                t->path, id, t->length[id], (double)t->score[id]);
+        at += (size_t)t->length[id];
+    }
+    if (at < file_bytes || id == 0 || (t->V && id < n))
+        die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again", t->path, id, at,
+            file_bytes);
+    t->V = (int)id;
+}
+
+// Fills the hash table with what text can become, and byte_id.
+static void tokenizer_index(Tokenizer *t) {
+    memset(t->byte_id, 255, sizeof t->byte_id);             // all -1, as is the table
+    for (t->slots = 2; t->slots < 2 * (uint32_t)t->V; ) t->slots *= 2;
+    t->slot = (int *)xmalloc(t->slots * sizeof(int));
+    memset(t->slot, 255, t->slots * sizeof(int));
+    for (int id = 0; id < t->V; id++) {
+        const char *s = t->piece[id];
+        int n = t->length[id], byte = piece_byte(s, n);
+        if (n == 0 || id == t->bos || id == t->eos) continue;
+        if (byte >= 0) t->byte_id[byte] = id;
+        else if (n == 1 && t->byte_id[(unsigned char)*s] < 0) t->byte_id[(unsigned char)*s] = id;
+        if (byte >= 0 || t->score[id] <= NO_MERGE) continue;
+        int *slot = tokenizer_slot(t, s, (size_t)n);
+        if (*slot < 0 || t->score[id] > t->score[*slot]) *slot = id;        // the better one of two equal pieces
+    }
+}
+
+// Reads a tokenizer of either format; dies naming the file when it is neither, or damaged.
+Tokenizer *tokenizer_open(const char *path) {
+    Tokenizer *t = (Tokenizer *)xcalloc(1, sizeof(Tokenizer));
+    size_t n;
+    int32_t h[8] = {0};
+    t->path = xstrdup(path);
+    t->file = read_text_file(path, (size_t)1 << 28, &n);
+    memcpy(h, t->file, n < sizeof h ? n : sizeof h);
+    if (n >= 4 && h[0] == TOKENIZER_MAGIC) {
+        if (n < sizeof h) die("tokenizer '%s' is truncated inside its header; make it again", path);
+        if (h[1] != 1) die("tokenizer '%s' has version %d, this program reads version 1", path, h[1]);
+        if (h[2] < 0 || h[2] > 1 || h[3] < 1 || h[4] < -1 || h[4] >= h[3] || h[5] < -1 || h[5] >= h[3]
+            || h[6] < 0 || h[6] > 1 || h[7] != 0)
+            die("tokenizer '%s' has a damaged header: kind %d, %d pieces, BOS %d, EOS %d, space %d, %d; make it again",
+                path, h[2], h[3], h[4], h[5], h[6], h[7]);
+        t->kind = h[2]; t->V = h[3]; t->bos = h[4]; t->eos = h[5]; t->prefix_space = h[6];
+        tokenizer_records(t, sizeof h, n);
+    } else {
+        if (n < 12 || h[0] < 1 || h[0] > 4096 || h[2] < 0 || h[2] > h[0])
+            die("'%s' is no tokenizer: neither litespark's (make it with data/tokens.py) nor llama2.c's", path);
+        t->bos = 1; t->eos = 2; t->prefix_space = 1;
+        tokenizer_records(t, 4, n);
+        for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
+            if (id >= t->V || t->length[id] > h[0]
+                || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
+                die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
+        t->score[0] = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
+    }
+    tokenizer_index(t);
+    return t;
+}
+
+void tokenizer_free(Tokenizer *t) {
+    if (!t) return;
+    free(t->score); free(t->piece); free(t->length); free(t->slot); free(t->path); free(t->file);
+    free(t);
+}
+
+// Bytes of the well-formed UTF-8 code point at s, or 1: a stray byte stands for itself.
+static int code_point_bytes(const char *s, size_t n) {
+    unsigned char c = (unsigned char)s[0];
+    int k = c < 0xC2 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 1;
+    for (int i = 1; i < k; i++)
+        if ((size_t)i >= n || ((unsigned char)s[i] & 0xC0) != 0x80) return 1;
+    return k;
+}
+
+static int tokenizer_byte(const Tokenizer *t, char byte) {
+    int id = t->byte_id[(unsigned char)byte];
+    if (id < 0)
+        die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; change the text or the tokenizer",
+            (unsigned char)byte, t->path);
+    return id;
+}
+
+// One symbol of the text being joined, and one possible join in a heap ordered by score, then from the left.
+typedef struct Symbol { int start, bytes, id, previous, next; } Symbol;         // bytes = 0: joined to its left
+typedef struct Join { float score; int left, bytes, id; } Join;
+
+static int join_before(const Join *a, const Join *b) {
+    return a->score > b->score || (!(a->score < b->score) && a->left < b->left);
+}
+
+static void heap_push(Join *heap, int *n, Join join) {
+    int i = (*n)++;
+    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = join;
+}
+
+static Join heap_pop(Join *heap, int *n) {
+    Join top = heap[0], last = heap[--*n];
+    int i = 0, child = 1;
+    for (; child < *n; i = child, child = 2*i + 1) {
+        if (child + 1 < *n && join_before(&heap[child + 1], &heap[child])) child++;
+        if (!join_before(&heap[child], &last)) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = last;
+    return top;
+}
+
+static void propose_join(const Tokenizer *t, const char *text, const Symbol *symbol, int left, Join *heap, int *n) {
+    if (left < 0 || symbol[left].next < 0) return;
+    Join join = {0, left, symbol[left].bytes + symbol[symbol[left].next].bytes, -1};
+    join.id = *tokenizer_slot(t, text + symbol[left].start, (size_t)join.bytes);
+    if (join.id < 0) return;
+    join.score = t->score[join.id];
+    heap_push(heap, n, join);
+}
+
+// Kind 0. Every join removes a symbol and proposes at most two others: at most 3n entries, O(n log n) time.
+static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) {
+    Symbol *symbol = (Symbol *)xmalloc(n * sizeof(Symbol));
+    Join *heap = (Join *)xmalloc(3 * n * sizeof(Join));
+    int n_symbols = 0, n_heap = 0, count = 0;
+    for (size_t at = 0; at < n; ) {
+        int bytes = code_point_bytes(text + at, n - at), id = *tokenizer_slot(t, text + at, (size_t)bytes);
+        int parts = id < 0 ? bytes : 1;
+        for (int i = 0; i < parts; i++, n_symbols++) {
+            Symbol s = {(int)at, bytes / parts, id, n_symbols - 1, n_symbols + 1};
+            if (id < 0) s.id = tokenizer_byte(t, text[at]);
+            symbol[n_symbols] = s;
+            at += (size_t)s.bytes;
+        }
+    }
+    if (n_symbols) symbol[n_symbols - 1].next = -1;
+    for (int i = 0; i < n_symbols; i++) propose_join(t, text, symbol, i, heap, &n_heap);
+    while (n_heap) {
+        Join join = heap_pop(heap, &n_heap);
+        Symbol *left = &symbol[join.left], *right = &symbol[left->next < 0 ? join.left : left->next];
+        if (left == right || left->bytes + right->bytes != join.bytes || !left->bytes) continue;   // one has grown since
+        left->id = join.id;
+        left->bytes = join.bytes;
+        left->next = right->next;
+        right->bytes = 0;
+        if (left->next >= 0) symbol[left->next].previous = join.left;
+        propose_join(t, text, symbol, left->previous, heap, &n_heap);
+        propose_join(t, text, symbol, join.left, heap, &n_heap);
+    }
+    for (int i = n_symbols ? 0 : -1; i >= 0; i = symbol[i].next) ids[count++] = symbol[i].id;
+    free(symbol);
+    free(heap);
+    return count;
+}
+
+// Kind 1.
+static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *ids) {
+    size_t longest = 1;
+    int count = 0;
+    for (int id = 0; id < t->V; id++) if ((size_t)t->length[id] > longest) longest = (size_t)t->length[id];
+    for (size_t at = 0, k; at < n; at += k) {
+        int id = -1;
+        for (k = n - at < longest ? n - at : longest; k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
+        if (id < 0) { id = tokenizer_byte(t, text[at]); k = 1; }
+        ids[count++] = id;
+    }
+    return count;
+}
+
+// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies if a byte has no piece.
+int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
+    if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
+    char *spaced = NULL;
+    if (t->prefix_space && n > 0) {
+        spaced = (char *)xmalloc(n + 1);
+        spaced[0] = ' ';
+        memcpy(spaced + 1, text, n++);
+        text = spaced;
+    }
+    *ids = (int *)xmalloc(n * sizeof(int));                 // a token is at least one byte
+    int count = t->kind == 0 ? encode_bpe(t, text, n, *ids) : encode_greedy(t, text, n, *ids);
+    free(spaced);
+    return count;
+}
+
+// The bytes of one id as they are; BOS, EOS and ids without a piece print nothing. previous_id: the id before it, which
+// at the start of the text is BOS (-1 where there is none): there the space that encoding put in front is dropped.
+void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
+    if (id < 0 || id >= t->V || id == t->bos || id == t->eos) return;
+    const char *s = t->piece[id];
+    int n = t->length[id], byte = piece_byte(s, n);
+    if (byte >= 0) { fputc(byte, f); return; }
+    if (t->prefix_space && previous_id == t->bos && n > 0 && s[0] == ' ') { s++; n--; }
+    fwrite(s, 1, (size_t)n, f);
+}
+
+// ==== 8. Token shards and the DataLoader =============================================================================
+// .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. data/README.md has every format in full.
+//   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32     word 3  vocabulary size, 0 = unknown
+//   word 1  version: 1 with uint16, 7 with uint32                  word 4  CRC-32 of the token bytes, 0 = unknown
+//   word 2  n                                                      word 5  end-of-document id + 1, 0 = unknown
+// .ds (Litespark's): rows of S+1 tokens, no header; metadata.json in the same folder or its parent has S and the width.
+// .nll (optional, beside evaluation shards): float32 -ln p of each target under the process that made the data.
+//
+// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share one token,
+// each token is a target once, a shard has floor((n-1)/T) windows, none spans two shards, and the tail is dropped.
+// Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, sorted by name, count 0 .. n_windows-1.
+//
+// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws the next
+// world*B positions, and rank r has r*B .. r*B+B-1 of them. The whole state is therefore (seed, epoch, position), the
+// same on all ranks: any split of one world*B sees the same batches, and a resumed run may have another one.
+#define MAX_OPEN_SHARDS 256             // of thousands; a process often may have 1024 descriptors
+#define FULL_SCAN_BYTES ((size_t)4 << 30)
+#define IGNORED (-100)                  // a target that is no target (PyTorch's ignore_index)
+
+typedef struct Shard {
+    char *path;
+    int fd;                             // -1 = closed at the moment
+    size_t n_tokens, n_windows, header_bytes;
+    int width;                          // bytes per token: 2 or 4
+    int row;                            // .ds: S+1 tokens per row; .bin: 0
+    int eod;                            // id of the end-of-document token, -1 = unknown
+    uint32_t crc;                       // of the token bytes, 0 = unknown
+    char *floor_path;                   // evaluation: its .nll file, NULL = it has none
+} Shard;
+
+typedef struct LoaderState {
+    uint64_t seed;
+    int64_t epoch, position;            // position = windows that all ranks together have drawn in this epoch
+} LoaderState;
+
+typedef struct DataLoader {
+    Shard *shards;
+    int n_shards;
+    int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
+    int B, T, rank, world, shuffle, vocab_size, document_mask;
+    int has_floor;                      // evaluation: every shard has its .nll
+    LoaderState state;
+    int64_t *first_window;              // (n_shards + 1) running sums of n_windows
+    unsigned char *buffer;              // one window as it lies in the file
+    int open_shard[MAX_OPEN_SHARDS];    // which shard has a descriptor in this place, -1 = none
+    int next_open;                      // the place that is given up next
+} DataLoader;
+
+typedef struct Batch {
+    int B, T;
+    int n_rows;                         // rows with data; the others are padding: inputs 0, targets -100
+    int *inputs, *targets;              // (B, T)
+    int *doc_start;                     // (B, T) first position of the document of t; NULL without document mask
+    float *floor;                       // (B, T) true -ln p of each target; NULL when the data has none
+    float *floor_memory;
+} Batch;
+
+// The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
+static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
+    if (shard_vocab > vocab_size || vocab_size - shard_vocab > vocab_size / 100)
+        die("token shard '%s' was tokenized for a vocabulary of %" PRId64 ", the model has %d; "
+            "use the tokenizer of the model, or a model for this vocabulary", path, shard_vocab, vocab_size);
+}
+
+static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
+    int32_t h[256];
+    if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
+        die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again", s->path, bytes);
+    if (h[0] != 20240520 && h[0] != 20240801)
+        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py",
+            s->path);
+    s->width = h[0] == 20240520 ? 2 : 4;
+    s->header_bytes = sizeof h;
+    if (h[1] != (s->width == 2 ? 1 : 7))
+        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1],
+            s->width == 2 ? 1 : 7);
+    if (h[2] <= 0 || h[3] < 0 || h[5] < 0)
+        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; write it again",
+            s->path, h[2], h[3], h[5]);
+    s->n_tokens = (size_t)h[2];
+    size_t expected = s->header_bytes + s->n_tokens * (size_t)s->width;
+    if (bytes != expected)
+        die("token shard '%s' %s: %zu bytes, its header promises %zu; write it again", s->path,
+            bytes < expected ? "is truncated" : "has extra bytes", bytes, expected);
+    if (h[3]) check_vocab(s->path, h[3], vocab_size);
+    s->crc = (uint32_t)h[4];
+    s->eod = h[5] - 1;
+}
+
+static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
+    size_t n, folder = (size_t)(strrchr(s->path, '/') ? strrchr(s->path, '/') + 1 - s->path : 0);
+    char *where = (char *)memcpy(xmalloc(folder + 32), s->path, folder);
+    for (int up = 0; up < 2; up++) {
+        strcpy(where + folder, up ? "../metadata.json" : "metadata.json");
+        if (access(where, F_OK) == 0) break;
+        if (up) die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; "
+                    "put it there, or write the shard again", s->path);
+    }
+    char *text = read_text_file(where, 1 << 20, &n);
+    Json *meta = json_parse(text, n, where);
+    if (meta->type != 'o') die("'%s' must hold one JSON object", where);
+    check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
+    s->row = (int)json_int(meta, "sequence_length", where, 1, 1 << 28, JSON_REQUIRED) + 1;
+    s->width = (int)json_int(meta, "token_size_bytes", where, 2, 4, JSON_REQUIRED);
+    s->eod = (int)json_int(meta, "eos_token_id", where, -1, INT_MAX, -1);
+    if (s->width == 3) die("'%s': \"token_size_bytes\" must be 2 or 4", where);
+    size_t row_bytes = (size_t)s->row * (size_t)s->width;
+    if (bytes % row_bytes)
+        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes "
+            "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
+    s->n_tokens = bytes / (size_t)s->width;
+    json_free(meta);
+    free(text);
+    free(where);
+}
+
+// The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
+static void shard_find_floor(Shard *s) {
+    const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
+    size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
+    char *path = (char *)memcpy(xmalloc(stem + 5), s->path, stem);
+    strcpy(path + stem, ".nll");
+    if (access(path, F_OK) != 0) { free(path); return; }
+    size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
+    close(open_regular(path, "true loss", &bytes));
+    if (bytes != expected)
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path,
+            expected);
+    s->floor_path = path;
+}
+
+static void shard_open(DataLoader *dl, Shard *s) {
+    size_t bytes;
+    s->fd = open_regular(s->path, "token shard", &bytes);
+    if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
+    const char *dot = strrchr(s->path, '.');
+    if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
+    else shard_open_bin(s, bytes, dl->vocab_size);
+    if (s->eod >= dl->vocab_size)
+        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again", s->path, s->eod,
+            dl->vocab_size);
+    if (s->eod < 0 && dl->document_mask)
+        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, or train "
+            "with --document-mask off", s->path);
+    if (s->row && s->row < dl->T + 1)
+        die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
+    s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)dl->T;
+    size_t used = s->row ? s->n_windows * ((size_t)dl->T + 1) : s->n_windows ? s->n_windows * (size_t)dl->T + 1 : 0;
+    dl->n_tokens += (int64_t)s->n_tokens;
+    dl->n_dropped += (int64_t)(s->n_tokens - used);
+    close(s->fd);
+    s->fd = -1;
+    if (!dl->shuffle) shard_find_floor(s);
+}
+
+// Token i of n packed tokens.
+static uint32_t packed_token(const unsigned char *data, int width, size_t i) {
+    uint16_t narrow;
+    uint32_t wide;
+    if (width == 2) { memcpy(&narrow, data + 2*i, 2); return narrow; }
+    memcpy(&wide, data + 4*i, 4);
+    return wide;
+}
+
+// The descriptor of a shard; the one that has been open longest gives up its place.
+static int shard_fd(DataLoader *dl, int index) {
+    Shard *s = &dl->shards[index];
+    if (s->fd >= 0) return s->fd;
+    int *place = &dl->open_shard[dl->next_open++ % MAX_OPEN_SHARDS];
+    if (*place >= 0) { close(dl->shards[*place].fd); dl->shards[*place].fd = -1; }
+    size_t bytes;
+    *place = -1;
+    s->fd = open_regular(s->path, "token shard", &bytes);
+    *place = index;
+    return s->fd;
+}
+
+// Reads a whole shard once: its CRC-32 and its largest id.
+static void shard_scan(DataLoader *dl, int index) {
+    Shard *s = &dl->shards[index];
+    const size_t block = (size_t)1 << 20;
+    unsigned char *data = (unsigned char *)xmalloc(block);
+    uint32_t crc = 0, largest = 0;
+    size_t bytes = s->n_tokens * (size_t)s->width;
+    int fd = shard_fd(dl, index);
+    for (size_t at = 0; at < bytes; at += block) {
+        size_t n = bytes - at < block ? bytes - at : block;
+        if (read_at(fd, s->path, data, n, s->header_bytes + at) != n)
+            die("token shard '%s' became shorter while it was read", s->path);
+        if (s->crc) crc = crc32_update(crc, data, n);
+        for (size_t i = 0; i < n / (size_t)s->width; i++) {
+            uint32_t id = packed_token(data, s->width, i);
+            largest = id > largest ? id : largest;
+        }
+    }
+    free(data);
+    if (crc != s->crc)
+        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc,
+            s->crc);
+    if (largest >= (uint32_t)dl->vocab_size)
+        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path,
+            largest, dl->vocab_size);
+}
+
+// Opens the shards that match `pattern`; dies with one line that names the file unless all of them can be trained on:
+// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the shards) checksums and the largest id.
+// B rows of T tokens per rank and micro-step. shuffle = 0: an evaluation, one pass in order. document_mask: doc_start.
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
+                 int vocab_size, int document_mask) {
+    glob_t found;
+    size_t bytes = 0;
+    int n_floors = 0;
+    memset(dl, 0, sizeof *dl);
+    dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
+    dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
+    memset(dl->open_shard, 255, sizeof dl->open_shard);
+    if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
+        die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others", pattern);
+    dl->n_shards = (int)found.gl_pathc;
+    dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
+    dl->first_window = (int64_t *)xcalloc(found.gl_pathc + 1, sizeof(int64_t));
+    for (int i = 0; i < dl->n_shards; i++) {
+        Shard *s = &dl->shards[i];
+        s->path = xstrdup(found.gl_pathv[i]);
+        shard_open(dl, s);
+        dl->first_window[i + 1] = dl->first_window[i] + (int64_t)s->n_windows;
+        bytes += s->n_tokens * (size_t)s->width;
+        n_floors += s->floor_path != NULL;
+    }
+    globfree(&found);
+    dl->n_windows = dl->first_window[dl->n_shards];
+    if (dl->n_windows == 0)
+        die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
+            "smaller --seq-len", pattern, dl->n_tokens, T);
+    if (bytes <= FULL_SCAN_BYTES)
+        for (int i = 0; i < dl->n_shards; i++) if (i % world == rank) shard_scan(dl, i);
+    dl->has_floor = n_floors == dl->n_shards;
+    dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
+}
+
+// One line for the log; name: "train" or "val".
+void loader_log(const DataLoader *dl, const char *name, FILE *f) {
+    fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | %" PRId64 " tokens dropped%s\n",
+            name, dl->n_shards, dl->shards[0].path, dl->n_tokens, dl->n_windows, dl->T, dl->n_dropped,
+            dl->has_floor ? " | true loss known" : "");
+}
+
+void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
+
+void loader_close(DataLoader *dl) {
+    for (int i = 0; i < dl->n_shards; i++) {
+        if (dl->shards[i].fd >= 0) close(dl->shards[i].fd);
+        free(dl->shards[i].path);
+        free(dl->shards[i].floor_path);
+    }
+    free(dl->shards); free(dl->first_window); free(dl->buffer);
+    memset(dl, 0, sizeof *dl);
+}
+
+// Micro-steps that show each window of an evaluation once.
+int64_t loader_eval_batches(const DataLoader *dl) {
+    int64_t step = (int64_t)dl->world * dl->B;
+    return (dl->n_windows + step - 1) / step;
+}
+
+void batch_alloc(Batch *batch, int B, int T, int document_mask) {
+    size_t n = (size_t)B * (size_t)T;
+    memset(batch, 0, sizeof *batch);
+    batch->B = B; batch->T = T;
+    batch->inputs = (int *)xcalloc(n, sizeof(int));
+    batch->targets = (int *)xcalloc(n, sizeof(int));
+    batch->doc_start = document_mask ? (int *)xcalloc(n, sizeof(int)) : NULL;
+    batch->floor_memory = (float *)xcalloc(n, sizeof(float));
+}
+
+void batch_free(Batch *batch) {
+    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor_memory);
+    memset(batch, 0, sizeof *batch);
+}
+
+// A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
+// round function, since each round can be undone. Walking along its cycle until the result is below n is one again, and
+// takes at most 4 walks on average, as 4^h >= n > 4^(h-1) (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+// 2002). 12 rounds: with 8 or fewer, a handful of windows comes in measurably uneven orders over many epochs.
+static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n) {
+    int h = 0;
+    while (((uint64_t)1 << 2*h) < (uint64_t)n) h++;
+    const uint64_t mask = ((uint64_t)1 << h) - 1, key = random_bits(seed, hash_string("loader"), (uint64_t)epoch);
+    uint64_t x = (uint64_t)position;
+    do {
+        uint64_t left = x >> h, right = x & mask;
+        for (uint64_t round = 0; round < 12; round++) {
+            uint64_t next = left ^ (random_bits(key, round, right) >> 32 & mask);
+            left = right;
+            right = next;
+        }
+        x = left << h | right;
+    } while (x >= (uint64_t)n);
+    return (int64_t)x;
+}
+
+static void read_floor(const Shard *s, size_t first_target, int T, float *floor) {
+    size_t bytes, n = (size_t)T * sizeof(float);
+    int fd = open_regular(s->floor_path, "true loss", &bytes);
+    if (read_at(fd, s->floor_path, floor, n, first_target * sizeof(float)) != n)
+        die("true loss '%s' became shorter since the run began", s->floor_path);
+    for (int t = 0; t < T; t++)
+        if (!(floor[t] >= 0 && floor[t] < 1e6f))
+            die("true loss '%s' is damaged: target %zu has %g; remove it or make it again", s->floor_path,
+                first_target + (size_t)t, (double)floor[t]);
+    close(fd);
+}
+
+// Window `window` of all shards into row b.
+static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
+    int low = 0, high = dl->n_shards, T = dl->T;            // its shard has first_window[low] <= window < first_window[high]
+    while (high - low > 1) {
+        int middle = low + (high - low) / 2;
+        if (dl->first_window[middle] <= window) low = middle; else high = middle;
+    }
+    const Shard *s = &dl->shards[low];
+    size_t w = (size_t)(window - dl->first_window[low]), width = (size_t)s->width, n = (size_t)T + 1;
+    size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
+    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
+        die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
+    size_t at = (size_t)b * (size_t)T;
+    for (int t = 0, start = 0; t <= T; t++) {
+        uint32_t id = packed_token(dl->buffer, s->width, (size_t)t);
+        if (id >= (uint32_t)dl->vocab_size)
+            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; use the tokenizer of the "
+                "model", s->path, id, w, dl->vocab_size);
+        if (t > 0) batch->targets[at + (size_t)t - 1] = (int)id;
+        if (t == T) break;
+        batch->inputs[at + (size_t)t] = (int)id;
+        if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
+        if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
+    }
+    if (batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
+}
+
+// The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
+// one. Evaluation: where the windows end, the rest is padding. Dies naming shard and window when a file has changed.
+void loader_next(DataLoader *dl, Batch *batch) {
+    assert(batch->B == dl->B && batch->T == dl->T && (!dl->document_mask || batch->doc_start));
+    LoaderState *state = &dl->state;
+    batch->n_rows = 0;
+    batch->floor = dl->has_floor ? batch->floor_memory : NULL;
+    for (int b = 0; b < dl->B; b++) {
+        int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch;
+        if (dl->shuffle) {
+            epoch += p / dl->n_windows;
+            p %= dl->n_windows;
+            read_window(dl, permute(state->seed, epoch, p, dl->n_windows), batch, b);
+            batch->n_rows++;
+        } else if (p < dl->n_windows) {
+            read_window(dl, p, batch, b);
+            batch->n_rows++;
+        } else {
+            for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
+                batch->inputs[i] = 0;
+                batch->targets[i] = IGNORED;
+                batch->floor_memory[i] = 0;
+                if (batch->doc_start) batch->doc_start[i] = 0;
+            }
+        }
+    }
+    state->position += (int64_t)dl->world * dl->B;
+    if (dl->shuffle) {
+        state->epoch += state->position / dl->n_windows;
+        state->position %= dl->n_windows;
+    }
+}
+
+// ==== 9. Schedule, FLOPs, log ======= ===================================================================================
+// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr down to min_lr. wsd: constant, linear over the last fifth.
+double learning_rate(const Options *o, int64_t step) {
+    if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
+    int64_t rest = o->steps - o->warmup_steps;
+    double done = rest > 1 ? (double)(step - o->warmup_steps) / (double)(rest - 1) : 1;
+    done = done < 1 ? done : 1;
+    switch (o->schedule) {
+    case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * done));
+    case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
+    case SCHEDULE_WSD: return done < 0.8 ? o->lr : o->lr + (o->min_lr - o->lr) * (done - 0.8) / 0.2;
+    default: return o->lr;
+    }
+}
+
+// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention, or half
+// of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
+double flops_per_token(const Config *c, int T, int causal) {
+    double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
+    double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
+    return 6 * (c->L * block + C * c->V) + (causal ? 6.0 : 12.0) * c->L * HD * T;
+}
+
+// ---- log.jsonl: one JSON object per line, only rank 0 writes --------------------------------------------------------------
+static FILE *log_file;
+
+void log_open(const char *out) {
+    if (comm_rank() != 0) return;
+    char path[4096];
+    snprintf(path, sizeof path, "%s/log.jsonl", out);
+    log_file = fopen(path, "a");
+    if (!log_file) die("cannot write %s: %s; choose another --out", path, strerror(errno));
+}
+
+// Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
+static void text_add_field(Text *t, const char *key, double x) {
+    text_add(t, ", \"%s\": ", key);
+    text_add_number(t, x);
+}
+
+// Appends the options as an object of strings; kind RUN: only what a run is made of.
+static void text_add_options(Text *t, int kind) {
+    const char *comma = "";
+    text_add(t, "{");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        const char *value = option_text(o);
+        if ((kind && !(o->kind & kind)) || !value || o->type == OPT_FLAG) continue;
+        text_add(t, "%s\"%s\": ", comma, o->name + 2);
+        text_add_string(t, value);
+        comma = ", ";
+    }
+    text_add(t, "}");
+}
+
+// Writes the record t as one line and frees it.
+static void log_record(Text *t) {
+    if (log_file) {
+        fprintf(log_file, "%s}\n", t->s);
+        fflush(log_file);
+    }
+    free(t->s);
+    memset(t, 0, sizeof *t);
+}
+
+// "1.5 s" .. "3 h 20 min": for people
+const char *duration_text(double s) {
+    static char text[32];
+    if (s < 60) snprintf(text, sizeof text, "%.0f s", s);
+    else if (s < 3600) snprintf(text, sizeof text, "%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
+    else snprintf(text, sizeof text, "%.0f h %02.0f min", floor(s / 3600), fmod(s / 60, 60));
+    return text;
+}
+
+// "unavailable" rather than a wrong number
+const char *measured_text(double x, const char *format) {
+    static char text[4][48];
+    static int next;
+    char *t = text[next++ % 4];
+    if (isfinite(x)) snprintf(t, sizeof text[0], format, x);
+    else snprintf(t, sizeof text[0], "unavailable");
+    return t;
+}
+// ==== 10. Checkpoints: Hugging Face directories =========================================================================
+// OUT/step_00000120/
+//   config.json, model.safetensors, generation_config.json, tokenizer files      what Hugging Face loads; weights in the compute precision
+//   optimizer-RRRRR-of-NNNNN.safetensors     fp32 tensors UNIT.KIND.OFFSET: KIND is master, m or v; elements OFFSET.. of the flat unit
+//   trainer_state.json                       step, options, data position, sums of the run
+//   checksums.txt                            a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
+// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
+typedef struct Model Model;             // section 13
+enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
+// Elements [at, at+n) of the flat weights or gradients, or of this rank's share of master, m, v, as fp32 on the host. Section 13.
+void model_read(const Model *m, int what, size_t at, size_t n, float *host);
+void model_write(Model *m, int what, size_t at, size_t n, const float *host);
+void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at);
+const ParamTable *model_table(const Model *m);
+
+#define IO_CHUNK ((size_t)1 << 20)      // elements that pass through the host at a time
+enum { SPIKE_WINDOW = 128 };
+
+typedef struct TrainState {             // with the weights and the optimizer: all that a run is
+    int64_t step, updates;              // updates: steps that changed the weights
+    int64_t tokens;
+    double seconds, joules;             // spent in steps; joules NAN: unavailable
+    LoaderState loader;
+    double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
+    int64_t n_healthy;
+} TrainState;
+
+static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"};
+enum { N_SIDE_FILES = (int)(sizeof side_files / sizeof *side_files) };
+
+// path = printf(...), in a fresh string
+__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
+    char *s = NULL;
+    va_list args;
+    va_start(args, fmt);
+    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
+    va_end(args);
+    return s;
+}
+
+static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        char *path = path_text("%s/%s", dir, e->d_name);
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(path);
+        free(path);
+    }
+    if (d) closedir(d);
+    rmdir(dir);
+}
+
+static void sync_folder(const char *dir) {
+    int fd = open(dir, O_RDONLY | O_DIRECTORY);
+    if (fd >= 0) {
+        fsync(fd);
+        close(fd);
+    }
+}
+
+// Steps of the checkpoints in OUT, ascending; the caller frees *steps.
+int checkpoint_list(const char *out, int64_t **steps) {
+    int n = 0, room = 0;
+    *steps = NULL;
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        int64_t step;
+        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5 + strspn(e->d_name + 5, "0"), &step)) {
+            if (strcmp(e->d_name, "step_00000000")) continue;
+            step = 0;
+        }
+        if (n == room) *steps = (int64_t *)realloc(*steps, (size_t)(room = 2 * room + 8) * sizeof(int64_t));
+        int at = n++;
+        for (; at > 0 && (*steps)[at - 1] > step; at--) (*steps)[at] = (*steps)[at - 1];
+        (*steps)[at] = step;
+    }
+    if (d) closedir(d);
+    return n;
+}
+
+char *checkpoint_path(const char *out, int64_t step) { return path_text("%s/step_%08" PRId64, out, step); }
+
+// ---- writing -------------------------------------------------------------------------------------------------------------
+typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
+    const char *dir;
+    Text checksums;
+    char error[512];
+} Saving;
+
+static void saving_failed(Saving *s, const char *path, int error) {
+    if (!s->error[0]) snprintf(s->error, sizeof s->error, "%s: %s", path, strerror(error));
+}
+
+static void save_file(Saving *s, const char *name, const void *data, size_t n) {
+    if (s->error[0]) return;
+    char *path = path_text("%s/%s", s->dir, name);
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    size_t done = 0;
+    for (ssize_t k; fd >= 0 && done < n; done += (size_t)k)
+        if ((k = write(fd, (const char *)data + done, n - done)) < 0) break;
+    int failed = fd < 0 || done < n || fsync(fd) ? errno : 0;
+    if (fd >= 0 && close(fd) && !failed) failed = errno;
+    if (failed) saving_failed(s, path, failed);
+    text_add(&s->checksums, "%08x %zu %s\n", crc32_update(0, data, n), n, name);
+    free(path);
+}
+
+// Ends w: its file joins the checksums, its error the saving's.
+static void save_tensors_end(Saving *s, StWriter *w, const char *name, uint32_t *crc, size_t *bytes) {
+    *crc = st_finish(w, bytes);
+    if (st_error(w) && !s->error[0]) snprintf(s->error, sizeof s->error, "%s", st_error(w));
+    if (name) text_add(&s->checksums, "%08x %zu %s\n", *crc, *bytes, name);
+    st_free(w);
+}
+
+static void save_weights(Saving *s, const Model *m, int dtype) {
+    char *path = path_text("%s/model.safetensors", s->dir);
+    const ParamTable *p = model_table(m);
+    StWriter *w = st_create(path, "{\"format\":\"pt\"}");
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int i = 0; i < p->n_tensors; i++) {
+        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
+        st_declare(w, p->tensors[i].name, dtype, p->tensors[i].cols ? 2 : 1, shape);
+    }
+    st_begin(w);
+    for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0; at < p->tensors[i].n; at += IO_CHUNK) {
+        size_t n = min_size(p->tensors[i].n - at, IO_CHUNK);
+        model_read(m, STATE_WEIGHTS, p->tensors[i].at + at, n, host);
+        st_write(w, host, n);
+    }
+    uint32_t crc;
+    size_t bytes;
+    save_tensors_end(s, w, "model.safetensors", &crc, &bytes);
+    free(host);
+    free(path);
+}
+
+static const char *const state_kinds[] = {"weights", "master", "m", "v"};
+
+// This rank's share of master, m and v; vocabulary padding is left out.
+static void save_optimizer(Saving *s, const Model *m, const char *name, uint32_t *crc, size_t *bytes) {
+    char *path = path_text("%s/%s", s->dir, name);
+    const ParamTable *p = model_table(m);
+    StWriter *w = st_create(path, NULL);
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int pass = 0; pass < 2; pass++) {          // declare, then write
+        for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
+            size_t first, n, at, begin;
+            state_slice(m, u, &first, &n, &at);
+            begin = first - p->units[u].at;
+            if (begin >= p->units[u].n) continue;
+            if (n > p->units[u].n - begin) n = p->units[u].n - begin;
+            if (pass == 0) {
+                char tensor[64];
+                int64_t shape = (int64_t)n;
+                snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
+                st_declare(w, tensor, ST_F32, 1, &shape);
+                continue;
+            }
+            for (size_t done = 0; done < n; done += IO_CHUNK) {
+                size_t k = min_size(n - done, IO_CHUNK);
+                model_read(m, kind, at + done, k, host);
+                st_write(w, host, k);
+            }
+        }
+        if (pass == 0) st_begin(w);
+    }
+    save_tensors_end(s, w, NULL, crc, bytes);
+    free(host);
+    free(path);
+}
+
+static void save_trainer_state(Saving *s, const TrainState *t) {
+    Text j = {NULL, 0, 0};
+    text_add(&j, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
+    text_add_field(&j, "seconds", t->seconds);
+    text_add_field(&j, "joules", t->joules);
+    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
+    text_add_options(&j, RUN);
+    text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
+    for (int k = 0; k < 2; k++) {
+        text_add(&j, k ? "],\n \"norms\": [" : ",\n \"losses\": [");
+        for (int i = 0; i < SPIKE_WINDOW; i++) {
+            if (i) text_add(&j, ", ");
+            text_add_number(&j, (k ? t->norms : t->losses)[i]);
+        }
+    }
+    text_add(&j, "]}\n");
+    save_file(s, "trainer_state.json", j.s, (size_t)j.n);
+    free(j.s);
+}
+
+// What Hugging Face wants beside the weights; side files come from `from` (a folder) where they exist.
+static void save_side_files(Saving *s, const Config *c, const Options *o, const char *from) {
+    char *config = config_to_json(c, o->precision == BF16 ? "bfloat16" : "float32");
+    save_file(s, "config.json", config, strlen(config));
+    free(config);
+    Text g = {NULL, 0, 0};
+    text_add(&g, "{");
+    if (c->bos >= 0) text_add(&g, "\"bos_token_id\": %d, ", c->bos);
+    if (c->eos >= 0) text_add(&g, "\"eos_token_id\": %d, ", c->eos);
+    text_add(&g, "\"do_sample\": true}\n");
+    save_file(s, "generation_config.json", g.s, (size_t)g.n);
+    free(g.s);
+    for (int i = 0; from && i < N_SIDE_FILES; i++) {
+        char *path = path_text("%s/%s", from, side_files[i]);
+        size_t n;
+        if (!access(path, R_OK)) {
+            char *data = read_text_file(path, (size_t)1 << 30, &n);
+            save_file(s, side_files[i], data, n);
+            free(data);
+        }
+        free(path);
+    }
+}
+
+static void checkpoint_prune(const char *out, int64_t keep) {
+    int64_t *steps;
+    int n = checkpoint_list(out, &steps);
+    for (int i = 0; i < n - keep; i++) {
+        char *old = checkpoint_path(out, steps[i]), *gone = path_text("%s/tmp.old", out);
+        if (!rename(old, gone)) remove_folder(gone);    // renamed first: a kill in between leaves no half checkpoint behind
+        free(old);
+        free(gone);
+    }
+    free(steps);
+}
+
+static void remove_leftovers(const char *out) {         // of a killed run
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) if (!strncmp(e->d_name, "tmp.", 4)) {
+        char *path = path_text("%s/%s", out, e->d_name);
+        remove_folder(path);
+        free(path);
+    }
+    if (d) closedir(d);
+}
+
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began: the older ones are whole.
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
+    int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
+    char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
+    Saving s = {tmp, {NULL, 0, 0}, ""};
+    double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
+    if (rank == 0) {
+        remove_leftovers(o->out);
+        if (mkdir(tmp, 0777)) saving_failed(&s, tmp, errno);
+    }
+    comm_barrier();
+    if (rank < parts && !s.error[0]) {
+        char name[64];
+        uint32_t crc;
+        size_t bytes;
+        snprintf(name, sizeof name, "optimizer-%05d-of-%05d.safetensors", rank, parts);
+        save_optimizer(&s, m, name, &crc, &bytes);
+        sums[2 * rank] = crc;
+        sums[2 * rank + 1] = (double)bytes;
+    }
+    if (rank == 0 && !s.error[0]) {
+        save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
+        save_side_files(&s, c, o, side_folder);
+        save_trainer_state(&s, t);
+    }
+    sums[2 * parts] = s.error[0] != 0;
+    comm_sum(sums, 2 * parts + 1);
+    int failed = sums[2 * parts] > 0;
+    if (rank == 0 && !failed) {
+        for (int i = 0; i < parts; i++)
+            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
+        text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
+        char *text = s.checksums.s;
+        s.checksums.s = NULL;
+        size_t n = (size_t)s.checksums.n;
+        memset(&s.checksums, 0, sizeof s.checksums);
+        save_file(&s, "checksums.txt", text, n);
+        free(text);
+        sync_folder(tmp);
+        char *old = path_text("%s/tmp.old", o->out);
+        rename(final, old);                             // a damaged one of the same step
+        if (!s.error[0] && rename(tmp, final)) saving_failed(&s, final, errno);
+        remove_folder(old);
+        free(old);
+        sync_folder(o->out);
+        if (!s.error[0]) checkpoint_prune(o->out, o->keep);
+    }
+    if (s.error[0]) {
+        if (rank == 0) remove_folder(tmp);
+        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step, s.error);
+    }
+    comm_barrier();
+    if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
+    free(s.checksums.s);
+    free(sums);
+    free(tmp);
+    free(final);
+}
+
+// ---- reading -------------------------------------------------------------------------------------------------------------
+static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {
+    int fd = open(path, O_RDONLY);
+    char *buffer = (char *)xmalloc(IO_CHUNK);
+    ssize_t n = -1;
+    *crc = 0;
+    *bytes = 0;
+    while (fd >= 0 && (n = read(fd, buffer, IO_CHUNK)) > 0) {
+        *crc = crc32_update(*crc, buffer, (size_t)n);
+        *bytes += (size_t)n;
+    }
+    if (fd >= 0) close(fd);
+    free(buffer);
+    return n == 0;
+}
+
+// 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
+int checkpoint_whole(const char *dir, char *why, size_t n) {
+    char *path = path_text("%s/checksums.txt", dir);
+    struct stat info;
+    why[0] = 0;
+    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) {
+        snprintf(why, n, "%s is missing or empty", path);
+        free(path);
+        return 0;
+    }
+    size_t size;
+    char *text = read_text_file(path, 1 << 24, &size), *last = text + size - 9;
+    char self[16];
+    snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
+    if (strcmp(last, self)) snprintf(why, n, "%s does not match its own checksum", path);
+    *last = 0;
+    for (char *line = text, *next; *line && !why[0]; line = next) {
+        unsigned int crc;
+        uint32_t found_crc;
+        size_t bytes, found;
+        int name = 0;
+        next = line + strcspn(line, "\n");
+        if (*next) *next++ = 0;
+        if (sscanf(line, "%x %zu %n", &crc, &bytes, &name) != 2 || !name) {
+            snprintf(why, n, "%s has a bad line", path);
+            break;
+        }
+        char *file = path_text("%s/%s", dir, line + name);
+        if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
+        else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file, found, bytes);
+        else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
+        free(file);
+    }
+    free(text);
+    free(path);
+    return !why[0];
+}
+
+// --resume: the folder to continue, whole; NULL: `auto` found none. Damaged ones are named; auto then takes an older one.
+char *checkpoint_choose(const char *resume, const char *out) {
+    char why[1024] = "";
+    if (strcmp(resume, "auto")) {
+        int ok = comm_rank() || checkpoint_whole(resume, why, sizeof why);
+        if (!ok) die("--resume %s: %s; resume an older checkpoint", resume, why);
+        return xstrdup(resume);
+    }
+    int64_t *steps, chosen = -1;
+    int n = checkpoint_list(out, &steps);
+    for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
+        char *dir = checkpoint_path(out, steps[i]);
+        if (checkpoint_whole(dir, why, sizeof why)) chosen = steps[i];
+        else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why);
+        free(dir);
+    }
+    free(steps);
+    if (n && chosen < 0 && comm_rank() == 0) die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
+    comm_broadcast(&chosen, sizeof chosen);
+    return chosen < 0 ? NULL : checkpoint_path(out, chosen);
+}
+
+static void read_series(const Json *root, const char *key, const char *where, double *x) {
+    const Json *list = json_get(root, key);
+    if (!list || list->type != 'a' || list->n != SPIKE_WINDOW) die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
+    int i = 0;
+    for (const Json *e = list->child; e; e = e->next) x[i++] = e->num;
+}
+
+// trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
+void checkpoint_read_state(const char *dir, TrainState *t) {
+    char *where = path_text("%s/trainer_state.json", dir);
+    size_t n;
+    char *text = read_text_file(where, 1 << 24, &n);
+    Json *root = json_parse(text, n, where);
+    const int64_t MOST = INT64_C(1) << 53;
+    memset(t, 0, sizeof *t);
+    json_int(root, "format", where, 1, 1, JSON_REQUIRED);
+    t->step = json_int(root, "step", where, 0, MOST, JSON_REQUIRED);
+    t->updates = json_int(root, "updates", where, 0, t->step, JSON_REQUIRED);
+    t->tokens = json_int(root, "tokens", where, 0, INT64_MAX, JSON_REQUIRED);
+    t->seconds = json_number(root, "seconds", where, 0, 1e18, NAN);
+    t->joules = json_get(root, "joules") ? json_number(root, "joules", where, 0, 1e30, NAN) : NAN;
+    t->n_healthy = json_int(root, "n_healthy", where, 0, MOST, JSON_REQUIRED);
+    read_series(root, "losses", where, t->losses);
+    read_series(root, "norms", where, t->norms);
+    const Json *loader = json_get(root, "loader");
+    t->loader.seed = (uint64_t)json_int(loader, "seed", where, 0, INT64_MAX, JSON_REQUIRED);
+    t->loader.epoch = json_int(loader, "epoch", where, 0, MOST, JSON_REQUIRED);
+    t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
+    const Json *options = json_get(root, "options");
+    for (const Json *e = options ? options->child : NULL; e; e = e->next) {
+        char name[64];
+        snprintf(name, sizeof name, "--%s", e->key);
+        Option *o = option_find(name);
+        if (!o || !(o->kind & RUN) || e->type != 's') die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
+        if (!o->given) option_set(o, e->str);
+        else if (comm_rank() == 0 && strcmp(option_text(o), e->str)) printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
+    }
+    json_free(root);
+    free(text);
+    free(where);
+}
+
+// Reads part of an optimizer tensor: elements [first, first+n) of a unit, from whichever files hold them; dies if any is missing.
+typedef struct OptimizerFiles { StSet **sets; int n; const char *dir; } OptimizerFiles;
+
+static OptimizerFiles optimizer_open(const char *dir) {
+    OptimizerFiles f = {NULL, 0, dir};
+    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
+    f.n = (int)found.gl_pathc;
+    f.sets = (StSet **)xcalloc((size_t)f.n, sizeof(StSet *));
+    for (int i = 0; i < f.n; i++) f.sets[i] = st_open(found.gl_pathv[i]);
+    globfree(&found);
+    free(pattern);
+    return f;
+}
+
+static void optimizer_read(const OptimizerFiles *f, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at, float *host) {
+    char prefix[64];
+    size_t found = 0;
+    snprintf(prefix, sizeof prefix, "%s.%s.", unit->name, state_kinds[kind]);
+    for (int i = 0; i < f->n; i++) for (int j = 0; j < f->sets[i]->n_tensors; j++) {
+        const StTensor *t = &f->sets[i]->tensors[j];
+        int64_t offset;
+        if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
+        size_t begin = (size_t)offset > first ? (size_t)offset : first;
+        size_t end = (size_t)offset + t->n < first + n ? (size_t)offset + t->n : first + n;
+        for (size_t x = begin; x < end; x += IO_CHUNK) {
+            size_t k = min_size(end - x, IO_CHUNK);
+            st_read(f->sets[i], t, x - (size_t)offset, k, host);
+            model_write(m, to, at + (x - first), k, host);
+            found += k;
+        }
+    }
+    if (found != n) die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", f->dir, found, n, state_kinds[kind], unit->name);
+}
+
+// Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
+void checkpoint_read_model(const char *dir, Model *m) {
+    const ParamTable *p = model_table(m);
+    OptimizerFiles f = optimizer_open(dir);
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int u = 0; u < p->n_units; u++) {
+        const Unit *unit = &p->units[u];
+        optimizer_read(&f, unit, STATE_MASTER, 0, unit->n, m, STATE_WEIGHTS, unit->at, host);
+        size_t first, n, at, begin;
+        state_slice(m, u, &first, &n, &at);
+        begin = first - unit->at;
+        if (begin >= unit->n) continue;
+        if (n > unit->n - begin) n = unit->n - begin;
+        for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(&f, unit, kind, begin, n, m, kind, at, host);
+    }
+    for (int i = 0; i < f.n; i++) st_close(f.sets[i]);
+    free(f.sets);
+    free(host);
+}
+
+// Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
+void weights_read(const char *dir, Model *m, const Config *c) {
+    const ParamTable *p = model_table(m);
+    StSet *s = st_open(dir);
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int i = 0; i < p->n_tensors; i++) {
+        const Tensor *t = &p->tensors[i];
+        const StTensor *from = st_find(s, t->name);
+        if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
+        int64_t rows = from->n_dims > 0 ? from->shape[0] : 0, cols = from->n_dims > 1 ? from->shape[1] : 0;
+        if (from->n_dims != (t->cols ? 2 : 1) || rows != t->rows || cols != t->cols)
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols, t->rows, t->cols);
+        for (size_t at = 0; at < t->n; at += IO_CHUNK) {
+            size_t n = min_size(t->n - at, IO_CHUNK);
+            st_read(s, from, at, n, host);
+            model_write(m, STATE_WEIGHTS, t->at + at, n, host);
+        }
+    }
+    for (int j = 0; j < s->n_tensors; j++) {
+        const char *name = s->tensors[j].name;
+        int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
+        for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
+        if (!known) die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
+    }
+    st_close(s);
+    free(host);
+}
+// SHARED END
+
+// ==== 11. CUDA tools =====================================================================================================
+// Error checks, the one way to launch a kernel, hardware verbs (all inline PTX of this file, once), 16-byte packs, reductions.
+// A plain C++ compiler reads dev/emu/emu_verbs.h instead of the PTX: same names, same meaning, on the CPU.
+
+#define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
+static inline void cuda_check(cudaError_t e, const char *call, const char *file, int line) {
+    if (e != cudaSuccess) die("%s:%d: %s: %s", file, line, call, cudaGetErrorString(e));
+}
+
+// Starts `kernel` and checks the launch; dynamic shared memory above 48 KiB is opted in to. Errors inside the kernel show at the
+// next synchronising call (run with CUDA_LAUNCH_BLOCKING=1 to find it).
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream, A... args) {
+    cudaError_t e = cudaSuccess;
+    if (smem_bytes > 48 << 10) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+    if (e == cudaSuccess) return;
+    const char *name = "?";
+    cudaFuncGetName(&name, (const void *)kernel);
+    die("launch of %s, grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of shared memory: %s", name, grid.x, grid.y, grid.z,
+        block.x, block.y, block.z, smem_bytes, cudaGetErrorString(e));
+}
+
+#ifdef __CUDACC__
+// The block's dynamic shared memory, aligned to 128 bytes.
+template <typename T = unsigned char> __device__ __forceinline__ T *shared_memory() {
+    extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+    return reinterpret_cast<T *>(dynamic_shared_memory);
+}
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// d (16,8) += a (16,16) b (16,8) for the warp; bf16 in, fp32 sums. With g = lane/4, t = lane%4:
+//   a[0] = a(g, 2t..2t+1)   a[1] = a(g+8, 2t..)   a[2] = a(g, 2t+8..)   a[3] = a(g+8, 2t+8..)
+//   b[0] = b(2t..2t+1, g)   b[1] = b(2t+8.., g)   d = d(g, 2t), d(g, 2t+1), d(g+8, 2t), d(g+8, 2t+1)
+__device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Loads 1, 2 or 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte aligned);
+// every lane gets r[i] = m_i(g, 2t..2t+1), transposed: m_i(2t, g), m_i(2t+1, g).
+__device__ __forceinline__ void ldmatrix_x1(uint32_t r[1], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2(uint32_t r[2], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x1_trans(uint32_t r[1], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t r[2], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// Asynchronous copy of 16 bytes, global -> shared; bytes from `valid` on become zero and are not read (0: src is not touched).
+// Visible to this thread after commit and wait, to the block after a barrier that follows.
+__device__ __forceinline__ void cp_async_16(void *dst, const void *src, int valid = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n> __device__ __forceinline__ void cp_async_wait() {      // at most n committed groups are still in flight
+    asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+}
+
+// Named barriers 1..15 for `threads` (a multiple of 32) of the block: wait, or arrive without waiting.
+__device__ __forceinline__ void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+
+__device__ __forceinline__ float exp2_approx(float x) {                 // 2^x, relative error 2^-22; results below 2^-126 are 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 16-byte accesses: default; streaming (read or written once, evict first); L2 only; read-only for the whole kernel.
+__device__ __forceinline__ uint4 load_16B(const void *p) { return *(const uint4 *)p; }
+__device__ __forceinline__ uint4 load_16B_streaming(const void *p) { return __ldcs((const uint4 *)p); }
+__device__ __forceinline__ uint4 load_16B_l2(const void *p) { return __ldcg((const uint4 *)p); }
+__device__ __forceinline__ uint4 load_16B_const(const void *p) { return __ldg((const uint4 *)p); }
+__device__ __forceinline__ void store_16B(void *p, uint4 v) { *(uint4 *)p = v; }
+__device__ __forceinline__ void store_16B_streaming(void *p, uint4 v) { __stcs((uint4 *)p, v); }
+__device__ __forceinline__ void store_16B_l2(void *p, uint4 v) { __stcg((uint4 *)p, v); }
+#else
+#include "emu_verbs.h"
+#endif
+
+// ---- packs: 8 bf16 or 4 fp32 moved by one 16-byte access -----------------------------------------------------------------
+template <typename T> struct __align__(16) Pack {
+    enum { size = 16 / sizeof(T) };
+    T v[size];
+    __device__ T &operator[](int i) { return v[i]; }
+    __device__ const T &operator[](int i) const { return v[i]; }
+};
+template <typename T> __device__ __forceinline__ Pack<T> as_pack(uint4 bits) { Pack<T> p; memcpy(&p, &bits, 16); return p; }
+template <typename T> __device__ __forceinline__ uint4 as_bits(const Pack<T> &p) { uint4 bits; memcpy(&bits, &p, 16); return bits; }
+template <typename T> __device__ __forceinline__ Pack<T> load128(const T *p) { return as_pack<T>(load_16B(p)); }
+template <typename T> __device__ __forceinline__ Pack<T> load128cs(const T *p) { return as_pack<T>(load_16B_streaming(p)); }
+template <typename T> __device__ __forceinline__ Pack<T> load128cg(const T *p) { return as_pack<T>(load_16B_l2(p)); }
+template <typename T> __device__ __forceinline__ Pack<T> load128c(const T *p) { return as_pack<T>(load_16B_const(p)); }
+template <typename T> __device__ __forceinline__ void store128(T *p, const Pack<T> &x) { store_16B(p, as_bits(x)); }
+template <typename T> __device__ __forceinline__ void store128cs(T *p, const Pack<T> &x) { store_16B_streaming(p, as_bits(x)); }
+template <typename T> __device__ __forceinline__ void store128cg(T *p, const Pack<T> &x) { store_16B_l2(p, as_bits(x)); }
+template <typename T> __device__ __forceinline__ Pack<T> zero128() { return as_pack<T>(make_uint4(0, 0, 0, 0)); }
+
+// ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two values as one mma operand register
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// ---- reductions: every lane or thread gets the result, in an order that depends only on the block size ---------------------
+template <typename T> __device__ __forceinline__ T warp_sum(T x) {      // float or double; all 32 lanes
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+    return x;
+}
+__device__ __forceinline__ int thread_in_block() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+__device__ __forceinline__ int threads_in_block() { return blockDim.x * blockDim.y * blockDim.z; }  // a multiple of 32 below
+template <typename T> __device__ T block_sum(T x) {
+    __shared__ T part[32];
+    const int lane = thread_in_block() % 32, warp = thread_in_block() / 32;
+    x = warp_sum(x);
+    if (lane == 0) part[warp] = x;
+    __syncthreads();
+    x = warp_sum(lane < threads_in_block() / 32 ? part[lane] : T(0));
+    __syncthreads();                                                    // part is free for the next call
+    return x;
+}
+template <typename T = float> __device__ T block_max(T x) {             // T only keeps this a template, i.e. inline
+    __shared__ T part[32];
+    const int lane = thread_in_block() % 32, warp = thread_in_block() / 32;
+    x = warp_max(x);
+    if (lane == 0) part[warp] = x;
+    __syncthreads();
+    x = warp_max(part[lane < threads_in_block() / 32 ? lane : 0]);
+    __syncthreads();
+    return x;
+}
+
+// ==== 12. Comm: ranks, one process and one GPU each =====================================================================
+// Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI, always in a
+// loop of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Gradients travel by NCCL on a stream of their own.
+typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
+static Comm comm = {0, 1, 0, 1, 600};
+
+int comm_rank(void) { return comm.rank; }
+int comm_world(void) { return comm.world; }
+int comm_local_ranks(void) { return comm.local_ranks; }             // on this machine
+int comm_is_local_leader(void) { return comm.local_rank == 0; }     // one rank of each machine
+void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
+
+#ifdef USE_MPI
+#include <mpi.h>
+enum { BUCKET = 1 << 22 };            // bytes of one broadcast
+#include <nccl.h>
+#define ncclCheck(call) do { ncclResult_t r_ = (call); if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); } while (0)
+
+void comm_abort(void) {
+    int up = 0, down = 0;
+    MPI_Initialized(&up);
+    MPI_Finalized(&down);
+    if (up && !down && comm.world > 1) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+}
+
+void comm_init(int *argc, char ***argv) {
+    MPI_Init(argc, argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
+    MPI_Comm local;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &local);
+    MPI_Comm_rank(local, &comm.local_rank);
+    MPI_Comm_size(local, &comm.local_ranks);
+    MPI_Comm_free(&local);
+}
+
+void comm_finish(void) { MPI_Finalize(); }
+
+// Waits for n requests; after `timeout` seconds without progress the job ends.
+static void comm_wait(MPI_Request *requests, int n, const char *what) {
+    double start = now_seconds();
+    for (int done = 0; !done;) {
+        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (!done && now_seconds() - start > (double)comm.timeout) {
+            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
+                    "(or raise --timeout)\n", comm.rank, now_seconds() - start, what);
+            comm_abort();
+        }
+        if (!done) usleep(50);
+    }
+}
+
+void comm_barrier(void) {
+    MPI_Request r;
+    MPI_Ibarrier(MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a barrier");
+}
+
+void comm_broadcast(void *data, size_t bytes) {     // from rank 0
+    for (size_t at = 0; at < bytes; at += BUCKET) {
+        MPI_Request r;
+        MPI_Ibcast((char *)data + at, (int)(bytes - at < BUCKET ? bytes - at : BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
+        comm_wait(&r, 1, "a broadcast");
+    }
+}
+
+void comm_sum(double *x, int n) {
+    MPI_Request r;
+    MPI_Iallreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a sum");
+}
+
+double comm_max(double x) {
+    MPI_Request r;
+    MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a maximum");
+    return x;
+}
+
+#else
+void comm_abort(void) {}
+void comm_init(int *argc, char ***argv) {
+    (void)argc;
+    (void)argv;
+    const char *size = getenv("OMPI_COMM_WORLD_SIZE");
+    if (size && strcmp(size, "1"))
+        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
+}
+void comm_finish(void) {}
+void comm_barrier(void) {}
+void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
+void comm_sum(double *x, int n) { (void)x; (void)n; }
+double comm_max(double x) { return x; }
+#endif
+#define cublasCheck(call) do { cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) die("%s:%d: %s: cuBLAS status %d", __FILE__, __LINE__, #call, (int)s_); } while (0)
+
+// ---- the GPU -----------------------------------------------------------------------------------------------------------------
+enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA context, cuBLASLt, NCCL buffers
+
+typedef struct Gpu {
+    cudaStream_t stream;                // everything but communication
+    cublasLtHandle_t lt;
+    void *workspace;                    // cuBLASLt's
+    cudaStream_t comm_stream;           // sums of gradients over ranks, under the compute of `stream`
+    cudaEvent_t ready, summed;
+    void *nccl;                         // ncclComm_t, NULL with one rank
+} Gpu;
+
+// Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as cudaGetDeviceProperties gives them.
+static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_peaks[] = {
+    {"H100 NVL", 835, 60},          // H100 datasheet, sparse figures halved
+    {"H100 PCIe", 756, 51},
+    {"H100", 989.4, 67},            // SXM
+    {"H200", 989.4, 67},
+    {"GH200", 989.4, 67},
+    {"A100", 312, 19.5},            // A100 datasheet
+    {"A800", 312, 19.5},
+    {"L40S", 362, 91.6},            // L40S datasheet
+    {"RTX 4090", 165.2, 82.6},      // Ada whitepaper, fp32 accumulate
+    {"RTX 3090", 71, 35.6},         // GA102 whitepaper, fp32 accumulate
+};
+
+// FLOP/s of the device at this precision; NAN: not in the table, and then MFU is not printed.
+double device_peak(const char *name, int bf16) {
+    for (size_t i = 0; i < sizeof gpu_peaks / sizeof *gpu_peaks; i++)
+        if (strstr(name, gpu_peaks[i].name)) return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
+    return NAN;
+}
+
+enum { ENOUGH_ROWS = 32768 };           // of a micro-step: more are no faster
+
+// Bytes that a rank may plan with: what is free on its GPU, less the allowance. Without a GPU (--dry-run): those of an 80 GB card.
+double memory_of_rank(void) {
+    size_t free_bytes = 0, total = 0;
+    if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) free_bytes = (size_t)79 << 30;
+    return (double)free_bytes - GPU_ALLOWANCE;
+}
+
+// ---- energy: NVML's total-energy counter, in mJ since the driver loaded. Opened at run time; absent: unavailable ------------
+typedef struct Energy {
+    void *device;
+    int (*total)(void *device, unsigned long long *mj);
+    double first, joules;               // since energy_open; NAN: unavailable
+    int n;
+} Energy;
+static const char RAPL_FOLDER[] = "";   // the twin's counters; unused here
+
+void energy_open(Energy *e, const char *folder) {
+    (void)folder;
+    memset(e, 0, sizeof *e);
+    e->joules = NAN;
+    void *lib = dlopen("libnvidia-ml.so.1", RTLD_NOW);
+    if (!lib) return;
+    int (*init)(void) = (int (*)(void))dlsym(lib, "nvmlInit_v2");
+    int (*by_bus)(const char *, void **) = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
+    e->total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
+    int device = 0;
+    char bus[32];
+    unsigned long long mj;
+    if (!init || !by_bus || !e->total || init()) return;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetPCIBusId(bus, sizeof bus, device) != cudaSuccess) return;
+    if (by_bus(bus, &e->device) || e->total(e->device, &mj)) return;
+    e->first = (double)mj;
+    e->joules = 0;
+    e->n = 1;
+}
+
+// Joules since energy_open. The counter moves every ~100 ms: read it over windows of seconds, with the device idle at both ends.
+double energy_read(Energy *e) {
+    unsigned long long mj;
+    if (e->n && !e->total(e->device, &mj)) e->joules = ((double)mj - e->first) * 1e-3;
+    return e->joules;
+}
+
+// x (n) of all ranks is summed on the communication stream once the compute stream has come this far.
+void comm_reduce_start(const Gpu *gpu, float *x, size_t n) {
+    if (comm.world == 1) return;
+#ifdef USE_MPI
+    cudaCheck(cudaEventRecord(gpu->ready, gpu->stream));
+    cudaCheck(cudaStreamWaitEvent(gpu->comm_stream, gpu->ready, 0));
+    ncclCheck(ncclAllReduce(x, x, n, ncclFloat32, ncclSum, (ncclComm_t)gpu->nccl, gpu->comm_stream));
+#endif
+    (void)gpu, (void)x, (void)n;
+}
+
+// The compute stream goes on when all sums are complete.
+void comm_reduce_finish(const Gpu *gpu) {
+    if (comm.world == 1) return;
+    cudaCheck(cudaEventRecord(gpu->summed, gpu->comm_stream));
+    cudaCheck(cudaStreamWaitEvent(gpu->stream, gpu->summed, 0));
+}
+
+// One GPU per rank of the machine; the NCCL id travels by MPI.
+void gpu_open(Gpu *gpu) {
+    int n = 0;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    if (e != cudaSuccess || n == 0) die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer", cudaGetErrorString(e));
+    if (comm.local_ranks > n) die("%d ranks on a machine with %d GPUs; start one rank per GPU", comm.local_ranks, n);
+    cudaCheck(cudaSetDevice(comm.local_rank));
+    cudaCheck(cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking));
+    cublasCheck(cublasLtCreate(&gpu->lt));
+    if (comm.world == 1) return;
+    cudaCheck(cudaStreamCreateWithFlags(&gpu->comm_stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&gpu->ready, cudaEventDisableTiming));
+    cudaCheck(cudaEventCreateWithFlags(&gpu->summed, cudaEventDisableTiming));
+#ifdef USE_MPI
+    ncclUniqueId id;
+    ncclComm_t nccl;
+    if (comm.rank == 0) ncclCheck(ncclGetUniqueId(&id));
+    comm_broadcast(&id, sizeof id);
+    ncclCheck(ncclCommInitRank(&nccl, comm.world, id, comm.rank));
+    gpu->nccl = nccl;
+#endif
+}
+
+// ==== 13. Ops, in forward order, each backward below its forward =======================================================
+
+// ---- small things of the host ------------------------------------------------------------------------------------------------
+// Rows of a batch sorted by token: rows order[starts[i]] .. order[starts[i+1]-1] have token tokens[i]; tokens ascend. Counting sort.
+static void sort_rows(int *order, int *starts, int *tokens, int *n_distinct, const int *ids, int N, int V) {
+    static int *count, room;
+    if (room < V + 1) {
+        free(count);
+        count = (int *)xmalloc((size_t)(room = V + 1) * sizeof(int));
+    }
+    memset(count, 0, (size_t)(V + 1) * sizeof(int));
+    for (int n = 0; n < N; n++) count[ids[n] + 1]++;
+    *n_distinct = 0;
+    for (int v = 0; v < V; v++) {
+        if (count[v + 1]) {
+            tokens[*n_distinct] = v;
+            starts[(*n_distinct)++] = count[v];
+        }
+        count[v + 1] += count[v];
+    }
+    starts[*n_distinct] = N;
+    for (int n = 0; n < N; n++) order[count[ids[n]]++] = n;
+}
+
+// cos and sin (T, D/2) on the device of t * theta^(-2i/D), for Llama 3 stretched: see the twin.
+static void rope_table(float *cosine, float *sine, const Config *c, int T) {
+    const double PI = 3.14159265358979323846;
+    size_t n = (size_t)T * (c->D / 2);
+    float *host = (float *)xmalloc(2 * n * sizeof(float));
+    for (int i = 0; i < c->D / 2; i++) {
+        double freq = pow(c->rope_theta, -2.0 * i / c->D);
+        if (c->rope_llama3) {
+            double turns = c->rope_original_T * freq / (2 * PI);
+            double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
+            freq *= keep + (1 - keep) / c->rope_factor;
+        }
+        for (int t = 0; t < T; t++) {
+            host[(size_t)t * (c->D / 2) + i] = (float)cos(t * freq);
+            host[n + (size_t)t * (c->D / 2) + i] = (float)sin(t * freq);
+        }
+    }
+    cudaCheck(cudaMemcpy(cosine, host, n * sizeof(float), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(sine, host + n, n * sizeof(float), cudaMemcpyHostToDevice));
+    free(host);
+}
+
+// *sum += nll (N), in double and in a fixed order. One block: N floats are nothing beside a step.
+__global__ void sum_losses_kernel1(double *sum, const float *nll, int N) {
+    double mine = 0;
+    for (int n = threadIdx.x; n < N; n += blockDim.x) mine += nll[n];
+    mine = block_sum(mine);
+    if (threadIdx.x == 0) *sum += mine;
+}
+
+static void sum_losses(double *sum, const float *nll, int N, cudaStream_t stream) {
+    launch(sum_losses_kernel1, dim3(1), dim3(1024), 0, stream, sum, nll, N);
+}
+
+// ---- what the kernels of this section share -----------------------------------------------------------------------------
+// floatX (here X) is bf16 or fp32; every sum is fp32 (double for the global norm). Sums over rows go through partial sums of
+// blocks, added by a second kernel in a fixed order: no atomics, two runs give the same bits.
+
+// N neighbouring elements as they lie in memory: one 16-byte (8 bf16, 4 fp32) or 8-byte (4 bf16) access. Kernels where fp32 sums
+// lie beside bf16 values take 4 elements per lane: both sides of the access are then contiguous over the warp.
+template <typename T, int N> struct Vec { uint32_t word[N * sizeof(T) / 4]; };
+
+template <int N, typename T> __device__ __forceinline__ Vec<T, N> load(const T *p) {
+    Vec<T, N> v;
+    if constexpr (sizeof v == 16) { uint4 bits = load_16B(p); memcpy(&v, &bits, sizeof v); }
+    else { uint2 bits = *(const uint2 *)p; memcpy(&v, &bits, sizeof v); }
+    return v;
+}
+template <int N, typename T> __device__ __forceinline__ void store(T *p, const Vec<T, N> &v) {
+    if constexpr (sizeof v == 16) store_16B(p, make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+    else *(uint2 *)p = make_uint2(v.word[0], v.word[1]);
+}
+template <int N, typename T> __device__ __forceinline__ Vec<T, N> load_if(bool condition, const T *p) {     // else zeros
+    Vec<T, N> v = {};
+    if (condition) v = load<N>(p);
+    return v;
+}
+template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<float, N> &v) {
+    for (int k = 0; k < N; k++) x[k] = __uint_as_float(v.word[k]);
+}
+template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<__nv_bfloat16, N> &v) {
+    for (int k = 0; k < N; k += 2) {
+        x[k] = __uint_as_float(v.word[k / 2] << 16);
+        x[k + 1] = __uint_as_float(v.word[k / 2] & 0xFFFF0000u);
+    }
+}
+template <typename T, int N> __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {              // rounds to nearest even
+    Vec<T, N> v;
+    if constexpr (sizeof(T) == 4) for (int k = 0; k < N; k++) v.word[k] = __float_as_uint(x[k]);
+    else for (int k = 0; k < N; k += 2) v.word[k / 2] = pack_bf16(x[k], x[k + 1]);
+    return v;
+}
+
+// Hides from the compiler where the bits of a row came from. Else it keeps the fp32 copies that a first pass over the row made,
+// twice the registers of the bf16 values, for the second pass after the reduction.
+template <typename T, int N, int n> __device__ __forceinline__ void keep_packed(Vec<T, N> (&row)[n]) {
+    for (int j = 0; j < n; j++) for (uint32_t &word : row[j].word) asm volatile("" : "+r"(word));
+}
+
+enum { MAX_PARTIALS = 264 };        // blocks that write partial sums: two on each of an H100's 132 SMs
+
+static int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+// Blocks for kernels that keep partial sums in registers over many rows: each handles at least two groups of `rows` rows.
+static int partial_blocks(int N, int rows) {
+    static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
+    int most = 2 * sm_count < MAX_PARTIALS ? 2 * sm_count : MAX_PARTIALS, blocks = CEIL_DIV(N, 2 * rows);
+    return blocks < most ? blocks : most;
+}
+
+// out (cols) += column sums of x (rows, stride)       one warp row of 32 columns, 32 warps share out the rows
+__global__ void column_sums_kernel1(float *out, const float *x, int rows, int cols, int stride) {
+    __shared__ float part[32][32];
+    const int c = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0;
+    if (c < cols) for (int r = threadIdx.y; r < rows; r += 32) sum += x[(size_t)r * stride + c];
+    part[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || c >= cols) return;
+    float total = 0;
+    for (int w = 0; w < 32; w++) total += part[w][threadIdx.x];
+    out[c] += total;
+}
+
+void column_sums(float *out, const float *x, int rows, int cols, int stride, cudaStream_t stream) {
+    launch(column_sums_kernel1, CEIL_DIV(cols, 32), dim3(32, 32), 0, stream, out, x, rows, cols, stride);
+}
+
+// Sum over the threads with this threadIdx.y (whole warps); all of them get it. The one barrier inside is enough if calls
+// alternate `turn` between 0 and 1: a warp can be at most one call ahead of another.
+template <typename T = float> __device__ __forceinline__ T row_sum(T x, int turn) {
+    __shared__ T part[2][32];
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.y * warps;
+    x = warp_sum(x);
+    if (lane == 0) part[turn][first + threadIdx.x / 32] = x;
+    __syncthreads();
+    return warps == 1 ? x : warp_sum(lane < warps ? part[turn][first + lane] : 0);
+}
+
+// ---- embedding_forward_kernel1: one warp per row --------------------------------------------------------------------------
+// x (N,C) = w[ids]     w (V,C), ids (N)
+// bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048: <= 134 MB       floor <= 40 us (memory)
+// limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32. Tokens that repeat are read again, from L2
+template <typename X>
+__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const X *__restrict__ w, int N, int C) {
+    constexpr int E = 16 / sizeof(X);
+    const int n = blockIdx.x * blockDim.y + threadIdx.y;
+    if (n >= N) return;
+    const X *w_n = w + (size_t)ids[n] * C;
+    X *x_n = x + (size_t)n * C;
+    #pragma unroll 4
+    for (int c = threadIdx.x * E; c < C; c += 32 * E) store(x_n + c, load<E>(w_n + c));
+}
+
+template <typename X> void embedding_forward(X *x, const int *ids, const X *w, int N, int C, cudaStream_t stream) {
+    const int ROWS = 8;             // warps, each with a row
+    assert(C % (16 / sizeof(X)) == 0);
+    launch(embedding_forward_kernel1<X>, CEIL_DIV(N, ROWS), dim3(32, ROWS), 0, stream, x, ids, w, N, C);
+}
+
+// ---- embedding_backward_kernel1: the rows of a token are one sum ----------------------------------------------------------
+// dw (Vp,C) += for each token the sum of its rows of dx (N,C): rows order[starts[i]] .. order[starts[i+1]-1] have token tokens[i]
+// bytes   2·N·C in + 8·C per distinct token (dw read and written);  N 16384, C 2048, 4000 distinct: 133 MB     floor 40 us
+// idea    rows sorted by token on the host: every row of dw has one writer, no atomics. A warp owns a token and 512 columns;
+//         tokens with more than LONG rows (a comma can be 5% of a batch) are summed by all warps of the block together
+// limits  C % 4 == 0
+enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_LONG = 16 };
+
+__device__ __forceinline__ void add_to(float *p, const float (&sum)[4]) {
+    float x[4];
+    widen(x, load<4>(p));
+    for (int k = 0; k < 4; k++) x[k] += sum[k];
+    store(p, narrow<float>(x));
+}
+
+template <typename X>
+__device__ __forceinline__ void add_rows(float sum[EMBED_QUADS][4], const X *dx, const int *order, int first, int last, int step, int c0, int C) {
+    for (int q = 0; q < EMBED_QUADS; q++) for (int k = 0; k < 4; k++) sum[q][k] = 0;
+    #pragma unroll 2
+    for (int j = first; j < last; j += step) {
+        const X *dx_n = dx + (size_t)order[j] * C;
+        #pragma unroll
+        for (int q = 0; q < EMBED_QUADS; q++) {
+            if (c0 + q * 128 >= C) continue;
+            float d[4];
+            widen(d, load<4>(dx_n + c0 + q * 128));
+            for (int k = 0; k < 4; k++) sum[q][k] += d[k];
+        }
+    }
+}
+
+template <typename X>
+__global__ void embedding_backward_kernel1(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct,
+                                           const X *dx, int C) {
+    __shared__ int first[EMBED_WARPS + 1];                      // rows first[i] .. first[i+1]-1 are those of the block's token i
+    __shared__ Vec<float, 4> part[EMBED_WARPS][EMBED_QUADS][32];
+    const int lane = threadIdx.x, warp = threadIdx.y, token0 = blockIdx.x * EMBED_WARPS;
+    const int c0 = blockIdx.y * EMBED_COLUMNS + lane * 4;
+    if (warp == 0 && lane <= EMBED_WARPS) first[lane] = starts[token0 + lane < n_distinct ? token0 + lane : n_distinct];
+    __syncthreads();
+    float sum[EMBED_QUADS][4];
+    int rows = first[warp + 1] - first[warp];
+    if (rows > 0 && rows <= EMBED_LONG) {
+        float *dw_i = dw + (size_t)tokens[token0 + warp] * C;
+        add_rows(sum, dx, order, first[warp], first[warp + 1], 1, c0, C);
+        #pragma unroll
+        for (int q = 0; q < EMBED_QUADS; q++) {
+            int c = c0 + q * 128;
+            if (c >= C) continue;
+            add_to(dw_i + c, sum[q]);
+        }
+    }
+    for (int i = 0; i < EMBED_WARPS; i++) {
+        if (first[i + 1] - first[i] <= EMBED_LONG) continue;    // the same for the whole block
+        add_rows(sum, dx, order, first[i] + warp, first[i + 1], EMBED_WARPS, c0, C);
+        #pragma unroll
+        for (int q = 0; q < EMBED_QUADS; q++) part[warp][q][lane] = narrow<float>(sum[q]);
+        __syncthreads();
+        int c = c0 + warp * 128;
+        if (warp < EMBED_QUADS && c < C) {
+            float total[4] = {}, d[4];
+            for (int w = 0; w < EMBED_WARPS; w++) {
+                widen(d, part[w][warp][lane]);
+                for (int k = 0; k < 4; k++) total[k] += d[k];
+            }
+            add_to(dw + (size_t)tokens[token0 + i] * C + c, total);
+        }
+        __syncthreads();
+    }
+}
+
+template <typename X>
+void embedding_backward(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct, const X *dx, int N, int C,
+                        cudaStream_t stream) {
+    assert(C % 4 == 0 && n_distinct > 0 && n_distinct <= N);
+    launch(embedding_backward_kernel1<X>, dim3(CEIL_DIV(n_distinct, EMBED_WARPS), CEIL_DIV(C, EMBED_COLUMNS)), dim3(32, EMBED_WARPS), 0,
+           stream, dw, order, starts, tokens, n_distinct, dx, C);
+}
+
+// ---- residual_rmsnorm_forward_kernel1: the row stays in registers -----------------------------------------------------------
+// x_out (N,C) = x + delta,  out (N,C) = x_out_c r w_c,  rstd (N) = r = (mean_c x_out_c^2 + eps)^(-1/2)
+// delta NULL: out is the norm of x, x_out is not written.
+// bytes   2·N·C (x, delta) in + 2·N·C (x_out, out) out, 2 bytes each = 268 MB for N 16384, C 2048        floor 80 us (memory)
+// idea    a row is read once and kept as bf16 in registers (4 packs per thread); w is copied once per block to shared memory,
+//         asynchronously under the first rows, and serves at least 8 rows
+// limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384 (1024 threads x 4 packs of fp32)
+enum { ROW_PACKS = 4, ROW_THREADS = 512 };
+
+template <typename X>
+__global__ void __launch_bounds__(1024)
+residual_rmsnorm_forward_kernel1(X *x_out, X *out, float *rstd, const X *x, const X *delta, const X *w, float eps, int N, int C) {
+    constexpr int E = 16 / sizeof(X), STEP = 32 * E;            // a warp has ROW_PACKS * STEP columns next to each other
+    X *w_shared = shared_memory<X>();                           // (C)
+    const int c0 = threadIdx.x / 32 * ROW_PACKS * STEP + threadIdx.x % 32 * E;
+    for (int c = thread_in_block() * E; c < C; c += threads_in_block() * E) cp_async_16(w_shared + c, w + c);
+    cp_async_commit();
+    int turn = 0;
+    for (int n0 = blockIdx.x * blockDim.y; n0 < N; n0 += gridDim.x * blockDim.y, turn ^= 1) {
+        const int n = n0 + threadIdx.y, end = n < N ? C : 0;
+        const size_t at = (size_t)n * C + c0;
+        Vec<X, E> row[ROW_PACKS], add[ROW_PACKS];
+        #pragma unroll
+        for (int j = 0; j < ROW_PACKS; j++) {
+            row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
+            add[j] = load_if<E>(c0 + j * STEP < end && delta, delta + at + j * STEP);
+        }
+        float squares = 0;
+        #pragma unroll
+        for (int j = 0; j < ROW_PACKS; j++) {
+            float a[E], b[E];
+            widen(a, row[j]);
+            widen(b, add[j]);
+            for (int k = 0; k < E; k++) a[k] += b[k];
+            row[j] = narrow<X>(a);
+            widen(a, row[j]);
+            for (int k = 0; k < E; k++) squares += a[k] * a[k];
+        }
+        keep_packed(row);
+        cp_async_wait<0>();                                     // w is visible after the barrier in row_sum
+        const float r = rsqrtf(row_sum(squares, turn) / C + eps);
+        if (threadIdx.x == 0 && n < N) rstd[n] = r;
+        #pragma unroll
+        for (int j = 0; j < ROW_PACKS; j++) {
+            if (c0 + j * STEP >= end) continue;
+            float a[E], w_j[E];
+            widen(a, row[j]);
+            widen(w_j, load<E>(w_shared + c0 + j * STEP));
+            for (int k = 0; k < E; k++) a[k] = a[k] * r * w_j[k];     // in this order in rmsnorm_backward too: the same bits
+            if (delta) store(x_out + at + j * STEP, row[j]);
+            store(out + at + j * STEP, narrow<X>(a));
+        }
+    }
+}
+
+template <typename X>
+void residual_rmsnorm_forward(X *x_out, X *out, float *rstd, const X *x, const X *delta, const X *w, float eps, int N, int C,
+                              cudaStream_t stream) {
+    const int E = 16 / sizeof(X), threads = CEIL_DIV(C, 32 * ROW_PACKS * E) * 32;
+    const int rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1, turns = CEIL_DIV(8, rows);
+    assert(C % E == 0 && threads <= 1024);
+    launch(residual_rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), stream,
+           x_out, out, rstd, x, delta, w, eps, N, C);
+}
+
+// ---- rmsnorm_backward_kernel1: dout, x and dx are read once ---------------------------------------------------------------
+// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
+// dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c (the forward's output again, for the weight gradient; or NULL)
+// bytes   3·N·C in + 1·N·C (norm_out: 2·N·C) out, 2 bytes each = 268 MB (336 MB) for N 16384, C 2048      floor 80 us (100 us)
+//         partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2 x 2.2 MB
+// idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its share of dw over all its
+//         rows in shared memory (its own place: no barrier); the rows of a block are added there, the blocks by column_sums
+// limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384
+enum { ROW_QUADS = 4 };
+
+template <typename X>
+__global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *partials, X *norm_out, const X *dout, const X *x,
+                                                                 const float *rstd, const X *w, int N, int C) {
+    constexpr bool early = sizeof(X) == 2;                      // fp32 has no registers left to hold dx over the reduction
+    constexpr int STEP = 32 * 4;                                // a warp has ROW_QUADS * STEP columns next to each other
+    float *sums = shared_memory<float>(), *dw = sums + threadIdx.y * C;     // (blockDim.y,C): what this block's rows add to dw
+    X *w_shared = (X *)(sums + blockDim.y * C);                 // (C)
+    const int c0 = threadIdx.x / 32 * ROW_QUADS * STEP + threadIdx.x % 32 * 4;
+    for (int c = thread_in_block() * 4; c < C; c += threads_in_block() * 4) store(w_shared + c, load<4>(w + c));
+    for (int j = 0; j < ROW_QUADS; j++) if (c0 + j * STEP < C) store(dw + c0 + j * STEP, Vec<float, 4>{});
+    __syncthreads();
+    int turn = 0;
+    for (int n0 = blockIdx.x * blockDim.y; n0 < N; n0 += gridDim.x * blockDim.y, turn ^= 1) {
+        const int n = n0 + threadIdx.y, end = n < N ? C : 0;
+        const size_t at = (size_t)n * C + c0;
+        Vec<X, 4> dout_r[ROW_QUADS], x_r[ROW_QUADS], dx_r[ROW_QUADS];
+        #pragma unroll
+        for (int j = 0; j < ROW_QUADS; j++) {
+            dout_r[j] = load_if<4>(c0 + j * STEP < end, dout + at + j * STEP);
+            x_r[j] = load_if<4>(c0 + j * STEP < end, x + at + j * STEP);
+            if (early) dx_r[j] = load_if<4>(c0 + j * STEP < end, dx + at + j * STEP);
+        }
+        float gn = 0;
+        #pragma unroll
+        for (int j = 0; j < ROW_QUADS; j++) {
+            if (c0 + j * STEP >= end) continue;
+            float d[4], v[4], w_j[4];
+            widen(d, dout_r[j]);
+            widen(v, x_r[j]);
+            widen(w_j, load<4>(w_shared + c0 + j * STEP));
+            for (int k = 0; k < 4; k++) gn += d[k] * w_j[k] * v[k];
+        }
+        keep_packed(dout_r);
+        keep_packed(x_r);
+        const float r = n < N ? rstd[n] : 0, mean = row_sum(gn, turn) * r / C;
+        #pragma unroll
+        for (int j = 0; j < ROW_QUADS; j++) {
+            if (c0 + j * STEP >= end) continue;
+            if (!early) dx_r[j] = load<4>(dx + at + j * STEP);
+            float d[4], v[4], w_j[4], dx_j[4], dw_j[4];
+            widen(d, dout_r[j]);
+            widen(v, x_r[j]);
+            widen(w_j, load<4>(w_shared + c0 + j * STEP));
+            widen(dx_j, dx_r[j]);
+            widen(dw_j, load<4>(dw + c0 + j * STEP));
+            for (int k = 0; k < 4; k++) {
+                v[k] *= r;                                      // n_c
+                dw_j[k] += d[k] * v[k];
+                dx_j[k] += r * (d[k] * w_j[k] - v[k] * mean);
+                v[k] *= w_j[k];
+            }
+            store(dw + c0 + j * STEP, narrow<float>(dw_j));
+            store(dx + at + j * STEP, narrow<X>(dx_j));
+            if (norm_out) store(norm_out + at + j * STEP, narrow<X>(v));
+        }
+    }
+    __syncthreads();
+    for (int c = thread_in_block() * 4; c < C; c += threads_in_block() * 4) {
+        float total[4], row[4];
+        widen(total, load<4>(sums + c));
+        for (int y = 1; y < (int)blockDim.y; y++) {
+            widen(row, load<4>(sums + y * C + c));
+            for (int k = 0; k < 4; k++) total[k] += row[k];
+        }
+        store(partials + (size_t)blockIdx.x * C + c, narrow<float>(total));
+    }
+}
+
+static size_t rmsnorm_backward_scratch(int C) { return (size_t)MAX_PARTIALS * C; }      // floats
+
+template <typename X>
+void rmsnorm_backward(X *dx, float *dw, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w, float *scratch,
+                      int N, int C, cudaStream_t stream) {
+    const int threads = CEIL_DIV(C, 32 * 4 * ROW_QUADS) * 32, rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1;
+    const int blocks = partial_blocks(N, rows);
+    assert(C % 4 == 0 && threads <= 1024);
+    launch(rmsnorm_backward_kernel1<X>, blocks, dim3(threads, rows), C * (rows * sizeof(float) + sizeof(X)), stream,
+           dx, scratch, norm_out, dout, x, rstd, w, N, C);
+    column_sums(dw, scratch, blocks, C, C, stream);
+}
+
+// ---- qkv_bias_norm_rope_forward_kernel1: one warp per row, angles in registers ---------------------------------------------
+// qkv (N,(H+2K)D) in place:  y = x + bias;  q and k heads: qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2),
+// y *= r w (w = q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T (cosine, sine (T,D/2)).
+// bias NULL: v is not touched. q_norm NULL: no norm, qk_raw and qk_rstd are not written.
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128   floor 48 us
+// idea    lane l of a head holds elements 4l..4l+3 of both halves, so that a pair meets in one lane and any D % 8 == 0 works
+//         (D 104: 13 of 16 lanes). The angles of those elements are the same for every head: read once per row.
+//         Norm weights and bias are in shared memory, once per block
+// limits  D % 8 == 0, D <= 256
+enum { ROPE_WARPS = 8 };                                        // rows of a block
+
+static int lanes_per_head(int D) {                              // a power of two, so that a head's sum is a butterfly
+    int lanes = 1;
+    while (lanes * 8 < D) lanes *= 2;
+    assert(D % 8 == 0 && lanes <= 32);
+    return lanes;
+}
+
+__device__ __forceinline__ float lanes_sum(float x, int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+    return x;
+}
+
+template <typename X, bool NORM>
+__global__ void qkv_bias_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *bias, const X *q_norm, const X *k_norm,
+                                                   const float *cosine, const float *sine, float eps, int H, int K, int D, int lanes,
+                                                   int N, int T) {
+    constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
+    X *w_shared = shared_memory<X>(), *bias_shared = w_shared + 2 * D;      // (2,D) if NORM, ((H+2K)D) if bias
+    const int lane = threadIdx.x % 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
+    const bool active = i < half;
+    if (NORM) for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4) store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
+    if (bias) for (int d = threadIdx.x * 4; d < (H + 2 * K) * D; d += blockDim.x * 4) store(bias_shared + d, load<4>(bias + d));
+    if (NORM || bias) __syncthreads();
+    for (int n = blockIdx.x * ROPE_WARPS + threadIdx.x / 32; n < N; n += gridDim.x * ROPE_WARPS) {
+        X *x = qkv + (size_t)n * (H + 2 * K) * D + i;
+        const size_t angle = (size_t)(n % T) * half + i;
+        float c[4], s[4];
+        widen(c, load_if<4>(active, cosine + angle));
+        widen(s, load_if<4>(active, sine + angle));
+        for (int h0 = 0; h0 < H + K; h0 += AHEAD * heads) {
+            Vec<X, 4> lo[AHEAD], hi[AHEAD];
+            #pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                const int h = h0 + u * heads + head;
+                lo[u] = load_if<4>(active && h < H + K, x + h * D);
+                hi[u] = load_if<4>(active && h < H + K, x + h * D + half);
+            }
+            #pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                const int h = h0 + u * heads + head;
+                const bool here = active && h < H + K;
+                float a[4], b[4], w_lo[4], w_hi[4];
+                widen(a, lo[u]);
+                widen(b, hi[u]);
+                if (bias && here) {
+                    widen(w_lo, load<4>(bias_shared + h * D + i));
+                    widen(w_hi, load<4>(bias_shared + h * D + i + half));
+                    for (int k = 0; k < 4; k++) a[k] += w_lo[k], b[k] += w_hi[k];
+                }
+                if (NORM) {
+                    lo[u] = narrow<X>(a), hi[u] = narrow<X>(b);             // the norm is that of what backward will read
+                    widen(a, lo[u]);
+                    widen(b, hi[u]);
+                    float squares = 0;
+                    for (int k = 0; k < 4; k++) squares += a[k] * a[k] + b[k] * b[k];
+                    const float r = rsqrtf(lanes_sum(squares, lanes) / D + eps);
+                    if (here) {
+                        const size_t at = (size_t)n * (H + K) + h;
+                        const X *w = w_shared + (h < H ? 0 : D) + i;
+                        store(qk_raw + at * D + i, lo[u]);
+                        store(qk_raw + at * D + i + half, hi[u]);
+                        if (i == 0) qk_rstd[at] = r;
+                        widen(w_lo, load<4>(w));
+                        widen(w_hi, load<4>(w + half));
+                        for (int k = 0; k < 4; k++) a[k] *= r * w_lo[k], b[k] *= r * w_hi[k];
+                    }
+                }
+                if (!here) continue;
+                for (int k = 0; k < 4; k++) {
+                    float turned = a[k] * c[k] - b[k] * s[k];
+                    b[k] = b[k] * c[k] + a[k] * s[k];
+                    a[k] = turned;
+                }
+                store(x + h * D, narrow<X>(a));
+                store(x + h * D + half, narrow<X>(b));
+            }
+        }
+        if (!bias) continue;
+        x += (H + K) * D - i;                                   // v
+        for (int d = lane * 4; d < K * D; d += 32 * 4) {
+            float v[4], bias_v[4];
+            widen(v, load<4>(x + d));
+            widen(bias_v, load<4>(bias_shared + (H + K) * D + d));
+            for (int k = 0; k < 4; k++) v[k] += bias_v[k];
+            store(x + d, narrow<X>(v));
+        }
+    }
+}
+
+template <typename X>
+void qkv_bias_norm_rope_forward(X *qkv, X *qk_raw, float *qk_rstd, const X *bias, const X *q_norm, const X *k_norm, const float *cosine,
+                                const float *sine, float eps, int H, int K, int D, int N, int T, cudaStream_t stream) {
+    const int lanes = lanes_per_head(D), turns = bias ? 2 : 1;  // rows per warp: the bias is a row's traffic again for each block
+    const size_t smem = (2 * D + (bias ? (size_t)(H + 2 * K) * D : 0)) * sizeof(X);
+    launch(q_norm ? qkv_bias_norm_rope_forward_kernel1<X, true> : qkv_bias_norm_rope_forward_kernel1<X, false>,
+           CEIL_DIV(N, ROPE_WARPS * turns), 32 * ROPE_WARPS, smem, stream,
+           qkv, qk_raw, qk_rstd, bias, q_norm, k_norm, cosine, sine, eps, H, K, D, lanes, N, T);
+}
+
+// ---- qkv_norm_rope_backward_kernel1: the forward's layout, turned back -----------------------------------------------------
+// dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation; v is not touched.
+// e = dqkv turned by minus the angle;  without norm dqkv = e.  With norm, y = qk_raw, n_d = y_d r, g_d = e_d w_d:
+//   dqkv_d = r (g_d - n_d mean_j(g_j n_j))        dq_norm, dk_norm (D) += sum over rows and heads of e_d n_d
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128   floor 48 us
+// idea    as in the forward; a lane sees the same 8 elements of every head, so it keeps their weight gradients in registers
+template <typename X, bool NORM>
+__global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X *qk_raw, const float *qk_rstd, const X *q_norm,
+                                               const X *k_norm, const float *cosine, const float *sine, int H, int K, int D, int lanes,
+                                               int N, int T) {
+    constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
+    float *sums = shared_memory<float>();                       // (ROPE_WARPS,2D) if NORM
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
+    const bool active = i < half;
+    float dw[2][8] = {};                                        // q: lower half, upper half; k
+    for (int n = blockIdx.x * ROPE_WARPS + warp; n < N; n += gridDim.x * ROPE_WARPS) {
+        const size_t angle = (size_t)(n % T) * half + i;
+        float c[4], s[4];
+        widen(c, load_if<4>(active, cosine + angle));
+        widen(s, load_if<4>(active, sine + angle));
+        #pragma unroll
+        for (int part = 0; part < 2; part++) {                  // q, k
+            const int count = part == 0 ? H : K, first = part == 0 ? 0 : H;
+            const size_t at = (size_t)n * (H + K) + first;
+            X *dx = dqkv + ((size_t)n * (H + 2 * K) + first) * D + i;
+            float w_lo[4], w_hi[4];
+            if (NORM) widen(w_lo, load_if<4>(active, (part == 0 ? q_norm : k_norm) + i));
+            if (NORM) widen(w_hi, load_if<4>(active, (part == 0 ? q_norm : k_norm) + half + i));
+            for (int h0 = 0; h0 < count; h0 += AHEAD * heads) {
+                Vec<X, 4> lo[AHEAD], hi[AHEAD], raw_lo[AHEAD], raw_hi[AHEAD];
+                float rstd[AHEAD];
+                #pragma unroll
+                for (int u = 0; u < AHEAD; u++) {
+                    const int h = h0 + u * heads + head;
+                    const bool here = active && h < count;
+                    lo[u] = load_if<4>(here, dx + h * D);
+                    hi[u] = load_if<4>(here, dx + h * D + half);
+                    if (!NORM) continue;
+                    raw_lo[u] = load_if<4>(here, qk_raw + (at + h) * D + i);
+                    raw_hi[u] = load_if<4>(here, qk_raw + (at + h) * D + i + half);
+                    rstd[u] = here ? qk_rstd[at + h] : 0;
+                }
+                #pragma unroll
+                for (int u = 0; u < AHEAD; u++) {
+                    const int h = h0 + u * heads + head;
+                    float a[4], b[4], norm_a[4], norm_b[4];
+                    widen(a, lo[u]);
+                    widen(b, hi[u]);
+                    for (int k = 0; k < 4; k++) {
+                        float turned = a[k] * c[k] + b[k] * s[k];
+                        b[k] = b[k] * c[k] - a[k] * s[k];
+                        a[k] = turned;
+                    }
+                    if (NORM) {
+                        float gn = 0, r = rstd[u];
+                        widen(norm_a, raw_lo[u]);
+                        widen(norm_b, raw_hi[u]);
+                        for (int k = 0; k < 4; k++) {
+                            norm_a[k] *= r, norm_b[k] *= r;
+                            dw[part][k] += a[k] * norm_a[k], dw[part][4 + k] += b[k] * norm_b[k];
+                            a[k] *= w_lo[k], b[k] *= w_hi[k];
+                            gn += a[k] * norm_a[k] + b[k] * norm_b[k];
+                        }
+                        const float mean = lanes_sum(gn, lanes) / D;
+                        for (int k = 0; k < 4; k++) a[k] = r * (a[k] - norm_a[k] * mean), b[k] = r * (b[k] - norm_b[k] * mean);
+                    }
+                    if (!active || h >= count) continue;
+                    store(dx + h * D, narrow<X>(a));
+                    store(dx + h * D + half, narrow<X>(b));
+                }
+            }
+        }
+    }
+    if constexpr (NORM) {
+        for (int part = 0; part < 2; part++) for (int k = 0; k < 8; k++) {
+            float sum = dw[part][k];                                // of this lane's heads; all heads of the warp:
+            for (int offset = lanes; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+            dw[part][k] = sum;
+        }
+        if (active && head == 0) for (int part = 0; part < 2; part++) for (int k = 0; k < 8; k++)
+            sums[(warp * 2 + part) * D + (k < 4 ? 0 : half) + i + k % 4] = dw[part][k];
+        __syncthreads();
+        for (int d = threadIdx.x; d < 2 * D; d += blockDim.x) {
+            float total = 0;
+            for (int w = 0; w < ROPE_WARPS; w++) total += sums[w * 2 * D + d];
+            partials[(size_t)blockIdx.x * 2 * D + d] = total;
+        }
+    }
+}
+
+static size_t qkv_norm_rope_backward_scratch(int D) { return (size_t)MAX_PARTIALS * 2 * D; }    // floats; only used with norm
+
+template <typename X>
+void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk_raw, const float *qk_rstd, const X *q_norm,
+                            const X *k_norm, const float *cosine, const float *sine, float *scratch, int H, int K, int D, int N, int T,
+                            cudaStream_t stream) {
+    const int lanes = lanes_per_head(D), blocks = q_norm ? partial_blocks(N, ROPE_WARPS) : CEIL_DIV(N, ROPE_WARPS);
+    launch(q_norm ? qkv_norm_rope_backward_kernel1<X, true> : qkv_norm_rope_backward_kernel1<X, false>, blocks, 32 * ROPE_WARPS,
+           q_norm ? ROPE_WARPS * 2 * D * sizeof(float) : 0, stream,
+           dqkv, scratch, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, H, K, D, lanes, N, T);
+    if (!q_norm) return;
+    column_sums(dq_norm, scratch, blocks, D, 2 * D, stream);
+    column_sums(dk_norm, scratch + D, blocks, D, 2 * D, stream);
+}
+
+// ---- bias_backward_kernel1 -------------------------------------------------------------------------------------------------
+// dbias (OC) += column sums of dqkv (N,OC)
+// bytes   2·N·OC in + partial sums 2·4·chunks·OC;  N 16384, OC 2560: 84 + 1 MB        floor 25 us (memory)
+// idea    a block sums 128 columns of a chunk of rows, a lane four columns; column_sums adds the chunks
+enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has at least BIAS_ROWS rows
+
+template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
+    __shared__ Vec<float, 4> part[BIAS_WARPS][32];
+    const int c = (blockIdx.x * 32 + threadIdx.x) * 4;
+    float sum[4] = {}, d[4];
+    if (c < OC) {
+        #pragma unroll 8
+        for (int n = blockIdx.y * BIAS_WARPS + threadIdx.y; n < N; n += gridDim.y * BIAS_WARPS) {
+            widen(d, load<4>(dqkv + (size_t)n * OC + c));
+            for (int k = 0; k < 4; k++) sum[k] += d[k];
+        }
+    }
+    part[threadIdx.y][threadIdx.x] = narrow<float>(sum);
+    __syncthreads();
+    if (threadIdx.y > 0 || c >= OC) return;
+    for (int w = 1; w < BIAS_WARPS; w++) {
+        widen(d, part[w][threadIdx.x]);
+        for (int k = 0; k < 4; k++) sum[k] += d[k];
+    }
+    store(partials + (size_t)blockIdx.y * OC + c, narrow<float>(sum));
+}
+
+static size_t bias_backward_scratch(int OC) { return (size_t)MAX_PARTIALS * OC; }       // floats
+
+template <typename X> void bias_backward(float *dbias, const X *dqkv, float *scratch, int N, int OC, cudaStream_t stream) {
+    const int columns = CEIL_DIV(OC, 128), most = CEIL_DIV(4 * MAX_PARTIALS, columns);  // enough blocks to fill the device
+    int chunks = CEIL_DIV(N, BIAS_ROWS);
+    if (chunks > most) chunks = most;
+    if (chunks > MAX_PARTIALS) chunks = MAX_PARTIALS;
+    assert(OC % 4 == 0);
+    launch(bias_backward_kernel1<X>, dim3(columns, chunks), dim3(32, BIAS_WARPS), 0, stream, scratch, dqkv, N, OC);
+    column_sums(dbias, scratch, chunks, OC, OC, stream);
+}
+
+// ---- swiglu_forward_kernel1 ------------------------------------------------------------------------------------------------
+// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
+// bytes   2·2·N·F in + 2·N·F out = 1.08 GB for N 16384, F 11008         floor 323 us (memory; two SFU operations per element: 98 us)
+// idea    a block per row, so that no division finds the row; 16-byte packs
+template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate_up, int F) {
+    constexpr int E = 16 / sizeof(X);
+    const X *g = gate_up + (size_t)blockIdx.x * 2 * F, *u = g + F;
+    X *h_n = h + (size_t)blockIdx.x * F;
+    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
+        float g_f[E], u_f[E];
+        widen(g_f, load<E>(g + f));
+        widen(u_f, load<E>(u + f));
+        for (int k = 0; k < E; k++) u_f[k] *= __fdividef(g_f[k], 1 + __expf(-g_f[k]));
+        store(h_n + f, narrow<X>(u_f));
+    }
+}
+
+static int row_threads(int packs) { return packs < 256 ? CEIL_DIV(packs, 32) * 32 : 256; }
+
+template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, cudaStream_t stream) {
+    const int E = 16 / sizeof(X);
+    assert(F % E == 0);
+    launch(swiglu_forward_kernel1<X>, N, row_threads(F / E), 0, stream, h, gate_up, F);
+}
+
+// ---- swiglu_backward_kernel1 -----------------------------------------------------------------------------------------------
+// With s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s.   dgate_up (N,2F) = dg | du, may be gate_up itself
+// h (N,F) = g s u, the forward's output again for the down-projection's weight gradient; or NULL
+// bytes   2·3·N·F in + 2·2·N·F (h: 2·3·N·F) out = 1.80 GB (2.16 GB) for N 16384, F 11008       floor 538 us (646 us)
+template <typename X> __global__ void swiglu_backward_kernel1(X *dgate_up, X *h, const X *dh, const X *gate_up, int F) {
+    constexpr int E = 16 / sizeof(X);
+    const size_t row = (size_t)blockIdx.x * F;
+    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
+        float g[E], u[E], d[E];
+        widen(g, load<E>(gate_up + 2 * row + f));
+        widen(u, load<E>(gate_up + 2 * row + F + f));
+        widen(d, load<E>(dh + row + f));
+        for (int k = 0; k < E; k++) {
+            float s = __fdividef(1, 1 + __expf(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
+            u[k] *= silu;                                       // h
+            d[k] *= silu;                                       // du
+            g[k] = dsilu * s * (1 + g[k] * (1 - s));            // dg
+        }
+        if (h) store(h + row + f, narrow<X>(u));
+        store(dgate_up + 2 * row + f, narrow<X>(g));
+        store(dgate_up + 2 * row + F + f, narrow<X>(d));
+    }
+}
+
+template <typename X> void swiglu_backward(X *dgate_up, X *h, const X *dh, const X *gate_up, int N, int F, cudaStream_t stream) {
+    const int E = 16 / sizeof(X);
+    assert(F % E == 0);
+    launch(swiglu_backward_kernel1<X>, N, row_threads(F / E), 0, stream, dgate_up, h, dh, gate_up, F);
+}
+
+// ---- cross_entropy_kernel1: a block per row, the row stays in shared memory ------------------------------------------------
+// nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  With dscale != 0 the logits (N,Vp) become their gradient
+// dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0.
+// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000        floor 626 us (memory; two SFU operations per element: 283 us)
+// idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each thread reads back only
+//         what it copied and has its own maximum and sum, so the block meets at one barrier. It also orders the read of x_target
+//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time
+enum { CLASSIFIER_THREADS = 512 };
+
+// Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its gradient.
+template <int E, typename X> __device__ __forceinline__ void load_logits(float (&x)[E], const X *row, int v, int V) {
+    widen(x, load<E>(row + v));
+    if (v + E > V) for (int k = 0; k < E; k++) if (v + k >= V) x[k] = -INFINITY;
+}
+
+template <typename X>
+__global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
+                                                                            int V, int Vp, int cached) {
+    constexpr int E = 16 / sizeof(X);
+    __shared__ float tops[32], sums[32];
+    X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
+    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.x * E, step = blockDim.x * E;
+    if (target == IGNORED) {
+        if (threadIdx.x == 0) nll[blockIdx.x] = 0;
+        if (dscale != 0) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
+        return;
+    }
+    for (int v = first; v < cached; v += step) cp_async_16(cache + v, row + v);
+    cp_async_commit();
+    const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
+    cp_async_wait<0>();
+    float top = -FLT_MAX, sum = 0, x[E];                        // of this thread's columns: sum of e^(x - top)
+    for (int v = first; v < Vp; v += step) {
+        load_logits(x, v < cached ? cache : row, v, V);
+        float higher = top;
+        for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
+        sum *= __expf(top - higher);
+        for (int k = 0; k < E; k++) sum += __expf(x[k] - higher);
+        top = higher;
+    }
+    const float warp_top = warp_max(top), warp_total = warp_sum(sum * __expf(top - warp_top));
+    if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
+    __syncthreads();
+    const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
+    const float total = warp_sum(lane < warps ? sums[lane] * __expf(some_top - row_top) : 0), factor = dscale / total;
+    if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
+    if (dscale == 0) return;
+    for (int v = first; v < Vp; v += step) {
+        load_logits(x, v < cached ? cache : row, v, V);
+        for (int k = 0; k < E; k++) x[k] = __expf(x[k] - row_top) * factor;
+        if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
+        store(row + v, narrow<X>(x));
+    }
+}
+
+template <typename X>
+void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp, cudaStream_t stream) {
+    static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
+    const int E = 16 / sizeof(X), fit = smem_limit / 16 * E, cached = Vp < fit ? Vp : fit;
+    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS;
+    assert(Vp % E == 0 && V <= Vp);
+    launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
+}
+
+// ---- sum_of_squares_kernel1, 2: global norm ----------------------------------------------------------------------------------
+// out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19).
+// bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory). 16 products are added in fp32, then in double
+enum { SQUARES_BLOCKS = 1024, SQUARES_THREADS = 256 };
+static size_t sum_of_squares_scratch(void) { return 2 * SQUARES_BLOCKS; }                // floats
+
+__global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t n) {
+    const size_t quads = n / 4, step = (size_t)gridDim.x * SQUARES_THREADS * 4;
+    double sum = 0;
+    for (size_t i0 = (size_t)blockIdx.x * SQUARES_THREADS * 4 + threadIdx.x; i0 < quads; i0 += step) {
+        float squares = 0, q[4][4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) widen(q[j], load_if<4>(i0 + j * SQUARES_THREADS < quads, x + 4 * (i0 + j * SQUARES_THREADS)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
+        sum += squares;
+    }
+    if (blockIdx.x == 0 && threadIdx.x < n % 4) sum += (double)x[4 * quads + threadIdx.x] * x[4 * quads + threadIdx.x];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+__global__ void sum_of_squares_kernel2(double *out, const double *partials, int n) {    // one block of 1024 threads
+    double sum = block_sum((int)threadIdx.x < n ? partials[threadIdx.x] : 0.0);
+    if (threadIdx.x == 0) *out += sum;
+}
+
+static void sum_of_squares(double *out, const float *x, size_t n, float *scratch, cudaStream_t stream) {
+    const size_t chunks = CEIL_DIV(n, (size_t)SQUARES_THREADS * 16);
+    const int blocks = chunks < 1 ? 1 : chunks > SQUARES_BLOCKS ? SQUARES_BLOCKS : (int)chunks;
+    assert((uintptr_t)x % 16 == 0 && (uintptr_t)scratch % 8 == 0);
+    launch(sum_of_squares_kernel1, blocks, SQUARES_THREADS, 0, stream, (double *)scratch, x, n);
+    launch(sum_of_squares_kernel2, 1, SQUARES_BLOCKS, 0, stream, out, (const double *)scratch, blocks);
+}
+
+// ---- adamw_update_kernel1 ----------------------------------------------------------------------------------------------------
+// AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+// master = master shrink - rate m / (sqrt(v vscale) + eps),  with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
+// master, m, v (n) are updated, w (n) = master rounded to X (fp32: may be master itself). M = float or bf16 stores m and v.
+// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms (6.6 ms)
+typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; } AdamW;
+
+__device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float grad, const AdamW &a) {
+    const float g = grad * a.gscale;
+    m = a.b1 * m + (1 - a.b1) * g;
+    v = a.b2 * v + (1 - a.b2) * g * g;
+    p = p * a.shrink - a.rate * m / (sqrtf(v * a.vscale) + a.eps);
+}
+
+template <typename X, typename M>
+__global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float g[4], p[4], m_i[4], v_i[4];
+        widen(g, load<4>(grad + i));
+        widen(p, load<4>(master + i));
+        widen(m_i, load<4>(m + i));
+        widen(v_i, load<4>(v + i));
+        for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
+        store(master + i, narrow<float>(p));
+        store(m + i, narrow<M>(m_i));
+        store(v + i, narrow<M>(v_i));
+        if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
+    } else {
+        for (size_t j = i; j < n; j++) {
+            float m_j = to_float(m[j]), v_j = to_float(v[j]);
+            adamw_step(master[j], m_j, v_j, grad[j], a);
+            m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
+        }
+    }
+}
+
+template <typename X, typename M>
+void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, double lr, double beta1, double beta2, double eps,
+                  double decay, double grad_scale, int64_t step, cudaStream_t stream) {
+    const AdamW a = {(float)beta1, (float)beta2, (float)eps, (float)(lr / (1 - pow(beta1, (double)step))),
+                     (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale};
+    assert(((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
+    assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
+    if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
+}
+
+// ---- casts -------------------------------------------------------------------------------------------------------------------
+// out (n) = in (n), rounded to nearest even where To is narrower
+template <typename To, typename From> __global__ void cast_kernel1(To *out, const From *in, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float x[4];
+        widen(x, load<4>(in + i));
+        store(out + i, narrow<To>(x));
+    } else {
+        for (size_t j = i; j < n; j++) out[j] = from_float<To>(to_float(in[j]));
+    }
+}
+
+template <typename To, typename From> void cast(To *out, const From *in, size_t n, cudaStream_t stream) {
+    assert((uintptr_t)out % (4 * sizeof(To)) == 0 && (uintptr_t)in % (4 * sizeof(From)) == 0);
+    if (n > 0) launch(cast_kernel1<To, From>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, out, in, n);
+}
+template <typename X> void cast_to_float(float *out, const X *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
+template <typename X> void cast_from_float(X *out, const float *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
+
+// ---- matmul: cuBLASLt ----------------------------------------------------------------------------------------------------
+// cuBLASLt is column-major, so a row-major out (M,N) is its (N,M) matrix: out^T = op(b)^T op(a)^T. The algorithm of each shape is the first
+// that the heuristic names, never the fastest of a trial: two runs multiply alike. Sums are fp32; TF32 is off.
+enum { MAX_PLANS = 256 };
+static const size_t LT_WORKSPACE = (size_t)32 << 20;    // what cuBLAS recommends for Hopper
+
+typedef struct MatmulPlan {
+    int M, N, K, trans_a, trans_b, accumulate, in_bf16, out_bf16;      // the key
+    cublasLtMatmulDesc_t op;
+    cublasLtMatrixLayout_t a, b, out;
+    cublasLtMatmulAlgo_t algo;
+} MatmulPlan;
+
+static MatmulPlan matmul_plans[MAX_PLANS];
+static int n_matmul_plans;
+
+static cublasLtMatrixLayout_t matrix_layout(int bf16_type, int rows, int cols) {   // row-major (rows, cols), contiguous
+    cublasLtMatrixLayout_t layout;
+    cublasCheck(cublasLtMatrixLayoutCreate(&layout, bf16_type ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)cols, (uint64_t)rows, cols));
+    return layout;
+}
+
+static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key) {
+    for (int i = 0; i < n_matmul_plans; i++)
+        if (!memcmp(&matmul_plans[i], key, offsetof(MatmulPlan, op))) return &matmul_plans[i];
+    if (n_matmul_plans == MAX_PLANS) die("more than %d shapes of matrix products", MAX_PLANS);
+    MatmulPlan *p = &matmul_plans[n_matmul_plans++];
+    *p = *key;
+    cublasCheck(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublasOperation_t first = p->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, second = p->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    p->a = p->trans_a ? matrix_layout(p->in_bf16, p->K, p->M) : matrix_layout(p->in_bf16, p->M, p->K);
+    p->b = p->trans_b ? matrix_layout(p->in_bf16, p->N, p->K) : matrix_layout(p->in_bf16, p->K, p->N);
+    p->out = matrix_layout(p->out_bf16, p->M, p->N);
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t found;
+    int n_found = 0;
+    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &LT_WORKSPACE, sizeof LT_WORKSPACE));
+    cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found, &n_found);
+    if (!n_found) die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d; choose sizes that are multiples of 8", p->M, p->N, p->K);
+    p->algo = found.algo;
+    cublasLtMatmulPreferenceDestroy(preference);
+    return p;
+}
+
+// out (M,N) = or += op(a) op(b); a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
+template <typename Out, typename In>
+void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K, int accumulate) {
+    MatmulPlan key;
+    memset(&key, 0, sizeof key);
+    key.M = M, key.N = N, key.K = K, key.trans_a = trans_a, key.trans_b = trans_b, key.accumulate = accumulate;
+    key.in_bf16 = sizeof(In) == 2, key.out_bf16 = sizeof(Out) == 2;
+    const MatmulPlan *p = matmul_plan(gpu->lt, &key);
+    float alpha = 1, beta = accumulate ? 1.0f : 0.0f;
+    cublasCheck(cublasLtMatmul(gpu->lt, p->op, &alpha, b, p->b, a, p->a, &beta, out, p->out, out, p->out, &p->algo, gpu->workspace, LT_WORKSPACE, gpu->stream));
+}
+
+// out (N,OC) = x (N,C) w (OC,C)^T
+template <typename floatX> void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *w, int N, int C, int OC) {
+    matmul(gpu, out, x, 0, w, 1, N, OC, C, /*accumulate=*/0);
+}
+
+// dx (N,C) = dout (N,OC) w (OC,C)
+template <typename floatX> void matmul_backward_x(const Gpu *gpu, floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC) {
+    matmul(gpu, dx, dout, 0, w, 0, N, C, OC, /*accumulate=*/0);
+}
+
+// dw (OC,C), fp32 += dout (N,OC)^T x (N,C)
+template <typename floatX> void matmul_backward_w(const Gpu *gpu, float *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
+    matmul(gpu, dw, dout, 1, x, 0, OC, C, N, /*accumulate=*/1);
+}
+
+// ---- causal attention with grouped heads, O(T) memory (Dao et al. 2022; Dao 2023) -----------------------------------------
+// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads share a k/v head.
+//
+// One warp owns 16*MT rows of a score tile and sees all of its columns, so a row's maximum and sum never leave four lanes,
+// and the accumulators of one matrix product are, lane for lane, the left operand of the next: scores become probabilities
+// and are multiplied by V without touching shared memory. mma.m16n8k16 holds D[g][2t,2t+1] and D[g+8][2t,2t+1] in lane 4g+t.
+//
+// Tiles lie in shared memory as rows of WIDTH + 8 bf16, D padded with zeros to WIDTH. A row is then an odd number of 16-byte
+// units, so the 8 rows that ldmatrix reads at a time fall on 8 different bank groups: no conflicts, and no index arithmetic.
+enum { ATT_THREADS = 128, ATT_WARPS = 4 };
+
+// Starts copying rows of D elements, `stride` apart in memory, to a tile. Rows past `rows` and columns past D become zero:
+// a zero adds nothing to a product, where stale bits (perhaps NaN) times a zero probability would.
+template <int WIDTH, int ROWS>
+__device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat16 *src, size_t stride, int rows, int D) {
+    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = ATT_THREADS / LANES;      // 16 bytes per thread, LANES threads per row
+    const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * 8, valid = col < D ? 16 : 0;
+    if (col >= WIDTH) return;
+    src += row * stride + (valid ? col : 0);
+    tile += row * (WIDTH + 8) + col;
+    if (rows >= ROWS) {
+        #pragma unroll
+        for (int i = 0; i < ROWS; i += STEP, src += STEP * stride) cp_async_16(tile + i * (WIDTH + 8), src, valid);
+    } else {
+        for (int i = 0; i < ROWS; i += STEP) {
+            const bool inside = row + i < rows;
+            cp_async_16(tile + i * (WIDTH + 8), inside ? src + i * stride : src - row * stride, inside ? valid : 0);
+        }
+    }
+}
+
+// s (16*MT, 8*NT) += A B^T: A holds this warp's 16*MT rows, B 8*NT rows, both WIDTH long in shared memory.
+template <int WIDTH, int MT, int NT>
+__device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_bfloat16 *A, const __nv_bfloat16 *B) {
+    const int lane = threadIdx.x % 32;
+    A += lane % 16 * (WIDTH + 8) + lane / 16 * 8;                           // 16 x 16: four 8 x 8 matrices, down then right
+    B += (lane / 16 * 8 + lane % 8) * (WIDTH + 8) + lane / 8 % 2 * 8;       // 16 rows x 16: right, then down
+    #pragma unroll
+    for (int k = 0; k < WIDTH; k += 16) {
+        uint32_t a[MT][4], b[4];
+        #pragma unroll
+        for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (WIDTH + 8) + k);
+        #pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            ldmatrix_x4(b, B + n * 8 * (WIDTH + 8) + k);
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma_bf16(s[m][n], a[m], b);
+                mma_bf16(s[m][n + 1], a[m], b + 2);
+            }
+        }
+    }
+}
+
+// o (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B (8*NT, WIDTH): p in registers as multiply_rows left it, B in shared memory.
+template <int WIDTH, int MT, int NT>
+__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4], const __nv_bfloat16 *B) {
+    const int lane = threadIdx.x % 32;
+    B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
+    #pragma unroll
+    for (int k = 0; k < NT; k += 2) {                                       // 16 columns of p, 16 rows of B
+        uint32_t a[MT][4], b[4];
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) a[m][i] = pack_bf16(p[m][k + i / 2][i % 2 * 2], p[m][k + i / 2][i % 2 * 2 + 1]);
+        #pragma unroll
+        for (int n = 0; n < WIDTH / 8; n += 2) {
+            ldmatrix_x4_trans(b, B + k * 8 * (WIDTH + 8) + n * 8);
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma_bf16(o[m][n], a[m], b);
+                mma_bf16(o[m][n + 1], a[m], b + 2);
+            }
+        }
+    }
+}
+
+template <int MT, int NT>
+__device__ __forceinline__ void fill(float (&x)[MT][NT][4], float value) {
+    #pragma unroll
+    for (int i = 0; i < MT * NT * 4; i++) x[i / 4 / NT][i / 4 % NT][i % 4] = value;
+}
+
+// out rows (rounded to bf16 once) = o * row_scale. The warp turns its fragments into rows in `tile`, shared memory that only
+// this warp still uses, so that the stores to memory are 16 bytes wide.
+template <int WIDTH, int MT>
+__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], const float (&row_scale)[MT][2],
+                                           __nv_bfloat16 *tile, int rows, int D) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
+    #pragma unroll
+    for (int m = 0; m < MT; m++)
+        #pragma unroll
+        for (int n = 0; n < WIDTH / 8; n++)
+            #pragma unroll
+            for (int r = 0; r < 2; r++)
+                *(uint32_t *)(tile + (m * 16 + r * 8 + lane / 4) * (WIDTH + 8) + n * 8 + lane % 4 * 2) =
+                    pack_bf16(o[m][n][r * 2] * row_scale[m][r], o[m][n][r * 2 + 1] * row_scale[m][r]);
+    __syncwarp();
+    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8;
+    const int col = lane % LANES * 8;
+    if (col >= D) return;
+    for (int row = lane / LANES; row < 16 * MT && row < rows; row += 32 / LANES)
+        store_16B(out + row * stride + col, load_16B(tile + row * (WIDTH + 8) + col));
+}
+
+// Scores that the mask hides become `hidden`. Query t sees keys first..t; the tile's corner is (t0, s0).
+template <int MT, int NT>
+__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s0, const int *doc_start, int row0, int T) {
+    const int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int m = 0; m < MT; m++)
+        #pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int t = t0 + m * 16 + r * 8 + lane / 4, first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const int key = s0 + n * 8 + lane % 4 * 2 + c;
+                    if (key > t || key < first) s[m][n][r * 2 + c] = -INFINITY;
+                }
+        }
+}
+
+// The same for a tile on its side: rows are keys from s0, columns queries from t0.
+template <int MT, int NT>
+__device__ __forceinline__ void mask_scores_transposed(float (&s)[MT][NT][4], int s0, int t0, const int *doc_start, int row0, int T) {
+    const int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int n = 0; n < NT; n++)
+        #pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const int t = t0 + n * 8 + lane % 4 * 2 + c, first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int key = s0 + m * 16 + r * 8 + lane / 4;
+                    if (key > t || key < first) s[m][n][r * 2 + c] = -INFINITY;
+                }
+        }
+}
+
+// The softmax of a row while its scores pass by tile after tile: p = 2^(c*score - base), sum = all p so far. Any base gives the
+// same out = sum p v / sum p; only overflow asks for the maximum. So base moves only when a score exceeds it by 2^8, which is
+// rare after the first tile, and then all that was summed shrinks. (p up to 2^8 costs nothing: bf16 and fp32 are floating.)
+template <int MT> struct Softmax {
+    float base[MT][2], sum[MT][2];      // rows lane/4 and lane/4 + 8 of each 16; sum: this lane's columns only, until finish()
+
+    __device__ __forceinline__ void init() {
+        #pragma unroll
+        for (int i = 0; i < MT * 2; i++) base[i / 2][i % 2] = -1e30f, sum[i / 2][i % 2] = 0;     // not -inf: -inf - -inf is NaN
+    }
+    // s: scores -> probabilities; o: what was accumulated so far. c = log2(e) / sqrt(D): one FFMA and one 2^x per score.
+    template <int NT, int OT>
+    __device__ __forceinline__ void update(float (&s)[MT][NT][4], float (&o)[MT][OT][4], float c) {
+        float top[MT][2];
+        bool move = false;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int r = 0; r < 2; r++) {
+                top[m][r] = -INFINITY;
+                #pragma unroll
+                for (int n = 0; n < NT; n++) top[m][r] = fmaxf(top[m][r], fmaxf(s[m][n][r * 2], s[m][n][r * 2 + 1]));
+                move |= top[m][r] * c > base[m][r] + 8;
+            }
+        if (__any_sync(~0u, move)) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float x = top[m][r];
+                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));               // the four lanes of a row agree on its base
+                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+                    const float higher = fmaxf(base[m][r], x * c), shrink = exp2_approx(base[m][r] - higher);
+                    base[m][r] = higher;
+                    sum[m][r] *= shrink;
+                    #pragma unroll
+                    for (int n = 0; n < OT; n++) o[m][n][r * 2] *= shrink, o[m][n][r * 2 + 1] *= shrink;
+                }
+        }
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    s[m][n][i] = exp2_approx(s[m][n][i] * c - base[m][i / 2]);
+                    sum[m][i / 2] += s[m][n][i];
+                }
+    }
+    // The whole row's sum in every lane of the row.
+    __device__ __forceinline__ void finish() {
+        #pragma unroll
+        for (int i = 0; i < MT * 2; i++) {
+            float &x = sum[i / 2][i % 2];
+            x += __shfl_xor_sync(~0u, x, 1);
+            x += __shfl_xor_sync(~0u, x, 2);
+        }
+    }
+};
+
+// out (N,H*D) =, lse (N,H) =     qkv (N,(H+2K)D), doc_start (N) or NULL
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
+        const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
+    constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
+    const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;    // where the last of this warp's rows t..t+31 begins to look
+    const int end = min(t0 + QUERIES, T);
+
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
+    Softmax<MT> softmax;
+    softmax.init();
+    fill(o, 0);
+    int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks from tile to tile; v = k + K*D
+    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+    cp_async_commit();
+    for (; s0 < end; s0 += KEYS) {
+        // K and V take turns: one is being computed with while the other lands.
+        cp_async_wait<0>();
+        __syncthreads();                                    // K is here, and every warp has left the previous V
+        load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+        cp_async_commit();
+        k += (size_t)KEYS * W;
+        const bool visible = s0 < t + ROWS && t < T;        // else the tile lies above this warp's part of the diagonal
+        if (visible) {
+            fill(s, 0);
+            multiply_rows<WIDTH>(s, q_tile + warp_row * STRIDE, k_tile);
+        }
+        cp_async_wait<0>();
+        __syncthreads();                                    // V is here, and every warp has left K
+        if (s0 + KEYS < end) load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0 - KEYS, D);
+        cp_async_commit();
+        if (visible) {
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            softmax.update(s, o, c);
+            multiply_probabilities<WIDTH>(o, s, v_tile);
+        }
+    }
+    softmax.finish();
+    float inverse[MT][2];
+    #pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        const float sum = softmax.sum[i / 2][i % 2];
+        const int row = t + i * 8 + lane / 4;
+        inverse[i / 2][i % 2] = 1 / sum;
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+    }
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+}
+
+// ---- fp32: the same sums by plain loops, for proof rather than speed. One warp per row; its 32 lanes are 32 columns while scores
+// are made, then D/32 dimensions each while rows are summed. A row of D + 1 floats keeps both walks free of bank conflicts.
+enum { F32_ROWS = 16, F32_COLS = 32, F32_MINE = F32_ROWS / ATT_WARPS };
+
+__device__ __forceinline__ void load_rows(float *tile, const float *src, size_t stride, int rows, int rows_valid, int D) {
+    for (int i = threadIdx.x; i < rows * D; i += ATT_THREADS)
+        tile[i / D * (D + 1) + i % D] = i / D < rows_valid ? src[i / D * stride + i % D] : 0;
+}
+__device__ __forceinline__ float dot_rows(const float *a, const float *b, int D) {
+    float sum = 0;
+    for (int d = 0; d < D; d++) sum += a[d] * b[d];
+    return sum;
+}
+// sum[j] += weight of lane c * tile[c][lane + 32 j] over the 32 rows c of the tile
+__device__ __forceinline__ void add_rows(float sum[4], float weight, const float *tile, int D) {
+    for (int c = 0; c < F32_COLS; c++) {
+        const float w = __shfl_sync(~0u, weight, c);
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int d = threadIdx.x % 32 + j * 32;
+            if (d < D) sum[j] += w * tile[c * (D + 1) + d];
+        }
+    }
+}
+
+// out (N,H*D) =, lse (N,H) =
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
+        const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    float *q_tile = shared_memory<float>(), *k_tile = q_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * F32_MINE;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T;
+    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
+    const int *doc = doc_start ? doc_start + row0 : NULL;
+    float top[F32_MINE], sum[F32_MINE], o[F32_MINE][4] = {};
+    for (int i = 0; i < F32_MINE; i++) top[i] = -INFINITY, sum[i] = 0;
+    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
+    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
+        __syncthreads();
+        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < F32_MINE; i++) {
+            const int t = t0 + warp_row + i, key = s0 + lane, first = doc && t < T ? doc[t] : 0;
+            const bool visible = first <= key && key <= t;
+            const float score = visible ? dot_rows(q_tile + (warp_row + i) * (D + 1), k_tile + lane * (D + 1), D) * scale : -INFINITY;
+            const float highest = fmaxf(top[i], warp_max(score));
+            if (highest == -INFINITY) continue;             // nothing to see yet (the same for the whole warp)
+            const float p = expf(score - highest), shrink = expf(top[i] - highest);
+            top[i] = highest;
+            sum[i] = sum[i] * shrink + warp_sum(p);
+            for (int j = 0; j < 4; j++) o[i][j] *= shrink;
+            add_rows(o[i], p, v_tile, D);
+        }
+    }
+    for (int i = 0; i < F32_MINE; i++) {
+        const int t = t0 + warp_row + i;
+        if (t >= T) break;
+        for (int j = 0; j < 4; j++)
+            if (lane + j * 32 < D) out[((row0 + t) * H + h) * D + lane + j * 32] = o[i][j] / sum[i];
+        if (lane == 0) lse[(row0 + t) * H + h] = top[i] + logf(sum[i]);
+    }
+}
+
+// The compiled width that holds D.
+static int attention_width(int D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 96 ? 96 : D <= 112 ? 112 : 128; }
+
+template <int WIDTH>
+static void attention_forward_width(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T, int H,
+                                    int K, int D, cudaStream_t stream) {
+    const size_t smem = (128 + 2 * 64) * (WIDTH + 8) * sizeof(__nv_bfloat16);
+    launch(attention_forward_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), smem, stream,
+           out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
+}
+
+static void attention_forward(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T, int H, int K,
+                              int D, cudaStream_t stream) {
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    switch (attention_width(D)) {
+    case 32: attention_forward_width<32>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
+    case 64: attention_forward_width<64>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
+    case 96: attention_forward_width<96>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
+    case 112: attention_forward_width<112>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
+    default: attention_forward_width<128>(out, lse, qkv, doc_start, B, T, H, K, D, stream);
+    }
+}
+
+static void attention_forward(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T, int H, int K, int D,
+                              cudaStream_t stream) {
+    assert(D <= 128 && H % K == 0);
+    const size_t smem = (F32_ROWS + 2 * F32_COLS) * (D + 1) * sizeof(float);
+    launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
+           out, lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
+}
+
+// ---- attention backward ------------------------------------------------------------------------------------------------------
+// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:   dv_s = sum_t P_ts dout_t    dS_ts = P_ts (dout_t v_s - delta_t)
+//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =, each element written once.
+
+// delta (N,H) = sum over d of dout * out. 16 lanes per row of D.
+template <typename floatX>
+__global__ void attention_delta_kernel1(float *__restrict__ delta, const floatX *__restrict__ dout, const floatX *__restrict__ out, int rows, int D) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 16, lane = threadIdx.x % 16;
+    float sum = 0;
+    for (int d = lane * Pack<floatX>::size; row < rows && d < D; d += 16 * Pack<floatX>::size) {
+        const Pack<floatX> a = load128(dout + (size_t)row * D + d), b = load128(out + (size_t)row * D + d);
+        for (int i = 0; i < Pack<floatX>::size; i++) sum += to_float(a[i]) * to_float(b[i]);
+    }
+    for (int offset = 8; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane == 0 && row < rows) delta[row] = sum;
+}
+
+template <typename floatX>
+static void attention_delta(float *delta, const floatX *dout, const floatX *out, int rows, int D, cudaStream_t stream) {
+    launch(attention_delta_kernel1<floatX>, dim3(CEIL_DIV(rows, 16)), dim3(256), 0, stream, delta, dout, out, rows, D);
+}
+
+// dk, dv of a tile of keys, summed over the query heads that share it. The score tile stands on its side: rows are keys, columns
+// queries, so that a warp's P^T and dS^T are again left operands in registers, and dK and dV need no sum between warps.
+template <int WIDTH> struct DkdvTile {      // a row of 16 keys costs 2*WIDTH/2 accumulators per lane: at most 128 registers
+    static constexpr int MT = WIDTH <= 64 ? 2 : 1, NT = WIDTH <= 64 ? 4 : 8, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT;
+    static constexpr int SMEM = (2 * KEYS + 3 * QUERIES) * (WIDTH + 8) * 2 + 2 * QUERIES * (int)sizeof(float2);
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
+        const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef DkdvTile<WIDTH> Tile;
+    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, STRIDE = WIDTH + 8;
+    float2 *stats = shared_memory<float2>();                                // (2, QUERIES): lse in powers of 2, delta
+    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 2 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
+    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tile = q_tiles + 2 * QUERIES * STRIDE;
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;   // early keys have most queries
+    const int warp_row = threadIdx.x / 32 * Tile::ROWS, key = s0 + warp_row;                               // this warp's keys
+    const int row0 = blockIdx.x / K * T;
+    const float c = scale * (float)M_LOG2E;
+
+    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
+    const int t_first = s0 / QUERIES * QUERIES;
+    int tiles = CEIL_DIV(T - t_first, QUERIES);
+    if (doc_start) {
+        int seen = 0;
+        for (int i = 0; i < tiles; i += ATT_THREADS) {
+            const int tile = i + threadIdx.x;
+            seen += __syncthreads_count(tile < tiles && doc_start[row0 + t_first + tile * QUERIES] < s0 + KEYS);
+        }
+        tiles = seen;
+    }
+    int h = kv * (H / K), t0 = t_first;                                     // the tile of queries in hand
+    const int h_end = h + H / K, t_end = t_first + tiles * QUERIES;
+
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
+    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    load_tile<WIDTH, QUERIES>(q_tiles, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    cp_async_commit();
+    // Past the end lse is infinite: p = 0.
+    auto load_stats = [&](int head, int t) {
+        if (t >= T) return make_float2(INFINITY, 0);
+        return make_float2(lse[(size_t)(row0 + t) * H + head] * (float)M_LOG2E, delta[(size_t)(row0 + t) * H + head]);
+    };
+    if (threadIdx.x < QUERIES) stats[threadIdx.x] = load_stats(h, t0 + threadIdx.x);
+
+    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
+    fill(dk, 0);
+    fill(dv, 0);
+    for (int buffer = 0; h < h_end; buffer ^= 1) {
+        const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE;
+        const int t = t0;
+        t0 += QUERIES;
+        if (t0 == t_end) t0 = t_first, h++;                                 // (h, t0) is now the next tile
+        const bool more = h < h_end;
+        cp_async_wait<0>();
+        __syncthreads();                                                    // Q, dO are here; every warp has left the other Q
+        float2 next_stats;
+        if (more) {
+            load_tile<WIDTH, QUERIES>(q_tiles + (buffer ^ 1) * QUERIES * STRIDE, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+            if (threadIdx.x < QUERIES) next_stats = load_stats(h, t0 + threadIdx.x);
+        }
+        cp_async_commit();
+        const bool visible = t + QUERIES > key && key < T;
+        if (visible) {
+            fill(p, 0);
+            multiply_rows<WIDTH>(p, k_tile + warp_row * STRIDE, q_tile);
+            if (t < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t + QUERIES, T) - 1] > key)) mask_scores_transposed(p, key, t, doc_start, row0, T);
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const float4 two = *(const float4 *)(stats + buffer * QUERIES + n * 8 + lane % 4 * 2);     // of this lane's two queries
+                #pragma unroll
+                for (int m = 0; m < MT; m++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        p[m][n][i] = exp2_approx(p[m][n][i] * c - (i % 2 ? two.z : two.x));
+                        ds[m][n][i] = i % 2 ? -two.w : -two.y;              // the product starts from -delta
+                    }
+            }
+            multiply_rows<WIDTH>(ds, v_tile + warp_row * STRIDE, do_tile);
+            multiply_probabilities<WIDTH>(dv, p, do_tile);
+            #pragma unroll
+            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] *= p[i / 4 / NT][i / 4 % NT][i % 4];
+        }
+        __syncthreads();                                                    // every warp has left dO
+        if (more) {
+            load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+            if (threadIdx.x < QUERIES) stats[(buffer ^ 1) * QUERIES + threadIdx.x] = next_stats;
+        }
+        cp_async_commit();
+        if (visible) multiply_probabilities<WIDTH>(dk, ds, q_tile);
+    }
+    float one[MT][2], scales[MT][2];
+    for (int i = 0; i < MT * 2; i++) one[i / 2][i % 2] = 1, scales[i / 2][i % 2] = scale;
+    __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
+    store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
+}
+
+// dq of a tile of queries: the walk of the forward with its P known from lse, and dS in P's place.
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
+        const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
+    const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
+    const float c = scale * (float)M_LOG2E;
+
+    int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
+    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    cp_async_commit();
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
+    #pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        const int row = t + i * 8 + lane / 4;
+        row_lse[i / 2][i % 2] = row < T ? lse[(size_t)(row0 + row) * H + h] * (float)M_LOG2E : INFINITY;
+        row_delta[i / 2][i % 2] = row < T ? delta[(size_t)(row0 + row) * H + h] : 0;
+    }
+    fill(dq, 0);
+    for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
+        const __nv_bfloat16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
+        const int next = s0 + KEYS;
+        k += (size_t)KEYS * W;
+        cp_async_wait<0>();
+        __syncthreads();                                    // K, V are here; every warp has left the other K
+        if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
+        cp_async_commit();
+        const bool visible = s0 < t + ROWS && t < T;
+        if (visible) {
+            fill(s, 0);
+            multiply_rows<WIDTH>(s, q_tile + warp_row * STRIDE, k_tile);
+            #pragma unroll
+            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+            multiply_rows<WIDTH>(ds, do_tile + warp_row * STRIDE, v_tile);
+        }
+        __syncthreads();                                    // every warp has left V
+        if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
+        cp_async_commit();
+        if (visible) {
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
+            multiply_probabilities<WIDTH>(dq, ds, k_tile);
+        }
+    }
+    float scales[MT][2];
+    for (int i = 0; i < MT * 2; i++) scales[i / 2][i % 2] = scale;
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+}
+
+template <int WIDTH>
+static void attention_backward_width(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const float *lse, const float *delta,
+                                     const int *doc_start, int B, int T, int H, int K, int D, cudaStream_t stream) {
+    typedef DkdvTile<WIDTH> Tile;
+    const float scale = (float)(1 / sqrt((double)D));
+    launch(attention_backward_dkdv_kernel1<WIDTH>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)), dim3(ATT_THREADS), Tile::SMEM, stream,
+           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), (2 * 128 + 3 * 32) * (WIDTH + 8) * 2, stream,
+           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+}
+
+static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out, const float *lse,
+                               const int *doc_start, float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    attention_delta(delta, dout, out, B * T * H, D, stream);
+    switch (attention_width(D)) {
+    case 32: attention_backward_width<32>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
+    case 64: attention_backward_width<64>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
+    case 96: attention_backward_width<96>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
+    case 112: attention_backward_width<112>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
+    default: attention_backward_width<128>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream);
+    }
+}
+
+// dq in fp32: rows are queries, columns keys.
+__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
+    float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * F32_MINE;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T;
+    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
+    const int *doc = doc_start ? doc_start + row0 : NULL;
+    float dq[F32_MINE][4] = {};
+    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
+    load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_ROWS, T - t0, D);
+    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
+        __syncthreads();
+        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < F32_MINE; i++) {
+            const int row = warp_row + i, t = t0 + row, key = s0 + lane;
+            float ds = 0;
+            if (t < T && key <= t && (!doc || key >= doc[t])) {
+                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
+                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
+            }
+            add_rows(dq[i], ds, k_tile, D);
+        }
+    }
+    for (int i = 0; i < F32_MINE && t0 + warp_row + i < T; i++)
+        for (int j = 0; j < 4; j++)
+            if (lane + j * 32 < D) dqkv[(row0 + t0 + warp_row + i) * W + h * D + lane + j * 32] = dq[i][j] * scale;
+}
+
+// dk, dv in fp32: rows are keys, columns queries of each head of the group in turn.
+__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
+    float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * F32_MINE;
+    const size_t row0 = (size_t)(blockIdx.x / K) * T;
+    const float *k = qkv + (row0 + s0) * W + (size_t)(H + kv) * D;
+    const int *doc = doc_start ? doc_start + row0 : NULL;
+    float dk[F32_MINE][4] = {}, dv[F32_MINE][4] = {};
+    load_rows(k_tile, k, W, F32_ROWS, T - s0, D);
+    load_rows(v_tile, k + K * D, W, F32_ROWS, T - s0, D);
+    for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
+        for (int t0 = s0; t0 < T && (!doc || doc[t0] < s0 + F32_ROWS); t0 += F32_COLS) {
+            __syncthreads();
+            load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_COLS, T - t0, D);
+            load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_COLS, T - t0, D);
+            __syncthreads();
+            #pragma unroll
+        for (int i = 0; i < F32_MINE; i++) {
+                const int row = warp_row + i, key = s0 + row, t = t0 + lane;
+                float p = 0, ds = 0;
+                if (t < T && key <= t && (!doc || key >= doc[t])) {
+                    p = expf(dot_rows(k_tile + row * (D + 1), q_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
+                    ds = p * (dot_rows(v_tile + row * (D + 1), do_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
+                }
+                add_rows(dv[i], p, do_tile, D);
+                add_rows(dk[i], ds, q_tile, D);
+            }
+        }
+    for (int i = 0; i < F32_MINE && s0 + warp_row + i < T; i++)
+        for (int j = 0; j < 4; j++)
+            if (lane + j * 32 < D) {
+                float *dk_out = dqkv + (row0 + s0 + warp_row + i) * W + (H + kv) * D + lane + j * 32;
+                dk_out[0] = dk[i][j] * scale;
+                dk_out[K * D] = dv[i][j];
+            }
+}
+
+static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse, const int *doc_start,
+                               float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
+    assert(D % 4 == 0 && D <= 128 && H % K == 0);
+    const float scale = (float)(1 / sqrt((double)D));
+    const size_t smem = 2 * (F32_ROWS + F32_COLS) * (D + 1) * sizeof(float);
+    attention_delta(delta, dout, out, B * T * H, D, stream);
+    launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
+           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
+           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+}
+
+// ==== 14. The model =====================================================================================================
+// Pointers into the flat weights, or (float) into the flat gradients.
+template <typename T> struct LayerParams {
+    T *norm1;               // (C)
+    T *qkv;                 // ((H+2K)D, C)
+    T *qkv_bias;            // ((H+2K)D)        Qwen2, else NULL
+    T *q_norm, *k_norm;     // (D)              Qwen3, else NULL
+    T *o;                   // (C, HD)
+    T *norm2;               // (C)
+    T *gate_up;             // (2F, C)
+    T *down;                // (C, F)
+};
+
+template <typename T> LayerParams<T> layer_params(T *flat, const ParamTable *p, int l) {
+    static const char *const suffix[9] = {"input_layernorm.weight", "q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight",
+                                          "o_proj.weight", "post_attention_layernorm.weight", "gate_proj.weight", "down_proj.weight"};
+    T *at[9];
+    for (int i = 0; i < 9; i++) {
+        const Tensor *t = table_find(p, 1 + l, suffix[i]);
+        at[i] = t ? flat + t->at : NULL;
+    }
+    LayerParams<T> w = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
+    return w;
+}
+
+template <typename T> T *embed_param(T *flat, const ParamTable *p) { return flat + p->units[0].at; }                       // (Vp,C)
+template <typename T> T *final_norm_param(T *flat, const ParamTable *p) { return flat + p->units[p->n_units - 1].at; }     // (C)
+template <typename T> T *head_param(T *flat, const ParamTable *p) {                                                        // (Vp,C)
+    const Tensor *t = table_find(p, p->n_units - 1, "lm_head.weight");
+    return t ? flat + t->at : embed_param(flat, p);     // tied: the embedding
+}
+
+// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer that each layer reuses.
+template <typename floatX> struct LayerActs {
+    floatX *x;                          // (N,C)        the layer's input
+    float *rstd1, *rstd2;               // (N)
+    floatX *qkv;                        // (N,(H+2K)D)  after norm and rotation
+    floatX *qk_raw;                     // (N,(H+K)D)   Qwen3: before the head norm
+    float *qk_rstd;                     // (N,H+K)
+    floatX *att;                        // (N,HD)
+    float *lse;                         // (N,H)
+    floatX *x_mid;                      // (N,C)        after attention
+    floatX *gate_up;                    // (N,2F)       backward overwrites it with its gradient
+};
+
+// What a micro-step needs of the data, on the device; two of them, so that the next one is read while this one computes.
+typedef struct Feed {
+    int *host, *device;                 // one block each: inputs (N), targets (N), order (N), starts (N+1), tokens (N), doc_start (N)
+    int *inputs, *targets, *order, *starts, *tokens, *doc_start;     // in `device`
+    int n_distinct;
+    cudaEvent_t copied;
+} Feed;
+
+struct Model {                          // what does not depend on the precision
+    Config c;
+    ParamTable p;
+    int B, T, N;                        // micro-step: N = B*T rows
+    int bf16, bf16_state, recompute, world, rank, zero;
+    int chunk, N_chunks;                // rows of logits that exist at a time; N_chunks*chunk >= N rows of norm and nll
+    float *grads, *master;              // flat, (p.n); in fp32 the weights are their own master
+    void *m, *v;                        // flat, float or bf16
+    float *nll, *scratch;               // (N_chunks*chunk) loss of each target; partial sums of kernels
+    float *cosine, *sine;               // (T,D/2)
+    double *sums;                       // (n_tensors + 1) on the device: loss of the update, squares of gradients
+    size_t scratch_n;
+    Feed feed[2];
+    int next_feed;
+    Gpu gpu;
+    char *arena[5];
+    size_t arena_bytes[5];
+};
+enum { ARENA_WEIGHTS, ARENA_GRADIENTS, ARENA_OPTIMIZER, ARENA_ACTIVATIONS, ARENA_WORKSPACE };
+static const char *const arena_names[5] = {"weights", "gradients", "optimizer", "activations", "workspace"};
+
+template <typename floatX> struct ModelOf : Model {
+    floatX *weights;                    // flat, (p.n)
+    LayerActs<floatX> *acts;            // (L)
+    floatX *x_last;                     // (N,C)        input of the final norm
+    float *rstd_last;                   // (N)
+    floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
+    floatX *delta;                      // (N,C)        what a block adds to x; in backward dnorm, the gradient of a norm's output
+    floatX *h, *dh;                     // (N,F)        SwiGLU's product
+    floatX *dx;                         // (N,C)        gradient of the residual stream
+    floatX *datt, *dqkv;
+    floatX *logits;                     // (chunk,Vp)
+};
+
+// The functions below are called by main with a Model; this picks the precision.
+#define DISPATCH(m, call) ((m)->bf16 ? (call((ModelOf<bf16> *)(m))) : (call((ModelOf<float> *)(m))))
+
+// An arena is laid out by the same calls twice: first with base NULL to learn its size, then to hand out the pointers.
+typedef struct Arena { char *base; size_t used; } Arena;
+
+template <typename T> static void take(Arena *a, T **at, size_t n) {
+    *at = a->base ? (T *)(a->base + a->used) : NULL;
+    a->used += CEIL_DIV(n * sizeof(T), 256) * 256;
+}
+
+template <typename floatX> static void layout_layer(ModelOf<floatX> *m, LayerActs<floatX> *y, Arena *a, int keep_block, int keep_mlp) {
+    const Config *c = &m->c;
+    size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    if (keep_block) {
+        take(a, &y->rstd1, N);
+        take(a, &y->qkv, N * (HD + 2 * KD));
+        if (c->qk_norm) take(a, &y->qk_raw, N * (HD + KD));
+        if (c->qk_norm) take(a, &y->qk_rstd, N * (c->H + c->K));
+        take(a, &y->att, N * HD);
+        take(a, &y->lse, N * c->H);
+        take(a, &y->x_mid, N * c->C);
+        take(a, &y->rstd2, N);
+    }
+    if (keep_mlp) take(a, &y->gate_up, N * 2 * c->F);
+}
+
+static void layout_feed(Model *m, Feed *f, Arena *a) {
+    size_t N = m->N;
+    take(a, &f->device, 6 * N + 1);
+    f->inputs = f->device;
+    f->targets = f->inputs + N;
+    f->order = f->targets + N;
+    f->tokens = f->order + N;
+    f->doc_start = f->tokens + N;
+    f->starts = f->doc_start + N;
+}
+
+template <typename floatX> static void layout(ModelOf<floatX> *m, Arena *a) {
+    const Config *c = &m->c;
+    size_t n = m->p.n, N = m->N, padded = (size_t)m->chunk * m->N_chunks, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    take(&a[ARENA_WEIGHTS], &m->weights, n);
+    take(&a[ARENA_GRADIENTS], &m->grads, n);
+    if (m->bf16) take(&a[ARENA_OPTIMIZER], &m->master, n);
+    else m->master = (float *)m->weights;
+    for (int i = 0; i < 2; i++) {
+        void **state = i ? &m->v : &m->m;
+        if (m->bf16_state) take(&a[ARENA_OPTIMIZER], (bf16 **)state, n);
+        else take(&a[ARENA_OPTIMIZER], (float **)state, n);
+    }
+    Arena *x = &a[ARENA_ACTIVATIONS];
+    LayerActs<floatX> shared;
+    memset(&shared, 0, sizeof shared);
+    layout_layer(m, &shared, x, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
+    for (int l = 0; l < c->L; l++) {
+        m->acts[l] = shared;
+        take(x, &m->acts[l].x, N * c->C);
+        layout_layer(m, &m->acts[l], x, m->recompute != RECOMPUTE_BLOCK, m->recompute == RECOMPUTE_NONE);
+    }
+    take(x, &m->x_last, N * c->C);
+    take(x, &m->rstd_last, N);
+    Arena *w = &a[ARENA_WORKSPACE];
+    take(w, &m->norm, padded * c->C);
+    take(w, &m->delta, padded * c->C);
+    take(w, &m->h, N * c->F);
+    take(w, &m->dh, N * c->F);
+    take(w, &m->dx, N * c->C);
+    take(w, &m->datt, N * HD);
+    take(w, &m->dqkv, N * (HD + 2 * KD));
+    take(w, &m->logits, (size_t)m->chunk * c->Vp);
+    take(w, &m->nll, padded);
+    take(w, &m->cosine, (size_t)m->T * c->D / 2);
+    take(w, &m->sine, (size_t)m->T * c->D / 2);
+    take(w, &m->scratch, m->scratch_n);
+    take(w, &m->sums, (size_t)m->p.n_tensors + 1);
+    take(w, (char **)&m->gpu.workspace, LT_WORKSPACE);
+    for (int i = 0; i < 2; i++) layout_feed(m, &m->feed[i], w);
+}
+
+static void layout_any(Model *m, Arena *a) {
+    if (m->bf16) layout((ModelOf<bf16> *)m, a);
+    else layout((ModelOf<float> *)m, a);
+}
+
+// Floats of scratch that the largest user needs: partial sums, or attention_backward's row sums.
+static size_t kernel_scratch_size(const Config *c, int N) {
+    size_t sizes[] = {rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D), bias_backward_scratch((c->H + 2 * c->K) * c->D),
+                      sum_of_squares_scratch(), (size_t)N * c->H}, most = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) most = sizes[i] > most ? sizes[i] : most;
+    return most;
+}
+
+// Sizes only: fills m->p and m->arena_bytes from the sizes in m; no memory is taken (--dry-run).
+void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
+    m->c = *c;
+    m->B = B;
+    m->T = T;
+    m->N = B * T;
+    m->chunk = chunk < m->N ? chunk : m->N;
+    m->N_chunks = CEIL_DIV(m->N, m->chunk);
+    param_table_build(&m->p, c, m->world);
+    m->scratch_n = kernel_scratch_size(c, m->N);
+    void *acts = xcalloc((size_t)c->L, sizeof(LayerActs<float>));
+    if (m->bf16) ((ModelOf<bf16> *)m)->acts = (LayerActs<bf16> *)acts;
+    else ((ModelOf<float> *)m)->acts = (LayerActs<float> *)acts;
+    Arena arenas[5];
+    memset(arenas, 0, sizeof arenas);
+    layout_any(m, arenas);
+    for (int i = 0; i < 5; i++) m->arena_bytes[i] = arenas[i].used;
+}
+
+double model_bytes(const Model *m) {
+    double sum = 0;
+    for (int i = 0; i < 5; i++) sum += (double)m->arena_bytes[i];
+    return sum;
+}
+
+void model_alloc(Model *m) {
+    Arena arenas[5];
+    for (int i = 0; i < 5; i++) {
+        if (cudaMalloc((void **)&m->arena[i], m->arena_bytes[i]) != cudaSuccess)
+            die("out of GPU memory for %.0f MiB of %s; use a smaller --batch-size or --logits-chunk, --recompute block, or --optimizer-dtype bf16",
+                (double)m->arena_bytes[i] / 1048576, arena_names[i]);
+        cudaCheck(cudaMemset(m->arena[i], 0, m->arena_bytes[i]));
+        arenas[i].base = m->arena[i];
+        arenas[i].used = 0;
+    }
+    layout_any(m, arenas);
+    for (int i = 0; i < 2; i++) {
+        cudaCheck(cudaMallocHost((void **)&m->feed[i].host, ((size_t)6 * m->N + 1) * sizeof(int)));
+        cudaCheck(cudaEventCreateWithFlags(&m->feed[i].copied, cudaEventDisableTiming));
+    }
+    rope_table(m->cosine, m->sine, &m->c, m->T);
+}
+
+void print_memory(const Model *m) {
+    printf("memory |");
+    for (int i = 0; i < 5; i++) printf(" %s %.1f MiB |", arena_names[i], (double)m->arena_bytes[i] / 1048576);
+    printf(" total %.1f MiB per rank, and about %.0f MiB for context, cuBLASLt and NCCL\n", model_bytes(m) / 1048576, GPU_ALLOWANCE / 1048576.0);
+}
+
+void model_free(Model *m) {
+    for (int i = 0; i < 5; i++) cudaFree(m->arena[i]);
+    for (int i = 0; i < 2; i++) if (m->feed[i].host) cudaFreeHost(m->feed[i].host);
+    free(m->bf16 ? (void *)((ModelOf<bf16> *)m)->acts : (void *)((ModelOf<float> *)m)->acts);
+    free(m->p.tensors);
+    free(m->p.units);
+    memset(m, 0, sizeof(ModelOf<bf16>));
+}
+
+// The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v (and master).
+void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at) {
+    *first = *at = m->p.units[u].at;
+    *n = m->p.units[u].n_padded;
+}
+
+// ---- host access (checkpoints, gradient dumps): fp32 values --------------------------------------------------------------
+template <typename T> static void copy_to_host(const T *x, size_t n, float *host) {
+    T *raw = (T *)xmalloc(n * sizeof(T));
+    cudaCheck(cudaMemcpy(raw, x, n * sizeof(T), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++) host[i] = (float)raw[i];
+    free(raw);
+}
+
+template <typename T> static void copy_from_host(T *x, size_t n, const float *host) {
+    T *raw = (T *)xmalloc(n * sizeof(T));
+    for (size_t i = 0; i < n; i++) raw[i] = (T)host[i];
+    cudaCheck(cudaMemcpy(x, raw, n * sizeof(T), cudaMemcpyHostToDevice));
+    free(raw);
+}
+
+// Weights are written to the master (and, rounded, to the weights), so that nothing is lost on the way through bf16.
+void model_read(const Model *m, int what, size_t at, size_t n, float *host) {
+    void *state = what == STATE_M ? m->m : m->v;
+    if (what == STATE_WEIGHTS && m->bf16) copy_to_host(((ModelOf<bf16> *)m)->weights + at, n, host);
+    else if (what == STATE_WEIGHTS || what == STATE_MASTER) copy_to_host(m->master + at, n, host);
+    else if (what == STATE_GRADS) copy_to_host(m->grads + at, n, host);
+    else if (m->bf16_state) copy_to_host((bf16 *)state + at, n, host);
+    else copy_to_host((float *)state + at, n, host);
+}
+
+void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
+    void *state = what == STATE_M ? m->m : m->v;
+    if (what == STATE_WEIGHTS || what == STATE_MASTER) {
+        copy_from_host(m->master + at, n, host);
+        if (m->bf16) copy_from_host(((ModelOf<bf16> *)m)->weights + at, n, host);
+    } else if (m->bf16_state) {
+        copy_from_host((bf16 *)state + at, n, host);
+    } else {
+        copy_from_host((float *)state + at, n, host);
+    }
+}
+
+const ParamTable *model_table(const Model *m) { return &m->p; }
+void model_set_master(Model *m) { (void)m; }        // model_write has done both
+
+// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
+void model_init(Model *m, uint64_t seed) {
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (int i = 0; i < m->p.n_tensors; i++) for (size_t at = 0, n; at < m->p.tensors[i].n; at += n) {
+        const Tensor *t = &m->p.tensors[i];
+        uint64_t stream = hash_string(t->name);
+        n = min_size(t->n - at, IO_CHUNK);
+        for (size_t j = 0; j < n; j++)
+            host[j] = t->init == INIT_NORMAL ? (float)(m->c.init_std * random_normal(seed, stream, at + j)) : (float)(t->init == INIT_ONE);
+        model_write(m, STATE_WEIGHTS, t->at + at, n, host);
+    }
+    free(host);
+}
+
+// ---- data to the device ----------------------------------------------------------------------------------------------------
+// Copies a batch to the device and sorts its rows by token (for embedding_backward). The host may go on to the next batch at once.
+static const Feed *feed_batch(Model *m, const Batch *batch) {
+    Feed *f = &m->feed[m->next_feed];
+    m->next_feed ^= 1;
+    cudaCheck(cudaEventSynchronize(f->copied));         // its last copy has left the host block
+    int N = batch->B * batch->T, *host = f->host, *order = host + (f->order - f->device), *tokens = host + (f->tokens - f->device),
+        *starts = host + (f->starts - f->device);
+    memcpy(host, batch->inputs, (size_t)N * sizeof(int));
+    if (batch->targets) memcpy(host + (f->targets - f->device), batch->targets, (size_t)N * sizeof(int));
+    if (batch->doc_start) memcpy(host + (f->doc_start - f->device), batch->doc_start, (size_t)N * sizeof(int));
+    if (batch->targets) sort_rows(order, starts, tokens, &f->n_distinct, batch->inputs, N, m->c.V);
+    cudaCheck(cudaMemcpyAsync(f->device, host, ((size_t)6 * m->N + 1) * sizeof(int), cudaMemcpyHostToDevice, m->gpu.stream));
+    cudaCheck(cudaEventRecord(f->copied, m->gpu.stream));
+    return f;
+}
+
+// ---- forward and backward ----------------------------------------------------------------------------------------------------
+// Attention block: y->qkv, att, lse, and m->delta = attention's addition to x. m->norm holds norm1(x).
+template <typename floatX>
+static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const int *doc_start, int B, int T) {
+    const Config *c = &m->c;
+    const Gpu *gpu = &m->gpu;
+    int N = B * T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    matmul_forward(gpu, y->qkv, m->norm, w->qkv, N, c->C, W);
+    qkv_bias_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->qkv_bias, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps, c->H, c->K, c->D, N, T, gpu->stream);
+    attention_forward(y->att, y->lse, y->qkv, doc_start, B, T, c->H, c->K, c->D, gpu->stream);
+    matmul_forward(gpu, m->delta, y->att, w->o, N, HD, c->C);
+}
+
+// Runs all layers on f's inputs (B,T); leaves the final norm's output (N,C) in m->norm.
+template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T) {
+    const Config *c = &m->c;
+    const Gpu *gpu = &m->gpu;
+    int N = B * T;
+    embedding_forward(m->acts[0].x, f->inputs, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
+    for (int l = 0; l < c->L; l++) {
+        LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
+        LayerActs<floatX> *y = &m->acts[l];
+        floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
+        if (l == 0) residual_rmsnorm_forward((floatX *)NULL, m->norm, y->rstd1, y->x, (const floatX *)NULL, w.norm1, (float)c->eps, N, c->C, gpu->stream);
+        attention_block_forward(m, &w, y, doc_start, B, T);
+        residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, (float)c->eps, N, c->C, gpu->stream);
+        matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, N, c->C, 2 * c->F);
+        swiglu_forward(m->h, y->gate_up, N, c->F, gpu->stream);
+        matmul_forward(gpu, m->delta, m->h, w.down, N, c->F, c->C);
+        // the residual add of this layer and the first norm of the next are one pass
+        const floatX *norm_next = l + 1 < c->L ? layer_params(m->weights, &m->p, l + 1).norm1 : final_norm_param(m->weights, &m->p);
+        float *rstd_next = l + 1 < c->L ? m->acts[l + 1].rstd1 : m->rstd_last;
+        residual_rmsnorm_forward(x_next, m->norm, rstd_next, y->x_mid, m->delta, norm_next, (float)c->eps, N, c->C, gpu->stream);
+    }
+}
+
+// Loss of each target into m->nll. dscale != 0: also m->delta = gradient of the final norm's output and dhead (Vp,C) +=, both scaled
+// by dscale. Logits exist for `chunk` rows at a time; rows beyond N are ignored targets, so that one shape of matmul serves every chunk.
+template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const Feed *f, int N, double dscale) {
+    const Config *c = &m->c;
+    const Gpu *gpu = &m->gpu;
+    const floatX *head = head_param(m->weights, &m->p);
+    for (int n = 0; n < N; n += m->chunk) {
+        const floatX *norm = m->norm + (size_t)n * c->C;
+        int rows = N - n < m->chunk ? N - n : m->chunk;
+        matmul_forward(gpu, m->logits, norm, head, m->chunk, c->C, c->Vp);
+        if (rows < m->chunk) cudaCheck(cudaMemsetAsync(m->logits + (size_t)rows * c->Vp, 0, (size_t)(m->chunk - rows) * c->Vp * sizeof(floatX), gpu->stream));
+        cross_entropy(m->nll + n, m->logits, f->targets + n, (float)dscale, rows, c->V, c->Vp, gpu->stream);
+        if (dscale == 0) continue;
+        matmul_backward_x(gpu, m->delta + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
+        matmul_backward_w(gpu, head_param(m->grads, &m->p), m->logits, norm, m->chunk, c->C, c->Vp);
+    }
+    sum_losses(m->sums, m->nll, N, gpu->stream);
+}
+
+// Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when the work of unit u is enqueued.
+template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T, void (*unit_done)(Model *, int)) {
+    const Config *c = &m->c;
+    const Gpu *gpu = &m->gpu;
+    cudaStream_t stream = gpu->stream;
+    int N = B * T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    floatX *dnorm = m->delta, *none = NULL;
+    cudaCheck(cudaMemsetAsync(m->dx, 0, (size_t)N * C * sizeof(floatX), stream));
+    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), none, dnorm, m->x_last, m->rstd_last, final_norm_param(m->weights, &m->p), m->scratch, N, C, stream);
+    if (unit_done) unit_done(m, c->L + 1);
+    for (int l = c->L - 1; l >= 0; l--) {
+        LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
+        LayerParams<float> dw = layer_params(m->grads, &m->p, l);
+        LayerActs<floatX> *y = &m->acts[l];
+        if (m->recompute == RECOMPUTE_BLOCK) {
+            residual_rmsnorm_forward(none, m->norm, y->rstd1, y->x, (const floatX *)none, w.norm1, (float)c->eps, N, C, stream);
+            attention_block_forward(m, &w, y, doc_start, B, T);
+            residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, (float)c->eps, N, C, stream);
+        } else if (m->recompute == RECOMPUTE_MLP) {
+            residual_rmsnorm_forward(none, m->norm, y->rstd2, y->x_mid, (const floatX *)none, w.norm2, (float)c->eps, N, C, stream);
+        }
+        if (m->recompute != RECOMPUTE_NONE) matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, N, C, 2 * F);
+
+        // x' = x_mid + (silu(g) * u) Wdown^T
+        matmul_backward_x(gpu, m->dh, m->dx, w.down, N, F, C);
+        floatX *dgate_up = y->gate_up;          // in place; h is rebuilt in the same pass
+        swiglu_backward(dgate_up, m->h, m->dh, y->gate_up, N, F, stream);
+        matmul_backward_w(gpu, dw.down, m->dx, m->h, N, F, C);
+        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, which the weight gradient therefore follows
+        matmul_backward_x(gpu, dnorm, dgate_up, w.gate_up, N, C, 2 * F);
+        rmsnorm_backward(m->dx, dw.norm2, m->norm, dnorm, y->x_mid, y->rstd2, w.norm2, m->scratch, N, C, stream);
+        matmul_backward_w(gpu, dw.gate_up, dgate_up, m->norm, N, C, 2 * F);
+
+        // x_mid = x + attention(q, k, v) Wo^T
+        matmul_backward_w(gpu, dw.o, m->dx, y->att, N, HD, C);
+        matmul_backward_x(gpu, m->datt, m->dx, w.o, N, HD, C);
+        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, doc_start, m->scratch, B, T, c->H, c->K, c->D, stream);
+        qkv_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine, m->scratch, c->H, c->K, c->D, N, T, stream);
+        if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);
+        // q | k | v = norm1(x) Wqkv^T
+        matmul_backward_x(gpu, dnorm, m->dqkv, w.qkv, N, C, W);
+        rmsnorm_backward(m->dx, dw.norm1, m->norm, dnorm, y->x, y->rstd1, w.norm1, m->scratch, N, C, stream);
+        matmul_backward_w(gpu, dw.qkv, m->dqkv, m->norm, N, C, W);
+        if (unit_done) unit_done(m, 1 + l);
+    }
+    embedding_backward(embed_param(m->grads, &m->p), f->order, f->starts, f->tokens, f->n_distinct, m->dx, N, C, stream);
+    if (unit_done) unit_done(m, 0);
+}
+
+template <typename floatX> static void run_batch(ModelOf<floatX> *m, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
+    const Feed *f = feed_batch(m, batch);
+    const int *doc_start = batch->doc_start ? f->doc_start : NULL;
+    llama_forward(m, f, doc_start, batch->B, batch->T);
+    head_and_loss(m, f, batch->B * batch->T, dscale);
+    if (dscale != 0) llama_backward(m, f, doc_start, batch->B, batch->T, unit_done);
+}
+
+static int64_t count_targets(const Batch *batch) {
+    int64_t n = 0;
+    for (int i = 0; i < batch->B * batch->T; i++) n += batch->targets[i] != IGNORED;
+    return n;
+}
+
+// Adds the losses of the batch's targets to what model_loss will return. Nothing here waits for the GPU.
+void llama_loss(Model *m, const Batch *batch) {
+    if (m->bf16) run_batch((ModelOf<bf16> *)m, batch, 0, NULL);
+    else run_batch((ModelOf<float> *)m, batch, 0, NULL);
+}
+
+// The same, and the gradients of dscale * (sum of those losses), += into m->grads.
+void llama_forward_backward(Model *m, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
+    if (m->bf16) run_batch((ModelOf<bf16> *)m, batch, dscale, unit_done);
+    else run_batch((ModelOf<float> *)m, batch, dscale, unit_done);
+}
+
+// Sum of the losses since the last call; waits for the GPU.
+double model_loss(Model *m) {
+    double sum;
+    cudaCheck(cudaMemcpyAsync(&sum, m->sums, sizeof sum, cudaMemcpyDeviceToHost, m->gpu.stream));
+    cudaCheck(cudaMemsetAsync(m->sums, 0, sizeof sum, m->gpu.stream));
+    cudaCheck(cudaStreamSynchronize(m->gpu.stream));
+    return sum;
+}
+
+template <typename floatX> static void logits_of_last(ModelOf<floatX> *m, const Batch *batch, float *host) {
+    const Feed *f = feed_batch(m, batch);
+    llama_forward(m, f, NULL, batch->B, batch->T);
+    int last = batch->T - 1, row = last % m->chunk, first = last - row;      // the chunk that holds the last row
+    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), m->chunk, m->c.C, m->c.Vp);
+    cudaCheck(cudaStreamSynchronize(m->gpu.stream));
+    copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, host);
+}
+
+// Logits (V) of the token after ids (n), n <= N, as fp32 on the host.
+void next_logits(Model *m, const int *ids, int n, float *logits) {
+    Batch b;
+    memset(&b, 0, sizeof b);
+    b.B = 1;
+    b.T = n;
+    b.inputs = (int *)ids;
+    if (m->bf16) logits_of_last((ModelOf<bf16> *)m, &b, logits);
+    else logits_of_last((ModelOf<float> *)m, &b, logits);
+}
+
+// ---- update ----------------------------------------------------------------------------------------------------------------
+void model_zero_grads(Model *m) { cudaCheck(cudaMemsetAsync(m->grads, 0, m->p.n * sizeof(float), m->gpu.stream)); }
+
+// Starts to add up unit u's gradients over the ranks; comm_reduce_finish waits for it.
+void model_reduce_unit(Model *m, int u) { comm_reduce_start(&m->gpu, m->grads + m->p.units[u].at, m->p.units[u].n_padded); }
+
+// Makes the compute stream wait for the sums that model_reduce_unit started.
+void model_reduce_finish(Model *m) { comm_reduce_finish(&m->gpu); }
+
+// Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
+double gradient_norm(const Model *m, const char **bad, int *n_bad) {
+    int n = m->p.n_tensors;
+    double total = 0, *squares = (double *)xmalloc((size_t)n * sizeof(double));
+    for (int i = 0; i < n; i++) sum_of_squares(m->sums + 1 + i, m->grads + m->p.tensors[i].at, m->p.tensors[i].n, m->scratch, m->gpu.stream);
+    cudaCheck(cudaMemcpyAsync(squares, m->sums + 1, (size_t)n * sizeof(double), cudaMemcpyDeviceToHost, m->gpu.stream));
+    cudaCheck(cudaStreamSynchronize(m->gpu.stream));
+    *bad = NULL;
+    *n_bad = 0;
+    for (int i = 0; i < n; i++) {
+        if (!isfinite(squares[i]) && !(*n_bad)++) *bad = m->p.tensors[i].name;
+        total += squares[i];
+    }
+    free(squares);
+    return sqrt(total);
+}
+
+template <typename floatX, typename State> static void update_tensor(ModelOf<floatX> *m, const Tensor *t, double lr, double grad_scale, int64_t step, const Options *o) {
+    adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at, t->n, (float)lr, (float)o->beta1,
+                 (float)o->beta2, (float)o->eps, t->decay ? (float)o->weight_decay : 0.0f, (float)grad_scale, step, m->gpu.stream);
+}
+
+// One AdamW update with gradients * grad_scale; step counts from 1.
+void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        const Tensor *t = &m->p.tensors[i];
+        if (m->bf16 && m->bf16_state) update_tensor<bf16, bf16>((ModelOf<bf16> *)m, t, lr, grad_scale, step, o);
+        else if (m->bf16) update_tensor<bf16, float>((ModelOf<bf16> *)m, t, lr, grad_scale, step, o);
+        else if (m->bf16_state) update_tensor<float, bf16>((ModelOf<float> *)m, t, lr, grad_scale, step, o);
+        else update_tensor<float, float>((ModelOf<float> *)m, t, lr, grad_scale, step, o);
+    }
+}
+// ==== 15. main ==========================================================================================================
+static volatile sig_atomic_t signals;       // how many arrived
+
+static void on_signal(int number) {
+    if (++signals > 1) _exit(128 + number);
+}
+
+// 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
+static int stop_requested(void) { return comm_max((double)signals) > 0; }
+
+typedef struct Trainer {
+    ModelOf<float> m;                       // or ModelOf<bf16>, of the same size: see `bf16` in it
+    Config c;
+    Gpu gpu;
+    DataLoader train, val;
+    Batch batch, val_batch;
+    Tokenizer *tokenizer;
+    char *side_folder;                      // where tokenizer files are copied from
+    TrainState state;
+    Energy energy;
+    double peak;                            // FLOP/s of this rank's GPU, of its datasheet; NAN: unknown
+    char device[256];
+    int64_t micro_steps;                    // per update
+    int64_t bad_in_a_row, saved_step;
+    double val_loss, floor;                 // of the last evaluation, NAN: none
+} Trainer;
+
+// ---- set-up --------------------------------------------------------------------------------------------------------------
+static void refuse_what_is_not_here(void) {
+    if (opt.zero || opt.shard_size) die("--zero and --shard-size are not in this version of the CUDA trainer; it keeps whole copies on every GPU");
+    if (opt.reduce_dtype == BF16) die("--reduce-dtype bf16 is not in this version");
+    if (!opt.deterministic) die("--deterministic off: there are only deterministic kernels");
+    if (option_given("--gpus") || option_given("--nodes") || option_given("--device")) die("--gpus, --nodes and --device are not in this version; without ZeRO the memory per GPU does not depend on them");
+    if (opt.stage != STAGE_PRETRAIN) die("--stage %s is not in this version; it trains on plain text", choice_name(option_find("--stage")));
+}
+
+static Config read_config(const char *dir_or_file, int is_dir) {
+    Config c;
+    char *path = is_dir ? path_text("%s/config.json", dir_or_file) : xstrdup(dir_or_file);
+    size_t n;
+    char *text = read_text_file(path, 1 << 24, &n);
+    config_from_json(&c, text, n, path);
+    config_check(&c, path);
+    free(text);
+    free(path);
+    return c;
+}
+
+// The model of --preset, --config, --init-from or the checkpoint `resume_dir` (NULL: none). V 0: the data decides.
+static Config choose_config(const char *resume_dir) {
+    Config c;
+    const char *preset = opt.preset ? opt.preset : "tiny";
+    if (opt.init_from) return read_config(opt.init_from, 1);
+    if (opt.config) c = read_config(opt.config, 0);
+    else if (!config_preset(&c, preset)) die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
+    if (!opt.config && !strcmp(preset, "tiny")) c.V = 0;
+    if (!resume_dir) return c;
+    Config saved = read_config(resume_dir, 1);
+    if (opt.preset || opt.config) {
+        if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
+        char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
+        if (strcmp(a, b)) die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
+                              resume_dir, opt.preset ? "--preset" : "--config");
+        free(a);
+        free(b);
+    }
+    return saved;
+}
+
+static char *folder_of(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? path_text("%.*s", (int)(slash - path), path) : xstrdup(".");
+}
+
+// --tokenizer, or tokenizer.bin beside the model or in the folder of the data or above it. NULL if there is none.
+static char *find_tokenizer(const char *model_dir) {
+    if (opt.tokenizer) return xstrdup(opt.tokenizer);
+    char *data = folder_of(opt.train_data);
+    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data), path_text("%s/../tokenizer.bin", data)};
+    char *found = NULL;
+    for (int i = 0; i < 3; i++) {
+        if (places[i] && !found && !access(places[i], R_OK)) found = places[i];
+        else free(places[i]);
+    }
+    free(data);
+    return found;
+}
+
+static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+
+static int data_exists(const char *pattern) {
+    glob_t found;
+    int none = glob(pattern, 0, NULL, &found);
+    if (!none) globfree(&found);
+    return !none;
+}
+
+// Options of this process -> the fields of a Model that model_plan reads.
+static void model_options(Model *m) {
+    memset(m, 0, sizeof(ModelOf<float>));
+    m->bf16 = opt.precision == BF16;
+    m->bf16_state = opt.optimizer_dtype == BF16;
+    m->recompute = (int)opt.recompute;
+    m->zero = (int)opt.zero;
+    m->world = comm_world();
+    m->rank = comm_rank();
+}
+
+// Numbers that the user left open. Small models (below 5 M parameters) get the defaults of `tiny`.
+static void resolve_options(Trainer *tr) {
+    int small = config_params(&tr->c) < 5e6, world = comm_world();
+    if (!opt.seq_len) opt.seq_len = tr->c.max_T < 1024 ? tr->c.max_T : 1024;
+    if (opt.seq_len > tr->c.max_T) die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
+    if (tr->c.sliding_window && opt.seq_len > tr->c.sliding_window)
+        die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that", (int)opt.seq_len, tr->c.sliding_window);
+    if (opt.steps < 0) opt.steps = small ? 2400 : 1000;
+    if (opt.lr < 0) opt.lr = small ? 4e-3 : 3e-4;
+    if (opt.min_lr < 0) opt.min_lr = opt.lr / 10;
+    if (opt.warmup_steps < 0) opt.warmup_steps = opt.steps / 10 < 100 ? opt.steps / 10 : 100;
+    if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
+    if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
+    int64_t row = opt.seq_len * world;
+    if (!opt.total_batch_tokens) {
+        int64_t wanted = small ? 2048 : 524288;
+        opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
+    }
+    if (opt.total_batch_tokens % row)
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
+    int64_t rows = opt.total_batch_tokens / row;
+    if (!opt.logits_chunk) {
+        opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(float) * tr->c.V);
+        if (opt.logits_chunk < 64) opt.logits_chunk = 64;
+    }
+    if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
+        double memory = memory_of_rank();
+        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) {
+            if (rows % b) continue;
+            ModelOf<float> plan;
+            model_options(&plan);
+            model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
+            if (b == 1 || model_bytes(&plan) < memory) opt.batch_size = b;
+            model_free(&plan);
+        }
+    }
+    if (rows % opt.batch_size)
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64, opt.total_batch_tokens, opt.batch_size * row);
+    if (opt.batch_size * opt.seq_len > INT_MAX / 2) die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
+    tr->micro_steps = rows / opt.batch_size;
+    if (opt.checkpoint_every < 0) opt.checkpoint_every = opt.steps / 5 > 1 ? opt.steps / 5 : 1;
+}
+
+static void print_model(const Trainer *tr) {
+    const Config *c = &tr->c;
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family, (double)tr->m.p.n_params / 1e6,
+           c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
+    printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | recompute %s\n", opt.total_batch_tokens,
+           tr->m.B, tr->m.T, comm_world(), tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32", choice_name(option_find("--recompute")));
+    print_memory(&tr->m);
+}
+
+// ---- looking ---------------------------------------------------------------------------------------------------------------
+// Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
+static void evaluate(Trainer *tr) {
+    DataLoader *dl = &tr->val;
+    int64_t batches = loader_eval_batches(dl);
+    if (opt.val_batches && opt.val_batches < batches) batches = opt.val_batches;
+    double sums[3] = {0, 0, 0};             // loss, targets, floor
+    loader_rewind(dl);
+    tr->val_loss = tr->floor = NAN;
+    for (int64_t i = 0; i < batches; i++) {
+        if (stop_requested()) return;
+        loader_next(dl, &tr->val_batch);
+        llama_loss(&tr->m, &tr->val_batch);
+        sums[1] += (double)count_targets(&tr->val_batch);
+        for (int j = 0; tr->val_batch.floor && j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
+    }
+    sums[0] = model_loss(&tr->m);
+    comm_sum(sums, 3);
+    tr->val_loss = sums[0] / sums[1];
+    if (dl->has_floor) tr->floor = sums[2] / sums[1];
+    if (comm_rank()) return;
+    printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
+    if (dl->has_floor) printf(", floor %.4f", tr->floor);
+    printf(" nats/token | %.0f targets\n", sums[1]);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
+    text_add_field(&r, "val_loss", tr->val_loss);
+    text_add_field(&r, "floor", tr->floor);
+    log_record(&r);
+}
+
+// The next token by temperature (0: the most likely) and a coin in [0,1).
+static int sample_token(const float *logits, int V, double temperature, double coin) {
+    int best = 0;
+    for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
+    if (temperature == 0) return best;
+    double sum = 0, seen = 0;
+    for (int v = 0; v < V; v++) sum += exp((logits[v] - logits[best]) / temperature);
+    for (int v = 0; v < V; v++) {
+        seen += exp((logits[v] - logits[best]) / temperature);
+        if (seen > coin * sum) return v;
+    }
+    return best;
+}
+
+// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait at their next exchange.
+static void generate(Trainer *tr) {
+    if (comm_rank() || !opt.sample_tokens) return;
+    const Tokenizer *tok = tr->tokenizer;
+    int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos, eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
+    int *prompt = NULL, n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0, n = 0;
+    int room = tr->m.N < tr->m.T ? tr->m.N : tr->m.T, total = n_prompt + (int)opt.sample_tokens + 1;
+    int *ids = (int *)xmalloc((size_t)(total + 1) * sizeof(int));
+    float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
+    if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
+    for (int i = 0; i < n_prompt; i++) {
+        if (prompt[i] >= tr->c.V) die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        ids[n++] = prompt[i];
+    }
+    int start = n - n_prompt;
+    for (int i = start; i < n; i++) tokenizer_print(tok, i ? ids[i - 1] : -1, ids[i], stdout);
+    for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
+        int window = n < room ? n : room;
+        double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
+        next_logits(&tr->m, ids + n - window, window, logits);
+        ids[n] = sample_token(logits, tr->c.V, opt.temperature, coin);
+        if (ids[n] == eos) break;
+        if (tok && ids[n] < tok->V) tokenizer_print(tok, ids[n - 1], ids[n], stdout);
+        else printf(" %d", ids[n]);
+        fflush(stdout);
+        n++;
+    }
+    printf("\n");
+    free(prompt);
+    free(logits);
+    free(ids);
+}
+
+// ---- one update ------------------------------------------------------------------------------------------------------------
+// Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between micro-steps
+// (nothing has changed then, the data position neither). sums = loss, targets.
+static int update_gradients(Trainer *tr, double *sums) {
+    LoaderState before = tr->train.state;
+    model_zero_grads(&tr->m);
+    sums[0] = sums[1] = 0;
+    for (int64_t i = 0; i < tr->micro_steps; i++) {
+        if (stop_requested()) {
+            tr->train.state = before;
+            return 0;
+        }
+        loader_next(&tr->train, &tr->batch);
+        llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
+        sums[1] += (double)count_targets(&tr->batch);
+    }
+    model_reduce_finish(&tr->m);
+    sums[0] = model_loss(&tr->m);
+    comm_sum(sums, 2);
+    return 1;
+}
+
+// How many standard deviations x lies above the mean of the last n values (0 until the window is full).
+static double z_score(const double *window, int64_t n, double x) {
+    if (n < SPIKE_WINDOW) return 0;
+    double mean = 0, var = 0;
+    for (int i = 0; i < SPIKE_WINDOW; i++) mean += window[i] / SPIKE_WINDOW;
+    for (int i = 0; i < SPIKE_WINDOW; i++) var += (window[i] - mean) * (window[i] - mean) / SPIKE_WINDOW;
+    return var > 0 ? (x - mean) / sqrt(var) : 0;
+}
+
+// NULL: healthy. Otherwise why this update must not reach the weights.
+static const char *update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
+    static char text[256];
+    if (!isfinite(loss) || !isfinite(norm)) {
+        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad, tr->m.p.n_tensors, bad ? bad : "none");
+        return text;
+    }
+    double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss), z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
+    if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes)) {
+        snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm, z_norm);
+        return text;
+    }
+    return NULL;
+}
+
+static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, double joules, const char *skipped) {
+    if (comm_rank()) return;
+    int64_t step = tr->state.step;
+    double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
+    double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world, causal = flops_per_token(&tr->c, tr->m.T, 1) * speed / world;
+    if (skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
+    if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
+        double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s (causal %s) | %s J/token | eta %s\n",
+               step, opt.steps, loss, lr, norm, seconds * 1e3, speed, measured_text(100 * report / tr->peak, "%.1f%%"), measured_text(100 * causal / tr->peak, "%.1f%%"),
+               measured_text(joules / tokens, "%.3g"), duration_text(left));
+        fflush(stdout);
+    }
+    const struct { const char *key; double x; } row[] = {
+        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
+        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak}, {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
+        {"joules_per_token", joules / tokens}, {"watts", joules / seconds}};
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) text_add_field(&r, row[i].key, row[i].x);
+    text_add(&r, ", \"skipped\": %s", skipped ? "true" : "false");
+    log_record(&r);
+}
+
+enum { MOST_BAD_IN_A_ROW = 5 };
+
+// One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
+static int train_step(Trainer *tr) {
+    double start = now_seconds(), joules = energy_read(&tr->energy), sums[2];
+    if (!update_gradients(tr, sums)) return 0;
+    TrainState *s = &tr->state;
+    const char *bad;
+    int n_bad;
+    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
+    double facts[2] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean};
+    comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
+    double loss = facts[0], norm = facts[1], lr = learning_rate(&opt, s->step);
+    const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
+    s->step++;
+    s->tokens += opt.total_batch_tokens;
+    if (!skipped) {
+        double clip = opt.grad_clip > 0 && norm > opt.grad_clip ? opt.grad_clip / norm : 1;
+        model_update(&tr->m, lr, clip * mean, ++s->updates, &opt);
+        s->losses[s->n_healthy % SPIKE_WINDOW] = loss;
+        s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
+    }
+    tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
+    double spent[2] = {energy_read(&tr->energy) - joules, 0}, seconds = now_seconds() - start;
+    if (!comm_is_local_leader()) spent[0] = 0;              // one rank per machine counts
+    comm_sum(spent, 1);
+    s->joules += spent[0];
+    s->seconds += seconds;
+    log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
+    if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
+        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr or look at the data, then --resume auto",
+            s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
+    return 1;
+}
+
+static void save(Trainer *tr) {
+    if (tr->saved_step == tr->state.step) return;
+    double start = now_seconds();
+    tr->state.loader = tr->train.state;
+    checkpoint_save(&tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
+    tr->saved_step = tr->state.step;
+    if (comm_rank() == 0) printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step, now_seconds() - start);
+}
+
+static void report_end(const Trainer *tr) {
+    const TrainState *s = &tr->state;
+    if (comm_rank() || !s->step || s->seconds <= 0) return;
+    double speed = (double)s->tokens / s->seconds, world = comm_world();
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of the peak of %s TFLOP/s per GPU (datasheet, dense) | energy %s kWh, %s W, %s J/token\n",
+           s->step, s->tokens, duration_text(s->seconds), speed, measured_text(100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, "%.1f%%"), measured_text(tr->peak * 1e-12, "%.1f"),
+           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"), measured_text(s->joules / (double)s->tokens, "%.3g"));
+    if (isfinite(tr->val_loss) && isfinite(tr->floor))
+        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor, tr->val_loss - tr->floor);
+}
+
+static void train(Trainer *tr) {
+    int has_val = opt.val_data != NULL;
+    while (tr->state.step < opt.steps) {
+        if (!train_step(tr)) break;
+        int last = tr->state.step == opt.steps;
+        if (has_val && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
+        if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
+        if (opt.sample_every && tr->state.step % opt.sample_every == 0 && !last) generate(tr);
+    }
+    int stopped = stop_requested();
+    if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
+    if (stopped) {
+        if (comm_rank() == 0) printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+        return;
+    }
+    report_end(tr);
+    if (opt.sample_every) generate(tr);
+}
+
+static void dump_grads(Trainer *tr) {
+    double sums[2];
+    if (!update_gradients(tr, sums)) die("--dump-grads: stopped by a signal");
+    if (comm_rank()) return;
+    const ParamTable *p = &tr->m.p;
+    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;
+    float loss = (float)(sums[1] > 0 ? sums[0] / sums[1] : 0), *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
+    int64_t one = 1;
+    st_declare(w, "loss", ST_F32, 1, &one);
+    for (int i = 0; i < p->n_tensors; i++) {
+        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
+        st_declare(w, p->tensors[i].name, ST_F32, p->tensors[i].cols ? 2 : 1, shape);
+    }
+    st_begin(w);
+    st_write(w, &loss, 1);
+    for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {
+        n = min_size(p->tensors[i].n - at, IO_CHUNK);
+        model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, host);
+        for (size_t j = 0; j < n; j++) host[j] = (float)(host[j] * mean);
+        st_write(w, host, n);
+    }
+    size_t bytes;
+    st_finish(w, &bytes);
+    if (st_error(w)) die("--dump-grads: %s", st_error(w));
+    st_free(w);
+    free(host);
+    printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
+}
+
+static void log_header(const Trainer *tr) {
+    if (!log_file) return;
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
+    text_add_string(&r, tr->device);
+    text_add(&r, ", \"host\": ");
+    text_add_string(&r, host);
+    text_add(&r, ", \"ranks\": %d, \"parameters\": %zu", comm_world(), tr->m.p.n_params);
+    text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
+    text_add(&r, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
+    text_add_options(&r, 0);
+    log_record(&r);
+}
+
+// OUT must be writable, and free of a checkpoint that this run does not continue.
+static void claim_out(const char *resume_dir) {
+    int64_t *steps;
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    comm_barrier();
+    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
+    int n = checkpoint_list(opt.out, &steps);
+    if (n && !resume_dir) die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
+    free(steps);
+}
+
+// ---- putting it together ---------------------------------------------------------------------------------------------------
+// Vocabulary that the first shard of `pattern` declares; 0: it says nothing.
+static int data_vocabulary(const char *pattern) {
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) return 0;
+    int words[4] = {0, 0, 0, 0};
+    FILE *f = fopen(found.gl_pathv[0], "rb");
+    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
+    if (f) fclose(f);
+    globfree(&found);
+    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
+}
+
+static void setup_tokenizer(Trainer *tr, const char *model_dir) {
+    char *path = find_tokenizer(model_dir);
+    if (path) {
+        tr->tokenizer = tokenizer_open(path);
+        int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
+        if (tr->c.V && (spare < 0 || spare > tr->c.V / 100)) {
+            if (opt.tokenizer) die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
+            tokenizer_free(tr->tokenizer);          // beside the data by chance
+            tr->tokenizer = NULL;
+        }
+    }
+    tr->side_folder = model_dir ? xstrdup(model_dir) : tr->tokenizer ? folder_of(path) : NULL;
+    free(path);
+}
+
+// Everything that can go wrong goes wrong here, before any work.
+static void setup(Trainer *tr) {
+    if (!opt.dry_run) {
+        cudaDeviceProp device;
+        gpu_open(&tr->gpu);
+        cudaCheck(cudaGetDeviceProperties(&device, comm.local_rank));
+        snprintf(tr->device, sizeof tr->device, "%s", device.name);
+        if (device.major < 8) die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device.name, device.major, device.minor);
+        tr->peak = device_peak(device.name, opt.precision == BF16);
+    }
+    int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
+    tr->saved_step = -1;
+    tr->val_loss = tr->floor = NAN;
+    char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
+    if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
+    else if (opt.resume && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    const char *model_dir = resume_dir ? resume_dir : opt.init_from;
+    if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
+    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
+    if (!data_exists(opt.train_data) && !strcmp(opt.train_data, DEFAULT_TRAIN) && (training || opt.dump_grads))
+        die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
+
+    tr->c = choose_config(resume_dir);
+    setup_tokenizer(tr, model_dir);
+    if (!tr->c.V) {                         // `tiny` takes its vocabulary from the data
+        tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
+        if (!tr->c.V && opt.dry_run) tr->c.V = 1024;
+        if (!tr->c.V) die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer", opt.train_data);
+        config_set_vocab(&tr->c, tr->c.V);
+        tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
+        tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
+    }
+    resolve_options(tr);
+    options_check();
+    if (training) claim_out(resume_dir);
+    model_options(&tr->m);
+    model_plan(&tr->m, &tr->c, (int)opt.batch_size, (int)opt.seq_len, (int)opt.logits_chunk);
+    if (opt.dry_run) return;
+    tr->m.gpu = tr->gpu;
+
+    int B = tr->m.B, T = tr->m.T, masked = (int)opt.document_mask;
+    if (training || opt.dump_grads) {
+        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1, tr->c.V, masked);
+        batch_alloc(&tr->batch, B, T, masked);
+        if (resume_dir) {
+            tr->train.state = tr->state.loader;
+            tr->train.state.position %= tr->train.n_windows;
+        }
+        if (comm_rank() == 0) loader_log(&tr->train, "train", stdout);
+    }
+    if (opt.val_data && (training || opt.eval_only)) {
+        loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
+        batch_alloc(&tr->val_batch, B, T, masked);
+        if (comm_rank() == 0) loader_log(&tr->val, "val", stdout);
+    } else if (opt.eval_only) {
+        die("--eval-only needs --val-data");
+    }
+    if (comm_rank() == 0 && !opt.generate) print_model(tr);
+    model_alloc(&tr->m);
+    if (resume_dir) checkpoint_read_model(resume_dir, &tr->m);
+    else if (opt.init_from) weights_read(opt.init_from, &tr->m, &tr->c);
+    else model_init(&tr->m, (uint64_t)opt.seed);
+    model_set_master(&tr->m);
+
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    signal(SIGUSR1, on_signal);
+    if (opt.eval_only && comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    if (!training && !opt.eval_only) return;
+    log_open(opt.out);
+    if (!training) return;
+    energy_open(&tr->energy, RAPL_FOLDER);
+    if (!resume_dir) tr->state.joules = tr->energy.joules;
+    if (comm_rank() == 0)
+        printf("device | %s | peak %s TFLOP/s (datasheet, dense %s) | energy counter %s\n", tr->device, measured_text(tr->peak * 1e-12, "%.1f"),
+               opt.precision == BF16 ? "bf16" : "fp32", tr->energy.n ? "of the GPU" : "unavailable");
+    log_header(tr);
+    if (resume_dir && comm_rank() == 0) printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
+                                                tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
+    free(resume_dir);
+}
+
+#ifndef LITESPARK_NO_MAIN
+int main(int argc, char **argv) {
+    comm_init(&argc, &argv);
+    options_parse(argc, argv);
+    if (opt.help) {
+        options_help();
+        comm_finish();
+        return 0;
+    }
+    options_check();
+    refuse_what_is_not_here();
+    comm_set_timeout(opt.timeout);
+    static Trainer trainer;
+    Trainer *tr = &trainer;
+    setup(tr);
+    if (opt.dry_run) print_model(tr);
+    else if (opt.eval_only) evaluate(tr);
+    else if (opt.generate) generate(tr);
+    else if (opt.dump_grads) dump_grads(tr);
+    else train(tr);
+    comm_barrier();
+    comm_finish();
+    return 0;
+}
+#endif
