@@ -1,6 +1,6 @@
 # litespark. `make` alone lists the targets and says what was found on this machine.
 #   make run                    build, make the default data, train on all cores
-#   make train [DEVICE=cpu]     build ./train_litespark
+#   make train [DEVICE=auto|cpu|cuda|emu]     build ./train_litespark: auto takes CUDA where a GPU answers, else the CPU
 #   make test [SAN=1]           prove it right
 ifeq ($(origin CC),default)
 CC       := gcc
@@ -10,6 +10,7 @@ DEVICE   ?= auto
 SAN      ?= 0
 WARN     := -Wall -Wextra -Wshadow -Werror
 
+comma    := ,
 # Probes: each compiles, links or runs the thing itself. Say MPI=0 to do without.
 compiles  = $(shell echo '$(1)' | $(CC) -x c - -o /dev/null $(2) >/dev/null 2>&1 && echo 1 || echo 0)
 NATIVE   := $(if $(filter 1,$(call compiles,int main(void){return 0;},-march=native)),-march=native)
@@ -18,6 +19,8 @@ MPI_C    := $(shell mpicc --showme:compile 2>/dev/null)
 MPI_L    := $(shell mpicc --showme:link 2>/dev/null)
 MPI      ?= $(call compiles,int main(void){return MPI_Init(0,0);},-include mpi.h $(MPI_C) $(MPI_L))
 MPIRUN   := $(shell command -v mpirun 2>/dev/null)
+NVCC     := $(shell command -v nvcc 2>/dev/null)
+GPU_CC   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -o '^[0-9]*\.[0-9]*' | sort -u | tr -d .)
 COMMIT   := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 # no-math-errno, no-trapping-math: let sqrt and selects become vector code; results are the same
@@ -41,16 +44,45 @@ help:
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
 	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) | git commit $(COMMIT)'
 
-# One name for the trainer of this machine.
-train: build/train_litespark data/stories/stories.json
-	@ln -sf build/train_litespark train_litespark
-	@echo 'train: ./train_litespark is the CPU trainer ($(if $(filter 1,$(MPI)),with,without) MPI)'
+# One name for the trainer of this machine: ./train_litespark is a link to build/.
+ifeq ($(DEVICE),auto)
+BUILT    := $(if $(and $(NVCC),$(GPU_CC)),cuda,cpu)
+WHY      := $(if $(GPU_CC),$(if $(NVCC),a GPU answers,a GPU answers but there is no nvcc),no GPU answers)
+else
+BUILT    := $(DEVICE)
+WHY      := DEVICE=$(DEVICE)
+endif
+TRAINER_cpu  := build/train_litespark
+TRAINER_cuda := build/train_litespark_cuda
+TRAINER_emu  := build/train_litespark_emu
+train: $(or $(TRAINER_$(BUILT)),$(error DEVICE=$(DEVICE): choose auto, cpu, cuda or emu)) data/stories/stories.json
+	@ln -sf $< train_litespark
+	@echo 'train: ./train_litespark is the $(subst emu,emulated CUDA,$(BUILT)) trainer, $(if $(filter 1,$(MPI)),with,without) MPI ($(WHY))'
 
 build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1):
 	@mkdir -p build && rm -f build/flags-* && touch $@
 
 build/train_litespark: train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
 	$(CC) $(ALL) $(WITH_MPI) $< -o $@ $(LINK_MPI) -lm
+
+# GPU_ARCH: bare numbers, each with machine code and PTX; default: this machine's GPUs, else a fat binary. ptxcpu needs CUDART=shared.
+GPU_ARCH ?= $(or $(GPU_CC),80 90)
+CUDART   ?= static
+NVFLAGS  := -O3 -std=c++17 -lineinfo -Werror all-warnings -Xcompiler -Wall -cudart $(CUDART) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=[sm_$(a),compute_$(a)]) \
+            -DLITESPARK_COMMIT='"$(COMMIT)"'
+ifeq ($(MPI),1)
+NV_MPI   := -DUSE_MPI $(MPI_C) $(subst -pthread,-Xcompiler -pthread,$(subst -Wl$(comma),-Xlinker=,$(MPI_L))) -lnccl
+endif
+build/train_litespark_cuda: train_litespark.cu Makefile
+	@mkdir -p build
+	$(if $(NVCC),,$(error DEVICE=cuda needs nvcc (CUDA Toolkit 12 or newer) on PATH; DEVICE=cpu builds the CPU trainer))
+	$(NVCC) $(NVFLAGS) $< -o $@ $(NV_MPI) -lcublasLt -ldl
+
+# The CUDA source as plain C++ over dev/emu: no CUDA toolkit, no GPU.
+CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
+build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) Makefile
+	@mkdir -p build
+	$(CXX) -x c++ -std=c++17 -O2 -g $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
 
 build/stories: data/stories.c
 	@mkdir -p build
