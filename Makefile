@@ -37,9 +37,10 @@ endif
 help:
 	@echo 'make run      build, make the default data, train on all cores (OUT=$(OUT))'
 	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
-	@echo 'make test     all tests; SAN=1 with sanitizers      make test-hf   against Hugging Face (pip)'
-	@echo 'make fuzz     fuzz the file parsers (clang; SECONDS_EACH=60)      make bench   against PyTorch and OpenBLAS'
-	@echo 'make check    facts that must hold of the sources     make clean'
+	@echo 'make test     all tests; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
+	@echo 'make test-data   the preparation of data (python3)      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
+	@echo 'make check    facts that must hold of the sources     make sync   the shared region into the CUDA trainer'
+	@echo 'make bench    against PyTorch and OpenBLAS     make clean'
 	@echo
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
 	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) | git commit $(COMMIT)'
@@ -97,8 +98,45 @@ MPIENV   := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_o
 run: train
 	$(if $(and $(filter 1,$(MPI)),$(MPIRUN)),$(MPIENV) mpirun -np 1 )./train_litespark --resume auto --out $(OUT) $(ARGS)
 
+# ---- tests: in-process in floats and in doubles, and the program as a user runs it
+TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered
+build/test_litespark:        FORM := float
+build/test_litespark_double: FORM := double
+build/test_litespark build/test_litespark_double: test_litespark.c train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+	$(CC) $(TEST_ALL) -DfloatX=$(FORM) $< -o $@ -lm
+
+# T='word word': only tests with such names. With SAN=1 the planted errors, a property of the tests, are left to the plain run.
+test: build/test_litespark build/test_litespark_double build/train_litespark
+	@CC='$(CC)' build/test_litespark --also build/test_litespark_double $(if $(filter 1,$(SAN)),--without planted) $(T)
+
+# Newest transformers and safetensors from PyPI, in build/venv; HF_PYTHON=/path/python takes another one.
+HF_PYTHON ?= build/venv/bin/python
+HF_SECONDS ?= 900
+test-hf: build/train_litespark
+	@if [ ! -x $(HF_PYTHON) ]; then python3 -m venv build/venv && build/venv/bin/pip install -q torch transformers safetensors numpy \
+	  --extra-index-url https://download.pytorch.org/whl/cpu >build/pip.log 2>&1 || rm -rf build/venv; fi; \
+	if [ -x $(HF_PYTHON) ]; then timeout $(HF_SECONDS) $(HF_PYTHON) dev/test_hf.py --binary build/train_litespark; \
+	else echo 'skipped: test-hf: pip cannot install torch and transformers (pip install torch transformers safetensors numpy; build/pip.log)'; fi
+
+test-data:
+	@if python3 -c 'import numpy' 2>/dev/null; then python3 data/test_tokens.py; else echo 'skipped: test-data: no python3 with numpy (pip install numpy sentencepiece tiktoken tokenizers)'; fi
+
+# ---- fuzzing: libFuzzer, one program for all parsers
+SECONDS_EACH ?= 60
+FUZZ     := json config safetensors index shard tokenizer options state
+CLANG    ?= clang
+build/fuzz: dev/fuzz.c train_litespark.c
+	@mkdir -p build
+	$(CLANG) -std=gnu11 -g -O1 -w -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined $< -o $@ -lm
+fuzz:
+	@CLANG='$(CLANG)' SECONDS_EACH=$(SECONDS_EACH) dev/fuzz.sh $(FUZZ)
+
 check:
-	@echo check: ok
+	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
+sync:   # the .c owns the shared region
+	@[ ! -f train_litespark.cu ] || { awk 'NR == FNR { if (/^\/\/ SHARED BEGIN/) on = 1; if (on) text = text $$0 "\n"; if (/^\/\/ SHARED END/) on = 0; next } \
+	  /^\/\/ SHARED BEGIN/ { printf "%s", text; skip = 1 } !skip { print } /^\/\/ SHARED END/ { skip = 0 }' train_litespark.c train_litespark.cu >build/sync.cu && \
+	  cp build/sync.cu train_litespark.cu && rm build/sync.cu; }
 clean:
 	rm -rf build train_litespark
-.PHONY: help train data run check clean
+.PHONY: help train data run test test-hf test-data fuzz check sync clean

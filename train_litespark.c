@@ -4535,15 +4535,19 @@ static void log_header(const Trainer *tr) {
     log_record(&r);
 }
 
-// OUT must be writable, and free of a checkpoint that this run does not continue.
-static void claim_out(const char *resume_dir) {
+// OUT must be free of a checkpoint that this run does not continue.
+static void check_out(const char *resume_dir) {
     int64_t *steps;
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
-    comm_barrier();
-    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
     int n = checkpoint_list(opt.out, &steps);
     if (n && !resume_dir) die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
     free(steps);
+}
+
+// Makes OUT, after everything else has been checked: a refused run leaves nothing behind.
+static void make_out(void) {
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    comm_barrier();
+    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
 }
 
 // ---- putting it together ---------------------------------------------------------------------------------------------------
@@ -4600,7 +4604,7 @@ static void setup(Trainer *tr) {
     }
     resolve_options(tr);
     options_check();
-    if (training) claim_out(resume_dir);
+    if (training) check_out(resume_dir);
     model_options(&tr->m);
     model_plan(&tr->m, &tr->c, (int)opt.batch_size, (int)opt.seq_len, (int)opt.logits_chunk);
     if (opt.dry_run) return;
@@ -4632,8 +4636,8 @@ static void setup(Trainer *tr) {
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     signal(SIGUSR1, on_signal);
-    if (opt.eval_only && comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
     if (!training && !opt.eval_only) return;
+    make_out();
     log_open(opt.out);
     if (!training) return;
     energy_open(&tr->energy, RAPL_FOLDER);

@@ -2758,23 +2758,21 @@ static inline void cuda_check(cudaError_t e, const char *call, const char *file,
     if (e != cudaSuccess) die("%s:%d: %s: %s", file, line, call, cudaGetErrorString(e));
 }
 
-// Starts `kernel` and checks the launch; dynamic shared memory above 48 KiB is opted in to. Errors inside the kernel show at the
-// next synchronising call (run with CUDA_LAUNCH_BLOCKING=1 to find it).
+// launch(kernel, grid, block, smem_bytes, stream, args...) starts a kernel and checks the launch. More than 48 KiB of shared memory,
+// static and dynamic together, is opted in to (no kernel here has more than 16 KiB of static). Errors inside the kernel show at
+// the next synchronising call (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
+#define launch(...) launch_kernel("launch(" #__VA_ARGS__ ")", __FILE__, __LINE__, __VA_ARGS__)
 template <typename... P, typename... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream, A... args) {
-    cudaError_t e = cudaSuccess;
-    if (smem_bytes > 48 << 10) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes);
+void launch_kernel(const char *call, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
+                   cudaStream_t stream, A... args) {
+    if (smem_bytes > 32 << 10)
+        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes), call, file, line);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = smem_bytes;
     config.stream = stream;
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
-    if (e == cudaSuccess) return;
-    const char *name = "?";
-    cudaFuncGetName(&name, (const void *)kernel);
-    die("launch of %s, grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of shared memory: %s", name, grid.x, grid.y, grid.z,
-        block.x, block.y, block.z, smem_bytes, cudaGetErrorString(e));
+    cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), call, file, line);
 }
 
 #ifdef __CUDACC__
@@ -2925,6 +2923,7 @@ int comm_is_local_leader(void) { return comm.local_rank == 0; }     // one rank 
 void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
 
 #ifdef USE_MPI
+#define OMPI_SKIP_MPICXX 1           // the C interface is enough
 #include <mpi.h>
 enum { BUCKET = 1 << 22 };            // bytes of one broadcast
 #include <nccl.h>
@@ -3191,7 +3190,7 @@ static void sum_losses(double *sum, const float *nll, int N, cudaStream_t stream
 
 // N neighbouring elements as they lie in memory: one 16-byte (8 bf16, 4 fp32) or 8-byte (4 bf16) access. Kernels where fp32 sums
 // lie beside bf16 values take 4 elements per lane: both sides of the access are then contiguous over the warp.
-template <typename T, int N> struct Vec { uint32_t word[N * sizeof(T) / 4]; };
+template <typename T, int N> struct __align__(N * sizeof(T)) Vec { uint32_t word[N * sizeof(T) / 4]; };
 
 template <int N, typename T> __device__ __forceinline__ Vec<T, N> load(const T *p) {
     Vec<T, N> v;
@@ -3331,7 +3330,7 @@ template <typename X>
 __global__ void embedding_backward_kernel1(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct,
                                            const X *dx, int C) {
     __shared__ int first[EMBED_WARPS + 1];                      // rows first[i] .. first[i+1]-1 are those of the block's token i
-    __shared__ Vec<float, 4> part[EMBED_WARPS][EMBED_QUADS][32];
+    __shared__ __align__(16) float part[EMBED_WARPS][EMBED_QUADS][32][4];
     const int lane = threadIdx.x, warp = threadIdx.y, token0 = blockIdx.x * EMBED_WARPS;
     const int c0 = blockIdx.y * EMBED_COLUMNS + lane * 4;
     if (warp == 0 && lane <= EMBED_WARPS) first[lane] = starts[token0 + lane < n_distinct ? token0 + lane : n_distinct];
@@ -3352,13 +3351,13 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
         if (first[i + 1] - first[i] <= EMBED_LONG) continue;    // the same for the whole block
         add_rows(sum, dx, order, first[i] + warp, first[i + 1], EMBED_WARPS, c0, C);
         #pragma unroll
-        for (int q = 0; q < EMBED_QUADS; q++) part[warp][q][lane] = narrow<float>(sum[q]);
+        for (int q = 0; q < EMBED_QUADS; q++) store(part[warp][q][lane], narrow<float>(sum[q]));
         __syncthreads();
         int c = c0 + warp * 128;
         if (warp < EMBED_QUADS && c < C) {
             float total[4] = {}, d[4];
             for (int w = 0; w < EMBED_WARPS; w++) {
-                widen(d, part[w][warp][lane]);
+                widen(d, load<4>(part[w][warp][lane]));
                 for (int k = 0; k < 4; k++) total[k] += d[k];
             }
             add_to(dw + (size_t)tokens[token0 + i] * C + c, total);
@@ -3652,10 +3651,9 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
                                                const X *k_norm, const float *cosine, const float *sine, int H, int K, int D, int lanes,
                                                int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
-    float *sums = shared_memory<float>();                       // (ROPE_WARPS,2D) if NORM
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
     const bool active = i < half;
-    float dw[2][8] = {};                                        // q: lower half, upper half; k
+    float dw[4][4] = {};                                        // q: lower half, upper half; k: the same
     for (int n = blockIdx.x * ROPE_WARPS + warp; n < N; n += gridDim.x * ROPE_WARPS) {
         const size_t angle = (size_t)(n % T) * half + i;
         float c[4], s[4];
@@ -3700,7 +3698,7 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
                         widen(norm_b, raw_hi[u]);
                         for (int k = 0; k < 4; k++) {
                             norm_a[k] *= r, norm_b[k] *= r;
-                            dw[part][k] += a[k] * norm_a[k], dw[part][4 + k] += b[k] * norm_b[k];
+                            dw[2 * part][k] += a[k] * norm_a[k], dw[2 * part + 1][k] += b[k] * norm_b[k];
                             a[k] *= w_lo[k], b[k] *= w_hi[k];
                             gn += a[k] * norm_a[k] + b[k] * norm_b[k];
                         }
@@ -3715,18 +3713,16 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
         }
     }
     if constexpr (NORM) {
-        for (int part = 0; part < 2; part++) for (int k = 0; k < 8; k++) {
-            float sum = dw[part][k];                                // of this lane's heads; all heads of the warp:
-            for (int offset = lanes; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-            dw[part][k] = sum;
-        }
-        if (active && head == 0) for (int part = 0; part < 2; part++) for (int k = 0; k < 8; k++)
-            sums[(warp * 2 + part) * D + (k < 4 ? 0 : half) + i + k % 4] = dw[part][k];
+        for (int q = 0; q < 4; q++) for (int k = 0; k < 4; k++)             // over the heads that the warp has at a time
+            for (int offset = lanes; offset < 32; offset *= 2) dw[q][k] += __shfl_xor_sync(0xFFFFFFFFu, dw[q][k], offset);
+        __shared__ __align__(16) float sums[ROPE_WARPS][4][128];
+        if (active && head == 0) for (int q = 0; q < 4; q++) store(sums[warp][q] + i, narrow<float>(dw[q]));
         __syncthreads();
-        for (int d = threadIdx.x; d < 2 * D; d += blockDim.x) {
+        for (int d = threadIdx.x; d < 4 * 128; d += blockDim.x) {
+            if (d % 128 >= half) continue;
             float total = 0;
-            for (int w = 0; w < ROPE_WARPS; w++) total += sums[w * 2 * D + d];
-            partials[(size_t)blockIdx.x * 2 * D + d] = total;
+            for (int w = 0; w < ROPE_WARPS; w++) total += sums[w][d / 128][d % 128];
+            partials[(size_t)blockIdx.x * 2 * D + d / 128 * half + d % 128] = total;
         }
     }
 }
@@ -3738,8 +3734,7 @@ void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk
                             const X *k_norm, const float *cosine, const float *sine, float *scratch, int H, int K, int D, int N, int T,
                             cudaStream_t stream) {
     const int lanes = lanes_per_head(D), blocks = q_norm ? partial_blocks(N, ROPE_WARPS) : CEIL_DIV(N, ROPE_WARPS);
-    launch(q_norm ? qkv_norm_rope_backward_kernel1<X, true> : qkv_norm_rope_backward_kernel1<X, false>, blocks, 32 * ROPE_WARPS,
-           q_norm ? ROPE_WARPS * 2 * D * sizeof(float) : 0, stream,
+    launch(q_norm ? qkv_norm_rope_backward_kernel1<X, true> : qkv_norm_rope_backward_kernel1<X, false>, blocks, 32 * ROPE_WARPS, 0, stream,
            dqkv, scratch, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, H, K, D, lanes, N, T);
     if (!q_norm) return;
     column_sums(dq_norm, scratch, blocks, D, 2 * D, stream);
@@ -3753,7 +3748,7 @@ void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk
 enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has at least BIAS_ROWS rows
 
 template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
-    __shared__ Vec<float, 4> part[BIAS_WARPS][32];
+    __shared__ __align__(16) float part[BIAS_WARPS][32][4];
     const int c = (blockIdx.x * 32 + threadIdx.x) * 4;
     float sum[4] = {}, d[4];
     if (c < OC) {
@@ -3763,11 +3758,11 @@ template <typename X> __global__ void bias_backward_kernel1(float *partials, con
             for (int k = 0; k < 4; k++) sum[k] += d[k];
         }
     }
-    part[threadIdx.y][threadIdx.x] = narrow<float>(sum);
+    store(part[threadIdx.y][threadIdx.x], narrow<float>(sum));
     __syncthreads();
     if (threadIdx.y > 0 || c >= OC) return;
     for (int w = 1; w < BIAS_WARPS; w++) {
-        widen(d, part[w][threadIdx.x]);
+        widen(d, load<4>(part[w][threadIdx.x]));
         for (int k = 0; k < 4; k++) sum[k] += d[k];
     }
     store(partials + (size_t)blockIdx.y * OC + c, narrow<float>(sum));
@@ -5676,15 +5671,19 @@ static void log_header(const Trainer *tr) {
     log_record(&r);
 }
 
-// OUT must be writable, and free of a checkpoint that this run does not continue.
-static void claim_out(const char *resume_dir) {
+// OUT must be free of a checkpoint that this run does not continue.
+static void check_out(const char *resume_dir) {
     int64_t *steps;
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
-    comm_barrier();
-    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
     int n = checkpoint_list(opt.out, &steps);
     if (n && !resume_dir) die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
     free(steps);
+}
+
+// Makes OUT, after everything else has been checked: a refused run leaves nothing behind.
+static void make_out(void) {
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    comm_barrier();
+    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
 }
 
 // ---- putting it together ---------------------------------------------------------------------------------------------------
@@ -5749,7 +5748,7 @@ static void setup(Trainer *tr) {
     }
     resolve_options(tr);
     options_check();
-    if (training) claim_out(resume_dir);
+    if (training) check_out(resume_dir);
     model_options(&tr->m);
     model_plan(&tr->m, &tr->c, (int)opt.batch_size, (int)opt.seq_len, (int)opt.logits_chunk);
     if (opt.dry_run) return;
@@ -5782,8 +5781,8 @@ static void setup(Trainer *tr) {
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     signal(SIGUSR1, on_signal);
-    if (opt.eval_only && comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
     if (!training && !opt.eval_only) return;
+    make_out();
     log_open(opt.out);
     if (!training) return;
     energy_open(&tr->energy, RAPL_FOLDER);

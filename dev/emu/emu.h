@@ -70,6 +70,8 @@ struct Settings {
     int threads = (int)setting("EMU_THREADS", default_threads());
     size_t memory = setting("EMU_MEM", (size_t)8 << 30);      // bytes of the virtual device
     int cc = getenv("EMU_CC") ? (int)(atof(getenv("EMU_CC")) * 10 + 0.5) : 80;
+    int hostcheck = (int)setting("EMU_HOSTCHECK", 0);         // 1: host code that touches device memory faults
+    unsigned timeout = (unsigned)setting("EMU_TIMEOUT", 0);   // seconds one launch may take; 0: no limit
     int poison = (int)setting("EMU_POISON", 1);               // 0: do not touch fresh memory (large runs)
 #ifdef EMU_ASAN
     size_t stack = setting("EMU_STACK", 256 << 10);
@@ -89,6 +91,7 @@ struct Symbols {
     std::map<uintptr_t, std::string> functions;
     std::vector<TlsRange> shared;
     size_t tls_bytes = 0, tls_me = 0;                         // size of the program's TLS block, offset of emu::me in it
+    uintptr_t bias = 0;                                       // load address minus link address
     Symbols() {
         int fd = open("/proc/self/exe", O_RDONLY);
         struct stat st;
@@ -106,7 +109,6 @@ struct Symbols {
     void read(const char *p, const Elf64_Shdr *sections, const Elf64_Shdr &table) {
         const Elf64_Sym *sym = (const Elf64_Sym *)(p + table.sh_offset);
         const char *names = p + sections[table.sh_link].sh_offset;
-        uintptr_t bias = 0;
         for (size_t i = 0; i < table.sh_size / sizeof *sym; i++) {
             const char *name = names + sym[i].st_name;
             int type = ELF64_ST_TYPE(sym[i].st_info);
@@ -145,26 +147,35 @@ inline const char *function_name(const void *f) {             // demangled, with
 inline std::string source_line(const void *where) {
     char command[128], line[512];
     snprintf(command, sizeof command, "addr2line -Cips -e /proc/%d/exe %#lx 2>/dev/null", (int)getpid(),
-             (unsigned long)((uintptr_t)where - 1 - ((uintptr_t)&emu_switch - [] {
-                 for (const auto &f : symbols().functions) if (f.second == "emu_switch") return f.first; return (uintptr_t)&emu_switch; }())));
-    std::string out;
+        (unsigned long)((uintptr_t)where - 1 - symbols().bias));
+    std::string out, inner;                                   // inner: a frame of dev/emu, shown when there is no other
     FILE *f = popen(command, "r");
     while (f && fgets(line, sizeof line, f)) {
-        if (strstr(line, "emu.h:") || strstr(line, "emu_verbs.h:") || strstr(line, "cuda_runtime.h:") || strstr(line, "??")) continue;
         line[strcspn(line, "\n")] = 0;
+        if (inner.empty() && !strstr(line, "??")) inner = line;
+        if (strstr(line, "emu.h:") || strstr(line, "emu_verbs.h:") || strstr(line, "cuda_runtime.h:") || strstr(line, "??")) continue;
         const char *text = strstr(line, "(inlined by) ");
         out += (out.empty() ? "" : " < ") + std::string(text ? text + 13 : line);
     }
     if (f) pclose(f);
-    if (out.empty()) { snprintf(line, sizeof line, "%p", where); out = line; }
-    return out;
+    snprintf(line, sizeof line, "%p", where);
+    return !out.empty() ? out : !inner.empty() ? inner : line;
+}
+
+// Text of a report; an abandoned fiber cannot free it.
+inline const char *keep(const std::string &text) {
+    static std::mutex lock;
+    static std::deque<std::string> &kept = *new std::deque<std::string>;
+    std::lock_guard<std::mutex> guard(lock);
+    kept.push_back(text);
+    return kept.back().c_str();
 }
 
 // ---- errors ---------------------------------------------------------------------------------------------------------
 inline std::atomic<int> sticky{0};                            // first device-side error; only cudaDeviceReset clears it
 inline thread_local int last_error = 0;
 inline std::mutex report_lock;
-struct ExitStatus { ~ExitStatus() { if (sticky) { fprintf(stderr, "emu: exit with a device error\n"); fflush(stdout); _exit(86); } } };
+struct ExitStatus { ~ExitStatus() { if (sticky) { fprintf(stderr, "emu: exit with a device error\n"); fflush(nullptr); _exit(86); } } };
 inline ExitStatus exit_status;
 
 // Host-side misuse: one line, and the CUDA error code.
@@ -186,7 +197,7 @@ struct Allocation {
     char *base; size_t bytes; char *pages; size_t page_bytes; const void *site; int id; char kind;  // 'd'evice 'h'ost pinned
     bool live;                                                                                      // 'r'egistered host
 };
-enum { PAGE = 4096, ALIGN = 256, FENCE = 64, POISON = 0xFF };  // cudaMalloc aligns to 256 bytes
+enum { PAGE = 4096, GUARD = 4 * PAGE, ALIGN = 256, FENCE = 64, POISON = 0xFF };  // cudaMalloc aligns to 256 bytes
 inline std::map<uintptr_t, Allocation> allocations;           // by base; freed ones stay, their pages inaccessible
 inline std::recursive_mutex memory_lock;
 inline size_t memory_used = 0;
@@ -197,7 +208,7 @@ inline Allocation *find_allocation(const void *p) {           // the live alloca
     Allocation &a = (--it)->second;
     return a.live && (char *)p < a.base + a.bytes ? &a : nullptr;
 }
-inline std::string describe_address(const void *p) {
+inline const char *describe_address(const void *p) {
     char text[256];
     std::map<uintptr_t, Allocation>::iterator it = allocations.upper_bound((uintptr_t)p);
     const Allocation *below = it == allocations.begin() ? nullptr : &std::prev(it)->second;
@@ -205,24 +216,35 @@ inline std::string describe_address(const void *p) {
     const Allocation *a = below;
     if (!a || (above && (size_t)((char *)p - (below->base + below->bytes)) > (size_t)(above->base - (char *)p) &&
                (char *)p >= below->base + below->bytes)) a = above;
-    if (!a) { snprintf(text, sizeof text, "%p (no device allocation near)", p); return text; }
+    if (!a) { snprintf(text, sizeof text, "%p (no device allocation near)", p); return keep(text); }
     long off = (char *)p - a->base;
     if (off < 0) snprintf(text, sizeof text, "%p: %ld bytes before", p, -off);
     else if ((size_t)off >= a->bytes) snprintf(text, sizeof text, "%p: %ld bytes after the end of", p, off - (long)a->bytes);
     else snprintf(text, sizeof text, "%p: byte %ld of", p, off);
     std::string s = text;
     snprintf(text, sizeof text, " %s #%d (%zu bytes, allocated at ", a->live ? "allocation" : "FREED allocation", a->id, a->bytes);
-    return s + text + source_line(a->site) + ")";
+    return keep(s + text + source_line(a->site) + ")");
 }
+// With EMU_HOSTCHECK device memory is accessible only while device work runs.
+inline int access_depth = 0;
+struct DeviceAccess {
+    DeviceAccess() { if (settings.hostcheck && access_depth++ == 0) protect(PROT_READ | PROT_WRITE); }
+    ~DeviceAccess() { if (settings.hostcheck && --access_depth == 0) protect(PROT_NONE); }
+    static void protect(int mode) {
+        for (auto &it : allocations) if (it.second.live && it.second.kind == 'd') mprotect(it.second.pages, it.second.page_bytes, mode);
+    }
+};
 inline cudaError_t allocate(void **out, size_t bytes, char kind, const void *site) {
     std::lock_guard<std::recursive_mutex> guard(memory_lock);
+    DeviceAccess access;
     if (!out) return host_error(cudaErrorInvalidValue, "cudaMalloc: null pointer");
     *out = nullptr;
     if (!bytes) return cudaSuccess;
     if (kind == 'd' && memory_used + bytes > settings.memory) return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
     size_t n = (bytes + ALIGN - 1) / ALIGN * ALIGN, page_bytes = (n + PAGE - 1) / PAGE * PAGE;
     char *map = (char *)mmap(nullptr, page_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (map == MAP_FAILED || mprotect(map + PAGE, page_bytes, PROT_READ | PROT_WRITE)) return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
+    if (map == MAP_FAILED || mprotect(map + PAGE, page_bytes,
+        PROT_READ | PROT_WRITE)) return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
     static int count = 0;
     Allocation a = {map + PAGE + page_bytes - n, bytes, map + PAGE, page_bytes, site, ++count, kind, true};
     if (settings.poison) memset(a.pages, POISON, page_bytes);
@@ -236,7 +258,8 @@ inline cudaError_t allocate(void **out, size_t bytes, char kind, const void *sit
 }
 // The padding around an allocation must still hold the poison; false names it.
 inline bool fences_intact(const Allocation &a) {
-#ifndef EMU_ASAN
+    (void)a;
+#ifndef EMU_ASAN                                              // ASan watches them itself
     const char *end = a.pages + a.page_bytes, *start = a.base - a.pages < FENCE ? a.pages : a.base - FENCE;
     for (const char *p = start; p < a.base; p++) if ((unsigned char)*p != POISON) return false;
     for (const char *p = a.base + a.bytes; p < end; p++) if ((unsigned char)*p != POISON) return false;
@@ -245,12 +268,14 @@ inline bool fences_intact(const Allocation &a) {
 }
 inline cudaError_t release(void *p, char kind) {
     std::lock_guard<std::recursive_mutex> guard(memory_lock);
+    DeviceAccess access;
     if (!p) return cudaSuccess;
     std::map<uintptr_t, Allocation>::iterator it = allocations.find((uintptr_t)p);
     if (it == allocations.end() || !it->second.live || it->second.kind != kind)
-        return host_error(cudaErrorInvalidValue, "free of %s, which is not the start of a live allocation of that kind", describe_address(p).c_str());
+        return host_error(cudaErrorInvalidValue, "free of %s, which is not the start of a live allocation of that kind",
+            describe_address(p));
     Allocation &a = it->second;
-    if (!fences_intact(a)) host_error(cudaErrorIllegalAddress, "written past the bounds: %s", describe_address(p).c_str());
+    if (!fences_intact(a)) host_error(cudaErrorIllegalAddress, "written past the bounds: %s", describe_address(p));
     ASAN_UNPOISON_MEMORY_REGION(a.pages, a.page_bytes);
     mprotect(a.pages, a.page_bytes, PROT_NONE);
     madvise(a.pages, a.page_bytes, MADV_DONTNEED);
@@ -291,7 +316,7 @@ inline void *first_frame(char *top, void (*entry)()) {
 #endif
 
 // ---- one block: threads, warps, barriers, run order -------------------------------------------------------------------
-enum { MAX_THREADS = 1024, MAX_WARPS = 32, BARRIERS = 16, SMEM_MAX = 256 << 10, SMEM_ALIGN = 128 };
+enum { MAX_THREADS = 1024, MAX_WARPS = 32, BARRIERS = 16, SMEM_MAX = 256 << 10, SMEM_ALIGN = 128, FAULT_STACK = 256 << 10 };
 
 struct Copy { void *dst; const void *src; int valid; };       // one cp.async in flight
 struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); };  // args[lane] of each lane of the mask
@@ -321,14 +346,14 @@ struct Launch {
 struct Worker {                                              // one per OS thread
     Launch *launch; uint3 block; int n_threads, alive;
     uint64_t rng; uint32_t ready_warps; int last_warp, last_lane;
-    void *main_sp; char *smem; size_t smem_bytes;
+    Thread host; char *smem; size_t smem_bytes;                            // host: the stack that run_block was called on
     Warp warps[MAX_WARPS]; Barrier barriers[BARRIERS]; Thread threads[MAX_THREADS];
-    char *stacks, *smem_pages; std::vector<char *> free_stacks;
+    char *stacks, *smem_pages, *fault_stack; std::vector<char *> free_stacks;
 #ifdef EMU_ASAN
     void *main_fake; const void *main_bottom; size_t main_size;
 #endif
     Worker();
-    size_t stack_stride() const { return settings.stack + PAGE; }         // a guard page below each stack
+    size_t stack_stride() const { return settings.stack + GUARD; }        // inaccessible pages below each stack
     uint64_t random() { rng ^= rng << 13; rng ^= rng >> 7; rng ^= rng << 17; return rng >> 11; }
     void wake(int warp, uint32_t lanes) { warps[warp].ready |= lanes; if (lanes) ready_warps |= 1u << warp; }
     Thread *pick();
@@ -340,7 +365,7 @@ struct Worker {                                              // one per OS threa
     void run_block(Launch *l, uint64_t number);
     void reset_stacks();
     [[noreturn]] void deadlock();
-    std::string waiting_list();
+    const char *waiting_list();
 };
 inline thread_local Worker *my_worker = nullptr;
 
@@ -352,24 +377,25 @@ inline Worker::Worker() {
     stacks = (char *)mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     smem_pages = (char *)mmap(nullptr, SMEM_MAX + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     stack_t alt = {};
-    alt.ss_size = 256 << 10;
-    alt.ss_sp = mmap(nullptr, alt.ss_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (stacks == MAP_FAILED || smem_pages == MAP_FAILED || alt.ss_sp == MAP_FAILED) { perror("emu: stacks"); _exit(86); }
-    for (int i = 0; i < MAX_THREADS; i++) mprotect(stacks + i * stack_stride(), PAGE, PROT_NONE);
+    alt.ss_size = FAULT_STACK;
+    alt.ss_sp = fault_stack = (char *)mmap(nullptr, FAULT_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stacks == MAP_FAILED || smem_pages == MAP_FAILED || fault_stack == MAP_FAILED) { perror("emu: stacks"); _exit(86); }
+    for (int i = 0; i < MAX_THREADS; i++) mprotect(stacks + i * stack_stride(), GUARD, PROT_NONE);
     mprotect(smem_pages, PAGE, PROT_NONE);
     mprotect(smem_pages + PAGE + SMEM_MAX, PAGE, PROT_NONE);
     sigaltstack(&alt, nullptr);
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGABRT};
+    int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGALRM};
     for (int s : signals) sigaction(s, &action, nullptr);
     reset_stacks();
 }
 inline void Worker::reset_stacks() {                         // the next stack to use is the last of the list
     free_stacks.clear();
-    for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(stacks + i * stack_stride() + PAGE);
+    for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(stacks + i * stack_stride() + GUARD);
     ASAN_UNPOISON_MEMORY_REGION(stacks, stack_stride() * MAX_THREADS);
+    ASAN_UNPOISON_MEMORY_REGION(fault_stack, FAULT_STACK);
     for (Thread &t : threads) t.stack = nullptr;
 }
 
@@ -405,9 +431,11 @@ inline void Worker::resume(Thread *next) {
         next->stack = free_stacks.back();
         free_stacks.pop_back();
         size_t stagger = (next->lane * 5 + next->warp * 3) % 32 * 64;      // keep stack tops out of the same cache set
+        ASAN_UNPOISON_MEMORY_REGION(next->stack + settings.stack - 8192, 8192);   // the last user's outermost frames never returned
         next->sp = first_frame(next->stack + settings.stack - stagger, fiber_main);
     }
     me = next;
+    threadIdx = next->idx;
 #ifdef EMU_ASAN
     __sanitizer_start_switch_fiber(&prev->fake, next->stack, settings.stack);
     emu_switch(&prev->sp, next->sp);
@@ -435,7 +463,7 @@ inline void Worker::leave() {                                // back to run_bloc
 #ifdef EMU_ASAN
     __sanitizer_start_switch_fiber(nullptr, main_bottom, main_size);
 #endif
-    emu_switch(&dead, main_sp);
+    emu_switch(&dead, host.sp);
 }
 inline Thread *Worker::finish(Thread *t) {                   // t returned from the kernel: who runs next? null: all are done
     Warp &w = warps[t->warp];
@@ -444,11 +472,11 @@ inline Thread *Worker::finish(Thread *t) {                   // t returned from 
     t->copies.clear();
     t->groups.clear();
     if (barriers[0].arrived)
-        fail(cudaErrorLaunchFailure, "the thread left the kernel while others wait at __syncthreads\n%s", waiting_list().c_str());
+        fail(cudaErrorLaunchFailure, "the thread left the kernel while others wait at __syncthreads\n%s", waiting_list());
     for (uint32_t m = w.waiting; m; m &= m - 1)
         if (w.mask[__builtin_ctz(m)] >> t->lane & 1)
             fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s", t->lane, __builtin_ctz(m),
-                 w.verb[__builtin_ctz(m)]->name, w.mask[__builtin_ctz(m)], waiting_list().c_str());
+                 w.verb[__builtin_ctz(m)]->name, w.mask[__builtin_ctz(m)], waiting_list());
     if (!alive) return nullptr;
     Thread *next = pick();
     if (!next) deadlock();
@@ -469,6 +497,7 @@ inline void fiber_main() {
             next->stack = t->stack;
             t->stack = nullptr;
             me = next;
+            threadIdx = next->idx;
             continue;
         }
         w->free_stacks.push_back(t->stack);
@@ -478,6 +507,7 @@ inline void fiber_main() {
         __sanitizer_start_switch_fiber(nullptr, next->stack, settings.stack);
 #endif
         me = next;
+        threadIdx = next->idx;
         void *dead;
         emu_switch(&dead, next->sp);
     }
@@ -485,6 +515,9 @@ inline void fiber_main() {
 inline void Worker::run_block(Launch *l, uint64_t number) {
     launch = l;
     block = uint3{(unsigned)(number % l->grid.x), (unsigned)(number / l->grid.x % l->grid.y), (unsigned)(number / l->grid.x / l->grid.y)};
+    blockIdx = block;
+    blockDim = l->block;
+    gridDim = l->grid;
     n_threads = alive = l->block.x * l->block.y * l->block.z;
     rng = (settings.seed + 1) * 0x9E3779B97F4A7C15ull ^ (l->number << 40) ^ (number + 1) * 0xD1342543DE82EF95ull;
     ready_warps = 0;
@@ -510,7 +543,6 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
     ASAN_POISON_MEMORY_REGION(smem_pages + PAGE, smem - smem_pages - PAGE);
     ASAN_POISON_MEMORY_REGION(smem + smem_bytes, top - smem - smem_bytes);
     for (const TlsRange &r : symbols().shared) memset(symbols().tls_base() + r.offset, POISON, r.bytes);
-    Thread host = {};
     me = &host;
 #ifdef EMU_ASAN
     main_bottom = nullptr;
@@ -564,12 +596,13 @@ inline void print_where(const Thread *t) {
     va_end(ap);
     fail_at(me->where, code, text);
 }
-inline std::string Worker::waiting_list() {                  // threads that wait, grouped by what and where
+inline const char *Worker::waiting_list() {                  // threads that wait, grouped by what and where
     std::map<std::pair<std::string, const void *>, std::vector<int> > groups;
     for (int i = 0; i < n_threads; i++) {
         Thread &t = threads[i];
         if (t.waits_at) groups[std::make_pair(std::string(t.waits_at), t.where)].push_back(i);
-        else if (!(warps[t.warp].alive >> t.lane & 1)) groups[std::make_pair(std::string("left the kernel"), (const void *)nullptr)].push_back(i);
+        else if (!(warps[t.warp].alive >> t.lane & 1)) groups[std::make_pair(std::string("left the kernel"),
+            (const void *)nullptr)].push_back(i);
     }
     std::string out;
     for (const auto &g : groups) {
@@ -581,14 +614,15 @@ inline std::string Worker::waiting_list() {                  // threads that wai
         }
         out += ": " + g.first.first + (g.first.second ? " at " + source_line(g.first.second) : "");
     }
-    return out;
+    return keep(out);
 }
-inline void Worker::deadlock() { fail(cudaErrorLaunchFailure, "deadlock: no thread of the block can run\n%s", waiting_list().c_str()); }
+inline void Worker::deadlock() { fail(cudaErrorLaunchFailure, "deadlock: no thread of the block can run\n%s", waiting_list()); }
 
 // SIGSEGV and friends: inside a kernel a report and a sticky error; in host code the default action.
 inline void on_fault(int sig, siginfo_t *info, void *context) {
     if (!me || !me->worker) {
-        if (sig == SIGSEGV || sig == SIGBUS) fprintf(stderr, "emu: host code touched %s\n", describe_address(info->si_addr).c_str());
+        if (sig == SIGSEGV || sig == SIGBUS) fprintf(stderr, "emu: host code touched %s\n", describe_address(info->si_addr));
+        if (sig == SIGALRM) { fprintf(stderr, "emu: a kernel is still running after %u s (EMU_TIMEOUT)\n", settings.timeout); _exit(86); }
         signal(sig, SIG_DFL);
         raise(sig);
         return;
@@ -600,17 +634,25 @@ inline void on_fault(int sig, siginfo_t *info, void *context) {
 #endif
     const Worker *w = me->worker;
     const char *p = (const char *)info->si_addr;
-    std::string text;
-    if (sig == SIGABRT) text = "abort or assert";
-    else if (sig == SIGFPE) text = "integer division by zero";
-    else if (p >= w->stacks && p < w->stacks + w->stack_stride() * MAX_THREADS) text = "stack overflow (EMU_STACK sets the bytes per thread)";
+    char text[512];
+    if (sig == SIGABRT) snprintf(text, sizeof text, "abort or assert");
+    else if (sig == SIGALRM) snprintf(text, sizeof text, "still running after %u s (EMU_TIMEOUT)", settings.timeout);
+    else if (sig == SIGFPE) snprintf(text, sizeof text, "integer division by zero");
+    else if (p >= w->stacks && p < w->stacks + w->stack_stride() * MAX_THREADS) snprintf(text, sizeof text,
+        "stack overflow (EMU_STACK sets the bytes per thread)");
     else if (p >= w->smem_pages && p < w->smem_pages + SMEM_MAX + 2 * PAGE)
-        text = "access " + std::to_string(p - w->smem) + " bytes from the start of the block's " + std::to_string(w->smem_bytes) + " bytes of shared memory";
-    else text = "illegal access to " + describe_address(p);
-    fail_at(pc, sig == SIGABRT ? cudaErrorAssert : cudaErrorIllegalAddress, text.c_str());
+        snprintf(text, sizeof text, "access %ld bytes from the start of the block's %zu bytes of shared memory",
+            (long)(p - w->smem), w->smem_bytes);
+    else snprintf(text, sizeof text, "illegal access to %s", describe_address(p));
+    fail_at(sig == SIGABRT ? nullptr : pc, sig == SIGABRT ? cudaErrorAssert : sig == SIGALRM ?
+        cudaErrorLaunchFailure : cudaErrorIllegalAddress, text);
 }
 #ifdef EMU_ASAN
-extern "C" inline __attribute__((used)) void __asan_on_error() { if (me && me->worker) { print_where(me); fprintf(stderr, "AddressSanitizer report follows\n"); } }
+extern "C" inline __attribute__((used)) void __asan_on_error() { if (me && me->worker) {
+    print_where(me);
+    fprintf(stderr, "AddressSanitizer report follows\n");
+    };
+}
 #endif
 
 // ---- barriers and warp operations -------------------------------------------------------------------------------------
@@ -622,13 +664,15 @@ EMU_NOINLINE inline int barrier(int id, int expected, int line, int value, bool 
     if (id < 0 || id >= BARRIERS) fail(cudaErrorLaunchFailure, "%s: barrier %d, there are %d", name, id, BARRIERS);
     Barrier &b = w->barriers[id];
     if (!expected) expected = w->n_threads;
-    else if (expected % 32 || expected > w->n_threads) fail(cudaErrorLaunchFailure, "%s(%d, %d): the count must be a multiple of 32 within the block", name, id, expected);
+    else if (expected % 32 || expected > w->n_threads) fail(cudaErrorLaunchFailure,
+        "%s(%d, %d): the count must be a multiple of 32 within the block", name, id, expected);
     if (line && w->alive < w->n_threads)
-        fail(cudaErrorLaunchFailure, "__syncthreads after %d threads left the kernel\n%s", w->n_threads - w->alive, w->waiting_list().c_str());
-    if (b.arrived && b.expected != expected) fail(cudaErrorLaunchFailure, "%s(%d, %d): others wait there for %d threads", name, id, expected, b.expected);
+        fail(cudaErrorLaunchFailure, "__syncthreads after %d threads left the kernel\n%s", w->n_threads - w->alive, w->waiting_list());
+    if (b.arrived && b.expected != expected) fail(cudaErrorLaunchFailure, "%s(%d, %d): others wait there for %d threads", name, id,
+        expected, b.expected);
     if (b.arrived && b.line != line) {
         t->waits_at = name;
-        fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line, w->waiting_list().c_str());
+        fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line, w->waiting_list());
     }
     b.expected = expected;
     b.line = line;
@@ -655,14 +699,15 @@ EMU_NOINLINE inline void warp_op(const Verb *verb, uint32_t mask, void *args) {
     uint32_t bit = 1u << t->lane;
     t->where = __builtin_return_address(0);
     if (!(mask & bit)) fail(cudaErrorLaunchFailure, "%s: lane %d is not in its own mask %08x", verb->name, t->lane, mask);
-    if (mask & ~warp.alive) fail(cudaErrorLaunchFailure, "%s: mask %08x names lanes %08x, which have left the kernel or never existed", verb->name, mask, mask & ~warp.alive);
+    if (mask & ~warp.alive) fail(cudaErrorLaunchFailure,
+        "%s: mask %08x names lanes %08x, which have left the kernel or never existed", verb->name, mask, mask & ~warp.alive);
     uint32_t there = warp.waiting & mask;
     if (there) {
         int other = __builtin_ctz(there);
         if ((warp.mask[other] & bit) && (warp.mask[other] != mask || warp.verb[other] != verb)) {
             t->waits_at = verb->name;
             fail(cudaErrorLaunchFailure, "%s with mask %08x, but lane %d waits at %s with mask %08x\n%s", verb->name, mask, other,
-                 warp.verb[other]->name, warp.mask[other], w->waiting_list().c_str());
+                 warp.verb[other]->name, warp.mask[other], w->waiting_list());
         }
     }
     warp.verb[t->lane] = verb;
@@ -670,7 +715,8 @@ EMU_NOINLINE inline void warp_op(const Verb *verb, uint32_t mask, void *args) {
     warp.args[t->lane] = args;
     warp.waiting |= bit;
     bool complete = (warp.waiting & mask) == mask;
-    for (uint32_t m = mask; complete && m; m &= m - 1) complete = warp.verb[__builtin_ctz(m)] == verb && warp.mask[__builtin_ctz(m)] == mask;
+    for (uint32_t m = mask; complete && m; m &= m - 1) complete = warp.verb[__builtin_ctz(m)] == verb &&
+        warp.mask[__builtin_ctz(m)] == mask;
     if (!complete) return w->sleep(verb->name, t->where);
     verb->complete(warp.args, mask);
     warp.waiting &= ~mask;
@@ -696,11 +742,16 @@ EMU_NOINLINE inline void check_slow(const char *name, const void *p, size_t n, s
     const Worker *w = me->worker;
     if (!global_only && (in_shared(p, n) || in_range(p, n, w->stacks, w->stack_stride() * MAX_THREADS))) return;
     if (in_range(p, 1, w->smem_pages, SMEM_MAX + 2 * PAGE))
-        fail(cudaErrorIllegalAddress, "%s: %ld bytes from the start of the block's %zu bytes of shared memory", name, (long)((const char *)p - w->smem), w->smem_bytes);
-    fail(cudaErrorIllegalAddress, "%s of %zu bytes: %s", name, n, describe_address(p).c_str());
+        fail(cudaErrorIllegalAddress, "%s: %ld bytes from the start of the block's %zu bytes of shared memory", name,
+            (long)((const char *)p - w->smem), w->smem_bytes);
+    fail(cudaErrorIllegalAddress, "%s of %zu bytes: %s", name, n, describe_address(p));
 }
-inline void check_global(const char *name, const void *p, size_t n, size_t align) { check_slow(name, p, n, align, true); }
-inline void check_access(const char *name, const void *p, size_t n, size_t align) { check_slow(name, p, n, align, false); }
+inline __attribute__((always_inline)) void check_global(const char *name, const void *p, size_t n, size_t align) {
+    check_slow(name, p, n, align, true);
+}
+inline __attribute__((always_inline)) void check_access(const char *name, const void *p, size_t n, size_t align) {
+    check_slow(name, p, n, align, false);
+}
 EMU_NOINLINE inline void check_shared(const char *name, const void *p, size_t n, size_t align) {
     me->where = __builtin_return_address(0);
     if ((uintptr_t)p % align) fail(cudaErrorMisalignedAddress, "%s: shared address %p is not aligned to %zu bytes", name, p, align);
@@ -723,14 +774,17 @@ inline void run_launch(Launch &l) {
     }
     int threads = (uint64_t)settings.threads < n ? settings.threads : (int)n;
     (void)threads;
+    if (settings.timeout) alarm(settings.timeout);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (!my_worker) my_worker = new Worker();             // lives as long as its OS thread
         for (uint64_t i; !l.failed && (i = l.next++) < n;) my_worker->run_block(&l, (uint64_t)(((unsigned __int128)i * step + first) % n));
     }
+    if (settings.timeout) alarm(0);
     for (const auto &it : allocations)
         if (it.second.live && it.second.kind == 'd' && !fences_intact(it.second)) {
-            host_error(cudaErrorIllegalAddress, "%s wrote outside its memory, beside allocation %s", function_name(l.kernel), describe_address(it.second.base).c_str());
+            host_error(cudaErrorIllegalAddress, "%s wrote outside its memory, beside allocation %s", function_name(l.kernel),
+                describe_address(it.second.base));
             int none = 0;
             sticky.compare_exchange_strong(none, cudaErrorIllegalAddress);
         }

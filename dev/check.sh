@@ -1,0 +1,45 @@
+#!/bin/sh
+# make check: facts that must hold of the sources. Silence is good; the last line is "check: ok".
+bad=0
+say() { echo "check: $*"; bad=1; }
+cc=${CC:-cc} cxx=${CXX:-g++}
+tracked() { git ls-files "$@" 2>/dev/null; }
+
+# the trainer is C11 and, for the benches that include it, C++17
+warn="-Wall -Wextra -Wno-unknown-pragmas -fsyntax-only"
+$cc -std=gnu11 $warn train_litespark.c || say "train_litespark.c does not compile as C11"
+if command -v "$cxx" >/dev/null; then
+    $cxx -x c++ -std=gnu++17 $warn train_litespark.c || say "train_litespark.c does not compile as C++17"
+else
+    echo "skipped: check as C++ (apt-get install g++)"
+fi
+
+# the region that both trainers share
+for f in train_litespark.c train_litespark.cu; do
+    [ -f $f ] || continue
+    for mark in BEGIN END; do
+        [ "$(grep -c "^// SHARED $mark" $f)" = 1 ] || say "$f: not exactly one line '// SHARED $mark'"
+    done
+done
+if [ -f train_litespark.cu ]; then
+    a=$(sed -n '/^\/\/ SHARED BEGIN/,/^\/\/ SHARED END/p' train_litespark.c | cksum)
+    b=$(sed -n '/^\/\/ SHARED BEGIN/,/^\/\/ SHARED END/p' train_litespark.cu | cksum)
+    [ "$a" = "$b" ] || say "the shared regions of the trainers differ (make sync copies the .c's)"
+fi
+
+# no data in the repository but the fixture
+binaries=$(tracked '*.bin' | grep -v '^dev/fixture/')
+[ -z "$binaries" ] || say "tracked data: $binaries"
+
+# every target is in the README
+for t in $(sed -n 's/^\.PHONY: *//p' Makefile); do
+    [ $t = help ] && continue                       # that is `make` alone
+    grep -Eq "(make |\\|)$t\b" README.md 2>/dev/null || say "README.md does not name 'make $t'"
+done
+
+# not a fact but a hint: lines that no screen shows whole
+for f in train_litespark.c train_litespark.cu test_litespark.c; do
+    [ -f $f ] && awk -v f=$f 'length($0) > 130 { n++ } END { if (n) print "note: " f " has " n " lines of more than 130 columns" }' $f
+done
+[ $bad = 0 ] && echo "check: ok"
+exit $bad

@@ -1,0 +1,126 @@
+// emu_verbs.h: the hardware verbs of train_litespark.cu's section 7, in C++. Semantics are those of the PTX instruction
+// named at each verb. A warp-wide verb is a struct of the lanes' arguments and one function that the last lane to arrive
+// runs for all; add wgmma, TMA and mbarriers the same way.
+#pragma once
+#include "cuda_bf16.h"
+
+namespace emu {
+inline float bf16_low(uint32_t u) { return __uint_as_float(u << 16); }
+inline float bf16_high(uint32_t u) { return __uint_as_float(u & 0xFFFF0000u); }
+
+struct MmaArgs { float *d; const uint32_t *a, *b; };
+// Fragments of one lane (g = lane / 4, t = lane % 4): a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t..], a[2] = A[g][2t+8..],
+// a[3] = A[g+8][2t+8..]; b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, 2t+9][g]; d = D[g][2t], D[g][2t+1], D[g+8][2t], D[g+8][2t+1].
+inline void mma_complete(void **args, uint32_t) {
+    typedef float Four __attribute__((vector_size(16)));
+    float A[16][16], D[16][8];
+    alignas(16) float B[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const MmaArgs *x = (const MmaArgs *)args[lane];
+        const int g = lane / 4, t = lane % 4 * 2;
+        float (*a)[16] = &A[g], (*b)[8] = &B[t], (*d)[8] = &D[g];
+        a[0][t] = bf16_low(x->a[0]), a[0][t + 1] = bf16_high(x->a[0]), a[8][t] = bf16_low(x->a[1]), a[8][t + 1] = bf16_high(x->a[1]);
+        a[0][t + 8] = bf16_low(x->a[2]), a[0][t + 9] = bf16_high(x->a[2]), a[8][t + 8] = bf16_low(x->a[3]),
+            a[8][t + 9] = bf16_high(x->a[3]);
+        b[0][g] = bf16_low(x->b[0]), b[1][g] = bf16_high(x->b[0]), b[8][g] = bf16_low(x->b[1]), b[9][g] = bf16_high(x->b[1]);
+        d[0][t] = x->d[0], d[0][t + 1] = x->d[1], d[8][t] = x->d[2], d[8][t + 1] = x->d[3];
+    }
+    for (int m = 0; m < 16; m++) {                            // products of bf16 are exact in fp32; sums in order of k
+        Four left, right;
+        memcpy(&left, D[m], 16);
+        memcpy(&right, D[m] + 4, 16);
+        for (int k = 0; k < 16; k++) {
+            left += A[m][k] * *(const Four *)B[k];
+            right += A[m][k] * *(const Four *)(B[k] + 4);
+        }
+        memcpy(D[m], &left, 16);
+        memcpy(D[m] + 4, &right, 16);
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        float *d = ((const MmaArgs *)args[lane])->d;
+        const int g = lane / 4, t = lane % 4 * 2;
+        d[0] = D[g][t], d[1] = D[g][t + 1], d[2] = D[g + 8][t], d[3] = D[g + 8][t + 1];
+    }
+}
+struct LdmatrixArgs { const void *row; uint32_t *r; };
+// Lane 8i+j holds the address of row j of matrix i (8 rows of 8 bf16). r[i] of a lane = M[g][2t, 2t+1], or transposed
+// M[2t][g], M[2t+1][g].
+template <int n, bool trans> void ldmatrix_complete(void **args, uint32_t) {
+    for (int i = 0; i < n; i++) {
+        uint16_t m[8][8];
+        for (int j = 0; j < 8; j++) memcpy(m[j], ((const LdmatrixArgs *)args[8 * i + j])->row, 16);
+        for (int lane = 0; lane < 32; lane++) {
+            const int g = lane / 4, t = lane % 4 * 2;
+            ((const LdmatrixArgs *)args[lane])->r[i] = trans ? m[t][g] | (uint32_t)m[t + 1][g] <<
+                16 : m[g][t] | (uint32_t)m[g][t + 1] << 16;
+        }
+    }
+}
+template <int n, bool trans> EMU_INLINE void ldmatrix(uint32_t *r, const void *row) {
+    static constexpr Verb verb = {trans ? "ldmatrix.trans" : "ldmatrix", ldmatrix_complete<n, trans>};
+    if (me->lane < 8 * n) check_shared(verb.name, row, 16, 16);
+    LdmatrixArgs args = {row, r};
+    warp_sync(&verb, ~0u, &args);
+}
+inline void land(const Copy &c) {
+    memcpy(c.dst, c.src, c.valid);
+    memset((char *)c.dst + c.valid, 0, 16 - c.valid);
+}
+}  // namespace emu
+
+template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; }   // aligned to 128 bytes
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b
+EMU_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    static constexpr emu::Verb verb = {"mma.m16n8k16", emu::mma_complete};
+    emu::MmaArgs args = {d, a, b};
+    emu::warp_sync(&verb, ~0u, &args);
+}
+// ldmatrix.sync.aligned.m8n8.x{1,2,4}{.trans}.shared.b16
+EMU_INLINE void ldmatrix_x1(uint32_t r[1], const void *row) { emu::ldmatrix<1, false>(r, row); }
+EMU_INLINE void ldmatrix_x2(uint32_t r[2], const void *row) { emu::ldmatrix<2, false>(r, row); }
+EMU_INLINE void ldmatrix_x4(uint32_t r[4], const void *row) { emu::ldmatrix<4, false>(r, row); }
+EMU_INLINE void ldmatrix_x1_trans(uint32_t r[1], const void *row) { emu::ldmatrix<1, true>(r, row); }
+EMU_INLINE void ldmatrix_x2_trans(uint32_t r[2], const void *row) { emu::ldmatrix<2, true>(r, row); }
+EMU_INLINE void ldmatrix_x4_trans(uint32_t r[4], const void *row) { emu::ldmatrix<4, true>(r, row); }
+
+// cp.async.cg.shared.global [dst], [src], 16, valid: bytes from `valid` on are zero. The destination is poison until the wait
+// that makes it visible; with EMU_SEED some copies land at once and some destinations keep their old contents until then.
+EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) {
+    emu::Thread *t = emu::me;
+    emu::check_shared("cp.async destination", dst, 16, 16);
+    if (valid < 0 || valid > 16) emu::fail(cudaErrorLaunchFailure, "cp.async: %d valid bytes of 16", valid);
+    if (valid) emu::check_global("cp.async source", src, valid, 16);
+    const emu::Copy c = {dst, src, valid};
+    const int early = emu::settings.seed ? (int)(t->worker->random() % 4) : 1;
+    if (early == 0) return emu::land(c);
+    if (early < 3) memset(dst, emu::POISON, 16);
+    t->copies.push_back(c);
+}
+inline void cp_async_commit() { emu::me->groups.push_back(emu::me->copies.size()); }   // cp.async.commit_group
+template <int n> inline void cp_async_wait() {               // cp.async.wait_group n: at most n groups stay in flight
+    emu::Thread *t = emu::me;
+    if (t->groups.size() <= n) return;
+    const size_t done = t->groups.size() - n, copies = t->groups[done - 1];
+    for (size_t i = 0; i < copies; i++) emu::land(t->copies[i]);
+    t->copies.erase(t->copies.begin(), t->copies.begin() + copies);
+    t->groups.erase(t->groups.begin(), t->groups.begin() + done);
+    for (size_t &g : t->groups) g -= copies;
+    t->worker->yield();
+}
+// bar.sync id, threads; bar.arrive id, threads: named barriers 1..15 for a multiple of 32 threads
+EMU_INLINE void barrier_sync(int id, int threads) { emu::barrier(id, threads, 0, 0, true, "bar.sync"); asm volatile(""); }
+EMU_INLINE void barrier_arrive(int id, int threads) { emu::barrier(id, threads, 0, 0, false, "bar.arrive"); asm volatile(""); }
+
+inline float exp2_approx(float x) {                           // ex2.approx.ftz.f32
+    const float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;                    // results below the normal range flush to zero
+}
+// 16-byte accesses: default, streaming (.cs), L2 only (.cg), and read-only (.nc)
+EMU_INLINE uint4 load_16B(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
+EMU_INLINE uint4 load_16B_streaming(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
+EMU_INLINE uint4 load_16B_l2(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
+EMU_INLINE uint4 load_16B_const(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
+EMU_INLINE void store_16B(void *p, uint4 v) { emu_store("16-byte store", (uint4 *)p, v); }
+EMU_INLINE void store_16B_streaming(void *p, uint4 v) { emu_store("16-byte store", (uint4 *)p, v); }
+EMU_INLINE void store_16B_l2(void *p, uint4 v) { emu_store("16-byte store", (uint4 *)p, v); }

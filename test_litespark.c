@@ -1,0 +1,3009 @@
+/*
+Tests of litespark. One source for both trainers: TRAINER is the file that is tested.
+
+    make test                               all; the last line is "N passed, N failed"
+    make test T='attention resume'          only tests whose name contains one of these words
+    make test SAN=1                         with address and undefined-behaviour sanitizers
+
+It is built twice: with floatX = float, and with floatX = double for the gradient checks. `--also PROGRAM` runs the other build
+and adds its counts. Tests call the trainer's functions in this process (a die() comes back through die_hook), or run the real
+binary as a user would (--binary FILE, default build/train_litespark). What needs something that is not here says
+"skipped: what (how to get it)".
+
+Reading order: 1 harness, 2 makers of small models and files, 3 running the trainer, then the tests by subject, the table, main.
+*/
+#define LITESPARK_NO_MAIN
+#ifndef TRAINER
+#define TRAINER "train_litespark.c"
+#endif
+#include TRAINER
+#include <ftw.h>
+#include <setjmp.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#ifndef TRAINER_PATH
+#define TRAINER_PATH "train_litespark.c"        // its text, for the mutation test
+#endif
+enum { IS_DOUBLE = sizeof(floatX) == sizeof(double) };
+#define EPS_X (IS_DOUBLE ? 0x1p-53 : 0x1p-24)   // unit roundoff of floatX
+#define COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
+
+// ==== 1. Harness ========================================================================================================
+static int n_bad;                       // failed checks of the current test
+static char skip_reason[512];           // set: the current test cannot run here
+static char top_dir[256], test_dir[300];// of this process, of the current test
+static const char *binary = "build/train_litespark";
+static const char *mpirun = "mpirun";
+
+// Reports a failed check; `fmt` says what was found and what was expected.
+__attribute__((format(printf, 2, 3))) static void bad(int line, const char *fmt, ...) {
+    va_list args;
+    if (n_bad++ >= 12) return;          // enough to see what is wrong
+    printf("    line %d: ", line);
+    va_start(args, fmt);
+    vprintf(fmt, args);
+    va_end(args);
+    printf("\n");
+}
+#define CHECK(condition, ...) do { if (!(condition)) bad(__LINE__, __VA_ARGS__); } while (0)
+#define SKIP(...) do { snprintf(skip_reason, sizeof skip_reason, __VA_ARGS__); return; } while (0)
+
+// The error must be a number and at most tol: NaN fails.
+static void check_error(int line, const char *what, double error, double tol) {
+    if (!(error <= tol)) bad(line, "%s: error %.3g, at most %.3g expected", what, error, tol);
+}
+#define CHECK_ERROR(what, error, tol) check_error(__LINE__, what, error, tol)
+
+// |a - b| / |b| in the L2 norm; b = 0: |a|.
+static double rel_l2(const floatX *a, const floatX *b, size_t n) {
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < n; i++) {
+        difference += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        size += (double)b[i] * (double)b[i];
+    }
+    return size > 0 ? sqrt(difference / size) : sqrt(difference) + size;
+}
+
+// Runs a statement that should die; `died` then holds the message. Locals that the statement changes are lost.
+static jmp_buf escape;
+static char died[2048];
+static void on_die(const char *message) {
+    snprintf(died, sizeof died, "%s", message);
+    longjmp(escape, 1);
+}
+#define DIES(statement) (died[0] = 0, die_hook = on_die, setjmp(escape) ? (die_hook = NULL, 1) : ((void)(statement), die_hook = NULL, 0))
+
+// The statement must die with one line that contains both parts.
+#define CHECK_DIES(statement, part1, part2) do { \
+    int dead = DIES(statement); \
+    CHECK(dead && strstr(died, part1) && strstr(died, part2) && !strchr(died, '\n'), "%s: expected one line with '%s' and '%s', got '%s'", \
+          #statement, part1, part2, dead ? died : "(no error)"); \
+} while (0)
+
+// A path in the folder of the current test; eight may be in use at a time.
+__attribute__((format(printf, 1, 2))) static char *file_at(const char *fmt, ...) {
+    static char paths[16][600];
+    static int next;
+    char *path = paths[next++ % 16];
+    int n = snprintf(path, sizeof paths[0], "%s/", test_dir);
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(path + n, sizeof paths[0] - (size_t)n, fmt, args);
+    va_end(args);
+    return path;
+}
+
+static int remove_one(const char *path, const struct stat *info, int type, struct FTW *ftw) {
+    (void)info; (void)type; (void)ftw;
+    return remove(path);
+}
+static void remove_tree(const char *path) { nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS); }
+
+// A fresh, empty folder of the current test.
+static char *folder(const char *name) {
+    char *path = file_at("%s", name);
+    remove_tree(path);
+    mkdir(path, 0777);
+    return path;
+}
+
+// Without write_file_whole's fsync, which would take most of the time here.
+static void write_bytes(const char *path, const void *data, size_t n) {
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(data, 1, n, f) != n || fclose(f)) die("test: cannot write %s", path);
+}
+
+static void write_text(const char *path, const char *text) { write_bytes(path, text, strlen(text)); }
+
+static char *slurp(const char *path, size_t *n) {       // "" when it is not there; the caller frees
+    size_t unused;
+    if (access(path, R_OK)) {
+        if (n) *n = 0;
+        return xstrdup("");
+    }
+    return read_text_file(path, (size_t)1 << 30, n ? n : &unused);
+}
+
+static int same_files(const char *a, const char *b) {
+    size_t n, m;
+    char *x = slurp(a, &n), *y = slurp(b, &m);
+    int same = n > 0 && n == m && !memcmp(x, y, n);
+    free(x);
+    free(y);
+    return same;
+}
+
+static void copy_file(const char *from, const char *to) {
+    size_t n;
+    char *data = slurp(from, &n);
+    write_bytes(to, data, n);
+    free(data);
+}
+
+static void copy_folder(const char *from, const char *to) {
+    DIR *d = opendir(from);
+    mkdir(to, 0777);
+    for (struct dirent *e; d && (e = readdir(d));) if (e->d_name[0] != '.') {
+        char *a = path_text("%s/%s", from, e->d_name), *b = path_text("%s/%s", to, e->d_name);
+        copy_file(a, b);
+        free(a);
+        free(b);
+    }
+    if (d) closedir(d);
+}
+
+// Overwrites (or, with n = 0, cuts) a file at `offset`; negative offsets count from its end.
+static void damage_file(const char *path, long offset, const void *bytes, size_t n) {
+    struct stat info;
+    int fd = open(path, O_RDWR);
+    if (fd < 0 || fstat(fd, &info)) die("test: cannot open %s", path);
+    if (offset < 0) offset += (long)info.st_size;
+    if (n ? pwrite(fd, bytes, n, offset) != (ssize_t)n : ftruncate(fd, offset)) die("test: cannot change %s", path);
+    close(fd);
+}
+
+static const char SHARED_DATA[] = "../shared/data";
+
+// ==== 2. Small models, batches and files ================================================================================
+static uint64_t test_seed = 1;          // of the makers below
+
+static double noise(void) {             // a fresh normal number
+    static uint64_t index;
+    return random_normal(test_seed, 77, index++);
+}
+
+static floatX *noise_array(size_t n, double mean, double std) {
+    floatX *x = (floatX *)xmalloc(n * sizeof(floatX));
+    for (size_t i = 0; i < n; i++) x[i] = (floatX)(mean + std * noise());
+    return x;
+}
+
+static int random_int(int n) {
+    static uint64_t index;
+    return (int)(random_bits(test_seed, 78, index++) % (uint64_t)n);
+}
+
+// config.json of a small model; D 0: C/H. The caller frees.
+static char *config_text(const char *family, int tied, int V, int L, int C, int H, int K, int D, int F, const char *more) {
+    Text t = {NULL, 0, 0};
+    text_add(&t, "{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, \"num_attention_heads\": %d, "
+             "\"num_key_value_heads\": %d, \"intermediate_size\": %d, \"max_position_embeddings\": 256, \"tie_word_embeddings\": %s, "
+             "\"rms_norm_eps\": 1e-5, \"rope_theta\": 100.0", family, V, L, C, H, K, F, tied ? "true" : "false");
+    if (D) text_add(&t, ", \"head_dim\": %d", D);
+    text_add(&t, "%s%s}\n", *more ? ", " : "", more);
+    return t.s;
+}
+
+static const char LLAMA3_ROPE[] = "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, \"high_freq_factor\": 4, "
+                                  "\"original_max_position_embeddings\": 32}";
+
+static Config make_config(const char *family, int tied, int V, int L, int C, int H, int K, int D, int F, const char *more) {
+    Config c;
+    char *text = config_text(family, tied, V, L, C, H, K, D, F, more);
+    config_from_json(&c, text, strlen(text), "test config");
+    free(text);
+    return c;
+}
+
+// A model with weights in which nothing is trivial: norms are not 1, biases not 0.
+static void make_model(Model *m, const Config *c, int B, int T, int chunk, int recompute, int bf16) {
+    memset(m, 0, sizeof *m);
+    m->world = 1;
+    m->recompute = recompute;
+    m->bf16 = bf16;
+    model_plan(m, c, B, T, chunk);
+    model_alloc(m);
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        const Tensor *t = &m->p.tensors[i];
+        for (size_t j = 0; j < t->n; j++) {
+            double x = random_normal(11, hash_string(t->name), j);
+            m->weights[t->at + j] = (floatX)(float)(t->cols ? 0.2 * x : t->init == INIT_ONE ? 1 + 0.3 * x : 0.3 * x);
+        }
+    }
+    model_set_master(m);
+}
+
+// Random inputs and targets; every `ignore`-th target is masked (0: none). documents: new ones start here and there.
+static void make_batch(Batch *batch, int B, int T, int V, int ignore, int documents) {
+    batch_alloc(batch, B, T, documents);
+    batch->n_rows = B;
+    for (int i = 0; i < B * T; i++) {
+        batch->inputs[i] = random_int(V);
+        batch->targets[i] = ignore && i % ignore == 0 ? IGNORED : random_int(V);
+        if (documents) batch->doc_start[i] = i % T == 0 ? 0 : random_int(7) == 0 ? i % T : batch->doc_start[i - 1];
+    }
+}
+
+// An llm.c shard. vocab, crc (0: leave out), eod as the header has them.
+static void write_bin(const char *path, const int *tokens, int n, int width, int vocab, int crc, int eod) {
+    unsigned char *d = (unsigned char *)xcalloc(1024 + (size_t)n * 4, 1);
+    int32_t h[6] = {width == 2 ? 20240520 : 20240801, width == 2 ? 1 : 7, n, vocab, 0, eod + 1};
+    for (int i = 0; i < n; i++) {
+        uint16_t narrow = (uint16_t)tokens[i];
+        if (width == 2) memcpy(d + 1024 + 2 * (size_t)i, &narrow, 2);
+        else memcpy(d + 1024 + 4 * (size_t)i, &tokens[i], 4);
+    }
+    uint32_t sum = crc32_update(0, d + 1024, (size_t)n * (size_t)width);
+    if (crc) memcpy(&h[4], &sum, 4);
+    memcpy(d, h, sizeof h);
+    write_bytes(path, d, 1024 + (size_t)n * (size_t)width);
+    free(d);
+}
+
+// ==== 3. Running the trainer ============================================================================================
+typedef struct Process {
+    pid_t pid;
+    double start;
+    char out_path[320], err_path[320];
+} Process;
+
+typedef struct Result {
+    int code;                           // exit status; 128 + signal when killed; -1 after a timeout
+    double seconds;
+    char *out, *err;                    // what it printed; kept until the end of the tests
+} Result;
+
+static rlim_t file_size_limit;          // 0: none; of processes started from now on
+
+// Starts a command: words separated by one space, '' is the empty word. Its output goes to files.
+static Process start_command(const char *line) {
+    static int count;
+    Process p;
+    char *words = xstrdup(line), *argv[128];
+    int n = 0;
+    for (char *w = strtok(words, " "); w && n < 127; w = strtok(NULL, " ")) argv[n++] = strcmp(w, "''") ? w : w + 2;
+    argv[n] = NULL;
+    snprintf(p.out_path, sizeof p.out_path, "%s/run%d.out", top_dir, ++count);
+    snprintf(p.err_path, sizeof p.err_path, "%s/run%d.err", top_dir, count);
+    fflush(stdout);
+    p.start = now_seconds();
+    p.pid = fork();
+    if (p.pid == 0) {
+        setpgid(0, 0);                  // so that a timeout can end mpirun and its ranks
+        int in = open("/dev/null", O_RDONLY), out = open(p.out_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        int err = open(p.err_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        dup2(in, 0);
+        dup2(out, 1);
+        dup2(err, 2);
+        if (file_size_limit) {
+            struct rlimit limit = {file_size_limit, file_size_limit};
+            setrlimit(RLIMIT_FSIZE, &limit);
+            signal(SIGXFSZ, SIG_IGN);   // write() then says EFBIG
+        }
+        execvp(argv[0], argv);
+        fprintf(stderr, "cannot run %s: %s\n", argv[0], strerror(errno));
+        _exit(127);
+    }
+    setpgid(p.pid, p.pid);
+    free(words);
+    return p;
+}
+
+static Result finish(Process *p, double timeout) {
+    Result r;
+    int status = 0, ended = 0;
+    memset(&r, 0, sizeof r);
+    while (!(ended = waitpid(p->pid, &status, WNOHANG) == p->pid) && now_seconds() - p->start < timeout) usleep(2000);
+    if (!ended) {
+        kill(-p->pid, SIGKILL);
+        waitpid(p->pid, &status, 0);
+    }
+    r.seconds = now_seconds() - p->start;
+    r.code = !ended ? -1 : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    r.out = slurp(p->out_path, NULL);
+    r.err = slurp(p->err_path, NULL);
+    unlink(p->out_path);
+    unlink(p->err_path);
+    return r;
+}
+
+enum { TIMEOUT = 120 };                 // seconds; far beyond what any run here takes, also with sanitizers
+
+// The trainer on `ranks` ranks (0: without mpirun) with these options.
+__attribute__((format(printf, 2, 3))) static Process trainer_start(int ranks, const char *fmt, ...) {
+    char options[4096], line[5000];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(options, sizeof options, fmt, args);
+    va_end(args);
+    if (ranks) snprintf(line, sizeof line, "%s -np %d --oversubscribe %s %s", mpirun, ranks, binary, options);
+    else snprintf(line, sizeof line, "%s %s", binary, options);
+    return start_command(line);
+}
+
+__attribute__((format(printf, 2, 3))) static Result trainer(int ranks, const char *fmt, ...) {
+    char options[4096];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(options, sizeof options, fmt, args);
+    va_end(args);
+    Process p = trainer_start(ranks, "%s", options);
+    return finish(&p, TIMEOUT);
+}
+
+static const char *last_line(const char *text) {        // without its newline, in a static buffer
+    static char line[400];
+    size_t n = strlen(text);
+    while (n && text[n - 1] == '\n') n--;
+    size_t start = n;
+    while (start && text[start - 1] != '\n') start--;
+    snprintf(line, sizeof line, "%.*s", (int)(n - start), text + start);
+    return line;
+}
+
+static void check_ran(int line, Result r) {
+    if (r.code != 0) bad(line, "exit status %d after %.1f s; stderr ends: %s", r.code, r.seconds, last_line(r.err));
+}
+#define CHECK_RAN(result) check_ran(__LINE__, result)
+
+static int count_lines(const char *text, const char *start) {     // lines that begin with `start`
+    int n = 0;
+    for (const char *s = text; *s && (s = strstr(s, start)); s++) n += s == text || s[-1] == '\n';
+    return n;
+}
+
+// Exit status 1 and one line "error: ..." that contains both parts.
+static void check_refused(int line, Result r, const char *part1, const char *part2) {
+    if (r.code != 1) bad(line, "exit status %d, 1 with '%s' expected; stderr ends: %s", r.code, part1, last_line(r.err));
+    else if (count_lines(r.err, "error: ") != 1 || !strstr(r.err, part1) || !strstr(r.err, part2))
+        bad(line, "expected one error line with '%s' and '%s', got: %s", part1, part2, r.err);
+}
+#define CHECK_REFUSED(result, part1, part2) check_refused(__LINE__, result, part1, part2)
+
+static int have_binary(void) {
+    if (access(binary, X_OK)) {
+        snprintf(skip_reason, sizeof skip_reason, "%s is not here (make train)", binary);
+        return 0;
+    }
+    return 1;
+}
+
+static int have_mpi(void) {
+    static int known = -1;
+    if (!have_binary()) return 0;
+    if (known < 0) known = trainer(2, "--help").code == 0;
+    if (!known) snprintf(skip_reason, sizeof skip_reason, "no mpirun, or %s is built without MPI (apt-get install openmpi-bin libopenmpi-dev; make train)", binary);
+    return known;
+}
+
+// What most runs share, made once: a config.json, training shards with something to learn, validation shards.
+static char tiny_config[320], train_glob[320], val_glob[320];
+enum { TINY_V = 53, TINY_T = 16 };
+
+static void make_tiny(void) {
+    if (tiny_config[0]) return;
+    snprintf(tiny_config, sizeof tiny_config, "%s/tiny.json", top_dir);
+    snprintf(train_glob, sizeof train_glob, "%s/train_*.bin", top_dir);
+    snprintf(val_glob, sizeof val_glob, "%s/val_*.bin", top_dir);
+    char *text = config_text("llama", 0, TINY_V, 2, 32, 4, 2, 0, 24, LLAMA3_ROPE);
+    write_text(tiny_config, text);
+    free(text);
+    int tokens[1200], state = 1;
+    for (int shard = 0; shard < 3; shard++) {
+        for (int i = 0; i < 1200; i++) tokens[i] = state = random_int(4) ? (state * 7 + 3) % TINY_V : random_int(TINY_V);
+        char path[320];
+        snprintf(path, sizeof path, shard < 2 ? "%s/train_%d.bin" : "%s/val_%d.bin", top_dir, shard);
+        write_bin(path, tokens, shard < 2 ? 1200 - 100 * shard : 300, 2, TINY_V, 1, 0);
+    }
+}
+
+// Options of a small run; the caller adds --steps, --out and what it is about.
+static const char *tiny(void) {
+    static char options[1200];
+    make_tiny();
+    snprintf(options, sizeof options, "--config %s --train-data %s --seq-len %d --threads 1 --sample-every 0", tiny_config, train_glob, TINY_T);
+    return options;
+}
+
+// The values of `key` in OUT/log.jsonl's records of this type, in order; returns their number. A null is NaN.
+static int log_values(const char *out, const char *type, const char *key, double *x, int most) {
+    char *path = path_text("%s/log.jsonl", out), *text = slurp(path, NULL);
+    int n = 0;
+    for (char *line = strtok(text, "\n"); line && n < most; line = strtok(NULL, "\n")) {
+        if (DIES(json_free(json_parse(line, strlen(line), "log.jsonl")))) {
+            bad(__LINE__, "log.jsonl is no JSON: %s", died);
+            break;
+        }
+        Json *j = json_parse(line, strlen(line), "log.jsonl");
+        if (!strcmp(json_string(j, "type", "log.jsonl", NULL), type)) x[n++] = json_get(j, key) ? json_get(j, key)->num : NAN;
+        json_free(j);
+    }
+    free(text);
+    free(path);
+    return n;
+}
+
+// Largest relative L2 difference of any tensor of two safetensors files; NAN when their tensors differ.
+static double compare_tensors(const char *a, const char *b) {
+    StSet *x = st_open(a), *y = st_open(b);
+    double worst = x->n_tensors == y->n_tensors ? 0 : NAN;
+    for (int i = 0; i < x->n_tensors && worst >= 0; i++) {
+        const StTensor *s = &x->tensors[i], *t = st_find(y, s->name);
+        if (!t || t->n != s->n) worst = NAN;
+        else {
+            float *u = (float *)xmalloc(s->n * 4), *v = (float *)xmalloc(s->n * 4);
+            double difference = 0, size = 0;
+            st_read(x, s, 0, s->n, u);
+            st_read(y, t, 0, t->n, v);
+            for (size_t j = 0; j < s->n; j++) difference += ((double)u[j] - v[j]) * ((double)u[j] - v[j]), size += (double)v[j] * v[j];
+            double error = size > 0 ? sqrt(difference / size) : sqrt(difference);
+            if (!(error <= worst)) worst = error;
+            free(u);
+            free(v);
+        }
+    }
+    st_close(x);
+    st_close(y);
+    return worst;
+}
+
+// ==== 4. Numbers, text and files ========================================================================================
+static void test_exp_is_accurate(void) {
+    double worst = 0;
+    for (int i = 0; i <= 2000000; i++) {
+        float x = -87 + 175.0f * (float)i / 2000000;        // -87 .. 88
+        double want = exp((double)x), error = fabs((double)exp_x((floatX)x) - want) / want;
+        if (!(error <= worst)) worst = error;
+    }
+    CHECK_ERROR("e^x on -87 .. 88", worst, 3 * EPS_X);      // 1.5 ulp = 3 units of roundoff
+    CHECK(exp_x(0) == 1, "e^0 is %g", (double)exp_x(0));
+    CHECK(exp_x(-1000) == 0 && exp_x(-INFINITY) == 0, "e^-1000 is %g", (double)exp_x(-1000));
+    CHECK(isnan((double)exp_x((floatX)NAN)), "e^NaN is %g", (double)exp_x((floatX)NAN));
+}
+
+static void test_bf16_rounds_to_nearest_even(void) {
+    const struct { uint32_t from, to; } rows[] = {{0x3f800000, 0x3f800000}, {0x3f808000, 0x3f800000}, {0x3f818000, 0x3f820000}, {0x3f808001, 0x3f810000},
+        {0x3f807fff, 0x3f800000}, {0xbf808001, 0xbf810000}, {0x7f7fffff, 0x7f800000}, {0x00000000, 0}, {0x80000000, 0x80000000}, {0x7f800000, 0x7f800000}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        float x, y;
+        uint32_t got;
+        memcpy(&x, &rows[i].from, 4);
+        y = (float)round_bf16((floatX)x);
+        memcpy(&got, &y, 4);
+        CHECK(got == rows[i].to, "%08x became %08x, not %08x", rows[i].from, got, rows[i].to);
+        CHECK((uint32_t)st_float_to_bf16(x) << 16 == rows[i].to, "%08x is written as %04x", rows[i].from, st_float_to_bf16(x));
+    }
+    CHECK(!isfinite((double)round_bf16((floatX)NAN)), "NaN became finite");
+}
+
+static void test_random_numbers_are_normal_and_independent(void) {
+    enum { N = 1 << 18 };
+    double m = 0, v = 0, k = 0, lag = 0, cross = 0, previous = 0;
+    for (int i = 0; i < N; i++) {
+        double x = random_normal(1337, hash_string("model.embed_tokens.weight"), (uint64_t)i), y = random_normal(1337, hash_string("lm_head.weight"), (uint64_t)i);
+        m += x / N, v += x * x / N, k += x * x * x * x / N, lag += x * previous / N, cross += x * y / N;
+        previous = x;
+    }
+    const double se = 1 / sqrt((double)N);                  // standard error of a mean of N; 5 of them: 1 in 3 million
+    CHECK_ERROR("mean", fabs(m), 5 * se);
+    CHECK_ERROR("variance - 1", fabs(v - 1), 5 * sqrt(2.0) * se);
+    CHECK_ERROR("fourth moment - 3", fabs(k - 3), 5 * sqrt(96.0) * se);
+    CHECK_ERROR("correlation of neighbours", fabs(lag), 5 * se);
+    CHECK_ERROR("correlation of two tensors", fabs(cross), 5 * se);
+    CHECK(random_bits(1, 2, 3) == random_bits(1, 2, 3) && random_bits(1, 2, 3) != random_bits(1, 2, 4) && random_bits(1, 2, 3) != random_bits(1, 3, 3)
+          && random_bits(1, 2, 3) != random_bits(2, 2, 3), "bits are not a function of all three keys");
+}
+
+static void test_numbers_are_parsed_strictly(void) {
+    const char *const ints[] = {"0", "-5", "+5", "9223372036854775807", "-9223372036854775808", "007"};
+    const int64_t want[] = {0, -5, 5, INT64_MAX, INT64_MIN, 7};
+    const char *const bad_ints[] = {"", "-", "+", "--1", "1 ", " 1", "1x", "0x10", "1.0", "1e3", "9223372036854775808", "-9223372036854775809", "+-1"};
+    const char *const reals[] = {"0", "-1.5", "3e-4", "1E10", ".5", "5.", "+2", "1e-400"};
+    const double want_reals[] = {0, -1.5, 3e-4, 1e10, .5, 5, 2, 0};
+    const char *const bad_reals[] = {"", ".", "e5", "1e", "inf", "nan", "-inf", "0x1p3", "1e400", "-1e400", "1,5", "1 ", " 1", "1.2.3", "--1", "1-2", "infinity"};
+    int64_t n = 7;
+    double x = 7;
+    for (int i = 0; i < COUNT(ints); i++) CHECK(parse_int(ints[i], &n) && n == want[i], "'%s' gave %" PRId64, ints[i], n);
+    n = 7;
+    for (int i = 0; i < COUNT(bad_ints); i++) CHECK(!parse_int(bad_ints[i], &n) && n == 7, "'%s' is taken for a whole number", bad_ints[i]);
+    for (int i = 0; i < COUNT(reals); i++) CHECK(parse_double(reals[i], &x) && x == want_reals[i], "'%s' gave %g", reals[i], x);
+    x = 7;
+    for (int i = 0; i < COUNT(bad_reals); i++) CHECK(!parse_double(bad_reals[i], &x) && x == 7, "'%s' is taken for a number", bad_reals[i]);
+}
+
+static void test_crc32_matches_zlib(void) {
+    unsigned char data[1000];
+    CHECK(crc32_update(0, "123456789", 9) == 0xCBF43926u, "the standard's own check value");
+    for (int i = 0; i < 1000; i++) data[i] = (unsigned char)random_bits(1, 2, (uint64_t)i);
+    uint32_t want = 0xFFFFFFFFu;
+    for (int i = 0; i < 1000; i++) {
+        want ^= data[i];
+        for (int bit = 0; bit < 8; bit++) want = (want >> 1) ^ (want & 1 ? 0xEDB88320u : 0);
+    }
+    for (size_t cut = 0; cut < 70; cut++) CHECK(crc32_update(crc32_update(0, data, cut), data + cut, 1000 - cut) == ~want, "in two parts, cut at %zu", cut);
+}
+
+static void test_json_accepts_and_refuses(void) {
+    const char *const good[] = {"{}", "[]", " \t\r\n[ 1 , 2 ] ", "0", "-0", "-0.0e-0", "1E+2", "\"\"", "null", "true", "false", "[[],{}]", "\"\\u0000\"",
+        "\"\\ud834\\udd1e\"", "\"\xf4\x8f\xbf\xbf\"", "{\"\":0}", "1e-400", "123456789012345678901234567890", "\"\x7f\""};
+    const char *const wrong[] = {"", " ", "{", "}", "[", "]", "[1,]", "[,1]", "{,}", "{\"a\":1,}", "{\"a\"}", "{\"a\":}", "{a:1}", "{1:1}", "01", "-", "+1", ".5",
+        "1.", "1.e1", "1e", "1e+", "0x10", "NaN", "Infinity", "-Infinity", "nul", "TRUE", "truex", "1 2", "\"", "\"\\\"", "\"\\x\"", "\"\\u12\"", "\"\\u12g4\"",
+        "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\n\"", "\"\t\"", "\"\xff\"", "\"\xc0\x80\"", "\"\xed\xa0\x80\"", "\"\xf4\x90\x80\x80\"",
+        "\"\xe2\x82\"", "\xef\xbb\xbf{}", "'a'", "{\"a\":1,\"a\":2}", "{\"a\":1,\"\\u0061\":2}", "{\"a\\u0000\":1}", "[1 2]", "{\"a\" 1}", "1e400", "//\n1", "[1]]"};
+    for (int i = 0; i < COUNT(good); i++) CHECK(!DIES(json_free(json_parse(good[i], strlen(good[i]), "t"))), "%s is refused: %s", good[i], died);
+    for (int i = 0; i < COUNT(wrong); i++) CHECK(DIES(json_free(json_parse(wrong[i], strlen(wrong[i]), "t"))) && !strchr(died, '\n'), "%s is taken for JSON", wrong[i]);
+    for (int depth = 63; depth <= 66; depth++) {
+        char s[140];
+        memset(s, '[', (size_t)depth);
+        memset(s + depth, ']', (size_t)depth);
+        CHECK(DIES(json_free(json_parse(s, 2 * (size_t)depth, "t"))) == (depth > 64), "%d levels", depth);
+    }
+    const char *text = "{\"s\":\"a\\u20ac\\ud834\\udd1e\\n\\/\\u00e9\",\"i\":-9223372036854775808,\"j\":9223372036854775808,\"n\":null,\"l\":[1,2,3]}";
+    Json *j = json_parse(text, strlen(text), "t");
+    CHECK(!strcmp(json_string(j, "s", "t", NULL), "a\xe2\x82\xac\xf0\x9d\x84\x9e\n/\xc3\xa9"), "escapes");
+    CHECK(json_get(j, "i")->is_int && json_get(j, "i")->inum == INT64_MIN && !json_get(j, "j")->is_int, "64-bit limits");
+    CHECK(!json_get(j, "n") && json_int(j, "n", "t", 0, 9, 7) == 7, "null means absent");
+    CHECK_DIES(json_int(j, "none", "t", 0, 9, JSON_REQUIRED), "none", "missing");
+    CHECK_DIES(json_int(j, "l", "t", 0, 9, 0), "\"l\"", "a list");
+    CHECK_DIES(json_string(j, "i", "t", NULL), "\"i\"", "a string");
+    json_free(j);
+    const double numbers[] = {0, 1, -8, 1e-5, 0.1, 1.0 / 3, 1e300, 5e-324, 123456789.123, 0x1p53 + 2};
+    for (int i = 0; i < COUNT(numbers); i++) {
+        Text t = {NULL, 0, 0};
+        text_add_number(&t, numbers[i]);
+        j = json_parse(t.s, (size_t)t.n, "t");
+        CHECK(j->num == numbers[i] && !j->is_int, "%.17g is written as %s", numbers[i], t.s);
+        json_free(j);
+        free(t.s);
+    }
+}
+
+static void test_config_accepts_and_refuses(void) {
+    const char *const base[][2] = {{"model_type", "\"llama\""}, {"vocab_size", "100"}, {"hidden_size", "64"}, {"num_hidden_layers", "2"},
+        {"num_attention_heads", "4"}, {"num_key_value_heads", "2"}, {"intermediate_size", "96"}, {"max_position_embeddings", "128"}};
+    const struct { const char *key, *value; int ok; } rows[] = {
+        {"x", "1", 1}, {"hidden_size", "1e12", 0}, {"hidden_size", "1000000000000", 0}, {"hidden_size", "-64", 0}, {"hidden_size", "3.5", 0}, {"hidden_size", "\"64\"", 0},
+        {"hidden_size", "\"6\\n4\"", 0}, {"hidden_size", "null", 0}, {"hidden_size", "[64]", 0}, {"hidden_size", "0", 0}, {"hidden_size", "66", 0},
+        {"hidden_size", "99999999999999999999999", 0}, {"vocab_size", "1", 0}, {"vocab_size", "2147483648", 0}, {"vocab_size", "4294967396", 0}, {"num_hidden_layers", "0", 0},
+        {"num_attention_heads", "3", 0}, {"num_key_value_heads", "3", 0}, {"num_key_value_heads", "null", 1}, {"num_key_value_heads", "8", 0}, {"head_dim", "null", 1},
+        {"head_dim", "24", 1}, {"head_dim", "12", 0}, {"head_dim", "136", 0}, {"model_type", "\"gpt2\"", 0}, {"model_type", "null", 0}, {"model_type", "3", 0},
+        {"hidden_act", "\"silu\"", 1}, {"hidden_act", "\"gelu\"", 0}, {"attention_bias", "true", 0}, {"mlp_bias", "true", 0}, {"attention_dropout", "0.1", 0},
+        {"attention_dropout", "0.0", 1}, {"quantization_config", "{\"bits\":4}", 0}, {"num_experts", "8", 0}, {"num_local_experts", "8", 0}, {"n_routed_experts", "2", 0},
+        {"rope_theta", "500000", 1}, {"rope_theta", "0", 0}, {"rope_theta", "-1", 0}, {"rope_scaling", "{}", 1}, {"rope_scaling", "null", 1}, {"rope_scaling", "\"linear\"", 0},
+        {"rope_scaling", "{\"type\":\"linear\",\"factor\":2}", 0}, {"rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":2}", 0}, {"rope_scaling", "{\"rope_type\":\"default\"}", 1},
+        {"rope_scaling", "{\"rope_type\":\"llama3\"}", 0}, {"rope_parameters", "{\"rope_type\":\"dynamic\"}", 0}, {"rope_parameters", "3", 0},
+        {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":32}", 1},
+        {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,\"original_max_position_embeddings\":32}", 0},
+        {"partial_rotary_factor", "0.5", 0}, {"partial_rotary_factor", "1.0", 1}, {"sliding_window", "64", 1}, {"sliding_window", "-1", 0}, {"tie_word_embeddings", "1", 0},
+        {"bos_token_id", "99", 1}, {"bos_token_id", "100", 0}, {"eos_token_id", "[5,6]", 1}, {"eos_token_id", "[]", 0}, {"eos_token_id", "[101]", 0},
+        {"eos_token_id", "null", 1}, {"rms_norm_eps", "-1", 0}, {"rms_norm_eps", "2", 0}, {"initializer_range", "\"a\"", 0}, {"intermediate_size", "4194305", 0}};
+    Config c;
+    for (int i = 0; i < COUNT(rows); i++) {
+        Text t = {NULL, 0, 0};
+        text_add(&t, "{");
+        for (int k = 0; k < COUNT(base); k++) if (strcmp(base[k][0], rows[i].key)) text_add(&t, "\"%s\":%s,", base[k][0], base[k][1]);
+        text_add(&t, "\"%s\":%s}", rows[i].key, rows[i].value);
+        int dead = DIES(config_from_json(&c, t.s, (size_t)t.n, "dir/config.json"));
+        CHECK(dead == !rows[i].ok, "\"%s\": %s is %s: %s", rows[i].key, rows[i].value, dead ? "refused" : "accepted", died);
+        CHECK(!dead || (!strncmp(died, "dir/config.json: ", 17) && !strchr(died, '\n')), "not one line that names the file: %s", died);
+        free(t.s);
+    }
+    CHECK_DIES(config_from_json(&c, "[]", 2, "f"), "f", "object");
+    for (int k = 0; k < COUNT(base); k++) if (strcmp(base[k][0], "num_key_value_heads")) {      // each required key is missed by name
+        Text t = {NULL, 0, 0};
+        for (int i = 0; i < COUNT(base); i++) if (i != k) text_add(&t, "%s\"%s\":%s", t.n ? "," : "{", base[i][0], base[i][1]);
+        text_add(&t, "}");
+        CHECK_DIES(config_from_json(&c, t.s, (size_t)t.n, "f"), base[k][0], "missing");
+        free(t.s);
+    }
+}
+
+static void test_config_of_every_preset_survives_a_round_trip(void) {
+    Config c, d;
+    CHECK(!config_preset(&c, "gpt5"), "an unknown preset is found");
+    for (int i = 0; i < N_PRESETS; i++) {
+        CHECK(config_preset(&c, config_presets[i].name), "preset %s", config_presets[i].name);
+        char *text = config_to_json(&c, "bfloat16"), *again;
+        config_from_json(&d, text, strlen(text), "round trip");
+        again = config_to_json(&d, "bfloat16");
+        CHECK(!strcmp(text, again) && d.D == c.D && d.rope_llama3 == c.rope_llama3 && d.qk_norm == c.qk_norm, "preset %s changes:\n%s%s", config_presets[i].name, text, again);
+        free(text);
+        free(again);
+    }
+    config_preset(&c, "30B");
+    c.L = 1 << 12;
+    CHECK_DIES(config_check(&c, "big"), "big", "parameters");
+}
+
+// ---- safetensors
+static void write_st(const char *path, const char *header, size_t n_data) {     // the header and n zero bytes
+    size_t n = strlen(header);
+    unsigned char *b = (unsigned char *)xcalloc(8 + n + n_data, 1);
+    for (int i = 0; i < 8; i++) b[i] = (unsigned char)((uint64_t)n >> 8 * i);
+    memcpy(b + 8, header, n);
+    write_bytes(path, b, 8 + n + n_data);
+    free(b);
+}
+
+static void test_safetensors_refuses_damaged_headers(void) {
+#define ST_ENTRY(name, shape, begin, end) "\"" name "\":{\"dtype\":\"F32\",\"shape\":[" shape "],\"data_offsets\":[" begin "," end "]}"
+    const struct { const char *header; size_t n; int ok; } rows[] = {
+        {"{}", 0, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}", 4, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}   ", 4, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}", 5, 0},
+        {"{" ST_ENTRY("a", "1", "0", "4") "}", 3, 0}, {"{\"a\":{\"dtype\":\"F31\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, 0},
+        {"{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, 0}, {"{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, 0}, {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, 0},
+        {"{\"a\":3}", 0, 0}, {"[]", 0, 0}, {"{\"__metadata__\":{\"k\":\"v\"}}", 0, 1}, {"{\"__metadata__\":3}", 0, 0}, {"{" ST_ENTRY("a", "1", "0", "4") , 4, 0},
+        {"{" ST_ENTRY("a", "-1", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "1.5", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "2", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "1", "4", "0") "}", 4, 0}, {"{" ST_ENTRY("a", "1", "-4", "0") "}", 4, 0}, {"{" ST_ENTRY("a", "1", "4", "8") "}", 8, 0},
+        {"{" ST_ENTRY("a", "1", "0", "1000") "}", 4, 0}, {"{" ST_ENTRY("a", "4294967296,4294967296", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "1,1,1,1,1", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "4611686018427387905", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "9223372036854775808", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("a", "1", "4", "8") "}", 8, 0}, {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "4", "8") "}", 8, 1},
+        {"{" ST_ENTRY("b", "1", "4", "8") "," ST_ENTRY("a", "1", "0", "4") "}", 8, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "2", "0", "8") "," ST_ENTRY("b", "1", "4", "8") "}", 8, 0}, {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "8", "12") "}", 12, 0}};
+    char path[400];
+    snprintf(path, sizeof path, "%s", file_at("case.safetensors"));
+    for (int i = 0; i < COUNT(rows); i++) {
+        write_st(path, rows[i].header, rows[i].n);
+        int dead = DIES(st_close(st_open(path)));
+        CHECK(dead == !rows[i].ok, "%s with %zu bytes is %s: %s", rows[i].header, rows[i].n, dead ? "refused" : "accepted", died);
+        CHECK(!dead || (strstr(died, path) && !strchr(died, '\n')), "not one line that names the file: %s", died);
+    }
+    const struct { const char *bytes; size_t n; } raw[] = {{"", 0}, {"1234567", 7}, {"\xff\xff\xff\xff\xff\xff\xff\xff{}", 10}, {"\x03\0\0\0\0\0\0\0{}", 10}, {"\0\0\0\0\0\0\0\0{}", 10}};
+    for (int i = 0; i < COUNT(raw); i++) {
+        write_bytes(path, raw[i].bytes, raw[i].n);
+        CHECK_DIES(st_close(st_open(path)), path, "");
+    }
+    CHECK_DIES(st_open("/nonexistent"), "/nonexistent", "");
+    CHECK_DIES(st_open(test_dir), test_dir, "model.safetensors");
+    CHECK(!mkfifo(file_at("fifo"), 0600), "mkfifo");
+    CHECK_DIES(st_open(file_at("fifo")), "fifo", "not a file");
+}
+
+static void test_safetensors_index_agrees_with_its_files(void) {
+    const struct { const char *index; int ok; } rows[] = {
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\"}}", 1}, {"{\"metadata\":{\"total_size\":8},\"weight_map\":{\"b\":\"m2\",\"a\":\"m1\"}}", 1},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m1\"}}", 0}, {"{\"weight_map\":{\"a\":\"m2\",\"b\":\"m1\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"c\":\"m2\"}}", 0},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m3\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"../m2\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":3}}", 0},
+        {"{\"weight_map\":[]}", 0}, {"{}", 0}, {"[]", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"\"}}", 0}, {"{\"weight_map\":{\"x\":\"m4\",\"y\":\"m4\"}}", 1},
+        {"{\"weight_map\":{\"x\":\"m4\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"x\":\"m5\"}}", 0}};
+    write_st(file_at("m1"), "{" ST_ENTRY("a", "1", "0", "4") "}", 4);
+    write_st(file_at("m2"), "{" ST_ENTRY("b", "1", "0", "4") "}", 4);
+    write_st(file_at("m4"), "{" ST_ENTRY("x", "1", "0", "4") "," ST_ENTRY("y", "1", "4", "8") "}", 8);
+    write_st(file_at("m5"), "{" ST_ENTRY("x", "1", "0", "4") "," ST_ENTRY("a", "1", "4", "8") "}", 8);
+    for (int i = 0; i < COUNT(rows); i++) {
+        write_text(file_at("model.safetensors.index.json"), rows[i].index);
+        int dead = DIES(st_close(st_open(test_dir)));
+        CHECK(dead == !rows[i].ok, "%s is %s: %s", rows[i].index, dead ? "refused" : "accepted", died);
+    }
+}
+
+static void test_safetensors_writer_keeps_every_bit(void) {
+    enum { N = 300001 };                                    // more than one buffer
+    float *x = (float *)xmalloc(N * sizeof *x), *y = (float *)xmalloc(N * sizeof *y);
+    for (int i = 0; i < N; i++) {
+        uint32_t bits = (uint32_t)random_bits(3, 4, (uint64_t)i);       // every kind of float: NaN, infinity, subnormal
+        memcpy(x + i, &bits, 4);
+    }
+    int64_t odd[2] = {7, 3}, big[1] = {N}, none[2] = {0, 5};
+    for (int pass = 0; pass < 2; pass++) {
+        StWriter *w = st_create(file_at("w.safetensors"), "{\"format\":\"pt\",\"k\":\"v\"}");
+        st_declare(w, "odd.bf16", ST_BF16, 2, odd);
+        st_declare(w, "empty", ST_F32, 2, none);
+        st_declare(w, "big.f32", ST_F32, 1, big);
+        st_declare(w, "scalar", ST_BF16, 0, NULL);
+        st_declare(w, "big.bf16", ST_BF16, 1, big);
+        st_begin(w);
+        st_write(w, x, 21);
+        for (size_t i = 0, step = pass ? 4097 : N; i < N; i += step) st_write(w, x + i, step < N - i ? step : N - i);
+        st_write(w, x, 1);
+        st_write(w, x, N);
+        size_t bytes, n;
+        uint32_t crc = st_finish(w, &bytes);
+        CHECK(!st_error(w), "%s", st_error(w));
+        st_free(w);
+        char *all = slurp(file_at("w.safetensors"), &n);
+        CHECK(n == bytes && crc == crc32_update(0, all, n), "size or CRC of the file");
+        free(all);
+        StSet *s = st_open(file_at("w.safetensors"));
+        CHECK(s->n_tensors == 5 && !strcmp(st_metadata(s, "k"), "v") && !st_find(s, "nope"), "what the file holds");
+        st_read(s, st_find(s, "big.f32"), 0, N, y);
+        CHECK(!memcmp(x, y, N * sizeof *x), "fp32 bits");
+        const StTensor *t = st_find(s, "big.bf16");
+        st_read(s, t, 0, N, y);
+        for (int i = 0, wrong = 0; i < N && !wrong; i++) {
+            uint32_t a, b;
+            memcpy(&a, x + i, 4);
+            memcpy(&b, y + i, 4);
+            wrong = isnan(x[i]) ? !isnan(y[i]) : b != ((a + 0x7FFF + (a >> 16 & 1)) & 0xFFFF0000u);
+            CHECK(!wrong, "bf16 of %08x is %08x", a, b);
+        }
+        float part[5];
+        st_read(s, t, 33, 5, part);
+        CHECK(!memcmp(part, y + 33, sizeof part), "a part of a tensor");
+        st_close(s);
+    }
+    free(x);
+    free(y);
+    for (uint32_t h = 0, wrong = 0; h < 65536 && !wrong; h++) {     // all halves
+        int e = h >> 10 & 31, f = h & 1023;
+        float want = e == 31 ? (f ? NAN : INFINITY) : ldexpf((float)(e ? f + 1024 : f), e ? e - 25 : -24), got = st_f16_to_float(h);
+        if (h >> 15) want = -want;
+        wrong = isnan(want) ? !isnan(got) : want != got || !signbit(want) != !signbit(got);
+        CHECK(!wrong, "half %04x is %g, not %g", h, (double)got, (double)want);
+    }
+}
+
+static void test_safetensors_writer_reports_a_full_disk(void) {
+    const char *const paths[] = {"/dev/full", "/nonexistent/folder/file"};
+    for (int i = 0; i < 2; i++) {
+        if (i == 0 && access(paths[i], W_OK)) continue;
+        int64_t shape = 1 << 20;
+        float *zeros = (float *)xcalloc(1 << 20, sizeof(float));
+        size_t bytes;
+        StWriter *w = st_create(paths[i], NULL);
+        st_declare(w, "t", ST_F32, 1, &shape);
+        st_begin(w);
+        st_write(w, zeros, 1 << 20);
+        st_finish(w, &bytes);
+        CHECK(st_error(w) && strstr(st_error(w), paths[i]), "no error on %s", paths[i]);
+        st_free(w);
+        free(zeros);
+    }
+}
+
+// ---- tokenizer
+// Litespark's format: 256 bytes, then these pieces with falling scores.
+static void write_tokenizer(const char *path, int kind, int prefix_space, const char *const *pieces, int n_pieces) {
+    Text t = {NULL, 0, 0};
+    int V = 256 + n_pieces + 1;
+    size_t bytes = 32, n = 0;
+    for (int i = 0; i < n_pieces; i++) bytes += 8 + strlen(pieces[i]);
+    bytes += 256 * 9 + 8 + 5;
+    unsigned char *d = (unsigned char *)xcalloc(bytes, 1);
+    int32_t h[8] = {TOKENIZER_MAGIC, 1, kind, V, V - 1, -1, prefix_space, 0};
+    memcpy(d, h, 32);
+    n = 32;
+    for (int i = 0; i < V; i++) {
+        float score = i < 256 ? -1e6f : i < V - 1 ? (float)(256 - i) : NO_MERGE;
+        char byte = (char)i;
+        const char *s = i < 256 ? &byte : i < V - 1 ? pieces[i - 256] : "<bos>";
+        int32_t length = i < 256 ? 1 : (int32_t)strlen(s);
+        memcpy(d + n, &score, 4);
+        memcpy(d + n + 4, &length, 4);
+        memcpy(d + n + 8, s, (size_t)length);
+        n += 8 + (size_t)length;
+    }
+    write_bytes(path, d, n);
+    free(d);
+    free(t.s);
+}
+
+static char *decode(const Tokenizer *t, int first_previous, const int *ids, int n, size_t *bytes) {
+    char *text = NULL;
+    FILE *f = open_memstream(&text, bytes);
+    for (int i = 0; i < n; i++) tokenizer_print(t, i ? ids[i - 1] : first_previous, ids[i], f);
+    fclose(f);
+    return text;
+}
+
+static const char *const test_pieces[] = {"th", "the", " the", " a", "in", "ing", "an", "and", " and", "\xc3\xa9", "re", "er"};
+
+static void check_round_trip(const Tokenizer *t, const char *text, size_t n) {
+    int *ids, count = tokenizer_encode(t, text, n, &ids);
+    size_t bytes;
+    char *back = decode(t, t->bos, ids, count, &bytes);
+    CHECK(bytes == n && !memcmp(back, text, n), "kind %d: '%.40s' (%zu bytes) comes back as '%.40s' (%zu bytes)", t->kind, text, n, back, bytes);
+    free(back);
+    free(ids);
+}
+
+static void test_tokenizer_round_trips_any_bytes(void) {
+    const char *const texts[] = {"", " ", "the cat and the thing", "  two  spaces ", "\xc3\xa9t\xc3\xa9", "\xe6\x97\xa5\xe6\x9c\xac", "<bos>", "<0x41>", "a\tb\nc", "\xff\xc3 stray"};
+    for (int kind = 0; kind < 2; kind++) for (int space = 0; space < 2; space++) {
+        write_tokenizer(file_at("t.bin"), kind, space, test_pieces, COUNT(test_pieces));
+        Tokenizer *t = tokenizer_open(file_at("t.bin"));
+        for (int i = 0; i < COUNT(texts); i++) check_round_trip(t, texts[i], strlen(texts[i]));
+        char random[3000];
+        for (int i = 0; i < 3000; i++) random[i] = (char)random_int(256);
+        check_round_trip(t, random, sizeof random);
+        for (int i = 0; i < 3000; i++) random[i] = "then and a"[random_int(10)];
+        check_round_trip(t, random, sizeof random);
+        tokenizer_free(t);
+    }
+    write_tokenizer(file_at("t.bin"), 0, 0, test_pieces, COUNT(test_pieces));
+    Tokenizer *t = tokenizer_open(file_at("t.bin"));
+    int *ids, n = tokenizer_encode(t, "thing", 5, &ids);     // th has the best score, then in + g
+    CHECK(n == 2 && ids[0] == 256 && ids[1] == 261, "'thing' is %d pieces, first %d", n, n ? ids[0] : -1);
+    free(ids);
+    n = tokenizer_encode(t, "<bos>", 5, &ids);
+    CHECK(n == 5, "text became a special token");
+    free(ids);
+    tokenizer_free(t);
+}
+
+static void test_tokenizer_refuses_damaged_files(void) {
+    char path[400];
+    snprintf(path, sizeof path, "%s", file_at("t.bin"));
+    CHECK_DIES(tokenizer_open(path), path, "No such file");
+    const char *const foreign[] = {"", "abc", "hello world, this is text", "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"};
+    for (int i = 0; i < COUNT(foreign); i++) {
+        write_bytes(path, foreign[i], i == 3 ? 15 : strlen(foreign[i]));
+        CHECK_DIES(tokenizer_open(path), path, "no tokenizer");
+    }
+    const struct { int word; int32_t value; const char *part; } rows[] = {{1, 2, "version 2"}, {2, 2, "header"}, {2, -1, "header"}, {3, 0, "header"}, {3, -1, "header"},
+        {3, 100, "damaged"}, {3, 2147483647, "truncated"}, {4, 269, "header"}, {4, -2, "header"}, {5, 300, "header"}, {6, 2, "header"}, {7, 1, "header"}, {8, -1, "piece 0"},
+        {9, -1, "piece 0"}, {9, 2147483647, "piece 0"}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        write_tokenizer(path, 0, 0, test_pieces, COUNT(test_pieces));
+        damage_file(path, 4 * rows[i].word, &rows[i].value, 4);
+        if (rows[i].word == 8) {                            // a score that is no number
+            uint32_t nan_bits = 0x7fc00000;
+            damage_file(path, 32, &nan_bits, 4);
+        }
+        CHECK_DIES(tokenizer_open(path), path, rows[i].part);
+    }
+    const long cuts[] = {4, 31, 32, 33, 100, -1};
+    for (int i = 0; i < COUNT(cuts); i++) {
+        write_tokenizer(path, 0, 0, test_pieces, COUNT(test_pieces));
+        damage_file(path, cuts[i], NULL, 0);
+        CHECK_DIES(tokenizer_open(path), path, "truncated");
+    }
+}
+
+// ==== 5. Shards and the loader ==========================================================================================
+// First tokens of the windows in the order of the global batch, over `steps` micro-steps of `world` ranks.
+static void loader_order(const char *pattern, int T, int world, int B, LoaderState start, int steps, int *order) {
+    for (int r = 0; r < world; r++) {
+        DataLoader dl;
+        Batch batch;
+        loader_open(&dl, pattern, B, T, r, world, start.seed, 1, 60000, 0);
+        dl.state = start;
+        batch_alloc(&batch, B, T, 0);
+        for (int s = 0; s < steps; s++) {
+            loader_next(&dl, &batch);
+            for (int b = 0; b < B; b++) {
+                order[(s * world + r) * B + b] = batch.inputs[b * T];
+                for (int t = 0; t < T; t++)
+                    CHECK(batch.targets[b * T + t] == batch.inputs[b * T] + t + 1 && batch.inputs[b * T + t] == batch.inputs[b * T] + t, "targets are not the inputs, shifted");
+            }
+        }
+        batch_free(&batch);
+        loader_close(&dl);
+    }
+}
+
+static int compare_int(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
+
+// Shards whose tokens count up over all of them, so that a window's first token is its name.
+static void test_loader_covers_each_window_once_per_epoch(void) {
+    static int tokens[4000], first[4000];
+    for (int i = 0; i < 4000; i++) tokens[i] = i;
+    for (int trial = 0; trial < 24; trial++) {
+        folder("s");
+        int n_shards = 1 + trial % 4, T = 1 + trial % 5, start_token = 0, n_windows = 0;
+        for (int s = 0; s < n_shards; s++) {
+            int n = 1 + (int)(random_bits(3, (uint64_t)trial, (uint64_t)s) % (trial < 12 ? 40u : 300u));
+            if (s == 0 && n < T + 1) n = T + 1;
+            write_bin(file_at("s/s_%03d.bin", s), tokens + start_token, n, trial & 1 ? 2 : 4, trial % 3 ? 60000 : 0, trial & 2, -1);
+            for (int w = 0; (w + 1) * T + 1 <= n; w++) first[n_windows++] = start_token + w * T;
+            start_token += n;
+        }
+        int world = 1 + trial % 3, B = 1 + trial % 7, total = world * B, steps = CEIL_DIV(3 * n_windows, total), rows = steps * total;
+        int *order = (int *)xmalloc((size_t)rows * sizeof(int)), *other = (int *)xmalloc((size_t)rows * sizeof(int));
+        size_t bytes = (size_t)rows * sizeof(int), epoch_bytes = (size_t)n_windows * sizeof(int);
+        char pattern[400];
+        snprintf(pattern, sizeof pattern, "%s", file_at("s/s_*.bin"));
+        LoaderState start = {1337, 0, 0};
+        loader_order(pattern, T, world, B, start, steps, order);
+        for (int e = 0; e < 3; e++) {
+            memcpy(other, order + e * n_windows, epoch_bytes);
+            qsort(other, (size_t)n_windows, sizeof(int), compare_int);
+            CHECK(!memcmp(other, first, epoch_bytes), "epoch %d of trial %d does not hold each window once", e, trial);
+        }
+        CHECK(n_windows <= 20 || memcmp(order, order + n_windows, epoch_bytes), "two epochs have the same order");
+        loader_order(pattern, T, total, 1, start, steps, other);            // other splits of the same global batch
+        CHECK(!memcmp(order, other, bytes), "%d ranks x 1 see other batches than %d x %d", total, world, B);
+        loader_order(pattern, T, 1, total, start, steps, other);
+        CHECK(!memcmp(order, other, bytes), "1 rank x %d sees other batches than %d x %d", total, world, B);
+        int half = steps / 2;                                               // resume in the middle, also with another split
+        LoaderState saved = {1337, (int64_t)half * total / n_windows, (int64_t)half * total % n_windows};
+        loader_order(pattern, T, world, B, saved, steps - half, other);
+        CHECK(!memcmp(order + half * total, other, (size_t)(steps - half) * (size_t)total * sizeof(int)), "a resumed loader sees other batches");
+        start.seed = 1338;
+        loader_order(pattern, T, world, B, start, steps, other);
+        CHECK(n_windows <= 20 || memcmp(order, other, epoch_bytes), "two seeds give the same order");
+        free(order);
+        free(other);
+    }
+}
+
+static void test_loader_shuffle_is_uniform(void) {
+    static char seen[1100];
+    for (int64_t n = 1; n < 1100; n += 1 + n / 40) {        // a bijection for every n
+        memset(seen, 0, (size_t)n);
+        int wrong = 0;
+        for (int64_t p = 0; p < n; p++) {
+            int64_t w = permute(9, n, p, n);
+            wrong += w < 0 || w >= n || seen[w]++;
+        }
+        CHECK(!wrong, "not a permutation of %d", (int)n);
+    }
+    for (int n = 2; n <= 34; n += 8) {                      // which window a position shows, over epochs: chi-square
+        enum { EPOCHS = 5000 };
+        for (int p = 0; p < n; p++) {
+            int count[64] = {0};
+            double chi = 0, mean = EPOCHS / (double)n;
+            for (int e = 0; e < EPOCHS; e++) count[permute(77, e, p, n)]++;
+            for (int w = 0; w < n; w++) chi += (count[w] - mean) * (count[w] - mean) / mean;
+            double z = (chi - (n - 1)) / sqrt(2.0 * (n - 1));
+            CHECK(z < 6, "position %d of %d windows: chi-square is %.1f standard deviations off", p, n, z);
+        }
+    }
+    double step = 0;
+    const int64_t n = 50000;                                // neighbours are far apart: n/3 on average
+    for (int64_t p = 0; p + 1 < n; p++) step += (double)llabs(permute(5, 0, p, n) - permute(5, 0, p + 1, n)) / (double)n / (double)n;
+    CHECK_ERROR("mean distance of neighbours - 1/3", fabs(step - 1 / 3.0), 0.01);
+}
+
+static void test_loader_evaluation_shows_each_window_once_in_order(void) {
+    int tokens[200];
+    for (int i = 0; i < 200; i++) tokens[i] = i;
+    write_bin(file_at("v_0.bin"), tokens, 31, 2, 60000, 1, -1);                  // T 5: 6 windows
+    write_bin(file_at("v_1.bin"), tokens + 100, 17, 2, 60000, 1, -1);            // 3 windows
+    for (int world = 1; world <= 3; world++) for (int B = 1; B <= 4; B++) {
+        int seen[9] = {0};
+        for (int r = 0; r < world; r++) {
+            DataLoader dl;
+            Batch batch;
+            loader_open(&dl, file_at("v_*.bin"), B, 5, r, world, 1, 0, 60000, 0);
+            batch_alloc(&batch, B, 5, 0);
+            CHECK(dl.n_windows == 9 && dl.n_tokens == 48 && dl.n_dropped == 1 && loader_eval_batches(&dl) == CEIL_DIV(9, world * B), "counts");
+            for (int64_t s = 0; s < loader_eval_batches(&dl); s++) {
+                loader_next(&dl, &batch);
+                for (int b = 0; b < B; b++) {
+                    int64_t p = (s * world + r) * B + b;
+                    int start = p < 6 ? (int)p * 5 : 100 + (int)(p - 6) * 5;
+                    for (int t = 0; t < 5; t++)
+                        CHECK(p < 9 ? batch.inputs[b*5+t] == start + t && batch.targets[b*5+t] == start + t + 1 : batch.targets[b*5+t] == IGNORED, "row %d of world %d", (int)p, world);
+                    if (p < 9) seen[p]++;
+                }
+            }
+            batch_free(&batch);
+            loader_close(&dl);
+        }
+        for (int i = 0; i < 9; i++) CHECK(seen[i] == 1, "window %d is seen %d times by %d ranks x %d", i, seen[i], world, B);
+    }
+}
+
+static void test_loader_reads_ds_rows_documents_and_true_losses(void) {
+    DataLoader dl;
+    Batch batch;
+    uint16_t rows[36];
+    float nll[32];
+    for (int i = 0; i < 36; i++) rows[i] = (uint16_t)i;
+    for (int i = 0; i < 32; i++) nll[i] = (float)i;
+    folder("d");
+    write_bytes(file_at("d/a.ds"), rows, sizeof rows);
+    write_bytes(file_at("d/a.nll"), nll, sizeof nll);
+    write_text(file_at("metadata.json"), "{\"vocab_size\": 60000, \"sequence_length\": 8, \"token_size_bytes\": 2, \"eos_token_id\": 11}");
+    for (int T = 1; T <= 8; T += 3) {
+        loader_open(&dl, file_at("d/*.ds"), 2, T, 0, 1, 1, 0, 60000, 1);
+        batch_alloc(&batch, 2, T, 1);
+        CHECK(dl.n_windows == 4 && dl.n_dropped == 4 * (8 - T), "4 rows, a window each");
+        for (int s = 0; s < 2; s++) {
+            loader_next(&dl, &batch);
+            for (int b = 0; b < 2; b++) for (int t = 0; t < T; t++) {
+                int row = 2 * s + b;
+                CHECK(batch.inputs[b*T+t] == row*9 + t && batch.targets[b*T+t] == row*9 + t + 1, "row %d", row);
+                CHECK(batch.floor && batch.floor[b*T+t] == (float)(row*8 + t), "true loss of row %d", row);
+                CHECK(batch.doc_start[b*T+t] == (row == 1 && t >= 3 ? 3 : 0), "document of row %d, t %d", row, t);
+            }
+        }
+        batch_free(&batch);
+        loader_close(&dl);
+    }
+    CHECK_DIES(loader_open(&dl, file_at("d/*.ds"), 1, 9, 0, 1, 1, 0, 60000, 0), "a.ds", "--seq-len 8");
+    write_bytes(file_at("d/a.nll"), nll, 8);
+    CHECK_DIES(loader_open(&dl, file_at("d/*.ds"), 1, 8, 0, 1, 1, 0, 60000, 0), "a.nll", "needs 128");
+    int t[21];
+    for (int i = 0; i < 21; i++) t[i] = i == 0 || i == 3 || i == 4 || i == 9 || i == 19 ? 9 : 5;
+    write_bin(file_at("d.bin"), t, 21, 2, 60000, 1, 9);
+    loader_open(&dl, file_at("d.bin"), 2, 10, 0, 1, 1, 0, 60000, 1);
+    batch_alloc(&batch, 2, 10, 1);
+    loader_next(&dl, &batch);
+    const int want[20] = {0, 1, 1, 1, 4, 5, 5, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    CHECK(!memcmp(want, batch.doc_start, sizeof want), "documents of a .bin");
+    batch_free(&batch);
+    loader_close(&dl);
+    write_bin(file_at("d.bin"), t, 21, 2, 60000, 1, -1);
+    CHECK_DIES(loader_open(&dl, file_at("d.bin"), 2, 10, 0, 1, 1, 0, 60000, 1), "d.bin", "--document-mask off");
+}
+
+static void test_loader_refuses_bad_shards(void) {
+    enum { V = 60000 };
+    DataLoader dl;
+    Batch batch;
+    char path[400], pattern[400];
+    int tokens[50], n = 0;
+    for (int i = 0; i < 50; i++) tokens[i] = i;
+    snprintf(path, sizeof path, "%s", file_at("x.bin"));
+    snprintf(pattern, sizeof pattern, "%s", file_at("x*.bin"));
+#define OPEN(vocab) loader_open(&dl, pattern, 2, 4, 0, 1, 1, 1, vocab, 0)
+    CHECK_DIES(OPEN(V), "x*.bin", "no token shard matches");
+    write_bytes(path, "", 0);
+    CHECK_DIES(OPEN(V), "x.bin", "is empty");
+    write_bytes(path, "abc", 3);
+    CHECK_DIES(OPEN(V), "x.bin", "truncated");
+    const struct { long cut; const char *part; } cuts[] = {{1023, "header"}, {1024, "promises 1124"}, {1123, "is truncated"}, {1126, "extra bytes"}};
+    for (int i = 0; i < COUNT(cuts); i++) {
+        write_bin(path, tokens, 50, 2, V, 1, -1);
+        damage_file(path, cuts[i].cut, NULL, 0);
+        CHECK_DIES(OPEN(V), "x.bin", cuts[i].part);
+    }
+    const struct { int word; int32_t value; const char *part; } words[] = {{0, 20240521, "not a token shard"}, {0, 0x46475546, "not a token shard"}, {0, 20240801, "version"},
+        {1, 2, "version"}, {1, 7, "version"}, {2, 0, "damaged header"}, {2, -1, "damaged header"}, {2, 2147483647, "truncated"}, {3, -5, "damaged header"},
+        {3, V + 1, "vocabulary of 60001"}, {3, 32000, "vocabulary of 32000"}, {4, 12345, "CRC-32"}, {5, -3, "damaged header"}, {5, V + 1, "end-of-document"}};
+    for (int i = 0; i < COUNT(words); i++) {
+        write_bin(path, tokens, 50, 2, V, 1, -1);
+        damage_file(path, 4 * words[i].word, &words[i].value, 4);
+        CHECK_DIES(OPEN(V), "x.bin", words[i].part);
+    }
+    write_bin(path, tokens, 50, 2, 0, 0, -1);
+    CHECK_DIES(OPEN(49), "x.bin", "token id 49");
+    write_bin(path, tokens, 50, 2, V, 1, -1);
+    damage_file(path, 1024 + 77, "\xff", 1);
+    CHECK_DIES(OPEN(V), "x.bin", "CRC-32");
+    write_bin(path, tokens, 4, 2, V, 1, -1);
+    CHECK_DIES(OPEN(V), "x*.bin", "too short");
+    mkdir(file_at("x2.bin"), 0777);
+    write_bin(path, tokens, 50, 2, V, 1, -1);
+    CHECK_DIES(OPEN(V), "x2.bin", "not a file");
+    rmdir(file_at("x2.bin"));
+    batch_alloc(&batch, 2, 4, 0);                           // shrinks or changes while training
+    OPEN(V);
+    damage_file(path, 1024, NULL, 0);
+    CHECK_DIES(loader_next(&dl, &batch), "x.bin", "became shorter");
+    loader_close(&dl);
+    write_bin(path, tokens, 50, 2, V, 1, -1);
+    OPEN(V);
+    for (n = 0; n < 50; n++) damage_file(path, 1024 + 2 * n, "\xff\xff", 2);
+    CHECK_DIES(loader_next(&dl, &batch), "x.bin", "token id 65535 in window");
+    loader_close(&dl);
+    batch_free(&batch);
+    unlink(path);
+    const char *const metadata[][2] = {{"", ""}, {"[1]", "object"}, {"{}", "vocab_size"}, {"{\"vocab_size\": 60000, \"sequence_length\": 0, \"token_size_bytes\": 2}", "sequence_length"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 99999999999, \"token_size_bytes\": 2}", "sequence_length"}, {"{\"vocab_size\": 60000, \"sequence_length\": 8}", "token_size_bytes"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 8, \"token_size_bytes\": 3}", "token_size_bytes"}, {"{\"vocab_size\": 32000, \"sequence_length\": 8, \"token_size_bytes\": 2}", "vocabulary of 32000"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 9, \"token_size_bytes\": 2}", "whole rows"}, {"{\"vocab_size\": 60000, \"sequence_length\": 2, \"token_size_bytes\": 2}", "--seq-len 2 or less"}};
+    uint16_t rows[36] = {0};
+    write_bytes(file_at("r.ds"), rows, sizeof rows);
+    CHECK_DIES(loader_open(&dl, file_at("r.ds"), 2, 4, 0, 1, 1, 1, V, 0), "r.ds", "no metadata.json");
+    for (int i = 0; i < COUNT(metadata); i++) {
+        write_text(file_at("metadata.json"), metadata[i][0]);
+        CHECK_DIES(loader_open(&dl, file_at("r.ds"), 2, 4, 0, 1, 1, 1, V, 0), metadata[i][1], "");
+    }
+#undef OPEN
+}
+
+static void test_loader_handles_more_shards_than_descriptors(void) {
+    enum { N = 300 };                                       // MAX_OPEN_SHARDS is 256
+    static int tokens[3 * N];
+    static char seen[N];
+    memset(seen, 0, sizeof seen);
+    for (int i = 0; i < 3 * N; i++) tokens[i] = i;
+    int before = open("/dev/null", O_RDONLY), n_open = 0;
+    close(before);
+    for (int i = 0; i < N; i++) write_bin(file_at("m_%04d.bin", i), tokens + 3 * i, 3, 2, 60000, 1, -1);
+    DataLoader dl;
+    Batch batch;
+    loader_open(&dl, file_at("m_*.bin"), 10, 2, 0, 1, 4, 1, 60000, 0);
+    batch_alloc(&batch, 10, 2, 0);
+    for (int s = 0; s < 2 * N / 10; s++) {
+        loader_next(&dl, &batch);
+        for (int b = 0; b < 10; b++) seen[batch.inputs[2 * b] / 3]++;
+    }
+    for (int i = 0; i < N; i++) {
+        CHECK(seen[i] == 2, "shard %d is seen %d times in two epochs", i, seen[i]);
+        n_open += dl.shards[i].fd >= 0;
+    }
+    CHECK(n_open <= MAX_OPEN_SHARDS, "%d descriptors are open", n_open);
+    loader_close(&dl);
+    batch_free(&batch);
+    int after = open("/dev/null", O_RDONLY);
+    CHECK(after == before, "%d descriptors are lost", after - before);
+    close(after);
+}
+
+// ==== 6. Schedule, FLOPs, energy ========================================================================================
+static void test_schedule_has_the_values_of_its_formula(void) {
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.lr = 1, o.min_lr = 0.1, o.warmup_steps = 10, o.steps = 111;           // 101 updates after the warm-up: 100 intervals
+    const struct { int64_t schedule, step; double want; } rows[] = {
+        {SCHEDULE_COSINE, 0, 0.1}, {SCHEDULE_COSINE, 9, 1}, {SCHEDULE_COSINE, 10, 1}, {SCHEDULE_COSINE, 60, 0.55}, {SCHEDULE_COSINE, 35, 0.1 + 0.9 * (0.5 + 0.5 * 0.70710678118654752)},
+        {SCHEDULE_COSINE, 110, 0.1}, {SCHEDULE_COSINE, 500, 0.1}, {SCHEDULE_LINEAR, 4, 0.5}, {SCHEDULE_LINEAR, 60, 0.55}, {SCHEDULE_LINEAR, 110, 0.1}, {SCHEDULE_WSD, 10, 1},
+        {SCHEDULE_WSD, 89, 1}, {SCHEDULE_WSD, 100, 0.55}, {SCHEDULE_WSD, 110, 0.1}, {SCHEDULE_CONSTANT, 5, 0.6}, {SCHEDULE_CONSTANT, 10, 1}, {SCHEDULE_CONSTANT, 110, 1}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        o.schedule = rows[i].schedule;
+        double lr = learning_rate(&o, rows[i].step);
+        CHECK(fabs(lr - rows[i].want) <= 1e-12, "schedule %d, step %d: %.15g, not %.15g", (int)rows[i].schedule, (int)rows[i].step, lr, rows[i].want);
+    }
+    o.warmup_steps = 0, o.steps = 1, o.schedule = SCHEDULE_COSINE;
+    CHECK(isfinite(learning_rate(&o, 0)), "a run of one step has no learning rate");
+}
+
+static void test_flops_and_parameters_match_the_report(void) {
+    const struct { const char *preset; double params, full, causal; } rows[] = {{"3B", 2.289e9, 16.160, 14.750}, {"30B", 32.53e9, 213.520, 203.706}};
+    for (int i = 0; i < 2; i++) {
+        Config c;
+        config_preset(&c, rows[i].preset);
+        ParamTable p;
+        param_table_build(&p, &c, 1);
+        CHECK_ERROR("parameters", fabs(config_params(&c) / rows[i].params - 1), 2e-4);      // given to 4 digits
+        CHECK((double)p.n_params == config_params(&c), "%s: the tensors have %zu parameters, the formula %.0f", rows[i].preset, p.n_params, config_params(&c));
+        CHECK_ERROR("GFLOP per token", fabs(flops_per_token(&c, 4096, 0) * 1e-9 - rows[i].full), 5.1e-4);   // given to 3 decimals
+        CHECK_ERROR("GFLOP per token, causal", fabs(flops_per_token(&c, 4096, 1) * 1e-9 - rows[i].causal), 5.1e-4);
+        free(p.tensors);
+        free(p.units);
+    }
+}
+
+static void test_energy_counters_add_up_and_wrap(void) {
+    const char *const names[] = {"intel-rapl:0", "intel-rapl:0:0", "intel-rapl:0:1", "intel-rapl:1"}, *const kinds[] = {"package-0\n", "core\n", "dram\n", "package-1\n"};
+    Energy e;
+    energy_open(&e, file_at("nothing"));
+    CHECK(e.n == 0 && isnan(energy_read(&e)), "no counters must give NaN, not %g", energy_read(&e));
+    for (int i = 0; i < 4; i++) {
+        mkdir(file_at("%s", names[i]), 0777);
+        write_text(file_at("%s/name", names[i]), kinds[i]);
+        write_text(file_at("%s/energy_uj", names[i]), "9000000\n");
+        write_text(file_at("%s/max_energy_range_uj", names[i]), "10000000\n");
+    }
+    energy_open(&e, test_dir);
+    CHECK(e.n == 3, "%d counters: two packages and one memory expected, cores are part of the package", e.n);
+    CHECK(energy_read(&e) == 0, "joules before any were spent: %g", e.joules);
+    write_text(file_at("intel-rapl:0/energy_uj"), "9500000\n");
+    write_text(file_at("intel-rapl:0:1/energy_uj"), "9250000\n");
+    CHECK_ERROR("0.75 J", fabs(energy_read(&e) - 0.75), 1e-12);
+    write_text(file_at("intel-rapl:1/energy_uj"), "1000000\n");  // wrapped: 1 J to the end, 1 J after it
+    CHECK_ERROR("2.75 J", fabs(energy_read(&e) - 2.75), 1e-12);
+    Text t = {NULL, 0, 0};
+    text_add_field(&t, "watts", NAN);
+    CHECK(!strcmp(t.s, ", \"watts\": null"), "NaN is written as %s", t.s);
+    free(t.s);
+    CHECK(!strcmp(measured_text(NAN, "%.1f"), "unavailable"), "NaN is shown as %s", measured_text(NAN, "%.1f"));
+}
+
+// ==== 7. Matrix products ================================================================================================
+static void check_matmul(int M, int N, int K, int trans_a, int trans_b, int accumulate, int pad,
+                         void (*f)(floatX *, int, const floatX *, int, int, const floatX *, int, int, int, int, int, int), const char *name) {
+    int lda = (trans_a ? M : K) + pad, ldb = (trans_b ? K : N) + 2 * pad, ldo = N + 3 * pad;
+    size_t na = (size_t)(trans_a ? K : M) * lda, nb = (size_t)(trans_b ? N : K) * ldb, no = (size_t)M * ldo;
+    floatX *a = noise_array(na + 1, 0, 1), *b = noise_array(nb + 1, 0, 1), *out = noise_array(no + 1, 0, 1), *want = (floatX *)xmalloc((no + 1) * sizeof(floatX));
+    memcpy(want, out, (no + 1) * sizeof(floatX));
+    f(out, ldo, a, lda, trans_a, b, ldb, trans_b, M, N, K, accumulate);
+    matmul_naive(want, ldo, a, lda, trans_a, b, ldb, trans_b, M, N, K, accumulate);
+    double worst = 0;
+    for (size_t i = 0; i <= no; i++) {
+        int outside = i % (size_t)ldo >= (size_t)N || i == no;
+        double error = fabs((double)out[i] - want[i]);
+        if (outside && error != 0) bad(__LINE__, "%s wrote outside of its result at %zu", name, i);
+        if (!(error <= worst)) worst = error;
+    }
+    // two sums of K products of size 1 in different orders: about sqrt(K) roundings of sqrt(K); 8 for the largest of many
+    char what[160];
+    snprintf(what, sizeof what, "%s M %d N %d K %d%s%s%s", name, M, N, K, trans_a ? " a^T" : "", trans_b ? " b^T" : "", accumulate ? " +=" : "");
+    CHECK_ERROR(what, worst, 8 * EPS_X * (K + 1));
+    free(a);
+    free(b);
+    free(out);
+    free(want);
+}
+
+static void test_matmul_matches_naive_on_odd_shapes(void) {
+    const int shapes[][3] = {{1, 1, 1}, {1, 17, 5}, {5, 1, 9}, {7, 13, 1}, {6, 16, 64}, {13, 33, 31}, {64, 64, 64}, {65, 63, 129}, {2, 200, 513}, {129, 47, 700}, {3, 5, 1100}, {150, 160, 24}};
+    for (int s = 0; s < COUNT(shapes); s++) for (int mode = 0; mode < 8; mode++)
+        check_matmul(shapes[s][0], shapes[s][1], shapes[s][2], mode & 1, mode >> 1 & 1, mode >> 2 & 1, s % 3, matmul, "matmul");
+    const int tiles[][3] = {{1, 1, 1}, {64, 64, 64}, {5, 7, 8}, {64, 1, 16}, {1, 64, 48}, {63, 17, 104}, {19, 64, 128}};
+    for (int s = 0; s < COUNT(tiles); s++) for (int mode = 0; mode < 8; mode++)
+        check_matmul(tiles[s][0], tiles[s][1], tiles[s][2], mode & 1, mode >> 1 & 1, mode >> 2 & 1, s % 3, matmul_tile, "matmul_tile");
+}
+
+static void test_matmul_bits_do_not_depend_on_threads(void) {
+    const int shapes[][3] = {{65, 63, 129}, {200, 48, 700}, {31, 257, 96}, {128, 128, 128}};
+    for (int s = 0; s < COUNT(shapes); s++) for (int mode = 0; mode < 4; mode++) {
+        int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], trans_a = mode & 1, trans_b = mode >> 1;
+        floatX *a = noise_array((size_t)M * K, 0, 1), *b = noise_array((size_t)N * K, 0, 1), *out[3];
+        for (int t = 0; t < 3; t++) {
+            out[t] = (floatX *)xcalloc((size_t)M * N, sizeof(floatX));
+            omp_set_num_threads(t + 1);
+            matmul(out[t], N, a, trans_a ? M : K, trans_a, b, trans_b ? K : N, trans_b, M, N, K, 0);
+            CHECK(!memcmp(out[0], out[t], (size_t)M * N * sizeof(floatX)), "%d x %d x %d: %d threads give other bits than 1", M, N, K, t + 1);
+        }
+        for (int t = 0; t < 3; t++) free(out[t]);
+        free(a);
+        free(b);
+    }
+}
+
+// ==== 8. Gradients of each op against central differences (double) ======================================================
+// (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h: the error is of order h^4 and roundoff / h, both about 1e-12 here.
+#define STEP 3e-4
+
+static double difference(floatX *x, double (*loss)(void)) {
+    const double at[4] = {1, -1, 2, -2}, weight[4] = {8, -8, -1, 1};
+    floatX x0 = *x;
+    double sum = 0;
+    for (int i = 0; i < 4; i++) {
+        *x = (floatX)(x0 + at[i] * STEP);
+        sum += weight[i] * loss();
+    }
+    *x = x0;
+    return sum / (12 * STEP);
+}
+
+// Relative L2 error of dx (n) against differences of `loss`, over at most ~300 of its elements.
+static double gradient_error(floatX *x, const floatX *dx, size_t n, double (*loss)(void)) {
+    size_t stride = n > 300 ? n / 300 | 1 : 1;
+    double wrong = 0, size = 0;
+    for (size_t i = 0; i < n; i += stride) {
+        double g = difference(x + i, loss);
+        wrong += (g - dx[i]) * (g - dx[i]);
+        size += g * g;
+    }
+    return sqrt(wrong / size);
+}
+
+#define GRADIENT_TOL 1e-6       // design.md 5 (1); correct code reaches about 1e-10
+#define CHECK_GRADIENT(what, x, dx, n, loss) check_error(__LINE__, what, gradient_error(x, dx, n, loss), GRADIENT_TOL)
+
+static double dot(const floatX *a, const floatX *b, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)a[i] * b[i];
+    return sum;
+}
+
+// What the ops under test work on; `loss` functions read it.
+static struct Op {
+    int N, C, OC, V, B, T, H, K, D;
+    Config c;
+    floatX *x, *y, *w, *w2, *out, *out2, *r, *r2, *aux, *aux2, *cosine, *sine;
+    int *ids;
+    double *nll;
+} op;
+
+static floatX *copy_of(const floatX *x, size_t n) { return (floatX *)memcpy(xmalloc(n * sizeof(floatX)), x, n * sizeof(floatX)); }
+static floatX *zeros(size_t n) { return (floatX *)xcalloc(n, sizeof(floatX)); }
+
+static double rmsnorm_loss(void) {
+    size_t n = (size_t)op.N * op.C;
+    residual_rmsnorm_forward(op.out2, op.out, op.aux, op.x, op.y, op.w, 1e-5, op.N, op.C, 0);
+    return dot(op.out, op.r, n) + (op.y ? dot(op.out2, op.r2, n) : 0);
+}
+
+static void test_rmsnorm_backward_matches_differences(void) {
+    const int shapes[][2] = {{3, 24}, {1, 1}, {5, 33}, {2, 70}};
+    for (int s = 0; s < COUNT(shapes); s++) for (int residual = 0; residual < 2; residual++) {
+        memset(&op, 0, sizeof op);
+        op.N = shapes[s][0], op.C = shapes[s][1];
+        size_t n = (size_t)op.N * op.C;
+        op.x = noise_array(n, 0, 1), op.y = residual ? noise_array(n, 0, 1) : NULL, op.w = noise_array((size_t)op.C, 1, 0.3);
+        op.r = noise_array(n, 0, 1), op.r2 = noise_array(n, 0, 1), op.out = zeros(n), op.out2 = zeros(n), op.aux = zeros((size_t)op.N);
+        rmsnorm_loss();
+        floatX *dx = residual ? copy_of(op.r2, n) : zeros(n), *dw = zeros((size_t)op.C), *rebuilt = zeros(n);
+        const floatX *input = residual ? op.out2 : op.x;
+        rmsnorm_backward(dx, dw, op.r, input, op.aux, op.w, op.N, op.C, 0);
+        rmsnorm_rebuild(rebuilt, input, op.aux, op.w, op.N, op.C, 0);
+        CHECK(!memcmp(rebuilt, op.out, n * sizeof(floatX)), "the rebuilt output has other bits");
+        CHECK_GRADIENT("dx", op.x, dx, n, rmsnorm_loss);
+        if (residual) CHECK_GRADIENT("d delta", op.y, dx, n, rmsnorm_loss);
+        CHECK_GRADIENT("dw", op.w, dw, (size_t)op.C, rmsnorm_loss);
+    }
+}
+
+static double matmul_loss(void) {
+    matmul_forward(op.out, op.x, op.w, op.N, op.C, op.OC);
+    if (op.y) bias_forward(op.out, op.y, op.N, op.OC);
+    return dot(op.out, op.r, (size_t)op.N * op.OC);
+}
+
+static void test_matmul_and_bias_backward_match_differences(void) {
+    memset(&op, 0, sizeof op);
+    op.N = 7, op.C = 19, op.OC = 37;
+    size_t nx = (size_t)op.N * op.C, nw = (size_t)op.C * op.OC, no = (size_t)op.N * op.OC;
+    op.x = noise_array(nx, 0, 1), op.w = noise_array(nw, 0, 1), op.y = noise_array((size_t)op.OC, 0, 1), op.r = noise_array(no, 0, 1), op.out = zeros(no);
+    floatX *before_w = noise_array(nw, 0, 1), *before_b = noise_array((size_t)op.OC, 0, 1), *dx = noise_array(nx, 0, 1);
+    floatX *dw = copy_of(before_w, nw), *db = copy_of(before_b, (size_t)op.OC);
+    matmul_backward_x(dx, op.r, op.w, op.N, op.C, op.OC, 0);
+    matmul_backward_w(dw, op.r, op.x, op.N, op.C, op.OC);
+    bias_backward(db, op.r, op.N, op.OC);
+    for (size_t i = 0; i < nw; i++) dw[i] -= before_w[i];                   // they add to what was there
+    for (int i = 0; i < op.OC; i++) db[i] -= before_b[i];
+    CHECK_GRADIENT("dx", op.x, dx, nx, matmul_loss);
+    CHECK_GRADIENT("dw", op.w, dw, nw, matmul_loss);
+    CHECK_GRADIENT("dbias", op.y, db, (size_t)op.OC, matmul_loss);
+}
+
+static double rope_loss(void) {
+    size_t n = (size_t)op.N * (op.c.H + 2 * op.c.K) * op.c.D;
+    memcpy(op.out, op.x, n * sizeof(floatX));
+    qk_norm_rope_forward(op.out, op.aux, op.aux2, op.w, op.w2, op.cosine, op.sine, &op.c, op.N, op.T, 0);
+    return dot(op.out, op.r, n);
+}
+
+static void test_rope_and_qk_norm_backward_match_differences(void) {
+    for (int kind = 0; kind < 4; kind++) {                  // plain, llama3, each without and with the head norm
+        memset(&op, 0, sizeof op);
+        op.c = make_config(kind & 2 ? "qwen3" : "llama", 1, 30, 1, 32, 4, 2, 8, 16, kind & 1 ? LLAMA3_ROPE : "");
+        op.T = 5, op.N = 2 * op.T;
+        size_t W = (size_t)(op.c.H + 2 * op.c.K) * op.c.D, n = op.N * W, D = (size_t)op.c.D, heads = (size_t)(op.c.H + op.c.K);
+        op.x = noise_array(n, 0, 1), op.r = noise_array(n, 0, 1), op.out = zeros(n), op.aux = zeros(op.N * heads * D), op.aux2 = zeros(op.N * heads);
+        op.cosine = zeros((size_t)op.T * D / 2), op.sine = zeros((size_t)op.T * D / 2);
+        if (op.c.qk_norm) op.w = noise_array(D, 1, 0.3), op.w2 = noise_array(D, 1, 0.3);
+        rope_table(op.cosine, op.sine, &op.c, op.T);
+        rope_loss();
+        floatX *dx = copy_of(op.r, n), *dq = zeros(D), *dk = zeros(D);
+        qk_norm_rope_backward(dx, dq, dk, op.aux, op.aux2, op.w, op.w2, op.cosine, op.sine, &op.c, op.N, op.T, 0);
+        CHECK_GRADIENT("dqkv", op.x, dx, n, rope_loss);
+        if (op.w) CHECK_GRADIENT("dq_norm", op.w, dq, D, rope_loss);
+        if (op.w2) CHECK_GRADIENT("dk_norm", op.w2, dk, D, rope_loss);
+    }
+}
+
+static double attention_loss(void) {
+    attention_forward(op.out, op.aux, op.x, op.ids, op.B, op.T, op.H, op.K, op.D, 0);
+    return dot(op.out, op.r, (size_t)op.B * op.T * op.H * op.D);
+}
+
+static void test_attention_backward_matches_differences(void) {
+    const int rows[][5] = {{2, 5, 4, 4, 8}, {2, 5, 4, 2, 8}, {2, 5, 4, 1, 8}, {1, 70, 2, 1, 16}, {1, 130, 2, 2, 8}, {1, 1, 2, 1, 8}};      // B T H K D; TILE is 64
+    for (int s = 0; s < COUNT(rows); s++) for (int masked = 0; masked < 2; masked++) {
+        memset(&op, 0, sizeof op);
+        op.B = rows[s][0], op.T = rows[s][1], op.H = rows[s][2], op.K = rows[s][3], op.D = rows[s][4];
+        size_t N = (size_t)op.B * op.T, n = N * (op.H + 2 * op.K) * op.D, m = N * op.H * op.D;
+        op.x = noise_array(n, 0, 1), op.r = noise_array(m, 0, 1), op.out = zeros(m), op.aux = zeros(N * op.H);
+        Batch batch;
+        make_batch(&batch, op.B, op.T, 10, 0, masked);
+        op.ids = batch.doc_start;
+        attention_loss();
+        floatX *dx = noise_array(n, 0, 1);
+        attention_backward(dx, op.r, op.x, op.out, op.aux, op.ids, op.B, op.T, op.H, op.K, op.D, 0);
+        if (op.T == 1) for (size_t i = 0; i < N * (op.H + op.K) * op.D; i++) CHECK_ERROR("dq, dk of a single position", fabs((double)dx[i]), 1e-12);
+        CHECK_GRADIENT("dqkv", op.x, dx, n, attention_loss);
+        batch_free(&batch);
+    }
+}
+
+static double swiglu_loss(void) {
+    swiglu_forward(op.out, op.x, op.N, op.C, 0);
+    return dot(op.out, op.r, (size_t)op.N * op.C);
+}
+
+static void test_swiglu_backward_matches_differences(void) {
+    memset(&op, 0, sizeof op);
+    op.N = 3, op.C = 37;
+    size_t n = (size_t)op.N * 2 * op.C, m = (size_t)op.N * op.C;
+    op.x = noise_array(n, 0, 3), op.r = noise_array(m, 0, 1), op.out = zeros(m);
+    floatX *dx = noise_array(n, 0, 1);
+    swiglu_backward(dx, op.r, op.x, op.N, op.C, 0);
+    CHECK_GRADIENT("dgate_up", op.x, dx, n, swiglu_loss);
+}
+
+static double cross_entropy_loss(void) {
+    size_t n = (size_t)op.N * op.V;
+    memcpy(op.out, op.x, n * sizeof(floatX));
+    cross_entropy(op.nll, op.out, op.ids, 0, op.N, op.V, 0);
+    double sum = 0;
+    for (int i = 0; i < op.N; i++) sum += op.nll[i];
+    return 0.3 * sum;
+}
+
+static void test_cross_entropy_backward_matches_differences(void) {
+    memset(&op, 0, sizeof op);
+    op.N = 5, op.V = 53;
+    size_t n = (size_t)op.N * op.V;
+    int targets[5] = {0, IGNORED, 52, 17, IGNORED};
+    double nll[5];
+    op.x = noise_array(n, 0, 2), op.out = zeros(n), op.ids = targets, op.nll = nll;
+    floatX *dx = copy_of(op.x, n);
+    cross_entropy(nll, dx, targets, 0.3, op.N, op.V, 0);
+    CHECK(nll[1] == 0 && nll[4] == 0 && nll[0] > 0, "loss of ignored targets");
+    for (int v = 0; v < op.V; v++) CHECK(dx[op.V + v] == 0, "gradient of an ignored target");
+    CHECK_GRADIENT("dlogits", op.x, dx, n, cross_entropy_loss);
+}
+
+static double embedding_loss(void) {
+    embedding_forward(op.out, op.ids, op.w, op.N, op.C);
+    return dot(op.out, op.r, (size_t)op.N * op.C);
+}
+
+static void test_embedding_backward_matches_differences(void) {
+    memset(&op, 0, sizeof op);
+    op.N = 6, op.C = 19, op.V = 5;
+    int ids[6] = {3, 0, 3, 3, 4, 0};                        // repeated tokens add up, 1 and 2 are absent
+    size_t n = (size_t)op.V * op.C, m = (size_t)op.N * op.C;
+    op.ids = ids, op.w = noise_array(n, 0, 1), op.r = noise_array(m, 0, 1), op.out = zeros(m);
+    floatX *before = noise_array(n, 0, 1), *dw = copy_of(before, n);
+    embedding_backward(dw, ids, op.r, op.N, op.C);
+    for (size_t i = 0; i < n; i++) dw[i] -= before[i];
+    CHECK_GRADIENT("dw", op.w, dw, n, embedding_loss);
+}
+
+static void test_gradient_check_rejects_small_errors_and_nan(void) {
+    memset(&op, 0, sizeof op);
+    op.N = 3, op.C = 37;
+    size_t n = (size_t)op.N * 2 * op.C, m = (size_t)op.N * op.C;
+    op.x = noise_array(n, 0, 3), op.r = noise_array(m, 0, 1), op.out = zeros(m);
+    floatX *dx = zeros(n);
+    swiglu_backward(dx, op.r, op.x, op.N, op.C, 0);
+    double size = sqrt(dot(dx, dx, n)), exact = gradient_error(op.x, dx, n, swiglu_loss);
+    CHECK_ERROR("the right gradient", exact, GRADIENT_TOL / 10);
+    dx[5] += (floatX)(2 * GRADIENT_TOL * size);             // twice the tolerance in one element
+    CHECK(!(gradient_error(op.x, dx, n, swiglu_loss) <= GRADIENT_TOL), "a wrong element passes");
+    dx[5] = (floatX)NAN;
+    CHECK(!(gradient_error(op.x, dx, n, swiglu_loss) <= GRADIENT_TOL) && !(rel_l2(dx, op.x, n) <= 1e30), "NaN passes");
+}
+
+// ==== 9. The whole model ================================================================================================
+static struct { Model m; Batch batch; } whole;
+
+static double whole_loss(void) {
+    int64_t n;
+    return llama_loss(&whole.m, &whole.batch, &n);
+}
+
+// Every tensor: two random directions and three single elements.
+static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore, int documents) {
+    Model *m = &whole.m;
+    int64_t n_targets;
+    make_model(m, c, B, T, chunk, recompute, 0);
+    make_batch(&whole.batch, B, T, c->V, ignore, documents);
+    double loss = llama_forward_backward(m, &whole.batch, 1, &n_targets, NULL), again = whole_loss();
+    CHECK(loss == again, "%s: loss of training and of evaluation differ: %.17g, %.17g", what, loss, again);
+    double worst = 0;
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        const Tensor *t = &m->p.tensors[i];
+        floatX *w = m->weights + t->at, *w0 = copy_of(w, t->n);
+        const floatX *g = m->grads + t->at;
+        double size = sqrt(dot(g, g, t->n)), rms = size / sqrt((double)t->n), error = 0;
+        for (int k = 0; k < 5; k++) {
+            size_t element = random_bits(5, (uint64_t)i, (uint64_t)k) % t->n;
+            double slope = 0, want = 0;
+            const double steps[4] = {1, -1, 2, -2}, weight[4] = {8, -8, -1, 1};
+            for (int s = 0; s < 4; s++) {
+                for (size_t j = 0; j < t->n; j++) {
+                    int sign = k < 2 ? (random_bits(6 + (uint64_t)k, (uint64_t)i, j) & 1 ? 1 : -1) : j == element;
+                    w[j] = (floatX)(w0[j] + sign * steps[s] * STEP);
+                    if (s == 0) want += sign * (double)g[j];
+                }
+                slope += weight[s] * whole_loss() / (12 * STEP);
+            }
+            memcpy(w, w0, t->n * sizeof(floatX));
+            // along a random direction the slope is about |g|; a single element is compared with the typical size of one
+            // (a gradient below 1e-12 is 0 and roundoff, as that of q and k when there is one position: the slope must be 0 too)
+            double scale = k < 2 ? size : fmax(fabs(want), rms), e = size > 1e-12 ? fabs(slope - want) / scale : fabs(slope) * 1e3;
+            if (!(e <= error)) error = e;
+        }
+        free(w0);
+        char label[200];
+        snprintf(label, sizeof label, "%s: %s", what, t->name);
+        CHECK_ERROR(label, error, GRADIENT_TOL);
+        if (!(error <= worst)) worst = error;
+    }
+    batch_free(&whole.batch);
+    model_free(m);
+}
+
+static void test_model_gradients_match_differences(void) {
+    const char *const families[] = {"llama", "mistral", "qwen2", "qwen3"};
+    for (int f = 0; f < 4; f++) for (int tied = 0; tied < 2; tied++) {
+        char what[64];
+        snprintf(what, sizeof what, "%s, %s head", families[f], tied ? "tied" : "own");
+        Config c = make_config(families[f], tied, 29, 2, 24, 2 + 2 * (f & 1), 2, 8, 20, f == 0 ? LLAMA3_ROPE : "");
+        check_model_gradients(what, &c, 2, 7, 5, tied ? RECOMPUTE_BLOCK : RECOMPUTE_NONE, f == 1 ? 4 : 0, f == 2);
+    }
+}
+
+static void test_edge_shapes_have_right_gradients(void) {
+    const struct { const char *what; int V, C, H, K, D, F, B, T, chunk; } rows[] = {
+        {"T 1, B 1", 17, 16, 2, 1, 8, 12, 1, 1, 1}, {"T 65 beyond a tile", 17, 16, 2, 1, 8, 12, 1, 65, 64}, {"head_dim 16, B 3", 130, 8, 1, 1, 16, 9, 3, 5, 7},
+        {"head_dim 48", 17, 16, 2, 2, 48, 12, 1, 6, 4}, {"head_dim 64, kv 1 of 3", 17, 24, 3, 1, 64, 8, 1, 5, 100}, {"head_dim 104", 17, 8, 2, 1, 104, 8, 1, 5, 3},
+        {"head_dim 128", 300, 8, 1, 1, 128, 8, 1, 4, 2}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        Config c = make_config("llama", i & 1, rows[i].V, 1, rows[i].C, rows[i].H, rows[i].K, rows[i].D, rows[i].F, "");
+        check_model_gradients(rows[i].what, &c, rows[i].B, rows[i].T, rows[i].chunk, RECOMPUTE_MLP, i == 2 ? 3 : 0, 0);
+    }
+}
+
+static void test_all_targets_masked_gives_zero(void) {
+    Config c = make_config("qwen2", 1, 29, 2, 24, 4, 2, 8, 20, "");
+    Model m;
+    Batch batch;
+    int64_t n;
+    make_model(&m, &c, 2, 7, 5, 0, 0);
+    make_batch(&batch, 2, 7, 29, 1, 0);
+    double loss = llama_forward_backward(&m, &batch, 1, &n, NULL);
+    CHECK(loss == 0 && n == 0, "loss %g of %d targets", loss, (int)n);
+    for (size_t i = 0; i < m.p.n; i++) if (m.grads[i] != 0) { bad(__LINE__, "gradient %zu is %g", i, (double)m.grads[i]); break; }
+    batch_free(&batch);
+    model_free(&m);
+}
+
+// Loss and gradients of one configuration into fresh copies.
+static floatX *model_gradients(const Config *c, const Batch *batch, int chunk, int recompute, int bf16, double *loss, size_t *n) {
+    Model m;
+    int64_t targets;
+    make_model(&m, c, batch->B, batch->T, chunk, recompute, bf16);
+    *loss = llama_forward_backward(&m, batch, 1.0 / (batch->B * batch->T), &targets, NULL);
+    floatX *grads = copy_of(m.grads, m.p.n);
+    *n = m.p.n;
+    model_free(&m);
+    return grads;
+}
+
+static void test_recompute_gives_the_same_bits(void) {
+    for (int f = 0; f < 2; f++) for (int bf16 = 0; bf16 < (IS_DOUBLE ? 1 : 2); bf16++) {
+        Config c = make_config(f ? "qwen3" : "qwen2", f, 131, 3, 48, 4, 2, 16, 40, "");
+        Batch batch;
+        make_batch(&batch, 3, 37, c.V, 5, f);
+        double loss[3];
+        size_t n;
+        floatX *g[3];
+        for (int r = 0; r < 3; r++) {
+            g[r] = model_gradients(&c, &batch, 50, r, bf16, &loss[r], &n);
+            CHECK(loss[r] == loss[0] && !memcmp(g[r], g[0], n * sizeof(floatX)), "recompute %d gives other bits (bf16 %d)", r, bf16);
+        }
+        for (int r = 0; r < 3; r++) free(g[r]);
+        batch_free(&batch);
+    }
+}
+
+static void test_model_bits_do_not_depend_on_threads(void) {
+    Config c = make_config("qwen3", 0, 131, 2, 64, 4, 2, 16, 96, "");
+    Batch batch;
+    make_batch(&batch, 3, 70, c.V, 0, 1);
+    double loss[4];
+    size_t n;
+    floatX *g[4];
+    for (int t = 0; t < 4; t++) {
+        omp_set_num_threads(t < 3 ? t + 1 : 2);             // the last run repeats the one with 2
+        g[t] = model_gradients(&c, &batch, 64, 0, 0, &loss[t], &n);
+        CHECK(loss[t] == loss[0] && !memcmp(g[t], g[0], n * sizeof(floatX)), "%d threads give other bits than 1", t < 3 ? t + 1 : 2);
+    }
+    for (int t = 0; t < 4; t++) free(g[t]);
+    batch_free(&batch);
+}
+
+static void test_logits_chunk_does_not_change_the_result(void) {
+    Config c = make_config("llama", 0, 131, 1, 32, 2, 1, 16, 24, "");
+    Batch batch;
+    make_batch(&batch, 3, 21, c.V, 4, 0);                   // 63 rows
+    const int chunks[] = {63, 64, 62, 20, 1};
+    double loss[COUNT(chunks)];
+    size_t n;
+    floatX *g[COUNT(chunks)];
+    for (int i = 0; i < COUNT(chunks); i++) {
+        g[i] = model_gradients(&c, &batch, chunks[i], 0, 0, &loss[i], &n);
+        CHECK_ERROR("loss", fabs(loss[i] - loss[0]) / loss[0], 8 * EPS_X);      // the logits' sums are the same, or differ in order
+        CHECK_ERROR("gradients", rel_l2(g[i], g[0], n), 16 * EPS_X);            // the head's gradient adds up chunk by chunk
+    }
+    for (int i = 0; i < COUNT(chunks); i++) free(g[i]);
+    batch_free(&batch);
+}
+
+// ---- attention against the formula, written as plainly as possible, in double
+static void naive_attention(double *out, double *dqkv, const floatX *qkv, const floatX *dout, const int *doc_start, int B, int T, int H, int K, int D) {
+    int W = (H + 2 * K) * D;
+    double *p = (double *)xmalloc((size_t)T * sizeof(double)), *dp = (double *)xmalloc((size_t)T * sizeof(double)), scale = 1 / sqrt((double)D);
+    memset(dqkv, 0, (size_t)B * T * W * sizeof(double));
+    for (int b = 0; b < B; b++) for (int h = 0; h < H; h++) for (int t = 0; t < T; t++) {
+        size_t row = (size_t)b * T + t, q = row * W + (size_t)h * D, o = row * H * D + (size_t)h * D;
+        int first = doc_start ? doc_start[row] : 0;
+        double sum = 0, top = -INFINITY, delta = 0;
+        for (int s = first; s <= t; s++) {
+            size_t k = ((size_t)b * T + s) * W + (size_t)(H + h / (H / K)) * D;
+            p[s] = 0;
+            for (int d = 0; d < D; d++) p[s] += (double)qkv[q + d] * qkv[k + d] * scale;
+            top = fmax(top, p[s]);
+        }
+        for (int s = first; s <= t; s++) sum += p[s] = exp(p[s] - top);
+        for (int d = 0; d < D; d++) out[o + d] = 0;
+        for (int s = first; s <= t; s++) {
+            size_t v = ((size_t)b * T + s) * W + (size_t)(H + K + h / (H / K)) * D;
+            p[s] /= sum;
+            dp[s] = 0;
+            for (int d = 0; d < D; d++) {
+                out[o + d] += p[s] * qkv[v + d];
+                dp[s] += (double)dout[o + d] * qkv[v + d];
+                dqkv[v + d] += p[s] * dout[o + d];
+            }
+            delta += p[s] * dp[s];
+        }
+        for (int s = first; s <= t; s++) for (int d = 0; d < D; d++) {
+            size_t k = ((size_t)b * T + s) * W + (size_t)(H + h / (H / K)) * D;
+            dqkv[q + d] += p[s] * (dp[s] - delta) * scale * qkv[k + d];
+            dqkv[k + d] += p[s] * (dp[s] - delta) * scale * qkv[q + d];
+        }
+    }
+    free(p);
+    free(dp);
+}
+
+static double rel_l2_double(const floatX *a, const double *b, size_t n) {
+    double difference_ = 0, size = 0;
+    for (size_t i = 0; i < n; i++) difference_ += ((double)a[i] - b[i]) * ((double)a[i] - b[i]), size += b[i] * b[i];
+    return sqrt(difference_ / size);
+}
+
+static void test_attention_matches_naive_reference(void) {
+    const int rows[][5] = {{1, 130, 2, 1, 8}, {3, 67, 4, 2, 16}, {1, 64, 3, 3, 48}, {2, 65, 4, 1, 64}, {1, 33, 2, 2, 104}, {1, 200, 2, 1, 128}, {5, 1, 2, 1, 8}, {1, 63, 6, 2, 24}};
+    for (int s = 0; s < COUNT(rows); s++) for (int masked = 0; masked < 2; masked++) {
+        int B = rows[s][0], T = rows[s][1], H = rows[s][2], K = rows[s][3], D = rows[s][4];
+        size_t N = (size_t)B * T, n = N * (H + 2 * K) * D, m = N * H * D;
+        floatX *qkv = noise_array(n, 0, 1), *dout = noise_array(m, 0, 1), *out = zeros(m), *lse = zeros(N * H), *dqkv = zeros(n);
+        double *want = (double *)xcalloc(m, sizeof(double)), *dwant = (double *)xcalloc(n, sizeof(double));
+        Batch batch;
+        make_batch(&batch, B, T, 10, 0, masked);
+        attention_forward(out, lse, qkv, batch.doc_start, B, T, H, K, D, 0);
+        attention_backward(dqkv, dout, qkv, out, lse, batch.doc_start, B, T, H, K, D, 0);
+        naive_attention(want, dwant, qkv, dout, batch.doc_start, B, T, H, K, D);
+        char what[100];
+        snprintf(what, sizeof what, "B %d T %d H %d K %d D %d%s", B, T, H, K, D, masked ? " documents" : "");
+        // scores are sums of D products, |score| about 3: 4 roundings of 2^-24 in the exponent, as many in the sums
+        CHECK_ERROR(what, rel_l2_double(out, want, m), 32 * EPS_X);
+        CHECK_ERROR(what, rel_l2_double(dqkv, dwant, n), 64 * EPS_X);
+        free(qkv); free(dout); free(out); free(lse); free(dqkv); free(want); free(dwant);
+        batch_free(&batch);
+    }
+}
+
+static void test_document_mask_equals_separate_documents(void) {
+    enum { T = 90, CUT = 37, H = 4, K = 2, D = 16, W = (H + 2 * K) * D };
+    floatX *qkv = noise_array(T * W, 0, 1), *dout = noise_array(T * H * D, 0, 1), *out = zeros(T * H * D), *lse = zeros(T * H), *dqkv = zeros(T * W);
+    floatX *out2 = zeros(T * H * D), *lse2 = zeros(T * H), *dqkv2 = zeros(T * W);
+    int doc_start[T];
+    for (int t = 0; t < T; t++) doc_start[t] = t < CUT ? 0 : CUT;
+    attention_forward(out, lse, qkv, doc_start, 1, T, H, K, D, 0);
+    attention_backward(dqkv, dout, qkv, out, lse, doc_start, 1, T, H, K, D, 0);
+    for (int part = 0; part < 2; part++) {
+        size_t first = part ? CUT : 0;
+        int n = part ? T - CUT : CUT;
+        attention_forward(out2 + first * H * D, lse2 + first * H, qkv + first * W, NULL, 1, n, H, K, D, 0);
+        attention_backward(dqkv2 + first * W, dout + first * H * D, qkv + first * W, out2 + first * H * D, lse2 + first * H, NULL, 1, n, H, K, D, 0);
+    }
+    CHECK_ERROR("outputs", rel_l2(out, out2, T * H * D), 16 * EPS_X);       // the same sums, cut into other tiles
+    CHECK_ERROR("gradients", rel_l2(dqkv, dqkv2, T * W), 32 * EPS_X);
+    free(qkv); free(dout); free(out); free(lse); free(dqkv); free(out2); free(lse2); free(dqkv2);
+}
+
+// The whole model: RoPE is relative, so a document's losses do not depend on what is packed before it.
+static void test_packed_documents_equal_separate_ones(void) {
+    enum { T = 80, CUT = 37 };
+    Config c = make_config("qwen3", 0, 131, 2, 48, 4, 2, 16, 40, "");
+    Model m;
+    Batch packed, part;
+    int64_t n;
+    make_batch(&packed, 1, T, c.V, 0, 1);
+    for (int t = 0; t < T; t++) packed.doc_start[t] = t < CUT ? 0 : CUT;
+    make_model(&m, &c, 1, T, 64, 0, 0);
+    llama_forward_backward(&m, &packed, 1, &n, NULL);
+    floatX *grads = copy_of(m.grads, m.p.n);
+    double nll[T];
+    memcpy(nll, m.nll, sizeof nll);
+    memset(m.grads, 0, m.p.n * sizeof(floatX));
+    for (int i = 0; i < 2; i++) {
+        part = packed;
+        part.T = i ? T - CUT : CUT;
+        part.inputs += i * CUT;
+        part.targets += i * CUT;
+        part.doc_start = NULL;
+        llama_forward_backward(&m, &part, 1, &n, NULL);
+        // the angles are other ones, each rounded: up to 80 radians in floats, a few 1e-6
+        for (int t = 0; t < part.T; t++) CHECK_ERROR("loss of a target", fabs(m.nll[t] - nll[i * CUT + t]), 200 * EPS_X);
+    }
+    CHECK_ERROR("gradients", rel_l2(m.grads, grads, m.p.n), 100 * EPS_X);
+    free(grads);
+    model_free(&m);
+    batch_free(&packed);
+}
+
+static void test_adamw_matches_double_reference(void) {
+    enum { N = 1000, STEPS = 20 };
+    const double lr = 3e-3, b1 = 0.9, b2 = 0.95, eps = 1e-8, decay = 0.1, scale = 0.37;
+    floatX *w = noise_array(N, 0, 1), *m = zeros(N), *v = zeros(N), *g = zeros(N);
+    double W[N], M[N] = {0}, S[N] = {0};
+    for (int i = 0; i < N; i++) W[i] = w[i];
+    for (int step = 1; step <= STEPS; step++) {
+        for (int i = 0; i < N; i++) g[i] = (floatX)(noise() * (i % 10 ? 1 : 1e-3));
+        adamw_update(w, w, m, v, g, N, lr, b1, b2, eps, decay, scale, step, 0, 0);
+        for (int i = 0; i < N; i++) {
+            double grad = (double)g[i] * scale;
+            M[i] = b1 * M[i] + (1 - b1) * grad;
+            S[i] = b2 * S[i] + (1 - b2) * grad * grad;
+            W[i] = W[i] * (1 - lr * decay) - lr * (M[i] / (1 - pow(b1, step))) / (sqrt(S[i] / (1 - pow(b2, step))) + eps);
+        }
+    }
+    CHECK_ERROR("weights", rel_l2_double(w, W, N), STEPS * EPS_X);          // one rounding of w per step, at most
+    CHECK_ERROR("m", rel_l2_double(m, M, N), 8 * EPS_X);                    // a few roundings, those of old steps fade
+    CHECK_ERROR("v", rel_l2_double(v, S, N), 16 * EPS_X);
+    free(w); free(m); free(v); free(g);
+}
+
+static void test_adamw_decays_matrices_only(void) {
+    Config c = make_config("qwen2", 0, 29, 1, 24, 4, 2, 8, 20, "");
+    Model m;
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8, o.weight_decay = 0.5;
+    make_model(&m, &c, 1, 4, 4, 0, 0);
+    floatX *before = copy_of(m.weights, m.p.n);
+    model_update(&m, 0.1, 1, 1, &o);                        // gradients are 0: only decay moves
+    for (int i = 0; i < m.p.n_tensors; i++) {
+        const Tensor *t = &m.p.tensors[i];
+        double ratio = (double)m.weights[t->at + 1] / before[t->at + 1];
+        CHECK_ERROR(t->name, fabs(ratio - (t->cols ? 0.95 : 1)), 2 * EPS_X);
+        CHECK((t->cols > 0) == (strstr(t->name, "norm") == NULL && strstr(t->name, "bias") == NULL), "%s: matrix or vector?", t->name);
+    }
+    free(before);
+    model_free(&m);
+}
+
+static int is_bf16(const floatX *x, size_t n) {
+    for (size_t i = 0; i < n; i++) if (!(round_bf16(x[i]) == x[i])) return 0;
+    return 1;
+}
+
+static void test_bf16_mode_is_close_to_fp32(void) {
+    Config c = make_config("llama", 0, 131, 2, 64, 4, 2, 16, 96, "");
+    Batch batch;
+    make_batch(&batch, 3, 33, c.V, 0, 0);
+    double exact_loss, loss;
+    size_t n;
+    floatX *exact = model_gradients(&c, &batch, 50, 0, 0, &exact_loss, &n), *g = model_gradients(&c, &batch, 50, 0, 1, &loss, &n);
+    double e = rel_l2(g, exact, n);
+    // one rounding is 1.7e-3; tens of them lie between a loss and a gradient, about sqrt(100) of it
+    CHECK(e > 1e-3 && e < 1e-1, "bf16 gradients are %.2g away from fp32; 1e-3 .. 1e-1 expected", e);
+    CHECK_ERROR("loss", fabs(loss / exact_loss - 1), 2e-2);
+    free(exact);
+    free(g);
+    Model m;
+    Options o;
+    int64_t targets;
+    memset(&o, 0, sizeof o);
+    o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8;
+    make_model(&m, &c, 3, 33, 50, 0, 1);
+    m.bf16_state = 1;
+    CHECK(is_bf16(m.weights, m.p.n), "weights are not bf16 at the start");
+    llama_forward_backward(&m, &batch, 1.0 / 99, &targets, NULL);
+    CHECK(is_bf16(m.acts[1].x, (size_t)m.N * c.C) && is_bf16(m.acts[1].qkv, (size_t)m.N * 128) && is_bf16(m.acts[1].gate_up, (size_t)m.N * 192), "activations are not bf16");
+    model_update(&m, 1e-3, 1, 1, &o);
+    CHECK(is_bf16(m.weights, m.p.n), "weights are not bf16 after an update");
+    CHECK(!is_bf16(m.master, m.n_state), "the master weights are bf16: small updates would be lost");
+    CHECK(is_bf16(m.m, m.n_state) && is_bf16(m.v, m.n_state), "--optimizer-dtype bf16 keeps m and v in more");
+    CHECK(!is_bf16(m.grads, m.p.n), "gradients are summed in bf16");
+    model_free(&m);
+    batch_free(&batch);
+}
+
+static void test_arenas_hold_what_the_tensors_need(void) {
+    Config c = make_config("qwen3", 1, 300, 2, 48, 4, 2, 16, 40, "");
+    for (int zero = 0; zero < 2; zero++) for (int bf16 = 0; bf16 < 2; bf16++) for (int world = 1; world <= 4; world += 3) {
+        Model m;
+        memset(&m, 0, sizeof m);
+        m.world = world, m.rank = world - 1, m.zero = zero, m.bf16 = bf16;
+        model_plan(&m, &c, 3, 37, 50);
+        size_t share = zero ? m.p.n / (size_t)world : m.p.n, need = 2 * m.p.n + (bf16 ? 3 : 2) * share;
+        CHECK(m.arena_n[0] >= need && m.arena_n[0] <= need + 5 * 16, "state arena has %zu elements, %zu are needed", m.arena_n[0], need);
+        size_t covered = 0, first, n, slice_at;
+        for (int u = 0; u < m.p.n_units; u++) {             // slices are in range and as long as the arrays
+            state_slice(&m, u, &first, &n, &slice_at);
+            CHECK(slice_at == covered && first + n <= m.p.n, "slice of unit %d", u);
+            covered += n;
+        }
+        CHECK(covered == share, "slices cover %zu of %zu elements", covered, share);
+        model_free(&m);
+    }
+}
+
+static void test_init_depends_on_seed_and_name_only(void) {
+    Config c = make_config("llama", 0, 300, 2, 64, 4, 2, 0, 40, "");
+    Model a, b;
+    make_model(&a, &c, 1, 4, 4, 0, 0);
+    memset(&b, 0, sizeof b);
+    b.world = 3;                                            // other padding, other places in the flat buffer
+    model_plan(&b, &c, 2, 8, 4);
+    model_alloc(&b);
+    model_init(&a, 5);
+    model_init(&b, 5);
+    for (int i = 0; i < a.p.n_tensors; i++) {
+        const Tensor *t = &a.p.tensors[i];
+        const floatX *x = a.weights + t->at;
+        CHECK(!memcmp(x, b.weights + b.p.tensors[i].at, t->n * sizeof(floatX)), "%s depends on the number of ranks", t->name);
+        if (!t->cols) { CHECK(x[0] == 1 && x[t->n - 1] == 1, "%s is not 1", t->name); continue; }
+        double std = sqrt(dot(x, x, t->n) / (double)t->n);
+        CHECK_ERROR(t->name, fabs(std / 0.02 - 1), 5 / sqrt(2.0 * (double)t->n));           // five standard errors
+    }
+    model_init(&b, 6);
+    CHECK(memcmp(a.weights + a.p.tensors[0].at, b.weights + b.p.tensors[0].at, 100 * sizeof(floatX)), "the seed has no effect");
+    model_free(&a);
+    model_free(&b);
+}
+
+// ==== 10. Against PyTorch and a pretrained model ========================================================================
+// dev/fixture.py computed these in fp64: loss 1e-6, gradients 1e-5 (design.md 5 (2)); fp32 itself is 3e-7 away.
+enum { FIXTURE_B = 3, FIXTURE_T = 19, FIXTURE_STEPS = 10 };
+
+// A tensor of the fixture in floatX; the caller frees.
+static floatX *fixture_tensor(const StSet *s, const char *prefix, const char *name, size_t n) {
+    char *full = path_text("%s%s", prefix, name);
+    const StTensor *t = st_find(s, full);
+    floatX *x = zeros(n);
+    if (!t || t->n != n) {
+        bad(__LINE__, "the fixture has no %s of %zu values", full, n);
+    } else {
+        float *host = (float *)xmalloc(n * sizeof(float));
+        st_read(s, t, 0, n, host);
+        for (size_t i = 0; i < n; i++) x[i] = host[i];
+        free(host);
+    }
+    free(full);
+    return x;
+}
+
+static void fixture_ints(const StSet *s, const char *name, int *out, size_t n) {
+    const StTensor *t = st_find(s, name);
+    if (!t || t->dtype != ST_I32 || t->n != n) bad(__LINE__, "the fixture has no %s", name);
+    else st_read_raw(s, t, 0, n, out);
+}
+
+static void check_fixture_gradients(const Model *m, const StSet *s, const char *prefix) {
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        const Tensor *t = &m->p.tensors[i];
+        floatX *want = fixture_tensor(s, prefix, t->name, t->n);
+        CHECK_ERROR(t->name, rel_l2(m->grads + t->at, want, t->n), 1e-5);
+        free(want);
+    }
+}
+
+static void check_fixture(const char *family) {
+    enum { N = FIXTURE_B * FIXTURE_T };
+    char *dir = path_text("dev/fixture/%s", family), *path = path_text("%s/expected.safetensors", dir);
+    if (access(path, R_OK)) SKIP("%s is not here (python3 dev/fixture.py writes it)", path);
+    Config c = read_config(dir, 1);
+    Model m;
+    Batch batch;
+    int64_t n;
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8, o.weight_decay = 0.1;
+    make_model(&m, &c, FIXTURE_B, FIXTURE_T, 25, 0, 0);
+    weights_read(dir, &m, &c);
+    model_set_master(&m);
+    StSet *s = st_open(path);
+    batch_alloc(&batch, FIXTURE_B, FIXTURE_T, 0);
+    fixture_ints(s, "inputs", batch.inputs, N);
+    fixture_ints(s, "targets", batch.targets, N);
+    if (st_find(s, "masked.loss")) {                        // some targets are -100
+        int *targets = batch.targets, masked[N];
+        fixture_ints(s, "masked.targets", masked, N);
+        batch.targets = masked;
+        int count = 0;
+        for (int i = 0; i < N; i++) count += masked[i] != IGNORED;
+        double loss = llama_forward_backward(&m, &batch, 1.0 / count, &n, NULL) / count;
+        floatX *want = fixture_tensor(s, "masked.", "loss", 1);
+        CHECK(n == count && count < N, "%d targets, %d expected", (int)n, count);
+        CHECK_ERROR("masked loss", fabs(loss - want[0]), 1e-6);
+        check_fixture_gradients(&m, s, "masked.grad.");
+        free(want);
+        batch.targets = targets;
+    }
+    floatX *losses = fixture_tensor(s, "", "losses", FIXTURE_STEPS + 1), *norms = fixture_tensor(s, "", "grad_norms", FIXTURE_STEPS);
+    for (int step = 0; step <= FIXTURE_STEPS; step++) {
+        memset(m.grads, 0, m.p.n * sizeof(floatX));
+        double loss = llama_forward_backward(&m, &batch, 1.0 / N, &n, NULL) / N;
+        char what[64];
+        snprintf(what, sizeof what, "loss of step %d", step);
+        CHECK_ERROR(what, fabs(loss - losses[step]), 1e-6);
+        if (step == 0) check_fixture_gradients(&m, s, "grad.");
+        if (step == FIXTURE_STEPS) break;
+        const char *first_bad;
+        int n_bad_tensors;
+        double norm = gradient_norm(&m, &first_bad, &n_bad_tensors);
+        CHECK_ERROR("grad_norm", fabs(norm / norms[step] - 1), 1e-5);
+        model_update(&m, 3e-3, norm > 1 ? 1 / norm : 1, step + 1, &o);
+    }
+    for (int i = 0; i < m.p.n_tensors; i++) {
+        floatX *want = fixture_tensor(s, "after10.", m.p.tensors[i].name, m.p.tensors[i].n);
+        CHECK_ERROR(m.p.tensors[i].name, rel_l2(m.weights + m.p.tensors[i].at, want, m.p.tensors[i].n), 1e-5);
+        free(want);
+    }
+    free(losses);
+    free(norms);
+    st_close(s);
+    batch_free(&batch);
+    model_free(&m);
+}
+
+static void test_fixture_llama_matches_pytorch(void) { check_fixture("llama"); }
+static void test_fixture_qwen2_matches_pytorch(void) { check_fixture("qwen2"); }
+static void test_fixture_qwen3_matches_pytorch(void) { check_fixture("qwen3"); }
+
+// The same through the program: --dump-grads, ten logged steps, the checkpoint.
+static void test_fixture_matches_pytorch_end_to_end(void) {
+    const char *const families[] = {"llama", "qwen2", "qwen3"};
+    if (!have_binary()) return;
+    for (int f = 0; f < 3; f++) {
+        const char *out = folder(families[f]);
+        char *expected = path_text("dev/fixture/%s/expected.safetensors", families[f]);
+        if (access(expected, R_OK)) SKIP("%s is not here (python3 dev/fixture.py writes it)", expected);
+        char options[600];
+        snprintf(options, sizeof options, "--init-from dev/fixture/%s --train-data dev/fixture/%s/tokens.bin --seq-len 19 --batch-size 3 --threads 1", families[f], families[f]);
+        Result r = trainer(0, "%s --out %s --dump-grads %s.st", options, out, out);
+        CHECK_RAN(r);
+        r = trainer(0, "%s --out %s --steps 10 --lr 3e-3 --schedule constant --warmup-steps 0 --beta1 0.9 --beta2 0.95 --weight-decay 0.1 --grad-clip 1 "
+                    "--sample-every 0 --checkpoint-every 10", options, out);
+        CHECK_RAN(r);
+        if (n_bad) return;
+        StSet *want = st_open(expected), *grads = st_open(file_at("%s.st", families[f])), *after = st_open(file_at("%s/step_00000010", families[f]));
+        CHECK(grads->n_tensors == after->n_tensors + 1, "%d gradients of %d tensors", grads->n_tensors, after->n_tensors);
+        for (int i = 0; i < grads->n_tensors; i++) {
+            const StTensor *t = &grads->tensors[i];
+            int is_loss = !strcmp(t->name, "loss");
+            floatX *x = fixture_tensor(want, is_loss ? "" : "grad.", t->name, t->n), *y = fixture_tensor(grads, "", t->name, t->n);
+            CHECK_ERROR(t->name, rel_l2(y, x, t->n), is_loss ? 1e-6 : 1e-5);
+            free(x);
+            free(y);
+            if (is_loss) continue;
+            x = fixture_tensor(want, "after10.", t->name, t->n), y = fixture_tensor(after, "", t->name, t->n);
+            CHECK_ERROR(t->name, rel_l2(y, x, t->n), 1e-5);
+            free(x);
+            free(y);
+        }
+        double losses[20], norms[20];
+        int n = log_values(out, "step", "loss", losses, 20);
+        floatX *x = fixture_tensor(want, "", "losses", 11), *y = fixture_tensor(want, "", "grad_norms", 10);
+        CHECK(n == 10 && log_values(out, "step", "grad_norm", norms, 20) == 10, "%d steps are logged", n);
+        for (int i = 0; i < n && i < 10; i++) {
+            CHECK_ERROR("logged loss", fabs(losses[i] - x[i]), 1e-6);
+            CHECK_ERROR("logged grad_norm", fabs(norms[i] / y[i] - 1), 1e-5);
+        }
+        free(x);
+        free(y);
+        free(expected);
+        st_close(want);
+        st_close(grads);
+        st_close(after);
+    }
+}
+
+// A real pretrained Llama and its greedy story, loss and gradient norms in fp64.
+static Json *stories_oracle(void) {
+    char *path = path_text("%s/oracle/stories260K_oracle.json", SHARED_DATA);
+    if (access(path, R_OK)) {
+        snprintf(skip_reason, sizeof skip_reason, "%s is not here (a pretrained model, beside this project)", path);
+        return NULL;
+    }
+    size_t n;
+    char *text = slurp(path, &n);
+    Json *j = json_parse(text, n, path);
+    free(text);
+    free(path);
+    return j;
+}
+
+static void test_stories260K_has_known_loss_gradients_and_greedy_text(void) {
+    enum { T = 200 };
+    Json *oracle = stories_oracle();
+    if (!oracle) return;
+    char *dir = path_text("%s/models/stories260K_hf", SHARED_DATA);
+    Config c = read_config(dir, 1);
+    Model m;
+    Batch batch;
+    int64_t n;
+    int ids[T + 2], count = 0;
+    make_model(&m, &c, 1, T + 1, 64, 0, 0);
+    weights_read(dir, &m, &c);
+    model_set_master(&m);
+    for (const Json *e = json_get(oracle, "ids")->child; e && count < T + 1; e = e->next) ids[count++] = (int)e->inum;
+    CHECK(count == T + 1, "%d ids", count);
+    batch_alloc(&batch, 1, T, 0);
+    memcpy(batch.inputs, ids, T * sizeof(int));
+    memcpy(batch.targets, ids + 1, T * sizeof(int));
+    double nll = llama_forward_backward(&m, &batch, 1.0 / T, &n, NULL) / T;
+    CHECK_ERROR("mean NLL - 0.47341766144909", fabs(nll - 0.47341766144909), 1e-6);
+    int t = 0;
+    for (const Json *e = json_get(oracle, "nll_fp64")->child; e; e = e->next, t++) CHECK_ERROR("NLL of a token", fabs(m.nll[t] - e->num), 2e-5);    // the largest of 200
+    const char *first_bad;
+    int n_bad_tensors;
+    CHECK_ERROR("total gradient norm", fabs(gradient_norm(&m, &first_bad, &n_bad_tensors) / 2.1695156392548522 - 1), 1e-5);
+    const Json *norms = json_get(oracle, "grad_l2_fp64");
+    CHECK(norms && norms->n == m.p.n_tensors, "norms of %d tensors", norms ? norms->n : 0);
+    for (int i = 0; i < m.p.n_tensors && norms; i++) {
+        const Tensor *p = &m.p.tensors[i];
+        const Json *want = json_get(norms, p->name);
+        CHECK(want != NULL, "no norm of %s", p->name);
+        if (want) CHECK_ERROR(p->name, fabs(sqrt(sum_of_squares(m.grads + p->at, p->n)) / want->num - 1), 1e-5);
+    }
+    int story[T + 2] = {1};
+    float logits[512];
+    for (int i = 1; i <= (IS_DOUBLE ? 50 : T); i++) {
+        next_logits(&m, story, i, logits);
+        story[i] = sample_token(logits, c.V, 0, 0);
+        if (story[i] != ids[i]) {
+            bad(__LINE__, "greedy token %d is %d, not %d", i, story[i], ids[i]);
+            break;
+        }
+    }
+    batch_free(&batch);
+    model_free(&m);
+    json_free(oracle);
+    free(dir);
+}
+
+static void test_stories260K_tells_its_story_end_to_end(void) {
+    Json *oracle = stories_oracle();
+    if (!oracle || !have_binary()) return;
+    char *path = path_text("%s/tokenizers/tok512.bin", SHARED_DATA), *prompt = NULL;
+    Tokenizer *t = tokenizer_open(path);
+    int ids[201], count = 0;
+    size_t n;
+    for (const Json *e = json_get(oracle, "ids")->child; e && count < 201; e = e->next) ids[count++] = (int)e->inum;
+    char *want = decode(t, -1, ids, count, &n);
+    Result r = trainer(0, "--init-from %s/models/stories260K_hf --tokenizer %s --generate --temperature 0 --sample-tokens 200 --threads 1 --out %s", SHARED_DATA, path, file_at("out"));
+    CHECK_RAN(r);
+    CHECK(!strncmp(r.out, want, n) && !strncmp(want, "Once upon a time, there was a little girl named Lily.", 53), "it tells: %.100s", r.out);
+    CHECK(access(file_at("out"), F_OK), "--generate left a folder");
+    int *encoded, m = tokenizer_encode(t, want, n, &encoded);               // the story's own tokens come back
+    CHECK(m == count - 1 && !memcmp(encoded, ids + 1, (size_t)m * sizeof(int)), "the story becomes %d tokens, not %d", m, count - 1);
+    free(encoded);
+    free(want);
+    free(path);
+    free(prompt);
+    tokenizer_free(t);
+    json_free(oracle);
+}
+
+// ==== 11. The program: runs, logs, ranks ================================================================================
+static void test_run_logs_every_metric_as_json(void) {
+    if (!have_binary()) return;
+    const char *out = file_at("out"), *const metrics[] = {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "tokens_per_sec_per_gpu", "model_tflops_per_gpu", "mfu",
+                                                    "time_per_iteration", "joules_per_token", "watts"};
+    Result r = trainer(0, "%s --val-data %s --steps 20 --lr 1e-2 --val-every 10 --batch-size 4 --out %s", tiny(), val_glob, out);
+    CHECK_RAN(r);
+    double x[64];
+    for (int i = 0; i < COUNT(metrics); i++) {
+        int n = log_values(out, "step", metrics[i], x, 64), energy = !strncmp(metrics[i], "joules", 6) || !strcmp(metrics[i], "watts");
+        CHECK(n == 20, "%s: %d records", metrics[i], n);
+        for (int j = 0; j < n; j++) CHECK(energy ? isnan(x[j]) || x[j] > 0 : isfinite(x[j]) && x[j] > 0, "%s of step %d is %g", metrics[i], j + 1, x[j]);
+    }
+    CHECK(log_values(out, "header", "step", x, 64) == 1 && x[0] == 0, "no header record");
+    CHECK(log_values(out, "val", "val_loss", x, 64) == 2 && x[1] < x[0], "validation loss %g, then %g", x[0], x[1]);
+    char *text = slurp(file_at("out/log.jsonl"), NULL);
+    CHECK(strstr(text, "\"options\": {") && strstr(text, "\"commit\": \"") && strstr(text, "\"device\": \"") && !strstr(text, "\"joules_per_token\": 0"), "the header record");
+    free(text);
+    CHECK(strstr(r.out, "memory | weights") && strstr(r.out, "| val loss ") && strstr(r.out, "end | 20 steps") && strstr(r.out, "| eta ") && count_lines(r.out, "step ") >= 20, "the screen lacks something: %s", r.out);
+    CHECK(log_values(out, "step", "loss", x, 64) == 20 && x[19] < x[0] - 0.3, "nothing is learned: loss %.3f, then %.3f", x[0], x[19]);
+}
+
+static void test_run_loss_is_the_losses_of_the_model(void) {       // --eval-only against llama_loss, last batch not full
+    if (!have_binary()) return;
+    Result r = trainer(0, "%s --steps 2 --batch-size 2 --checkpoint-every 2 --out %s", tiny(), file_at("out"));
+    CHECK_RAN(r);
+    r = trainer(0, "--init-from %s --val-data %s --eval-only --batch-size 4 --seq-len %d --threads 1 --out %s", file_at("out/step_00000002"), val_glob, TINY_T, file_at("eval"));
+    CHECK_RAN(r);
+    double logged[2], sum = 0;
+    int64_t n, targets = 0;
+    CHECK(log_values(file_at("eval"), "val", "val_loss", logged, 2) == 1, "one val record expected");
+    if (n_bad) return;
+    Config c = read_config(file_at("out/step_00000002"), 1);
+    Model m;
+    Batch batch;
+    DataLoader dl;
+    make_model(&m, &c, 3, TINY_T, 100, 0, 0);
+    weights_read(file_at("out/step_00000002"), &m, &c);
+    loader_open(&dl, val_glob, 3, TINY_T, 0, 1, 0, 0, c.V, 0);
+    batch_alloc(&batch, 3, TINY_T, 0);
+    for (int64_t i = 0; i < loader_eval_batches(&dl); i++) {
+        loader_next(&dl, &batch);
+        sum += llama_loss(&m, &batch, &n);
+        targets += n;
+    }
+    CHECK(targets == 18 * TINY_T, "%d targets in 18 windows", (int)targets);
+    CHECK_ERROR("val loss", fabs(sum / (double)targets - logged[0]), 1e-6);
+    batch_free(&batch);
+    loader_close(&dl);
+    model_free(&m);
+}
+
+static void test_dry_run_prints_what_the_run_takes(void) {
+    if (!have_binary()) return;
+    const char *const more[] = {"", "--precision bf16", "--recompute block", "--optimizer-dtype bf16 --recompute mlp --logits-chunk 7"};
+    for (int i = 0; i < COUNT(more); i++) {
+        Result dry = trainer(0, "%s --batch-size 3 %s --dry-run --out %s", tiny(), more[i], file_at("dry"));
+        Result real = trainer(0, "%s --batch-size 3 %s --steps 1 --checkpoint-every 0 --out %s", tiny(), more[i], file_at("out%d", i));
+        CHECK_RAN(dry);
+        CHECK_RAN(real);
+        const char *a = strstr(dry.out, "memory |"), *b = strstr(real.out, "memory |");
+        CHECK(a && b && !strncmp(a, b, strcspn(a, "\n") + 1), "dry run says '%.100s', the run '%.100s'", a ? a : "nothing", b ? b : "nothing");
+        CHECK(access(file_at("dry"), F_OK), "--dry-run left a folder");
+        double total = 0, want;
+        Config c = read_config(tiny_config, 0);
+        Model m;
+        memset(&m, 0, sizeof m);
+        m.world = 1, m.bf16 = i == 1, m.recompute = i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : 0;
+        model_plan(&m, &c, 3, TINY_T, i == 3 ? 7 : 1 << 20);
+        want = (double)(m.arena_n[0] + m.arena_n[1]) * 4 / 1048576.0;
+        CHECK(a && strstr(a, "total ") && sscanf(strstr(a, "total ") + 6, "%lf", &total) == 1 && fabs(total - want) <= 0.051, "it prints %.1f MiB, the arenas have %.3f", total, want);
+        model_free(&m);
+    }
+    const char *const presets[] = {"3B", "30B", "llama3.1-8B", "qwen3-0.6B", "tiny"};
+    for (int i = 0; i < COUNT(presets); i++) {              // no memory is taken, no data needed
+        Result r = trainer(0, "--preset %s --dry-run --batch-size 1 --train-data %s --out %s", presets[i], file_at("none_*.bin"), file_at("dry"));
+        CHECK_RAN(r);
+    }
+}
+
+
+static void test_accumulation_equals_a_large_batch(void) {
+    if (!have_binary()) return;
+    const char *const split[] = {"--batch-size 8", "--batch-size 4", "--batch-size 1"};
+    double loss[3][8];
+    for (int i = 0; i < 3; i++) {
+        CHECK_RAN(trainer(0, "%s %s --total-batch-tokens %d --dump-grads %s --out %s", tiny(), split[i], 8 * TINY_T, file_at("%d.st", i), file_at("dump")));
+        CHECK_RAN(trainer(0, "%s %s --total-batch-tokens %d --steps 4 --lr 1e-3 --checkpoint-every 0 --out %s", tiny(), split[i], 8 * TINY_T, file_at("out%d", i)));
+        CHECK(log_values(file_at("out%d", i), "step", "loss", loss[i], 8) == 4, "4 steps are logged");
+        if (n_bad) return;
+        CHECK_ERROR("gradients", compare_tensors(file_at("%d.st", i), file_at("0.st")), 2e-6);    // the same sum in another order, fp32
+        for (int s = 0; s < 4; s++) CHECK_ERROR("loss", fabs(loss[i][s] / loss[0][s] - 1), 1e-6);
+    }
+    CHECK(access(file_at("dump"), F_OK), "--dump-grads left a folder");
+}
+
+static void test_ranks_give_the_same_training(void) {
+    if (!have_mpi()) return;
+    const struct { int ranks, B; const char *more; } rows[] = {{1, 8, ""}, {2, 4, ""}, {4, 2, ""}, {2, 2, ""}, {2, 4, "--zero 1"}};
+    double loss[COUNT(rows)][8], val[COUNT(rows)];
+    for (int i = 0; i < COUNT(rows); i++) {
+        CHECK_RAN(trainer(rows[i].ranks, "%s %s --batch-size %d --total-batch-tokens %d --steps 4 --lr 1e-3 --val-data %s --val-every 4 --checkpoint-every 4 --out %s",
+                          tiny(), rows[i].more, rows[i].B, 8 * TINY_T, val_glob, file_at("out%d", i)));
+        if (n_bad) return;
+        CHECK(log_values(file_at("out%d", i), "step", "loss", loss[i], 8) == 4 && log_values(file_at("out%d", i), "val", "val_loss", &val[i], 1) == 1, "4 steps and one evaluation");
+        for (int s = 0; s < 4; s++) CHECK_ERROR("loss", fabs(loss[i][s] / loss[0][s] - 1), 1e-6);   // design.md 5 (5)
+        CHECK_ERROR("val loss", fabs(val[i] / val[0] - 1), 1e-6);
+    }
+    CHECK(same_files(file_at("out1/step_00000004/model.safetensors"), file_at("out4/step_00000004/model.safetensors")), "--zero 1 gives other weights than --zero 0");
+}
+
+static void test_dump_grads_is_the_mean_over_ranks(void) {
+    if (!have_mpi()) return;
+    const struct { int ranks, B; const char *more; } rows[] = {{1, 8, ""}, {2, 4, ""}, {2, 1, "--zero 1"}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        CHECK_RAN(trainer(rows[i].ranks, "%s %s --batch-size %d --total-batch-tokens %d --dump-grads %s --out %s", tiny(), rows[i].more, rows[i].B, 8 * TINY_T, file_at("%d.st", i), file_at("dump")));
+        if (n_bad) return;
+        CHECK_ERROR("gradients", compare_tensors(file_at("%d.st", i), file_at("0.st")), 2e-6);
+    }
+    StSet *s = st_open(file_at("0.st"));
+    const StTensor *loss = st_find(s, "loss");
+    CHECK(loss && loss->n_dims == 1 && loss->shape[0] == 1 && st_find(s, "lm_head.weight") && st_find(s, "model.layers.1.self_attn.k_proj.weight"), "names of the dump");
+    st_close(s);
+}
+
+// ==== 12. Checkpoints, resume, signals, faults ==========================================================================
+// The newest checkpoints of two runs hold the same bits.
+static void check_same_checkpoint(int line, const char *a, const char *b) {
+    const char *const files[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors", "config.json"};
+    for (int i = 0; i < COUNT(files); i++) {
+        char *x = path_text("%s/%s", a, files[i]), *y = path_text("%s/%s", b, files[i]);
+        if (!same_files(x, y)) bad(line, "%s differs between %s and %s", files[i], a, b);
+        free(x);
+        free(y);
+    }
+}
+#define CHECK_SAME_CHECKPOINT(a, b) check_same_checkpoint(__LINE__, a, b)
+
+static void test_resume_is_bit_exact(void) {
+    if (!have_binary()) return;
+    const char *const more[] = {"--batch-size 3", "--batch-size 2 --total-batch-tokens 128", "--batch-size 2 --precision bf16", "--batch-size 2 --optimizer-dtype bf16 --document-mask on"};
+    for (int i = 0; i < COUNT(more); i++) {
+        // 9 updates of 3 windows: several epochs of the loader are not needed, one update must not be on its edge
+        CHECK_RAN(trainer(0, "%s %s --steps 9 --lr 1e-2 --schedule cosine --checkpoint-every 9 --out %s", tiny(), more[i], file_at("whole%d", i)));
+        CHECK_RAN(trainer(0, "%s %s --steps 9 --lr 1e-2 --schedule cosine --checkpoint-every 4 --keep 9 --out %s", tiny(), more[i], file_at("part%d", i)));
+        remove_tree(file_at("part%d/step_00000009", i));
+        remove_tree(file_at("part%d/step_00000008", i));
+        Result r = trainer(0, "--config %s --resume auto --threads 1 --out %s", tiny_config, file_at("part%d", i));      // everything else is in the checkpoint
+        CHECK_RAN(r);
+        CHECK(strstr(r.out, "step 4 of 9"), "it did not resume: %.300s", r.out);
+        CHECK_SAME_CHECKPOINT(file_at("whole%d/step_00000009", i), file_at("part%d/step_00000009", i));
+        if (n_bad) return;
+        StSet *s = st_open(file_at("part%d/step_00000009", i));
+        for (int k = 0; k < s->n_tensors; k++) CHECK(s->tensors[k].dtype == (i == 2 ? ST_BF16 : ST_F32), "%s has dtype %s", s->tensors[k].name, st_dtypes[s->tensors[k].dtype].name);
+        st_close(s);
+    }
+    double a[16], b[16];
+    CHECK(log_values(file_at("whole0"), "step", "loss", a, 16) == 9 && log_values(file_at("part0"), "step", "loss", b, 16) == 14 && a[8] == b[13], "the log of a resumed run");
+}
+
+static void test_two_runs_give_the_same_bits(void) {
+    if (!have_binary()) return;
+    for (int i = 0; i < 3; i++) CHECK_RAN(trainer(0, "%s --steps 5 --batch-size 3 --seed %d --checkpoint-every 5 --out %s", tiny(), 1 + i / 2, file_at("out%d", i)));
+    CHECK_SAME_CHECKPOINT(file_at("out0/step_00000005"), file_at("out1/step_00000005"));
+    CHECK(!same_files(file_at("out0/step_00000005/model.safetensors"), file_at("out2/step_00000005/model.safetensors")), "the seed has no effect");
+}
+
+static void test_resume_on_another_number_of_ranks_goes_on(void) {
+    if (!have_mpi()) return;
+    const char *const common = "--total-batch-tokens 64 --steps 6 --lr 1e-3 --schedule constant --keep 9";
+    CHECK_RAN(trainer(1, "%s %s --batch-size 2 --checkpoint-every 3 --out %s", tiny(), common, file_at("one")));
+    CHECK_RAN(trainer(2, "%s %s --batch-size 2 --zero 1 --checkpoint-every 3 --out %s", tiny(), common, file_at("two")));
+    if (n_bad) return;
+    const struct { const char *from; int ranks, B; const char *more; } rows[] = {{"one", 2, 2, ""}, {"one", 4, 1, "--zero 1"}, {"two", 1, 4, ""}, {"two", 2, 2, "--zero 0"}, {"two", 4, 1, "--zero 1"}};
+    double want[8], got[8];
+    CHECK(log_values(file_at("one"), "step", "loss", want, 8) == 6, "6 steps");
+    for (int i = 0; i < COUNT(rows); i++) {
+        const char *out = folder("again");
+        copy_folder(file_at("%s/step_00000003", rows[i].from), file_at("again/step_00000003"));
+        CHECK_RAN(trainer(rows[i].ranks, "--resume auto %s --batch-size %d --threads 1 --out %s", rows[i].more, rows[i].B, out));
+        CHECK(log_values(out, "step", "loss", got, 8) == 3, "3 more steps");
+        for (int s = 0; s < 3 && !n_bad; s++) CHECK_ERROR("loss", fabs(got[s] / want[3 + s] - 1), 2e-6);     // design.md 5 (5), twice: weights differ too
+    }
+}
+
+static int count_checkpoints(const char *out, int64_t *newest) {
+    int64_t *steps;
+    int n = checkpoint_list(out, &steps);
+    *newest = n ? steps[n - 1] : -1;
+    free(steps);
+    return n;
+}
+
+static void test_keep_prunes_old_checkpoints(void) {
+    if (!have_binary()) return;
+    int64_t newest;
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 7 --checkpoint-every 1 --keep 3 --out %s", tiny(), file_at("out")));
+    CHECK(count_checkpoints(file_at("out"), &newest) == 3 && newest == 7, "%d checkpoints, newest %d", count_checkpoints(file_at("out"), &newest), (int)newest);
+    CHECK(!access(file_at("out/step_00000005/checksums.txt"), R_OK) && access(file_at("out/tmp.old"), F_OK), "what is left");
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 0 --out %s", tiny(), file_at("none")));
+    CHECK(count_checkpoints(file_at("none"), &newest) == 0, "--checkpoint-every 0 saved something");
+}
+
+static void test_resume_auto_takes_the_newest_whole_checkpoint(void) {
+    if (!have_binary()) return;
+    const char *const files[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors", "trainer_state.json", "config.json", "checksums.txt"};
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 3 --checkpoint-every 1 --keep 3 --out %s", tiny(), file_at("out")));
+    if (n_bad) return;
+    for (int i = 0; i < COUNT(files); i++) for (int how = 0; how < 3; how++) {              // one bit, cut, removed
+        folder("again");
+        for (int s = 2; s <= 3; s++) copy_folder(file_at("out/step_%08d", s), file_at("again/step_%08d", s));
+        char *victim = path_text("%s", file_at("again/step_00000003/%s", files[i]));
+        size_t n;
+        char *data = slurp(victim, &n), flipped = (char)(data[n / 2] ^ 4);
+        if (how == 0) damage_file(victim, (long)(n / 2), &flipped, 1);
+        else if (how == 1) damage_file(victim, -1, NULL, 0);
+        else unlink(victim);
+        Result r = trainer(0, "--resume auto --steps 3 --threads 1 --out %s", file_at("again"));
+        CHECK_RAN(r);
+        CHECK(strstr(r.err, files[i]) && strstr(r.err, "warning") && strstr(r.out, "step 2 of 3"), "%s, damage %d: %s%.200s", files[i], how, r.err, r.out);
+        CHECK_SAME_CHECKPOINT(file_at("out/step_00000003"), file_at("again/step_00000003"));          // and repairs it
+        free(data);
+        free(victim);
+    }
+    damage_file(file_at("out/step_00000003/model.safetensors"), -7, "x", 1);
+    CHECK_REFUSED(trainer(0, "--resume %s --out %s", file_at("out/step_00000003"), file_at("other")), "model.safetensors", "checksum");
+    for (int s = 1; s <= 2; s++) unlink(file_at("out/step_%08d/checksums.txt", s));
+    CHECK_REFUSED(trainer(0, "--resume auto --out %s", file_at("out")), "no whole checkpoint", "checksums.txt");
+    CHECK_REFUSED(trainer(0, "--resume %s --out %s", file_at("nowhere"), file_at("other")), "nowhere", "");
+    Result r = trainer(0, "%s --resume auto --batch-size 2 --steps 1 --checkpoint-every 0 --out %s", tiny(), file_at("fresh"));
+    CHECK_RAN(r);
+    CHECK(strstr(r.out, "no checkpoint in"), "--resume auto without a checkpoint does not say so");
+}
+
+static void test_out_with_a_checkpoint_is_not_overwritten(void) {
+    if (!have_binary()) return;
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 2 --out %s", tiny(), file_at("out")));
+    CHECK_REFUSED(trainer(0, "%s --batch-size 2 --steps 2 --out %s", tiny(), file_at("out")), "holds step 2: --resume auto continues it, --out NAME starts another", file_at("out"));
+    char *other = config_text("llama", 0, TINY_V, 1, 32, 4, 2, 0, 24, "");
+    write_text(file_at("other.json"), other);
+    free(other);
+    CHECK_REFUSED(trainer(0, "--resume auto --config %s --out %s", file_at("other.json"), file_at("out")), "another model", "--config");
+    CHECK_REFUSED(trainer(0, "--resume auto --preset 15M --out %s", file_at("out")), "another model", "--preset");
+    CHECK_REFUSED(trainer(0, "--resume auto --init-from %s --out %s", file_at("out/step_00000002"), file_at("out")), "--resume", "--init-from");
+}
+
+// Steps in OUT/log.jsonl, without parsing: the file is being written.
+static int steps_logged(const char *out) {
+    char *path = path_text("%s/log.jsonl", out), *text = slurp(path, NULL);
+    int n = count_lines(text, "{\"type\": \"step\"");
+    free(text);
+    free(path);
+    return n;
+}
+
+static int wait_for_steps(const char *out, int n, Process *p) {
+    int status;
+    while (steps_logged(out) < n && now_seconds() - p->start < TIMEOUT) {
+        if (waitpid(p->pid, &status, WNOHANG | WNOWAIT) == p->pid) return 0;
+        usleep(1000);
+    }
+    return 1;
+}
+
+static void test_signals_save_and_resume_exactly(void) {
+    if (!have_binary()) return;
+    const int numbers[] = {SIGTERM, SIGINT, SIGUSR1};
+    enum { STEPS = 1500 };
+    char options[2000];
+    snprintf(options, sizeof options, "%s --batch-size 1 --total-batch-tokens 32 --log-every 500 --lr 1e-3 --steps %d --checkpoint-every %d", tiny(), STEPS, STEPS);
+    CHECK_RAN(trainer(0, "%s --out %s", options, file_at("whole")));
+    for (int i = 0; i < COUNT(numbers); i++) {
+        const char *out = file_at("out%d", i);
+        Process p = trainer_start(0, "%s --out %s", options, out);
+        wait_for_steps(out, 5 + 20 * i, &p);
+        kill(p.pid, numbers[i]);
+        Result r = finish(&p, TIMEOUT);
+        CHECK_RAN(r);
+        int64_t newest;
+        int n = count_checkpoints(out, &newest);
+        CHECK(strstr(r.out, "stopped by a signal at step") && n == 1 && newest < STEPS, "signal %d: %d checkpoints, newest %d: %s", numbers[i], n, (int)newest, last_line(r.out));
+        CHECK_RAN(trainer(0, "--resume auto --threads 1 --out %s", out));
+        CHECK_SAME_CHECKPOINT(file_at("whole/step_%08d", STEPS), file_at("out%d/step_%08d", i, STEPS));
+    }
+}
+
+static void test_signals_end_evaluation_and_sampling(void) {
+    if (!have_binary()) return;
+    make_tiny();
+    int *tokens = (int *)xcalloc(400000, sizeof(int));
+    write_bin(file_at("long.bin"), tokens, 400000, 2, TINY_V, 1, -1);
+    free(tokens);
+    for (int i = 0; i < 2; i++) {
+        char extra[500];
+        const char *out = file_at("out%d", i);
+        if (i == 0) snprintf(extra, sizeof extra, "--val-every 1 --sample-every 0 --val-data %s", file_at("long.bin"));
+        else snprintf(extra, sizeof extra, "--sample-every 1 --sample-tokens 100000000");
+        Process p = trainer_start(0, "--config %s --train-data %s --seq-len %d --threads 1 --batch-size 1 --steps 1000 --checkpoint-every 0 %s --out %s", tiny_config, train_glob, TINY_T, extra, out);
+        wait_for_steps(out, 1, &p);
+        usleep(100000);
+        double sent = now_seconds();
+        kill(p.pid, SIGTERM);
+        Result r = finish(&p, TIMEOUT);
+        int64_t newest;
+        CHECK_RAN(r);
+        CHECK(now_seconds() - sent < 20, "it took %.1f s to stop", now_seconds() - sent);
+        CHECK(count_checkpoints(out, &newest) == 1 && newest == 1, "%s: saved step %d", i ? "sampling" : "evaluation", (int)newest);
+    }
+}
+
+static void test_second_signal_exits_at_once(void) {
+    if (!have_binary()) return;
+    make_tiny();
+    char *big = config_text("llama", 1, TINY_V, 8, 256, 4, 2, 0, 1024, "");        // a micro-step takes about a second
+    write_text(file_at("big.json"), big);
+    free(big);
+    Process p = trainer_start(0, "--config %s --train-data %s --seq-len 256 --batch-size 16 --steps 100 --sample-every 0 --checkpoint-every 0 --threads 1 --out %s",
+                              file_at("big.json"), train_glob, file_at("out"));
+    wait_for_steps(file_at("out"), 1, &p);
+    double sent = now_seconds();
+    kill(p.pid, SIGTERM);
+    usleep(20000);
+    kill(p.pid, SIGTERM);
+    Result r = finish(&p, TIMEOUT);
+    int64_t newest;
+    CHECK(r.code == 128 + SIGTERM, "exit status %d", r.code);
+    CHECK(now_seconds() - sent < 2 && count_checkpoints(file_at("out"), &newest) == 0, "it took %.1f s to exit", now_seconds() - sent);
+}
+
+static void test_signal_to_mpirun_saves(void) {
+    if (!have_mpi()) return;
+    const char *out = file_at("out");
+    Process p = trainer_start(2, "%s --batch-size 1 --log-every 1000 --steps 100000 --checkpoint-every 0 --out %s", tiny(), out);
+    wait_for_steps(out, 10, &p);
+    kill(p.pid, SIGUSR1);
+    Result r = finish(&p, TIMEOUT);
+    int64_t newest = 0;
+    CHECK(r.code == 0 && count_checkpoints(out, &newest) == 1, "exit status %d; %s", r.code, last_line(r.err));
+    char why[300];
+    CHECK(checkpoint_whole(file_at("out/step_%08d", (int)newest), why, sizeof why), "%s", why);
+}
+
+// kill -9 at random moments of a run that saves at every update: what is left is always enough to go on with, bit for bit.
+static void test_kill_at_random_moments_loses_nothing(void) {
+    if (!have_binary()) return;
+    enum { KILLS = 20, STEPS = 400 };
+    const char *out = file_at("killed");
+    char options[2000], why[600];
+    snprintf(options, sizeof options, "%s --batch-size 1 --log-every 1000 --lr 1e-3 --steps %d", tiny(), STEPS);
+    CHECK_RAN(trainer(0, "%s --checkpoint-every %d --out %s", options, STEPS, file_at("whole")));
+    int killed = 0, warned = 0, leftovers = 0;
+    for (int i = 0; i < KILLS && !n_bad; i++) {
+        int before = steps_logged(out);
+        Process p = trainer_start(0, "%s --checkpoint-every %d --resume auto --out %s", options, 1 + i % 2, out);
+        if (!wait_for_steps(out, before + 1, &p)) break;            // ended: all steps are done
+        usleep((useconds_t)(random_bits(8, 0, (uint64_t)i) % 40000));
+        kill(p.pid, SIGKILL);
+        Result r = finish(&p, TIMEOUT);
+        killed += r.code == 128 + SIGKILL;
+        warned += strstr(r.err, "warning") != NULL;
+        CHECK(r.code == 128 + SIGKILL || r.code == 0, "exit status %d: %s", r.code, last_line(r.err));
+        DIR *d = opendir(out);
+        for (struct dirent *e; d && (e = readdir(d));) {
+            leftovers += !strncmp(e->d_name, "tmp.", 4);
+            if (!strncmp(e->d_name, "step_", 5)) CHECK(checkpoint_whole(file_at("killed/%s", e->d_name), why, sizeof why), "kill %d left %s", i, why);
+        }
+        if (d) closedir(d);
+    }
+    CHECK(killed == KILLS, "only %d of %d kills came before the end; give it more steps", killed, KILLS);
+    CHECK(warned == 0, "%d resumes found a damaged checkpoint", warned);
+    CHECK_RAN(trainer(0, "%s --checkpoint-every %d --resume auto --out %s", options, STEPS, out));
+    CHECK_SAME_CHECKPOINT(file_at("whole/step_%08d", STEPS), file_at("killed/step_%08d", STEPS));
+    if (getenv("VERBOSE")) printf("    %d kills, %d of them while saving\n", killed, leftovers);
+}
+
+// The ranks of a job: descendants of mpirun that run the trainer.
+static int find_ranks(pid_t mpirun_pid, pid_t *ranks, int most) {
+    DIR *d = opendir("/proc");
+    int n = 0;
+    for (struct dirent *e; d && (e = readdir(d));) {
+        int64_t pid;
+        int parent = 0;
+        char name[64] = "", *path;
+        if (!parse_int(e->d_name, &pid)) continue;
+        path = path_text("/proc/%s/stat", e->d_name);
+        FILE *f = fopen(path, "r");
+        if (f && fscanf(f, "%*d (%63[^)]) %*c %d", name, &parent) == 2 && parent == mpirun_pid && !strncmp(name, "train_litespark", 15) && n < most) ranks[n++] = (pid_t)pid;
+        if (f) fclose(f);
+        free(path);
+    }
+    if (d) closedir(d);
+    return n;
+}
+
+static void test_dead_or_stopped_rank_ends_the_job(void) {
+    if (!have_mpi()) return;
+    setenv("OMPI_MCA_odls_base_sigkill_timeout", "1", 1);   // the stopped rank has to be killed
+    for (int stop = 0; stop < 2; stop++) {
+        const char *out = file_at("out%d", stop);
+        Process p = trainer_start(2, "%s --batch-size 1 --log-every 1000 --steps 1000000 --checkpoint-every 0 --timeout 2 --out %s", tiny(), out);
+        wait_for_steps(out, 5, &p);
+        pid_t ranks[4];
+        int n = find_ranks(p.pid, ranks, 4);
+        CHECK(n == 2, "found %d ranks", n);
+        if (n == 2) kill(ranks[1], stop ? SIGSTOP : SIGKILL);
+        double sent = now_seconds();
+        Result r = finish(&p, n == 2 ? 60 : 1);
+        CHECK(r.code > 0, "a %s rank: exit status %d", stop ? "stopped" : "dead", r.code);
+        CHECK(now_seconds() - sent < 30, "it took %.1f s to end", now_seconds() - sent);
+        if (stop) CHECK(strstr(r.err, "waited 2 s for the other ranks") || strstr(r.err, "waited 3 s"), "no message: %s", r.err);
+    }
+    unsetenv("OMPI_MCA_odls_base_sigkill_timeout");
+}
+
+// A checkpoint folder like out/step_N, whose embedding of token 7 is NaN; the checksums are not made again.
+static void poison_weights(const char *from, const char *to) {
+    copy_folder(from, to);
+    char *path = path_text("%s/model.safetensors", to);
+    StSet *s = st_open(path);
+    const StTensor *t = st_find(s, "model.embed_tokens.weight");
+    uint32_t nan_bits = 0x7fc00000;
+    long offset = (long)(t->offset + 4 * (size_t)(7 * t->shape[1] + 3));
+    st_close(s);
+    damage_file(path, offset, &nan_bits, 4);
+    free(path);
+}
+
+static void test_non_finite_gradients_never_reach_the_weights(void) {
+    if (!have_binary()) return;
+    enum { T = 8 };
+    int good[8 * T + 1], poison[8 * T + 1];
+    char *text = NULL;
+    for (int i = 0; i <= 8 * T; i++) {
+        good[i] = 10 + i % 20;
+        poison[i] = i % T == 3 ? 7 : good[i];
+    }
+    write_bin(file_at("good.bin"), good, 8 * T + 1, 2, TINY_V, 1, -1);
+    write_bin(file_at("poison.bin"), poison, 8 * T + 1, 2, TINY_V, 1, -1);
+    make_tiny();
+    CHECK_RAN(trainer(0, "--config %s --train-data %s --seq-len 8 --batch-size 1 --steps 1 --sample-every 0 --checkpoint-every 1 --threads 1 --out %s", tiny_config, file_at("good.bin"), file_at("start")));
+    if (n_bad) return;
+    poison_weights(file_at("start/step_00000001"), file_at("poisoned"));
+    // healthy data: the run goes on; then every update is bad: it stops, and the checkpoint from before is whole
+    const char *const common = "--seq-len 8 --batch-size 1 --sample-every 0 --threads 1 --log-every 1";
+    CHECK_RAN(trainer(0, "--init-from %s --train-data %s %s --steps 3 --checkpoint-every 3 --out %s", file_at("poisoned"), file_at("good.bin"), common, file_at("out")));
+    Result r = trainer(0, "--resume auto --train-data %s --steps 50 --checkpoint-every 1 --threads 1 --out %s", file_at("poison.bin"), file_at("out"));
+    CHECK_REFUSED(r, "5 updates in a row", "model.");
+    CHECK(count_lines(r.out, "step 4 | skipped | loss nan, gradient not finite in") + count_lines(r.out, "step 4 | skipped | loss -nan, gradient not finite in") == 1
+          && strstr(r.out, "step 8 | skipped"), "the skipped updates are not named: %s", r.out);
+    int64_t newest;
+    char why[600];
+    CHECK(count_checkpoints(file_at("out"), &newest) == 1 && newest == 3, "the newest checkpoint is of step %d", (int)newest);
+    CHECK(checkpoint_whole(file_at("out/step_00000003"), why, sizeof why), "%s", why);
+    // one bad window among eight: skipped each time it comes, the rest trains
+    for (int i = 0; i < 8 * T + 1; i++) if (i != 2 * T + 3) poison[i] = good[i];
+    write_bin(file_at("poison.bin"), poison, 8 * T + 1, 2, TINY_V, 1, -1);
+    r = trainer(0, "--init-from %s --train-data %s %s --steps 16 --checkpoint-every 16 --out %s", file_at("poisoned"), file_at("poison.bin"), common, file_at("mixed"));
+    CHECK_RAN(r);
+    CHECK(count_lines(r.out, "step ") - count_lines(r.out, "step 1") >= 0 && strstr(r.out, "| skipped |"), "nothing was skipped");
+    text = slurp(file_at("mixed/step_00000016/trainer_state.json"), NULL);
+    CHECK(strstr(text, "\"step\": 16, \"updates\": 14"), "two epochs with one bad window of 8 each: %.80s", text);
+    free(text);
+    StSet *s = st_open(file_at("mixed/step_00000016"));
+    int n_nan = 0;
+    for (int i = 0; i < s->n_tensors; i++) {
+        float *x = (float *)xmalloc(s->tensors[i].n * sizeof(float));
+        st_read(s, &s->tensors[i], 0, s->tensors[i].n, x);
+        for (size_t j = 0; j < s->tensors[i].n; j++) n_nan += !isfinite(x[j]);
+        free(x);
+    }
+    CHECK(n_nan == 1, "%d weights are not finite; only the planted one may be", n_nan);
+    st_close(s);
+}
+
+static void test_skip_spikes_skips_an_outlier(void) {
+    if (!have_binary()) return;
+    enum { WINDOWS = 160, T = 8, ODD = 77 };
+    static int tokens[WINDOWS * T + 1];
+    for (int i = 0; i <= WINDOWS * T; i++) tokens[i] = i / T == ODD ? random_int(TINY_V) : 20 + i % 8;
+    write_bin(file_at("spike.bin"), tokens, WINDOWS * T + 1, 2, TINY_V, 1, -1);
+    make_tiny();
+    int seed = 0, position = -1;
+    while (position < 140) for (position = 0, seed++; permute((uint64_t)seed, 0, position, WINDOWS) != ODD;) position++;     // late in the epoch
+    for (int on = 0; on < 2; on++) {
+        Result r = trainer(0, "--config %s --train-data %s --seq-len %d --batch-size 1 --steps %d --lr 3e-3 --seed %d --skip-spikes %d --sample-every 0 --checkpoint-every 0 --threads 1 --out %s",
+                           tiny_config, file_at("spike.bin"), T, WINDOWS, seed, on ? 6 : 0, file_at("out%d", on));
+        CHECK_RAN(r);
+        char want[64];
+        snprintf(want, sizeof want, "step %d | skipped | spike: ", position + 1);
+        CHECK(count_lines(r.out, want) == on, "--skip-spikes %d: '%s' %s", on ? 6 : 0, want, on ? "is missing" : "appears");
+    }
+}
+
+// A disk that fills up while saving: the old checkpoint survives, nothing half-written stays.
+static void test_full_disk_keeps_the_old_checkpoint(void) {
+    if (!have_binary()) return;
+    char why[600];
+    int64_t newest;
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 2 --out %s", tiny(), file_at("small")));
+    struct stat info;
+    CHECK(!stat(file_at("small/step_00000002/optimizer-00000-of-00001.safetensors"), &info), "no optimizer file");
+    if (n_bad) return;
+    file_size_limit = (rlim_t)info.st_size / 2;             // every write beyond it fails
+    Result r = trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("small"));
+    file_size_limit = 0;
+    CHECK_REFUSED(r, "cannot save step 4", "older checkpoints are whole");
+    CHECK(count_checkpoints(file_at("small"), &newest) == 1 && newest == 2 && checkpoint_whole(file_at("small/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
+    CHECK(access(file_at("small/tmp.step_00000004"), F_OK), "a half-written folder stays");
+    CHECK_RAN(trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("small")));
+    const char *disk = folder("disk");                      // a real full disk, where this process may mount one
+    char size[64];
+    snprintf(size, sizeof size, "size=%ld", (long)info.st_size * 2 + 40000);    // room for one checkpoint (weights are half as large) and a bit
+    if (mount("none", disk, "tmpfs", 0, size)) return;
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 2 --out %s", tiny(), file_at("disk/out")));
+    r = trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("disk/out"));
+    CHECK_REFUSED(r, "cannot save step 4", "No space left");
+    CHECK(count_checkpoints(file_at("disk/out"), &newest) == 1 && newest == 2 && checkpoint_whole(file_at("disk/out/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
+    umount(disk);
+}
+
+// ==== 13. Bad input =====================================================================================================
+// Runs every row at once in small groups (a start is mostly waiting), expects exit 1, one error line with `part`, and no OUT.
+typedef struct Refusal { const char *options, *part; } Refusal;
+
+static void check_refusals(const Refusal *rows, int n, const char *before) {
+    enum { AT_ONCE = 8 };
+    Process p[AT_ONCE];
+    for (int i = 0; i < n; i += AT_ONCE) {
+        int m = n - i < AT_ONCE ? n - i : AT_ONCE;
+        for (int j = 0; j < m; j++) p[j] = trainer_start(0, "%s %s%s%s", before, rows[i + j].options, strstr(rows[i + j].options, "--out") ? "" : " --out ", strstr(rows[i + j].options, "--out") ? "" : file_at("out"));
+        for (int j = 0; j < m; j++) {
+            Result r = finish(&p[j], 20);
+            int ok = r.code == 1 && count_lines(r.err, "error: ") == 1 && strstr(r.err, rows[i + j].part);
+            CHECK(ok, "'%s': exit status %d, '%s' expected, got: %s", rows[i + j].options, r.code, rows[i + j].part, last_line(r.err));
+            CHECK(!ok || count_lines(r.err, "") == 1, "'%s': more than one line: %s", rows[i + j].options, r.err);
+        }
+    }
+    CHECK(access(file_at("out"), F_OK), "a refused run made --out");
+}
+
+static void test_options_refuse_bad_values(void) {
+    if (!have_binary()) return;
+    const Refusal rows[] = {
+        {"--nope", "unknown option --nope"}, {"nope", "unknown option nope"}, {"-h", "unknown option"}, {"--steps", "--steps needs a value"}, {"--steps --lr 1", "--steps needs a value"},
+        {"--steps 4x", "--steps 4x"}, {"--steps 1.5", "--steps 1.5"}, {"--steps ''", "--steps"}, {"--steps -2", "--steps -2"}, {"--steps 99999999999999999999", "--steps"},
+        {"--steps 1e3", "--steps 1e3"}, {"--steps 5 --steps 6", "--steps is given twice"}, {"--lr abc", "--lr abc"}, {"--lr nan", "--lr nan"}, {"--lr inf", "--lr inf"}, {"--lr 1e999", "--lr"},
+        {"--lr 0x1p3", "--lr"}, {"--lr -2", "--lr -2"}, {"--batch-size -1", "--batch-size -1"}, {"--batch-size 99999999999", "--batch-size"}, {"--seq-len -1", "--seq-len"},
+        {"--seq-len 257", "max_position_embeddings 256"}, {"--seq-len 99999999999999", "--seq-len"}, {"--total-batch-tokens -5", "--total-batch-tokens"}, {"--total-batch-tokens 33 --seq-len 16", "multiple"},
+        {"--total-batch-tokens 48 --batch-size 2 --seq-len 16", "multiple"}, {"--warmup-steps x", "--warmup-steps"}, {"--schedule cosin", "cosine|linear|wsd|constant"}, {"--schedule ''", "--schedule"},
+        {"--beta1 1", "--beta1"}, {"--beta2 -0.1", "--beta2"}, {"--eps 0", "--eps"}, {"--weight-decay -1", "--weight-decay"}, {"--grad-clip -1", "--grad-clip"},
+        {"--optimizer-dtype fp16", "--optimizer-dtype"}, {"--precision fp8", "--precision"}, {"--document-mask yes", "--document-mask"}, {"--stage train", "--stage"}, {"--val-every -2", "--val-every"},
+        {"--val-batches -1", "--val-batches"}, {"--sample-every x", "--sample-every"}, {"--sample-tokens -1", "--sample-tokens"}, {"--temperature -1", "--temperature"}, {"--log-every 0", "--log-every"},
+        {"--checkpoint-every -2", "--checkpoint-every"}, {"--keep 0", "--keep"}, {"--seed -1", "--seed"}, {"--threads -1", "--threads"}, {"--threads 99999", "--threads"}, {"--recompute all", "none|mlp|block"},
+        {"--logits-chunk -1", "--logits-chunk"}, {"--timeout 0", "--timeout"}, {"--skip-spikes -1", "--skip-spikes"}, {"--lr 1e-4 --min-lr 1e-3", "--min-lr"}, {"--out ''", "--out"},
+        {"--eval-only", "--init-from or --resume"}, {"--generate", "--init-from or --resume"}, {"--eval-only --generate --init-from x", "choose one"}, {"--dry-run --dump-grads x", "choose one"},
+        {"--resume auto --init-from x", "--init-from"}, {"--preset tiny", "choose one of --preset"}, {"--init-from x", "choose one of"}};
+    char before[900];
+    make_tiny();
+    snprintf(before, sizeof before, "--config %s --train-data %s", tiny_config, train_glob);
+    check_refusals(rows, COUNT(rows), before);
+}
+
+static void test_options_of_the_gpu_are_refused_by_name(void) {
+    if (!have_binary()) return;
+    const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"}, {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
+        {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"}, {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
+        {"--stage sft", "--stage sft"}};
+    char before[900];
+    make_tiny();
+    snprintf(before, sizeof before, "--config %s --train-data %s", tiny_config, train_glob);
+    check_refusals(rows, COUNT(rows), before);
+}
+
+static void test_bad_models_and_data_are_refused_before_any_work(void) {
+    if (!have_binary()) return;
+    make_tiny();
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 1 --checkpoint-every 1 --out %s", tiny(), file_at("start")));
+    if (n_bad) return;
+    // one damaged copy of the checkpoint or shard per row
+    char model[400], options[40][1600];
+    Refusal rows[40];
+    int n = 0;
+    snprintf(model, sizeof model, "%s", file_at("start/step_00000001"));
+#define ROW(part_, ...) (snprintf(options[n], sizeof options[n], __VA_ARGS__), rows[n].options = options[n], rows[n].part = (part_), n++)
+    const char *const data = train_glob;
+    ROW("none.json", "--config %s --train-data %s", file_at("none.json"), data);
+    write_text(file_at("bad.json"), "{\"model_type\": \"llama\"");
+    ROW("bad.json", "--config %s --train-data %s", file_at("bad.json"), data);
+    write_text(file_at("huge.json"), "{\"model_type\": \"llama\", \"vocab_size\": 16000000, \"hidden_size\": 1048576, \"num_hidden_layers\": 4096, \"num_attention_heads\": 8192, "
+               "\"intermediate_size\": 4194304, \"max_position_embeddings\": 100}");
+    ROW("parameters", "--config %s --train-data %s", file_at("huge.json"), data);
+    write_text(file_at("no_layers.json"), "{\"model_type\": \"llama\", \"vocab_size\": 53, \"hidden_size\": 32, \"num_attention_heads\": 4, \"intermediate_size\": 24, \"max_position_embeddings\": 100}");
+    ROW("num_hidden_layers", "--config %s --train-data %s", file_at("no_layers.json"), data);
+    ROW("--preset nano", "--preset nano --train-data %s", data);
+    ROW("nowhere", "--init-from %s --train-data %s", file_at("nowhere"), data);
+    ROW("no token shard", "--config %s --train-data %s", tiny_config, file_at("none_*.bin"));
+    ROW("no token shard", "--config %s --train-data %s --val-data %s", tiny_config, data, file_at("none_*.bin"));
+    char first[400];
+    snprintf(first, sizeof first, "%s/train_0.bin", top_dir);
+    const struct { const char *name; long offset; const char *bytes; size_t n; const char *part; } shards[] = {
+        {"cut.bin", -1, NULL, 0, "truncated"}, {"empty.bin", 0, NULL, 0, "empty"}, {"foreign.bin", 0, "GGUF", 4, "not a token shard"}, {"id.bin", 1024, "\xff\xff", 2, "CRC-32"},
+        {"vocab.bin", 12, "\x00\x7d\0\0", 4, "vocabulary of 32000"}};
+    for (int i = 0; i < COUNT(shards); i++) {
+        copy_file(first, file_at("%s", shards[i].name));
+        damage_file(file_at("%s", shards[i].name), shards[i].offset, shards[i].bytes, shards[i].n);
+        ROW(shards[i].part, "--config %s --train-data %s", tiny_config, file_at("%s", shards[i].name));
+    }
+    copy_file(first, file_at("id2.bin"));
+    damage_file(file_at("id2.bin"), 1024, "\xff\xff", 2);
+    damage_file(file_at("id2.bin"), 12, "\0\0\0\0\0\0\0\0", 8);   // neither vocabulary nor checksum in the header
+    ROW("token id 65535", "--config %s --train-data %s", tiny_config, file_at("id2.bin"));
+    ROW("checksums.txt", "--resume dev/fixture/llama --train-data %s", data);
+    ROW("--out", "--config %s --train-data %s --out %s/below_a_file", tiny_config, data, tiny_config);
+    for (int i = 0; i < 7; i++) {                           // damaged weights
+        char *dir = path_text("%s", file_at("model%d", i)), *path = path_text("%s/model.safetensors", dir);
+        copy_folder(model, dir);
+        StSet *s = st_open(model);
+        StWriter *w = i < 4 ? st_create(path, NULL) : NULL;
+        float *values = (float *)xcalloc(1 << 20, sizeof(float));
+        for (int pass = 0; w && pass < 2; pass++) {
+            for (int j = 0; j < s->n_tensors; j++) {
+                const StTensor *t = &s->tensors[j];
+                int64_t shape[2] = {t->shape[0], t->shape[1]};
+                int victim = !strcmp(t->name, "model.layers.1.mlp.up_proj.weight");
+                if (i == 0 && victim) continue;             // missing
+                if (i == 1 && victim) shape[0] = t->shape[1], shape[1] = t->shape[0];       // transposed
+                if (pass == 0) st_declare(w, i == 2 && victim ? "model.layers.1.mlp.upproj.weight" : t->name, ST_F32, t->n_dims, shape);
+                else st_write(w, values, t->n);
+            }
+            int64_t one = 1;
+            if (i == 3 && pass == 0) st_declare(w, "model.layers.9.extra.weight", ST_F32, 1, &one);
+            else if (i == 3) st_write(w, values, 1);
+            if (pass == 0) st_begin(w);
+        }
+        if (w) {
+            st_finish(w, NULL);
+            st_free(w);
+        }
+        st_close(s);
+        free(values);
+        if (i == 4) damage_file(path, -1, NULL, 0);
+        if (i == 5) damage_file(path, 0, "\xff\xff\xff\xff\xff\xff\xff\x7f", 8);
+        if (i == 6) unlink(path);
+        const char *const parts[] = {"up_proj.weight is missing", "shape", "up_proj.weight is missing", "extra.weight has no place", "data bytes", "header", "model.safetensors"};
+        ROW(parts[i], "--init-from %s --train-data %s", dir, data);
+        free(path);
+        free(dir);
+    }
+    // a dtype that is no float of ours; a config that does not fit the weights; data for another vocabulary
+    copy_folder(model, file_at("dtype"));
+    size_t bytes;
+    char *file = slurp(file_at("dtype/model.safetensors"), &bytes), *f32 = (char *)memmem(file, bytes, "\"F32\"", 5);
+    if (f32) damage_file(file_at("dtype/model.safetensors"), f32 - file, "\"I32\"", 5);
+    free(file);
+    ROW("dtype I32", "--init-from %s --train-data %s", file_at("dtype"), data);
+    copy_folder(model, file_at("config"));
+    char *other = config_text("llama", 0, TINY_V, 2, 32, 4, 4, 0, 24, "");
+    write_text(file_at("config/config.json"), other);
+    free(other);
+    ROW("k_proj.weight", "--init-from %s --train-data %s", file_at("config"), data);
+    int many[100] = {0};
+    write_bin(file_at("v70.bin"), many, 100, 2, 70, 1, -1);
+    ROW("vocabulary of 70, the model has 53", "--init-from %s --train-data %s", model, file_at("v70.bin"));
+    ROW("max_position_embeddings 256", "--init-from %s --train-data %s --seq-len 300", model, data);
+    write_text(file_at("tok.bin"), "no tokenizer at all");
+    ROW("tok.bin", "--init-from %s --train-data %s --tokenizer %s", model, data, file_at("tok.bin"));
+    write_tokenizer(file_at("tok2.bin"), 0, 0, test_pieces, COUNT(test_pieces));
+    ROW("has 269 tokens, the model 53", "--init-from %s --train-data %s --tokenizer %s", model, data, file_at("tok2.bin"));
+    check_refusals(rows, n, "--threads 1");
+#undef ROW
+    char *config = slurp(tiny_config, NULL);
+    CHECK(strstr(config, "llama"), "the refused runs changed a file");
+    free(config);
+}
+
+// ==== 14. Planted errors ================================================================================================
+// Each mutant is the trainer's text with one change; the tests that guard the place must fail on it. filter: which tests.
+// program 1: the mutant is built as a trainer, and tests of the program run it.
+static const struct Mutant { const char *name, *from, *to, *filter; int program; } mutants[] = {
+    {"rope turns the wrong way in backward", "cosine + angle, sine + angle, D, -1);", "cosine + angle, sine + angle, D, 1);", "fixture_llama", 0},
+    {"rmsnorm backward without its mean", "dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);", "dx_n[c] += r * (dout_n[c] * w[c]);", "fixture_llama", 0},
+    {"rmsnorm backward drops the residual path", "dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);", "dx_n[c] = r * (dout_n[c] * w[c] - x_n[c] * r * mean);", "fixture_llama", 0},
+    {"attention backward without delta", "ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;", "ds_i[j] = p_i[j] * ds_i[j] * scale;", "attention", 0},
+    {"attention backward without scale", "(ds_i[j] - delta_i) * scale;", "(ds_i[j] - delta_i);", "attention", 0},
+    {"softmax gradient without the onehot", "row[targets[n]] -= (floatX)dscale;", "", "fixture_llama", 0},
+    {"swiglu derivative without its second term", "(1 + g[f] * (1 - s))", "1", "fixture_llama", 0},
+    {"no gradient of biases", "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);", "", "fixture_qwen2", 0},
+    {"q norm and k norm swapped in backward", "dq_norm[d] += (floatX)sum[0];", "dq_norm[d] += (floatX)sum[1];", "fixture_qwen3", 0},
+    {"AdamW without bias correction of v", "vscale = (floatX)(1 / (1 - pow(beta2, (double)step)))", "vscale = (floatX)(1 / (1 - pow(beta2, 1e9)))", "fixture_llama adamw", 0},
+    {"decay of norms", "t->decay = cols > 0;", "t->decay = 1;", "adamw fixture_llama", 0},
+    {"causal mask off by one", "last = t0 + i - s0;", "last = t0 + i - s0 - (t0 + i > 0);", "attention fixture_llama", 0},
+    {"document mask ignored", "int first = doc_start ? doc_start[t0 + i] - s0 : 0,", "int first = 0,", "document attention", 0},
+    {"llama3 rope without its ramp", "freq *= keep + (1 - keep) / c->rope_factor;", "freq *= keep > 0.5 ? 1 : 1 / c->rope_factor;", "fixture_llama", 0},
+    {"masked targets count", "*n_targets += batch->targets[n] != IGNORED;", "*n_targets += 1;", "fixture_llama masked", 0},
+    {"recompute forgets the rope", "if (m->recompute != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);", "if (m->recompute == RECOMPUTE_MLP) gate_up_forward(m, &w, y, N);", "recompute", 0},
+    {"loader gives ranks the same rows", "(int64_t)dl->rank * dl->B + b, epoch", "(int64_t)b, epoch", "loader", 0},
+    {"loader repeats its epoch's order", "(uint64_t)epoch);", "(uint64_t)0);", "loader", 0},
+    {"resume without v", "for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(", "for (int kind = STATE_M; kind < STATE_V; kind++) optimizer_read(", "resume_is_bit_exact", 1},
+    {"resume from the first window", "tr->train.state = tr->state.loader;", "", "resume_is_bit_exact", 1},
+    {"saving in place", "path_text(\"%s/tmp.step_%08\" PRId64, o->out, t->step);", "path_text(\"%s/step_%08\" PRId64, o->out, t->step);", "kill", 1},
+};
+
+// The trainer's text with mutant i (-1: none) in a file; 0 when its `from` is not there exactly once.
+static int write_mutant(int i, const char *path) {
+    size_t n;
+    char *text = slurp(TRAINER_PATH, &n);
+    if (i < 0) {
+        write_bytes(path, text, n);
+        free(text);
+        return 1;
+    }
+    const struct Mutant *mutant = &mutants[i];
+    char *place = strstr(text, mutant->from);
+    int once = place && !strstr(place + 1, mutant->from);
+    if (once) {
+        size_t before = (size_t)(place - text), after = before + strlen(mutant->from), k = strlen(mutant->to);
+        char *changed = (char *)xmalloc(n + k);
+        memcpy(changed, text, before);
+        memcpy(changed + before, mutant->to, k);
+        memcpy(changed + before + k, text + after, n - after);
+        write_bytes(path, changed, n - after + before + k);
+        free(changed);
+    }
+    free(text);
+    return once;
+}
+
+static void test_planted_errors_are_caught(void) {
+    const char *cc = getenv("CC") ? getenv("CC") : "cc";
+    char line[1200];
+    snprintf(line, sizeof line, "%s --version", cc);
+    Process p = start_command(line);
+    if (finish(&p, TIMEOUT).code) SKIP("no C compiler %s (apt-get install gcc)", cc);
+    if (access(TRAINER_PATH, R_OK) || access("test_litespark.c", R_OK)) SKIP("the sources are not here (run in the project's folder)");
+    enum { N = COUNT(mutants) };
+    char self[400] = "";                                    // this program, to run it on a mutant of the binary
+    if (readlink("/proc/self/exe", self, sizeof self - 1) < 0) SKIP("no /proc/self/exe here (run on Linux)");
+    Process compile[N + 1], run[N + 1];
+    int started[N + 1], ok[N + 1];
+    const int AT_ONCE = 2;
+    // row N is the unchanged trainer, which must pass: otherwise the others prove nothing
+    for (int begin = 0; begin <= N; begin += AT_ONCE) {
+        int end = begin + AT_ONCE < N + 1 ? begin + AT_ONCE : N + 1;
+        for (int i = begin; i < end; i++) {
+            char source[400];
+            snprintf(source, sizeof source, "%s", file_at("mutant%d.c", i));
+            started[i] = write_mutant(i < N ? i : -1, source);
+            CHECK(started[i], "'%s' does not apply: mend its row, the text is not there once: %s", mutants[i].name, mutants[i].from);
+            if (!started[i]) continue;
+            // as in the Makefile, but fast to compile: -O1 has the vector code run at a fair speed
+            if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s -std=gnu11 -O1 -w %s -o %s -lm", cc, source, file_at("mutant%d", i));
+            else snprintf(line, sizeof line, "%s -std=gnu11 -O0 -w -DTRAINER=\"%s\" test_litespark.c -o %s -lm", cc, source, file_at("mutant%d", i));
+            compile[i] = start_command(line);
+        }
+        for (int i = begin; i < end; i++) if (started[i]) {
+            Result r = finish(&compile[i], TIMEOUT);
+            ok[i] = r.code == 0;
+            CHECK(ok[i], "'%s' does not compile: %s", i < N ? mutants[i].name : "the unchanged trainer", r.err);
+        }
+        for (int i = begin; i < end; i++) if (started[i] && ok[i]) {
+            if (i == N) snprintf(line, sizeof line, "%s fixture_ attention adamw document recompute loader masked", file_at("mutant%d", i));
+            else snprintf(line, sizeof line, "%s %s", file_at("mutant%d", i), mutants[i].filter);
+            if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s --binary %s %s", self, file_at("mutant%d", i), mutants[i].filter);
+            run[i] = start_command(line);
+        }
+        for (int i = begin; i < end; i++) if (started[i] && ok[i]) {
+            Result r = finish(&run[i], TIMEOUT);
+            int n_passed = -1, n_failed = -1;
+            sscanf(last_line(r.out), "%d passed, %d failed", &n_passed, &n_failed);
+            if (i == N) CHECK(r.code == 0 && n_failed == 0 && n_passed > 10, "the unchanged trainer fails: %s", r.out);
+            else CHECK(r.code == 1 && n_failed > 0, "'%s' is not caught: exit status %d, %s", mutants[i].name, r.code, last_line(r.out));
+        }
+    }
+}
+
+// ==== 15. The table and main ============================================================================================
+enum { F32 = 1, F64 = 2 };              // which build a test belongs to
+static const struct Test { const char *name; void (*run)(void); int forms; } tests[] = {
+#define TEST(name, forms) {#name, test_##name, forms}
+    TEST(exp_is_accurate, F32 | F64),
+    TEST(bf16_rounds_to_nearest_even, F32),
+    TEST(random_numbers_are_normal_and_independent, F32),
+    TEST(numbers_are_parsed_strictly, F32),
+    TEST(crc32_matches_zlib, F32),
+    TEST(json_accepts_and_refuses, F32),
+    TEST(config_accepts_and_refuses, F32),
+    TEST(config_of_every_preset_survives_a_round_trip, F32),
+    TEST(safetensors_refuses_damaged_headers, F32),
+    TEST(safetensors_index_agrees_with_its_files, F32),
+    TEST(safetensors_writer_keeps_every_bit, F32),
+    TEST(safetensors_writer_reports_a_full_disk, F32),
+    TEST(tokenizer_round_trips_any_bytes, F32),
+    TEST(tokenizer_refuses_damaged_files, F32),
+    TEST(loader_covers_each_window_once_per_epoch, F32),
+    TEST(loader_shuffle_is_uniform, F32),
+    TEST(loader_evaluation_shows_each_window_once_in_order, F32),
+    TEST(loader_reads_ds_rows_documents_and_true_losses, F32),
+    TEST(loader_refuses_bad_shards, F32),
+    TEST(loader_handles_more_shards_than_descriptors, F32),
+    TEST(schedule_has_the_values_of_its_formula, F32),
+    TEST(flops_and_parameters_match_the_report, F32),
+    TEST(energy_counters_add_up_and_wrap, F32),
+    TEST(matmul_matches_naive_on_odd_shapes, F32 | F64),
+    TEST(matmul_bits_do_not_depend_on_threads, F32 | F64),
+    TEST(rmsnorm_backward_matches_differences, F64),
+    TEST(matmul_and_bias_backward_match_differences, F64),
+    TEST(rope_and_qk_norm_backward_match_differences, F64),
+    TEST(attention_backward_matches_differences, F64),
+    TEST(swiglu_backward_matches_differences, F64),
+    TEST(cross_entropy_backward_matches_differences, F64),
+    TEST(embedding_backward_matches_differences, F64),
+    TEST(gradient_check_rejects_small_errors_and_nan, F64),
+    TEST(model_gradients_match_differences, F64),
+    TEST(edge_shapes_have_right_gradients, F64),
+    TEST(all_targets_masked_gives_zero, F32 | F64),
+    TEST(recompute_gives_the_same_bits, F32 | F64),
+    TEST(model_bits_do_not_depend_on_threads, F32),
+    TEST(logits_chunk_does_not_change_the_result, F32 | F64),
+    TEST(attention_matches_naive_reference, F32 | F64),
+    TEST(document_mask_equals_separate_documents, F32 | F64),
+    TEST(packed_documents_equal_separate_ones, F32 | F64),
+    TEST(adamw_matches_double_reference, F32 | F64),
+    TEST(adamw_decays_matrices_only, F32),
+    TEST(bf16_mode_is_close_to_fp32, F32),
+    TEST(arenas_hold_what_the_tensors_need, F32),
+    TEST(init_depends_on_seed_and_name_only, F32),
+    TEST(fixture_llama_matches_pytorch, F32 | F64),
+    TEST(fixture_qwen2_matches_pytorch, F32 | F64),
+    TEST(fixture_qwen3_matches_pytorch, F32 | F64),
+    TEST(stories260K_has_known_loss_gradients_and_greedy_text, F32 | F64),
+    TEST(fixture_matches_pytorch_end_to_end, F32),
+    TEST(stories260K_tells_its_story_end_to_end, F32),
+    TEST(run_logs_every_metric_as_json, F32),
+    TEST(run_loss_is_the_losses_of_the_model, F32),
+    TEST(dry_run_prints_what_the_run_takes, F32),
+    TEST(two_runs_give_the_same_bits, F32),
+    TEST(accumulation_equals_a_large_batch, F32),
+    TEST(ranks_give_the_same_training, F32),
+    TEST(dump_grads_is_the_mean_over_ranks, F32),
+    TEST(resume_is_bit_exact, F32),
+    TEST(resume_on_another_number_of_ranks_goes_on, F32),
+    TEST(resume_auto_takes_the_newest_whole_checkpoint, F32),
+    TEST(keep_prunes_old_checkpoints, F32),
+    TEST(out_with_a_checkpoint_is_not_overwritten, F32),
+    TEST(signals_save_and_resume_exactly, F32),
+    TEST(signals_end_evaluation_and_sampling, F32),
+    TEST(second_signal_exits_at_once, F32),
+    TEST(signal_to_mpirun_saves, F32),
+    TEST(kill_at_random_moments_loses_nothing, F32),
+    TEST(dead_or_stopped_rank_ends_the_job, F32),
+    TEST(non_finite_gradients_never_reach_the_weights, F32),
+    TEST(skip_spikes_skips_an_outlier, F32),
+    TEST(full_disk_keeps_the_old_checkpoint, F32),
+    TEST(options_refuse_bad_values, F32),
+    TEST(options_of_the_gpu_are_refused_by_name, F32),
+    TEST(bad_models_and_data_are_refused_before_any_work, F32),
+    TEST(planted_errors_are_caught, F32),
+};
+
+// Runs another test program, shows its lines, and adds its last one to the counts.
+static void run_also(const char *command, int *passed, int *failed, int *skipped) {
+    int count[3] = {0, 0, 0};
+    char line[2000], last[2000] = "";
+    fflush(stdout);
+    FILE *f = popen(command, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        if (*last) fputs(last, stdout);
+        snprintf(last, sizeof last, "%s", line);
+        fflush(stdout);
+    }
+    int status = f ? pclose(f) : -1, found = sscanf(last, "%d passed, %d failed, %d skipped", &count[0], &count[1], &count[2]);
+    if (found < 2 || (status != 0) != (count[1] > 0)) {
+        printf("%sFAIL  %s ended with status %d\n", last, command, status);
+        count[1]++;
+    }
+    *passed += count[0];
+    *failed += count[1];
+    *skipped += count[2];
+}
+
+// For the sanitizer build: what a die() leaves behind when a test jumps out of it is no leak of the program.
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "detect_leaks=0"; }
+
+int main(int argc, char **argv) {
+    int passed = 0, failed = 0, skipped = 0, n_filters = 0, n_also = 0;
+    const char *filters[64], *also[8], *without = NULL;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--binary") && i + 1 < argc) binary = argv[++i];
+        else if (!strcmp(argv[i], "--also") && i + 1 < argc && n_also < 8) also[n_also++] = argv[++i];
+        else if (!strcmp(argv[i], "--without") && i + 1 < argc) without = argv[++i];
+        else if (argv[i][0] == '-' || n_filters == 64) die("usage: %s [--binary TRAINER] [--also TEST_PROGRAM] [--without WORD] [words of test names]", argv[0]);
+        else filters[n_filters++] = argv[i];
+    }
+    // Open MPI: allow root, more ranks than cores, no waiting in a loop, no daemon for a single process
+    const char *const settings[][2] = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
+        {"OMPI_MCA_hwloc_base_binding_policy", "none"}, {"OMP_WAIT_POLICY", "passive"}, {"OMPI_MCA_mpi_yield_when_idle", "1"}, {"OMPI_MCA_ess_singleton_isolated", "1"}, {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}};
+    for (int i = 0; i < COUNT(settings); i++) setenv(settings[i][0], settings[i][1], 0);
+    signal(SIGPIPE, SIG_IGN);
+    snprintf(top_dir, sizeof top_dir, "%s/litespark_test.XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
+    if (!mkdtemp(top_dir)) die("cannot make %s: %s", top_dir, strerror(errno));
+    double start = now_seconds();
+    for (int i = 0; i < COUNT(tests); i++) {
+        int wanted = n_filters == 0;
+        for (int k = 0; k < n_filters; k++) wanted |= strstr(tests[i].name, filters[k]) != NULL;
+        if (!wanted || (without && strstr(tests[i].name, without)) || !(tests[i].forms & (IS_DOUBLE ? F64 : F32))) continue;
+        n_bad = 0;
+        skip_reason[0] = 0;
+        omp_set_num_threads(1);                             // the models are too small for more
+        snprintf(test_dir, sizeof test_dir, "%s/%d", top_dir, i);
+        mkdir(test_dir, 0777);
+        double begin = now_seconds();
+        if (DIES(tests[i].run())) bad(0, "died: %s", died);
+        remove_tree(test_dir);
+        const char *form = IS_DOUBLE ? " (double)" : "";
+        if (n_bad) failed++, printf("FAIL  %s%s (%.2f s)\n", tests[i].name, form, now_seconds() - begin);
+        else if (skip_reason[0]) skipped++, printf("skipped: %s%s: %s\n", tests[i].name, form, skip_reason);
+        else passed++, printf("ok    %s%s (%.2f s)\n", tests[i].name, form, now_seconds() - begin);
+        fflush(stdout);
+    }
+    remove_tree(top_dir);
+    for (int i = 0; i < n_also; i++) {
+        Text command = {NULL, 0, 0};
+        text_add(&command, "%s", also[i]);
+        for (int k = 0; k < n_filters; k++) text_add(&command, " %s", filters[k]);
+        run_also(command.s, &passed, &failed, &skipped);
+        free(command.s);
+    }
+    if (passed + failed + skipped == 0) failed++, printf("FAIL  no test has such a name\n");
+    printf("%.0f s\n", now_seconds() - start);
+    printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed, failed, skipped);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
