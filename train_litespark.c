@@ -50,6 +50,7 @@ Read: 12 (ops, each forward with its backward below), 13 (the model), 14 (main);
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #ifdef _OPENMP
@@ -3103,13 +3104,16 @@ static inline __attribute__((always_inline)) void micro_kernel(const int rows, f
     }
 }
 
+// The common case, a full tile of packed panels. Its strides are constants inside the instructions, which is worth 6%.
+static __attribute__((noinline)) void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, int K,
+                                                          int accumulate) {
+    const Operand panel = {a, 1, MR};
+    micro_kernel(MR, out, ldo, panel, b, NR, K, accumulate);
+}
+
+// Any strides, any number of rows.
 static void micro_kernel_rows(int rows, floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb, int K,
                               int accumulate) {
-    if (rows == MR && a.row == 1 && a.col == MR && ldb == NR) {     // packed: constant strides fit in the instructions
-        const Operand packed = {a.p, 1, MR};
-        micro_kernel(MR, out, ldo, packed, b, NR, K, accumulate);
-        return;
-    }
     switch (rows) {
 #define CASE(n) case n: micro_kernel(n, out, ldo, a, b, ldb, K, accumulate); break;
         MATMUL_ROWS(CASE)
@@ -3130,45 +3134,37 @@ static void micro_tile(floatX *out, size_t ldo, Operand a, const floatX *b, size
         for (int j = 0; j < cols; j++) out[i*ldo + j] = accumulate ? out[i*ldo + j] + tile[i*NR + j] : tile[i*NR + j];
 }
 
-// dst (K,width) = the transpose of src (n,K), columns n .. width-1 zero; inlined, so that `width` is a constant.
-// Along k, a block of 4 x 4 is loaded, transposed in registers and stored as four vectors.
-static inline __attribute__((always_inline)) void pack_panel(floatX *dst, const int width, Operand src, int n, int K) {
-    int n_copied = 0;
-    if (src.row == 1) {                         // already in this order
-        n_copied = n;
-        for (int k = 0; k < K; k++) {
-            floatX *d = dst + (size_t)k*width;
-            const floatX *s = at(src, 0, k);
-            if (n == width) for (int i = 0; i < width; i++) d[i] = s[i];
-            else for (int i = 0; i < n; i++) d[i] = s[i];
-        }
-    } else if (src.col == 1) {
-        for (; n_copied + 4 <= n; n_copied += 4) {
-            const floatX *s = at(src, n_copied, 0);
-            floatX *d = dst + n_copied;
-            int k = 0;
-            for (; k + 4 <= K; k += 4, s += 4, d += 4*width) {
-                const Quad r0 = *(const Quad_mem *)s, r1 = *(const Quad_mem *)(s + src.row);
-                const Quad r2 = *(const Quad_mem *)(s + 2*src.row), r3 = *(const Quad_mem *)(s + 3*src.row);
-                const Quad lo01 = SHUFFLE(r0, r1, 0, 4, 1, 5), hi01 = SHUFFLE(r0, r1, 2, 6, 3, 7);
-                const Quad lo23 = SHUFFLE(r2, r3, 0, 4, 1, 5), hi23 = SHUFFLE(r2, r3, 2, 6, 3, 7);
-                *(Quad_mem *)d             = SHUFFLE(lo01, lo23, 0, 1, 4, 5);
-                *(Quad_mem *)(d + width)   = SHUFFLE(lo01, lo23, 2, 3, 6, 7);
-                *(Quad_mem *)(d + 2*width) = SHUFFLE(hi01, hi23, 0, 1, 4, 5);
-                *(Quad_mem *)(d + 3*width) = SHUFFLE(hi01, hi23, 2, 3, 6, 7);
-            }
-            for (; k < K; k++, s++, d += width)
-                for (int i = 0; i < 4; i++) d[i] = s[i*src.row];
-        }
+// dst (K,width) = the transpose of src (n,K), columns n .. width-1 zero. The stride along one of the two is 1. Along k,
+// a block of 4 x 4 is loaded, transposed in registers and stored as four vectors.
+static void pack_panel(floatX *dst, int width, Operand src, int n, int K) {
+    const floatX *s = src.p;
+    int i = 0;                                  // columns done
+    if (src.row == 1 && n == width) {           // already in this order; constant widths compile to vector moves
+        if (width == NR)
+            for (int k = 0; k < K; k++, s += src.col, dst += NR) memcpy(dst, s, NR * sizeof(floatX));
+        else
+            for (int k = 0; k < K; k++, s += src.col, dst += MR) memcpy(dst, s, MR * sizeof(floatX));
+        return;
     }
-    for (int i = n_copied; i < width; i++)
+    for (; src.col == 1 && i + 4 <= n; i += 4) {
+        floatX *d = dst + i;
+        s = at(src, i, 0);
+        int k = 0;
+        for (; k + 4 <= K; k += 4, s += 4, d += 4*width) {
+            const Quad r0 = *(const Quad_mem *)s, r1 = *(const Quad_mem *)(s + src.row);
+            const Quad r2 = *(const Quad_mem *)(s + 2*src.row), r3 = *(const Quad_mem *)(s + 3*src.row);
+            const Quad lo01 = SHUFFLE(r0, r1, 0, 4, 1, 5), hi01 = SHUFFLE(r0, r1, 2, 6, 3, 7);
+            const Quad lo23 = SHUFFLE(r2, r3, 0, 4, 1, 5), hi23 = SHUFFLE(r2, r3, 2, 6, 3, 7);
+            *(Quad_mem *)d             = SHUFFLE(lo01, lo23, 0, 1, 4, 5);
+            *(Quad_mem *)(d + width)   = SHUFFLE(lo01, lo23, 2, 3, 6, 7);
+            *(Quad_mem *)(d + 2*width) = SHUFFLE(hi01, hi23, 0, 1, 4, 5);
+            *(Quad_mem *)(d + 3*width) = SHUFFLE(hi01, hi23, 2, 3, 6, 7);
+        }
+        for (; k < K; k++, s++, d += width)
+            for (int j = 0; j < 4; j++) d[j] = s[j*src.row];
+    }
+    for (; i < width; i++)
         for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = i < n ? *at(src, i, k) : 0;
-}
-
-static void pack_a(floatX *dst, Operand a, int n, int K) { pack_panel(dst, MR, a, n, K); }
-static void pack_b(floatX *dst, Operand b, int n, int K) {
-    const Operand columns = {b.p, b.col, b.row};
-    pack_panel(dst, NR, columns, n, K);
 }
 
 // k in slices of equal size <= max, at least one, so that K = 0 still writes its zeros.
@@ -3178,41 +3174,52 @@ static inline int slice_size(int K, int max) { return K > 0 ? div_up(K, div_up(K
 static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, int N, int K, int accumulate,
                          floatX *scratch) {
     floatX *packed_a = scratch, *packed_b = scratch + MC*KC;
+    // Rows of a that are contiguous and meet few columns are read where they lie, unless their distance maps them to the same cache sets.
+    const int in_place = a.col == 1 && N <= NC/2 && a.row * sizeof(floatX) % 2048 != 0;
     const int slice = slice_size(K, KC);
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += NC) {
             const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
             for (int j = 0; j < nj; j += NR) {
-                const Operand panel = {at(b, k0, j0 + j), b.row, b.col};
-                pack_b(packed_b + (size_t)j*nk, panel, min_int(NR, nj - j), nk);
+                const Operand columns = {at(b, k0, j0 + j), b.col, b.row};      // transposed: (NR,K) as pack_panel wants
+                pack_panel(packed_b + (size_t)j*nk, NR, columns, min_int(NR, nj - j), nk);
             }
             for (int i0 = 0; i0 < M; i0 += MC) {
                 const int ni = min_int(MC, M - i0);
-                for (int i = 0; i < ni; i += MR) {
-                    const Operand panel = {at(a, i0 + i, k0), a.row, a.col};
-                    pack_a(packed_a + (size_t)i*nk, panel, min_int(MR, ni - i), nk);
+                for (int i = 0; i < ni && !in_place; i += MR) {
+                    const Operand rows = {at(a, i0 + i, k0), a.row, a.col};
+                    pack_panel(packed_a + (size_t)i*nk, MR, rows, min_int(MR, ni - i), nk);
                 }
                 for (int i = 0; i < ni; i += MR)        // the panel of a stays in L1, those of b stream past it
                     for (int j = 0; j < nj; j += NR) {
-                        const Operand panel = {packed_a + (size_t)i*nk, 1, MR};
-                        micro_tile(out + (i0 + i)*ldo + j0 + j, ldo, panel, packed_b + (size_t)j*nk, NR,
-                                   min_int(MR, ni - i), min_int(NR, nj - j), nk, accumulate || k0 > 0);
+                        floatX *o = out + (i0 + i)*ldo + j0 + j;
+                        const Operand packed = {packed_a + (size_t)i*nk, 1, MR}, own = {at(a, i0 + i, k0), a.row, a.col};
+                        const Operand panel = in_place ? own : packed;
+                        const floatX *panel_b = packed_b + (size_t)j*nk;
+                        const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j), add = accumulate || k0 > 0;
+                        if (rows == MR && cols == NR && !in_place) micro_kernel_packed(o, ldo, panel.p, panel_b, nk, add);
+                        else micro_tile(o, ldo, panel, panel_b, NR, rows, cols, nk, add);
                     }
             }
         }
 }
 
-// Scratch for n threads, kept for the next call; grows when the number of threads does. It starts on a cache line:
-// a vector of b that lies across two costs two loads (3% of the whole product).
+// Scratch for n threads, kept for the next call; grows when the number of threads does. Aligned, because a vector that
+// lies across two cache lines costs two loads (3%); in huge pages where Linux offers them (2%).
 static floatX *matmul_scratch(int n) {
-    static char *scratch;
+    static char *scratch, *aligned;
     static int n_ready;
     if (n > n_ready) {
+        const size_t page = (size_t)2 << 20, bytes = (size_t)n * PACK_SIZE * sizeof(floatX);
         free(scratch);
-        scratch = (char *)xmalloc((size_t)n * PACK_SIZE * sizeof(floatX) + 64);
+        scratch = (char *)xmalloc(bytes + 2*page);
+        aligned = scratch + (page - (uintptr_t)scratch % page) % page;
         n_ready = n;
+#ifdef MADV_HUGEPAGE
+        madvise(aligned, (bytes + page - 1) / page * page, MADV_HUGEPAGE);  // a hint: failing, it changes only the speed
+#endif
     }
-    return (floatX *)(scratch + (64 - (uintptr_t)scratch % 64) % 64);
+    return (floatX *)aligned;
 }
 
 // As matmul_naive, rounding apart. Call it outside parallel regions: it starts its own threads and its scratch is shared.
@@ -3220,7 +3227,7 @@ void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const f
             int M, int N, int K, int accumulate) {
     if (M <= 0 || N <= 0) return;
     const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
-    const int n_threads = (double)M*N*K < 1e5 ? 1 : omp_get_max_threads();  // below, waking them takes longer
+    const int n_threads = (double)M*N*K < 1e6 ? 1 : omp_get_max_threads();  // below (10 us), waking them costs more
     const int n_blocks = n_threads == 1 ? 1 : 2*n_threads;                  // two each: a late thread leaves one to others
     floatX *scratch = matmul_scratch(n_threads);
     int block_m = M, block_n = N;
@@ -3251,11 +3258,11 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, co
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j = 0; j < N; j += NR) {
             const int nk = min_int(slice, K - k0), cols = min_int(NR, N - j), pack = trans_b || cols < NR;
-            const Operand panel = {at(y, k0, j), y.row, y.col};
-            if (pack) pack_b(packed, panel, cols, nk);
+            const Operand columns = {at(y, k0, j), y.col, y.row};
+            if (pack) pack_panel(packed, NR, columns, cols, nk);
             for (int i = 0; i < M; i += MR) {
                 const Operand rows = {at(x, i, k0), x.row, x.col};
-                micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, rows, pack ? packed : panel.p, pack ? (size_t)NR : y.row,
+                micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, rows, pack ? packed : columns.p, pack ? (size_t)NR : y.row,
                            min_int(MR, M - i), cols, nk, accumulate || k0 > 0);
             }
         }

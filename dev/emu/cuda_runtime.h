@@ -296,7 +296,7 @@ namespace emu {
 inline int smem_optin() { return (settings.cc == 80 || settings.cc == 87 ? 163 : settings.cc >= 90 && settings.cc < 120 ? 227 : 99) << 10; }
 inline cudaError_t done() { return (cudaError_t)(sticky ? (int)(last_error = sticky) : 0); }   // what a successful call returns
 }
-inline cudaError_t cudaGetDeviceCount(int *n) { *n = (int)emu::setting("EMU_DEVICES", 1); return *n ? cudaSuccess : cudaErrorNoDevice; }
+inline cudaError_t cudaGetDeviceCount(int *n) { *n = (int)emu::setting("EMU_DEVICES", 8); return *n ? cudaSuccess : cudaErrorNoDevice; }
 inline cudaError_t cudaSetDevice(int d) {
     int n;
     cudaGetDeviceCount(&n);
