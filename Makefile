@@ -85,6 +85,16 @@ build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) Makefile
 	@mkdir -p build
 	$(CXX) -x c++ -std=c++17 -O2 -g $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
 
+# Against OpenBLAS and PyTorch, where they are installed; each script says how. BENCH_VENV: a virtual environment with the newest torch.
+OPENBLAS ?= $(wildcard /usr/lib/*/openblas-openmp/libopenblas.so.0)
+BENCH_VENV ?= build/venv
+build/bench_matmul: dev/bench_matmul.c train_litespark.c
+	@mkdir -p build
+	$(CC) -std=gnu11 $(CFLAGS) $(OPENMP) -w $< -o $@ -ldl -lm
+bench: build/bench_matmul build/train_litespark
+	build/bench_matmul 2 $(OPENBLAS)
+	python3 dev/bench_cpu.py --binary build/train_litespark --venv $(BENCH_VENV)
+
 build/stories: data/stories.c
 	@mkdir -p build
 	$(CC) -O2 $(WARN) $< -o $@ -lm
