@@ -123,8 +123,7 @@ test: build/test_litespark build/test_litespark_double build/train_litespark
 HF_PYTHON ?= build/venv/bin/python
 HF_SECONDS ?= 900
 test-hf: build/train_litespark
-	@if [ ! -x $(HF_PYTHON) ]; then python3 -m venv build/venv && build/venv/bin/pip install -q torch transformers safetensors numpy \
-	  --extra-index-url https://download.pytorch.org/whl/cpu >build/pip.log 2>&1 || rm -rf build/venv; fi; \
+	@if [ ! -x $(HF_PYTHON) ]; then python3 -m venv build/venv && build/venv/bin/pip install -q torch transformers safetensors numpy >build/pip.log 2>&1 || rm -rf build/venv; fi; \
 	if [ -x $(HF_PYTHON) ]; then timeout $(HF_SECONDS) $(HF_PYTHON) dev/test_hf.py --binary build/train_litespark; \
 	else echo 'skipped: test-hf: pip cannot install torch and transformers (pip install torch transformers safetensors numpy; build/pip.log)'; fi
 

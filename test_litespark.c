@@ -82,17 +82,14 @@ static void on_die(const char *message) {
           #statement, part1, part2, dead ? died : "(no error)"); \
 } while (0)
 
-// A path in the folder of the current test; eight may be in use at a time.
+// A path in the folder of the current test, in a fresh string that stays.
 __attribute__((format(printf, 1, 2))) static char *file_at(const char *fmt, ...) {
-    static char paths[16][600];
-    static int next;
-    char *path = paths[next++ % 16];
-    int n = snprintf(path, sizeof paths[0], "%s/", test_dir);
+    char name[400];
     va_list args;
     va_start(args, fmt);
-    vsnprintf(path + n, sizeof paths[0] - (size_t)n, fmt, args);
+    vsnprintf(name, sizeof name, fmt, args);
     va_end(args);
-    return path;
+    return path_text("%s/%s", test_dir, name);
 }
 
 static int remove_one(const char *path, const struct stat *info, int type, struct FTW *ftw) {

@@ -4099,6 +4099,7 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat
         #pragma unroll
         for (int i = 0; i < ROWS; i += STEP, src += STEP * stride) cp_async_16(tile + i * (WIDTH + 8), src, valid);
     } else {
+        #pragma unroll 1
         for (int i = 0; i < ROWS; i += STEP) {
             const bool inside = row + i < rows;
             cp_async_16(tile + i * (WIDTH + 8), inside ? src + i * stride : src - row * stride, inside ? valid : 0);
@@ -4107,12 +4108,13 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat
 }
 
 // s (16*MT, 8*NT) += A B^T: A holds this warp's 16*MT rows, B 8*NT rows, both WIDTH long in shared memory.
-template <int WIDTH, int MT, int NT>
+// UNROLL steps of 16 are scheduled together: more hide more latency, until fetching ahead costs registers that the sums need.
+template <int WIDTH, int UNROLL, int MT, int NT>
 __device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_bfloat16 *A, const __nv_bfloat16 *B) {
     const int lane = threadIdx.x % 32;
     A += lane % 16 * (WIDTH + 8) + lane / 16 * 8;                           // 16 x 16: four 8 x 8 matrices, down then right
     B += (lane / 16 * 8 + lane % 8) * (WIDTH + 8) + lane / 8 % 2 * 8;       // 16 rows x 16: right, then down
-    #pragma unroll
+    #pragma unroll UNROLL
     for (int k = 0; k < WIDTH; k += 16) {
         uint32_t a[MT][4], b[4];
         #pragma unroll
@@ -4310,7 +4312,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         const bool visible = s0 < t + ROWS && t < T;        // else the tile lies above this warp's part of the diagonal
         if (visible) {
             fill(s, 0);
-            multiply_rows<WIDTH>(s, q_tile + warp_row * STRIDE, k_tile);
+            multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
         }
         cp_async_wait<0>();
         __syncthreads();                                    // V is here, and every warp has left K
@@ -4360,7 +4362,7 @@ __device__ __forceinline__ void add_rows(float sum[4], float weight, const float
 }
 
 // out (N,H*D) =, lse (N,H) =
-__global__ void __launch_bounds__(ATT_THREADS) attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
         const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     float *q_tile = shared_memory<float>(), *k_tile = q_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -4454,13 +4456,13 @@ static void attention_delta(float *delta, const floatX *dout, const floatX *out,
 
 // dk, dv of a tile of keys, summed over the query heads that share it. The score tile stands on its side: rows are keys, columns
 // queries, so that a warp's P^T and dS^T are again left operands in registers, and dK and dV need no sum between warps.
-template <int WIDTH> struct DkdvTile {      // a row of 16 keys costs 2*WIDTH/2 accumulators per lane: at most 128 registers
-    static constexpr int MT = WIDTH <= 64 ? 2 : 1, NT = WIDTH <= 64 ? 4 : 8, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT;
+template <int WIDTH> struct DkdvTile {      // 16 keys cost WIDTH accumulators per lane for dK and dV: 32 keys where that is 128 registers
+    static constexpr int MT = WIDTH <= 64 ? 2 : 1, NT = WIDTH <= 64 ? 4 : 6, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT;
     static constexpr int SMEM = (2 * KEYS + 3 * QUERIES) * (WIDTH + 8) * 2 + 2 * QUERIES * (int)sizeof(float2);
 };
 
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
         const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
         int T, int H, int K, int D, float scale) {
     typedef DkdvTile<WIDTH> Tile;
@@ -4484,64 +4486,69 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_backward_dkdv_kernel1(_
         }
         tiles = seen;
     }
-    int h = kv * (H / K), t0 = t_first;                                     // the tile of queries in hand
-    const int h_end = h + H / K, t_end = t_first + tiles * QUERIES;
+    // Tile i of the walk belongs to head h(i) and starts at query t(i).
+    auto h = [&](int i) { return kv * (H / K) + i / tiles; };
+    auto t = [&](int i) { return t_first + i % tiles * QUERIES; };
+    auto load_q = [&](int i) {
+        load_tile<WIDTH, QUERIES>(q_tiles + i % 2 * QUERIES * STRIDE, qkv + (size_t)(row0 + t(i)) * W + h(i) * D, W, T - t(i), D);
+    };
+    auto load_do = [&](int i) {
+        load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t(i)) * H + h(i)) * D, (size_t)H * D, T - t(i), D);
+    };
+    auto load_stats = [&](int i) {                                          // past the end lse is infinite: p = 0
+        const int row = t(i) + threadIdx.x;
+        if (row >= T) return make_float2(INFINITY, 0);
+        return make_float2(lse[(size_t)(row0 + row) * H + h(i)] * (float)M_LOG2E, delta[(size_t)(row0 + row) * H + h(i)]);
+    };
 
     const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
-    load_tile<WIDTH, QUERIES>(q_tiles, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    load_q(0);
+    load_do(0);
     cp_async_commit();
-    // Past the end lse is infinite: p = 0.
-    auto load_stats = [&](int head, int t) {
-        if (t >= T) return make_float2(INFINITY, 0);
-        return make_float2(lse[(size_t)(row0 + t) * H + head] * (float)M_LOG2E, delta[(size_t)(row0 + t) * H + head]);
-    };
-    if (threadIdx.x < QUERIES) stats[threadIdx.x] = load_stats(h, t0 + threadIdx.x);
+    if (threadIdx.x < QUERIES) stats[threadIdx.x] = load_stats(0);
 
     float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
     fill(dk, 0);
     fill(dv, 0);
-    for (int buffer = 0; h < h_end; buffer ^= 1) {
-        const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE;
-        const int t = t0;
-        t0 += QUERIES;
-        if (t0 == t_end) t0 = t_first, h++;                                 // (h, t0) is now the next tile
-        const bool more = h < h_end;
+    for (int i = 0; i < tiles * (H / K); i++) {
+        const bool more = i + 1 < tiles * (H / K);
+        const __nv_bfloat16 *q_tile = q_tiles + i % 2 * QUERIES * STRIDE;
+        float2 next_stats;
         cp_async_wait<0>();
         __syncthreads();                                                    // Q, dO are here; every warp has left the other Q
-        float2 next_stats;
         if (more) {
-            load_tile<WIDTH, QUERIES>(q_tiles + (buffer ^ 1) * QUERIES * STRIDE, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-            if (threadIdx.x < QUERIES) next_stats = load_stats(h, t0 + threadIdx.x);
+            load_q(i + 1);
+            if (threadIdx.x < QUERIES) next_stats = load_stats(i + 1);
         }
         cp_async_commit();
-        const bool visible = t + QUERIES > key && key < T;
+        const int t0 = t(i);
+        const bool visible = t0 + QUERIES > key && key < T;
         if (visible) {
             fill(p, 0);
-            multiply_rows<WIDTH>(p, k_tile + warp_row * STRIDE, q_tile);
-            if (t < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t + QUERIES, T) - 1] > key)) mask_scores_transposed(p, key, t, doc_start, row0, T);
+            multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
+            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key)) mask_scores_transposed(p, key, t0, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
-                const float4 two = *(const float4 *)(stats + buffer * QUERIES + n * 8 + lane % 4 * 2);     // of this lane's two queries
+                const float4 two = *(const float4 *)(stats + i % 2 * QUERIES + n * 8 + lane % 4 * 2);     // of this lane's two queries
                 #pragma unroll
                 for (int m = 0; m < MT; m++)
                     #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        p[m][n][i] = exp2_approx(p[m][n][i] * c - (i % 2 ? two.z : two.x));
-                        ds[m][n][i] = i % 2 ? -two.w : -two.y;              // the product starts from -delta
+                    for (int j = 0; j < 4; j++) {
+                        p[m][n][j] = exp2_approx(p[m][n][j] * c - (j % 2 ? two.z : two.x));
+                        ds[m][n][j] = j % 2 ? -two.w : -two.y;              // the product starts from -delta
                     }
             }
-            multiply_rows<WIDTH>(ds, v_tile + warp_row * STRIDE, do_tile);
+            multiply_rows<WIDTH, 2>(ds, v_tile + warp_row * STRIDE, do_tile);
             multiply_probabilities<WIDTH>(dv, p, do_tile);
             #pragma unroll
-            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] *= p[i / 4 / NT][i / 4 % NT][i % 4];
+            for (int j = 0; j < MT * NT * 4; j++) ds[j / 4 / NT][j / 4 % NT][j % 4] *= p[j / 4 / NT][j / 4 % NT][j % 4];
         }
         __syncthreads();                                                    // every warp has left dO
         if (more) {
-            load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
-            if (threadIdx.x < QUERIES) stats[(buffer ^ 1) * QUERIES + threadIdx.x] = next_stats;
+            load_do(i + 1);
+            if (threadIdx.x < QUERIES) stats[(i + 1) % 2 * QUERIES + threadIdx.x] = next_stats;
         }
         cp_async_commit();
         if (visible) multiply_probabilities<WIDTH>(dk, ds, q_tile);
@@ -4555,7 +4562,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_backward_dkdv_kernel1(_
 
 // dq of a tile of queries: the walk of the forward with its P known from lse, and dS in P's place.
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
         const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
         int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
@@ -4593,10 +4600,10 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_backward_dq_kernel1(__n
         const bool visible = s0 < t + ROWS && t < T;
         if (visible) {
             fill(s, 0);
-            multiply_rows<WIDTH>(s, q_tile + warp_row * STRIDE, k_tile);
+            multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
             #pragma unroll
             for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
-            multiply_rows<WIDTH>(ds, do_tile + warp_row * STRIDE, v_tile);
+            multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
         }
         __syncthreads();                                    // every warp has left V
         if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
@@ -4642,7 +4649,7 @@ static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, c
 }
 
 // dq in fp32: rows are queries, columns keys.
-__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
         const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
         int T, int H, int K, int D, float scale) {
     float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
@@ -4677,7 +4684,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_backward_dq_f32_kernel1
 }
 
 // dk, dv in fp32: rows are keys, columns queries of each head of the group in turn.
-__global__ void __launch_bounds__(ATT_THREADS) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
         const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
         int T, int H, int K, int D, float scale) {
     float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
@@ -5215,6 +5222,7 @@ void model_reduce_finish(Model *m) { comm_reduce_finish(&m->gpu); }
 double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     int n = m->p.n_tensors;
     double total = 0, *squares = (double *)xmalloc((size_t)n * sizeof(double));
+    cudaCheck(cudaMemsetAsync(m->sums + 1, 0, (size_t)n * sizeof(double), m->gpu.stream));
     for (int i = 0; i < n; i++) sum_of_squares(m->sums + 1 + i, m->grads + m->p.tensors[i].at, m->p.tensors[i].n, m->scratch, m->gpu.stream);
     cudaCheck(cudaMemcpyAsync(squares, m->sums + 1, (size_t)n * sizeof(double), cudaMemcpyDeviceToHost, m->gpu.stream));
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
