@@ -38,9 +38,10 @@ help:
 	@echo 'make run      build, make the default data, train on all cores (OUT=$(OUT))'
 	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
 	@echo 'make test     all tests; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
+	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-data   the preparation of data (python3)      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make check    facts that must hold of the sources     make sync   the shared region into the CUDA trainer'
-	@echo 'make bench    against PyTorch and OpenBLAS     make clean'
+	@echo 'make bench    against PyTorch and OpenBLAS     make ptxas   registers and spills of the CUDA kernels     make clean'
 	@echo
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
 	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) | git commit $(COMMIT)'
@@ -78,6 +79,16 @@ build/train_litespark_cuda: train_litespark.cu Makefile
 	@mkdir -p build
 	$(if $(NVCC),,$(error DEVICE=cuda needs nvcc (CUDA Toolkit 12 or newer) on PATH; DEVICE=cpu builds the CPU trainer))
 	$(NVCC) $(NVFLAGS) $< -o $@ $(NV_MPI) -lcublasLt -ldl
+
+# Registers, shared memory and spills of every kernel, as the compiler reports them; exit status 1 if one spills.
+PTXAS_ARCH ?= 80 90
+PTXAS_OUT  := $(PTXAS_ARCH:%=build/ptxas_sm_%.txt)
+build/ptxas_sm_%.txt: train_litespark.cu
+	@mkdir -p build
+	$(NVCC) -O3 -std=c++17 -lineinfo -arch=sm_$* -Xptxas -v -cubin $< -o build/ptxas_sm_$*.cubin >$@.log 2>&1 || { cat $@.log; exit 1; }
+	@mv $@.log $@
+ptxas: $(if $(NVCC),$(PTXAS_OUT))
+	@$(if $(NVCC),python3 dev/ptxas.py $(foreach a,$(PTXAS_ARCH),sm_$a=build/ptxas_sm_$a.txt),echo 'skipped: ptxas: no nvcc on PATH (CUDA Toolkit 12 or newer)')
 
 # The CUDA source as plain C++ over dev/emu: no CUDA toolkit, no GPU.
 CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
@@ -119,6 +130,36 @@ build/test_litespark build/test_litespark_double: test_litespark.c train_litespa
 test: build/test_litespark build/test_litespark_double build/train_litespark
 	@CC='$(CC)' build/test_litespark --also build/test_litespark_double $(if $(filter 1,$(SAN)),--without planted) $(T)
 
+# The CUDA trainer against the twin: over dev/emu (g++ alone; minutes), the nvcc binary under ptxcpu, every shape and schedule (hours).
+build/test_cuda: dev/test_cuda.c train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+	$(CC) $(TEST_ALL) $< -o $@ -lm
+build/train_litespark_double: train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+	$(CC) $(TEST_ALL) -DfloatX=double $< -o $@ -lm
+build/train_litespark_ptx: train_litespark.cu
+	@mkdir -p build
+	$(NVCC) -O3 -std=c++17 -lineinfo -cudart shared -gencode arch=compute_80,code=[sm_80,compute_80] $< -o $@ -lcublasLt -ldl
+PROVE    := build/train_litespark build/train_litespark_double build/test_cuda
+test-cuda test-long:
+	@if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory build/train_litespark_emu $(PROVE) && \
+	CXX='$(CXX)' build/test_cuda --cuda build/train_litespark_emu --level $(if $(filter test-long,$@),long,quick) $(T); \
+	else echo 'skipped: $@: no C++ compiler (apt-get install g++)'; fi
+PTXCPU   ?= $(wildcard ../shared/ptxcpu)
+build/ptxcpu/build/libcudart.so.13:
+	@mkdir -p build && rm -rf build/ptxcpu && cp -r '$(PTXCPU)' build/ptxcpu && chmod -R u+w build/ptxcpu && $(MAKE) -C build/ptxcpu >build/ptxcpu.log 2>&1
+test-ptx:
+	@if [ -z '$(NVCC)' ]; then echo 'skipped: test-ptx: no nvcc on PATH (CUDA Toolkit 12 or newer)'; \
+	elif [ ! -d '$(PTXCPU)' ]; then echo 'skipped: test-ptx: no ptxcpu (PTXCPU=path)'; \
+	elif ! $(MAKE) --no-print-directory build/ptxcpu/build/libcudart.so.13; then echo 'skipped: test-ptx: ptxcpu does not build, see build/ptxcpu.log (apt-get install libzstd-dev liblz4-dev)'; \
+	else $(MAKE) --no-print-directory build/train_litespark_ptx $(PROVE) && \
+	build/test_cuda --timeout 600 --cuda 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' --level ptx $(T); fi
+
+# The floor of the default data, recomputed from the text by an independent scorer.
+build/test_stories: dev/test_stories.c data/stories.c
+	@mkdir -p build
+	$(CC) -std=gnu11 -O2 $(WARN) -Wno-unused-function $< -o $@ -lm
+test-stories: build/test_stories build/stories
+	build/test_stories build/stories 1000
+
 # Newest transformers and safetensors from PyPI, in build/venv; HF_PYTHON=/path/python takes another one.
 HF_PYTHON ?= build/venv/bin/python
 HF_SECONDS ?= 900
@@ -148,4 +189,4 @@ sync:   # the .c owns the shared region
 	  cp build/sync.cu train_litespark.cu && rm build/sync.cu; }
 clean:
 	rm -rf build train_litespark
-.PHONY: help train data run test test-hf test-data fuzz check sync clean
+.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz check sync clean

@@ -642,7 +642,7 @@ static Option option_table[] = {
     {"--beta1", OPT_REAL, RUN, FROM(beta1), "0.9", 0, 0.999999, "AdamW", 0},
     {"--beta2", OPT_REAL, RUN, FROM(beta2), "0.95", 0, 0.999999999, "AdamW", 0},
     {"--eps", OPT_REAL, RUN, FROM(eps), "1e-8", 1e-30, 1, "AdamW", 0},
-    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.1", 0, 1e3, "AdamW, on matrices", 0},
+    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.01", 0, 1e3, "AdamW, on matrices", 0},
     {"--grad-clip", OPT_REAL, RUN, FROM(grad_clip), "1", 0, 1e9, "largest global gradient norm, 0 = no clipping", 0},
     {"--optimizer-dtype", OPT_CHOICE, RUN, FROM(optimizer_dtype), "fp32", 0, 0, "fp32|bf16: storage of m and v", 0},
     {"--skip-spikes", OPT_REAL, RUN, FROM(skip_spikes), "0", 0, 1e6, "skip updates whose loss or norm is this many standard deviations off, 0 = never", 0},
@@ -1211,7 +1211,7 @@ static const struct { const char *key, *only; } config_fixed[] = {
 static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std,
                       factor; int window, bos, eos; } config_presets[] = {
 //   name            family          V   L     C   H   K    D      F   max_T  tie   eps    theta    init  fac   win     bos     eos
-    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.06,   0,    0,     -1,     -1},
+    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.10,   0,    0,     -1,     -1},
     {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
     {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
     {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
@@ -4588,10 +4588,11 @@ static void setup_tokenizer(Trainer *tr, const char *model_dir) {
 // Everything that can go wrong goes wrong here, before any work.
 static void setup(Trainer *tr) {
     int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
-    tr->saved_step = -1;
+    tr->saved_step = -1;                    // nothing yet
     tr->val_loss = tr->floor = NAN;
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
+    if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
     else if (opt.resume && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
