@@ -139,19 +139,17 @@ build/train_litespark_ptx: train_litespark.cu
 	@mkdir -p build
 	$(NVCC) -O3 -std=c++17 -lineinfo -cudart shared -gencode arch=compute_80,code=[sm_80,compute_80] $< -o $@ -lcublasLt -ldl
 PROVE    := build/train_litespark build/train_litespark_double build/test_cuda
-test-cuda test-long:
-	@if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory build/train_litespark_emu $(PROVE) && \
-	CXX='$(CXX)' build/test_cuda --cuda build/train_litespark_emu --level $(if $(filter test-long,$@),long,quick) $(T); \
-	else echo 'skipped: $@: no C++ compiler (apt-get install g++)'; fi
+HAVE_CXX := $(shell command -v $(CXX) 2>/dev/null)
+test-cuda test-long: $(if $(HAVE_CXX),build/train_litespark_emu $(PROVE))
+	@$(if $(HAVE_CXX),CXX='$(CXX)' build/test_cuda --cuda build/train_litespark_emu --level $(if $(filter test-long,$@),long,quick) $(T),echo 'skipped: $@: no C++ compiler (apt-get install g++)')
 PTXCPU   ?= $(wildcard ../shared/ptxcpu)
-build/ptxcpu/build/libcudart.so.13:
-	@mkdir -p build && rm -rf build/ptxcpu && cp -r '$(PTXCPU)' build/ptxcpu && chmod -R u+w build/ptxcpu && $(MAKE) -C build/ptxcpu >build/ptxcpu.log 2>&1
-test-ptx:
+build/ptxcpu/made:
+	@mkdir -p build && rm -rf build/ptxcpu && cp -r '$(PTXCPU)' build/ptxcpu && chmod -R u+w build/ptxcpu && if $(MAKE) -C build/ptxcpu >build/ptxcpu.log 2>&1; then touch $@; fi
+test-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_ptx $(PROVE))
 	@if [ -z '$(NVCC)' ]; then echo 'skipped: test-ptx: no nvcc on PATH (CUDA Toolkit 12 or newer)'; \
-	elif [ ! -d '$(PTXCPU)' ]; then echo 'skipped: test-ptx: no ptxcpu (PTXCPU=path)'; \
-	elif ! $(MAKE) --no-print-directory build/ptxcpu/build/libcudart.so.13; then echo 'skipped: test-ptx: ptxcpu does not build, see build/ptxcpu.log (apt-get install libzstd-dev liblz4-dev)'; \
-	else $(MAKE) --no-print-directory build/train_litespark_ptx $(PROVE) && \
-	build/test_cuda --timeout 600 --cuda 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' --level ptx $(T); fi
+	elif [ -z '$(PTXCPU)' ]; then echo 'skipped: test-ptx: no ptxcpu (PTXCPU=path)'; \
+	elif [ ! -f build/ptxcpu/made ]; then echo 'skipped: test-ptx: ptxcpu does not build, see build/ptxcpu.log (apt-get install libzstd-dev liblz4-dev)'; \
+	else build/test_cuda --timeout 900 --cuda 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' --level ptx $(T); fi
 
 # The floor of the default data, recomputed from the text by an independent scorer.
 build/test_stories: dev/test_stories.c data/stories.c

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Registers, shared memory and spills of every kernel: reads what `nvcc -Xptxas -v` printed.
+
+    make ptxas                                              builds for sm_80 and sm_90 and prints the table
+    dev/ptxas.py [--markdown] sm_80=FILE sm_90=FILE...      prints it from saved output
+
+Exit status 1 when a kernel spills registers or a file names no kernel. Shared memory is the static part; what a launch adds
+(dynamic) is not known to the compiler.
+"""
+import re
+import subprocess
+import sys
+
+
+def parse(text):
+    """{mangled name: (registers, static shared bytes, spill store bytes, spill load bytes)}"""
+    kernels, name, spills = {}, None, (0, 0)
+    for line in text.splitlines():
+        if m := re.search(r"Compiling entry function '([^']+)'", line):
+            name, spills = m.group(1), (0, 0)
+        elif m := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spills = int(m.group(1)), int(m.group(2))
+        elif (m := re.search(r"Used (\d+) registers", line)) and name:
+            smem = re.search(r"(\d+)(?:\+\d+)? bytes smem", line)
+            kernels[name] = (int(m.group(1)), int(smem.group(1)) if smem else 0) + spills
+            name = None
+    return kernels
+
+
+def demangle(names):
+    """Short readable names; c++filt where there is one (binutils, or the CUDA toolkit's cu++filt)."""
+    for tool in ("c++filt", "cu++filt"):
+        try:
+            out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+            return dict(zip(names, map(shorten, out)))
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    return {n: n for n in names}
+
+
+def shorten(name):
+    depth = 0
+    for i, c in enumerate(name):            # drop the arguments, keep the template's
+        depth += (c == "<") - (c == ">")
+        if c == "(" and depth == 0:
+            name = name[:i]
+            break
+    return name.removeprefix("void ").replace("__nv_bfloat16", "bf16")
+
+
+def main(args):
+    markdown = "--markdown" in args
+    files = [a.split("=", 1) for a in args if "=" in a]
+    if not files:
+        print(__doc__)
+        return 2
+    tables = {}
+    for arch, path in files:
+        with open(path) as f:
+            text = f.read()
+        tables[arch] = parse(text)
+        if not tables[arch]:
+            print(f"ptxas: no kernel in {path}: {text.strip().splitlines()[-1] if text.strip() else 'empty'}")
+            return 1
+    names = demangle(sorted({k for t in tables.values() for k in t}))
+    head = ["kernel"] + [f"{arch} {what}" for arch in tables for what in ("registers", "shared B", "spill st/ld B")]
+    rows = []
+    for mangled in sorted(names, key=lambda n: names[n]):
+        row = [names[mangled]]
+        for t in tables.values():
+            regs, smem, store, load = t.get(mangled, ("-", "-", "-", "-"))
+            row += [str(regs), str(smem), f"{store}/{load}"]
+        rows.append(row)
+    if markdown:
+        print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        for r in rows:
+            print("| " + " | ".join(["`" + r[0] + "`"] + r[1:]) + " |")
+    else:
+        width = [max(len(r[i]) for r in [head] + rows) for i in range(len(head))]
+        for r in [head] + rows:
+            print(" | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))))
+    spilling = [f"{names[k]} on {arch}" for arch, t in tables.items() for k, v in t.items() if v[2] or v[3]]
+    print(("\n" if markdown else "") + f"{len(rows)} kernels, {len(spilling)} spill" + (": " + ", ".join(spilling) if spilling else ""))
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

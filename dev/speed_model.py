@@ -1,0 +1,611 @@
+#!/usr/bin/env python3
+"""Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
+
+    dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--memory-gib 79] [--markdown]
+    dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
+    dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
+    dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
+
+Where the numbers come from
+  counts   dev/results/kernel_counts.json: bytes, FLOPs and instructions of every kernel, counted while ptxcpu, an emulator of the
+           compiled PTX, ran the trainer on small models (--measure). Each count is fitted as fixed + slope * rows (attention:
+           a + b*T + c*T^2 per query head, T 4096 itself counted) and taken at the size asked for; the fixed part is kept.
+  GEMM     cuBLASLt at 700 TFLOP/s, or its compulsory bytes at 3.0 TB/s where that takes longer (small chunks of logits).
+  DRAM     3.0 TB/s of the 3.35 of the data sheet. Memory-bound kernels: all sectors they touch (no cache), or the instruction
+           terms where those take longer.
+  attention  tensor + issue + SFU terms added up (mma.sync at 0.62 of 989.4 TFLOP/s; 4 warp instructions, 16 SFU lanes, 64 integer
+           lanes and 128 shared bytes per clock and SM, 132 SMs, 1.755 GHz), no DRAM, or the shared or integer term where that takes
+           longer; the sum times the factor that brings the same sum for FlashAttention-2's kernel (forward, backward) to its published speed.
+  left out gaps between kernels, the host, latency, tails of the last wave, causal imbalance between blocks, NCCL, and power limits.
+"""
+import argparse
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+COUNTS = os.path.join(HERE, "results", "kernel_counts.json")
+
+# ---- the device and the assumptions -----------------------------------------------------------------------------------
+PEAK, GEMM, DRAM = 989.4e12, 700e12, 3.0e12
+SMS, CLOCK, MMA_SYNC = 132, 1.755e9, 0.62
+MIB = 1 << 20
+GPU_ALLOWANCE = 800 * MIB       # context, cuBLASLt, NCCL: as in the trainer
+ENOUGH_ROWS = 32768             # of a micro-step, as in the trainer
+
+# FlashAttention-2's forward kernel in the same emulator: T 2048, 16 query heads, head_dim 128, causal. 18.25 GFLOP executed,
+# 29.76 us tensor, 16.0 PTX instructions per causal (q, k) pair without moves; one ex2 and half a conversion per executed pair.
+# Published (FlashAttention-3 paper, H100 SXM, bf16, hd 128, causal, T 4096): 319 TFLOP/s forward.
+FA2 = {"T": 2048, "heads": 16, "executed": 18.25e9, "tensor_us": 29.76, "instructions_per_pair": 16.0, "published": 319e12}
+# Its backward: 45.63 GFLOP executed, 74.4 us tensor, 35.9 instructions per pair; one ex2 and one conversion per executed pair; helpers 17.6 us
+# of DRAM. Published, same paper, but for the full square (no causal figure there): 310 TFLOP/s.
+FA2_BACKWARD = {"executed": 45.63e9, "tensor_us": 74.4, "instructions_per_pair": 35.9, "helpers_us": 17.6, "published": 310e12}
+
+PRESETS = {     # V, L, C, H, K, D, F, tied, (qkv bias, qk norm)
+    "tiny": (935, 4, 128, 4, 2, 32, 384, 1), "15M": (32000, 6, 288, 6, 6, 48, 768, 1), "100M": (32000, 12, 768, 12, 4, 64, 2048, 1),
+    "3B": (32000, 28, 2048, 16, 2, 128, 11008, 0), "30B": (32000, 60, 6656, 64, 64, 104, 17920, 0),
+    "llama3.2-1B": (128256, 16, 2048, 32, 8, 64, 8192, 1), "llama3.1-8B": (128256, 32, 4096, 32, 8, 128, 14336, 0),
+    "mistral-7B": (32000, 32, 4096, 32, 8, 128, 14336, 0), "smollm2-135M": (49152, 30, 576, 9, 3, 64, 1536, 1),
+}       # Qwen: its bias and head-norm kernels are not in the counts
+
+
+class Config:
+    def __init__(self, V, L, C, H, K, D, F, tied):
+        self.V, self.L, self.C, self.H, self.K, self.D, self.F, self.tied = V, L, C, H, K, D, F, tied
+        self.Vp = -(-V // 128) * 128
+        self.HD, self.W = H * D, (H + 2 * K) * D
+        self.layer_gemm = C * self.W + self.HD * C + 3 * C * F
+        self.n = V * C * (1 if tied else 2) + L * (self.layer_gemm + 2 * C) + C     # parameters
+
+    def unit_sizes(self):
+        pad = (self.Vp - self.V) * self.C
+        sizes = [self.V * self.C + pad] + [self.layer_gemm + 2 * self.C] * self.L + [self.C + (0 if self.tied else self.V * self.C + pad)]
+        return [-(-s // UNIT_ALIGN) * UNIT_ALIGN for s in sizes]
+
+    def flops_per_token(self, T, causal):
+        return 6 * (self.L * self.layer_gemm + self.C * self.V) + (6 if causal else 12) * self.L * self.HD * T
+
+
+# ---- memory: the arenas of the trainer (layout() in section 14) -------------------------------------------------------
+UNIT_ALIGN = 128
+MAX_PARTIALS, SQUARES_BLOCKS = 264, 1024
+
+
+def arenas(c, B, T, recompute, chunk, state_bytes=4):
+    """bytes: weights, gradients, optimizer, activations, workspace (bf16, one rank)"""
+    N = B * T
+    up = lambda n, size: -(-n * size // 256) * 256
+    n = sum(c.unit_sizes())
+    block = [(N, 4), (N * c.W, 2), (N * c.HD, 2), (N * c.H, 4), (N * c.C, 2), (N, 4)]
+    mlp = [(N * 2 * c.F, 2)]
+    once = (block if recompute == "block" else []) + (mlp if recompute != "none" else [])
+    layer = [(N * c.C, 2)] + (block if recompute != "block" else []) + (mlp if recompute == "none" else [])
+    acts = sum(up(*x) for x in once) + c.L * sum(up(*x) for x in layer) + up(N * c.C, 2) + up(N, 4)
+    chunk = min(chunk, N)
+    padded = -(-N // chunk) * chunk
+    scratch = max(MAX_PARTIALS * c.C, MAX_PARTIALS * 2 * c.D, MAX_PARTIALS * c.W, 2 * SQUARES_BLOCKS, N * c.H)
+    tensors = c.L * 9 + 2 + (0 if c.tied else 1)
+    work = [(padded * c.C, 2)] * 2 + [(N * c.F, 2)] * 2 + [(N * c.C, 2), (N * c.HD, 2), (N * c.W, 2), (chunk * c.Vp, 2), (padded, 4),
+            (T * c.D // 2, 4), (T * c.D // 2, 4), (scratch, 4), (tensors + 1, 8), (32 * MIB, 1), (6 * N + 1, 4), (6 * N + 1, 4)]
+    return [up(n, 2), up(n, 4), up(n, 4) + 2 * up(n, state_bytes), acts, sum(up(*x) for x in work)]
+
+
+def default_chunk(c):
+    return max(64, (16 << 20) // (4 * c.V))
+
+
+def largest_batch(c, T, recompute, chunk, total, memory, state_bytes):
+    """As the trainer chooses: the largest divisor of the sequences per update that fits."""
+    rows, best = total // T, 0
+    for b in range(1, rows + 1):
+        if b > 1 and b * T > ENOUGH_ROWS: break
+        if rows % b == 0 and sum(arenas(c, b, T, recompute, chunk, state_bytes)) < memory: best = b
+    return best
+
+
+def check_memory(trainer):
+    bad = 0
+    for preset, recompute, B, T in [("3B", "none", 1, 4096), ("3B", "none", 4, 4096), ("3B", "mlp", 2, 2048), ("3B", "block", 8, 4096),
+                                    ("30B", "block", 1, 4096), ("llama3.2-1B", "none", 2, 1000), ("100M", "mlp", 3, 777)]:
+        c = Config(*PRESETS[preset])
+        for state in ("fp32", "bf16"):
+            out = subprocess.run([trainer, "--preset", preset, "--seq-len", str(T), "--precision", "bf16", "--recompute", recompute, "--batch-size", str(B),
+                                  "--total-batch-tokens", str(B * T), "--optimizer-dtype", state, "--dry-run"], capture_output=True, text=True).stdout
+            says = [float(x) for x in re.findall(r" ([0-9.]+) MiB \|", out)][:5]
+            ours = [x / MIB for x in arenas(c, B, T, recompute, default_chunk(c), 4 if state == "fp32" else 2)]
+            ok = len(says) == 5 and all(abs(a - b) < 0.06 for a, b in zip(says, ours))
+            bad += not ok
+            print(f"{'equal ' if ok else 'DIFFER'} {preset} B {B} T {T} recompute {recompute} optimizer {state}: "
+                  + (f"{sum(ours):.1f} MiB" if ok else f"trainer {says}, formula {[round(x, 1) for x in ours]}"))
+    return 1 if bad else 0
+
+
+# ---- counting: the trainer under ptxcpu -------------------------------------------------------------------------------
+# name: (V, L, C, H, K, D, F), T, B, logits chunk. Narrow where the kernels of interest do not see the width, so that it takes minutes.
+RUNS = {"norm 1": ((512, 1, 2048, 16, 2, 128, 128), 256, 9, 256), "norm 2": ((512, 2, 2048, 16, 2, 128, 128), 256, 9, 256),
+        "norm 3": ((512, 1, 2048, 16, 2, 128, 128), 256, 16, 256), "mlp 1": ((32000, 1, 128, 1, 1, 128, 11008), 256, 2, 256),
+        "mlp 2": ((32000, 1, 128, 1, 1, 128, 11008), 256, 4, 256)}
+for _D, _H, _K in ((128, 8, 1), (104, 1, 1), (64, 4, 1), (128, 4, 1)):
+    for _T in (768, 1536, 2304, 4096):      # multiples of the tiles of 128 and 192, for the fit; 4096 is taken as it is
+        RUNS[f"attention D{_D} G{_H // _K} T{_T}"] = ((512, 1, _H * _D, _H, _K, _D, 128), _T, 1, 256)
+
+
+def zipf_tokens(V, n):
+    x, out = 1, []
+    for _ in range(n):
+        x = (x * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        out.append(min(V - 1, int(V ** ((x >> 11) / (1 << 53))) - 1))
+    return out
+
+
+def measure(ptxcpu, binary, only=None):
+    runs = {}
+    if only and os.path.exists(COUNTS):
+        with open(COUNTS) as f:
+            runs = {n: r for n, r in json.load(f)["runs"].items() if n in RUNS}
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, (shape, T, B, chunk) in RUNS.items():
+            if only and only not in name: continue
+            V, L, C, H, K, D, F = shape
+            with open(f"{tmp}/config.json", "w") as f:
+                json.dump({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": V, "num_hidden_layers": L, "hidden_size": C,
+                           "num_attention_heads": H, "num_key_value_heads": K, "head_dim": D, "intermediate_size": F, "rms_norm_eps": 1e-5,
+                           "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": True, "hidden_act": "silu"}, f)
+            n = B * T + 1
+            with open(f"{tmp}/tokens.bin", "wb") as f:
+                f.write(struct.pack("<256i", 20240520, 1, n, *[0] * 253) + struct.pack(f"<{n}H", *zipf_tokens(V, n)))
+            command = [ptxcpu, "--device", "h100", "--report", f"{tmp}/report.json", "--unique", "--", binary, "--config", f"{tmp}/config.json",
+                       "--train-data", f"{tmp}/tokens.bin", "--precision", "bf16", "--seq-len", T, "--batch-size", B, "--total-batch-tokens", B * T,
+                       "--logits-chunk", chunk, "--steps", 1, "--checkpoint-every", 0, "--sample-every", 0, "--out", f"{tmp}/out {name}"]
+            done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+            if done.returncode: sys.exit(f"speed_model: {name}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+            with open(f"{tmp}/report.json") as f:
+                report = json.load(f)
+            kernels = {}
+            for k in report["kernels"]:
+                key = re.sub(r"_kernel1\b", "", re.sub(r"\(.*", "", k["name"]).replace("void ", "").replace("__nv_bfloat16", "bf16"))
+                add = counts_of(k)
+                old = kernels.setdefault(key, {x: 0 for x in add} | {"launches": 0})
+                for x in add:       # sums over all launches
+                    old[x] = max(old[x], add[x]) if x in MAXIMA else old[x] + add[x]
+                old["launches"] += k["launches"]
+            runs[name] = {"V": V, "L": L, "C": C, "H": H, "K": K, "D": D, "F": F, "T": T, "B": B, "chunk": chunk, "kernels": kernels}
+            print(f"{name}: {len(kernels)} kernels", flush=True)
+            with open(COUNTS, "w") as f:
+                write_counts(f, runs)
+
+
+MAXIMA = ("registers", "shared_bytes", "threads", "blocks_per_sm", "bank_loads", "bank_stores")
+
+
+def counts_of(k):
+    """Of all launches of one report entry. Terms are seconds*1e6 on all SMs: the report's, freed of its blocks < SMs correction."""
+    n, blocks = k["launches"], k["grid"][0] * k["grid"][1] * k["grid"][2]
+    terms = {t: us * n * (1 if t == "dram" else min(SMS, blocks) / SMS) for t, us in k["model"]["terms_us"].items()}
+    c = {"sectors": k["dram_bytes_all_sectors"], "compulsory": k["dram_bytes_compulsory"], "mma_flops": sum(k["mma_sync_flops"].values()),
+         "instructions": k["thread_instructions"] - k["thread_instructions_by_class"].get("move", 0)}
+    c |= {t + "_us": round(us, 4) for t, us in terms.items() if t != "dram"}
+    return c | {"registers": k["registers"], "shared_bytes": k["dynamic_smem"] + k["static_smem"], "threads": k["block"][0] * k["block"][1] * k["block"][2],
+                "blocks_per_sm": k["blocks_per_sm"], "bank_loads": k["shared_loads"]["bank_conflict_factor"], "bank_stores": k["shared_stores"]["bank_conflict_factor"]}
+
+
+def write_counts(f, runs):
+    f.write('{"note": "counted by ptxcpu, an emulator of the compiled PTX (sm_80 code); *_us are modelled, on all 132 SMs of an H100; sums over all launches",\n "runs": {\n')
+    for i, (name, r) in enumerate(runs.items()):
+        head = {k: v for k, v in r.items() if k != "kernels"}
+        f.write(f"  {json.dumps(name)}: {json.dumps(head)[:-1]}, \"kernels\": {{\n")
+        f.write(",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in r["kernels"].items()))
+        f.write("}}" + ("," if i + 1 < len(runs) else "") + "\n")
+    f.write(" }}\n")
+
+
+# ---- from counts to sizes ---------------------------------------------------------------------------------------------
+TERMS = ("tensor_us", "fp32_us", "int_us", "sfu_us", "shared_us", "issue_us", "shuffle_us")
+SUMS = ("sectors", "compulsory", "mma_flops", "instructions") + TERMS
+
+
+class Counts:
+    """Quantities of one launch: {name: value} at any size, fitted to the runs."""
+
+    def __init__(self, runs):
+        self.runs = runs
+
+    def total(self, run, kernel):
+        return self.runs[run]["kernels"][kernel]
+
+    def lines(self, run1, run2, x1, x2, get):
+        """{quantity: (fixed, slope)} of get(run)[quantity] over x"""
+        a, b = get(run1), get(run2)
+        fits = {}
+        for q in SUMS:
+            slope = (b[q] - a[q]) / (x2 - x1)
+            fits[q] = (a[q] - slope * x1, slope)
+        return fits
+
+    def at(self, fits, x, fixed_scale=1.0, slope_scale=1.0):
+        return {q: f * fixed_scale + s * slope_scale * x for q, (f, s) in fits.items()}
+
+    def per_launch(self, run, kernel):
+        k = self.total(run, kernel)
+        return {q: k[q] / k["launches"] for q in SUMS}
+
+    def norm(self, kernel, N, C, end):
+        """residual_rmsnorm_forward and rmsnorm_backward: a layer's launch, or (end) the one without residual or rebuilt output."""
+        rows = self.runs["norm 1"]["B"] * self.runs["norm 1"]["T"], self.runs["norm 3"]["B"] * self.runs["norm 3"]["T"]
+        one, two = self.total("norm 1", kernel), self.total("norm 2", kernel)   # end + 2 layer, end + 4 layer launches
+        part = {}
+        for q in SUMS:
+            layer = (two[q] - one[q]) / 2
+            part[q] = (one[q] - 2 * layer) / layer if layer else 0      # end / layer; taken as the same at other sizes
+        get = lambda run: {q: self.total(run, kernel)[q] / (2 + part[q]) * (part[q] if end else 1) for q in SUMS}
+        r = C / self.runs["norm 1"]["C"]
+        return self.at(self.lines("norm 1", "norm 3", *rows, get), N, r, r)
+
+    def rows(self, kernel, N, width, run1, run2, key):
+        """A kernel whose work is rows x width."""
+        r1, r2 = self.runs[run1], self.runs[run2]
+        r = width / key(r1)
+        return self.at(self.lines(run1, run2, r1["B"] * r1["T"], r2["B"] * r2["T"], lambda run: self.per_launch(run, kernel)), N, r, r)
+
+    def per_item(self, run, kernel, items, n):
+        k = self.total(run, kernel)
+        return {q: k[q] / items * n for q in SUMS}
+
+    def attention(self, kernel, c, B, T):
+        """Per query head a + b T + c T^2, through three runs of the same head_dim and group."""
+        group = c.H // c.K
+        have = sorted({(r["D"], r["H"] // r["K"]) for n, r in self.runs.items() if n.startswith("attention")})
+        same = [x for x in have if x[0] == c.D] or sys.exit(f"speed_model: no counts for head_dim {c.D}: add it to RUNS and --measure")
+        D, G = min(same, key=lambda x: abs(x[1] - group))
+        exact = f"attention D{D} G{G} T{T}"
+        if exact in self.runs:
+            name, r = self.name(exact, kernel), self.runs[exact]
+            return {q: self.total(exact, name)[q] / r["H"] * B * c.H for q in SUMS}
+        runs = [n for n in self.runs if n.startswith(f"attention D{D} G{G} ")][:3]
+        t = [self.runs[n]["T"] for n in runs]
+        out = {}
+        for q in SUMS:
+            name = next(k for k in self.runs[runs[0]]["kernels"] if k.startswith(kernel))
+            y = [self.total(n, name)[q] / self.runs[n]["H"] for n in runs]
+            out[q] = B * c.H * sum(y[i] * (T - t[(i + 1) % 3]) * (T - t[(i + 2) % 3]) / ((t[i] - t[(i + 1) % 3]) * (t[i] - t[(i + 2) % 3])) for i in range(3))
+        return out
+
+    def name(self, run, start):
+        return next(k for k in self.runs[run]["kernels"] if k.startswith(start))
+
+
+# ---- one op of the step -----------------------------------------------------------------------------------------------
+class Op:
+    def __init__(self, group, name, times, seconds, limit, sectors=0.0, compulsory=0.0, flops=0.0, terms=""):
+        self.group, self.name, self.times, self.seconds, self.limit = group, name, times, seconds, limit
+        self.sectors, self.compulsory, self.flops, self.terms = sectors, compulsory, flops, terms
+
+
+def memory_bound(group, name, times, q):
+    terms = {"dram": q["sectors"] / DRAM} | {t[:-3]: q[t] * 1e-6 for t in TERMS}
+    limit = max(terms, key=terms.get)
+    second = max((t for t in terms if t != limit), key=terms.get)
+    return Op(group, name, times, terms[limit], limit, q["sectors"], q["compulsory"], 0, f"{second} {terms[second] * 1e6:.1f}")
+
+
+def clear(group, name, times, nbytes):
+    return Op(group, name, times, nbytes / DRAM, "dram", nbytes, nbytes)
+
+
+def gemm(name, times, M, N, K, out_bytes=2, add=False):
+    flops, nbytes = 2.0 * M * N * K, 2.0 * (M * K + N * K) + M * N * out_bytes * (2 if add else 1)
+    seconds = max(flops / GEMM, nbytes / DRAM)
+    return Op("GEMM", name, times, seconds, "tensor" if flops / GEMM >= nbytes / DRAM else "dram", 0, 0, flops,
+              f"{'dram' if flops / GEMM >= nbytes / DRAM else 'tensor'} {min(flops / GEMM, nbytes / DRAM) * 1e6:.1f}")
+
+
+def attention_sum(q):
+    return (q["tensor_us"] + q["issue_us"] + q["sfu_us"]) * 1e-6
+
+
+def fa2():
+    """Modelled and published forward of FlashAttention-2 at T 4096: (TFLOP/s of the sum, factor, terms in us)."""
+    pairs, flops = FA2["heads"] * FA2["T"] ** 2 / 2, 4.0 * FA2["heads"] * FA2["T"] ** 2 / 2 * 128
+    executed = pairs * FA2["executed"] / flops
+    terms = {"tensor": FA2["tensor_us"], "issue": FA2["instructions_per_pair"] * pairs / 32 / (4 * SMS * CLOCK) * 1e6,
+             "sfu": executed * 1.125 / (16 * SMS * CLOCK) * 1e6}
+    waste = FA2["executed"] / flops                 # 1.062 at T 2048, halves with twice the length
+    scale = 4 * (1 + (waste - 1) / 2) / waste       # to T 4096
+    terms = {t: us * scale for t, us in terms.items()}
+    speed = 4 * flops / (sum(terms.values()) * 1e-6)
+    return speed, speed / FA2["published"], terms
+
+
+def fa2_backward():
+    """The same for its backward over the full square: (TFLOP/s, factor)."""
+    b, pairs, flops = FA2_BACKWARD, FA2["heads"] * FA2["T"] ** 2 / 2, 10.0 * FA2["heads"] * FA2["T"] ** 2 / 2 * 128
+    executed = pairs * b["executed"] / flops
+    us = b["tensor_us"] + b["instructions_per_pair"] * pairs / 32 / (4 * SMS * CLOCK) * 1e6 + executed * 1.25 / (16 * SMS * CLOCK) * 1e6
+    speed = 2 * flops / ((us * 2 * flops / b["executed"] + b["helpers_us"]) * 1e-6)
+    return speed, speed / b["published"]
+
+
+def attention_op(name, times, q, factor):
+    parts = {"tensor+issue+sfu": attention_sum(q) * factor, "shared": q["shared_us"] * 1e-6, "int": q["int_us"] * 1e-6}
+    limit = max(parts, key=parts.get)
+    terms = ", ".join(f"{t[:-3]} {q[t]:.0f}" for t in ("tensor_us", "issue_us", "sfu_us", "shared_us", "int_us"))
+    return Op("attention", name, times, parts[limit], limit, q["sectors"], q["compulsory"], q["mma_flops"], terms)
+
+
+def step_ops(counts, c, B, T, recompute, chunk, state):
+    """Ops of a micro-step (N = B*T tokens) and of an update, in the order of the program."""
+    N, C, F, L = B * T, c.C, c.F, c.L
+    factor, backward_factor = fa2()[1], fa2_backward()[1]
+    norm_forward, norm_backward = counts.name("norm 1", "residual_rmsnorm_forward"), counts.name("norm 1", "rmsnorm_backward")
+    rope_forward, rope_backward = counts.name("norm 1", "qkv_bias_norm_rope_forward"), counts.name("norm 1", "qkv_norm_rope_backward")
+    width = lambda r: (r["H"] + r["K"]) * r["D"]
+    rope = lambda kernel: counts.rows(kernel, N, (c.H + c.K) * c.D, "norm 1", "norm 3", width)
+    mlp = lambda kernel: counts.rows(counts.name("mlp 1", kernel), N, F, "mlp 1", "mlp 2", lambda r: r["F"])
+    forward_attention = counts.attention("attention_forward", c, B, T)
+    again = {"none": 0, "mlp": 0, "block": 1}[recompute] * L
+    again_up = {"none": 0, "mlp": 1, "block": 1}[recompute] * L
+    cls_rows = min(chunk, N)
+    chunks = -(-N // cls_rows)
+    run = counts.runs["mlp 2"]
+    cross = counts.per_item("mlp 2", counts.name("mlp 2", "cross_entropy"), run["B"] * run["T"] * run["V"], float(cls_rows) * c.V)
+    embed = lambda kernel: counts.rows(counts.name("norm 1", kernel), N, C, "norm 1", "norm 3", lambda r: r["C"])
+    columns = {q: v * C / run_c for run_c in [counts.runs["norm 3"]["C"]] for q, v in counts.per_launch("norm 3", "column_sums").items()}
+    ops = [
+        memory_bound("other", "embedding forward", 1, embed("embedding_forward")),
+        memory_bound("norm", "residual + RMSNorm forward", 2 * L + again, counts.norm(norm_forward, N, C, False)),
+        memory_bound("norm", "RMSNorm forward, no residual", 1 + again_up, counts.norm(norm_forward, N, C, True)),
+        gemm("qkv forward", L + again, N, c.W, C),
+        memory_bound("RoPE", "RoPE forward", L + again, rope(rope_forward)),
+        attention_op("attention forward", L + again, forward_attention, factor),
+        gemm("o forward", L + again, N, C, c.HD),
+        gemm("gate|up forward", L + again_up, N, 2 * F, C),
+        memory_bound("SwiGLU", "SwiGLU forward", L, mlp("swiglu_forward")),
+        gemm("down forward", L, N, C, F),
+        gemm("logits", chunks, cls_rows, c.Vp, C),
+        memory_bound("cross-entropy", "cross-entropy", chunks, cross),
+        gemm("logits backward x", chunks, cls_rows, C, c.Vp),
+        gemm("logits backward w", chunks, c.Vp, C, cls_rows, 4, True),
+        clear("other", "clear dx", 1, 2.0 * N * C),
+        memory_bound("norm", "final RMSNorm backward", 1, counts.norm(norm_backward, N, C, True)),
+        gemm("down backward x", L, N, F, C),
+        memory_bound("SwiGLU", "SwiGLU backward, h rebuilt", L, mlp("swiglu_backward")),
+        gemm("down backward w", L, C, F, N, 4, True),
+        gemm("gate|up backward x", L, N, C, 2 * F),
+        memory_bound("norm", "RMSNorm backward, norm rebuilt", 2 * L, counts.norm(norm_backward, N, C, False)),
+        memory_bound("norm", "sums of its partials", 2 * L + 1, columns),
+        gemm("gate|up backward w", L, 2 * F, C, N, 4, True),
+        gemm("o backward w", L, C, c.HD, N, 4, True),
+        gemm("o backward x", L, N, c.HD, C),
+        memory_bound("attention", "attention backward: row sums", L, counts.attention("attention_delta", c, B, T)),
+        attention_op("attention backward: dk dv", L, counts.attention("attention_backward_dkdv", c, B, T), backward_factor),
+        attention_op("attention backward: dq", L, counts.attention("attention_backward_dq", c, B, T), backward_factor),
+        memory_bound("RoPE", "RoPE backward", L, rope(rope_backward)),
+        gemm("qkv backward x", L, N, C, c.W),
+        gemm("qkv backward w", L, c.W, C, N, 4, True),
+        memory_bound("other", "embedding backward", 1, embed("embedding_backward")),
+    ]
+    r = counts.runs["mlp 1"]
+    run_n = Config(r["V"], r["L"], r["C"], r["H"], r["K"], r["D"], r["F"], 1).n
+    adamw = counts.per_item("mlp 1", counts.name("mlp 1", "adamw_update<bf16, float>"), run_n, c.n)
+    if state == "bf16":     # m and v: 4 bytes less to read and to write each; instructions as with float
+        adamw = adamw | {"sectors": adamw["sectors"] - 8.0 * c.n, "compulsory": adamw["compulsory"] - 8.0 * c.n}
+    update = [clear("optimizer", "clear gradients", 1, 4.0 * c.n),
+              memory_bound("optimizer", "global norm", 1, counts.per_item("mlp 1", "sum_of_squares", run_n, c.n)),
+              memory_bound("optimizer", "AdamW", 1, adamw)]
+    return ops, update
+
+
+# ---- reports ----------------------------------------------------------------------------------------------------------
+def table(head, rows, markdown, left=1):
+    rows = [[str(x) for x in r] for r in rows]
+    if markdown:
+        print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        for r in rows: print("| " + " | ".join(r) + " |")
+    else:
+        w = [max(len(r[i]) for r in [head] + rows) for i in range(len(head))]
+        for r in [head] + rows: print("  ".join(x.ljust(n) if i < left or i == len(head) - 1 else x.rjust(n) for i, (x, n) in enumerate(zip(r, w))).rstrip())
+    print()
+
+
+LLMQ = {"residual + RMSNorm forward x2": (8, 0), "RoPE forward + backward": (4.5, 0), "attention forward": (2.25, 0), "SwiGLU forward": (0, 3),
+        "SwiGLU backward": (0, 5), "RMSNorm backward x2": (8, 0), "attention backward": (4.5, 0)}     # of the 3B: elements of C, of F
+LLMQ_SUM, LLMQ_SAME, TARGET_BYTES = 287744, 370176, 261120
+
+
+def per_layer(ops, c, N):
+    """Bytes per token and layer, op by op: (name, compulsory, sectors)."""
+    groups = {"residual + RMSNorm forward x2": ["residual + RMSNorm forward"], "RoPE forward + backward": ["RoPE forward", "RoPE backward"],
+              "attention forward": ["attention forward"], "SwiGLU forward": ["SwiGLU forward"], "SwiGLU backward": ["SwiGLU backward, h rebuilt"],
+              "RMSNorm backward x2": ["RMSNorm backward, norm rebuilt"], "attention backward":
+              ["attention backward: row sums", "attention backward: dk dv", "attention backward: dq"],
+              "sums of partials, norms again": ["sums of its partials"]}
+    by = {o.name: o for o in ops}
+    rows = []
+    for name, members in groups.items():
+        b = [sum(getattr(by[m], what) * by[m].times for m in members) / N / c.L for what in ("compulsory", "sectors")]
+        if name.startswith("sums"):     # and what --recompute adds
+            first = by["RMSNorm forward, no residual"]
+            b[0] += first.compulsory * (first.times - 1) / N / c.L
+            b[1] += first.sectors * (first.times - 1) / N / c.L
+        rows.append((name, *b))
+    return rows
+
+
+def verdict(ok):
+    return "met" if ok else "NOT MET"
+
+
+def kernel_rows(counts):
+    """(kernel, run, elements per launch, what an element is)"""
+    r1, r2 = counts.runs["norm 3"], counts.runs["mlp 2"]
+    N1, N2 = r1["B"] * r1["T"], r2["B"] * r2["T"]
+    n = Config(*[r2[k] for k in "VLCHKDF"], 1).n
+    rows = [("residual_rmsnorm_forward", "norm 3", 3 * N1 * 2048), ("rmsnorm_backward", "norm 3", 3 * N1 * 2048), ("column_sums", "norm 3", 3 * MAX_PARTIALS * 2048),
+            ("qkv_bias_norm_rope_forward", "norm 3", N1 * 18 * 128), ("qkv_norm_rope_backward", "norm 3", N1 * 18 * 128), ("swiglu_forward", "mlp 2", N2 * r2["F"]),
+            ("swiglu_backward", "mlp 2", N2 * r2["F"]), ("cross_entropy", "mlp 2", N2 * r2["V"]), ("adamw_update", "mlp 2", n), ("sum_of_squares", "mlp 2", n),
+            ("embedding_forward", "norm 3", N1 * 2048), ("embedding_backward", "norm 3", N1 * 2048)]
+    for name in ("attention_forward", "attention_delta", "attention_backward_dkdv", "attention_backward_dq"):
+        for run in ("attention D128 G8 T4096", "attention D104 G1 T4096", "attention D64 G4 T4096"):
+            if run in counts.runs and (name != "attention_delta" or "D128" in run):
+                r = counts.runs[run]
+                rows.append((name, run, r["H"] * r["T"] * (r["T"] / 2 if name != "attention_delta" else r["D"])))
+    return rows
+
+
+def print_kernels(counts, markdown):
+    out = []
+    for start, run, elements in kernel_rows(counts):
+        name = counts.name(run, start)
+        if name.startswith("adamw"): name = "adamw_update<bf16, float>"
+        k = counts.total(run, name)
+        terms = {"dram": k["sectors"] / DRAM * 1e6} | {t[:-3]: k[t] for t in TERMS}
+        if "backward_d" in start or start == "attention_forward": terms.pop("dram")
+        order = sorted(terms, key=terms.get, reverse=True)
+        ratio = k["sectors"] / k["compulsory"]
+        shape = run.replace("attention ", "").replace("norm 3", "C 2048").replace("mlp 2", "F 11008, V 32000")
+        out.append([name, shape, k["registers"], k["shared_bytes"], f"{k['blocks_per_sm'] * k['threads'] / 2048:.2f}", f"{k['sectors'] / 1e6:.2f}",
+                    f"{k['compulsory'] / 1e6:.2f}", f"{ratio:.3f}", "/".join(f"{x:.2f}" if x else "-" for x in (k["bank_loads"], k["bank_stores"])),
+                    f"{k['instructions'] / elements:.1f}", f"{terms[order[0]]:.2f}", f"{order[0]}; {order[1]} {terms[order[1]]:.2f}"])
+    table(["kernel", "run", "regs", "shared B", "occupancy", "sectors MB", "compulsory MB", "ratio", "bank ld/st", "instr/elem", "us", "limit; second term"], out, markdown)
+
+
+def main():
+    p = argparse.ArgumentParser(description="Modelled (not measured) time of a training step; see the head of this file.")
+    p.add_argument("--preset", default="3B", choices=list(PRESETS))
+    p.add_argument("--seq-len", type=int, default=4096)
+    p.add_argument("--recompute", default="none", choices=["none", "mlp", "block"])
+    p.add_argument("--batch-size", type=int, default=0, help="0: the largest divisor that fits")
+    p.add_argument("--logits-chunk", type=int, default=0, help="rows; 0: the trainer's default")
+    p.add_argument("--total-batch-tokens", type=int, default=1048576)
+    p.add_argument("--optimizer-dtype", default="fp32", choices=["fp32", "bf16"])
+    p.add_argument("--memory-gib", type=float, default=79)
+    p.add_argument("--markdown", action="store_true")
+    p.add_argument("--kernels", action="store_true")
+    p.add_argument("--check", metavar="TRAINER")
+    p.add_argument("--measure", nargs=2, metavar=("PTXCPU", "BINARY"))
+    p.add_argument("--only", help="with --measure: runs whose name contains this; the others are kept")
+    o = p.parse_args()
+    if o.check: return check_memory(o.check)
+    if o.measure: return measure(*o.measure, o.only)
+    with open(COUNTS) as f:
+        counts = Counts(json.load(f)["runs"])
+    if o.kernels:
+        print_kernels(counts, o.markdown)
+        return 0
+    c, T, total, md = Config(*PRESETS[o.preset]), o.seq_len, o.total_batch_tokens, o.markdown
+    state_bytes = 4 if o.optimizer_dtype == "fp32" else 2
+    chunk = o.logits_chunk or default_chunk(c)
+    memory = o.memory_gib * 1024 * MIB - GPU_ALLOWANCE
+    B = o.batch_size or largest_batch(c, T, o.recompute, chunk, total, memory, state_bytes)
+    fits = B > 0 and sum(arenas(c, B, T, o.recompute, chunk, state_bytes)) < memory
+    B = B or 1
+    N = B * T
+    need = arenas(c, B, T, o.recompute, chunk, state_bytes)
+    ops, update = step_ops(counts, c, B, T, o.recompute, chunk, o.optimizer_dtype)
+    micro = total / N
+    seconds = lambda xs: sum(x.seconds * x.times for x in xs)
+    step = micro * seconds(ops) + seconds(update)
+    print(f"MODELLED, not measured: preset {o.preset}, {c.n / 1e6:.1f} M parameters, T {T}, B {B} ({N} tokens per micro-step, {micro:g} micro-steps), recompute {o.recompute}, "
+          f"logits chunk {min(chunk, N)}, one H100 SXM")
+    print("arenas in MiB: " + ", ".join(f"{n} {x / MIB:.1f}" for n, x in zip(("weights", "gradients", "optimizer", "activations", "workspace"), need))
+          + f", total {sum(need) / MIB:.1f}" + ("" if fits else f": DOES NOT FIT one GPU of {o.memory_gib:g} GiB (states must be sharded; NCCL is not modelled)") + "\n")
+
+    rows, share = [], {}
+    for x, per in [(x, micro) for x in ops] + [(x, 1) for x in update]:
+        t = x.seconds * x.times * per
+        share[x.group] = share.get(x.group, 0) + t
+        rows.append([x.name, x.group, f"{x.times * per:.0f}", f"{x.seconds * 1e6:.1f}", f"{t * 1e3:.2f}", f"{100 * t / step:.2f}%", x.limit, x.terms])
+    table(["op", "group", "launches per update", "us each", "ms per update", "share", "limit", "other terms in us"], rows, md, 2)
+    table(["group", "ms per update", "share"], [[g, f"{t * 1e3:.1f}", f"{100 * t / step:.2f}%"] for g, t in sorted(share.items(), key=lambda x: -x[1])]
+          + [["sum", f"{step * 1e3:.1f}", "100%"]], md)
+    report, causal = c.flops_per_token(T, False), c.flops_per_token(T, True)
+    rest = step - share["GEMM"] - share["attention"]
+    launches = micro * sum(x.times for x in ops)
+    print(f"step of {total} tokens: {step * 1e3:.1f} ms, {total / step:.0f} tokens/s, MFU {100 * report * total / step / PEAK:.1f}% (report form, {report / 1e9:.2f} GFLOP per token), "
+          f"{100 * causal * total / step / PEAK:.1f}% (causal, {causal / 1e9:.2f})\n{launches:.0f} launches: each microsecond of gap between two would cost {launches * 1e-6 / step * 100:.2f}%\n")
+
+    # bytes per token and layer
+    layer = per_layer(ops, c, N)
+    rows = []
+    for name, compulsory, sectors in layer:
+        q = int(2 * (LLMQ[name][0] * 2048 + LLMQ[name][1] * 11008)) if name in LLMQ and o.preset == "3B" else None
+        rows.append([name, f"{compulsory:.0f}", f"{sectors:.0f}", q if q is not None else "-"])
+    ours, sectors = sum(x[1] for x in layer), sum(x[2] for x in layer)
+    rows.append(["sum", f"{ours:.0f}", f"{sectors:.0f}", LLMQ_SUM if o.preset == "3B" else "-"])
+    table(["non-GEMM bytes per token and layer", "counted (each tensor of a launch once)", "sectors, no cache", "LLM.Q"], rows, md)
+
+    # targets
+    forward = next(x for x in ops if x.name == "attention forward")
+    q = counts.attention("attention_forward", c, B, T)
+    causal_flops = 4.0 * B * c.H * T * T / 2 * c.D
+    fa_speed, factor, fa_terms = fa2()
+    small = 16384 / N * seconds(ops) + seconds(update)
+    norms = [(x.name, x.sectors / x.compulsory) for x in ops + update if x.group not in ("GEMM", "attention") and x.compulsory]
+    norms += [(x.name, x.sectors / x.compulsory) for x in ops if x.name == "attention backward: row sums"]
+    worst, others = max(norms, key=lambda x: x[1]), max((x for x in norms if x[0] != "embedding forward"), key=lambda x: x[1])
+    shown = [(counts.name(run, start), run) for start, run, _ in kernel_rows(counts)]
+    bank = max(((n, max(counts.total(run, n)[x] for x in ("bank_loads", "bank_stores"))) for n, run in shown), key=lambda x: x[1])
+    raw = causal_flops / attention_sum(q) / 1e12
+    rows = [["non-GEMM, non-attention time", "<= 12% of the step", f"{100 * rest / step:.2f}%", verdict(rest <= 0.12 * step)],
+            ["the same, with 16384 tokens per update", "(shown)", f"{100 * (16384 / N * (seconds([x for x in ops if x.group not in ('GEMM', 'attention')])) + seconds(update)) / small:.2f}%, "
+             f"AdamW {100 * update[2].seconds / small:.2f}%", "-"],
+            ["AdamW with this batch", "(shown)", f"{update[2].seconds * 1e3:.2f} ms, {100 * update[2].seconds / step:.2f}%", "-"],
+            ["sectors / compulsory of the memory-bound kernels", "<= 1.1", f"at most {worst[1]:.3f} ({worst[0]})" + (f", else {others[1]:.3f} ({others[0]})" if worst != others else ""), verdict(worst[1] <= 1.1)],
+            ["bank-conflict factor", "<= 1.1", f"at most {bank[1]:.2f} ({bank[0]})", verdict(bank[1] <= 1.1)]]
+    if o.preset == "3B":
+        rows += [["non-GEMM bytes per token and layer", f"<= {TARGET_BYTES}", f"{ours:.0f}", verdict(ours <= TARGET_BYTES)],
+                 ["against LLM.Q's default, which saves 91,720 B per token and layer", f"< {LLMQ_SUM}", f"{ours:.0f}", verdict(ours < LLMQ_SUM)],
+                 ["against LLM.Q with our saved set (norm + swiglu)", f"< {LLMQ_SAME}", f"{ours:.0f}", verdict(ours < LLMQ_SAME)]]
+    rows += [["attention forward, tensor + issue + SFU", ">= 300 TFLOP/s" if c.D == 128 and T == 4096 else "(shown)", f"{raw:.0f} TFLOP/s; with the factor {raw / factor:.0f}; executed "
+              f"{q['mma_flops'] / causal_flops:.3f} of the causal FLOPs", verdict(raw >= 300) if c.D == 128 and T == 4096 else "-"]]
+    table(["target", "wanted", "modelled", ""], rows, md)
+    print("Calibration: the same sum for FlashAttention-2 forward (hd 128, causal, T 4096) is " + " + ".join(f"{t} {us:.1f}" for t, us in fa_terms.items())
+          + f" us = {fa_speed / 1e12:.0f} TFLOP/s; published {FA2['published'] / 1e12:.0f}; factor {factor:.3f} on the sum of the forward kernel. Backward (full square, T 2048 counted, published for T 4096): modelled "
+          f"{fa2_backward()[0] / 1e12:.0f}, published {FA2_BACKWARD['published'] / 1e12:.0f}, factor {fa2_backward()[1]:.3f} on the sums of dk dv and dq.")
+    terms = {t: q[t] for t in ("tensor_us", "issue_us", "sfu_us", "shared_us", "int_us")}
+    print("Attention forward, one launch: " + ", ".join(f"{t[:-3]} {v:.1f} us" for t, v in terms.items())
+          + f"; largest single term alone: {causal_flops / max(terms.values()) / 1e6:.0f} TFLOP/s.\n")
+    print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, micro, step, counts, md)
+    return 0
+
+
+def print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, micro, step, counts, md):
+    """What other choices would give: bytes, memory, time."""
+    N = B * T
+    free = memory - sum(arenas(c, B, T, o.recompute, chunk, state_bytes))
+    C, F, HD = 2 * c.C, 2 * c.F, 2 * c.HD       # bytes
+    kv, layer = 2 * c.K * c.D, {x[0]: x[1] for x in per_layer(ops, c, N)}
+    ideal_backward = 4 * HD + 4 * kv            # q, o, do in, dq out; k, v in, dk, dv out
+    choices = [("h saved by forward (SwiGLU backward does not write it)", F, F), ("both norm outputs saved", 2 * C, 2 * C),
+               ("residual added by the GEMM (beta = 1)", 2 * C, 0), ("RoPE inside the attention kernels", layer["RoPE forward + backward"], 0),
+               ("attention backward reads each tensor once", layer["attention backward"] - ideal_backward, 0),
+               ("SwiGLU and its backward in the epilogues of our own GEMMs", 4 * F, 0)]
+    rows, left, room = [], ours, 0
+    for name, less, saved in choices:
+        left -= less
+        room += saved * N * c.L
+        rows.append([name, f"-{less:.0f}", f"{left:.0f}", f"-{less * N * c.L / DRAM * micro / step * 100:.2f}%",
+                     f"+{saved * N * c.L / MIB:.0f} MiB" + (" (fits)" if room < free else f" (does not fit with B {B})") if saved else "-"])
+    table(["to move fewer bytes (one after the other)", "bytes per token and layer", "left", "time of the step", "memory"], rows, md)
+    alone = ours - 4 * F
+    print(f"SwiGLU in the GEMM epilogues alone, with h rebuilt as now: {alone:.0f} bytes per token and layer.\n")
+    rows = []
+    for recompute in ("none", "mlp", "block"):
+        for rows_of_logits in sorted({default_chunk(c), 2048, 4096}):
+            b = largest_batch(c, T, recompute, rows_of_logits, o.total_batch_tokens, memory, state_bytes)
+            if not b: continue
+            ops2, up2 = step_ops(counts, c, b, T, recompute, rows_of_logits, o.optimizer_dtype)
+            m = o.total_batch_tokens / (b * T)
+            t = m * sum(x.seconds * x.times for x in ops2) + sum(x.seconds * x.times for x in up2)
+            rows.append([recompute, rows_of_logits, b, f"{sum(arenas(c, b, T, recompute, rows_of_logits, state_bytes)) / MIB:.0f}", f"{o.total_batch_tokens / t:.0f}",
+                         f"{100 * c.flops_per_token(T, False) * o.total_batch_tokens / t / PEAK:.1f}%", f"{100 * c.flops_per_token(T, True) * o.total_batch_tokens / t / PEAK:.1f}%"])
+    if rows: table(["recompute", "logits chunk", "largest B", "MiB", "tokens/s", "MFU (report)", "MFU (causal)"], rows, md)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
