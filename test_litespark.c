@@ -274,10 +274,13 @@ static Process start_command(const char *line) {
     argv[n] = NULL;
     snprintf(p.out_path, sizeof p.out_path, "%s/run%d.out", top_dir, ++count);
     snprintf(p.err_path, sizeof p.err_path, "%s/run%d.err", top_dir, count);
+    char *scratch = path_text("%s/mpi%d", top_dir, count);  // of its own: Open MPI's files there collide when runs start together
+    mkdir(scratch, 0777);
     fflush(stdout);
     p.start = now_seconds();
     p.pid = fork();
     if (p.pid == 0) {
+        setenv("OMPI_MCA_orte_tmpdir_base", scratch, 1);
         setpgid(0, 0);                  // so that a timeout can end mpirun and its ranks
         int in = open("/dev/null", O_RDONLY), out = open(p.out_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
         int err = open(p.err_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
@@ -294,6 +297,7 @@ static Process start_command(const char *line) {
         _exit(127);
     }
     setpgid(p.pid, p.pid);
+    free(scratch);
     free(words);
     return p;
 }
@@ -316,7 +320,7 @@ static Result finish(Process *p, double timeout) {
     return r;
 }
 
-enum { TIMEOUT = 120 };                 // seconds; far beyond what any run here takes, also with sanitizers
+enum { TIMEOUT = 240 };                 // seconds; far beyond what any run here takes, also with sanitizers on a busy machine
 
 // The trainer on `ranks` ranks (0: without mpirun) with these options.
 __attribute__((format(printf, 2, 3))) static Process trainer_start(int ranks, const char *fmt, ...) {
@@ -381,7 +385,8 @@ static int have_mpi(void) {
     static int known = -1;
     if (!have_binary()) return 0;
     if (known < 0) known = trainer(2, "--help").code == 0;
-    if (!known) snprintf(skip_reason, sizeof skip_reason, "no mpirun, or %s is built without MPI (apt-get install openmpi-bin libopenmpi-dev; make train)", binary);
+    if (!known) snprintf(skip_reason, sizeof skip_reason,
+        "no mpirun, or %s is built without MPI (apt-get install openmpi-bin libopenmpi-dev; make train)", binary);
     return known;
 }
 
@@ -410,7 +415,8 @@ static void make_tiny(void) {
 static const char *tiny(void) {
     static char options[1200];
     make_tiny();
-    snprintf(options, sizeof options, "--config %s --train-data %s --seq-len %d --threads 1 --sample-every 0", tiny_config, train_glob, TINY_T);
+    snprintf(options, sizeof options, "--config %s --train-data %s --seq-len %d --threads 1 --sample-every 0", tiny_config,
+        train_glob, TINY_T);
     return options;
 }
 
@@ -444,7 +450,8 @@ static double compare_tensors(const char *a, const char *b) {
             double difference = 0, size = 0;
             st_read(x, s, 0, s->n, u);
             st_read(y, t, 0, t->n, v);
-            for (size_t j = 0; j < s->n; j++) difference += ((double)u[j] - v[j]) * ((double)u[j] - v[j]), size += (double)v[j] * v[j];
+            for (size_t j = 0; j < s->n; j++) difference += ((double)u[j] - v[j]) * ((double)u[j] - v[j]),
+                size += (double)v[j] * v[j];
             double error = size > 0 ? sqrt(difference / size) : sqrt(difference);
             if (!(error <= worst)) worst = error;
             free(u);
@@ -471,8 +478,10 @@ static void test_exp_is_accurate(void) {
 }
 
 static void test_bf16_rounds_to_nearest_even(void) {
-    const struct { uint32_t from, to; } rows[] = {{0x3f800000, 0x3f800000}, {0x3f808000, 0x3f800000}, {0x3f818000, 0x3f820000}, {0x3f808001, 0x3f810000},
-        {0x3f807fff, 0x3f800000}, {0xbf808001, 0xbf810000}, {0x7f7fffff, 0x7f800000}, {0x00000000, 0}, {0x80000000, 0x80000000}, {0x7f800000, 0x7f800000}};
+    const struct { uint32_t from, to; } rows[] = {{0x3f800000, 0x3f800000}, {0x3f808000, 0x3f800000},
+        {0x3f818000, 0x3f820000}, {0x3f808001, 0x3f810000},
+        {0x3f807fff, 0x3f800000}, {0xbf808001, 0xbf810000}, {0x7f7fffff, 0x7f800000}, {0x00000000, 0},
+        {0x80000000, 0x80000000}, {0x7f800000, 0x7f800000}};
     for (int i = 0; i < COUNT(rows); i++) {
         float x, y;
         uint32_t got;
@@ -489,7 +498,8 @@ static void test_random_numbers_are_normal_and_independent(void) {
     enum { N = 1 << 18 };
     double m = 0, v = 0, k = 0, lag = 0, cross = 0, previous = 0;
     for (int i = 0; i < N; i++) {
-        double x = random_normal(1337, hash_string("model.embed_tokens.weight"), (uint64_t)i), y = random_normal(1337, hash_string("lm_head.weight"), (uint64_t)i);
+        double x = random_normal(1337, hash_string("model.embed_tokens.weight"), (uint64_t)i),
+            y = random_normal(1337, hash_string("lm_head.weight"), (uint64_t)i);
         m += x / N, v += x * x / N, k += x * x * x * x / N, lag += x * previous / N, cross += x * y / N;
         previous = x;
     }
@@ -499,25 +509,30 @@ static void test_random_numbers_are_normal_and_independent(void) {
     CHECK_ERROR("fourth moment - 3", fabs(k - 3), 5 * sqrt(96.0) * se);
     CHECK_ERROR("correlation of neighbours", fabs(lag), 5 * se);
     CHECK_ERROR("correlation of two tensors", fabs(cross), 5 * se);
-    CHECK(random_bits(1, 2, 3) == random_bits(1, 2, 3) && random_bits(1, 2, 3) != random_bits(1, 2, 4) && random_bits(1, 2, 3) != random_bits(1, 3, 3)
+    CHECK(random_bits(1, 2, 3) == random_bits(1, 2, 3) && random_bits(1, 2, 3) != random_bits(1, 2, 4)
+        && random_bits(1, 2, 3) != random_bits(1, 3, 3)
           && random_bits(1, 2, 3) != random_bits(2, 2, 3), "bits are not a function of all three keys");
 }
 
 static void test_numbers_are_parsed_strictly(void) {
     const char *const ints[] = {"0", "-5", "+5", "9223372036854775807", "-9223372036854775808", "007"};
     const int64_t want[] = {0, -5, 5, INT64_MAX, INT64_MIN, 7};
-    const char *const bad_ints[] = {"", "-", "+", "--1", "1 ", " 1", "1x", "0x10", "1.0", "1e3", "9223372036854775808", "-9223372036854775809", "+-1"};
+    const char *const bad_ints[] = {"", "-", "+", "--1", "1 ", " 1", "1x", "0x10", "1.0", "1e3", "9223372036854775808",
+        "-9223372036854775809", "+-1"};
     const char *const reals[] = {"0", "-1.5", "3e-4", "1E10", ".5", "5.", "+2", "1e-400"};
     const double want_reals[] = {0, -1.5, 3e-4, 1e10, .5, 5, 2, 0};
-    const char *const bad_reals[] = {"", ".", "e5", "1e", "inf", "nan", "-inf", "0x1p3", "1e400", "-1e400", "1,5", "1 ", " 1", "1.2.3", "--1", "1-2", "infinity"};
+    const char *const bad_reals[] = {"", ".", "e5", "1e", "inf", "nan", "-inf", "0x1p3", "1e400", "-1e400", "1,5", "1 ", " 1",
+        "1.2.3", "--1", "1-2", "infinity"};
     int64_t n = 7;
     double x = 7;
     for (int i = 0; i < COUNT(ints); i++) CHECK(parse_int(ints[i], &n) && n == want[i], "'%s' gave %" PRId64, ints[i], n);
     n = 7;
-    for (int i = 0; i < COUNT(bad_ints); i++) CHECK(!parse_int(bad_ints[i], &n) && n == 7, "'%s' is taken for a whole number", bad_ints[i]);
+    for (int i = 0; i < COUNT(bad_ints); i++) CHECK(!parse_int(bad_ints[i], &n) && n == 7, "'%s' is taken for a whole number",
+        bad_ints[i]);
     for (int i = 0; i < COUNT(reals); i++) CHECK(parse_double(reals[i], &x) && x == want_reals[i], "'%s' gave %g", reals[i], x);
     x = 7;
-    for (int i = 0; i < COUNT(bad_reals); i++) CHECK(!parse_double(bad_reals[i], &x) && x == 7, "'%s' is taken for a number", bad_reals[i]);
+    for (int i = 0; i < COUNT(bad_reals); i++) CHECK(!parse_double(bad_reals[i], &x) && x == 7, "'%s' is taken for a number",
+        bad_reals[i]);
 }
 
 static void test_crc32_matches_zlib(void) {
@@ -529,18 +544,26 @@ static void test_crc32_matches_zlib(void) {
         want ^= data[i];
         for (int bit = 0; bit < 8; bit++) want = (want >> 1) ^ (want & 1 ? 0xEDB88320u : 0);
     }
-    for (size_t cut = 0; cut < 70; cut++) CHECK(crc32_update(crc32_update(0, data, cut), data + cut, 1000 - cut) == ~want, "in two parts, cut at %zu", cut);
+    for (size_t cut = 0; cut < 70; cut++) CHECK(crc32_update(crc32_update(0, data, cut), data + cut, 1000 - cut) == ~want,
+        "in two parts, cut at %zu", cut);
 }
 
 static void test_json_accepts_and_refuses(void) {
-    const char *const good[] = {"{}", "[]", " \t\r\n[ 1 , 2 ] ", "0", "-0", "-0.0e-0", "1E+2", "\"\"", "null", "true", "false", "[[],{}]", "\"\\u0000\"",
+    const char *const good[] = {"{}", "[]", " \t\r\n[ 1 , 2 ] ", "0", "-0", "-0.0e-0", "1E+2", "\"\"", "null", "true",
+        "false", "[[],{}]", "\"\\u0000\"",
         "\"\\ud834\\udd1e\"", "\"\xf4\x8f\xbf\xbf\"", "{\"\":0}", "1e-400", "123456789012345678901234567890", "\"\x7f\""};
-    const char *const wrong[] = {"", " ", "{", "}", "[", "]", "[1,]", "[,1]", "{,}", "{\"a\":1,}", "{\"a\"}", "{\"a\":}", "{a:1}", "{1:1}", "01", "-", "+1", ".5",
-        "1.", "1.e1", "1e", "1e+", "0x10", "NaN", "Infinity", "-Infinity", "nul", "TRUE", "truex", "1 2", "\"", "\"\\\"", "\"\\x\"", "\"\\u12\"", "\"\\u12g4\"",
-        "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\n\"", "\"\t\"", "\"\xff\"", "\"\xc0\x80\"", "\"\xed\xa0\x80\"", "\"\xf4\x90\x80\x80\"",
-        "\"\xe2\x82\"", "\xef\xbb\xbf{}", "'a'", "{\"a\":1,\"a\":2}", "{\"a\":1,\"\\u0061\":2}", "{\"a\\u0000\":1}", "[1 2]", "{\"a\" 1}", "1e400", "//\n1", "[1]]"};
-    for (int i = 0; i < COUNT(good); i++) CHECK(!DIES(json_free(json_parse(good[i], strlen(good[i]), "t"))), "%s is refused: %s", good[i], died);
-    for (int i = 0; i < COUNT(wrong); i++) CHECK(DIES(json_free(json_parse(wrong[i], strlen(wrong[i]), "t"))) && !strchr(died, '\n'), "%s is taken for JSON", wrong[i]);
+    const char *const wrong[] = {"", " ", "{", "}", "[", "]", "[1,]", "[,1]", "{,}", "{\"a\":1,}", "{\"a\"}", "{\"a\":}",
+        "{a:1}", "{1:1}", "01", "-", "+1", ".5",
+        "1.", "1.e1", "1e", "1e+", "0x10", "NaN", "Infinity", "-Infinity", "nul", "TRUE", "truex", "1 2", "\"", "\"\\\"",
+        "\"\\x\"", "\"\\u12\"", "\"\\u12g4\"",
+        "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\n\"", "\"\t\"", "\"\xff\"", "\"\xc0\x80\"",
+        "\"\xed\xa0\x80\"", "\"\xf4\x90\x80\x80\"",
+        "\"\xe2\x82\"", "\xef\xbb\xbf{}", "'a'", "{\"a\":1,\"a\":2}", "{\"a\":1,\"\\u0061\":2}", "{\"a\\u0000\":1}", "[1 2]",
+        "{\"a\" 1}", "1e400", "//\n1", "[1]]"};
+    for (int i = 0; i < COUNT(good); i++) CHECK(!DIES(json_free(json_parse(good[i], strlen(good[i]), "t"))),
+        "%s is refused: %s", good[i], died);
+    for (int i = 0; i < COUNT(wrong); i++) CHECK(DIES(json_free(json_parse(wrong[i], strlen(wrong[i]), "t")))
+        && !strchr(died, '\n'), "%s is taken for JSON", wrong[i]);
     for (int depth = 63; depth <= 66; depth++) {
         char s[140];
         memset(s, '[', (size_t)depth);
@@ -568,37 +591,55 @@ static void test_json_accepts_and_refuses(void) {
 }
 
 static void test_config_accepts_and_refuses(void) {
-    const char *const base[][2] = {{"model_type", "\"llama\""}, {"vocab_size", "100"}, {"hidden_size", "64"}, {"num_hidden_layers", "2"},
-        {"num_attention_heads", "4"}, {"num_key_value_heads", "2"}, {"intermediate_size", "96"}, {"max_position_embeddings", "128"}};
+    const char *const base[][2] = {{"model_type", "\"llama\""}, {"vocab_size", "100"}, {"hidden_size", "64"},
+        {"num_hidden_layers", "2"},
+        {"num_attention_heads", "4"}, {"num_key_value_heads", "2"}, {"intermediate_size", "96"},
+        {"max_position_embeddings", "128"}};
     const struct { const char *key, *value; int ok; } rows[] = {
-        {"x", "1", 1}, {"hidden_size", "1e12", 0}, {"hidden_size", "1000000000000", 0}, {"hidden_size", "-64", 0}, {"hidden_size", "3.5", 0}, {"hidden_size", "\"64\"", 0},
-        {"hidden_size", "\"6\\n4\"", 0}, {"hidden_size", "null", 0}, {"hidden_size", "[64]", 0}, {"hidden_size", "0", 0}, {"hidden_size", "66", 0},
-        {"hidden_size", "99999999999999999999999", 0}, {"vocab_size", "1", 0}, {"vocab_size", "2147483648", 0}, {"vocab_size", "4294967396", 0}, {"num_hidden_layers", "0", 0},
-        {"num_attention_heads", "3", 0}, {"num_key_value_heads", "3", 0}, {"num_key_value_heads", "null", 1}, {"num_key_value_heads", "8", 0}, {"head_dim", "null", 1},
-        {"head_dim", "24", 1}, {"head_dim", "12", 0}, {"head_dim", "136", 0}, {"model_type", "\"gpt2\"", 0}, {"model_type", "null", 0}, {"model_type", "3", 0},
-        {"hidden_act", "\"silu\"", 1}, {"hidden_act", "\"gelu\"", 0}, {"attention_bias", "true", 0}, {"mlp_bias", "true", 0}, {"attention_dropout", "0.1", 0},
-        {"attention_dropout", "0.0", 1}, {"quantization_config", "{\"bits\":4}", 0}, {"num_experts", "8", 0}, {"num_local_experts", "8", 0}, {"n_routed_experts", "2", 0},
-        {"rope_theta", "500000", 1}, {"rope_theta", "0", 0}, {"rope_theta", "-1", 0}, {"rope_scaling", "{}", 1}, {"rope_scaling", "null", 1}, {"rope_scaling", "\"linear\"", 0},
-        {"rope_scaling", "{\"type\":\"linear\",\"factor\":2}", 0}, {"rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":2}", 0}, {"rope_scaling", "{\"rope_type\":\"default\"}", 1},
-        {"rope_scaling", "{\"rope_type\":\"llama3\"}", 0}, {"rope_parameters", "{\"rope_type\":\"dynamic\"}", 0}, {"rope_parameters", "3", 0},
+        {"x", "1", 1}, {"hidden_size", "1e12", 0}, {"hidden_size", "1000000000000", 0}, {"hidden_size", "-64", 0},
+        {"hidden_size", "3.5", 0}, {"hidden_size", "\"64\"", 0},
+        {"hidden_size", "\"6\\n4\"", 0}, {"hidden_size", "null", 0}, {"hidden_size", "[64]", 0}, {"hidden_size", "0", 0},
+        {"hidden_size", "66", 0},
+        {"hidden_size", "99999999999999999999999", 0}, {"vocab_size", "1", 0}, {"vocab_size", "2147483648", 0},
+        {"vocab_size", "4294967396", 0}, {"num_hidden_layers", "0", 0},
+        {"num_attention_heads", "3", 0}, {"num_key_value_heads", "3", 0}, {"num_key_value_heads", "null", 1},
+        {"num_key_value_heads", "8", 0}, {"head_dim", "null", 1},
+        {"head_dim", "24", 1}, {"head_dim", "12", 0}, {"head_dim", "136", 0}, {"model_type", "\"gpt2\"", 0},
+        {"model_type", "null", 0}, {"model_type", "3", 0},
+        {"hidden_act", "\"silu\"", 1}, {"hidden_act", "\"gelu\"", 0}, {"attention_bias", "true", 0}, {"mlp_bias", "true", 0},
+        {"attention_dropout", "0.1", 0},
+        {"attention_dropout", "0.0", 1}, {"quantization_config", "{\"bits\":4}", 0}, {"num_experts", "8", 0},
+        {"num_local_experts", "8", 0}, {"n_routed_experts", "2", 0},
+        {"rope_theta", "500000", 1}, {"rope_theta", "0", 0}, {"rope_theta", "-1", 0}, {"rope_scaling", "{}", 1},
+        {"rope_scaling", "null", 1}, {"rope_scaling", "\"linear\"", 0},
+        {"rope_scaling", "{\"type\":\"linear\",\"factor\":2}", 0},
+        {"rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":2}", 0}, {"rope_scaling", "{\"rope_type\":\"default\"}", 1},
+        {"rope_scaling", "{\"rope_type\":\"llama3\"}", 0}, {"rope_parameters", "{\"rope_type\":\"dynamic\"}", 0},
+        {"rope_parameters", "3", 0},
         {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":32}", 1},
         {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,\"original_max_position_embeddings\":32}", 0},
-        {"partial_rotary_factor", "0.5", 0}, {"partial_rotary_factor", "1.0", 1}, {"sliding_window", "64", 1}, {"sliding_window", "-1", 0}, {"tie_word_embeddings", "1", 0},
-        {"bos_token_id", "99", 1}, {"bos_token_id", "100", 0}, {"eos_token_id", "[5,6]", 1}, {"eos_token_id", "[]", 0}, {"eos_token_id", "[101]", 0},
-        {"eos_token_id", "null", 1}, {"rms_norm_eps", "-1", 0}, {"rms_norm_eps", "2", 0}, {"initializer_range", "\"a\"", 0}, {"intermediate_size", "4194305", 0}};
+        {"partial_rotary_factor", "0.5", 0}, {"partial_rotary_factor", "1.0", 1}, {"sliding_window", "64", 1},
+        {"sliding_window", "-1", 0}, {"tie_word_embeddings", "1", 0},
+        {"bos_token_id", "99", 1}, {"bos_token_id", "100", 0}, {"eos_token_id", "[5,6]", 1}, {"eos_token_id", "[]", 0},
+        {"eos_token_id", "[101]", 0},
+        {"eos_token_id", "null", 1}, {"rms_norm_eps", "-1", 0}, {"rms_norm_eps", "2", 0}, {"initializer_range", "\"a\"", 0},
+        {"intermediate_size", "4194305", 0}};
     Config c;
     for (int i = 0; i < COUNT(rows); i++) {
         Text t = {NULL, 0, 0};
         text_add(&t, "{");
-        for (int k = 0; k < COUNT(base); k++) if (strcmp(base[k][0], rows[i].key)) text_add(&t, "\"%s\":%s,", base[k][0], base[k][1]);
+        for (int k = 0; k < COUNT(base); k++) if (strcmp(base[k][0], rows[i].key)) text_add(&t, "\"%s\":%s,", base[k][0],
+            base[k][1]);
         text_add(&t, "\"%s\":%s}", rows[i].key, rows[i].value);
         int dead = DIES(config_from_json(&c, t.s, (size_t)t.n, "dir/config.json"));
         CHECK(dead == !rows[i].ok, "\"%s\": %s is %s: %s", rows[i].key, rows[i].value, dead ? "refused" : "accepted", died);
-        CHECK(!dead || (!strncmp(died, "dir/config.json: ", 17) && !strchr(died, '\n')), "not one line that names the file: %s", died);
+        CHECK(!dead || (!strncmp(died, "dir/config.json: ", 17) && !strchr(died, '\n')),
+            "not one line that names the file: %s", died);
         free(t.s);
     }
     CHECK_DIES(config_from_json(&c, "[]", 2, "f"), "f", "object");
-    for (int k = 0; k < COUNT(base); k++) if (strcmp(base[k][0], "num_key_value_heads")) {      // each required key is missed by name
+    // each required key is missed by name
+    for (int k = 0; k < COUNT(base); k++) if (strcmp(base[k][0], "num_key_value_heads")) {
         Text t = {NULL, 0, 0};
         for (int i = 0; i < COUNT(base); i++) if (i != k) text_add(&t, "%s\"%s\":%s", t.n ? "," : "{", base[i][0], base[i][1]);
         text_add(&t, "}");
@@ -615,7 +656,8 @@ static void test_config_of_every_preset_survives_a_round_trip(void) {
         char *text = config_to_json(&c, "bfloat16"), *again;
         config_from_json(&d, text, strlen(text), "round trip");
         again = config_to_json(&d, "bfloat16");
-        CHECK(!strcmp(text, again) && d.D == c.D && d.rope_llama3 == c.rope_llama3 && d.qk_norm == c.qk_norm, "preset %s changes:\n%s%s", config_presets[i].name, text, again);
+        CHECK(!strcmp(text, again) && d.D == c.D && d.rope_llama3 == c.rope_llama3 && d.qk_norm == c.qk_norm,
+            "preset %s changes:\n%s%s", config_presets[i].name, text, again);
         free(text);
         free(again);
     }
@@ -637,17 +679,27 @@ static void write_st(const char *path, const char *header, size_t n_data) {     
 static void test_safetensors_refuses_damaged_headers(void) {
 #define ST_ENTRY(name, shape, begin, end) "\"" name "\":{\"dtype\":\"F32\",\"shape\":[" shape "],\"data_offsets\":[" begin "," end "]}"
     const struct { const char *header; size_t n; int ok; } rows[] = {
-        {"{}", 0, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}", 4, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}   ", 4, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}", 5, 0},
+        {"{}", 0, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}", 4, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}   ", 4, 1},
+        {"{" ST_ENTRY("a", "1", "0", "4") "}", 5, 0},
         {"{" ST_ENTRY("a", "1", "0", "4") "}", 3, 0}, {"{\"a\":{\"dtype\":\"F31\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, 0},
-        {"{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, 0}, {"{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, 0}, {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, 0},
-        {"{\"a\":3}", 0, 0}, {"[]", 0, 0}, {"{\"__metadata__\":{\"k\":\"v\"}}", 0, 1}, {"{\"__metadata__\":3}", 0, 0}, {"{" ST_ENTRY("a", "1", "0", "4") , 4, 0},
-        {"{" ST_ENTRY("a", "-1", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "1.5", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "2", "0", "4") "}", 4, 0},
-        {"{" ST_ENTRY("a", "1", "4", "0") "}", 4, 0}, {"{" ST_ENTRY("a", "1", "-4", "0") "}", 4, 0}, {"{" ST_ENTRY("a", "1", "4", "8") "}", 8, 0},
-        {"{" ST_ENTRY("a", "1", "0", "1000") "}", 4, 0}, {"{" ST_ENTRY("a", "4294967296,4294967296", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "1,1,1,1,1", "0", "4") "}", 4, 0},
-        {"{" ST_ENTRY("a", "4611686018427387905", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "9223372036854775808", "0", "4") "}", 4, 0},
-        {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("a", "1", "4", "8") "}", 8, 0}, {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "4", "8") "}", 8, 1},
-        {"{" ST_ENTRY("b", "1", "4", "8") "," ST_ENTRY("a", "1", "0", "4") "}", 8, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "0", "4") "}", 4, 0},
-        {"{" ST_ENTRY("a", "2", "0", "8") "," ST_ENTRY("b", "1", "4", "8") "}", 8, 0}, {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "8", "12") "}", 12, 0}};
+        {"{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, 0},
+        {"{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, 0}, {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, 0},
+        {"{\"a\":3}", 0, 0}, {"[]", 0, 0}, {"{\"__metadata__\":{\"k\":\"v\"}}", 0, 1}, {"{\"__metadata__\":3}", 0, 0},
+        {"{" ST_ENTRY("a", "1", "0", "4") , 4, 0},
+        {"{" ST_ENTRY("a", "-1", "0", "4") "}", 4, 0}, {"{" ST_ENTRY("a", "1.5", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "2", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "1", "4", "0") "}", 4, 0}, {"{" ST_ENTRY("a", "1", "-4", "0") "}", 4, 0},
+        {"{" ST_ENTRY("a", "1", "4", "8") "}", 8, 0},
+        {"{" ST_ENTRY("a", "1", "0", "1000") "}", 4, 0}, {"{" ST_ENTRY("a", "4294967296,4294967296", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "1,1,1,1,1", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "4611686018427387905", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "9223372036854775808", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("a", "1", "4", "8") "}", 8, 0},
+        {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "4", "8") "}", 8, 1},
+        {"{" ST_ENTRY("b", "1", "4", "8") "," ST_ENTRY("a", "1", "0", "4") "}", 8, 1},
+        {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "0", "4") "}", 4, 0},
+        {"{" ST_ENTRY("a", "2", "0", "8") "," ST_ENTRY("b", "1", "4", "8") "}", 8, 0},
+        {"{" ST_ENTRY("a", "1", "0", "4") "," ST_ENTRY("b", "1", "8", "12") "}", 12, 0}};
     char path[400];
     snprintf(path, sizeof path, "%s", file_at("case.safetensors"));
     for (int i = 0; i < COUNT(rows); i++) {
@@ -656,7 +708,8 @@ static void test_safetensors_refuses_damaged_headers(void) {
         CHECK(dead == !rows[i].ok, "%s with %zu bytes is %s: %s", rows[i].header, rows[i].n, dead ? "refused" : "accepted", died);
         CHECK(!dead || (strstr(died, path) && !strchr(died, '\n')), "not one line that names the file: %s", died);
     }
-    const struct { const char *bytes; size_t n; } raw[] = {{"", 0}, {"1234567", 7}, {"\xff\xff\xff\xff\xff\xff\xff\xff{}", 10}, {"\x03\0\0\0\0\0\0\0{}", 10}, {"\0\0\0\0\0\0\0\0{}", 10}};
+    const struct { const char *bytes; size_t n; } raw[] = {{"", 0}, {"1234567", 7},
+        {"\xff\xff\xff\xff\xff\xff\xff\xff{}", 10}, {"\x03\0\0\0\0\0\0\0{}", 10}, {"\0\0\0\0\0\0\0\0{}", 10}};
     for (int i = 0; i < COUNT(raw); i++) {
         write_bytes(path, raw[i].bytes, raw[i].n);
         CHECK_DIES(st_close(st_open(path)), path, "");
@@ -669,10 +722,14 @@ static void test_safetensors_refuses_damaged_headers(void) {
 
 static void test_safetensors_index_agrees_with_its_files(void) {
     const struct { const char *index; int ok; } rows[] = {
-        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\"}}", 1}, {"{\"metadata\":{\"total_size\":8},\"weight_map\":{\"b\":\"m2\",\"a\":\"m1\"}}", 1},
-        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m1\"}}", 0}, {"{\"weight_map\":{\"a\":\"m2\",\"b\":\"m1\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"c\":\"m2\"}}", 0},
-        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m3\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"../m2\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":3}}", 0},
-        {"{\"weight_map\":[]}", 0}, {"{}", 0}, {"[]", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"\"}}", 0}, {"{\"weight_map\":{\"x\":\"m4\",\"y\":\"m4\"}}", 1},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\"}}", 1},
+        {"{\"metadata\":{\"total_size\":8},\"weight_map\":{\"b\":\"m2\",\"a\":\"m1\"}}", 1},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m1\"}}", 0}, {"{\"weight_map\":{\"a\":\"m2\",\"b\":\"m1\"}}", 0},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"c\":\"m2\"}}", 0},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m3\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"../m2\"}}", 0},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":3}}", 0},
+        {"{\"weight_map\":[]}", 0}, {"{}", 0}, {"[]", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"\"}}", 0},
+        {"{\"weight_map\":{\"x\":\"m4\",\"y\":\"m4\"}}", 1},
         {"{\"weight_map\":{\"x\":\"m4\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"x\":\"m5\"}}", 0}};
     write_st(file_at("m1"), "{" ST_ENTRY("a", "1", "0", "4") "}", 4);
     write_st(file_at("m2"), "{" ST_ENTRY("b", "1", "0", "4") "}", 4);
@@ -734,7 +791,8 @@ static void test_safetensors_writer_keeps_every_bit(void) {
     free(y);
     for (uint32_t h = 0, wrong = 0; h < 65536 && !wrong; h++) {     // all halves
         int e = h >> 10 & 31, f = h & 1023;
-        float want = e == 31 ? (f ? NAN : INFINITY) : ldexpf((float)(e ? f + 1024 : f), e ? e - 25 : -24), got = st_f16_to_float(h);
+        float want = e == 31 ? (f ? NAN : INFINITY) : ldexpf((float)(e ? f + 1024 : f), e ? e - 25 : -24),
+            got = st_f16_to_float(h);
         if (h >> 15) want = -want;
         wrong = isnan(want) ? !isnan(got) : want != got || !signbit(want) != !signbit(got);
         CHECK(!wrong, "half %04x is %g, not %g", h, (double)got, (double)want);
@@ -800,13 +858,15 @@ static void check_round_trip(const Tokenizer *t, const char *text, size_t n) {
     int *ids, count = tokenizer_encode(t, text, n, &ids);
     size_t bytes;
     char *back = decode(t, t->bos, ids, count, &bytes);
-    CHECK(bytes == n && !memcmp(back, text, n), "kind %d: '%.40s' (%zu bytes) comes back as '%.40s' (%zu bytes)", t->kind, text, n, back, bytes);
+    CHECK(bytes == n && !memcmp(back, text, n), "kind %d: '%.40s' (%zu bytes) comes back as '%.40s' (%zu bytes)", t->kind,
+        text, n, back, bytes);
     free(back);
     free(ids);
 }
 
 static void test_tokenizer_round_trips_any_bytes(void) {
-    const char *const texts[] = {"", " ", "the cat and the thing", "  two  spaces ", "\xc3\xa9t\xc3\xa9", "\xe6\x97\xa5\xe6\x9c\xac", "<bos>", "<0x41>", "a\tb\nc", "\xff\xc3 stray"};
+    const char *const texts[] = {"", " ", "the cat and the thing", "  two  spaces ", "\xc3\xa9t\xc3\xa9",
+        "\xe6\x97\xa5\xe6\x9c\xac", "<bos>", "<0x41>", "a\tb\nc", "\xff\xc3 stray"};
     for (int kind = 0; kind < 2; kind++) for (int space = 0; space < 2; space++) {
         write_tokenizer(file_at("t.bin"), kind, space, test_pieces, COUNT(test_pieces));
         Tokenizer *t = tokenizer_open(file_at("t.bin"));
@@ -838,8 +898,10 @@ static void test_tokenizer_refuses_damaged_files(void) {
         write_bytes(path, foreign[i], i == 3 ? 15 : strlen(foreign[i]));
         CHECK_DIES(tokenizer_open(path), path, "no tokenizer");
     }
-    const struct { int word; int32_t value; const char *part; } rows[] = {{1, 2, "version 2"}, {2, 2, "header"}, {2, -1, "header"}, {3, 0, "header"}, {3, -1, "header"},
-        {3, 100, "damaged"}, {3, 2147483647, "truncated"}, {4, 269, "header"}, {4, -2, "header"}, {5, 300, "header"}, {6, 2, "header"}, {7, 1, "header"}, {8, -1, "piece 0"},
+    const struct { int word; int32_t value; const char *part; } rows[] = {{1, 2, "version 2"}, {2, 2, "header"},
+        {2, -1, "header"}, {3, 0, "header"}, {3, -1, "header"},
+        {3, 100, "damaged"}, {3, 2147483647, "truncated"}, {4, 269, "header"}, {4, -2, "header"}, {5, 300, "header"},
+        {6, 2, "header"}, {7, 1, "header"}, {8, -1, "piece 0"},
         {9, -1, "piece 0"}, {9, 2147483647, "piece 0"}};
     for (int i = 0; i < COUNT(rows); i++) {
         write_tokenizer(path, 0, 0, test_pieces, COUNT(test_pieces));
@@ -872,7 +934,8 @@ static void loader_order(const char *pattern, int T, int world, int B, LoaderSta
             for (int b = 0; b < B; b++) {
                 order[(s * world + r) * B + b] = batch.inputs[b * T];
                 for (int t = 0; t < T; t++)
-                    CHECK(batch.targets[b * T + t] == batch.inputs[b * T] + t + 1 && batch.inputs[b * T + t] == batch.inputs[b * T] + t, "targets are not the inputs, shifted");
+                    CHECK(batch.targets[b * T + t] == batch.inputs[b * T] + t + 1
+                        && batch.inputs[b * T + t] == batch.inputs[b * T] + t, "targets are not the inputs, shifted");
             }
         }
         batch_free(&batch);
@@ -892,11 +955,13 @@ static void test_loader_covers_each_window_once_per_epoch(void) {
         for (int s = 0; s < n_shards; s++) {
             int n = 1 + (int)(random_bits(3, (uint64_t)trial, (uint64_t)s) % (trial < 12 ? 40u : 300u));
             if (s == 0 && n < T + 1) n = T + 1;
-            write_bin(file_at("s/s_%03d.bin", s), tokens + start_token, n, trial & 1 ? 2 : 4, trial % 3 ? 60000 : 0, trial & 2, -1);
+            write_bin(file_at("s/s_%03d.bin", s), tokens + start_token, n, trial & 1 ? 2 : 4, trial % 3 ? 60000 : 0,
+                trial & 2, -1);
             for (int w = 0; (w + 1) * T + 1 <= n; w++) first[n_windows++] = start_token + w * T;
             start_token += n;
         }
-        int world = 1 + trial % 3, B = 1 + trial % 7, total = world * B, steps = CEIL_DIV(3 * n_windows, total), rows = steps * total;
+        int world = 1 + trial % 3, B = 1 + trial % 7, total = world * B, steps = CEIL_DIV(3 * n_windows, total),
+            rows = steps * total;
         int *order = (int *)xmalloc((size_t)rows * sizeof(int)), *other = (int *)xmalloc((size_t)rows * sizeof(int));
         size_t bytes = (size_t)rows * sizeof(int), epoch_bytes = (size_t)n_windows * sizeof(int);
         char pattern[400];
@@ -916,7 +981,8 @@ static void test_loader_covers_each_window_once_per_epoch(void) {
         int half = steps / 2;                                               // resume in the middle, also with another split
         LoaderState saved = {1337, (int64_t)half * total / n_windows, (int64_t)half * total % n_windows};
         loader_order(pattern, T, world, B, saved, steps - half, other);
-        CHECK(!memcmp(order + half * total, other, (size_t)(steps - half) * (size_t)total * sizeof(int)), "a resumed loader sees other batches");
+        CHECK(!memcmp(order + half * total, other, (size_t)(steps - half) * (size_t)total * sizeof(int)),
+            "a resumed loader sees other batches");
         start.seed = 1338;
         loader_order(pattern, T, world, B, start, steps, other);
         CHECK(n_windows <= 20 || memcmp(order, other, epoch_bytes), "two seeds give the same order");
@@ -949,7 +1015,8 @@ static void test_loader_shuffle_is_uniform(void) {
     }
     double step = 0;
     const int64_t n = 50000;                                // neighbours are far apart: n/3 on average
-    for (int64_t p = 0; p + 1 < n; p++) step += (double)llabs(permute(5, 0, p, n) - permute(5, 0, p + 1, n)) / (double)n / (double)n;
+    for (int64_t p = 0; p + 1 < n; p++) step += (double)llabs(permute(5, 0, p, n) - permute(5, 0, p + 1,
+        n)) / (double)n / (double)n;
     CHECK_ERROR("mean distance of neighbours - 1/3", fabs(step - 1 / 3.0), 0.01);
 }
 
@@ -965,14 +1032,16 @@ static void test_loader_evaluation_shows_each_window_once_in_order(void) {
             Batch batch;
             loader_open(&dl, file_at("v_*.bin"), B, 5, r, world, 1, 0, 60000, 0);
             batch_alloc(&batch, B, 5, 0);
-            CHECK(dl.n_windows == 9 && dl.n_tokens == 48 && dl.n_dropped == 1 && loader_eval_batches(&dl) == CEIL_DIV(9, world * B), "counts");
+            CHECK(dl.n_windows == 9 && dl.n_tokens == 48 && dl.n_dropped == 1
+                && loader_eval_batches(&dl) == CEIL_DIV(9, world * B), "counts");
             for (int64_t s = 0; s < loader_eval_batches(&dl); s++) {
                 loader_next(&dl, &batch);
                 for (int b = 0; b < B; b++) {
                     int64_t p = (s * world + r) * B + b;
                     int start = p < 6 ? (int)p * 5 : 100 + (int)(p - 6) * 5;
                     for (int t = 0; t < 5; t++)
-                        CHECK(p < 9 ? batch.inputs[b*5+t] == start + t && batch.targets[b*5+t] == start + t + 1 : batch.targets[b*5+t] == IGNORED, "row %d of world %d", (int)p, world);
+                        CHECK(p < 9 ? batch.inputs[b*5+t] == start + t && batch.targets[b*5+t] == start + t + 1
+                            : batch.targets[b*5+t] == IGNORED, "row %d of world %d", (int)p, world);
                     if (p < 9) seen[p]++;
                 }
             }
@@ -993,7 +1062,8 @@ static void test_loader_reads_ds_rows_documents_and_true_losses(void) {
     folder("d");
     write_bytes(file_at("d/a.ds"), rows, sizeof rows);
     write_bytes(file_at("d/a.nll"), nll, sizeof nll);
-    write_text(file_at("metadata.json"), "{\"vocab_size\": 60000, \"sequence_length\": 8, \"token_size_bytes\": 2, \"eos_token_id\": 11}");
+    write_text(file_at("metadata.json"),
+        "{\"vocab_size\": 60000, \"sequence_length\": 8, \"token_size_bytes\": 2, \"eos_token_id\": 11}");
     for (int T = 1; T <= 8; T += 3) {
         loader_open(&dl, file_at("d/*.ds"), 2, T, 0, 1, 1, 0, 60000, 1);
         batch_alloc(&batch, 2, T, 1);
@@ -1042,15 +1112,19 @@ static void test_loader_refuses_bad_shards(void) {
     CHECK_DIES(OPEN(V), "x.bin", "is empty");
     write_bytes(path, "abc", 3);
     CHECK_DIES(OPEN(V), "x.bin", "truncated");
-    const struct { long cut; const char *part; } cuts[] = {{1023, "header"}, {1024, "promises 1124"}, {1123, "is truncated"}, {1126, "extra bytes"}};
+    const struct { long cut; const char *part; } cuts[] = {{1023, "header"}, {1024, "promises 1124"}, {1123, "is truncated"},
+        {1126, "extra bytes"}};
     for (int i = 0; i < COUNT(cuts); i++) {
         write_bin(path, tokens, 50, 2, V, 1, -1);
         damage_file(path, cuts[i].cut, NULL, 0);
         CHECK_DIES(OPEN(V), "x.bin", cuts[i].part);
     }
-    const struct { int word; int32_t value; const char *part; } words[] = {{0, 20240521, "not a token shard"}, {0, 0x46475546, "not a token shard"}, {0, 20240801, "version"},
-        {1, 2, "version"}, {1, 7, "version"}, {2, 0, "damaged header"}, {2, -1, "damaged header"}, {2, 2147483647, "truncated"}, {3, -5, "damaged header"},
-        {3, V + 1, "vocabulary of 60001"}, {3, 32000, "vocabulary of 32000"}, {4, 12345, "CRC-32"}, {5, -3, "damaged header"}, {5, V + 1, "end-of-document"}};
+    const struct { int word; int32_t value; const char *part; } words[] = {{0, 20240521, "not a token shard"},
+        {0, 0x46475546, "not a token shard"}, {0, 20240801, "version"},
+        {1, 2, "version"}, {1, 7, "version"}, {2, 0, "damaged header"}, {2, -1, "damaged header"},
+        {2, 2147483647, "truncated"}, {3, -5, "damaged header"},
+        {3, V + 1, "vocabulary of 60001"}, {3, 32000, "vocabulary of 32000"}, {4, 12345, "CRC-32"}, {5, -3, "damaged header"},
+        {5, V + 1, "end-of-document"}};
     for (int i = 0; i < COUNT(words); i++) {
         write_bin(path, tokens, 50, 2, V, 1, -1);
         damage_file(path, 4 * words[i].word, &words[i].value, 4);
@@ -1079,10 +1153,14 @@ static void test_loader_refuses_bad_shards(void) {
     loader_close(&dl);
     batch_free(&batch);
     unlink(path);
-    const char *const metadata[][2] = {{"", ""}, {"[1]", "object"}, {"{}", "vocab_size"}, {"{\"vocab_size\": 60000, \"sequence_length\": 0, \"token_size_bytes\": 2}", "sequence_length"},
-        {"{\"vocab_size\": 60000, \"sequence_length\": 99999999999, \"token_size_bytes\": 2}", "sequence_length"}, {"{\"vocab_size\": 60000, \"sequence_length\": 8}", "token_size_bytes"},
-        {"{\"vocab_size\": 60000, \"sequence_length\": 8, \"token_size_bytes\": 3}", "token_size_bytes"}, {"{\"vocab_size\": 32000, \"sequence_length\": 8, \"token_size_bytes\": 2}", "vocabulary of 32000"},
-        {"{\"vocab_size\": 60000, \"sequence_length\": 9, \"token_size_bytes\": 2}", "whole rows"}, {"{\"vocab_size\": 60000, \"sequence_length\": 2, \"token_size_bytes\": 2}", "--seq-len 2 or less"}};
+    const char *const metadata[][2] = {{"", ""}, {"[1]", "object"}, {"{}", "vocab_size"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 0, \"token_size_bytes\": 2}", "sequence_length"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 99999999999, \"token_size_bytes\": 2}", "sequence_length"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 8}", "token_size_bytes"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 8, \"token_size_bytes\": 3}", "token_size_bytes"},
+        {"{\"vocab_size\": 32000, \"sequence_length\": 8, \"token_size_bytes\": 2}", "vocabulary of 32000"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 9, \"token_size_bytes\": 2}", "whole rows"},
+        {"{\"vocab_size\": 60000, \"sequence_length\": 2, \"token_size_bytes\": 2}", "--seq-len 2 or less"}};
     uint16_t rows[36] = {0};
     write_bytes(file_at("r.ds"), rows, sizeof rows);
     CHECK_DIES(loader_open(&dl, file_at("r.ds"), 2, 4, 0, 1, 1, 1, V, 0), "r.ds", "no metadata.json");
@@ -1128,27 +1206,33 @@ static void test_schedule_has_the_values_of_its_formula(void) {
     memset(&o, 0, sizeof o);
     o.lr = 1, o.min_lr = 0.1, o.warmup_steps = 10, o.steps = 111;           // 101 updates after the warm-up: 100 intervals
     const struct { int64_t schedule, step; double want; } rows[] = {
-        {SCHEDULE_COSINE, 0, 0.1}, {SCHEDULE_COSINE, 9, 1}, {SCHEDULE_COSINE, 10, 1}, {SCHEDULE_COSINE, 60, 0.55}, {SCHEDULE_COSINE, 35, 0.1 + 0.9 * (0.5 + 0.5 * 0.70710678118654752)},
-        {SCHEDULE_COSINE, 110, 0.1}, {SCHEDULE_COSINE, 500, 0.1}, {SCHEDULE_LINEAR, 4, 0.5}, {SCHEDULE_LINEAR, 60, 0.55}, {SCHEDULE_LINEAR, 110, 0.1}, {SCHEDULE_WSD, 10, 1},
-        {SCHEDULE_WSD, 89, 1}, {SCHEDULE_WSD, 100, 0.55}, {SCHEDULE_WSD, 110, 0.1}, {SCHEDULE_CONSTANT, 5, 0.6}, {SCHEDULE_CONSTANT, 10, 1}, {SCHEDULE_CONSTANT, 110, 1}};
+        {SCHEDULE_COSINE, 0, 0.1}, {SCHEDULE_COSINE, 9, 1}, {SCHEDULE_COSINE, 10, 1}, {SCHEDULE_COSINE, 60, 0.55},
+        {SCHEDULE_COSINE, 35, 0.1 + 0.9 * (0.5 + 0.5 * 0.70710678118654752)},
+        {SCHEDULE_COSINE, 110, 0.1}, {SCHEDULE_COSINE, 500, 0.1}, {SCHEDULE_LINEAR, 4, 0.5}, {SCHEDULE_LINEAR, 60, 0.55},
+        {SCHEDULE_LINEAR, 110, 0.1}, {SCHEDULE_WSD, 10, 1},
+        {SCHEDULE_WSD, 89, 1}, {SCHEDULE_WSD, 100, 0.55}, {SCHEDULE_WSD, 110, 0.1}, {SCHEDULE_CONSTANT, 5, 0.6},
+        {SCHEDULE_CONSTANT, 10, 1}, {SCHEDULE_CONSTANT, 110, 1}};
     for (int i = 0; i < COUNT(rows); i++) {
         o.schedule = rows[i].schedule;
         double lr = learning_rate(&o, rows[i].step);
-        CHECK(fabs(lr - rows[i].want) <= 1e-12, "schedule %d, step %d: %.15g, not %.15g", (int)rows[i].schedule, (int)rows[i].step, lr, rows[i].want);
+        CHECK(fabs(lr - rows[i].want) <= 1e-12, "schedule %d, step %d: %.15g, not %.15g", (int)rows[i].schedule,
+            (int)rows[i].step, lr, rows[i].want);
     }
     o.warmup_steps = 0, o.steps = 1, o.schedule = SCHEDULE_COSINE;
     CHECK(isfinite(learning_rate(&o, 0)), "a run of one step has no learning rate");
 }
 
 static void test_flops_and_parameters_match_the_report(void) {
-    const struct { const char *preset; double params, full, causal; } rows[] = {{"3B", 2.289e9, 16.160, 14.750}, {"30B", 32.53e9, 213.520, 203.706}};
+    const struct { const char *preset; double params, full, causal; } rows[] = {{"3B", 2.289e9, 16.160, 14.750},
+        {"30B", 32.53e9, 213.520, 203.706}};
     for (int i = 0; i < 2; i++) {
         Config c;
         config_preset(&c, rows[i].preset);
         ParamTable p;
         param_table_build(&p, &c, 1);
         CHECK_ERROR("parameters", fabs(config_params(&c) / rows[i].params - 1), 2e-4);      // given to 4 digits
-        CHECK((double)p.n_params == config_params(&c), "%s: the tensors have %zu parameters, the formula %.0f", rows[i].preset, p.n_params, config_params(&c));
+        CHECK((double)p.n_params == config_params(&c), "%s: the tensors have %zu parameters, the formula %.0f",
+            rows[i].preset, p.n_params, config_params(&c));
         CHECK_ERROR("GFLOP per token", fabs(flops_per_token(&c, 4096, 0) * 1e-9 - rows[i].full), 5.1e-4);   // given to 3 decimals
         CHECK_ERROR("GFLOP per token, causal", fabs(flops_per_token(&c, 4096, 1) * 1e-9 - rows[i].causal), 5.1e-4);
         free(p.tensors);
@@ -1157,7 +1241,8 @@ static void test_flops_and_parameters_match_the_report(void) {
 }
 
 static void test_energy_counters_add_up_and_wrap(void) {
-    const char *const names[] = {"intel-rapl:0", "intel-rapl:0:0", "intel-rapl:0:1", "intel-rapl:1"}, *const kinds[] = {"package-0\n", "core\n", "dram\n", "package-1\n"};
+    const char *const names[] = {"intel-rapl:0", "intel-rapl:0:0", "intel-rapl:0:1", "intel-rapl:1"},
+        *const kinds[] = {"package-0\n", "core\n", "dram\n", "package-1\n"};
     Energy e;
     energy_open(&e, file_at("nothing"));
     CHECK(e.n == 0 && isnan(energy_read(&e)), "no counters must give NaN, not %g", energy_read(&e));
@@ -1184,10 +1269,12 @@ static void test_energy_counters_add_up_and_wrap(void) {
 
 // ==== 7. Matrix products ================================================================================================
 static void check_matmul(int M, int N, int K, int trans_a, int trans_b, int accumulate, int pad,
-                         void (*f)(floatX *, int, const floatX *, int, int, const floatX *, int, int, int, int, int, int), const char *name) {
+                         void (*f)(floatX *, int, const floatX *, int, int, const floatX *, int, int, int, int, int, int),
+                             const char *name) {
     int lda = (trans_a ? M : K) + pad, ldb = (trans_b ? K : N) + 2 * pad, ldo = N + 3 * pad;
     size_t na = (size_t)(trans_a ? K : M) * lda, nb = (size_t)(trans_b ? N : K) * ldb, no = (size_t)M * ldo;
-    floatX *a = noise_array(na + 1, 0, 1), *b = noise_array(nb + 1, 0, 1), *out = noise_array(no + 1, 0, 1), *want = (floatX *)xmalloc((no + 1) * sizeof(floatX));
+    floatX *a = noise_array(na + 1, 0, 1), *b = noise_array(nb + 1, 0, 1), *out = noise_array(no + 1, 0, 1),
+        *want = (floatX *)xmalloc((no + 1) * sizeof(floatX));
     memcpy(want, out, (no + 1) * sizeof(floatX));
     f(out, ldo, a, lda, trans_a, b, ldb, trans_b, M, N, K, accumulate);
     matmul_naive(want, ldo, a, lda, trans_a, b, ldb, trans_b, M, N, K, accumulate);
@@ -1200,7 +1287,8 @@ static void check_matmul(int M, int N, int K, int trans_a, int trans_b, int accu
     }
     // two sums of K products of size 1 in different orders: about sqrt(K) roundings of sqrt(K); 8 for the largest of many
     char what[160];
-    snprintf(what, sizeof what, "%s M %d N %d K %d%s%s%s", name, M, N, K, trans_a ? " a^T" : "", trans_b ? " b^T" : "", accumulate ? " +=" : "");
+    snprintf(what, sizeof what, "%s M %d N %d K %d%s%s%s", name, M, N, K, trans_a ? " a^T" : "", trans_b ? " b^T" : "",
+        accumulate ? " +=" : "");
     CHECK_ERROR(what, worst, 8 * EPS_X * (K + 1));
     free(a);
     free(b);
@@ -1209,12 +1297,14 @@ static void check_matmul(int M, int N, int K, int trans_a, int trans_b, int accu
 }
 
 static void test_matmul_matches_naive_on_odd_shapes(void) {
-    const int shapes[][3] = {{1, 1, 1}, {1, 17, 5}, {5, 1, 9}, {7, 13, 1}, {6, 16, 64}, {13, 33, 31}, {64, 64, 64}, {65, 63, 129}, {2, 200, 513}, {129, 47, 700}, {3, 5, 1100}, {150, 160, 24}};
+    const int shapes[][3] = {{1, 1, 1}, {1, 17, 5}, {5, 1, 9}, {7, 13, 1}, {6, 16, 64}, {13, 33, 31}, {64, 64, 64},
+        {65, 63, 129}, {2, 200, 513}, {129, 47, 700}, {3, 5, 1100}, {150, 160, 24}};
     for (int s = 0; s < COUNT(shapes); s++) for (int mode = 0; mode < 8; mode++)
         check_matmul(shapes[s][0], shapes[s][1], shapes[s][2], mode & 1, mode >> 1 & 1, mode >> 2 & 1, s % 3, matmul, "matmul");
     const int tiles[][3] = {{1, 1, 1}, {64, 64, 64}, {5, 7, 8}, {64, 1, 16}, {1, 64, 48}, {63, 17, 104}, {19, 64, 128}};
     for (int s = 0; s < COUNT(tiles); s++) for (int mode = 0; mode < 8; mode++)
-        check_matmul(tiles[s][0], tiles[s][1], tiles[s][2], mode & 1, mode >> 1 & 1, mode >> 2 & 1, s % 3, matmul_tile, "matmul_tile");
+        check_matmul(tiles[s][0], tiles[s][1], tiles[s][2], mode & 1, mode >> 1 & 1, mode >> 2 & 1, s % 3, matmul_tile,
+            "matmul_tile");
 }
 
 static void test_matmul_bits_do_not_depend_on_threads(void) {
@@ -1226,7 +1316,8 @@ static void test_matmul_bits_do_not_depend_on_threads(void) {
             out[t] = (floatX *)xcalloc((size_t)M * N, sizeof(floatX));
             omp_set_num_threads(t + 1);
             matmul(out[t], N, a, trans_a ? M : K, trans_a, b, trans_b ? K : N, trans_b, M, N, K, 0);
-            CHECK(!memcmp(out[0], out[t], (size_t)M * N * sizeof(floatX)), "%d x %d x %d: %d threads give other bits than 1", M, N, K, t + 1);
+            CHECK(!memcmp(out[0], out[t], (size_t)M * N * sizeof(floatX)), "%d x %d x %d: %d threads give other bits than 1",
+                M, N, K, t + 1);
         }
         for (int t = 0; t < 3; t++) free(out[t]);
         free(a);
@@ -1296,7 +1387,8 @@ static void test_rmsnorm_backward_matches_differences(void) {
         op.N = shapes[s][0], op.C = shapes[s][1];
         size_t n = (size_t)op.N * op.C;
         op.x = noise_array(n, 0, 1), op.y = residual ? noise_array(n, 0, 1) : NULL, op.w = noise_array((size_t)op.C, 1, 0.3);
-        op.r = noise_array(n, 0, 1), op.r2 = noise_array(n, 0, 1), op.out = zeros(n), op.out2 = zeros(n), op.aux = zeros((size_t)op.N);
+        op.r = noise_array(n, 0, 1), op.r2 = noise_array(n, 0, 1), op.out = zeros(n), op.out2 = zeros(n),
+            op.aux = zeros((size_t)op.N);
         rmsnorm_loss();
         floatX *dx = residual ? copy_of(op.r2, n) : zeros(n), *dw = zeros((size_t)op.C), *rebuilt = zeros(n);
         const floatX *input = residual ? op.out2 : op.x;
@@ -1319,7 +1411,8 @@ static void test_matmul_and_bias_backward_match_differences(void) {
     memset(&op, 0, sizeof op);
     op.N = 7, op.C = 19, op.OC = 37;
     size_t nx = (size_t)op.N * op.C, nw = (size_t)op.C * op.OC, no = (size_t)op.N * op.OC;
-    op.x = noise_array(nx, 0, 1), op.w = noise_array(nw, 0, 1), op.y = noise_array((size_t)op.OC, 0, 1), op.r = noise_array(no, 0, 1), op.out = zeros(no);
+    op.x = noise_array(nx, 0, 1), op.w = noise_array(nw, 0, 1), op.y = noise_array((size_t)op.OC, 0, 1),
+        op.r = noise_array(no, 0, 1), op.out = zeros(no);
     floatX *before_w = noise_array(nw, 0, 1), *before_b = noise_array((size_t)op.OC, 0, 1), *dx = noise_array(nx, 0, 1);
     floatX *dw = copy_of(before_w, nw), *db = copy_of(before_b, (size_t)op.OC);
     matmul_backward_x(dx, op.r, op.w, op.N, op.C, op.OC, 0);
@@ -1345,7 +1438,8 @@ static void test_rope_and_qk_norm_backward_match_differences(void) {
         op.c = make_config(kind & 2 ? "qwen3" : "llama", 1, 30, 1, 32, 4, 2, 8, 16, kind & 1 ? LLAMA3_ROPE : "");
         op.T = 5, op.N = 2 * op.T;
         size_t W = (size_t)(op.c.H + 2 * op.c.K) * op.c.D, n = op.N * W, D = (size_t)op.c.D, heads = (size_t)(op.c.H + op.c.K);
-        op.x = noise_array(n, 0, 1), op.r = noise_array(n, 0, 1), op.out = zeros(n), op.aux = zeros(op.N * heads * D), op.aux2 = zeros(op.N * heads);
+        op.x = noise_array(n, 0, 1), op.r = noise_array(n, 0, 1), op.out = zeros(n), op.aux = zeros(op.N * heads * D),
+            op.aux2 = zeros(op.N * heads);
         op.cosine = zeros((size_t)op.T * D / 2), op.sine = zeros((size_t)op.T * D / 2);
         if (op.c.qk_norm) op.w = noise_array(D, 1, 0.3), op.w2 = noise_array(D, 1, 0.3);
         rope_table(op.cosine, op.sine, &op.c, op.T);
@@ -1364,7 +1458,9 @@ static double attention_loss(void) {
 }
 
 static void test_attention_backward_matches_differences(void) {
-    const int rows[][5] = {{2, 5, 4, 4, 8}, {2, 5, 4, 2, 8}, {2, 5, 4, 1, 8}, {1, 70, 2, 1, 16}, {1, 130, 2, 2, 8}, {1, 1, 2, 1, 8}};      // B T H K D; TILE is 64
+    // B T H K D; TILE is 64
+    const int rows[][5] = {{2, 5, 4, 4, 8}, {2, 5, 4, 2, 8}, {2, 5, 4, 1, 8}, {1, 70, 2, 1, 16}, {1, 130, 2, 2, 8},
+        {1, 1, 2, 1, 8}};
     for (int s = 0; s < COUNT(rows); s++) for (int masked = 0; masked < 2; masked++) {
         memset(&op, 0, sizeof op);
         op.B = rows[s][0], op.T = rows[s][1], op.H = rows[s][2], op.K = rows[s][3], op.D = rows[s][4];
@@ -1376,7 +1472,8 @@ static void test_attention_backward_matches_differences(void) {
         attention_loss();
         floatX *dx = noise_array(n, 0, 1);
         attention_backward(dx, op.r, op.x, op.out, op.aux, op.ids, op.B, op.T, op.H, op.K, op.D, 0);
-        if (op.T == 1) for (size_t i = 0; i < N * (op.H + op.K) * op.D; i++) CHECK_ERROR("dq, dk of a single position", fabs((double)dx[i]), 1e-12);
+        if (op.T == 1) for (size_t i = 0; i < N * (op.H + op.K) * op.D; i++) CHECK_ERROR("dq, dk of a single position",
+            fabs((double)dx[i]), 1e-12);
         CHECK_GRADIENT("dqkv", op.x, dx, n, attention_loss);
         batch_free(&batch);
     }
@@ -1461,7 +1558,8 @@ static double whole_loss(void) {
 }
 
 // Every tensor: two random directions and three single elements.
-static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore, int documents) {
+static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore,
+    int documents) {
     Model *m = &whole.m;
     int64_t n_targets;
     make_model(m, c, B, T, chunk, recompute, 0);
@@ -1489,7 +1587,8 @@ static void check_model_gradients(const char *what, const Config *c, int B, int 
             memcpy(w, w0, t->n * sizeof(floatX));
             // along a random direction the slope is about |g|; a single element is compared with the typical size of one
             // (a gradient below 1e-12 is 0 and roundoff, as that of q and k when there is one position: the slope must be 0 too)
-            double scale = k < 2 ? size : fmax(fabs(want), rms), e = size > 1e-12 ? fabs(slope - want) / scale : fabs(slope) * 1e3;
+            double scale = k < 2 ? size : fmax(fabs(want), rms), e = size > 1e-12 ? fabs(slope - want) / scale
+                : fabs(slope) * 1e3;
             if (!(e <= error)) error = e;
         }
         free(w0);
@@ -1514,8 +1613,10 @@ static void test_model_gradients_match_differences(void) {
 
 static void test_edge_shapes_have_right_gradients(void) {
     const struct { const char *what; int V, C, H, K, D, F, B, T, chunk; } rows[] = {
-        {"T 1, B 1", 17, 16, 2, 1, 8, 12, 1, 1, 1}, {"T 65 beyond a tile", 17, 16, 2, 1, 8, 12, 1, 65, 64}, {"head_dim 16, B 3", 130, 8, 1, 1, 16, 9, 3, 5, 7},
-        {"head_dim 48", 17, 16, 2, 2, 48, 12, 1, 6, 4}, {"head_dim 64, kv 1 of 3", 17, 24, 3, 1, 64, 8, 1, 5, 100}, {"head_dim 104", 17, 8, 2, 1, 104, 8, 1, 5, 3},
+        {"T 1, B 1", 17, 16, 2, 1, 8, 12, 1, 1, 1}, {"T 65 beyond a tile", 17, 16, 2, 1, 8, 12, 1, 65, 64},
+        {"head_dim 16, B 3", 130, 8, 1, 1, 16, 9, 3, 5, 7},
+        {"head_dim 48", 17, 16, 2, 2, 48, 12, 1, 6, 4}, {"head_dim 64, kv 1 of 3", 17, 24, 3, 1, 64, 8, 1, 5, 100},
+        {"head_dim 104", 17, 8, 2, 1, 104, 8, 1, 5, 3},
         {"head_dim 128", 300, 8, 1, 1, 128, 8, 1, 4, 2}};
     for (int i = 0; i < COUNT(rows); i++) {
         Config c = make_config("llama", i & 1, rows[i].V, 1, rows[i].C, rows[i].H, rows[i].K, rows[i].D, rows[i].F, "");
@@ -1559,7 +1660,8 @@ static void test_recompute_gives_the_same_bits(void) {
         floatX *g[3];
         for (int r = 0; r < 3; r++) {
             g[r] = model_gradients(&c, &batch, 50, r, bf16, &loss[r], &n);
-            CHECK(loss[r] == loss[0] && !memcmp(g[r], g[0], n * sizeof(floatX)), "recompute %d gives other bits (bf16 %d)", r, bf16);
+            CHECK(loss[r] == loss[0] && !memcmp(g[r], g[0], n * sizeof(floatX)), "recompute %d gives other bits (bf16 %d)", r,
+                bf16);
         }
         for (int r = 0; r < 3; r++) free(g[r]);
         batch_free(&batch);
@@ -1576,7 +1678,8 @@ static void test_model_bits_do_not_depend_on_threads(void) {
     for (int t = 0; t < 4; t++) {
         omp_set_num_threads(t < 3 ? t + 1 : 2);             // the last run repeats the one with 2
         g[t] = model_gradients(&c, &batch, 64, 0, 0, &loss[t], &n);
-        CHECK(loss[t] == loss[0] && !memcmp(g[t], g[0], n * sizeof(floatX)), "%d threads give other bits than 1", t < 3 ? t + 1 : 2);
+        CHECK(loss[t] == loss[0] && !memcmp(g[t], g[0], n * sizeof(floatX)), "%d threads give other bits than 1",
+            t < 3 ? t + 1 : 2);
     }
     for (int t = 0; t < 4; t++) free(g[t]);
     batch_free(&batch);
@@ -1592,7 +1695,8 @@ static void test_logits_chunk_does_not_change_the_result(void) {
     floatX *g[COUNT(chunks)];
     for (int i = 0; i < COUNT(chunks); i++) {
         g[i] = model_gradients(&c, &batch, chunks[i], 0, 0, &loss[i], &n);
-        CHECK_ERROR("loss", fabs(loss[i] - loss[0]) / loss[0], 8 * EPS_X);      // the logits' sums are the same, or differ in order
+        // the logits' sums are the same, or differ in order
+        CHECK_ERROR("loss", fabs(loss[i] - loss[0]) / loss[0], 8 * EPS_X);
         CHECK_ERROR("gradients", rel_l2(g[i], g[0], n), 16 * EPS_X);            // the head's gradient adds up chunk by chunk
     }
     for (int i = 0; i < COUNT(chunks); i++) free(g[i]);
@@ -1600,9 +1704,11 @@ static void test_logits_chunk_does_not_change_the_result(void) {
 }
 
 // ---- attention against the formula, written as plainly as possible, in double
-static void naive_attention(double *out, double *dqkv, const floatX *qkv, const floatX *dout, const int *doc_start, int B, int T, int H, int K, int D) {
+static void naive_attention(double *out, double *dqkv, const floatX *qkv, const floatX *dout, const int *doc_start, int B,
+    int T, int H, int K, int D) {
     int W = (H + 2 * K) * D;
-    double *p = (double *)xmalloc((size_t)T * sizeof(double)), *dp = (double *)xmalloc((size_t)T * sizeof(double)), scale = 1 / sqrt((double)D);
+    double *p = (double *)xmalloc((size_t)T * sizeof(double)), *dp = (double *)xmalloc((size_t)T * sizeof(double)),
+        scale = 1 / sqrt((double)D);
     memset(dqkv, 0, (size_t)B * T * W * sizeof(double));
     for (int b = 0; b < B; b++) for (int h = 0; h < H; h++) for (int t = 0; t < T; t++) {
         size_t row = (size_t)b * T + t, q = row * W + (size_t)h * D, o = row * H * D + (size_t)h * D;
@@ -1644,7 +1750,8 @@ static double rel_l2_double(const floatX *a, const double *b, size_t n) {
 }
 
 static void test_attention_matches_naive_reference(void) {
-    const int rows[][5] = {{1, 130, 2, 1, 8}, {3, 67, 4, 2, 16}, {1, 64, 3, 3, 48}, {2, 65, 4, 1, 64}, {1, 33, 2, 2, 104}, {1, 200, 2, 1, 128}, {5, 1, 2, 1, 8}, {1, 63, 6, 2, 24}};
+    const int rows[][5] = {{1, 130, 2, 1, 8}, {3, 67, 4, 2, 16}, {1, 64, 3, 3, 48}, {2, 65, 4, 1, 64}, {1, 33, 2, 2, 104},
+        {1, 200, 2, 1, 128}, {5, 1, 2, 1, 8}, {1, 63, 6, 2, 24}};
     for (int s = 0; s < COUNT(rows); s++) for (int masked = 0; masked < 2; masked++) {
         int B = rows[s][0], T = rows[s][1], H = rows[s][2], K = rows[s][3], D = rows[s][4];
         size_t N = (size_t)B * T, n = N * (H + 2 * K) * D, m = N * H * D;
@@ -1667,7 +1774,8 @@ static void test_attention_matches_naive_reference(void) {
 
 static void test_document_mask_equals_separate_documents(void) {
     enum { T = 90, CUT = 37, H = 4, K = 2, D = 16, W = (H + 2 * K) * D };
-    floatX *qkv = noise_array(T * W, 0, 1), *dout = noise_array(T * H * D, 0, 1), *out = zeros(T * H * D), *lse = zeros(T * H), *dqkv = zeros(T * W);
+    floatX *qkv = noise_array(T * W, 0, 1), *dout = noise_array(T * H * D, 0, 1), *out = zeros(T * H * D),
+        *lse = zeros(T * H), *dqkv = zeros(T * W);
     floatX *out2 = zeros(T * H * D), *lse2 = zeros(T * H), *dqkv2 = zeros(T * W);
     int doc_start[T];
     for (int t = 0; t < T; t++) doc_start[t] = t < CUT ? 0 : CUT;
@@ -1677,7 +1785,8 @@ static void test_document_mask_equals_separate_documents(void) {
         size_t first = part ? CUT : 0;
         int n = part ? T - CUT : CUT;
         attention_forward(out2 + first * H * D, lse2 + first * H, qkv + first * W, NULL, 1, n, H, K, D, 0);
-        attention_backward(dqkv2 + first * W, dout + first * H * D, qkv + first * W, out2 + first * H * D, lse2 + first * H, NULL, 1, n, H, K, D, 0);
+        attention_backward(dqkv2 + first * W, dout + first * H * D, qkv + first * W, out2 + first * H * D, lse2 + first * H,
+            NULL, 1, n, H, K, D, 0);
     }
     CHECK_ERROR("outputs", rel_l2(out, out2, T * H * D), 16 * EPS_X);       // the same sums, cut into other tiles
     CHECK_ERROR("gradients", rel_l2(dqkv, dqkv2, T * W), 32 * EPS_X);
@@ -1750,7 +1859,8 @@ static void test_adamw_decays_matrices_only(void) {
         const Tensor *t = &m.p.tensors[i];
         double ratio = (double)m.weights[t->at + 1] / before[t->at + 1];
         CHECK_ERROR(t->name, fabs(ratio - (t->cols ? 0.95 : 1)), 2 * EPS_X);
-        CHECK((t->cols > 0) == (strstr(t->name, "norm") == NULL && strstr(t->name, "bias") == NULL), "%s: matrix or vector?", t->name);
+        CHECK((t->cols > 0) == (strstr(t->name, "norm") == NULL && strstr(t->name, "bias") == NULL), "%s: matrix or vector?",
+            t->name);
     }
     free(before);
     model_free(&m);
@@ -1783,7 +1893,8 @@ static void test_bf16_mode_is_close_to_fp32(void) {
     m.bf16_state = 1;
     CHECK(is_bf16(m.weights, m.p.n), "weights are not bf16 at the start");
     llama_forward_backward(&m, &batch, 1.0 / 99, &targets, NULL);
-    CHECK(is_bf16(m.acts[1].x, (size_t)m.N * c.C) && is_bf16(m.acts[1].qkv, (size_t)m.N * 128) && is_bf16(m.acts[1].gate_up, (size_t)m.N * 192), "activations are not bf16");
+    CHECK(is_bf16(m.acts[1].x, (size_t)m.N * c.C) && is_bf16(m.acts[1].qkv, (size_t)m.N * 128)
+        && is_bf16(m.acts[1].gate_up, (size_t)m.N * 192), "activations are not bf16");
     model_update(&m, 1e-3, 1, 1, &o);
     CHECK(is_bf16(m.weights, m.p.n), "weights are not bf16 after an update");
     CHECK(!is_bf16(m.master, m.n_state), "the master weights are bf16: small updates would be lost");
@@ -1801,7 +1912,8 @@ static void test_arenas_hold_what_the_tensors_need(void) {
         m.world = world, m.rank = world - 1, m.zero = zero, m.bf16 = bf16;
         model_plan(&m, &c, 3, 37, 50);
         size_t share = zero ? m.p.n / (size_t)world : m.p.n, need = 2 * m.p.n + (bf16 ? 3 : 2) * share;
-        CHECK(m.arena_n[0] >= need && m.arena_n[0] <= need + 5 * 16, "state arena has %zu elements, %zu are needed", m.arena_n[0], need);
+        CHECK(m.arena_n[0] >= need && m.arena_n[0] <= need + 5 * 16, "state arena has %zu elements, %zu are needed",
+            m.arena_n[0], need);
         size_t covered = 0, first, n, slice_at;
         for (int u = 0; u < m.p.n_units; u++) {             // slices are in range and as long as the arrays
             state_slice(&m, u, &first, &n, &slice_at);
@@ -1905,7 +2017,8 @@ static void check_fixture(const char *family) {
         free(want);
         batch.targets = targets;
     }
-    floatX *losses = fixture_tensor(s, "", "losses", FIXTURE_STEPS + 1), *norms = fixture_tensor(s, "", "grad_norms", FIXTURE_STEPS);
+    floatX *losses = fixture_tensor(s, "", "losses", FIXTURE_STEPS + 1),
+        *norms = fixture_tensor(s, "", "grad_norms", FIXTURE_STEPS);
     for (int step = 0; step <= FIXTURE_STEPS; step++) {
         memset(m.grads, 0, m.p.n * sizeof(floatX));
         double loss = llama_forward_backward(&m, &batch, 1.0 / N, &n, NULL) / N;
@@ -1945,19 +2058,23 @@ static void test_fixture_matches_pytorch_end_to_end(void) {
         char *expected = path_text("dev/fixture/%s/expected.safetensors", families[f]);
         if (access(expected, R_OK)) SKIP("%s is not here (python3 dev/fixture.py writes it)", expected);
         char options[600];
-        snprintf(options, sizeof options, "--init-from dev/fixture/%s --train-data dev/fixture/%s/tokens.bin --seq-len 19 --batch-size 3 --threads 1", families[f], families[f]);
+        snprintf(options, sizeof options,
+            "--init-from dev/fixture/%s --train-data dev/fixture/%s/tokens.bin --seq-len 19 --batch-size 3 --threads 1",
+        families[f], families[f]);
         Result r = trainer(0, "%s --out %s --dump-grads %s.st", options, out, out);
         CHECK_RAN(r);
         r = trainer(0, "%s --out %s --steps 10 --lr 3e-3 --schedule constant --warmup-steps 0 --beta1 0.9 --beta2 0.95 --weight-decay 0.1 --grad-clip 1 "
                     "--sample-every 0 --checkpoint-every 10", options, out);
         CHECK_RAN(r);
         if (n_bad) return;
-        StSet *want = st_open(expected), *grads = st_open(file_at("%s.st", families[f])), *after = st_open(file_at("%s/step_00000010", families[f]));
+        StSet *want = st_open(expected), *grads = st_open(file_at("%s.st", families[f])),
+            *after = st_open(file_at("%s/step_00000010", families[f]));
         CHECK(grads->n_tensors == after->n_tensors + 1, "%d gradients of %d tensors", grads->n_tensors, after->n_tensors);
         for (int i = 0; i < grads->n_tensors; i++) {
             const StTensor *t = &grads->tensors[i];
             int is_loss = !strcmp(t->name, "loss");
-            floatX *x = fixture_tensor(want, is_loss ? "" : "grad.", t->name, t->n), *y = fixture_tensor(grads, "", t->name, t->n);
+            floatX *x = fixture_tensor(want, is_loss ? "" : "grad.", t->name, t->n),
+                *y = fixture_tensor(grads, "", t->name, t->n);
             CHECK_ERROR(t->name, rel_l2(y, x, t->n), is_loss ? 1e-6 : 1e-5);
             free(x);
             free(y);
@@ -2020,7 +2137,9 @@ static void test_stories260K_has_known_loss_gradients_and_greedy_text(void) {
     double nll = llama_forward_backward(&m, &batch, 1.0 / T, &n, NULL) / T;
     CHECK_ERROR("mean NLL - 0.47341766144909", fabs(nll - 0.47341766144909), 1e-6);
     int t = 0;
-    for (const Json *e = json_get(oracle, "nll_fp64")->child; e; e = e->next, t++) CHECK_ERROR("NLL of a token", fabs(m.nll[t] - e->num), 2e-5);    // the largest of 200
+    // the largest of 200
+    for (const Json *e = json_get(oracle, "nll_fp64")->child; e; e = e->next, t++) CHECK_ERROR("NLL of a token",
+        fabs(m.nll[t] - e->num), 2e-5);
     const char *first_bad;
     int n_bad_tensors;
     CHECK_ERROR("total gradient norm", fabs(gradient_norm(&m, &first_bad, &n_bad_tensors) / 2.1695156392548522 - 1), 1e-5);
@@ -2059,10 +2178,12 @@ static void test_stories260K_tells_its_story_end_to_end(void) {
     char *want = decode(t, -1, ids, count, &n);
     Result r = trainer(0, "--init-from %s/models/stories260K_hf --tokenizer %s --generate --temperature 0 --sample-tokens 200 --threads 1 --out %s", SHARED_DATA, path, file_at("out"));
     CHECK_RAN(r);
-    CHECK(!strncmp(r.out, want, n) && !strncmp(want, "Once upon a time, there was a little girl named Lily.", 53), "it tells: %.100s", r.out);
+    CHECK(!strncmp(r.out, want, n) && !strncmp(want, "Once upon a time, there was a little girl named Lily.", 53),
+        "it tells: %.100s", r.out);
     CHECK(access(file_at("out"), F_OK), "--generate left a folder");
     int *encoded, m = tokenizer_encode(t, want, n, &encoded);               // the story's own tokens come back
-    CHECK(m == count - 1 && !memcmp(encoded, ids + 1, (size_t)m * sizeof(int)), "the story becomes %d tokens, not %d", m, count - 1);
+    CHECK(m == count - 1 && !memcmp(encoded, ids + 1, (size_t)m * sizeof(int)), "the story becomes %d tokens, not %d", m,
+        count - 1);
     free(encoded);
     free(want);
     free(path);
@@ -2074,30 +2195,37 @@ static void test_stories260K_tells_its_story_end_to_end(void) {
 // ==== 11. The program: runs, logs, ranks ================================================================================
 static void test_run_logs_every_metric_as_json(void) {
     if (!have_binary()) return;
-    const char *out = file_at("out"), *const metrics[] = {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "tokens_per_sec_per_gpu", "model_tflops_per_gpu", "mfu",
+    const char *out = file_at("out"), *const metrics[] = {"step", "loss", "lr", "grad_norm", "tokens_per_sec",
+        "tokens_per_sec_per_gpu", "model_tflops_per_gpu", "mfu",
                                                     "time_per_iteration", "joules_per_token", "watts"};
     Result r = trainer(0, "%s --val-data %s --steps 20 --lr 1e-2 --val-every 10 --batch-size 4 --out %s", tiny(), val_glob, out);
     CHECK_RAN(r);
     double x[64];
     for (int i = 0; i < COUNT(metrics); i++) {
-        int n = log_values(out, "step", metrics[i], x, 64), energy = !strncmp(metrics[i], "joules", 6) || !strcmp(metrics[i], "watts");
+        int n = log_values(out, "step", metrics[i], x, 64), energy = !strncmp(metrics[i], "joules", 6)
+            || !strcmp(metrics[i], "watts");
         CHECK(n == 20, "%s: %d records", metrics[i], n);
-        for (int j = 0; j < n; j++) CHECK(energy ? isnan(x[j]) || x[j] > 0 : isfinite(x[j]) && x[j] > 0, "%s of step %d is %g", metrics[i], j + 1, x[j]);
+        for (int j = 0; j < n; j++) CHECK(energy ? isnan(x[j]) || x[j] > 0 : isfinite(x[j]) && x[j] > 0,
+            "%s of step %d is %g", metrics[i], j + 1, x[j]);
     }
     CHECK(log_values(out, "header", "step", x, 64) == 1 && x[0] == 0, "no header record");
     CHECK(log_values(out, "val", "val_loss", x, 64) == 2 && x[1] < x[0], "validation loss %g, then %g", x[0], x[1]);
     char *text = slurp(file_at("out/log.jsonl"), NULL);
-    CHECK(strstr(text, "\"options\": {") && strstr(text, "\"commit\": \"") && strstr(text, "\"device\": \"") && !strstr(text, "\"joules_per_token\": 0"), "the header record");
+    CHECK(strstr(text, "\"options\": {") && strstr(text, "\"commit\": \"") && strstr(text, "\"device\": \"")
+        && !strstr(text, "\"joules_per_token\": 0"), "the header record");
     free(text);
-    CHECK(strstr(r.out, "memory | weights") && strstr(r.out, "| val loss ") && strstr(r.out, "end | 20 steps") && strstr(r.out, "| eta ") && count_lines(r.out, "step ") >= 20, "the screen lacks something: %s", r.out);
-    CHECK(log_values(out, "step", "loss", x, 64) == 20 && x[19] < x[0] - 0.3, "nothing is learned: loss %.3f, then %.3f", x[0], x[19]);
+    CHECK(strstr(r.out, "memory | weights") && strstr(r.out, "| val loss ") && strstr(r.out, "end | 20 steps")
+        && strstr(r.out, "| eta ") && count_lines(r.out, "step ") >= 20, "the screen lacks something: %s", r.out);
+    CHECK(log_values(out, "step", "loss", x, 64) == 20 && x[19] < x[0] - 0.3, "nothing is learned: loss %.3f, then %.3f",
+        x[0], x[19]);
 }
 
 static void test_run_loss_is_the_losses_of_the_model(void) {       // --eval-only against llama_loss, last batch not full
     if (!have_binary()) return;
     Result r = trainer(0, "%s --steps 2 --batch-size 2 --checkpoint-every 2 --out %s", tiny(), file_at("out"));
     CHECK_RAN(r);
-    r = trainer(0, "--init-from %s --val-data %s --eval-only --batch-size 4 --seq-len %d --threads 1 --out %s", file_at("out/step_00000002"), val_glob, TINY_T, file_at("eval"));
+    r = trainer(0, "--init-from %s --val-data %s --eval-only --batch-size 4 --seq-len %d --threads 1 --out %s",
+        file_at("out/step_00000002"), val_glob, TINY_T, file_at("eval"));
     CHECK_RAN(r);
     double logged[2], sum = 0;
     int64_t n, targets = 0;
@@ -2125,14 +2253,17 @@ static void test_run_loss_is_the_losses_of_the_model(void) {       // --eval-onl
 
 static void test_dry_run_prints_what_the_run_takes(void) {
     if (!have_binary()) return;
-    const char *const more[] = {"", "--precision bf16", "--recompute block", "--optimizer-dtype bf16 --recompute mlp --logits-chunk 7"};
+    const char *const more[] = {"", "--precision bf16", "--recompute block",
+        "--optimizer-dtype bf16 --recompute mlp --logits-chunk 7"};
     for (int i = 0; i < COUNT(more); i++) {
         Result dry = trainer(0, "%s --batch-size 3 %s --dry-run --out %s", tiny(), more[i], file_at("dry"));
-        Result real = trainer(0, "%s --batch-size 3 %s --steps 1 --checkpoint-every 0 --out %s", tiny(), more[i], file_at("out%d", i));
+        Result real = trainer(0, "%s --batch-size 3 %s --steps 1 --checkpoint-every 0 --out %s", tiny(), more[i],
+            file_at("out%d", i));
         CHECK_RAN(dry);
         CHECK_RAN(real);
         const char *a = strstr(dry.out, "memory |"), *b = strstr(real.out, "memory |");
-        CHECK(a && b && !strncmp(a, b, strcspn(a, "\n") + 1), "dry run says '%.100s', the run '%.100s'", a ? a : "nothing", b ? b : "nothing");
+        CHECK(a && b && !strncmp(a, b, strcspn(a, "\n") + 1), "dry run says '%.100s', the run '%.100s'", a ? a : "nothing",
+            b ? b : "nothing");
         CHECK(access(file_at("dry"), F_OK), "--dry-run left a folder");
         double total = 0, want;
         Config c = read_config(tiny_config, 0);
@@ -2141,12 +2272,14 @@ static void test_dry_run_prints_what_the_run_takes(void) {
         m.world = 1, m.bf16 = i == 1, m.recompute = i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : 0;
         model_plan(&m, &c, 3, TINY_T, i == 3 ? 7 : 1 << 20);
         want = (double)(m.arena_n[0] + m.arena_n[1]) * 4 / 1048576.0;
-        CHECK(a && strstr(a, "total ") && sscanf(strstr(a, "total ") + 6, "%lf", &total) == 1 && fabs(total - want) <= 0.051, "it prints %.1f MiB, the arenas have %.3f", total, want);
+        CHECK(a && strstr(a, "total ") && sscanf(strstr(a, "total ") + 6, "%lf", &total) == 1 && fabs(total - want) <= 0.051,
+            "it prints %.1f MiB, the arenas have %.3f", total, want);
         model_free(&m);
     }
     const char *const presets[] = {"3B", "30B", "llama3.1-8B", "qwen3-0.6B", "tiny"};
     for (int i = 0; i < COUNT(presets); i++) {              // no memory is taken, no data needed
-        Result r = trainer(0, "--preset %s --dry-run --batch-size 1 --train-data %s --out %s", presets[i], file_at("none_*.bin"), file_at("dry"));
+        Result r = trainer(0, "--preset %s --dry-run --batch-size 1 --train-data %s --out %s", presets[i],
+            file_at("none_*.bin"), file_at("dry"));
         CHECK_RAN(r);
     }
 }
@@ -2157,11 +2290,14 @@ static void test_accumulation_equals_a_large_batch(void) {
     const char *const split[] = {"--batch-size 8", "--batch-size 4", "--batch-size 1"};
     double loss[3][8];
     for (int i = 0; i < 3; i++) {
-        CHECK_RAN(trainer(0, "%s %s --total-batch-tokens %d --dump-grads %s --out %s", tiny(), split[i], 8 * TINY_T, file_at("%d.st", i), file_at("dump")));
-        CHECK_RAN(trainer(0, "%s %s --total-batch-tokens %d --steps 4 --lr 1e-3 --checkpoint-every 0 --out %s", tiny(), split[i], 8 * TINY_T, file_at("out%d", i)));
+        CHECK_RAN(trainer(0, "%s %s --total-batch-tokens %d --dump-grads %s --out %s", tiny(), split[i], 8 * TINY_T,
+            file_at("%d.st", i), file_at("dump")));
+        CHECK_RAN(trainer(0, "%s %s --total-batch-tokens %d --steps 4 --lr 1e-3 --checkpoint-every 0 --out %s", tiny(),
+            split[i], 8 * TINY_T, file_at("out%d", i)));
         CHECK(log_values(file_at("out%d", i), "step", "loss", loss[i], 8) == 4, "4 steps are logged");
         if (n_bad) return;
-        CHECK_ERROR("gradients", compare_tensors(file_at("%d.st", i), file_at("0.st")), 2e-6);    // the same sum in another order, fp32
+        // the same sum in another order, fp32
+        CHECK_ERROR("gradients", compare_tensors(file_at("%d.st", i), file_at("0.st")), 2e-6);
         for (int s = 0; s < 4; s++) CHECK_ERROR("loss", fabs(loss[i][s] / loss[0][s] - 1), 1e-6);
     }
     CHECK(access(file_at("dump"), F_OK), "--dump-grads left a folder");
@@ -2169,30 +2305,36 @@ static void test_accumulation_equals_a_large_batch(void) {
 
 static void test_ranks_give_the_same_training(void) {
     if (!have_mpi()) return;
-    const struct { int ranks, B; const char *more; } rows[] = {{1, 8, ""}, {2, 4, ""}, {4, 2, ""}, {2, 2, ""}, {2, 4, "--zero 1"}};
+    const struct { int ranks, B; const char *more; } rows[] = {{1, 8, ""}, {2, 4, ""}, {4, 2, ""}, {2, 2, ""},
+        {2, 4, "--zero 1"}};
     double loss[COUNT(rows)][8], val[COUNT(rows)];
     for (int i = 0; i < COUNT(rows); i++) {
-        CHECK_RAN(trainer(rows[i].ranks, "%s %s --batch-size %d --total-batch-tokens %d --steps 4 --lr 1e-3 --val-data %s --val-every 4 --checkpoint-every 4 --out %s",
+        CHECK_RAN(trainer(rows[i].ranks,
+            "%s %s --batch-size %d --total-batch-tokens %d --steps 4 --lr 1e-3 --val-data %s --val-every 4 --checkpoint-every 4 --out %s",
                           tiny(), rows[i].more, rows[i].B, 8 * TINY_T, val_glob, file_at("out%d", i)));
         if (n_bad) return;
-        CHECK(log_values(file_at("out%d", i), "step", "loss", loss[i], 8) == 4 && log_values(file_at("out%d", i), "val", "val_loss", &val[i], 1) == 1, "4 steps and one evaluation");
+        CHECK(log_values(file_at("out%d", i), "step", "loss", loss[i], 8) == 4
+            && log_values(file_at("out%d", i), "val", "val_loss", &val[i], 1) == 1, "4 steps and one evaluation");
         for (int s = 0; s < 4; s++) CHECK_ERROR("loss", fabs(loss[i][s] / loss[0][s] - 1), 1e-6);   // design.md 5 (5)
         CHECK_ERROR("val loss", fabs(val[i] / val[0] - 1), 1e-6);
     }
-    CHECK(same_files(file_at("out1/step_00000004/model.safetensors"), file_at("out4/step_00000004/model.safetensors")), "--zero 1 gives other weights than --zero 0");
+    CHECK(same_files(file_at("out1/step_00000004/model.safetensors"), file_at("out4/step_00000004/model.safetensors")),
+        "--zero 1 gives other weights than --zero 0");
 }
 
 static void test_dump_grads_is_the_mean_over_ranks(void) {
     if (!have_mpi()) return;
     const struct { int ranks, B; const char *more; } rows[] = {{1, 8, ""}, {2, 4, ""}, {2, 1, "--zero 1"}};
     for (int i = 0; i < COUNT(rows); i++) {
-        CHECK_RAN(trainer(rows[i].ranks, "%s %s --batch-size %d --total-batch-tokens %d --dump-grads %s --out %s", tiny(), rows[i].more, rows[i].B, 8 * TINY_T, file_at("%d.st", i), file_at("dump")));
+        CHECK_RAN(trainer(rows[i].ranks, "%s %s --batch-size %d --total-batch-tokens %d --dump-grads %s --out %s", tiny(),
+            rows[i].more, rows[i].B, 8 * TINY_T, file_at("%d.st", i), file_at("dump")));
         if (n_bad) return;
         CHECK_ERROR("gradients", compare_tensors(file_at("%d.st", i), file_at("0.st")), 2e-6);
     }
     StSet *s = st_open(file_at("0.st"));
     const StTensor *loss = st_find(s, "loss");
-    CHECK(loss && loss->n_dims == 1 && loss->shape[0] == 1 && st_find(s, "lm_head.weight") && st_find(s, "model.layers.1.self_attn.k_proj.weight"), "names of the dump");
+    CHECK(loss && loss->n_dims == 1 && loss->shape[0] == 1 && st_find(s, "lm_head.weight")
+        && st_find(s, "model.layers.1.self_attn.k_proj.weight"), "names of the dump");
     st_close(s);
 }
 
@@ -2211,31 +2353,39 @@ static void check_same_checkpoint(int line, const char *a, const char *b) {
 
 static void test_resume_is_bit_exact(void) {
     if (!have_binary()) return;
-    const char *const more[] = {"--batch-size 3", "--batch-size 2 --total-batch-tokens 128", "--batch-size 2 --precision bf16", "--batch-size 2 --optimizer-dtype bf16 --document-mask on"};
+    const char *const more[] = {"--batch-size 3", "--batch-size 2 --total-batch-tokens 128",
+        "--batch-size 2 --precision bf16", "--batch-size 2 --optimizer-dtype bf16 --document-mask on"};
     for (int i = 0; i < COUNT(more); i++) {
         // 9 updates of 3 windows: several epochs of the loader are not needed, one update must not be on its edge
-        CHECK_RAN(trainer(0, "%s %s --steps 9 --lr 1e-2 --schedule cosine --checkpoint-every 9 --out %s", tiny(), more[i], file_at("whole%d", i)));
-        CHECK_RAN(trainer(0, "%s %s --steps 9 --lr 1e-2 --schedule cosine --checkpoint-every 4 --keep 9 --out %s", tiny(), more[i], file_at("part%d", i)));
+        CHECK_RAN(trainer(0, "%s %s --steps 9 --lr 1e-2 --schedule cosine --checkpoint-every 9 --out %s", tiny(), more[i],
+            file_at("whole%d", i)));
+        CHECK_RAN(trainer(0, "%s %s --steps 9 --lr 1e-2 --schedule cosine --checkpoint-every 4 --keep 9 --out %s", tiny(),
+            more[i], file_at("part%d", i)));
         remove_tree(file_at("part%d/step_00000009", i));
         remove_tree(file_at("part%d/step_00000008", i));
-        Result r = trainer(0, "--config %s --resume auto --threads 1 --out %s", tiny_config, file_at("part%d", i));      // everything else is in the checkpoint
+        // everything else is in the checkpoint
+        Result r = trainer(0, "--config %s --resume auto --threads 1 --out %s", tiny_config, file_at("part%d", i));
         CHECK_RAN(r);
         CHECK(strstr(r.out, "step 4 of 9"), "it did not resume: %.300s", r.out);
         CHECK_SAME_CHECKPOINT(file_at("whole%d/step_00000009", i), file_at("part%d/step_00000009", i));
         if (n_bad) return;
         StSet *s = st_open(file_at("part%d/step_00000009", i));
-        for (int k = 0; k < s->n_tensors; k++) CHECK(s->tensors[k].dtype == (i == 2 ? ST_BF16 : ST_F32), "%s has dtype %s", s->tensors[k].name, st_dtypes[s->tensors[k].dtype].name);
+        for (int k = 0; k < s->n_tensors; k++) CHECK(s->tensors[k].dtype == (i == 2 ? ST_BF16 : ST_F32), "%s has dtype %s",
+            s->tensors[k].name, st_dtypes[s->tensors[k].dtype].name);
         st_close(s);
     }
     double a[16], b[16];
-    CHECK(log_values(file_at("whole0"), "step", "loss", a, 16) == 9 && log_values(file_at("part0"), "step", "loss", b, 16) == 14 && a[8] == b[13], "the log of a resumed run");
+    CHECK(log_values(file_at("whole0"), "step", "loss", a, 16) == 9 && log_values(file_at("part0"), "step", "loss", b,
+        16) == 14 && a[8] == b[13], "the log of a resumed run");
 }
 
 static void test_two_runs_give_the_same_bits(void) {
     if (!have_binary()) return;
-    for (int i = 0; i < 3; i++) CHECK_RAN(trainer(0, "%s --steps 5 --batch-size 3 --seed %d --checkpoint-every 5 --out %s", tiny(), 1 + i / 2, file_at("out%d", i)));
+    for (int i = 0; i < 3; i++) CHECK_RAN(trainer(0, "%s --steps 5 --batch-size 3 --seed %d --checkpoint-every 5 --out %s",
+        tiny(), 1 + i / 2, file_at("out%d", i)));
     CHECK_SAME_CHECKPOINT(file_at("out0/step_00000005"), file_at("out1/step_00000005"));
-    CHECK(!same_files(file_at("out0/step_00000005/model.safetensors"), file_at("out2/step_00000005/model.safetensors")), "the seed has no effect");
+    CHECK(!same_files(file_at("out0/step_00000005/model.safetensors"), file_at("out2/step_00000005/model.safetensors")),
+        "the seed has no effect");
 }
 
 static void test_resume_on_another_number_of_ranks_goes_on(void) {
@@ -2244,7 +2394,8 @@ static void test_resume_on_another_number_of_ranks_goes_on(void) {
     CHECK_RAN(trainer(1, "%s %s --batch-size 2 --checkpoint-every 3 --out %s", tiny(), common, file_at("one")));
     CHECK_RAN(trainer(2, "%s %s --batch-size 2 --zero 1 --checkpoint-every 3 --out %s", tiny(), common, file_at("two")));
     if (n_bad) return;
-    const struct { const char *from; int ranks, B; const char *more; } rows[] = {{"one", 2, 2, ""}, {"one", 4, 1, "--zero 1"}, {"two", 1, 4, ""}, {"two", 2, 2, "--zero 0"}, {"two", 4, 1, "--zero 1"}};
+    const struct { const char *from; int ranks, B; const char *more; } rows[] = {{"one", 2, 2, ""}, {"one", 4, 1, "--zero 1"},
+        {"two", 1, 4, ""}, {"two", 2, 2, "--zero 0"}, {"two", 4, 1, "--zero 1"}};
     double want[8], got[8];
     CHECK(log_values(file_at("one"), "step", "loss", want, 8) == 6, "6 steps");
     for (int i = 0; i < COUNT(rows); i++) {
@@ -2252,7 +2403,8 @@ static void test_resume_on_another_number_of_ranks_goes_on(void) {
         copy_folder(file_at("%s/step_00000003", rows[i].from), file_at("again/step_00000003"));
         CHECK_RAN(trainer(rows[i].ranks, "--resume auto %s --batch-size %d --threads 1 --out %s", rows[i].more, rows[i].B, out));
         CHECK(log_values(out, "step", "loss", got, 8) == 3, "3 more steps");
-        for (int s = 0; s < 3 && !n_bad; s++) CHECK_ERROR("loss", fabs(got[s] / want[3 + s] - 1), 2e-6);     // design.md 5 (5), twice: weights differ too
+        // design.md 5 (5), twice: weights differ too
+        for (int s = 0; s < 3 && !n_bad; s++) CHECK_ERROR("loss", fabs(got[s] / want[3 + s] - 1), 2e-6);
     }
 }
 
@@ -2268,7 +2420,8 @@ static void test_keep_prunes_old_checkpoints(void) {
     if (!have_binary()) return;
     int64_t newest;
     CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 7 --checkpoint-every 1 --keep 3 --out %s", tiny(), file_at("out")));
-    CHECK(count_checkpoints(file_at("out"), &newest) == 3 && newest == 7, "%d checkpoints, newest %d", count_checkpoints(file_at("out"), &newest), (int)newest);
+    CHECK(count_checkpoints(file_at("out"), &newest) == 3 && newest == 7, "%d checkpoints, newest %d",
+        count_checkpoints(file_at("out"), &newest), (int)newest);
     CHECK(!access(file_at("out/step_00000005/checksums.txt"), R_OK) && access(file_at("out/tmp.old"), F_OK), "what is left");
     CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 0 --out %s", tiny(), file_at("none")));
     CHECK(count_checkpoints(file_at("none"), &newest) == 0, "--checkpoint-every 0 saved something");
@@ -2276,7 +2429,8 @@ static void test_keep_prunes_old_checkpoints(void) {
 
 static void test_resume_auto_takes_the_newest_whole_checkpoint(void) {
     if (!have_binary()) return;
-    const char *const files[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors", "trainer_state.json", "config.json", "checksums.txt"};
+    const char *const files[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors", "trainer_state.json",
+        "config.json", "checksums.txt"};
     CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 3 --checkpoint-every 1 --keep 3 --out %s", tiny(), file_at("out")));
     if (n_bad) return;
     for (int i = 0; i < COUNT(files); i++) for (int how = 0; how < 3; how++) {              // one bit, cut, removed
@@ -2290,13 +2444,15 @@ static void test_resume_auto_takes_the_newest_whole_checkpoint(void) {
         else unlink(victim);
         Result r = trainer(0, "--resume auto --steps 3 --threads 1 --out %s", file_at("again"));
         CHECK_RAN(r);
-        CHECK(strstr(r.err, files[i]) && strstr(r.err, "warning") && strstr(r.out, "step 2 of 3"), "%s, damage %d: %s%.200s", files[i], how, r.err, r.out);
+        CHECK(strstr(r.err, files[i]) && strstr(r.err, "warning") && strstr(r.out, "step 2 of 3"), "%s, damage %d: %s%.200s",
+            files[i], how, r.err, r.out);
         CHECK_SAME_CHECKPOINT(file_at("out/step_00000003"), file_at("again/step_00000003"));          // and repairs it
         free(data);
         free(victim);
     }
     damage_file(file_at("out/step_00000003/model.safetensors"), -7, "x", 1);
-    CHECK_REFUSED(trainer(0, "--resume %s --out %s", file_at("out/step_00000003"), file_at("other")), "model.safetensors", "checksum");
+    CHECK_REFUSED(trainer(0, "--resume %s --out %s", file_at("out/step_00000003"), file_at("other")), "model.safetensors",
+        "checksum");
     for (int s = 1; s <= 2; s++) unlink(file_at("out/step_%08d/checksums.txt", s));
     CHECK_REFUSED(trainer(0, "--resume auto --out %s", file_at("out")), "no whole checkpoint", "checksums.txt");
     CHECK_REFUSED(trainer(0, "--resume %s --out %s", file_at("nowhere"), file_at("other")), "nowhere", "");
@@ -2308,13 +2464,16 @@ static void test_resume_auto_takes_the_newest_whole_checkpoint(void) {
 static void test_out_with_a_checkpoint_is_not_overwritten(void) {
     if (!have_binary()) return;
     CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 2 --out %s", tiny(), file_at("out")));
-    CHECK_REFUSED(trainer(0, "%s --batch-size 2 --steps 2 --out %s", tiny(), file_at("out")), "holds step 2: --resume auto continues it, --out NAME starts another", file_at("out"));
+    CHECK_REFUSED(trainer(0, "%s --batch-size 2 --steps 2 --out %s", tiny(), file_at("out")),
+        "holds step 2: --resume auto continues it, --out NAME starts another", file_at("out"));
     char *other = config_text("llama", 0, TINY_V, 1, 32, 4, 2, 0, 24, "");
     write_text(file_at("other.json"), other);
     free(other);
-    CHECK_REFUSED(trainer(0, "--resume auto --config %s --out %s", file_at("other.json"), file_at("out")), "another model", "--config");
+    CHECK_REFUSED(trainer(0, "--resume auto --config %s --out %s", file_at("other.json"), file_at("out")), "another model",
+        "--config");
     CHECK_REFUSED(trainer(0, "--resume auto --preset 15M --out %s", file_at("out")), "another model", "--preset");
-    CHECK_REFUSED(trainer(0, "--resume auto --init-from %s --out %s", file_at("out/step_00000002"), file_at("out")), "--resume", "--init-from");
+    CHECK_REFUSED(trainer(0, "--resume auto --init-from %s --out %s", file_at("out/step_00000002"), file_at("out")),
+        "--resume", "--init-from");
 }
 
 // Steps in OUT/log.jsonl, without parsing: the file is being written.
@@ -2340,7 +2499,9 @@ static void test_signals_save_and_resume_exactly(void) {
     const int numbers[] = {SIGTERM, SIGINT, SIGUSR1};
     enum { STEPS = 1500 };
     char options[2000];
-    snprintf(options, sizeof options, "%s --batch-size 1 --total-batch-tokens 32 --log-every 500 --lr 1e-3 --steps %d --checkpoint-every %d", tiny(), STEPS, STEPS);
+    snprintf(options, sizeof options,
+        "%s --batch-size 1 --total-batch-tokens 32 --log-every 500 --lr 1e-3 --steps %d --checkpoint-every %d", tiny(), STEPS,
+    STEPS);
     CHECK_RAN(trainer(0, "%s --out %s", options, file_at("whole")));
     for (int i = 0; i < COUNT(numbers); i++) {
         const char *out = file_at("out%d", i);
@@ -2351,7 +2512,8 @@ static void test_signals_save_and_resume_exactly(void) {
         CHECK_RAN(r);
         int64_t newest;
         int n = count_checkpoints(out, &newest);
-        CHECK(strstr(r.out, "stopped by a signal at step") && n == 1 && newest < STEPS, "signal %d: %d checkpoints, newest %d: %s", numbers[i], n, (int)newest, last_line(r.out));
+        CHECK(strstr(r.out, "stopped by a signal at step") && n == 1 && newest < STEPS,
+            "signal %d: %d checkpoints, newest %d: %s", numbers[i], n, (int)newest, last_line(r.out));
         CHECK_RAN(trainer(0, "--resume auto --threads 1 --out %s", out));
         CHECK_SAME_CHECKPOINT(file_at("whole/step_%08d", STEPS), file_at("out%d/step_%08d", i, STEPS));
     }
@@ -2377,7 +2539,8 @@ static void test_signals_end_evaluation_and_sampling(void) {
         int64_t newest;
         CHECK_RAN(r);
         CHECK(now_seconds() - sent < 20, "it took %.1f s to stop", now_seconds() - sent);
-        CHECK(count_checkpoints(out, &newest) == 1 && newest == 1, "%s: saved step %d", i ? "sampling" : "evaluation", (int)newest);
+        CHECK(count_checkpoints(out, &newest) == 1 && newest == 1, "%s: saved step %d", i ? "sampling" : "evaluation",
+            (int)newest);
     }
 }
 
@@ -2397,7 +2560,8 @@ static void test_second_signal_exits_at_once(void) {
     Result r = finish(&p, TIMEOUT);
     int64_t newest;
     CHECK(r.code == 128 + SIGTERM, "exit status %d", r.code);
-    CHECK(now_seconds() - sent < 2 && count_checkpoints(file_at("out"), &newest) == 0, "it took %.1f s to exit", now_seconds() - sent);
+    CHECK(now_seconds() - sent < 2 && count_checkpoints(file_at("out"), &newest) == 0, "it took %.1f s to exit",
+        now_seconds() - sent);
 }
 
 static void test_signal_to_mpirun_saves(void) {
@@ -2435,7 +2599,8 @@ static void test_kill_at_random_moments_loses_nothing(void) {
         DIR *d = opendir(out);
         for (struct dirent *e; d && (e = readdir(d));) {
             leftovers += !strncmp(e->d_name, "tmp.", 4);
-            if (!strncmp(e->d_name, "step_", 5)) CHECK(checkpoint_whole(file_at("killed/%s", e->d_name), why, sizeof why), "kill %d left %s", i, why);
+            if (!strncmp(e->d_name, "step_", 5)) CHECK(checkpoint_whole(file_at("killed/%s", e->d_name), why, sizeof why),
+                "kill %d left %s", i, why);
         }
         if (d) closedir(d);
     }
@@ -2457,7 +2622,8 @@ static int find_ranks(pid_t mpirun_pid, pid_t *ranks, int most) {
         if (!parse_int(e->d_name, &pid)) continue;
         path = path_text("/proc/%s/stat", e->d_name);
         FILE *f = fopen(path, "r");
-        if (f && fscanf(f, "%*d (%63[^)]) %*c %d", name, &parent) == 2 && parent == mpirun_pid && !strncmp(name, "train_litespark", 15) && n < most) ranks[n++] = (pid_t)pid;
+        if (f && fscanf(f, "%*d (%63[^)]) %*c %d", name, &parent) == 2 && parent == mpirun_pid
+            && !strncmp(name, "train_litespark", 15) && n < most) ranks[n++] = (pid_t)pid;
         if (f) fclose(f);
         free(path);
     }
@@ -2515,10 +2681,13 @@ static void test_non_finite_gradients_never_reach_the_weights(void) {
     poison_weights(file_at("start/step_00000001"), file_at("poisoned"));
     // healthy data: the run goes on; then every update is bad: it stops, and the checkpoint from before is whole
     const char *const common = "--seq-len 8 --batch-size 1 --sample-every 0 --threads 1 --log-every 1";
-    CHECK_RAN(trainer(0, "--init-from %s --train-data %s %s --steps 3 --checkpoint-every 3 --out %s", file_at("poisoned"), file_at("good.bin"), common, file_at("out")));
-    Result r = trainer(0, "--resume auto --train-data %s --steps 50 --checkpoint-every 1 --threads 1 --out %s", file_at("poison.bin"), file_at("out"));
+    CHECK_RAN(trainer(0, "--init-from %s --train-data %s %s --steps 3 --checkpoint-every 3 --out %s", file_at("poisoned"),
+        file_at("good.bin"), common, file_at("out")));
+    Result r = trainer(0, "--resume auto --train-data %s --steps 50 --checkpoint-every 1 --threads 1 --out %s",
+        file_at("poison.bin"), file_at("out"));
     CHECK_REFUSED(r, "5 updates in a row", "model.");
-    CHECK(count_lines(r.out, "step 4 | skipped | loss nan, gradient not finite in") + count_lines(r.out, "step 4 | skipped | loss -nan, gradient not finite in") == 1
+    CHECK(count_lines(r.out, "step 4 | skipped | loss nan, gradient not finite in") + count_lines(r.out,
+        "step 4 | skipped | loss -nan, gradient not finite in") == 1
           && strstr(r.out, "step 8 | skipped"), "the skipped updates are not named: %s", r.out);
     int64_t newest;
     char why[600];
@@ -2527,7 +2696,8 @@ static void test_non_finite_gradients_never_reach_the_weights(void) {
     // one bad window among eight: skipped each time it comes, the rest trains
     for (int i = 0; i < 8 * T + 1; i++) if (i != 2 * T + 3) poison[i] = good[i];
     write_bin(file_at("poison.bin"), poison, 8 * T + 1, 2, TINY_V, 1, -1);
-    r = trainer(0, "--init-from %s --train-data %s %s --steps 16 --checkpoint-every 16 --out %s", file_at("poisoned"), file_at("poison.bin"), common, file_at("mixed"));
+    r = trainer(0, "--init-from %s --train-data %s %s --steps 16 --checkpoint-every 16 --out %s", file_at("poisoned"),
+        file_at("poison.bin"), common, file_at("mixed"));
     CHECK_RAN(r);
     CHECK(count_lines(r.out, "step ") - count_lines(r.out, "step 1") >= 0 && strstr(r.out, "| skipped |"), "nothing was skipped");
     text = slurp(file_at("mixed/step_00000016/trainer_state.json"), NULL);
@@ -2553,7 +2723,8 @@ static void test_skip_spikes_skips_an_outlier(void) {
     write_bin(file_at("spike.bin"), tokens, WINDOWS * T + 1, 2, TINY_V, 1, -1);
     make_tiny();
     int seed = 0, position = -1;
-    while (position < 140) for (position = 0, seed++; permute((uint64_t)seed, 0, position, WINDOWS) != ODD;) position++;     // late in the epoch
+    // late in the epoch
+    while (position < 140) for (position = 0, seed++; permute((uint64_t)seed, 0, position, WINDOWS) != ODD;) position++;
     for (int on = 0; on < 2; on++) {
         Result r = trainer(0, "--config %s --train-data %s --seq-len %d --batch-size 1 --steps %d --lr 3e-3 --seed %d --skip-spikes %d --sample-every 0 --checkpoint-every 0 --threads 1 --out %s",
                            tiny_config, file_at("spike.bin"), T, WINDOWS, seed, on ? 6 : 0, file_at("out%d", on));
@@ -2577,17 +2748,20 @@ static void test_full_disk_keeps_the_old_checkpoint(void) {
     Result r = trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("small"));
     file_size_limit = 0;
     CHECK_REFUSED(r, "cannot save step 4", "older checkpoints are whole");
-    CHECK(count_checkpoints(file_at("small"), &newest) == 1 && newest == 2 && checkpoint_whole(file_at("small/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
+    CHECK(count_checkpoints(file_at("small"), &newest) == 1 && newest == 2
+        && checkpoint_whole(file_at("small/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
     CHECK(access(file_at("small/tmp.step_00000004"), F_OK), "a half-written folder stays");
     CHECK_RAN(trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("small")));
     const char *disk = folder("disk");                      // a real full disk, where this process may mount one
     char size[64];
-    snprintf(size, sizeof size, "size=%ld", (long)info.st_size * 2 + 40000);    // room for one checkpoint (weights are half as large) and a bit
+    // room for one checkpoint (weights are half as large) and a bit
+    snprintf(size, sizeof size, "size=%ld", (long)info.st_size * 2 + 40000);
     if (mount("none", disk, "tmpfs", 0, size)) return;
     CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 2 --out %s", tiny(), file_at("disk/out")));
     r = trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("disk/out"));
     CHECK_REFUSED(r, "cannot save step 4", "No space left");
-    CHECK(count_checkpoints(file_at("disk/out"), &newest) == 1 && newest == 2 && checkpoint_whole(file_at("disk/out/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
+    CHECK(count_checkpoints(file_at("disk/out"), &newest) == 1 && newest == 2
+        && checkpoint_whole(file_at("disk/out/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
     umount(disk);
 }
 
@@ -2600,11 +2774,13 @@ static void check_refusals(const Refusal *rows, int n, const char *before) {
     Process p[AT_ONCE];
     for (int i = 0; i < n; i += AT_ONCE) {
         int m = n - i < AT_ONCE ? n - i : AT_ONCE;
-        for (int j = 0; j < m; j++) p[j] = trainer_start(0, "%s %s%s%s", before, rows[i + j].options, strstr(rows[i + j].options, "--out") ? "" : " --out ", strstr(rows[i + j].options, "--out") ? "" : file_at("out"));
+        for (int j = 0; j < m; j++) p[j] = trainer_start(0, "%s %s%s%s", before, rows[i + j].options,
+            strstr(rows[i + j].options, "--out") ? "" : " --out ", strstr(rows[i + j].options, "--out") ? "" : file_at("out"));
         for (int j = 0; j < m; j++) {
-            Result r = finish(&p[j], 20);
+            Result r = finish(&p[j], 60);
             int ok = r.code == 1 && count_lines(r.err, "error: ") == 1 && strstr(r.err, rows[i + j].part);
-            CHECK(ok, "'%s': exit status %d, '%s' expected, got: %s", rows[i + j].options, r.code, rows[i + j].part, last_line(r.err));
+            CHECK(ok, "'%s': exit status %d, '%s' expected, got: %s", rows[i + j].options, r.code, rows[i + j].part,
+                last_line(r.err));
             CHECK(!ok || count_lines(r.err, "") == 1, "'%s': more than one line: %.600s", rows[i + j].options, r.err);
         }
     }
@@ -2614,19 +2790,32 @@ static void check_refusals(const Refusal *rows, int n, const char *before) {
 static void test_options_refuse_bad_values(void) {
     if (!have_binary()) return;
     const Refusal rows[] = {
-        {"--nope", "unknown option --nope"}, {"nope", "unknown option nope"}, {"-h", "unknown option"}, {"--steps", "--steps needs a value"}, {"--steps --lr 1", "--steps needs a value"},
-        {"--steps 4x", "--steps 4x"}, {"--steps 1.5", "--steps 1.5"}, {"--steps ''", "--steps"}, {"--steps -2", "--steps -2"}, {"--steps 99999999999999999999", "--steps"},
-        {"--steps 1e3", "--steps 1e3"}, {"--steps 5 --steps 6", "--steps is given twice"}, {"--lr abc", "--lr abc"}, {"--lr nan", "--lr nan"}, {"--lr inf", "--lr inf"}, {"--lr 1e999", "--lr"},
-        {"--lr 0x1p3", "--lr"}, {"--lr -2", "--lr -2"}, {"--batch-size -1", "--batch-size -1"}, {"--batch-size 99999999999", "--batch-size"}, {"--seq-len -1", "--seq-len"},
-        {"--seq-len 257", "max_position_embeddings 256"}, {"--seq-len 99999999999999", "--seq-len"}, {"--total-batch-tokens -5", "--total-batch-tokens"}, {"--total-batch-tokens 33 --seq-len 16", "multiple"},
-        {"--total-batch-tokens 48 --batch-size 2 --seq-len 16", "multiple"}, {"--warmup-steps x", "--warmup-steps"}, {"--schedule cosin", "cosine|linear|wsd|constant"}, {"--schedule ''", "--schedule"},
-        {"--beta1 1", "--beta1"}, {"--beta2 -0.1", "--beta2"}, {"--eps 0", "--eps"}, {"--weight-decay -1", "--weight-decay"}, {"--grad-clip -1", "--grad-clip"},
-        {"--optimizer-dtype fp16", "--optimizer-dtype"}, {"--precision fp8", "--precision"}, {"--document-mask yes", "--document-mask"}, {"--stage train", "--stage"}, {"--val-every -2", "--val-every"},
-        {"--val-batches -1", "--val-batches"}, {"--sample-every x", "--sample-every"}, {"--sample-tokens -1", "--sample-tokens"}, {"--temperature -1", "--temperature"}, {"--log-every 0", "--log-every"},
-        {"--checkpoint-every -2", "--checkpoint-every"}, {"--keep 0", "--keep"}, {"--seed -1", "--seed"}, {"--threads -1", "--threads"}, {"--threads 99999", "--threads"}, {"--recompute all", "none|mlp|block"},
-        {"--logits-chunk -1", "--logits-chunk"}, {"--timeout 0", "--timeout"}, {"--skip-spikes -1", "--skip-spikes"}, {"--lr 1e-4 --min-lr 1e-3", "--min-lr"}, {"--out ''", "--out"},
-        {"--eval-only", "--init-from or --resume"}, {"--generate", "--init-from or --resume"}, {"--eval-only --generate --init-from x", "choose one"}, {"--dry-run --dump-grads x", "choose one"},
-        {"--resume auto --init-from x", "--init-from"}, {"--preset tiny", "choose one of --preset"}, {"--init-from x", "choose one of"}};
+        {"--nope", "unknown option --nope"}, {"nope", "unknown option nope"}, {"-h", "unknown option"},
+        {"--steps", "--steps needs a value"}, {"--steps --lr 1", "--steps needs a value"},
+        {"--steps 4x", "--steps 4x"}, {"--steps 1.5", "--steps 1.5"}, {"--steps ''", "--steps"}, {"--steps -2", "--steps -2"},
+        {"--steps 99999999999999999999", "--steps"},
+        {"--steps 1e3", "--steps 1e3"}, {"--steps 5 --steps 6", "--steps is given twice"}, {"--lr abc", "--lr abc"},
+        {"--lr nan", "--lr nan"}, {"--lr inf", "--lr inf"}, {"--lr 1e999", "--lr"},
+        {"--lr 0x1p3", "--lr"}, {"--lr -2", "--lr -2"}, {"--batch-size -1", "--batch-size -1"},
+        {"--batch-size 99999999999", "--batch-size"}, {"--seq-len -1", "--seq-len"},
+        {"--seq-len 257", "max_position_embeddings 256"}, {"--seq-len 99999999999999", "--seq-len"},
+        {"--total-batch-tokens -5", "--total-batch-tokens"}, {"--total-batch-tokens 33 --seq-len 16", "multiple"},
+        {"--total-batch-tokens 48 --batch-size 2 --seq-len 16", "multiple"}, {"--warmup-steps x", "--warmup-steps"},
+        {"--schedule cosin", "cosine|linear|wsd|constant"}, {"--schedule ''", "--schedule"},
+        {"--beta1 1", "--beta1"}, {"--beta2 -0.1", "--beta2"}, {"--eps 0", "--eps"}, {"--weight-decay -1", "--weight-decay"},
+        {"--grad-clip -1", "--grad-clip"},
+        {"--optimizer-dtype fp16", "--optimizer-dtype"}, {"--precision fp8", "--precision"},
+        {"--document-mask yes", "--document-mask"}, {"--stage train", "--stage"}, {"--val-every -2", "--val-every"},
+        {"--val-batches -1", "--val-batches"}, {"--sample-every x", "--sample-every"},
+        {"--sample-tokens -1", "--sample-tokens"}, {"--temperature -1", "--temperature"}, {"--log-every 0", "--log-every"},
+        {"--checkpoint-every -2", "--checkpoint-every"}, {"--keep 0", "--keep"}, {"--seed -1", "--seed"},
+        {"--threads -1", "--threads"}, {"--threads 99999", "--threads"}, {"--recompute all", "none|mlp|block"},
+        {"--logits-chunk -1", "--logits-chunk"}, {"--timeout 0", "--timeout"}, {"--skip-spikes -1", "--skip-spikes"},
+        {"--lr 1e-4 --min-lr 1e-3", "--min-lr"}, {"--out ''", "--out"},
+        {"--eval-only", "--init-from or --resume"}, {"--generate", "--init-from or --resume"},
+        {"--eval-only --generate --init-from x", "choose one"}, {"--dry-run --dump-grads x", "choose one"},
+        {"--resume auto --init-from x", "--init-from"}, {"--preset tiny", "choose one of --preset"},
+        {"--init-from x", "choose one of"}};
     char before[900];
     make_tiny();
     snprintf(before, sizeof before, "--config %s --train-data %s", tiny_config, train_glob);
@@ -2635,8 +2824,10 @@ static void test_options_refuse_bad_values(void) {
 
 static void test_options_of_the_gpu_are_refused_by_name(void) {
     if (!have_binary()) return;
-    const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"}, {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
-        {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"}, {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
+    const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"},
+        {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
+        {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"},
+        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
         {"--stage sft", "--stage sft"}};
     char before[900];
     make_tiny();
@@ -2659,10 +2850,12 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
     ROW("none.json", "--config %s --train-data %s", file_at("none.json"), data);
     write_text(file_at("bad.json"), "{\"model_type\": \"llama\"");
     ROW("bad.json", "--config %s --train-data %s", file_at("bad.json"), data);
-    write_text(file_at("huge.json"), "{\"model_type\": \"llama\", \"vocab_size\": 16000000, \"hidden_size\": 1048576, \"num_hidden_layers\": 4096, \"num_attention_heads\": 8192, "
+    write_text(file_at("huge.json"),
+        "{\"model_type\": \"llama\", \"vocab_size\": 16000000, \"hidden_size\": 1048576, \"num_hidden_layers\": 4096, \"num_attention_heads\": 8192, "
                "\"intermediate_size\": 4194304, \"max_position_embeddings\": 100}");
     ROW("parameters", "--config %s --train-data %s", file_at("huge.json"), data);
-    write_text(file_at("no_layers.json"), "{\"model_type\": \"llama\", \"vocab_size\": 53, \"hidden_size\": 32, \"num_attention_heads\": 4, \"intermediate_size\": 24, \"max_position_embeddings\": 100}");
+    write_text(file_at("no_layers.json"),
+        "{\"model_type\": \"llama\", \"vocab_size\": 53, \"hidden_size\": 32, \"num_attention_heads\": 4, \"intermediate_size\": 24, \"max_position_embeddings\": 100}");
     ROW("num_hidden_layers", "--config %s --train-data %s", file_at("no_layers.json"), data);
     ROW("--preset nano", "--preset nano --train-data %s", data);
     ROW("nowhere", "--init-from %s --train-data %s", file_at("nowhere"), data);
@@ -2671,7 +2864,8 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
     char first[400];
     snprintf(first, sizeof first, "%s/train_0.bin", top_dir);
     const struct { const char *name; long offset; const char *bytes; size_t n; const char *part; } shards[] = {
-        {"cut.bin", -1, NULL, 0, "truncated"}, {"empty.bin", 0, NULL, 0, "empty"}, {"foreign.bin", 0, "GGUF", 4, "not a token shard"}, {"id.bin", 1024, "\xff\xff", 2, "CRC-32"},
+        {"cut.bin", -1, NULL, 0, "truncated"}, {"empty.bin", 0, NULL, 0, "empty"},
+        {"foreign.bin", 0, "GGUF", 4, "not a token shard"}, {"id.bin", 1024, "\xff\xff", 2, "CRC-32"},
         {"vocab.bin", 12, "\x00\x7d\0\0", 4, "vocabulary of 32000"}};
     for (int i = 0; i < COUNT(shards); i++) {
         copy_file(first, file_at("%s", shards[i].name));
@@ -2697,7 +2891,8 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
                 int victim = !strcmp(t->name, "model.layers.1.mlp.up_proj.weight");
                 if (i == 0 && victim) continue;             // missing
                 if (i == 1 && victim) shape[0] = t->shape[1], shape[1] = t->shape[0];       // transposed
-                if (pass == 0) st_declare(w, i == 2 && victim ? "model.layers.1.mlp.upproj.weight" : t->name, ST_F32, t->n_dims, shape);
+                if (pass == 0) st_declare(w, i == 2 && victim ? "model.layers.1.mlp.upproj.weight" : t->name, ST_F32,
+                    t->n_dims, shape);
                 else st_write(w, values, t->n);
             }
             int64_t one = 1;
@@ -2714,7 +2909,8 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
         if (i == 4) damage_file(path, -1, NULL, 0);
         if (i == 5) damage_file(path, 0, "\xff\xff\xff\xff\xff\xff\xff\x7f", 8);
         if (i == 6) unlink(path);
-        const char *const parts[] = {"up_proj.weight is missing", "shape", "up_proj.weight is missing", "extra.weight has no place", "data bytes", "header", "model.safetensors"};
+        const char *const parts[] = {"up_proj.weight is missing", "shape", "up_proj.weight is missing",
+            "extra.weight has no place", "data bytes", "header", "model.safetensors"};
         ROW(parts[i], "--init-from %s --train-data %s", dir, data);
         free(path);
         free(dir);
@@ -2750,27 +2946,37 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
 // Each mutant is the trainer's text with one change; the tests that guard the place must fail on it. filter: which tests.
 // program 1: the mutant is built as a trainer, and tests of the program run it.
 static const struct Mutant { const char *name, *from, *to, *filter; int program; } mutants[] = {
-    {"rope turns the wrong way in backward", "cosine + angle, sine + angle, D, -1);", "cosine + angle, sine + angle, D, 1);", "fixture_llama", 0},
-    {"rmsnorm backward without its mean", "dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);", "dx_n[c] += r * (dout_n[c] * w[c]);", "fixture_llama", 0},
-    {"rmsnorm backward drops the residual path", "dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);", "dx_n[c] = r * (dout_n[c] * w[c] - x_n[c] * r * mean);", "fixture_llama", 0},
-    {"attention backward without delta", "ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;", "ds_i[j] = p_i[j] * ds_i[j] * scale;", "attention", 0},
+    {"rope turns the wrong way in backward", "cosine + angle, sine + angle, D, -1);", "cosine + angle, sine + angle, D, 1);",
+    "fixture_llama", 0},
+    {"rmsnorm backward without its mean", "dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);",
+    "dx_n[c] += r * (dout_n[c] * w[c]);", "fixture_llama", 0},
+    {"rmsnorm backward drops the residual path", "dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);",
+    "dx_n[c] = r * (dout_n[c] * w[c] - x_n[c] * r * mean);", "fixture_llama", 0},
+    {"attention backward without delta", "ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;",
+    "ds_i[j] = p_i[j] * ds_i[j] * scale;", "attention", 0},
     {"attention backward without scale", "(ds_i[j] - delta_i) * scale;", "(ds_i[j] - delta_i);", "attention", 0},
     {"softmax gradient without the onehot", "row[targets[n]] -= (floatX)dscale;", "", "fixture_llama", 0},
     {"swiglu derivative without its second term", "(1 + g[f] * (1 - s))", "1", "fixture_llama", 0},
     {"no gradient of biases", "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);", "", "fixture_qwen2", 0},
-    {"q norm and k norm swapped in backward", "dq_norm[d] += (floatX)sum[0];", "dq_norm[d] += (floatX)sum[1];", "fixture_qwen3", 0},
-    {"AdamW without bias correction of v", "vscale = (floatX)(1 / (1 - pow(beta2, (double)step)))", "vscale = (floatX)(1 / (1 - pow(beta2, 1e9)))", "fixture_llama adamw", 0},
+    {"q norm and k norm swapped in backward", "dq_norm[d] += (floatX)sum[0];", "dq_norm[d] += (floatX)sum[1];",
+    "fixture_qwen3", 0},
+    {"AdamW without bias correction of v", "vscale = (floatX)(1 / (1 - pow(beta2, (double)step)))",
+    "vscale = (floatX)(1 / (1 - pow(beta2, 1e9)))", "fixture_llama adamw", 0},
     {"decay of norms", "t->decay = cols > 0;", "t->decay = 1;", "adamw fixture_llama", 0},
     {"causal mask off by one", "last = t0 + i - s0;", "last = t0 + i - s0 - (t0 + i > 0);", "attention fixture_llama", 0},
     {"document mask ignored", "int first = doc_start ? doc_start[t0 + i] - s0 : 0,", "int first = 0,", "document attention", 0},
-    {"llama3 rope without its ramp", "freq *= keep + (1 - keep) / c->rope_factor;", "freq *= keep > 0.5 ? 1 : 1 / c->rope_factor;", "fixture_llama", 0},
+    {"llama3 rope without its ramp", "freq *= keep + (1 - keep) / c->rope_factor;",
+    "freq *= keep > 0.5 ? 1 : 1 / c->rope_factor;", "fixture_llama", 0},
     {"masked targets count", "*n_targets += batch->targets[n] != IGNORED;", "*n_targets += 1;", "fixture_llama masked", 0},
-    {"recompute forgets the rope", "if (m->recompute != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);", "if (m->recompute == RECOMPUTE_MLP) gate_up_forward(m, &w, y, N);", "recompute", 0},
+    {"recompute forgets the rope", "if (m->recompute != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);",
+    "if (m->recompute == RECOMPUTE_MLP) gate_up_forward(m, &w, y, N);", "recompute", 0},
     {"loader gives ranks the same rows", "(int64_t)dl->rank * dl->B + b, epoch", "(int64_t)b, epoch", "loader", 0},
     {"loader repeats its epoch's order", "(uint64_t)epoch);", "(uint64_t)0);", "loader", 0},
-    {"resume without v", "for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(", "for (int kind = STATE_M; kind < STATE_V; kind++) optimizer_read(", "resume_is_bit_exact", 1},
+    {"resume without v", "for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(",
+    "for (int kind = STATE_M; kind < STATE_V; kind++) optimizer_read(", "resume_is_bit_exact", 1},
     {"resume from the first window", "tr->train.state = tr->state.loader;", "", "resume_is_bit_exact", 1},
-    {"saving in place", "path_text(\"%s/tmp.step_%08\" PRId64, o->out, t->step);", "path_text(\"%s/step_%08\" PRId64, o->out, t->step);", "kill", 1},
+    {"saving in place", "path_text(\"%s/tmp.step_%08\" PRId64, o->out, t->step);",
+    "path_text(\"%s/step_%08\" PRId64, o->out, t->step);", "kill", 1},
 };
 
 // The trainer's text with mutant i (-1: none) in a file; 0 when its `from` is not there exactly once.
@@ -2804,7 +3010,8 @@ static void test_planted_errors_are_caught(void) {
     snprintf(line, sizeof line, "%s --version", cc);
     Process p = start_command(line);
     if (finish(&p, TIMEOUT).code) SKIP("no C compiler %s (apt-get install gcc)", cc);
-    if (access(TRAINER_PATH, R_OK) || access("test_litespark.c", R_OK)) SKIP("the sources are not here (run in the project's folder)");
+    if (access(TRAINER_PATH, R_OK) || access("test_litespark.c",
+        R_OK)) SKIP("the sources are not here (run in the project's folder)");
     enum { N = COUNT(mutants) };
     char self[400] = "";                                    // this program, to run it on a mutant of the binary
     if (readlink("/proc/self/exe", self, sizeof self - 1) < 0) SKIP("no /proc/self/exe here (run on Linux)");
@@ -2818,11 +3025,14 @@ static void test_planted_errors_are_caught(void) {
             char source[400];
             snprintf(source, sizeof source, "%s", file_at("mutant%d.c", i));
             started[i] = write_mutant(i < N ? i : -1, source);
-            CHECK(started[i], "'%s' does not apply: mend its row, the text is not there once: %s", mutants[i].name, mutants[i].from);
+            CHECK(started[i], "'%s' does not apply: mend its row, the text is not there once: %s", mutants[i].name,
+                mutants[i].from);
             if (!started[i]) continue;
             // as in the Makefile, but fast to compile: -O1 has the vector code run at a fair speed
-            if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s -std=gnu11 -O1 -w %s -o %s -lm", cc, source, file_at("mutant%d", i));
-            else snprintf(line, sizeof line, "%s -std=gnu11 -O0 -w -DTRAINER=\"%s\" test_litespark.c -o %s -lm", cc, source, file_at("mutant%d", i));
+            if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s -std=gnu11 -O1 -w %s -o %s -lm", cc, source,
+                file_at("mutant%d", i));
+            else snprintf(line, sizeof line, "%s -std=gnu11 -O0 -w -DTRAINER=\"%s\" test_litespark.c -o %s -lm", cc, source,
+                file_at("mutant%d", i));
             compile[i] = start_command(line);
         }
         for (int i = begin; i < end; i++) if (started[i]) {
@@ -2831,9 +3041,11 @@ static void test_planted_errors_are_caught(void) {
             CHECK(ok[i], "'%s' does not compile: %s", i < N ? mutants[i].name : "the unchanged trainer", r.err);
         }
         for (int i = begin; i < end; i++) if (started[i] && ok[i]) {
-            if (i == N) snprintf(line, sizeof line, "%s fixture_ attention adamw document recompute loader masked", file_at("mutant%d", i));
+            if (i == N) snprintf(line, sizeof line, "%s fixture_llama fixture_qwen attention adamw document recompute loader masked",
+                file_at("mutant%d", i));
             else snprintf(line, sizeof line, "%s %s", file_at("mutant%d", i), mutants[i].filter);
-            if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s --binary %s %s", self, file_at("mutant%d", i), mutants[i].filter);
+            if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s --binary %s %s", self, file_at("mutant%d", i),
+                mutants[i].filter);
             run[i] = start_command(line);
         }
         for (int i = begin; i < end; i++) if (started[i] && ok[i]) {
@@ -2841,7 +3053,8 @@ static void test_planted_errors_are_caught(void) {
             int n_passed = -1, n_failed = -1;
             sscanf(last_line(r.out), "%d passed, %d failed", &n_passed, &n_failed);
             if (i == N) CHECK(r.code == 0 && n_failed == 0 && n_passed > 10, "the unchanged trainer fails: %s", r.out);
-            else CHECK(r.code == 1 && n_failed > 0, "'%s' is not caught: exit status %d, %s", mutants[i].name, r.code, last_line(r.out));
+            else CHECK(r.code == 1 && n_failed > 0, "'%s' is not caught: exit status %d, %s", mutants[i].name, r.code,
+                last_line(r.out));
         }
     }
 }
@@ -2966,9 +3179,11 @@ int main(int argc, char **argv) {
         else filters[n_filters++] = argv[i];
     }
     // Open MPI: allow root, more ranks than cores, no waiting in a loop, no daemon for a single process
-    const char *const settings[][2] = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
+    const char *const settings[][2] = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
+        {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
         {"OMPI_MCA_hwloc_base_binding_policy", "none"}, {"OMP_WAIT_POLICY", "passive"},
-        {"ASAN_OPTIONS", "detect_leaks=0"}, {"OMPI_MCA_mpi_yield_when_idle", "1"}, {"OMPI_MCA_ess_singleton_isolated", "1"}, {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}};
+        {"ASAN_OPTIONS", "detect_leaks=0"}, {"OMPI_MCA_mpi_yield_when_idle", "1"}, {"OMPI_MCA_ess_singleton_isolated", "1"},
+        {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}};
     for (int i = 0; i < COUNT(settings); i++) setenv(settings[i][0], settings[i][1], 0);
     signal(SIGPIPE, SIG_IGN);
     snprintf(top_dir, sizeof top_dir, "%s/litespark_test.XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");

@@ -665,7 +665,7 @@ static Option option_table[] = {
     {"--shard-size", OPT_INT, 0, FROM(shard_size), "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all", 0},
     {"--reduce-dtype", OPT_CHOICE, 0, FROM(reduce_dtype), "fp32", 0, 0, "fp32|bf16: gradients on the wire", 0},
     {"--recompute", OPT_CHOICE, 0, FROM(recompute), "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping", 0},
-    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them", 0},
+    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them (GPU: 2048)", 0},
     {"--deterministic", OPT_CHOICE, 0, FROM(deterministic), "on", 0, 0, "off|on: two runs give the same bits", 0},
     {"--timeout", OPT_INT, 0, FROM(timeout), "600", 1, 1e6, "seconds to wait for another rank before giving up", 0},
     {"--gpus", OPT_INT, 0, FROM(gpus), "0", 0, 1e6, "with --dry-run: GPUs to plan for", 0},

@@ -630,7 +630,7 @@ static Option option_table[] = {
     {"--beta1", OPT_REAL, RUN, FROM(beta1), "0.9", 0, 0.999999, "AdamW", 0},
     {"--beta2", OPT_REAL, RUN, FROM(beta2), "0.95", 0, 0.999999999, "AdamW", 0},
     {"--eps", OPT_REAL, RUN, FROM(eps), "1e-8", 1e-30, 1, "AdamW", 0},
-    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.1", 0, 1e3, "AdamW, on matrices", 0},
+    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.01", 0, 1e3, "AdamW, on matrices", 0},
     {"--grad-clip", OPT_REAL, RUN, FROM(grad_clip), "1", 0, 1e9, "largest global gradient norm, 0 = no clipping", 0},
     {"--optimizer-dtype", OPT_CHOICE, RUN, FROM(optimizer_dtype), "fp32", 0, 0, "fp32|bf16: storage of m and v", 0},
     {"--skip-spikes", OPT_REAL, RUN, FROM(skip_spikes), "0", 0, 1e6, "skip updates whose loss or norm is this many standard deviations off, 0 = never", 0},
@@ -653,7 +653,7 @@ static Option option_table[] = {
     {"--shard-size", OPT_INT, 0, FROM(shard_size), "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all", 0},
     {"--reduce-dtype", OPT_CHOICE, 0, FROM(reduce_dtype), "fp32", 0, 0, "fp32|bf16: gradients on the wire", 0},
     {"--recompute", OPT_CHOICE, 0, FROM(recompute), "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping", 0},
-    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them", 0},
+    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them (GPU: 2048)", 0},
     {"--deterministic", OPT_CHOICE, 0, FROM(deterministic), "on", 0, 0, "off|on: two runs give the same bits", 0},
     {"--timeout", OPT_INT, 0, FROM(timeout), "600", 1, 1e6, "seconds to wait for another rank before giving up", 0},
     {"--gpus", OPT_INT, 0, FROM(gpus), "0", 0, 1e6, "with --dry-run: GPUs to plan for", 0},
@@ -1199,7 +1199,7 @@ static const struct { const char *key, *only; } config_fixed[] = {
 static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std,
                       factor; int window, bos, eos; } config_presets[] = {
 //   name            family          V   L     C   H   K    D      F   max_T  tie   eps    theta    init  fac   win     bos     eos
-    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.06,   0,    0,     -1,     -1},
+    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.10,   0,    0,     -1,     -1},
     {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
     {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
     {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
@@ -5380,10 +5380,7 @@ static void resolve_options(Trainer *tr) {
     if (opt.total_batch_tokens % row)
         die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
     int64_t rows = opt.total_batch_tokens / row;
-    if (!opt.logits_chunk) {
-        opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(float) * tr->c.V);
-        if (opt.logits_chunk < 64) opt.logits_chunk = 64;
-    }
+    if (!opt.logits_chunk) opt.logits_chunk = 2048;     // smaller ones read and write the head's gradient too often
     if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
         double memory = memory_of_rank();
         for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) {
@@ -5733,10 +5730,11 @@ static void setup(Trainer *tr) {
         tr->peak = device_peak(device.name, opt.precision == BF16);
     }
     int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
-    tr->saved_step = -1;
+    tr->saved_step = -1;                    // nothing yet
     tr->val_loss = tr->floor = NAN;
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
+    if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
     else if (opt.resume && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;

@@ -7,9 +7,9 @@ tracked() { git ls-files "$@" 2>/dev/null; }
 
 # the trainer is C11 and, for the benches that include it, C++17
 warn="-Wall -Wextra -Wno-unknown-pragmas -fsyntax-only"
-$cc -std=gnu11 $warn train_litespark.c || say "train_litespark.c does not compile as C11"
+$cc -std=c11 $warn -Werror train_litespark.c || say "train_litespark.c does not compile as C11"
 if command -v "$cxx" >/dev/null; then
-    $cxx -x c++ -std=gnu++17 $warn train_litespark.c || say "train_litespark.c does not compile as C++17"
+    $cxx -x c++ -std=c++17 $warn -Werror train_litespark.c || say "train_litespark.c does not compile as C++17"
 else
     echo "skipped: check as C++ (apt-get install g++)"
 fi

@@ -107,7 +107,8 @@ static void fuzz_safetensors(const uint8_t *data, size_t n) {
 
 static void fuzz_index(const uint8_t *data, size_t n) {
     static int ready;
-    static const char *const files[][2] = {{"m1", "{\"a\":{\"dtype\":\"I8\",\"shape\":[3],\"data_offsets\":[0,3]},\"b\":{\"dtype\":\"I8\",\"shape\":[5],\"data_offsets\":[3,8]}}"},
+    static const char *const files[][2] = {{"m1",
+        "{\"a\":{\"dtype\":\"I8\",\"shape\":[3],\"data_offsets\":[0,3]},\"b\":{\"dtype\":\"I8\",\"shape\":[5],\"data_offsets\":[3,8]}}"},
                                            {"m2", "{\"c\":{\"dtype\":\"F64\",\"shape\":[],\"data_offsets\":[0,8]}}"}};
     for (int i = 0; i < 2 && !ready; i++) {
         unsigned char file[300] = {0};
@@ -250,7 +251,8 @@ static void write_seeds(const char *target, const char *folder) {
         }
         if (!strcmp(target, "shard") && variant == 2) {
             s[0] = 0xC2;
-            n = 1 + (size_t)sprintf((char *)s + 1, "{\"vocab_size\": 1000, \"sequence_length\": 8, \"token_size_bytes\": 2, \"eos_token_id\": 3}") + 1;
+            n = 1 + (size_t)sprintf((char *)s + 1,
+                "{\"vocab_size\": 1000, \"sequence_length\": 8, \"token_size_bytes\": 2, \"eos_token_id\": 3}") + 1;
             for (int i = 0; i < 36; i++, n += 2) s[n] = (uint8_t)i;
         } else if (!strcmp(target, "shard")) {
             int32_t h[6] = {variant ? 20240801 : 20240520, variant ? 7 : 1, 40, variant ? 1000 : 0, 0, 4};
@@ -287,7 +289,8 @@ static void write_seeds(const char *target, const char *folder) {
 
 // ---- libFuzzer
 static const struct { const char *name; void (*run)(const uint8_t *, size_t); } targets[] = {
-    {"json", fuzz_json}, {"config", fuzz_config}, {"safetensors", fuzz_safetensors}, {"index", fuzz_index}, {"shard", fuzz_shard}, {"tokenizer", fuzz_tokenizer},
+    {"json", fuzz_json}, {"config", fuzz_config}, {"safetensors", fuzz_safetensors}, {"index", fuzz_index},
+        {"shard", fuzz_shard}, {"tokenizer", fuzz_tokenizer},
     {"options", fuzz_options}, {"state", fuzz_state}};
 static void (*target)(const uint8_t *, size_t);
 static jmp_buf escape;
@@ -298,7 +301,8 @@ static void on_die(const char *message) {
 static void remove_dir(void) { remove_folder(dir); }
 
 const char *__asan_default_options(void);
-const char *__asan_default_options(void) { return "detect_leaks=0"; }      // libc's own, of a glob or vasprintf that a die() interrupts
+// libc's own, of a glob or vasprintf that a die() interrupts
+const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {

@@ -1,0 +1,698 @@
+/*
+Proof of a CUDA build of litespark against the twin, from the outside: both programs read the same weights and data, and what they write
+(--dump-grads, log.jsonl, checkpoints, text) must agree.
+
+    build/test_cuda --twin build/train_litespark --cuda 'PREFIX build/train_litespark_emu' [--double build/train_litespark_double]
+                    [--level quick|ptx|long] [words of check names]
+
+--cuda is a command: `build/train_litespark_emu` (dev/emu), `ptxcpu --race -- build/train_litespark_ptx`, or the trainer on a GPU.
+One line per check; the last line is "N passed, N failed[, N skipped]". NaN fails everywhere.
+
+Criteria, e(x) = |x - twin| / |twin| of one tensor's gradient, twin = its --precision fp32:
+    fp32   e(cuda) <= 1e-5, or 4 times the distance between the twin and its build in doubles where that is more (ill-conditioned)
+    bf16   e(cuda) <= 2 e(twin --precision bf16) =: 2e, cosine >= 1 - (2e)^2; weights are bf16 numbers, so both read the same ones
+Planted errors: a copy of train_litespark.cu in which PLANTED=i swaps one text for a wrong one must fail these criteria, or be reported.
+*/
+#define LITESPARK_NO_MAIN
+#include "../train_litespark.c"
+#include <ftw.h>
+#include <sys/wait.h>
+#define COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
+
+enum { QUICK = 1, PTX = 2, LONG = 4, ALL_LEVELS = 7 };
+static int level = QUICK;
+static const char *twin = "build/train_litespark", *cuda, *doubles = "build/train_litespark_double";
+static char top[256];                       // folder of this run
+static int passed, failed, skipped, n_filters;
+static const char *filters[64];
+static double timeout = 240;                // seconds for one process
+static uint64_t seed = 11;                  // of weights and data
+
+// ==== 1. Results ========================================================================================================
+static int wanted(const char *name) {
+    for (int i = 0; i < n_filters; i++) if (strstr(name, filters[i])) return 1;
+    return n_filters == 0;
+}
+
+static double last_result;
+
+__attribute__((format(printf, 3, 4))) static void result(const char *name, int ok, const char *fmt, ...) {
+    va_list args;
+    if (ok) passed++;
+    else failed++;
+    printf("%s  %s: ", ok ? "ok  " : "FAIL", name);
+    va_start(args, fmt);
+    vprintf(fmt, args);
+    va_end(args);
+    printf(" (%.1f s)\n", now_seconds() - last_result);
+    last_result = now_seconds();
+    fflush(stdout);
+}
+
+static void skip(const char *name, const char *why) {
+    skipped++;
+    printf("skipped: %s: %s\n", name, why);
+    fflush(stdout);
+}
+
+// ==== 2. Processes ======================================================================================================
+typedef struct Run {
+    pid_t pid;
+    int code;                               // exit status; 128 + signal; -1 after the timeout
+    double start;
+    char out_path[320], err_path[320], *out, *err;
+} Run;
+
+// Starts a command of the shell.
+__attribute__((format(printf, 1, 2))) static Run start(const char *fmt, ...) {
+    static int count;
+    char line[6000];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(line, sizeof line, fmt, args);
+    va_end(args);
+    Run r;
+    memset(&r, 0, sizeof r);
+    snprintf(r.out_path, sizeof r.out_path, "%s/run%d.out", top, ++count);
+    snprintf(r.err_path, sizeof r.err_path, "%s/run%d.err", top, count);
+    if (getenv("VERBOSE")) printf("run: %s\n", line);
+    fflush(stdout);
+    r.start = now_seconds();
+    r.pid = fork();
+    if (r.pid == 0) {
+        setpgid(0, 0);
+        int in = open("/dev/null", O_RDONLY), out = open(r.out_path, O_WRONLY | O_CREAT | O_TRUNC, 0666), err = open(r.err_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        dup2(in, 0);
+        dup2(out, 1);
+        dup2(err, 2);
+        execl("/bin/sh", "sh", "-c", line, (char *)NULL);
+        _exit(127);
+    }
+    setpgid(r.pid, r.pid);
+    return r;
+}
+
+static char *slurp(const char *path) {
+    size_t n;
+    return access(path, R_OK) ? xstrdup("") : read_text_file(path, (size_t)1 << 30, &n);
+}
+
+static int finish_in(Run *r, double seconds) {
+    int status = 0, ended = 0;
+    while (!(ended = waitpid(r->pid, &status, WNOHANG) == r->pid) && now_seconds() - r->start < seconds) usleep(2000);
+    if (!ended) {
+        kill(-r->pid, SIGKILL);
+        waitpid(r->pid, &status, 0);
+    }
+    r->code = !ended ? -1 : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    r->out = slurp(r->out_path);
+    r->err = slurp(r->err_path);
+    return r->code;
+}
+static int finish(Run *r) { return finish_in(r, timeout); }
+
+// What a failed run said last, on one line.
+static const char *complaint(const Run *r) {
+    static char text[4][420];
+    static int next;
+    char *t = text[next++ % 4];
+    const char *s = r->err, *at = strstr(s, "error: ");
+    if (!at) at = strstr(s, "emu: ");
+    if (!at) at = strlen(s) > 300 ? s + strlen(s) - 300 : s;
+    snprintf(t, sizeof text[0], "exit status %d: %.380s", r->code, at);
+    for (char *c = t; *c; c++) if (*c == '\n') *c = ' ';
+    return t;
+}
+
+static int same_files(const char *a, const char *b) {
+    struct stat x, y;
+    if (stat(a, &x) || stat(b, &y) || x.st_size != y.st_size || x.st_size == 0) return 0;
+    char *p = slurp(a), *q = slurp(b);
+    int same = !memcmp(p, q, (size_t)x.st_size);
+    free(p);
+    free(q);
+    return same;
+}
+
+static int remove_one(const char *path, const struct stat *info, int type, struct FTW *ftw) {
+    (void)info; (void)type; (void)ftw;
+    return remove(path);
+}
+
+static int is_emu(void) { return strstr(cuda, "emu") && !strstr(cuda, "ptxcpu"); }
+
+// ==== 3. Models and data ================================================================================================
+typedef struct Case {
+    const char *name, *family;
+    int tied, V, L, C, H, K, D, F, B, T, chunk;
+    int document;                           // mean length of a document, with the document mask; 0: no mask
+    int levels;
+    const char *more;                       // of config.json
+} Case;
+
+#define LLAMA3 "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, \"high_freq_factor\": 4, " \
+               "\"original_max_position_embeddings\": 64}"
+static const Case cases[] = {
+//   name          family     tied    V  L     C  H  K    D    F  B    T chunk doc levels
+    {"llama",      "llama",   0,    203, 2,   48, 4, 2,  16,  40, 2,  37,  29,  0, ALL_LEVELS, LLAMA3},
+    {"mistral",    "mistral", 0,    130, 1,   64, 2, 2,  64,  72, 1, 133,  64,  0, ALL_LEVELS, ""},
+    {"qwen2",      "qwen2",   1,     99, 2,   56, 6, 1,   8,  64, 3,  33,  50,  0, ALL_LEVELS, ""},
+    {"qwen3",      "qwen3",   1,    150, 2,   40, 2, 1,  48,  56, 3,  29,  87,  0, ALL_LEVELS, ""},
+    {"d104",       "llama",   0,    128, 1,   32, 2, 2, 104,  24, 1, 131, 200,  0, ALL_LEVELS, ""},
+    {"d128",       "qwen3",   0,     77, 1,   24, 4, 2, 128,  16, 1,  70,  33,  0, QUICK | LONG, ""},
+    {"documents",  "llama",   0,     61, 1,   32, 4, 2,  16,  24, 2, 150, 300, 23, ALL_LEVELS, ""},
+    {"wide",       "llama",   0,     50, 1, 1032, 2, 1,   8,  24, 1,   9,   5,  0, QUICK | LONG, ""},
+    {"doc64",      "qwen2",   0,    300, 1,   40, 4, 1,  64,  40, 1, 260, 100, 40, LONG, ""},
+    {"doc104",     "qwen3",   0,    200, 1,   32, 3, 3, 104,  24, 3, 140,  64, 15, LONG, ""},
+    {"d24",        "llama",   0,    129, 1,   48, 5, 5,  24,  40, 3,  65,  64,  0, LONG, ""},
+    {"d80",        "qwen2",   0,    127, 1,   48, 4, 2,  80,  40, 2, 129, 128,  0, LONG, ""},
+    {"d96",        "qwen3",   0,    255, 1,   48, 2, 1,  96,  40, 1, 128, 128,  0, LONG, ""},
+    {"d112",       "llama",   1,    257, 1,   48, 2, 2, 112,  40, 1, 100,  99,  0, LONG, ""},
+    {"d120",       "qwen2",   1,    111, 1,   48, 3, 1, 120,  40, 1, 193, 100,  0, LONG, ""},
+    {"t1",         "llama",   0,     64, 2,   32, 4, 2,   8,  24, 5,   1,   3,  0, LONG, ""},
+    {"long",       "llama",   0,     64, 1,   16, 2, 1,  32,  16, 1, 517, 500,  0, LONG, ""},
+    {"vocabulary", "llama",   1,  50001, 1,   16, 2, 1,   8,  16, 1,   7,   4,  0, LONG, ""},
+    {"deep",       "qwen3",   1,     90, 6,   32, 4, 2,  16,  48, 2,  40,  64,  0, LONG, ""},
+};
+
+static const Case *case_named(const char *name) {
+    for (int i = 0; i < COUNT(cases); i++) if (!strcmp(cases[i].name, name)) return &cases[i];
+    die("test: no case %s", name);
+}
+
+static void write_text(const char *path, const char *text, size_t n) {
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(text, 1, n, f) != n || fclose(f)) die("test: cannot write %s", path);
+}
+
+// Token shard of n tokens in which every second is 7 (embedding_backward's long sums), and 1 ends a document.
+static void write_shard(const char *path, int n, int V, int document, uint64_t stream) {
+    int32_t *d = (int32_t *)xcalloc(256 + (size_t)n, 4), head[6] = {20240801, 7, n, V, 0, 2};
+    for (int i = 0; i < n; i++) {
+        uint64_t coin = random_bits(stream, 5, (uint64_t)i);
+        d[256 + i] = document && coin % (uint64_t)document == 0 ? 1 : coin >> 20 & 1 ? 7 : 2 + (int)((coin >> 24) % (uint64_t)(V - 2));
+    }
+    memcpy(d, head, sizeof head);
+    write_text(path, (const char *)d, 1024 + (size_t)n * 4);
+    free(d);
+}
+
+// The folder of a case: config.json, random bf16 weights in which nothing is trivial, shards. Made once.
+static const char *case_folder(const Case *c) {
+    static char dir[320];
+    snprintf(dir, sizeof dir, "%s/%s", top, c->name);
+    if (!mkdir(dir, 0777)) {
+        char *text = path_text("{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, \"num_attention_heads\": %d, "
+            "\"num_key_value_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d, \"max_position_embeddings\": 1024, \"tie_word_embeddings\": %s, "
+            "\"rms_norm_eps\": 1e-5, \"rope_theta\": 100.0%s%s}\n", c->family, c->V, c->L, c->C, c->H, c->K, c->D, c->F, c->tied ? "true" : "false",
+            *c->more ? ", " : "", c->more);
+        char *path = path_text("%s/config.json", dir);
+        write_text(path, text, strlen(text));
+        Config config;
+        ParamTable p;
+        config_from_json(&config, text, strlen(text), c->name);
+        param_table_build(&p, &config, 1);
+        StWriter *w = st_create(path_text("%s/model.safetensors", dir), "{\"format\":\"pt\"}");
+        for (int i = 0; i < p.n_tensors; i++) {
+            int64_t shape[2] = {p.tensors[i].rows, p.tensors[i].cols};
+            st_declare(w, p.tensors[i].name, ST_BF16, shape[1] ? 2 : 1, shape);
+        }
+        st_begin(w);
+        for (int i = 0; i < p.n_tensors; i++) {
+            const Tensor *t = &p.tensors[i];
+            double scale = !t->cols ? 0.3 : strstr(t->name, "embed") ? 0.3 : 1.2 / sqrt((double)t->cols);
+            float *x = (float *)xmalloc(t->n * 4);
+            for (size_t j = 0; j < t->n; j++) x[j] = (float)((t->init == INIT_ONE) + scale * random_normal(seed, hash_string(t->name), j));
+            st_write(w, x, t->n);
+            free(x);
+        }
+        st_finish(w, NULL);
+        if (st_error(w)) die("test: %s", st_error(w));
+        st_free(w);
+        write_shard(path_text("%s/train.bin", dir), 8 * c->B * c->T + 1, c->V, c->document, seed ^ hash_string(c->name));
+        write_shard(path_text("%s/val.bin", dir), (3 * c->B + 1) * c->T + 1, c->V, c->document, ~seed ^ hash_string(c->name));
+        free(path);
+        free(text);
+    }
+    return dir;
+}
+
+// Options that read a case's weights and data.
+static const char *case_options(const Case *c, const char *precision) {
+    static char text[4][1200];
+    static int next;
+    const char *dir = case_folder(c);
+    char *t = text[next++ % 4];
+    snprintf(t, sizeof text[0], "--init-from %s --train-data %s/train.bin --seq-len %d --logits-chunk %d --precision %s --document-mask %s --threads 1",
+             dir, dir, c->T, c->chunk, precision, c->document ? "on" : "off");
+    return t;
+}
+
+// ==== 4. Comparing dumps ================================================================================================
+typedef struct Error { double error, cosine; } Error;
+
+// Of tensor `t` of a against the one of that name in b.
+static Error tensor_error(const StSet *a, const StSet *b, const char *name) {
+    Error e = {NAN, NAN};
+    const StTensor *s = st_find(a, name), *t = st_find(b, name);
+    if (!s || !t || s->n != t->n) return e;
+    float *x = (float *)xmalloc(s->n * 4), *y = (float *)xmalloc(s->n * 4);
+    st_read(a, s, 0, s->n, x);
+    st_read(b, t, 0, t->n, y);
+    double difference = 0, xx = 0, yy = 0, xy = 0;
+    for (size_t i = 0; i < s->n; i++) {
+        difference += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+        xx += (double)x[i] * x[i], yy += (double)y[i] * y[i], xy += (double)x[i] * y[i];
+    }
+    e.error = yy > 0 ? sqrt(difference / yy) : sqrt(xx);
+    e.cosine = xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : difference == 0 ? 1 : isnan(difference) ? NAN : 0;     // of a zero vector: 0
+    free(x);
+    free(y);
+    return e;
+}
+
+// NULL when `a` meets the criterion against `reference`; else, or always in `summary`, the worst tensor. twin_bf16 NULL: the fp32 criterion.
+static const char *compare(const char *a, const char *reference, const char *twin_bf16, const char *double_dump, char *summary, size_t room) {
+    const char *paths[4] = {a, reference, twin_bf16, double_dump};
+    StSet *sets[4] = {NULL, NULL, NULL, NULL};
+    for (int i = 0; i < 4; i++) {
+        if (paths[i] && access(paths[i], R_OK) && i < 3) {
+            snprintf(summary, room, "%s was not written", paths[i]);
+            return summary;
+        }
+        if (paths[i] && !access(paths[i], R_OK)) sets[i] = st_open(paths[i]);
+    }
+    int bad = sets[0]->n_tensors != sets[1]->n_tensors;
+    double worst = -1;
+    snprintf(summary, room, "%d tensors, the twin has %d", sets[0]->n_tensors, sets[1]->n_tensors);
+    for (int i = 0; i < sets[1]->n_tensors; i++) {
+        const char *name = sets[1]->tensors[i].name;
+        int is_loss = !strcmp(name, "loss");
+        Error e = tensor_error(sets[0], sets[1], name);
+        double base = 1e-5, tol = is_loss ? 1e-6 : 1e-5;
+        if (twin_bf16) {
+            base = tensor_error(sets[2], sets[1], name).error;
+            tol = 2 * base + (is_loss ? 1e-3 : 1e-6);           // a single number may be right by chance
+            if (!is_loss && !(e.cosine >= 1 - tol * tol)) bad++, worst = INFINITY, snprintf(summary, room, "%s: cosine %.6f, error %.2e, e %.2e", name, e.cosine, e.error, base);
+        } else if (!(e.error <= tol) && sets[3]) {
+            base = tensor_error(sets[1], sets[3], name).error;
+            if (4 * base > tol) tol = 4 * base;
+        }
+        bad += !(e.error <= tol);
+        double ratio = isnan(e.error) ? INFINITY : e.error / tol;
+        if (ratio > worst) {
+            worst = ratio;
+            snprintf(summary, room, "worst %s %.2e, tolerance %.2e", name, e.error, tol);
+        }
+    }
+    for (int i = 0; i < 4; i++) st_close(sets[i]);
+    return bad ? summary : NULL;
+}
+
+// ==== 5. Gradients ======================================================================================================
+static char *dump_path(const Case *c, const char *who, const char *precision) { return path_text("%s/%s_%s_%s.st", top, c->name, who, precision); }
+
+static Run start_dump(const char *command, const char *who, const Case *c, const char *precision, const char *more) {
+    return start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s %s", command, case_options(c, precision), c->B, c->B * c->T,
+                 dump_path(c, who, precision), more);
+}
+
+// The twin's three dumps of a case, once.
+static void twin_dumps(const Case *c) {
+    char *path = dump_path(c, "twin", "bf16");
+    if (!access(path, R_OK)) return;
+    Run r[3] = {start_dump(twin, "twin", c, "fp32", ""), start_dump(twin, "twin", c, "bf16", "")};
+    if (!access(doubles, X_OK)) r[2] = start_dump(doubles, "double", c, "fp32", "");
+    for (int i = 0; i < 3; i++) if (r[i].pid && finish(&r[i])) die("test: the twin fails on %s: %s", c->name, complaint(&r[i]));
+    free(path);
+}
+
+// Does the CUDA dump `who` meet the criterion? `text` says how well.
+static int dump_is_right(const Case *c, const char *who, const char *precision, char *text, size_t room) {
+    twin_dumps(c);
+    int bf16 = !strcmp(precision, "bf16");
+    return !compare(dump_path(c, who, precision), dump_path(c, "twin", "fp32"), bf16 ? dump_path(c, "twin", "bf16") : NULL,
+                    dump_path(c, "double", "fp32"), text, room);
+}
+
+static const char *const precisions[2] = {"fp32", "bf16"};
+
+// A few at a time: processes are single-threaded here, and ptxcpu translates one kernel at a time.
+static void check_gradients(void) {
+    enum { AT_ONCE = 3, JOBS = 2 * COUNT(cases) };
+    Run run[JOBS];
+    char name[JOBS][100];
+    int job[JOBS], n = 0;
+    for (int i = 0; i < JOBS; i++) {                        // bf16 first: its attention takes ptxcpu longest
+        const Case *c = &cases[i % COUNT(cases)];
+        snprintf(name[n], sizeof name[n], "gradients %s %s", c->name, precisions[i < COUNT(cases)]);
+        if ((c->levels & level) && wanted(name[n])) job[n++] = i;
+    }
+    for (int next = 0, i = 0; i < n; i++) {
+        for (; next < n && next < i + AT_ONCE; next++)
+            run[next] = start_dump(cuda, "cuda", &cases[job[next] % COUNT(cases)], precisions[job[next] < COUNT(cases)], "");
+        const Case *c = &cases[job[i] % COUNT(cases)];
+        char text[400];
+        if (finish(&run[i])) {
+            result(name[i], 0, "%s", complaint(&run[i]));
+            continue;
+        }
+        int ok = dump_is_right(c, "cuda", precisions[job[i] < COUNT(cases)], text, sizeof text);
+        result(name[i], ok, "%s", text);
+    }
+}
+
+// Other schedules of threads, blocks and copies must give the same bits.
+static void check_seeds(void) {
+    for (int i = 0; i < COUNT(cases); i++) for (int p = 0; p < 2; p++) for (int order = 1; order <= (level == LONG ? 3 : 1); order++) {
+        const Case *c = &cases[i];
+        char name[100], who[20];
+        snprintf(name, sizeof name, "schedule %d %s %s", order, c->name, precisions[p]);
+        if (!(c->levels & level) || (level != LONG && (strcmp(c->name, "llama") || p == 0)) || !wanted(name)) continue;
+        if (access(dump_path(c, "cuda", precisions[p]), R_OK)) {
+            Run base = start_dump(cuda, "cuda", c, precisions[p], "");
+            finish(&base);
+        }
+        snprintf(who, sizeof who, "order%d", order);
+        char *command = path_text("env EMU_SEED=%d EMU_ASYNC=%d PTXCPU_SEED=%d PTXCPU_ASYNC=%d %s", order, order, order, order, cuda);
+        Run r = start_dump(command, who, c, precisions[p], "");
+        if (finish(&r)) result(name, 0, "%s", complaint(&r));
+        else result(name, same_files(dump_path(c, who, precisions[p]), dump_path(c, "cuda", precisions[p])), "the same bits");
+    }
+}
+
+static void check_recompute(void) {
+    const char *const names[] = {"llama", "mistral", "qwen2", "qwen3", "documents"};
+    for (int i = 0; i < COUNT(names); i++) for (int p = 0; p < 2; p++) {
+        const Case *c = case_named(names[i]);
+        char name[100];
+        snprintf(name, sizeof name, "recompute %s %s", c->name, precisions[p]);
+        if (!(c->levels & level) || (level != LONG && i % 2 != p) || (level == PTX && i > 1) || !wanted(name)) continue;
+        Run r[3];
+        for (int k = 0; k < 3; k++) {
+            const char *const how[3] = {"none", "mlp", "block"};
+            char *more = path_text("--recompute %s", how[k]);
+            r[k] = start_dump(cuda, how[k], c, precisions[p], more);
+        }
+        int bad = 0;
+        for (int k = 0; k < 3; k++) if (finish(&r[k])) bad = 1 + k;
+        if (bad) result(name, 0, "%s", complaint(&r[bad - 1]));
+        else result(name, same_files(dump_path(c, "none", precisions[p]), dump_path(c, "mlp", precisions[p])) &&
+                          same_files(dump_path(c, "none", precisions[p]), dump_path(c, "block", precisions[p])), "none, mlp and block give the same bits");
+    }
+}
+
+// Two micro-steps, or two ranks, are one batch of twice the size.
+static void check_splits(void) {
+    const char *const names[] = {"llama", "qwen2", "qwen3", "documents"};
+    for (int i = 0; i < COUNT(names); i++) for (int ranks = 1; ranks <= 2; ranks++) {
+        const Case *c = case_named(names[i]);
+        char name[100], text[400];
+        snprintf(name, sizeof name, "%s %s", ranks == 1 ? "accumulation" : "ranks", c->name);
+        if (!(c->levels & level) || (level != LONG && i != 1) || !wanted(name)) continue;
+        if (ranks == 2) {
+            Run probe = start("mpirun -np 2 --oversubscribe %s --help", cuda);
+            if (!is_emu()) { skip(name, "ranks are tested in the emulation"); continue; }
+            if (finish(&probe)) { skip(name, "no mpirun, or a build without MPI (apt-get install openmpi-bin libopenmpi-dev)"); continue; }
+        }
+        char *a = dump_path(c, "whole", "fp32"), *b = dump_path(c, ranks == 1 ? "split" : "ranks", "fp32");
+        Run r[2] = {start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", cuda, case_options(c, "fp32"), 2 * c->B, 2 * c->B * c->T, a),
+                    start("exec %s %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", ranks == 2 ? "mpirun -np 2 --oversubscribe" : "", cuda,
+                          case_options(c, "fp32"), c->B, 2 * c->B * c->T, b)};
+        int bad = finish(&r[0]) ? 1 : 0;
+        if (finish(&r[1])) bad = 2;
+        if (bad) { result(name, 0, "%s", complaint(&r[bad - 1])); continue; }
+        const char *wrong = compare(b, a, NULL, NULL, text, sizeof text);       // the same sums in another order
+        result(name, !wrong, "%s", text);
+    }
+}
+
+// ==== 6. Training, checkpoints, text ====================================================================================
+static const Case trained = {"trained", "llama", 0, 120, 2, 64, 4, 2, 16, 96, 2, 24, 40, 0, 0, LLAMA3};
+
+// The values of `key` in the records of a type in OUT/log.jsonl; returns their number.
+static int log_values(const char *out, const char *type, const char *key, double *x, int most) {
+    char *path = path_text("%s/log.jsonl", out), *text = slurp(path), *save = NULL;
+    int n = 0;
+    for (char *line = strtok_r(text, "\n", &save); line && n < most; line = strtok_r(NULL, "\n", &save)) {
+        Json *j = json_parse(line, strlen(line), "log.jsonl");
+        const Json *value = json_get(j, key);
+        if (!strcmp(json_string(j, "type", "log.jsonl", ""), type)) x[n++] = value && value->type == 'n' ? value->num : NAN;
+        json_free(j);
+    }
+    free(text);
+    free(path);
+    return n;
+}
+
+static Run start_training(const char *command, const char *out, const char *precision, int steps, const char *more) {
+    const char *dir = case_folder(&trained);
+    const char *from = strstr(more, "--resume") ? "" : path_text("--init-from %s", dir);
+    return start("exec %s %s --train-data %s/train.bin --seq-len %d --batch-size %d --total-batch-tokens %d --logits-chunk %d --precision %s --threads 1 "
+                 "--steps %d --lr 2e-3 --warmup-steps 2 --sample-every 0 --log-every 1000 --out %s %s", command, from, dir, trained.T, trained.B,
+                 2 * trained.B * trained.T, trained.chunk, precision, steps, out, more);
+}
+
+static double largest_difference(const double *a, const double *b, int n) {
+    double worst = 0;
+    for (int i = 0; i < n; i++) {
+        double d = fabs(a[i] / b[i] - 1);
+        if (!(d <= worst)) worst = d;
+        if (isnan(d)) return d;
+    }
+    return worst;
+}
+
+static void check_training(void) {
+    int steps = level == QUICK ? 5 : 50;
+    for (int p = 0; p < 2; p++) for (int state = 0; state < (level == LONG ? 2 : 1); state++) {
+        char name[100];
+        snprintf(name, sizeof name, "training %s%s", precisions[p], state ? " with bf16 m and v" : "");
+        if (!wanted(name)) continue;
+        char *out[2] = {path_text("%s/train_twin%d%d", top, p, state), path_text("%s/train_cuda%d%d", top, p, state)};
+        const char *more = state ? "--checkpoint-every 0 --optimizer-dtype bf16" : "--checkpoint-every 0";
+        Run r[2] = {start_training(twin, out[0], "fp32", steps, more), start_training(cuda, out[1], precisions[p], steps, more)};
+        double loss[2][64], norm[2][64];
+        int bad = finish(&r[0]) ? 1 : 0;
+        if (finish_in(&r[1], 4 * timeout)) bad = 2;
+        if (bad) { result(name, 0, "%s", complaint(&r[bad - 1])); continue; }
+        int n = 0;
+        for (int i = 0; i < 2; i++) n += log_values(out[i], "step", "loss", loss[i], 64), log_values(out[i], "step", "grad_norm", norm[i], 64);
+        double d = n == 2 * steps ? largest_difference(loss[1], loss[0], steps) : NAN, tol = p || state ? 2e-2 : 1e-3;
+        result(name, d <= tol, "loss %.4f -> %.4f in %d steps, largest difference %.1e, at most %.0e", loss[1][0], loss[1][steps - 1], n / 2, d, tol);
+    }
+}
+
+// A checkpoint of one trainer continues in the other as in itself: loss of the next step (weights), and of the one after (m, v).
+static void check_resume(void) {
+    for (int p = 0; p < 2; p++) for (int way = 0; way < 2; way++) {
+        char name[100];
+        snprintf(name, sizeof name, "resume %s %s", way ? "cuda -> twin" : "twin -> cuda", precisions[p]);
+        if (!wanted(name)) continue;
+        char *a = path_text("%s/whole%d%d", top, p, way), *b = path_text("%s/resumed%d%d", top, p, way);
+        Run r = start_training(way ? cuda : twin, a, precisions[p], 5, "--checkpoint-every 3 --keep 5");
+        if (finish(&r)) { result(name, 0, "first run: %s", complaint(&r)); continue; }
+        char *more = path_text("--checkpoint-every 0 --resume %s/step_00000003", a);
+        Run s = start_training(way ? twin : cuda, b, precisions[p], 5, more);
+        if (finish(&s)) { result(name, 0, "resumed: %s", complaint(&s)); continue; }
+        double x[8], y[8];
+        int n = log_values(a, "step", "loss", x, 8), m = log_values(b, "step", "loss", y, 8);
+        double d = n == 5 && m == 2 ? largest_difference(y, x + 3, 2) : NAN, tol = p ? 2e-3 : 2e-6;
+        result(name, d <= tol, "losses %.6f %.6f, were %.6f %.6f", y[0], y[1], x[3], x[4]);
+    }
+}
+
+static void check_evaluation(void) {
+    for (int p = 0; p < 2; p++) {
+        const Case *c = case_named(p ? "qwen3" : "llama");          // the last batch is not full
+        char name[100];
+        snprintf(name, sizeof name, "evaluation %s %s", c->name, precisions[p]);
+        if (!wanted(name)) continue;
+        double x[2][2] = {{NAN}, {NAN}};
+        int bad = 0;
+        for (int i = 0; i < 2; i++) {
+            char *out = path_text("%s/eval%d%d", top, p, i);
+            Run r = start("exec %s %s --batch-size %d --eval-only --val-data %s/val.bin --out %s", i ? cuda : twin, case_options(c, precisions[p]), c->B, case_folder(c), out);
+            if (finish(&r)) bad++, result(name, 0, "%s", complaint(&r));
+            else log_values(out, "val", "val_loss", x[i], 2);
+        }
+        double d = fabs(x[1][0] / x[0][0] - 1), tol = p ? 5e-3 : 1e-6;
+        if (!bad) result(name, d <= tol, "%.7f, the twin %.7f", x[1][0], x[0][0]);
+    }
+}
+
+static void check_generation(void) {
+    const char *const names[] = {"llama", "qwen2", "qwen3"};
+    for (int i = 0; i < COUNT(names); i++) {
+        const Case *c = case_named(names[i]);
+        char name[100];
+        snprintf(name, sizeof name, "greedy text %s", c->name);
+        if ((level != LONG && i) || !wanted(name)) continue;
+        Run r[2];
+        for (int k = 0; k < 2; k++) r[k] = start("exec %s %s --batch-size 1 --total-batch-tokens %d --generate --temperature 0 --sample-tokens %d", k ? cuda : twin,
+                                                 case_options(c, "fp32"), c->T, level == PTX ? 6 : 40);     // 40: the window of T slides
+        int bad = finish(&r[0]) ? 1 : 0;
+        if (finish(&r[1])) bad = 2;
+        if (bad) { result(name, 0, "%s", complaint(&r[bad - 1])); continue; }
+        const char *text[2] = {r[0].out, r[1].out};
+        result(name, strlen(text[0]) > 10 && !strcmp(text[0], text[1]), "%.*s ...", 30, text[1]);
+    }
+}
+
+// ==== 7. Memory and machines ============================================================================================
+static void check_memory(void) {
+    const char *const more[] = {"", "--recompute block", "--recompute mlp --optimizer-dtype bf16"};
+    for (int i = 0; i < COUNT(more); i++) {
+        const Case *c = case_named(i ? "qwen3" : "llama");
+        char name[100];
+        snprintf(name, sizeof name, "memory table %d", i);
+        if ((level == PTX && i) || !wanted(name)) continue;
+        Run dry = start("exec %s %s --batch-size %d --total-batch-tokens %d --dry-run %s", cuda, case_options(c, precisions[i % 2]), c->B, c->B * c->T, more[i]);
+        Run real = start_dump(cuda, "memory", c, precisions[i % 2], more[i]);
+        int bad = finish(&dry) ? 1 : 0;
+        if (finish(&real)) bad = 2;
+        if (bad) { result(name, 0, "%s", complaint(bad == 1 ? &dry : &real)); continue; }
+        const char *a = strstr(dry.out, "memory |"), *b = strstr(real.out, "memory |");
+        result(name, a && b && !strncmp(a, b, strcspn(a, "\n") + 1), "%.*s", a ? (int)strcspn(a, "\n") : 0, a ? a : "");
+    }
+    for (int i = 0; i < 3; i++) {
+        const char *const names[] = {"out of memory", "no device", "no device --dry-run"}, *const env[] = {"EMU_MEM=20M", "EMU_DEVICES=0", "EMU_DEVICES=0"};
+        const char *const part[][2] = {{"out of GPU memory", "--batch-size"}, {"no CUDA device", "make train DEVICE=cpu"}, {"", ""}};
+        const Case *c = case_named("llama");
+        if (!wanted(names[i])) continue;
+        if (!is_emu()) { skip(names[i], "tested in the emulation"); continue; }
+        char *command = path_text("env %s %s", env[i], cuda);
+        Run r = i < 2 ? start_dump(command, "machine", c, "bf16", "") : start("exec %s %s --batch-size 1 --total-batch-tokens %d --dry-run", command, case_options(c, "bf16"), c->T);
+        finish(&r);
+        if (i == 2) { result(names[i], r.code == 0 && strstr(r.out, "memory |"), "%s", r.code ? complaint(&r) : "a table"); continue; }
+        const char *line = strchr(r.err, '\n');
+        int one_line = line && !line[1] && !strncmp(r.err, "error: ", 7);
+        result(names[i], r.code == 1 && one_line && strstr(r.err, part[i][0]) && strstr(r.err, part[i][1]), "%s", complaint(&r));
+    }
+}
+
+// ==== 8. Planted errors =================================================================================================
+// In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row.
+static const struct Planted { const char *name, *anchor, *from, *to; int statement; const char *name_of_case, *precision; int levels; } planted[] = {
+    {"no __syncthreads in attention", "(ATT_THREADS) attention_forward_kernel1(", "__syncthreads();", "", 1, "mistral", "bf16", QUICK | LONG},
+    {"swapped fragment", "void multiply_rows(", "mma_bf16(s[m][n + 1], a[m], b + 2);", "mma_bf16(s[m][n + 1], a[m], b);", 1, "llama", "bf16", LONG},
+    {"no cp.async wait", "attention_backward_dkdv_kernel1(", "cp_async_wait<0>();", "", 1, "llama", "bf16", LONG},
+    {"wrong scale in attention backward", "static void attention_backward_width(", "(float)(1 / sqrt((double)D))", "(float)(1 / sqrt((double)D + 4))", 0, "llama", "bf16", QUICK | LONG},
+    {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel1(X *dx", "(d[k] * w_j[k] - v[k] * mean)", "(d[k] * w_j[k])", 0, "llama", "fp32", LONG},
+    {"wrong sign in rope backward", "void qkv_norm_rope_backward_kernel1(", "b[k] * c[k] - a[k] * s[k]", "b[k] * c[k] + a[k] * s[k]", 0, "llama", "fp32", LONG},
+    {"= instead of += in dw", "void matmul_backward_w(", "/*accumulate=*/1", "0", 0, "llama", "fp32", QUICK | LONG},
+    {"a row lost in embedding backward", "add_rows(sum, dx, order, first[i] + warp,", "first[i + 1]", "(first[i + 1] - 1)", 0, "llama", "fp32", LONG},
+    {"no gradient of biases", "void llama_backward(", "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);", "", 1, "qwen2", "fp32", LONG},
+    {"cross entropy without the onehot", "cross_entropy_kernel1(float *nll", "x[k] -= dscale", "(x[k] -= 0)", 0, "llama", "fp32", LONG},
+    {"document mask ignored in backward", "void mask_scores_transposed(", "key > t || key < first", "key > t", 0, "documents", "bf16", LONG},
+    {"wrong key head in dq", "attention_backward_dq_kernel1(", "h / (H / K)", "h % K", 0, "llama", "bf16", LONG},
+    {"dropped term in qk-norm backward", "void qkv_norm_rope_backward_kernel1(", "norm_a[k] * mean", "0", 0, "qwen3", "fp32", LONG},
+};
+
+static Run compile;
+static char *planted_program;
+static int planted_applies[COUNT(planted)];
+
+static void text_splice(char **text, char *at, size_t n_old, const char *replacement) {
+    size_t before = (size_t)(at - *text);
+    char *changed = path_text("%.*s%s%s", (int)before, *text, replacement, at + n_old);
+    free(*text);
+    *text = changed;
+}
+
+// Starts to build the copy; the other checks go on meanwhile.
+static void plant_errors(void) {
+    const char *cxx = getenv("CXX") && *getenv("CXX") ? getenv("CXX") : "g++";
+    int any = 0;
+    for (int i = 0; i < COUNT(planted); i++) {
+        char name[120];
+        snprintf(name, sizeof name, "planted: %s", planted[i].name);
+        any |= wanted(name);
+    }
+    if (!any) return;
+    char *text = slurp("train_litespark.cu"), *at = strstr(text, "#define CEIL_DIV");
+    if (!at) die("test: train_litespark.cu is not here; run in the project's folder");
+    text_splice(&text, at, 0, "static const int planted = getenv(\"PLANTED\") ? atoi(getenv(\"PLANTED\")) : -1;\n");
+    for (int i = 0; i < COUNT(planted); i++) {
+        char *anchor = strstr(text, planted[i].anchor), *from = anchor ? strstr(anchor, planted[i].from) : NULL;
+        planted_applies[i] = from != NULL;
+        if (!from) continue;
+        char *swap = planted[i].statement ? path_text("if (planted == %d) { %s } else { %s }", i, planted[i].to, planted[i].from)
+                                          : path_text("(planted == %d ? %s : %s)", i, planted[i].to, planted[i].from);
+        text_splice(&text, from, strlen(planted[i].from), swap);
+        free(swap);
+    }
+    char *source = path_text("%s/planted.cu", top);
+    planted_program = path_text("%s/planted", top);
+    write_text(source, text, strlen(text));
+    compile = start("exec %s -x c++ -std=c++17 -O1 -w -fopenmp -Idev/emu %s -o %s -ldl", cxx, source, planted_program);
+}
+
+static void check_planted(void) {
+    if (!compile.pid) return;
+    if (finish_in(&compile, 4 * timeout)) {
+        result("planted", 0, "the copy does not compile: %s", complaint(&compile));
+        return;
+    }
+    for (int i = -1; i < COUNT(planted); i++) {             // -1: nothing is planted, and all must be well
+        char name[120], text[400], who[20];
+        snprintf(name, sizeof name, "planted: %s", i < 0 ? "nothing" : planted[i].name);
+        if ((i >= 0 && !(planted[i].levels & level)) || (!wanted(name) && i >= 0)) continue;
+        if (i >= 0 && !planted_applies[i]) { result(name, 0, "its text is not in train_litespark.cu: mend its row"); continue; }
+        int wrong = 0;
+        for (int k = 0; k < (i < 0 ? 2 : 1); k++) {
+            const Case *c = case_named(i < 0 ? "llama" : planted[i].name_of_case);
+            const char *precision = i < 0 ? precisions[k] : planted[i].precision;
+            char *command = path_text("env PLANTED=%d EMU_TIMEOUT=60 %s", i, planted_program);
+            snprintf(who, sizeof who, "planted%d", i);
+            Run r = start_dump(command, who, c, precision, "");
+            if (finish(&r)) wrong++, snprintf(text, sizeof text, "%s", complaint(&r));
+            else wrong += !dump_is_right(c, who, precision, text, sizeof text);
+        }
+        if (i < 0) result(name, !wrong, "%s", text);
+        else result(name, wrong > 0, "%s: %s", wrong ? "caught" : "NOT caught", text);
+    }
+}
+
+// ==== 9. main ===========================================================================================================
+int main(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--twin") && i + 1 < argc) twin = argv[++i];
+        else if (!strcmp(argv[i], "--cuda") && i + 1 < argc) cuda = argv[++i];
+        else if (!strcmp(argv[i], "--double") && i + 1 < argc) doubles = argv[++i];
+        else if (!strcmp(argv[i], "--seed") && i + 1 < argc) seed = (uint64_t)atoll(argv[++i]);
+        else if (!strcmp(argv[i], "--timeout") && i + 1 < argc) timeout = atof(argv[++i]);
+        else if (!strcmp(argv[i], "--level") && i + 1 < argc) {
+            const char *word = argv[++i];
+            level = !strcmp(word, "quick") ? QUICK : !strcmp(word, "ptx") ? PTX : !strcmp(word, "long") ? LONG : 0;
+            if (!level) die("--level %s: choose quick, ptx or long", word);
+        } else if (argv[i][0] == '-' || n_filters == 64) {
+            die("usage: %s --cuda 'COMMAND' [--twin FILE] [--double FILE] [--level quick|ptx|long] [--seed N] [--timeout SECONDS] [words of check names]", argv[0]);
+        } else filters[n_filters++] = argv[i];
+    }
+    if (!cuda) die("--cuda 'COMMAND' names the trainer to test, such as build/train_litespark_emu");
+    const char *const settings[][2] = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMPI_MCA_hwloc_base_binding_policy", "none"},
+        {"OMP_WAIT_POLICY", "passive"}, {"OMPI_MCA_mpi_yield_when_idle", "1"}, {"OMPI_MCA_ess_singleton_isolated", "1"},
+        {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}, {"EMU_THREADS", "1"}};
+    for (int i = 0; i < COUNT(settings); i++) setenv(settings[i][0], settings[i][1], 0);
+    snprintf(top, sizeof top, "%s/litespark_cuda.XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
+    if (!mkdtemp(top)) die("cannot make %s: %s", top, strerror(errno));
+    double begin = last_result = now_seconds();
+    if (is_emu()) plant_errors();
+    check_gradients();
+    check_recompute();
+    check_seeds();
+    check_splits();
+    check_training();
+    check_resume();
+    check_evaluation();
+    check_generation();
+    check_memory();
+    check_planted();
+    if (!getenv("KEEP")) nftw(top, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    else printf("kept: %s\n", top);
+    if (passed + failed + skipped == 0) failed++, printf("FAIL  no check has such a name\n");
+    printf("%.0f s\n", now_seconds() - begin);
+    printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed, failed, skipped);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
