@@ -2827,7 +2827,7 @@ static void test_options_of_the_gpu_are_refused_by_name(void) {
     const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"},
         {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
         {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"},
-        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
+        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"}, {"--dpo-beta 0.2", "--dpo-beta"},
         {"--stage sft", "--stage sft"}};
     char before[900];
     make_tiny();

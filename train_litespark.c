@@ -785,6 +785,7 @@ void options_check(void) {
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
     if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run) die("--gpus, --nodes and --device go with --dry-run");
+    if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
     if (opt.min_lr > opt.lr && opt.lr >= 0) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
 }
 // ==== 5. safetensors: reading and writing Hugging Face weight files =============================
@@ -3104,7 +3105,7 @@ static inline __attribute__((always_inline)) void micro_kernel(const int rows, f
     }
 }
 
-// The common case, a full tile of packed panels. Its strides are constants inside the instructions, which is worth 6%.
+// The common case, a full tile of packed panels. Its strides are constants inside the instructions.
 static __attribute__((noinline)) void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, int K,
                                                           int accumulate) {
     const Operand panel = {a, 1, MR};
@@ -3205,7 +3206,7 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
 }
 
 // Scratch for n threads, kept for the next call; grows when the number of threads does. Aligned, because a vector that
-// lies across two cache lines costs two loads (3%); in huge pages where Linux offers them (2%).
+// lies across two cache lines costs two loads; in huge pages where Linux offers them (about 2% in one run).
 static floatX *matmul_scratch(int n) {
     static char *scratch, *aligned;
     static int n_ready;

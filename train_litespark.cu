@@ -773,6 +773,7 @@ void options_check(void) {
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
     if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run) die("--gpus, --nodes and --device go with --dry-run");
+    if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
     if (opt.min_lr > opt.lr && opt.lr >= 0) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
 }
 // ==== 5. safetensors: reading and writing Hugging Face weight files =============================
