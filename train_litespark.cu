@@ -2913,14 +2913,14 @@ template <typename T = float> __device__ T block_max(T x) {             // T onl
 
 // ==== 12. Comm: ranks, one process and one GPU each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI, always in a
-// loop of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Gradients travel by NCCL on a stream of their own.
+// loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a dead or stuck peer ends
+// the job with a message.
 typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
 static Comm comm = {0, 1, 0, 1, 600};
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
 int comm_local_ranks(void) { return comm.local_ranks; }             // on this machine
-int comm_is_local_leader(void) { return comm.local_rank == 0; }     // one rank of each machine
 void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
 
 #ifdef USE_MPI
@@ -3059,11 +3059,11 @@ double device_peak(const char *name, int bf16) {
 
 enum { ENOUGH_ROWS = 32768 };           // of a micro-step: more are no faster
 
-// Bytes that a rank may plan with: what is free on its GPU, less the allowance. Without a GPU (--dry-run): those of an 80 GB card.
+// Bytes that each rank may plan with: what is free on the fullest GPU, less the allowance. Without a GPU (--dry-run): those of an 80 GB card.
 double memory_of_rank(void) {
     size_t free_bytes = 0, total = 0;
     if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) free_bytes = (size_t)79 << 30;
-    return (double)free_bytes - GPU_ALLOWANCE;
+    return -comm_max(-((double)free_bytes - GPU_ALLOWANCE));        // all ranks must choose alike
 }
 
 // ---- energy: NVML's total-energy counter, in mJ since the driver loaded. Opened at run time; absent: unavailable ------------
@@ -3095,7 +3095,7 @@ void energy_open(Energy *e, const char *folder) {
     e->n = 1;
 }
 
-// Joules since energy_open. The counter moves every ~100 ms: read it over windows of seconds, with the device idle at both ends.
+// Joules since energy_open. The counter moves every ~100 ms: main reads it over windows of seconds, with the device idle at both ends.
 double energy_read(Energy *e) {
     unsigned long long mj;
     if (e->n && !e->total(e->device, &mj)) e->joules = ((double)mj - e->first) * 1e-3;
@@ -3111,6 +3111,24 @@ void comm_reduce_start(const Gpu *gpu, float *x, size_t n) {
     ncclCheck(ncclAllReduce(x, x, n, ncclFloat32, ncclSum, (ncclComm_t)gpu->nccl, gpu->comm_stream));
 #endif
     (void)gpu, (void)x, (void)n;
+}
+
+// Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not come, ends the job.
+void gpu_wait(const Gpu *gpu) {
+    double start = now_seconds();
+    for (cudaError_t e; (e = cudaStreamQuery(gpu->stream)) != cudaSuccess;) {
+        if (e != cudaErrorNotReady) cudaCheck(e);
+#ifdef USE_MPI
+        ncclResult_t state = ncclSuccess;
+        if (gpu->nccl) ncclCheck(ncclCommGetAsyncError((ncclComm_t)gpu->nccl, &state));
+        if (state != ncclSuccess && state != ncclInProgress) die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
+#endif
+        if (comm.world > 1 && now_seconds() - start > (double)comm.timeout) {
+            fprintf(stderr, "error: rank %d waited %.0f s for the sums of gradients: another rank is dead or stuck; resume with --resume auto "
+                    "(or raise --timeout)\n", comm.rank, now_seconds() - start);
+            comm_abort();
+        }
+    }
 }
 
 // The compute stream goes on when all sums are complete.
@@ -3806,11 +3824,19 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     p->out = matrix_layout(p->out_bf16, p->M, p->N);
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t found;
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;       // if it splits K: partial sums in fp32
+    uint32_t alignment = 16;                                            // what every operand has; cuBLASLt would assume 256
     int n_found = 0;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &LT_WORKSPACE, sizeof LT_WORKSPACE));
-    cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found, &n_found);
-    if (!n_found) die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d; choose sizes that are multiples of 8", p->M, p->N, p->K);
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions));
+    for (cublasLtMatmulPreferenceAttributes_t a : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                                                   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, a, &alignment, sizeof alignment));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found, &n_found);
+    if (status != CUBLAS_STATUS_SUCCESS || !n_found || found.state != CUBLAS_STATUS_SUCCESS)
+        die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d (cuBLAS status %d); choose sizes that are multiples of 8", p->M,
+            p->N, p->K, (int)status);
     p->algo = found.algo;
     cublasLtMatmulPreferenceDestroy(preference);
     return p;
@@ -5162,6 +5188,7 @@ void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at) {
 // ---- host access (checkpoints, gradient dumps): fp32 values --------------------------------------------------------------
 template <typename T> static void copy_to_host(const T *x, size_t n, float *host) {
     T *raw = (T *)xmalloc(n * sizeof(T));
+    cudaCheck(cudaDeviceSynchronize());         // the model's streams are non-blocking: cudaMemcpy alone would not wait for them
     cudaCheck(cudaMemcpy(raw, x, n * sizeof(T), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) host[i] = (float)raw[i];
     free(raw);
@@ -5197,7 +5224,10 @@ void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
 }
 
 const ParamTable *model_table(const Model *m) { return &m->p; }
-void model_set_master(Model *m) { (void)m; }        // model_write has done both
+void model_set_master(Model *m) {       // model_write has done both; its last copies arrive before the non-blocking streams start
+    (void)m;
+    cudaCheck(cudaDeviceSynchronize());
+}
 
 // Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
 void model_init(Model *m, uint64_t seed) {
@@ -5361,31 +5391,36 @@ void llama_forward_backward(Model *m, const Batch *batch, double dscale, void (*
 // Sum of the losses since the last call; waits for the GPU.
 double model_loss(Model *m) {
     double sum;
+    gpu_wait(&m->gpu);
     cudaCheck(cudaMemcpyAsync(&sum, m->sums, sizeof sum, cudaMemcpyDeviceToHost, m->gpu.stream));
     cudaCheck(cudaMemsetAsync(m->sums, 0, sizeof sum, m->gpu.stream));
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
     return sum;
 }
 
-template <typename floatX> static void logits_of_last(ModelOf<floatX> *m, const Batch *batch, float *host) {
+template <typename floatX> static void logits_of_row(ModelOf<floatX> *m, const Batch *batch, int last, float *host) {
     const Feed *f = feed_batch(m, batch);
+    const floatX *none = NULL;
     llama_forward(m, f, NULL, batch->B, batch->T);
-    int last = batch->T - 1, row = last % m->chunk, first = last - row;      // the chunk that holds the last row
-    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), (const floatX *)NULL, (const floatX *)NULL,
-                   m->chunk, m->c.C, m->c.Vp);
-    cudaCheck(cudaStreamSynchronize(m->gpu.stream));
+    int row = last % m->chunk, first = last - row;          // the chunk that holds the last row
+    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), none, none, m->chunk, m->c.C, m->c.Vp);
     copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, host);
 }
 
-// Logits (V) of the token after ids (n), n <= N, as fp32 on the host.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does not matter, so a power
+// of two of rows runs: few shapes of matrix products.
 void next_logits(Model *m, const int *ids, int n, float *logits) {
+    const int room = m->N < m->T ? m->N : m->T;
     Batch b;
     memset(&b, 0, sizeof b);
     b.B = 1;
-    b.T = n;
-    b.inputs = (int *)ids;
-    if (m->bf16) logits_of_last((ModelOf<bf16> *)m, &b, logits);
-    else logits_of_last((ModelOf<float> *)m, &b, logits);
+    for (b.T = 16; b.T < n; b.T *= 2) {}
+    if (b.T > room) b.T = room;
+    b.inputs = (int *)xcalloc((size_t)b.T, sizeof(int));
+    memcpy(b.inputs, ids, (size_t)n * sizeof(int));
+    if (m->bf16) logits_of_row((ModelOf<bf16> *)m, &b, n - 1, logits);
+    else logits_of_row((ModelOf<float> *)m, &b, n - 1, logits);
+    free(b.inputs);
 }
 
 // ---- update ----------------------------------------------------------------------------------------------------------------
@@ -5403,6 +5438,7 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     double total = 0, *squares = (double *)xmalloc((size_t)n * sizeof(double));
     cudaCheck(cudaMemsetAsync(m->sums + 1, 0, (size_t)n * sizeof(double), m->gpu.stream));
     for (int i = 0; i < n; i++) sum_of_squares(m->sums + 1 + i, m->grads + m->p.tensors[i].at, m->p.tensors[i].n, m->scratch, m->gpu.stream);
+    gpu_wait(&m->gpu);
     cudaCheck(cudaMemcpyAsync(squares, m->sums + 1, (size_t)n * sizeof(double), cudaMemcpyDeviceToHost, m->gpu.stream));
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
     *bad = NULL;
@@ -5455,6 +5491,7 @@ typedef struct Trainer {
     int64_t micro_steps;                    // per update
     int64_t bad_in_a_row, saved_step;
     double val_loss, floor;                 // of the last evaluation, NAN: none
+    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;   // of updates, for energy; NAN: none yet
 } Trainer;
 
 // ---- set-up --------------------------------------------------------------------------------------------------------------
@@ -5711,7 +5748,7 @@ static const char *update_verdict(const Trainer *tr, double loss, double norm, c
     return NULL;
 }
 
-static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, double joules, const char *skipped) {
+static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, const char *skipped) {
     if (comm_rank()) return;
     int64_t step = tr->state.step;
     double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
@@ -5721,13 +5758,13 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
         double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
         printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s (causal %s) | %s J/token | eta %s\n",
                step, opt.steps, loss, lr, norm, seconds * 1e3, speed, measured_text(100 * report / tr->peak, "%.1f%%"), measured_text(100 * causal / tr->peak, "%.1f%%"),
-               measured_text(joules / tokens, "%.3g"), duration_text(left));
+               measured_text(tr->window.joules_per_token, "%.3g"), duration_text(left));
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
         {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
         {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak}, {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
-        {"joules_per_token", joules / tokens}, {"watts", joules / seconds}};
+        {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) text_add_field(&r, row[i].key, row[i].x);
@@ -5735,17 +5772,36 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     log_record(&r);
 }
 
+// Energy is read over windows of at least 2 s of updates, with the GPU idle at both ends. All ranks open and close together.
+enum { ENERGY_SECONDS = 2 };
+static void window_open(Trainer *tr) {
+    gpu_wait(&tr->gpu);
+    tr->window.start = now_seconds();
+    tr->window.joules = energy_read(&tr->energy);
+    tr->window.tokens = tr->state.tokens;
+}
+
+static void window_close(Trainer *tr) {
+    gpu_wait(&tr->gpu);
+    double joules = energy_read(&tr->energy) - tr->window.joules, seconds = now_seconds() - tr->window.start;
+    comm_sum(&joules, 1);                                   // each rank reads its own GPU's counter
+    tr->state.joules += joules;
+    if (seconds < ENERGY_SECONDS) return;                   // cut short by an evaluation or the end: too coarse to show
+    tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
+    tr->window.watts = joules / seconds;
+}
+
 enum { MOST_BAD_IN_A_ROW = 5 };
 
 // One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
 static int train_step(Trainer *tr) {
-    double start = now_seconds(), joules = energy_read(&tr->energy), sums[2];
+    double start = now_seconds(), sums[2];
     if (!update_gradients(tr, sums)) return 0;
     TrainState *s = &tr->state;
     const char *bad;
     int n_bad;
     double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
-    double facts[2] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean};
+    double facts[3] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean, now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
     double loss = facts[0], norm = facts[1], lr = learning_rate(&opt, s->step);
     const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
@@ -5758,12 +5814,10 @@ static int train_step(Trainer *tr) {
         s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
     }
     tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
-    double spent[2] = {energy_read(&tr->energy) - joules, 0}, seconds = now_seconds() - start;
-    if (!comm_is_local_leader()) spent[0] = 0;              // one rank per machine counts
-    comm_sum(spent, 1);
-    s->joules += spent[0];
+    if (facts[2] > ENERGY_SECONDS) window_close(tr), window_open(tr);
+    double seconds = now_seconds() - start;
     s->seconds += seconds;
-    log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
+    log_step(tr, loss, lr, norm, seconds, skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
         die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr or look at the data, then --resume auto",
             s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
@@ -5792,13 +5846,21 @@ static void report_end(const Trainer *tr) {
 
 static void train(Trainer *tr) {
     int has_val = opt.val_data != NULL;
+    window_open(tr);
     while (tr->state.step < opt.steps) {
         if (!train_step(tr)) break;
-        int last = tr->state.step == opt.steps;
-        if (has_val && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
-        if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
-        if (opt.sample_every && tr->state.step % opt.sample_every == 0 && !last) generate(tr);
+        int64_t step = tr->state.step;
+        int last = step == opt.steps, evaluating = has_val && opt.val_every && (step % opt.val_every == 0 || last);
+        int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
+        int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
+        if (!evaluating && !saving && !sampling) continue;
+        window_close(tr);                                   // energy per token is that of updates
+        if (evaluating) evaluate(tr);
+        if (saving) save(tr);
+        if (sampling) generate(tr);
+        window_open(tr);
     }
+    window_close(tr);
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
     if (stopped) {
@@ -5909,9 +5971,9 @@ static void setup(Trainer *tr) {
         tr->gpu.kernels = choose_kernels(device.major * 10 + device.minor);
         tr->peak = device_peak(device.name, opt.precision == BF16);
     }
-    int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
+    int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads, pack = opt.precision == BF16 ? 8 : 4;
     tr->saved_step = -1;                    // nothing yet
-    tr->val_loss = tr->floor = NAN;
+    tr->val_loss = tr->floor = tr->window.joules_per_token = tr->window.watts = NAN;
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
@@ -5932,6 +5994,9 @@ static void setup(Trainer *tr) {
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
     }
+    if (tr->c.C % pack || tr->c.F % pack || tr->c.C > 16384)
+        die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most 16384", tr->c.C,
+            tr->c.F, pack, pack == 8 ? "bf16" : "fp32");
     resolve_options(tr);
     options_check();
     if (training) check_out(resume_dir);
