@@ -2760,13 +2760,13 @@ static inline void cuda_check(cudaError_t e, const char *call, const char *file,
 }
 
 // launch(kernel, grid, block, smem_bytes, stream, args...) starts a kernel and checks the launch. More than 48 KiB of shared memory,
-// static and dynamic together, is opted in to (no kernel here has more than 16 KiB of static). Errors inside the kernel show at
+// static and dynamic together, is opted in to (no kernel here has more than 17 KiB of static). Errors inside the kernel show at
 // the next synchronising call (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
 #define launch(...) launch_kernel("launch(" #__VA_ARGS__ ")", __FILE__, __LINE__, __VA_ARGS__)
 template <typename... P, typename... A>
 void launch_kernel(const char *call, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
                    cudaStream_t stream, A... args) {
-    if (smem_bytes > 32 << 10)
+    if (smem_bytes > 31 << 10)
         cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes), call, file, line);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
@@ -2792,24 +2792,11 @@ __device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4], const 
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Loads 1, 2 or 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte aligned);
+// Loads 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte aligned);
 // every lane gets r[i] = m_i(g, 2t..2t+1), transposed: m_i(2t, g), m_i(2t+1, g).
-__device__ __forceinline__ void ldmatrix_x1(uint32_t r[1], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2(uint32_t r[2], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
-}
 __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x1_trans(uint32_t r[1], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t r[2], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -2839,35 +2826,13 @@ __device__ __forceinline__ float exp2_approx(float x) {                 // 2^x, 
     return y;
 }
 
-// 16-byte accesses: default; streaming (read or written once, evict first); L2 only; read-only for the whole kernel.
 __device__ __forceinline__ uint4 load_16B(const void *p) { return *(const uint4 *)p; }
-__device__ __forceinline__ uint4 load_16B_streaming(const void *p) { return __ldcs((const uint4 *)p); }
-__device__ __forceinline__ uint4 load_16B_l2(const void *p) { return __ldcg((const uint4 *)p); }
-__device__ __forceinline__ uint4 load_16B_const(const void *p) { return __ldg((const uint4 *)p); }
 __device__ __forceinline__ void store_16B(void *p, uint4 v) { *(uint4 *)p = v; }
-__device__ __forceinline__ void store_16B_streaming(void *p, uint4 v) { __stcs((uint4 *)p, v); }
-__device__ __forceinline__ void store_16B_l2(void *p, uint4 v) { __stcg((uint4 *)p, v); }
 #else
 #include "emu_verbs.h"
 #endif
 
-// ---- packs: 8 bf16 or 4 fp32 moved by one 16-byte access -----------------------------------------------------------------
-template <typename T> struct __align__(16) Pack {
-    enum { size = 16 / sizeof(T) };
-    T v[size];
-    __device__ T &operator[](int i) { return v[i]; }
-    __device__ const T &operator[](int i) const { return v[i]; }
-};
-template <typename T> __device__ __forceinline__ Pack<T> as_pack(uint4 bits) { Pack<T> p; memcpy(&p, &bits, 16); return p; }
-template <typename T> __device__ __forceinline__ uint4 as_bits(const Pack<T> &p) { uint4 bits; memcpy(&bits, &p, 16); return bits; }
-template <typename T> __device__ __forceinline__ Pack<T> load128(const T *p) { return as_pack<T>(load_16B(p)); }
-template <typename T> __device__ __forceinline__ Pack<T> load128cs(const T *p) { return as_pack<T>(load_16B_streaming(p)); }
-template <typename T> __device__ __forceinline__ Pack<T> load128cg(const T *p) { return as_pack<T>(load_16B_l2(p)); }
-template <typename T> __device__ __forceinline__ Pack<T> load128c(const T *p) { return as_pack<T>(load_16B_const(p)); }
-template <typename T> __device__ __forceinline__ void store128(T *p, const Pack<T> &x) { store_16B(p, as_bits(x)); }
-template <typename T> __device__ __forceinline__ void store128cs(T *p, const Pack<T> &x) { store_16B_streaming(p, as_bits(x)); }
-template <typename T> __device__ __forceinline__ void store128cg(T *p, const Pack<T> &x) { store_16B_l2(p, as_bits(x)); }
-template <typename T> __device__ __forceinline__ Pack<T> zero128() { return as_pack<T>(make_uint4(0, 0, 0, 0)); }
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.44269504f); }    // e^x, relative error 2^-22 + |x| 2^-24
 
 // ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -2903,17 +2868,6 @@ template <typename T> __device__ T block_sum(T x) {
     __syncthreads();                                                    // part is free for the next call
     return x;
 }
-template <typename T = float> __device__ T block_max(T x) {             // T only keeps this a template, i.e. inline
-    __shared__ T part[32];
-    const int lane = thread_in_block() % 32, warp = thread_in_block() / 32;
-    x = warp_max(x);
-    if (lane == 0) part[warp] = x;
-    __syncthreads();
-    x = warp_max(part[lane < threads_in_block() / 32 ? lane : 0]);
-    __syncthreads();
-    return x;
-}
-
 // ==== 12. Comm: ranks, one process and one GPU each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI, always in a
 // loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a dead or stuck peer ends
@@ -3044,6 +2998,7 @@ static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_p
     {"H100 NVL", 835, 60},          // H100 datasheet, sparse figures halved
     {"H100 PCIe", 756, 51},
     {"H100", 989.4, 67},            // SXM
+    {"H200 NVL", 835, 60},
     {"H200", 989.4, 67},
     {"GH200", 989.4, 67},
     {"A100", 312, 19.5},            // A100 datasheet
@@ -3056,7 +3011,7 @@ static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_p
 // FLOP/s of the device at this precision; NAN: not in the table, and then MFU is not printed.
 double device_peak(const char *name, int bf16) {
     for (size_t i = 0; i < sizeof gpu_peaks / sizeof *gpu_peaks; i++)
-        if (strstr(name, gpu_peaks[i].name)) return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
+        if (strstr(name, gpu_peaks[i].name) && !strstr(name, "MIG") && !strstr(name, "Laptop")) return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
     return NAN;
 }
 
@@ -3278,7 +3233,7 @@ static int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 
-// Blocks for kernels that keep partial sums in registers over many rows: each handles at least two groups of `rows` rows.
+// Blocks for kernels that keep partial sums in registers over many rows: each handles about two groups of `rows` rows or more.
 static int partial_blocks(int N, int rows) {
     static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
     int most = 2 * sm_count < MAX_PARTIALS ? 2 * sm_count : MAX_PARTIALS, blocks = CEIL_DIV(N, 2 * rows);
@@ -3314,25 +3269,36 @@ template <typename T = float> __device__ __forceinline__ T row_sum(T x, int turn
     return warps == 1 ? x : warp_sum(lane < warps ? part[turn][first + lane] : 0);
 }
 
-// ---- embedding_forward_kernel1: one warp per row --------------------------------------------------------------------------
-// x (N,C) = w[ids]     w (V,C), ids (N)
-// bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048: <= 134 MB       floor <= 40 us (memory)
-// limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32. Tokens that repeat are read again, from L2
+// ---- embedding_forward_kernel1: rows in the order of their tokens -----------------------------------------------------------
+// x (N,C) = w[ids]     w (V,C), ids (N), order (N): the rows sorted by token
+// bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048, 4000 distinct: 83 MB       floor 25 us (memory)
+// idea    a warp has 16 neighbours of the order and 512 columns, and keeps the token's columns in registers until the token changes:
+//         a comma that is 5% of the rows is read 50 times, not 800
+// limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32
+enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_RUN = 16 };
+
 template <typename X>
-__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const X *__restrict__ w, int N, int C) {
-    constexpr int E = 16 / sizeof(X);
-    const int n = blockIdx.x * blockDim.y + threadIdx.y;
-    if (n >= N) return;
-    const X *w_n = w + (size_t)ids[n] * C;
-    X *x_n = x + (size_t)n * C;
-    #pragma unroll 4
-    for (int c = threadIdx.x * E; c < C; c += 32 * E) store(x_n + c, load<E>(w_n + c));
+__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w, int N, int C) {
+    constexpr int E = 16 / sizeof(X), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;
+    const int c0 = blockIdx.y * EMBED_COLUMNS + threadIdx.x * E;
+    const int first = (blockIdx.x * EMBED_WARPS + threadIdx.y) * EMBED_RUN, last = min(first + EMBED_RUN, N);
+    Vec<X, E> row[PACKS] = {};
+    for (int j = first, held = -1; j < last; j++) {
+        const int n = order[j], token = ids[n];
+        if (token != held) {
+            held = token;
+            #pragma unroll
+            for (int i = 0; i < PACKS; i++) row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
+        }
+        #pragma unroll
+        for (int i = 0; i < PACKS; i++) if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
+    }
 }
 
-template <typename X> void embedding_forward(X *x, const int *ids, const X *w, int N, int C, cudaStream_t stream) {
-    const int ROWS = 8;             // warps, each with a row
+template <typename X> void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N, int C, cudaStream_t stream) {
     assert(C % (16 / sizeof(X)) == 0);
-    launch(embedding_forward_kernel1<X>, CEIL_DIV(N, ROWS), dim3(32, ROWS), 0, stream, x, ids, w, N, C);
+    launch(embedding_forward_kernel1<X>, dim3(CEIL_DIV(N, EMBED_WARPS * EMBED_RUN), CEIL_DIV(C, EMBED_COLUMNS)), dim3(32, EMBED_WARPS), 0,
+           stream, x, ids, order, w, N, C);
 }
 
 // ---- embedding_backward_kernel1: the rows of a token are one sum ----------------------------------------------------------
@@ -3341,7 +3307,7 @@ template <typename X> void embedding_forward(X *x, const int *ids, const X *w, i
 // idea    rows sorted by token on the host: every row of dw has one writer, no atomics. A warp owns a token and 512 columns;
 //         tokens with more than LONG rows (a comma can be 5% of a batch) are summed by all warps of the block together
 // limits  C % 4 == 0
-enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_LONG = 16 };
+enum { EMBED_LONG = 16 };
 
 __device__ __forceinline__ void add_to(float *p, const float (&sum)[4]) {
     float x[4];
@@ -3475,7 +3441,7 @@ void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int
 //         partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2 x 2.2 MB
 // idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its share of dw over all its
 //         rows in shared memory (its own place: no barrier); the rows of a block are added there, the blocks by column_sums
-// limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384
+// limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384 (fp32 on devices with 99 KiB of shared memory per block: 12640)
 enum { ROW_QUADS = 4 };
 
 template <typename X>
@@ -3755,7 +3721,7 @@ void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk
 // dbias (OC) += column sums of dqkv (N,OC)
 // bytes   2·N·OC in + partial sums 2·4·chunks·OC;  N 16384, OC 2560: 84 + 1 MB        floor 25 us (memory)
 // idea    a block sums 128 columns of a chunk of rows, a lane four columns; column_sums adds the chunks
-enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has at least BIAS_ROWS rows
+enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has about BIAS_ROWS rows or more
 
 template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
     __shared__ __align__(16) float part[BIAS_WARPS][32][4];
@@ -4597,11 +4563,11 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
 // backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the down-projection's weights.
 // Two forms: passes of their own between cuBLASLt's products, or the epilogues of products of our own. See mlp_forward.
 template <int E> __device__ __forceinline__ void swiglu(float (&u)[E], const float (&g)[E]) {                   // u becomes h
-    for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + __expf(-g[k]));
+    for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + exp_approx(-g[k]));
 }
 template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) { // g, u, dh become dg, h, du
     for (int k = 0; k < E; k++) {
-        const float s = __fdividef(1, 1 + __expf(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
+        const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
         u[k] *= silu;
         d[k] *= silu;
         g[k] = dsilu * s * (1 + g[k] * (1 - s));
@@ -4803,7 +4769,8 @@ void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, floatX *dh
 // bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000        floor 626 us (memory; two SFU operations per element: 283 us)
 // idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each thread reads back only
 //         what it copied and has its own maximum and sum, so the block meets at one barrier. It also orders the read of x_target
-//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time
+//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time, and the block, then alone on
+//         its SM, has twice the threads
 enum { CLASSIFIER_THREADS = 512 };
 
 // Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its gradient.
@@ -4813,7 +4780,7 @@ template <int E, typename X> __device__ __forceinline__ void load_logits(float (
 }
 
 template <typename X>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
                                                                             int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(X);
     __shared__ float tops[32], sums[32];
@@ -4828,35 +4795,43 @@ __global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(floa
     cp_async_commit();
     const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
     cp_async_wait<0>();
-    float top = -FLT_MAX, sum = 0, x[E];                        // of this thread's columns: sum of e^(x - top)
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        float higher = top;
+    float top = -FLT_MAX, sum = 0;                              // of this thread's columns: sum of e^(x - top)
+    auto add = [&](const X *from, int v) {
+        float x[E], higher = top;
+        load_logits(x, from, v, V);
         for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
-        sum *= __expf(top - higher);
-        for (int k = 0; k < E; k++) sum += __expf(x[k] - higher);
+        sum *= exp_approx(top - higher);
+        for (int k = 0; k < E; k++) sum += exp_approx(x[k] - higher);
         top = higher;
-    }
-    const float warp_top = warp_max(top), warp_total = warp_sum(sum * __expf(top - warp_top));
+    };
+    int v = first;
+    for (; v < cached; v += step) add(cache, v);
+    #pragma unroll 4
+    for (; v < Vp; v += step) add(row, v);
+    const float warp_top = warp_max(top), warp_total = warp_sum(sum * exp_approx(top - warp_top));
     if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
     __syncthreads();
     const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
-    const float total = warp_sum(lane < warps ? sums[lane] * __expf(some_top - row_top) : 0), factor = dscale / total;
+    const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0), factor = dscale / total;
     if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
     if (dscale == 0) return;
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        for (int k = 0; k < E; k++) x[k] = __expf(x[k] - row_top) * factor;
+    auto differentiate = [&](const X *from, int v) {
+        float x[E];
+        load_logits(x, from, v, V);
+        for (int k = 0; k < E; k++) x[k] = exp_approx(x[k] - row_top) * factor;
         if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
         store(row + v, narrow<X>(x));
-    }
+    };
+    v = first;
+    for (; v < cached; v += step) differentiate(cache, v);
+    for (; v < Vp; v += step) differentiate(row, v);
 }
 
 template <typename X>
 void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp, cudaStream_t stream) {
     static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
     const int E = 16 / sizeof(X), fit = smem_limit / 16 * E, cached = Vp < fit ? Vp : fit;
-    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS;
+    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS * (cached < Vp ? 2 : 1);
     assert(Vp % E == 0 && V <= Vp);
     launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
 }
@@ -4942,26 +4917,6 @@ void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, 
     assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
     if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
 }
-
-// ---- casts -------------------------------------------------------------------------------------------------------------------
-// out (n) = in (n), rounded to nearest even where To is narrower
-template <typename To, typename From> __global__ void cast_kernel1(To *out, const From *in, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 <= n) {
-        float x[4];
-        widen(x, load<4>(in + i));
-        store(out + i, narrow<To>(x));
-    } else {
-        for (size_t j = i; j < n; j++) out[j] = from_float<To>(to_float(in[j]));
-    }
-}
-
-template <typename To, typename From> void cast(To *out, const From *in, size_t n, cudaStream_t stream) {
-    assert((uintptr_t)out % (4 * sizeof(To)) == 0 && (uintptr_t)in % (4 * sizeof(From)) == 0);
-    if (n > 0) launch(cast_kernel1<To, From>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, out, in, n);
-}
-template <typename X> void cast_to_float(float *out, const X *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
-template <typename X> void cast_from_float(X *out, const float *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
 
 // ==== 14. The model =====================================================================================================
 // Pointers into the flat weights, or (float) into the flat gradients.
@@ -5263,7 +5218,7 @@ void model_init(Model *m, uint64_t seed) {
 }
 
 // ---- data to the device ----------------------------------------------------------------------------------------------------
-// Copies a batch to the device and sorts its rows by token (for embedding_backward). The host may go on to the next batch at once.
+// Copies a batch to the device and sorts its rows by token (for the embedding). The host may go on to the next batch at once.
 static const Feed *feed_batch(Model *m, const Batch *batch) {
     Feed *f = &m->feed[m->next_feed];
     m->next_feed ^= 1;
@@ -5273,7 +5228,7 @@ static const Feed *feed_batch(Model *m, const Batch *batch) {
     memcpy(host, batch->inputs, (size_t)N * sizeof(int));
     if (batch->targets) memcpy(host + (f->targets - f->device), batch->targets, (size_t)N * sizeof(int));
     if (batch->doc_start) memcpy(host + (f->doc_start - f->device), batch->doc_start, (size_t)N * sizeof(int));
-    if (batch->targets) sort_rows(order, starts, tokens, &f->n_distinct, batch->inputs, N, m->c.V);
+    sort_rows(order, starts, tokens, &f->n_distinct, batch->inputs, N, m->c.V);
     cudaCheck(cudaMemcpyAsync(f->device, host, ((size_t)6 * m->N + 1) * sizeof(int), cudaMemcpyHostToDevice, m->gpu.stream));
     cudaCheck(cudaEventRecord(f->copied, m->gpu.stream));
     return f;
@@ -5300,7 +5255,7 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f,
     const Gpu *gpu = &m->gpu;
     const floatX *none = NULL;
     int N = B * T;
-    embedding_forward(m->acts[0].x, f->inputs, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
+    embedding_forward(m->acts[0].x, f->inputs, f->order, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
     for (int l = 0; l < c->L; l++) {
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
