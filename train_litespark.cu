@@ -104,6 +104,16 @@ char *xstrdup(const char *s) {
     return (char *)memcpy(xmalloc(n), s, n);
 }
 
+// path = printf(...), in a fresh string
+__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
+    char *s = NULL;
+    va_list args;
+    va_start(args, fmt);
+    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
+    va_end(args);
+    return s;
+}
+
 double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -213,26 +223,18 @@ static size_t read_at(int fd, const char *path, void *out, size_t n, size_t offs
     return done;
 }
 
+static void read_exactly(int fd, const char *path, void *out, size_t n, size_t offset) {
+    if (read_at(fd, path, out, n, offset) != n) die("'%s' became shorter while it was read", path);
+}
+
 char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
     int fd = open_regular(path, "file", n);
     if (*n > max_bytes) die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
     char *text = (char *)xmalloc(*n + 1);
-    if (read_at(fd, path, text, *n, 0) != *n) die("'%s' became shorter while it was read", path);
+    read_exactly(fd, path, text, *n, 0);
     close(fd);
     text[*n] = 0;
     return text;
-}
-
-void write_file_whole(const char *path, const void *data, size_t n) {       // on the disk when it returns
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (fd < 0) die("cannot create '%s': %s", path, strerror(errno));
-    for (size_t done = 0; done < n; ) {
-        ssize_t put = write(fd, (const char *)data + done, n - done);
-        if (put < 0 && errno == EINTR) continue;
-        if (put < 0) die("cannot write '%s': %s", path, strerror(errno));
-        done += (size_t)put;
-    }
-    if (fsync(fd) != 0 || close(fd) != 0) die("cannot write '%s': %s", path, strerror(errno));
 }
 
 // ==== 3. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
@@ -248,17 +250,13 @@ typedef struct Json {
     struct Json *child, *next;
 } Json;
 
-enum { JSON_MAX_DEPTH = 64, JSON_CHUNK = 64 };
+enum { JSON_MAX_DEPTH = 64 };
 #define JSON_REQUIRED INT64_MIN // the fallback of json_int for a key that must be there
 
-typedef struct JsonChunk { struct JsonChunk *next; int used; Json nodes[JSON_CHUNK]; } JsonChunk;
-typedef struct JsonDoc { Json root; char *text; JsonChunk *chunks; } JsonDoc; // root first: json_free finds the rest
 typedef struct JsonParser {
-    JsonDoc *doc;
-    char *at, *end;        // *end is NUL, so looking one byte ahead is always safe
+    char *text, *at, *end; // *end is NUL, so looking one byte ahead is always safe
+    Json *unused;          // the next free node
     const char *where;
-    const Json **keys;     // scratch of json_check_keys
-    int max_keys;
 } JsonParser;
 
 // Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
@@ -275,27 +273,15 @@ static void json_fail(const JsonParser *p, const char *expected) {
     unsigned char c = (unsigned char)*p->at;
     if (p->at == p->end) snprintf(found, sizeof found, "the end of the text");
     else snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->doc->text), expected, found);
+    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found);
 }
 
-static void json_space(JsonParser *p) {
-    p->at += strspn(p->at, " \n\r\t");
-}
+static void json_space(JsonParser *p) { p->at += strspn(p->at, " \n\r\t"); }
 
 static void json_digits(JsonParser *p) {
     size_t n = strspn(p->at, "0123456789");
     if (!n) json_fail(p, "a digit");
     p->at += n;
-}
-
-static Json *json_node(JsonParser *p) {
-    JsonChunk *c = p->doc->chunks;
-    if (!c || c->used == JSON_CHUNK) {
-        c = (JsonChunk *)xcalloc(1, sizeof *c);
-        c->next = p->doc->chunks;
-        p->doc->chunks = c;
-    }
-    return &c->nodes[c->used++];
 }
 
 // Bytes of the UTF-8 sequence at s (first byte >= 0x80), or 0: overlong forms and surrogates are malformed.
@@ -389,15 +375,14 @@ static int json_compare_keys(const void *a, const void *b) {
 }
 
 // Dies when two children have one key: readers disagree on which of them counts.
-static void json_check_keys(JsonParser *p, const Json *object) {
-    p->keys = (const Json **)array_room(p->keys, object->n, &p->max_keys, sizeof *p->keys);
+static void json_check_keys(const JsonParser *p, const Json *object) {
+    const Json **keys = (const Json **)xmalloc((size_t)object->n * sizeof *keys);
     int n = 0;
-    for (const Json *e = object->child; e; e = e->next) p->keys[n++] = e;
-    qsort(p->keys, (size_t)n, sizeof *p->keys, json_compare_keys);
-    for (int i = 1; i < n; i++) {
-        const char *key = p->keys[i]->key;
-        if (!strcmp(p->keys[i - 1]->key, key)) die("%s: the key \"%s\" appears twice", p->where, key);
-    }
+    for (const Json *e = object->child; e; e = e->next) keys[n++] = e;
+    qsort(keys, (size_t)n, sizeof *keys, json_compare_keys);
+    for (int i = 1; i < n; i++)
+        if (!json_compare_keys(&keys[i - 1], &keys[i])) die("%s: the key \"%s\" appears twice", p->where, keys[i]->key);
+    free(keys);
 }
 
 static void json_value(JsonParser *p, Json *v, int depth);
@@ -411,7 +396,7 @@ static void json_container(JsonParser *p, Json *v, int depth) {
     p->at++;
     json_space(p);
     while (*p->at != close || v->n) {
-        Json *e = json_node(p);
+        Json *e = p->unused++;
         json_space(p);
         if (is_object) {
             size_t length;
@@ -452,31 +437,29 @@ static void json_value(JsonParser *p, Json *v, int depth) {
     }
 }
 
-// Parses n bytes; dies with `where`, the byte and what was expected there. One json_free releases every node.
+// Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory holds every node and behind
+// them the text: json_free(root) releases it.
 Json *json_parse(const char *text, size_t n, const char *where) {
     if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
-    JsonDoc *doc = (JsonDoc *)xcalloc(1, sizeof *doc);
-    doc->text = (char *)xmalloc(n + 1);
-    memcpy(doc->text, text, n);
-    doc->text[n] = 0;
-    JsonParser p = {doc, doc->text, doc->text + n, where, NULL, 0};
-    json_value(&p, &doc->root, 0);
+    size_t n_nodes = 1;                 // at most: all but the root come after one of these
+    for (size_t i = 0; i < n; i++) n_nodes += text[i] == '{' || text[i] == '[' || text[i] == ',';
+    Json *root = (Json *)xcalloc(1, n_nodes * sizeof *root + n + 1);
+    char *copy = (char *)memcpy(root + n_nodes, text, n);
+    JsonParser p = {copy, copy, copy + n, root + 1, where};
+    json_value(&p, root, 0);
     json_space(&p);
     if (p.at != p.end) json_fail(&p, "the end of the text");
-    free(p.keys);
-    return &doc->root;
+    return root;
 }
 
-// Frees a root that json_parse returned; NULL is fine.
-void json_free(Json *root) {
-    JsonDoc *doc = (JsonDoc *)root;
-    if (!doc) return;
-    for (JsonChunk *c = doc->chunks, *next; c; c = next) {
-        next = c->next;
-        free(c);
-    }
-    free(doc->text);
-    free(doc);
+void json_free(Json *root) { free(root); }
+
+Json *json_read_file(const char *path, size_t max_bytes) {
+    size_t n;
+    char *text = read_text_file(path, max_bytes, &n);
+    Json *root = json_parse(text, n, path);
+    free(text);
+    return root;
 }
 
 // The value of `key`; NULL when obj is not an object, or when the key is absent or null.
@@ -489,13 +472,12 @@ const Json *json_get(const Json *obj, const char *key) {
 
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
 static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
+    static const char *const types = "oatf0", *const words[] = {"an object", "a list", "true", "false", "null"};
     char shown[64];
-    int n = v ? (int)(v->str_len < 40 ? v->str_len : 40) : 0;
-    if (!v) snprintf(shown, sizeof shown, "missing");
-    else if (v->type == 's' || v->type == 'n')
-        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", n, v->str, v->str_len > 40 ? "..." : "");
-    else snprintf(shown, sizeof shown, "%s", v->type == 'o' ? "an object" : v->type == 'a' ? "a list" :
-                  v->type == 't' ? "true" : v->type == 'f' ? "false" : "null");
+    if (v && strchr("sn", v->type))
+        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str,
+                 v->str_len > 40 ? "..." : "");
+    else snprintf(shown, sizeof shown, "%s", v ? words[strchr(types, v->type) - types] : "missing");
     for (char *c = shown; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
     die("%s: \"%s\" is %s; expected %s", where, key, shown, expected);
@@ -521,7 +503,7 @@ double json_number(const Json *obj, const char *key, const char *where, double l
     return v->num;
 }
 
-int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
+static int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
     const Json *v = json_get(obj, key);
     if (!v && fallback >= 0) return fallback;
     if (!v || (v->type != 't' && v->type != 'f')) json_refuse(v, key, where, "true or false");
@@ -560,13 +542,21 @@ void text_add_string(Text *t, const char *s) {
     text_add(t, "\"");
 }
 
-// Appends the shortest decimal that reads back as x, marked as a float (8.0, not 8); JSON has no NaN: null.
-void text_add_number(Text *t, double x) {
-    char s[40];
+// The shortest decimal that reads back as x; valid until the fourth call after this one.
+static const char *shortest(double x) {
+    static char text[4][40];
+    static int next;
+    char *s = text[next++ % 4];
     int digits = 1;
-    do snprintf(s, sizeof s, "%.*g", digits, x);
+    do snprintf(s, sizeof text[0], "%.*g", digits, x);
     while (digits++ < 17 && strtod(s, NULL) != x);
-    text_add(t, !isfinite(x) ? "null" : strpbrk(s, ".e") ? "%s" : "%s.0", s);
+    return s;
+}
+
+// The same for JSON, marked as a float (8.0, not 8); there is no NaN: null.
+const char *json_decimal(double x) {
+    char *s = (char *)shortest(x);
+    return !isfinite(x) ? "null" : strpbrk(s, ".e") ? s : strcat(s, ".0");
 }
 
 // ==== 4. Options: one table feeds parser, --help, the log and resume ====================================================
@@ -576,96 +566,94 @@ enum { FP32, BF16 };
 enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
 enum { AUTO = -1 };         // decided at start from model, data and machine
 
-typedef struct Options {
-    const char *preset, *config, *init_from, *resume;
-    const char *train_data, *val_data, *tokenizer;
-    int64_t stage, document_mask;
-    double dpo_beta;
-    int64_t batch_size, seq_len, total_batch_tokens, steps, warmup_steps, schedule, optimizer_dtype;
-    double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
-    int64_t val_every, val_batches, sample_every, sample_tokens, log_every, eval_only, generate;
-    const char *prompt;
-    double temperature;
-    const char *out, *dump_grads, *device;
-    int64_t checkpoint_every, keep, seed, threads, precision, zero, shard_size, reduce_dtype, recompute, logits_chunk;
-    int64_t deterministic, timeout, gpus, nodes, dry_run, help;
-    double skip_spikes;
-} Options;
-
-static Options opt;
-
-enum { OPT_INT, OPT_REAL, OPT_TEXT, OPT_CHOICE, OPT_FLAG };
 enum { RUN = 1 };           // the option is part of what a run is: saved with a checkpoint and taken up again by --resume
+
+// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins with its words)
+#define OPTIONS(X) \
+    X(TEXT, "--preset", preset, 0, NULL, 0, 0, "model by name (list: --preset help)") \
+    X(TEXT, "--config", config, 0, NULL, 0, 0, "model by a Hugging Face config.json, random weights") \
+    X(TEXT, "--init-from", init_from, 0, NULL, 0, 0, "start from the weights of a Hugging Face checkpoint folder") \
+    X(TEXT, "--resume", resume, 0, NULL, 0, 0, "continue a litespark checkpoint folder; auto: the newest whole one in --out") \
+    X(TEXT, "--train-data", train_data, RUN, NULL, 0, 0, "token shards, a quoted glob (default: the generated stories)") \
+    X(TEXT, "--val-data", val_data, RUN, NULL, 0, 0, "validation shards (default: the stories', with the default --train-data)") \
+    X(TEXT, "--tokenizer", tokenizer, RUN, NULL, 0, 0, "tokenizer.bin for text (default: beside model or data)") \
+    X(CHOICE, "--stage", stage, RUN, "pretrain", 0, 0, "pretrain|sft|dpo: what is trained") \
+    X(REAL, "--dpo-beta", dpo_beta, RUN, "0.1", 0, 1e3, "strength of the pull to the reference model") \
+    X(CHOICE, "--document-mask", document_mask, RUN, "off", 0, 0, "off|on: attention stays inside documents") \
+    X(INT, "--batch-size", batch_size, RUN, "0", 0, 1 << 20, "sequences per rank and micro-step, 0 = the largest that fits") \
+    X(INT, "--seq-len", seq_len, RUN, "0", 0, 1 << 24, "tokens per sequence, 0 = the model's, at most 1024") \
+    X(INT, "--total-batch-tokens", total_batch_tokens, RUN, "0", 0, 1e12, \
+      "tokens per update over all ranks, 0 = the model's default") \
+    X(INT, "--steps", steps, RUN, "-1", -1, 1e12, "updates, -1 = the model's default") \
+    X(REAL, "--lr", lr, RUN, "-1", -1, 1e3, "peak learning rate, -1 = the model's default") \
+    X(REAL, "--min-lr", min_lr, RUN, "-1", -1, 1e3, "learning rate at the end, -1 = lr/10") \
+    X(INT, "--warmup-steps", warmup_steps, RUN, "-1", -1, 1e12, "linear warm-up, -1 = min(100, steps/10)") \
+    X(CHOICE, "--schedule", schedule, RUN, "cosine", 0, 0, \
+      "cosine|linear|wsd|constant: shape of the decay (wsd: over the last fifth)") \
+    X(REAL, "--beta1", beta1, RUN, "0.9", 0, 0.999999, "AdamW") \
+    X(REAL, "--beta2", beta2, RUN, "0.95", 0, 0.999999999, "AdamW") \
+    X(REAL, "--eps", eps, RUN, "1e-8", 1e-30, 1, "AdamW") \
+    X(REAL, "--weight-decay", weight_decay, RUN, "0.01", 0, 1e3, "AdamW, on matrices") \
+    X(REAL, "--grad-clip", grad_clip, RUN, "1", 0, 1e9, "largest global gradient norm, 0 = no clipping") \
+    X(CHOICE, "--optimizer-dtype", optimizer_dtype, RUN, "fp32", 0, 0, "fp32|bf16: storage of m and v") \
+    X(REAL, "--skip-spikes", skip_spikes, RUN, "0", 0, 1e6, \
+      "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
+    X(INT, "--val-every", val_every, RUN, "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10") \
+    X(INT, "--val-batches", val_batches, RUN, "0", 0, 1e12, "micro-steps of an evaluation, 0 = all of --val-data") \
+    X(INT, "--sample-every", sample_every, RUN, "-1", -1, 1e12, "updates between text samples, 0 = never, -1 = at the end") \
+    X(INT, "--sample-tokens", sample_tokens, RUN, "200", 0, 1e9, "length of a sample") \
+    X(TEXT, "--prompt", prompt, RUN, "", 0, 0, "text a sample begins with") \
+    X(REAL, "--temperature", temperature, RUN, "0.8", 0, 100, "of samples, 0 = greedy") \
+    X(INT, "--log-every", log_every, RUN, "1", 1, 1e12, "updates between lines on the screen (log.jsonl has all)") \
+    X(FLAG, "--eval-only", eval_only, 0, NULL, 0, 0, "print the loss on --val-data and stop") \
+    X(FLAG, "--generate", generate, 0, NULL, 0, 0, "print a sample of text and stop") \
+    X(TEXT, "--out", out, 0, "out", 0, 0, "folder of checkpoints and log.jsonl") \
+    X(INT, "--checkpoint-every", checkpoint_every, RUN, "-1", -1, 1e12, \
+      "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
+    X(INT, "--keep", keep, RUN, "2", 1, 1e9, "checkpoints to keep") \
+    X(INT, "--seed", seed, RUN, "1", 0, 9e15, "of initial weights, data order and samples") \
+    X(INT, "--threads", threads, 0, "0", 0, 4096, "per rank, 0 = cores / ranks of this machine") \
+    X(CHOICE, "--precision", precision, RUN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
+    X(INT, "--zero", zero, 0, "0", 0, 3, "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 weights") \
+    X(INT, "--shard-size", shard_size, 0, "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all") \
+    X(CHOICE, "--reduce-dtype", reduce_dtype, 0, "fp32", 0, 0, "fp32|bf16: gradients on the wire") \
+    X(CHOICE, "--recompute", recompute, 0, "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping") \
+    X(INT, "--logits-chunk", logits_chunk, 0, "0", 0, 1 << 24, \
+      "rows of logits in memory at a time, 0 = 16 MiB of them (GPU: 2048)") \
+    X(CHOICE, "--deterministic", deterministic, 0, "on", 0, 0, "off|on: two runs give the same bits") \
+    X(INT, "--timeout", timeout, 0, "600", 1, 1e6, "seconds to wait for another rank before giving up") \
+    X(INT, "--gpus", gpus, 0, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
+    X(INT, "--nodes", nodes, 0, "0", 0, 1e6, "with --dry-run: nodes to plan for") \
+    X(TEXT, "--device", device, 0, NULL, 0, 0, "with --dry-run: GPU to plan for") \
+    X(FLAG, "--dry-run", dry_run, 0, NULL, 0, 0, "print the memory this run needs and stop") \
+    X(TEXT, "--dump-grads", dump_grads, 0, NULL, 0, 0, "write the first update's gradients to this safetensors file and stop") \
+    X(FLAG, "--help", help, 0, NULL, 0, 0, "this list")
+
+enum { OPT_TEXT, OPT_INT, OPT_REAL, OPT_CHOICE, OPT_FLAG };
+typedef const char *TEXT_value;
+typedef int64_t INT_value, CHOICE_value, FLAG_value;
+typedef double REAL_value;
+#define FIELD(type, name, field, ...) type##_value field;
+typedef struct Options { OPTIONS(FIELD) } Options;
+#undef FIELD
+static Options opt;
 
 typedef struct Option {
     const char *name;
     int type, kind;
     void *value;
-    const char *initial;    // NULL: not set
-    double lo, hi;          // of numbers
-    const char *help;       // a choice: "first|second: text"
+    const char *initial;
+    double lo, hi;
+    const char *help;
     int given;              // on the command line
 } Option;
 
-#define FROM(x) (&opt.x)
-static Option option_table[] = {
-    {"--preset", OPT_TEXT, 0, FROM(preset), NULL, 0, 0, "model by name (list: --preset help)", 0},
-    {"--config", OPT_TEXT, 0, FROM(config), NULL, 0, 0, "model by a Hugging Face config.json, random weights", 0},
-    {"--init-from", OPT_TEXT, 0, FROM(init_from), NULL, 0, 0, "start from the weights of a Hugging Face checkpoint folder", 0},
-    {"--resume", OPT_TEXT, 0, FROM(resume), NULL, 0, 0, "continue a litespark checkpoint folder; auto: the newest whole one in --out", 0},
-    {"--train-data", OPT_TEXT, RUN, FROM(train_data), NULL, 0, 0, "token shards, a quoted glob (default: the generated stories)", 0},
-    {"--val-data", OPT_TEXT, RUN, FROM(val_data), NULL, 0, 0, "validation shards (default: the stories', with the default --train-data)", 0},
-    {"--tokenizer", OPT_TEXT, RUN, FROM(tokenizer), NULL, 0, 0, "tokenizer.bin for text (default: beside model or data)", 0},
-    {"--stage", OPT_CHOICE, RUN, FROM(stage), "pretrain", 0, 0, "pretrain|sft|dpo: what is trained", 0},
-    {"--dpo-beta", OPT_REAL, RUN, FROM(dpo_beta), "0.1", 0, 1e3, "strength of the pull to the reference model", 0},
-    {"--document-mask", OPT_CHOICE, RUN, FROM(document_mask), "off", 0, 0, "off|on: attention stays inside documents", 0},
-    {"--batch-size", OPT_INT, RUN, FROM(batch_size), "0", 0, 1 << 20, "sequences per rank and micro-step, 0 = the largest that fits", 0},
-    {"--seq-len", OPT_INT, RUN, FROM(seq_len), "0", 0, 1 << 24, "tokens per sequence, 0 = the model's, at most 1024", 0},
-    {"--total-batch-tokens", OPT_INT, RUN, FROM(total_batch_tokens), "0", 0, 1e12, "tokens per update over all ranks, 0 = the model's default", 0},
-    {"--steps", OPT_INT, RUN, FROM(steps), "-1", -1, 1e12, "updates, -1 = the model's default", 0},
-    {"--lr", OPT_REAL, RUN, FROM(lr), "-1", -1, 1e3, "peak learning rate, -1 = the model's default", 0},
-    {"--min-lr", OPT_REAL, RUN, FROM(min_lr), "-1", -1, 1e3, "learning rate at the end, -1 = lr/10", 0},
-    {"--warmup-steps", OPT_INT, RUN, FROM(warmup_steps), "-1", -1, 1e12, "linear warm-up, -1 = min(100, steps/10)", 0},
-    {"--schedule", OPT_CHOICE, RUN, FROM(schedule), "cosine", 0, 0, "cosine|linear|wsd|constant: shape of the decay (wsd: over the last fifth)", 0},
-    {"--beta1", OPT_REAL, RUN, FROM(beta1), "0.9", 0, 0.999999, "AdamW", 0},
-    {"--beta2", OPT_REAL, RUN, FROM(beta2), "0.95", 0, 0.999999999, "AdamW", 0},
-    {"--eps", OPT_REAL, RUN, FROM(eps), "1e-8", 1e-30, 1, "AdamW", 0},
-    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.01", 0, 1e3, "AdamW, on matrices", 0},
-    {"--grad-clip", OPT_REAL, RUN, FROM(grad_clip), "1", 0, 1e9, "largest global gradient norm, 0 = no clipping", 0},
-    {"--optimizer-dtype", OPT_CHOICE, RUN, FROM(optimizer_dtype), "fp32", 0, 0, "fp32|bf16: storage of m and v", 0},
-    {"--skip-spikes", OPT_REAL, RUN, FROM(skip_spikes), "0", 0, 1e6, "skip updates whose loss or norm is this many standard deviations off, 0 = never", 0},
-    {"--val-every", OPT_INT, RUN, FROM(val_every), "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10", 0},
-    {"--val-batches", OPT_INT, RUN, FROM(val_batches), "0", 0, 1e12, "micro-steps of an evaluation, 0 = all of --val-data", 0},
-    {"--sample-every", OPT_INT, RUN, FROM(sample_every), "-1", -1, 1e12, "updates between text samples, 0 = never, -1 = at the end", 0},
-    {"--sample-tokens", OPT_INT, RUN, FROM(sample_tokens), "200", 0, 1e9, "length of a sample", 0},
-    {"--prompt", OPT_TEXT, RUN, FROM(prompt), "", 0, 0, "text a sample begins with", 0},
-    {"--temperature", OPT_REAL, RUN, FROM(temperature), "0.8", 0, 100, "of samples, 0 = greedy", 0},
-    {"--log-every", OPT_INT, RUN, FROM(log_every), "1", 1, 1e12, "updates between lines on the screen (log.jsonl has all)", 0},
-    {"--eval-only", OPT_FLAG, 0, FROM(eval_only), NULL, 0, 0, "print the loss on --val-data and stop", 0},
-    {"--generate", OPT_FLAG, 0, FROM(generate), NULL, 0, 0, "print a sample of text and stop", 0},
-    {"--out", OPT_TEXT, 0, FROM(out), "out", 0, 0, "folder of checkpoints and log.jsonl", 0},
-    {"--checkpoint-every", OPT_INT, RUN, FROM(checkpoint_every), "-1", -1, 1e12, "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end", 0},
-    {"--keep", OPT_INT, RUN, FROM(keep), "2", 1, 1e9, "checkpoints to keep", 0},
-    {"--seed", OPT_INT, RUN, FROM(seed), "1", 0, 9e15, "of initial weights, data order and samples", 0},
-    {"--threads", OPT_INT, 0, FROM(threads), "0", 0, 4096, "per rank, 0 = cores / ranks of this machine", 0},
-    {"--precision", OPT_CHOICE, RUN, FROM(precision), "fp32", 0, 0, "fp32|bf16: of weights and activations", 0},
-    {"--zero", OPT_INT, 0, FROM(zero), "0", 0, 3, "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 weights", 0},
-    {"--shard-size", OPT_INT, 0, FROM(shard_size), "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all", 0},
-    {"--reduce-dtype", OPT_CHOICE, 0, FROM(reduce_dtype), "fp32", 0, 0, "fp32|bf16: gradients on the wire", 0},
-    {"--recompute", OPT_CHOICE, 0, FROM(recompute), "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping", 0},
-    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them (GPU: 2048)", 0},
-    {"--deterministic", OPT_CHOICE, 0, FROM(deterministic), "on", 0, 0, "off|on: two runs give the same bits", 0},
-    {"--timeout", OPT_INT, 0, FROM(timeout), "600", 1, 1e6, "seconds to wait for another rank before giving up", 0},
-    {"--gpus", OPT_INT, 0, FROM(gpus), "0", 0, 1e6, "with --dry-run: GPUs to plan for", 0},
-    {"--nodes", OPT_INT, 0, FROM(nodes), "0", 0, 1e6, "with --dry-run: nodes to plan for", 0},
-    {"--device", OPT_TEXT, 0, FROM(device), NULL, 0, 0, "with --dry-run: GPU to plan for", 0},
-    {"--dry-run", OPT_FLAG, 0, FROM(dry_run), NULL, 0, 0, "print the memory this run needs and stop", 0},
-    {"--dump-grads", OPT_TEXT, 0, FROM(dump_grads), NULL, 0, 0, "write the first update's gradients to this safetensors file and stop", 0},
-    {"--help", OPT_FLAG, 0, FROM(help), NULL, 0, 0, "this list", 0},
-};
+#define ROW(type, name, field, kind, initial, lo, hi, help) {name, OPT_##type, kind, &opt.field, initial, lo, hi, help, 0},
+static Option option_table[] = {OPTIONS(ROW)};
+#undef ROW
 enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
 
-// Index of `text` among the '|'-separated words before ':' in help, or -1. text NULL: prints nothing, finds word `index` into name.
+// Index of `text` among the '|'-separated words before ':' in help, or -1.
 static int choice_index(const char *help, const char *text) {
     int index = 0;
     for (const char *at = help;; at++) {
@@ -687,7 +675,7 @@ static const char *choice_name(const Option *o) {
 }
 
 Option *option_find(const char *name) {
-    for (int i = 0; i < N_OPTIONS; i++) if (!strcmp(option_table[i].name, name)) return &option_table[i];
+    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) if (!strcmp(o->name, name)) return o;
     return NULL;
 }
 
@@ -719,28 +707,25 @@ const char *option_text(const Option *o) {
     static char text[64];
     if (o->type == OPT_TEXT) return *(const char **)o->value;
     if (o->type == OPT_CHOICE) return choice_name(o);
-    if (o->type == OPT_REAL) {          // the shortest decimal that reads back the same
-        int digits = 1;
-        do snprintf(text, sizeof text, "%.*g", digits, *(double *)o->value);
-        while (digits++ < 17 && strtod(text, NULL) != *(double *)o->value);
-    } else snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
+    if (o->type == OPT_REAL) return shortest(*(double *)o->value);
+    snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
     return text;
 }
 
 void options_default(void) {
     memset(&opt, 0, sizeof opt);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        option_table[i].given = 0;
-        if (option_table[i].initial) option_set(&option_table[i], option_table[i].initial);
+    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+        o->given = 0;
+        if (o->initial) option_set(o, o->initial);
     }
 }
 
 void options_help(void) {
     printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &option_table[i];
+    static const char *const wants[] = {" TEXT", " N", " N", " WORD", ""};      // by type
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
         char left[64];
-        snprintf(left, sizeof left, "%s%s", o->name, o->type == OPT_FLAG ? "" : o->type == OPT_TEXT ? " TEXT" : o->type == OPT_CHOICE ? " WORD" : " N");
+        snprintf(left, sizeof left, "%s%s", o->name, wants[o->type]);
         printf("  %-24s %s", left, o->help);
         printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
     }
@@ -765,14 +750,16 @@ void options_parse(int argc, char **argv) {
 
 // What can be said against the options without looking at any file.
 void options_check(void) {
-    int models = !!opt.preset + !!opt.config + !!opt.init_from;
-    if (models > 1) die("choose one of --preset, --config and --init-from");
+    if (!!opt.preset + !!opt.config + !!opt.init_from > 1) die("choose one of --preset, --config and --init-from");
     if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
-    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1) die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
-    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume) die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
+    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
+        die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
+    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
+        die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
-    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run) die("--gpus, --nodes and --device go with --dry-run");
+    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run)
+        die("--gpus, --nodes and --device go with --dry-run");
     if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
     if (opt.min_lr > opt.lr && opt.lr >= 0) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
 }
@@ -788,7 +775,7 @@ enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, S
 static const struct { const char *name; size_t bytes; } st_dtypes[ST_DTYPES] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"F64", 8}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 512, ST_BUFFER = 1 << 20 };
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024, ST_BUFFER = 1 << 20 };
 
 typedef struct StTensor {
     const char *name;
@@ -804,10 +791,6 @@ typedef struct StSet {              // the tensors of one checkpoint, sorted by 
     int fds[ST_MAX_FILES];
     Json *headers[ST_MAX_FILES];    // own the names
 } StSet;
-
-static void st_pread(const StSet *s, int f, void *out, size_t n, size_t offset) {
-    if (read_at(s->fds[f], s->paths[f], out, n, offset) != n) die("%s became shorter while it was read", s->paths[f]);
-}
 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
 static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
@@ -854,19 +837,17 @@ static int st_compare_names(const void *a, const void *b) {
 // Opens a file, takes over its header and adds its tensors.
 static void st_add_file(StSet *s, const char *path) {
     size_t size;
-    unsigned char length[8];
-    uint64_t n_header = 0;
+    uint64_t n_header;
     int f = s->n_files++, first = s->n_tensors;
     if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
     s->fds[f] = open_regular(path, "weights", &size);
     s->paths[f] = xstrdup(path);
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
-    st_pread(s, f, length, 8, 0);
-    for (int i = 7; i >= 0; i--) n_header = n_header << 8 | length[i];
+    read_exactly(s->fds[f], path, &n_header, 8, 0);
     if (n_header > size - 8 || n_header > ST_MAX_HEADER)
         die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file", path, n_header, size);
     char *text = (char *)xmalloc((size_t)n_header + 1);
-    st_pread(s, f, text, (size_t)n_header, 8);
+    read_exactly(s->fds[f], path, text, (size_t)n_header, 8);
     Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
     free(text);
     if (header->type != 'o') die("%s: the header is no JSON object", path);
@@ -901,9 +882,7 @@ static int st_is_file(const StSet *s, int f, const char *name) { return !strcmp(
 
 // Opens every file that the index names; index and files must agree on where each tensor is.
 static void st_open_index(StSet *s, const char *folder, const char *index_path) {
-    size_t n;
-    char *text = read_text_file(index_path, ST_MAX_HEADER, &n);
-    Json *index = json_parse(text, n, index_path);
+    Json *index = json_read_file(index_path, ST_MAX_HEADER);
     const Json *map = json_get(index, "weight_map");
     if (!map || map->type != 'o') die("%s: \"weight_map\" is no JSON object", index_path);
     for (const Json *e = map->child; e; e = e->next) {
@@ -912,52 +891,52 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
         while (f >= 0 && !st_is_file(s, f, e->str)) f--;
         if (f >= 0) continue;
-        Text path = {NULL, 0, 0};
-        text_add(&path, "%s/%s", folder, e->str);
-        st_add_file(s, path.s);
-        free(path.s);
+        char *path = path_text("%s/%s", folder, e->str);
+        st_add_file(s, path);
+        free(path);
     }
     st_sort_names(s);
-    char *listed = (char *)xcalloc((size_t)s->n_tensors + 1, 1);
     for (const Json *e = map->child; e; e = e->next) {
         const StTensor *t = st_find(s, e->key);
         if (!t || !st_is_file(s, t->file, e->str)) die("%s: tensor %s is not in %s", index_path, e->key, e->str);
-        listed[t - s->tensors] = 1;
     }
-    for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++)
-        if (!listed[t - s->tensors]) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
-    free(listed);
+    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
+        if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     json_free(index);
-    free(text);
+}
+
+static StSet *st_new(void) {
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
+    s->tensors = (StTensor *)array_room(NULL, 1, &s->max_tensors, sizeof *s->tensors);  // never NULL: qsort, bsearch
+    return s;
+}
+
+// Opens all files that match the pattern as one set; NULL when none does.
+static StSet *st_open_all(const char *pattern) {
+    StSet *s = st_new();
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) return NULL;
+    for (size_t i = 0; i < found.gl_pathc; i++) st_add_file(s, found.gl_pathv[i]);
+    globfree(&found);
+    st_sort_names(s);
+    return s;
 }
 
 // Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
 // one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
 StSet *st_open(const char *dir_or_file) {
-    StSet *s = (StSet *)xcalloc(1, sizeof *s);
-    s->tensors = (StTensor *)array_room(NULL, 1, &s->max_tensors, sizeof *s->tensors); // never NULL: qsort, bsearch
+    StSet *s = st_new();
     struct stat info;
-    Text one = {NULL, 0, 0}, index = {NULL, 0, 0};
-    text_add(&one, "%s/model.safetensors", dir_or_file);
-    text_add(&index, "%s/model.safetensors.index.json", dir_or_file);
+    char *one = path_text("%s/model.safetensors", dir_or_file), *index = path_text("%s.index.json", one);
     if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
-    else if (!access(one.s, F_OK)) st_add_file(s, one.s);
-    else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
+    else if (!access(one, F_OK)) st_add_file(s, one);
+    else if (!access(index, F_OK)) st_open_index(s, dir_or_file, index);
     else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
     st_sort_names(s);
-    free(one.s);
-    free(index.s);
+    free(one);
+    free(index);
     return s;
-}
-
-// The value of a __metadata__ key, or NULL.
-const char *st_metadata(const StSet *s, const char *key) {
-    for (int f = 0; f < s->n_files; f++) {
-        const Json *v = json_get(json_get(s->headers[f], "__metadata__"), key);
-        if (v && v->type == 's') return v->str;
-    }
-    return NULL;
 }
 
 // IEEE half to float: exact, subnormals included.
@@ -971,20 +950,16 @@ static float st_f16_to_float(uint32_t h) {
     return x;
 }
 
-// Elements first .. first+count-1 of a tensor, in the file's own dtype. Threads may call it at the same time.
-void st_read_raw(const StSet *s, const StTensor *t, size_t first, size_t count, void *out) {
+// Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
+// Threads may call it at the same time.
+void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
+    const char *path = s->paths[t->file], *dtype = st_dtypes[t->dtype].name;
     size_t size = st_dtypes[t->dtype].bytes;
     assert(first <= t->n && count <= t->n - first);
-    st_pread(s, t->file, out, count * size, t->offset + first * size);
-}
-
-// The same as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
-void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
-    const char *dtype = st_dtypes[t->dtype].name;
-    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", s->paths[t->file], t->name, dtype);
+    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, dtype);
     // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
-    char *raw = (char *)out + count * (sizeof(float) - st_dtypes[t->dtype].bytes);
-    st_read_raw(s, t, first, count, raw);
+    char *raw = (char *)out + count * (sizeof(float) - size);
+    read_exactly(s->fds[t->file], path, raw, count * size, t->offset + first * size);
     if (t->dtype == ST_F32) return;
     for (size_t i = 0; i < count; i++) {
         uint16_t h;
@@ -1038,7 +1013,7 @@ static void st_flush(StWriter *w) {
 static void st_put(StWriter *w, const void *bytes, size_t n) {
     for (size_t take; n; n -= take, bytes = (const char *)bytes + take) {
         if (w->n_buffer == ST_BUFFER) st_flush(w);
-        take = n < ST_BUFFER - w->n_buffer ? n : ST_BUFFER - w->n_buffer;
+        take = min_size(n, ST_BUFFER - w->n_buffer);
         memcpy(w->buffer + w->n_buffer, bytes, take);
         w->n_buffer += take;
     }
@@ -1077,10 +1052,9 @@ void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int6
 void st_begin(StWriter *w) {
     text_add(&w->header, "}");
     text_add(&w->header, "%*s", (8 - w->header.n % 8) % 8, "");
-    unsigned char length[8];
-    for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)w->header.n >> 8 * i);
-    st_put(w, length, 8);
-    st_put(w, w->header.s, (size_t)w->header.n);
+    uint64_t length = (uint64_t)w->header.n;
+    st_put(w, &length, 8);
+    st_put(w, w->header.s, (size_t)length);
 }
 
 // float to bf16, round to nearest even; NaN stays NaN (rounding could carry it to infinity).
@@ -1101,22 +1075,14 @@ static void st_next_part(StWriter *w) {
 
 // The next elements, in the order of declaration; one call may span several tensors.
 void st_write(StWriter *w, const float *values, size_t count) {
+    uint16_t half[1024];
     for (size_t take; count; count -= take, values += take) {
         st_next_part(w);
         assert(w->part < w->n_parts);
         const StPart *part = w->parts + w->part;
-        size_t size = st_dtypes[part->dtype].bytes, left = part->n - w->done;
-        if (ST_BUFFER - w->n_buffer < size) st_flush(w);
-        take = (ST_BUFFER - w->n_buffer) / size;
-        if (take > left) take = left;
-        if (take > count) take = count;
-        unsigned char *out = w->buffer + w->n_buffer;
-        if (size == 4) memcpy(out, values, take * 4);
-        else for (size_t i = 0; i < take; i++) {
-            uint16_t h = st_float_to_bf16(values[i]);
-            memcpy(out + 2 * i, &h, 2);
-        }
-        w->n_buffer += take * size;
+        take = min_size(min_size(count, part->n - w->done), sizeof half / sizeof *half);
+        if (part->dtype == ST_BF16) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
+        st_put(w, part->dtype == ST_BF16 ? (const void *)half : values, take * st_dtypes[part->dtype].bytes);
         w->done += take;
     }
 }
@@ -1197,33 +1163,33 @@ static const struct { const char *key, *only; } config_fixed[] = {
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
-static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std,
-                      factor; int window, bos, eos; } config_presets[] = {
-//   name            family          V   L     C   H   K    D      F   max_T  tie   eps    theta    init  fac   win     bos     eos
-    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.10,   0,    0,     -1,     -1},
-    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,  500000,   0.02,  32,    0, 128000, 128001},
-    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,  500000,   0.02,   8,    0, 128000, 128001},
-    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
-    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
-    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151645},
-    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   10000,   0.02,   0, 4096,      1,      2},
-    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,  100000, 1.0/24,   0,    0,      0,      0},
+static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, rope_theta, init_std,
+                      rope_factor; int sliding_window, bos, eos; } config_presets[] = {
+//   name            family          V   L     C   H   K    D      F   max_T  tie   eps  theta   init  fac   win     bos     eos
+    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   1e4,  0.10,   0,    0,     -1,     -1},
+    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,   5e5,  0.02,  32,    0, 128000, 128001},
+    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,   5e5,  0.02,   8,    0, 128000, 128001},
+    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
+    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
+    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151645},
+    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   1e4,  0.02,   0, 4096,      1,      2},
+    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,   1e5, 1./24,   0,    0,      0,      0},
 };
 enum { N_PRESETS = sizeof config_presets / sizeof *config_presets };
 
+// The row of a family, N_FAMILIES for an unknown one; sets what depends on the family.
 static int config_set_family(Config *c, const char *name) {
-    for (int i = 0; i < N_FAMILIES; i++) {
-        if (strcmp(name, config_families[i].name)) continue;
-        snprintf(c->family, sizeof c->family, "%s", name);
-        c->qkv_bias = config_families[i].qkv_bias;
-        c->qk_norm = config_families[i].qk_norm;
-        return i;
-    }
-    return -1;
+    int i = 0;
+    while (i < N_FAMILIES && strcmp(name, config_families[i].name)) i++;
+    if (i == N_FAMILIES) return i;
+    snprintf(c->family, sizeof c->family, "%s", name);
+    c->qkv_bias = config_families[i].qkv_bias;
+    c->qk_norm = config_families[i].qk_norm;
+    return i;
 }
 
 // Sets V and with it Vp: GEMMs and shards like the padded size.
@@ -1249,14 +1215,12 @@ void config_check(const Config *c, const char *where) {
 #undef CHECK
     if (c->H % c->K)
         die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
-    if (c->D % 8 || c->D > 128)
-        die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
+    if (c->D % 8 || c->D > 128) die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
     if (c->rope_llama3 && !(c->rope_low < c->rope_high))
         die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
-    for (int i = 0; i < 2; i++)
-        if ((i ? c->eos : c->bos) >= c->V)
-            die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where, i ? "eos_token_id" : "bos_token_id",
-                i ? c->eos : c->bos, c->V);
+    if (c->bos >= c->V || c->eos >= c->V)
+        die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
+            c->bos >= c->V ? "bos_token_id" : "eos_token_id", c->bos >= c->V ? c->bos : c->eos, c->V);
     if (config_params(c) >= 0x1p40)
         die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
 }
@@ -1305,7 +1269,7 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     memset(c, 0, sizeof *c);
     if (j->type != 'o') die("%s: expected a JSON object", where);
     int family = config_set_family(c, json_string(j, "model_type", where, NULL));
-    if (family < 0) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    if (family == N_FAMILIES) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
     for (size_t i = 0; i < sizeof config_fixed / sizeof *config_fixed; i++) {
         const Json *v = json_get(j, config_fixed[i].key);
         const char *only = config_fixed[i].only;
@@ -1322,8 +1286,8 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     config_set_vocab(c, c->V);
     if (!c->K) c->K = c->H;
     if (!c->D && c->C % c->H)
-        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d", where,
-            c->C, c->H);
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d",
+            where, c->C, c->H);
     if (!c->D) c->D = c->C / c->H;
     c->tied = json_bool(j, "tie_word_embeddings", where, 0);
     config_read_rope(c, j, where);
@@ -1343,63 +1307,44 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
 const char *config_preset_names(void) {
     static char names[512];
     names[0] = 0;
-    for (int i = 0; i < N_PRESETS; i++) {
-        strcat(names, " ");
-        strcat(names, config_presets[i].name);
-    }
+    for (int i = 0; i < N_PRESETS; i++) strcat(strcat(names, " "), config_presets[i].name);
     return names;
 }
 
 // Fills c from the preset table; 0 when the name is unknown.
 int config_preset(Config *c, const char *name) {
-    for (int i = 0; i < N_PRESETS; i++) {
-        if (strcmp(name, config_presets[i].name)) continue;
-        memset(c, 0, sizeof *c);
-        config_set_family(c, config_presets[i].family);
-#define COPY(field, key, lo, hi, fallback) c->field = config_presets[i].field;
-        CONFIG_INTS(COPY)
-        CONFIG_NUMBERS(COPY)
+    int i = 0;
+    while (i < N_PRESETS && strcmp(name, config_presets[i].name)) i++;
+    if (i == N_PRESETS) return 0;
+    memset(c, 0, sizeof *c);
+    config_set_family(c, config_presets[i].family);
+#define COPY(field, ...) c->field = config_presets[i].field;
+    CONFIG_INTS(COPY) CONFIG_NUMBERS(COPY)
+    COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos) COPY(eos)
 #undef COPY
-        config_set_vocab(c, c->V);
-        c->tied = config_presets[i].tied;
-        c->rope_theta = config_presets[i].theta;
-        if (config_presets[i].factor > 0) {
-            c->rope_llama3 = 1;
-            c->rope_factor = config_presets[i].factor;
-            c->rope_low = 1;
-            c->rope_high = 4;
-            c->rope_original_T = 8192;
-        }
-        c->sliding_window = config_presets[i].window;
-        c->bos = config_presets[i].bos;
-        c->eos = config_presets[i].eos;
-        config_check(c, name);
-        return 1;
+    config_set_vocab(c, c->V);
+    c->rope_llama3 = c->rope_factor > 0;
+    if (c->rope_llama3) {
+        c->rope_low = 1;
+        c->rope_high = 4;
+        c->rope_original_T = 8192;
     }
-    return 0;
+    config_check(c, name);
+    return 1;
 }
 
 static void config_add_id(Text *t, const char *key, int id) {
-    if (id < 0) text_add(t, "  \"%s\": null,\n", key);
-    else text_add(t, "  \"%s\": %d,\n", key, id);
-}
-
-static void config_add_number(Text *t, const char *before, double x, const char *after) {
-    text_add(t, "%s", before);
-    text_add_number(t, x);
-    text_add(t, "%s", after);
+    text_add(t, id < 0 ? "  \"%s\": null,\n" : "  \"%s\": %d,\n", key, id);
 }
 
 // The members of rope_scaling, and with rope_theta those of rope_parameters.
 static void config_add_rope(Text *t, const Config *c, int with_theta) {
     text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_llama3 ? "llama3" : "default");
-    if (with_theta) config_add_number(t, ",\n    \"rope_theta\": ", c->rope_theta, "");
-    if (c->rope_llama3) {
-        config_add_number(t, ",\n    \"factor\": ", c->rope_factor, "");
-        config_add_number(t, ",\n    \"low_freq_factor\": ", c->rope_low, "");
-        config_add_number(t, ",\n    \"high_freq_factor\": ", c->rope_high, "");
-        text_add(t, ",\n    \"original_max_position_embeddings\": %d", c->rope_original_T);
-    }
+    if (with_theta) text_add(t, ",\n    \"rope_theta\": %s", json_decimal(c->rope_theta));
+    if (c->rope_llama3)
+        text_add(t, ",\n    \"factor\": %s,\n    \"low_freq_factor\": %s,\n    \"high_freq_factor\": %s"
+                 ",\n    \"original_max_position_embeddings\": %d", json_decimal(c->rope_factor), json_decimal(c->rope_low),
+                 json_decimal(c->rope_high), c->rope_original_T);
     text_add(t, "\n  }");
 }
 
@@ -1413,7 +1358,7 @@ char *config_to_json(const Config *c, const char *dtype) {
 #define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
     CONFIG_INTS(WRITE)
 #undef WRITE
-#define WRITE(field, key, lo, hi, fallback) config_add_number(&t, "  \"" key "\": ", c->field, ",\n");
+#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
     CONFIG_NUMBERS(WRITE)
 #undef WRITE
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
@@ -1423,7 +1368,7 @@ char *config_to_json(const Config *c, const char *dtype) {
                  c->window_layer);
     if (c->sliding_window || strcmp(c->family, "llama"))
         config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
-    config_add_number(&t, "  \"rope_theta\": ", c->rope_theta, ",\n  \"rope_scaling\": ");
+    text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
     if (c->rope_llama3) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
     text_add(&t, ",\n  \"rope_parameters\": ");
@@ -1465,7 +1410,6 @@ typedef struct ParamTable {
 
 static void table_unit(ParamTable *p, const char *name) {
     Unit *u = &p->units[p->n_units++];
-    memset(u, 0, sizeof *u);
     snprintf(u->name, sizeof u->name, "%s", name);
     u->at = p->n;
     u->first_tensor = p->n_tensors;
@@ -1475,7 +1419,6 @@ static void table_unit(ParamTable *p, const char *name) {
 static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols, int init, int joined) {
     Tensor *t = &p->tensors[p->n_tensors++];
     Unit *u = &p->units[p->n_units - 1];
-    memset(t, 0, sizeof *t);
     snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
     t->unit = p->n_units - 1;
     if (!joined) u->n = CEIL_DIV(u->n, TENSOR_ALIGN) * TENSOR_ALIGN;
@@ -1652,8 +1595,7 @@ Tokenizer *tokenizer_open(const char *path) {
         t->bos = 1; t->eos = 2; t->prefix_space = 1;
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
-            if (id >= t->V || t->length[id] > h[0]
-                || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
+            if (id >= t->V || t->length[id] > h[0] || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
                 die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
         t->score[0] = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
@@ -1692,12 +1634,6 @@ static int join_before(const Join *a, const Join *b) {
     return a->score > b->score || (!(a->score < b->score) && a->left < b->left);
 }
 
-static void heap_push(Join *heap, int *n, Join join) {
-    int i = (*n)++;
-    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-    heap[i] = join;
-}
-
 static Join heap_pop(Join *heap, int *n) {
     Join top = heap[0], last = heap[--*n];
     int i = 0, child = 1;
@@ -1710,13 +1646,16 @@ static Join heap_pop(Join *heap, int *n) {
     return top;
 }
 
+// Puts the join of a symbol with its right neighbour on the heap, if that is a piece.
 static void propose_join(const Tokenizer *t, const char *text, const Symbol *symbol, int left, Join *heap, int *n) {
     if (left < 0 || symbol[left].next < 0) return;
     Join join = {0, left, symbol[left].bytes + symbol[symbol[left].next].bytes, -1};
     join.id = *tokenizer_slot(t, text + symbol[left].start, (size_t)join.bytes);
     if (join.id < 0) return;
     join.score = t->score[join.id];
-    heap_push(heap, n, join);
+    int i = (*n)++;
+    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = join;
 }
 
 // Kind 0. Every join removes a symbol and proposes at most two others: at most 3n entries, O(n log n) time.
@@ -1761,7 +1700,7 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
     for (int id = 0; id < t->V; id++) if ((size_t)t->length[id] > longest) longest = (size_t)t->length[id];
     for (size_t at = 0, k; at < n; at += k) {
         int id = -1;
-        for (k = n - at < longest ? n - at : longest; k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
+        for (k = min_size(n - at, longest); k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
         if (id < 0) { id = tokenizer_byte(t, text[at]); k = 1; }
         ids[count++] = id;
     }
@@ -1864,13 +1803,11 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
     if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
         die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again", s->path, bytes);
     if (h[0] != 20240520 && h[0] != 20240801)
-        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py",
-            s->path);
+        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py", s->path);
     s->width = h[0] == 20240520 ? 2 : 4;
     s->header_bytes = sizeof h;
-    if (h[1] != (s->width == 2 ? 1 : 7))
-        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1],
-            s->width == 2 ? 1 : 7);
+    const int version = s->width == 2 ? 1 : 7;
+    if (h[1] != version) die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], version);
     if (h[2] <= 0 || h[3] < 0 || h[5] < 0)
         die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; write it again",
             s->path, h[2], h[3], h[5]);
@@ -1885,16 +1822,16 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 }
 
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
-    size_t n, folder = (size_t)(strrchr(s->path, '/') ? strrchr(s->path, '/') + 1 - s->path : 0);
-    char *where = (char *)memcpy(xmalloc(folder + 32), s->path, folder);
-    for (int up = 0; up < 2; up++) {
-        strcpy(where + folder, up ? "../metadata.json" : "metadata.json");
-        if (access(where, F_OK) == 0) break;
-        if (up) die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; "
-                    "put it there, or write the shard again", s->path);
+    const char *slash = strrchr(s->path, '/');
+    char *where = NULL;
+    for (int up = 0; up < 2 && (!where || access(where, F_OK)); up++) {
+        free(where);
+        where = path_text("%.*s%smetadata.json", slash ? (int)(slash + 1 - s->path) : 0, s->path, up ? "../" : "");
     }
-    char *text = read_text_file(where, 1 << 20, &n);
-    Json *meta = json_parse(text, n, where);
+    if (access(where, F_OK))
+        die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
+            "or write the shard again", s->path);
+    Json *meta = json_read_file(where, 1 << 20);
     if (meta->type != 'o') die("'%s' must hold one JSON object", where);
     check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
     s->row = (int)json_int(meta, "sequence_length", where, 1, 1 << 28, JSON_REQUIRED) + 1;
@@ -1907,7 +1844,6 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
             "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     json_free(meta);
-    free(text);
     free(where);
 }
 
@@ -1915,14 +1851,12 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
 static void shard_find_floor(Shard *s) {
     const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
     size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
-    char *path = (char *)memcpy(xmalloc(stem + 5), s->path, stem);
-    strcpy(path + stem, ".nll");
-    if (access(path, F_OK) != 0) { free(path); return; }
     size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
+    char *path = path_text("%.*s.nll", (int)stem, s->path);
+    if (access(path, F_OK) != 0) { free(path); return; }
     close(open_regular(path, "true loss", &bytes));
     if (bytes != expected)
-        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path,
-            expected);
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path, expected);
     s->floor_path = path;
 }
 
@@ -1981,9 +1915,8 @@ static void shard_scan(DataLoader *dl, int index) {
     size_t bytes = s->n_tokens * (size_t)s->width;
     int fd = shard_fd(dl, index);
     for (size_t at = 0; at < bytes; at += block) {
-        size_t n = bytes - at < block ? bytes - at : block;
-        if (read_at(fd, s->path, data, n, s->header_bytes + at) != n)
-            die("token shard '%s' became shorter while it was read", s->path);
+        size_t n = min_size(bytes - at, block);
+        read_exactly(fd, s->path, data, n, s->header_bytes + at);
         if (s->crc) crc = crc32_update(crc, data, n);
         for (size_t i = 0; i < n / (size_t)s->width; i++) {
             uint32_t id = packed_token(data, s->width, i);
@@ -1992,8 +1925,7 @@ static void shard_scan(DataLoader *dl, int index) {
     }
     free(data);
     if (crc != s->crc)
-        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc,
-            s->crc);
+        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc, s->crc);
     if (largest >= (uint32_t)dl->vocab_size)
         die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path,
             largest, dl->vocab_size);
@@ -2097,10 +2029,9 @@ static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n
 }
 
 static void read_floor(const Shard *s, size_t first_target, int T, float *floor) {
-    size_t bytes, n = (size_t)T * sizeof(float);
+    size_t bytes;
     int fd = open_regular(s->floor_path, "true loss", &bytes);
-    if (read_at(fd, s->floor_path, floor, n, first_target * sizeof(float)) != n)
-        die("true loss '%s' became shorter since the run began", s->floor_path);
+    read_exactly(fd, s->floor_path, floor, (size_t)T * sizeof(float), first_target * sizeof(float));
     for (int t = 0; t < T; t++)
         if (!(floor[t] >= 0 && floor[t] < 1e6f))
             die("true loss '%s' is damaged: target %zu has %g; remove it or make it again", s->floor_path,
@@ -2143,22 +2074,18 @@ void loader_next(DataLoader *dl, Batch *batch) {
     batch->n_rows = 0;
     batch->floor = dl->has_floor ? batch->floor_memory : NULL;
     for (int b = 0; b < dl->B; b++) {
-        int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch;
-        if (dl->shuffle) {
-            epoch += p / dl->n_windows;
-            p %= dl->n_windows;
-            read_window(dl, permute(state->seed, epoch, p, dl->n_windows), batch, b);
-            batch->n_rows++;
-        } else if (p < dl->n_windows) {
+        int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch + p / dl->n_windows;
+        if (dl->shuffle) p = permute(state->seed, epoch, p % dl->n_windows, dl->n_windows);
+        if (p < dl->n_windows) {
             read_window(dl, p, batch, b);
             batch->n_rows++;
-        } else {
-            for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
-                batch->inputs[i] = 0;
-                batch->targets[i] = IGNORED;
-                batch->floor_memory[i] = 0;
-                if (batch->doc_start) batch->doc_start[i] = 0;
-            }
+            continue;
+        }
+        for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
+            batch->inputs[i] = 0;
+            batch->targets[i] = IGNORED;
+            batch->floor_memory[i] = 0;
+            if (batch->doc_start) batch->doc_start[i] = 0;
         }
     }
     state->position += (int64_t)dl->world * dl->B;
@@ -2168,8 +2095,8 @@ void loader_next(DataLoader *dl, Batch *batch) {
     }
 }
 
-// ==== 9. Schedule, FLOPs, log ======= ===================================================================================
-// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr down to min_lr. wsd: constant, linear over the last fifth.
+// ==== 9. Schedule, FLOPs, log ===========================================================================================
+// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr to min_lr. wsd: constant, linear over the last fifth.
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
     int64_t rest = o->steps - o->warmup_steps;
@@ -2183,8 +2110,8 @@ double learning_rate(const Options *o, int64_t step) {
     }
 }
 
-// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention, or half
-// of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
+// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention,
+// or half of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
 double flops_per_token(const Config *c, int T, int causal) {
     double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
     double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
@@ -2204,21 +2131,18 @@ void log_open(const char *out) {
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
 static void text_add_field(Text *t, const char *key, double x) {
-    text_add(t, ", \"%s\": ", key);
-    text_add_number(t, x);
+    text_add(t, ", \"%s\": %s", key, json_decimal(x));
 }
 
 // Appends the options as an object of strings; kind RUN: only what a run is made of.
 static void text_add_options(Text *t, int kind) {
-    const char *comma = "";
-    text_add(t, "{");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &option_table[i];
+    const char *before = "{";
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
         const char *value = option_text(o);
         if ((kind && !(o->kind & kind)) || !value || o->type == OPT_FLAG) continue;
-        text_add(t, "%s\"%s\": ", comma, o->name + 2);
+        text_add(t, "%s\"%s\": ", before, o->name + 2);
         text_add_string(t, value);
-        comma = ", ";
+        before = ", ";
     }
     text_add(t, "}");
 }
@@ -2253,10 +2177,10 @@ const char *measured_text(double x, const char *format) {
 }
 // ==== 10. Checkpoints: Hugging Face directories =========================================================================
 // OUT/step_00000120/
-//   config.json, model.safetensors, generation_config.json, tokenizer files      what Hugging Face loads; weights in the compute precision
-//   optimizer-RRRRR-of-NNNNN.safetensors     fp32 tensors UNIT.KIND.OFFSET: KIND is master, m or v; elements OFFSET.. of the flat unit
-//   trainer_state.json                       step, options, data position, sums of the run
-//   checksums.txt                            a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
+//   config.json, model.safetensors, generation_config.json, tokenizer files   what Hugging Face loads, in the compute precision
+//   optimizer-RRRRR-of-NNNNN.safetensors   fp32 tensors UNIT.KIND.OFFSET: KIND master, m or v; elements OFFSET.. of the flat unit
+//   trainer_state.json                     step, options, data position, sums of the run
+//   checksums.txt                          a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
 // Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
 typedef struct Model Model;             // section 13
 enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
@@ -2278,18 +2202,9 @@ typedef struct TrainState {             // with the weights and the optimizer: a
     int64_t n_healthy;
 } TrainState;
 
-static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"};
+static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                                         "special_tokens_map.json"};
 enum { N_SIDE_FILES = (int)(sizeof side_files / sizeof *side_files) };
-
-// path = printf(...), in a fresh string
-__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
-    char *s = NULL;
-    va_list args;
-    va_start(args, fmt);
-    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
-    va_end(args);
-    return s;
-}
 
 static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
     DIR *d = opendir(dir);
@@ -2304,10 +2219,9 @@ static void remove_folder(const char *dir) {        // one level, which is all a
 
 static void sync_folder(const char *dir) {
     int fd = open(dir, O_RDONLY | O_DIRECTORY);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
 }
 
 // Steps of the checkpoints in OUT, ascending; the caller frees *steps.
@@ -2317,11 +2231,8 @@ int checkpoint_list(const char *out, int64_t **steps) {
     DIR *d = opendir(out);
     for (struct dirent *e; d && (e = readdir(d));) {
         int64_t step;
-        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5 + strspn(e->d_name + 5, "0"), &step)) {
-            if (strcmp(e->d_name, "step_00000000")) continue;
-            step = 0;
-        }
-        if (n == room) *steps = (int64_t *)realloc(*steps, (size_t)(room = 2 * room + 8) * sizeof(int64_t));
+        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5, &step)) continue;
+        *steps = (int64_t *)array_room(*steps, n + 1, &room, sizeof step);
         int at = n++;
         for (; at > 0 && (*steps)[at - 1] > step; at--) (*steps)[at] = (*steps)[at - 1];
         (*steps)[at] = step;
@@ -2336,6 +2247,8 @@ char *checkpoint_path(const char *out, int64_t step) { return path_text("%s/step
 typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
     const char *dir;
     Text checksums;
+    uint32_t crc;                       // of the file that was written last, and
+    size_t bytes;                       // its size
     char error[512];
 } Saving;
 
@@ -2343,101 +2256,98 @@ static void saving_failed(Saving *s, const char *path, int error) {
     if (!s->error[0]) snprintf(s->error, sizeof s->error, "%s: %s", path, strerror(error));
 }
 
-static void save_file(Saving *s, const char *name, const void *data, size_t n) {
-    if (s->error[0]) return;
+static StWriter *save_begin(const Saving *s, const char *name, const char *metadata) {
     char *path = path_text("%s/%s", s->dir, name);
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    size_t done = 0;
-    for (ssize_t k; fd >= 0 && done < n; done += (size_t)k)
-        if ((k = write(fd, (const char *)data + done, n - done)) < 0) break;
-    int failed = fd < 0 || done < n || fsync(fd) ? errno : 0;
-    if (fd >= 0 && close(fd) && !failed) failed = errno;
-    if (failed) saving_failed(s, path, failed);
-    text_add(&s->checksums, "%08x %zu %s\n", crc32_update(0, data, n), n, name);
+    StWriter *w = st_create(path, metadata);
     free(path);
+    return w;
 }
 
-// Ends w: its file joins the checksums, its error the saving's.
-static void save_tensors_end(Saving *s, StWriter *w, const char *name, uint32_t *crc, size_t *bytes) {
-    *crc = st_finish(w, bytes);
+// Ends w: its file joins the checksums, its error becomes the saving's.
+static void save_end(Saving *s, StWriter *w, const char *name) {
+    s->crc = st_finish(w, &s->bytes);
     if (st_error(w) && !s->error[0]) snprintf(s->error, sizeof s->error, "%s", st_error(w));
-    if (name) text_add(&s->checksums, "%08x %zu %s\n", *crc, *bytes, name);
+    text_add(&s->checksums, "%08x %zu %s\n", s->crc, s->bytes, name);
     st_free(w);
 }
 
-static void save_weights(Saving *s, const Model *m, int dtype) {
-    char *path = path_text("%s/model.safetensors", s->dir);
-    const ParamTable *p = model_table(m);
-    StWriter *w = st_create(path, "{\"format\":\"pt\"}");
+static void save_file(Saving *s, const char *name, const void *data, size_t n) {
+    if (s->error[0]) return;
+    StWriter *w = save_begin(s, name, NULL);
+    st_put(w, data, n);
+    save_end(s, w, name);
+}
+
+// Elements [at, at+n) of one kind of state are the next values of w.
+static void save_values(StWriter *w, const Model *m, int kind, size_t at, size_t n) {
     float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (size_t done = 0; done < n; done += IO_CHUNK) {
+        size_t k = min_size(n - done, IO_CHUNK);
+        model_read(m, kind, at + done, k, host);
+        st_write(w, host, k);
+    }
+    free(host);
+}
+
+static void save_weights(Saving *s, const Model *m, int dtype) {
+    const ParamTable *p = model_table(m);
+    StWriter *w = save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
     for (int i = 0; i < p->n_tensors; i++) {
         int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
         st_declare(w, p->tensors[i].name, dtype, p->tensors[i].cols ? 2 : 1, shape);
     }
     st_begin(w);
-    for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0; at < p->tensors[i].n; at += IO_CHUNK) {
-        size_t n = min_size(p->tensors[i].n - at, IO_CHUNK);
-        model_read(m, STATE_WEIGHTS, p->tensors[i].at + at, n, host);
-        st_write(w, host, n);
-    }
-    uint32_t crc;
-    size_t bytes;
-    save_tensors_end(s, w, "model.safetensors", &crc, &bytes);
-    free(host);
-    free(path);
+    for (int i = 0; i < p->n_tensors; i++) save_values(w, m, STATE_WEIGHTS, p->tensors[i].at, p->tensors[i].n);
+    save_end(s, w, "model.safetensors");
 }
 
 static const char *const state_kinds[] = {"weights", "master", "m", "v"};
 
-// This rank's share of master, m and v; vocabulary padding is left out.
-static void save_optimizer(Saving *s, const Model *m, const char *name, uint32_t *crc, size_t *bytes) {
-    char *path = path_text("%s/%s", s->dir, name);
+// This rank's share of unit u without vocabulary padding: elements [*begin, *begin + *n) of the unit, at *at in m and v.
+static void unit_share(const Model *m, int u, size_t *begin, size_t *n, size_t *at) {
+    const Unit *unit = &model_table(m)->units[u];
+    state_slice(m, u, begin, n, at);
+    *begin -= unit->at;
+    *n = *begin < unit->n ? min_size(*n, unit->n - *begin) : 0;
+}
+
+static void save_optimizer(Saving *s, const Model *m, const char *name) {
     const ParamTable *p = model_table(m);
-    StWriter *w = st_create(path, NULL);
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    StWriter *w = save_begin(s, name, NULL);
     for (int pass = 0; pass < 2; pass++) {          // declare, then write
         for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
-            size_t first, n, at, begin;
-            state_slice(m, u, &first, &n, &at);
-            begin = first - p->units[u].at;
-            if (begin >= p->units[u].n) continue;
-            if (n > p->units[u].n - begin) n = p->units[u].n - begin;
-            if (pass == 0) {
-                char tensor[64];
-                int64_t shape = (int64_t)n;
-                snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
-                st_declare(w, tensor, ST_F32, 1, &shape);
-                continue;
-            }
-            for (size_t done = 0; done < n; done += IO_CHUNK) {
-                size_t k = min_size(n - done, IO_CHUNK);
-                model_read(m, kind, at + done, k, host);
-                st_write(w, host, k);
-            }
+            char tensor[64];
+            size_t begin, n, at;
+            unit_share(m, u, &begin, &n, &at);
+            int64_t shape = (int64_t)n;
+            snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
+            if (pass) save_values(w, m, kind, at, n);
+            else if (n) st_declare(w, tensor, ST_F32, 1, &shape);
         }
         if (pass == 0) st_begin(w);
     }
-    save_tensors_end(s, w, NULL, crc, bytes);
-    free(host);
-    free(path);
+    save_end(s, w, name);
+}
+
+static void text_add_series(Text *t, const char *key, const double *x) {
+    text_add(t, ",\n \"%s\": [%s", key, json_decimal(x[0]));
+    for (int i = 1; i < SPIKE_WINDOW; i++) text_add(t, ", %s", json_decimal(x[i]));
+    text_add(t, "]");
 }
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
+    text_add(&j, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d",
+             t->step, t->updates, t->tokens, comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
-    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
+    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ",
+             t->loader.seed, t->loader.epoch, t->loader.position);
     text_add_options(&j, RUN);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
-    for (int k = 0; k < 2; k++) {
-        text_add(&j, k ? "],\n \"norms\": [" : ",\n \"losses\": [");
-        for (int i = 0; i < SPIKE_WINDOW; i++) {
-            if (i) text_add(&j, ", ");
-            text_add_number(&j, (k ? t->norms : t->losses)[i]);
-        }
-    }
-    text_add(&j, "]}\n");
+    text_add_series(&j, "losses", t->losses);
+    text_add_series(&j, "norms", t->norms);
+    text_add(&j, "}\n");
     save_file(s, "trainer_state.json", j.s, (size_t)j.n);
     free(j.s);
 }
@@ -2488,11 +2398,11 @@ static void remove_leftovers(const char *out) {         // of a killed run
     if (d) closedir(d);
 }
 
-// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began: the older ones are whole.
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began: older ones are whole.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
     char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Saving s = {tmp, {NULL, 0, 0}, ""};
+    Saving s = {tmp, {NULL, 0, 0}, 0, 0, ""};
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
     if (rank == 0) {
         remove_leftovers(o->out);
@@ -2501,12 +2411,10 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     comm_barrier();
     if (rank < parts && !s.error[0]) {
         char name[64];
-        uint32_t crc;
-        size_t bytes;
         snprintf(name, sizeof name, "optimizer-%05d-of-%05d.safetensors", rank, parts);
-        save_optimizer(&s, m, name, &crc, &bytes);
-        sums[2 * rank] = crc;
-        sums[2 * rank + 1] = (double)bytes;
+        save_optimizer(&s, m, name);
+        sums[2 * rank] = s.crc;
+        sums[2 * rank + 1] = (double)s.bytes;
     }
     if (rank == 0 && !s.error[0]) {
         save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
@@ -2517,15 +2425,11 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     comm_sum(sums, 2 * parts + 1);
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
-        for (int i = 0; i < parts; i++)
-            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
+        for (int i = 1; i < parts; i++)             // rank 0's own is there
+            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
+                     i, parts);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
-        char *text = s.checksums.s;
-        s.checksums.s = NULL;
-        size_t n = (size_t)s.checksums.n;
-        memset(&s.checksums, 0, sizeof s.checksums);
-        save_file(&s, "checksums.txt", text, n);
-        free(text);
+        save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
         sync_folder(tmp);
         char *old = path_text("%s/tmp.old", o->out);
         rename(final, old);                             // a damaged one of the same step
@@ -2548,7 +2452,7 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------------
-static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {
+static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
     int fd = open(path, O_RDONLY);
     char *buffer = (char *)xmalloc(IO_CHUNK);
     ssize_t n = -1;
@@ -2565,33 +2469,28 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {
 
 // 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
 int checkpoint_whole(const char *dir, char *why, size_t n) {
-    char *path = path_text("%s/checksums.txt", dir);
+    char *path = path_text("%s/checksums.txt", dir), *text = NULL;
     struct stat info;
-    why[0] = 0;
-    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) {
-        snprintf(why, n, "%s is missing or empty", path);
-        free(path);
-        return 0;
-    }
     size_t size;
-    char *text = read_text_file(path, 1 << 24, &size), *last = text + size - 9;
-    char self[16];
-    snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
-    if (strcmp(last, self)) snprintf(why, n, "%s does not match its own checksum", path);
-    *last = 0;
-    for (char *line = text, *next; *line && !why[0]; line = next) {
-        unsigned int crc;
-        uint32_t found_crc;
+    why[0] = 0;
+    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) snprintf(why, n, "%s is missing or empty", path);
+    else {
+        char self[16];
+        text = read_text_file(path, 1 << 24, &size);
+        snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
+        if (strcmp(text + size - 9, self)) snprintf(why, n, "%s does not match its own checksum", path);
+        text[size - 9] = 0;
+    }
+    for (char *line = text, *next; !why[0] && *line; line = next) {
+        uint32_t crc, found_crc;
         size_t bytes, found;
         int name = 0;
         next = line + strcspn(line, "\n");
         if (*next) *next++ = 0;
-        if (sscanf(line, "%x %zu %n", &crc, &bytes, &name) != 2 || !name) {
-            snprintf(why, n, "%s has a bad line", path);
-            break;
-        }
+        int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
         char *file = path_text("%s/%s", dir, line + name);
-        if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
+        if (fields != 2 || !name) snprintf(why, n, "%s has a bad line", path);
+        else if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
         else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file, found, bytes);
         else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
         free(file);
@@ -2618,14 +2517,16 @@ char *checkpoint_choose(const char *resume, const char *out) {
         free(dir);
     }
     free(steps);
-    if (n && chosen < 0 && comm_rank() == 0) die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
+    if (n && chosen < 0 && comm_rank() == 0)
+        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : checkpoint_path(out, chosen);
 }
 
 static void read_series(const Json *root, const char *key, const char *where, double *x) {
     const Json *list = json_get(root, key);
-    if (!list || list->type != 'a' || list->n != SPIKE_WINDOW) die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
+    if (!list || list->type != 'a' || list->n != SPIKE_WINDOW)
+        die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
     int i = 0;
     for (const Json *e = list->child; e; e = e->next) x[i++] = e->num;
 }
@@ -2633,9 +2534,7 @@ static void read_series(const Json *root, const char *key, const char *where, do
 // trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
 void checkpoint_read_state(const char *dir, TrainState *t) {
     char *where = path_text("%s/trainer_state.json", dir);
-    size_t n;
-    char *text = read_text_file(where, 1 << 24, &n);
-    Json *root = json_parse(text, n, where);
+    Json *root = json_read_file(where, 1 << 24);
     const int64_t MOST = INT64_C(1) << 53;
     memset(t, 0, sizeof *t);
     json_int(root, "format", where, 1, 1, JSON_REQUIRED);
@@ -2656,97 +2555,84 @@ void checkpoint_read_state(const char *dir, TrainState *t) {
         char name[64];
         snprintf(name, sizeof name, "--%s", e->key);
         Option *o = option_find(name);
-        if (!o || !(o->kind & RUN) || e->type != 's') die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
+        if (!o || !(o->kind & RUN) || e->type != 's')
+            die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (!o->given) option_set(o, e->str);
-        else if (comm_rank() == 0 && strcmp(option_text(o), e->str)) printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
+        else if (comm_rank() == 0 && strcmp(option_text(o), e->str))
+            printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
     }
     json_free(root);
-    free(text);
     free(where);
 }
 
-// Reads part of an optimizer tensor: elements [first, first+n) of a unit, from whichever files hold them; dies if any is missing.
-typedef struct OptimizerFiles { StSet **sets; int n; const char *dir; } OptimizerFiles;
-
-static OptimizerFiles optimizer_open(const char *dir) {
-    OptimizerFiles f = {NULL, 0, dir};
-    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found)) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
-    f.n = (int)found.gl_pathc;
-    f.sets = (StSet **)xcalloc((size_t)f.n, sizeof(StSet *));
-    for (int i = 0; i < f.n; i++) f.sets[i] = st_open(found.gl_pathv[i]);
-    globfree(&found);
-    free(pattern);
-    return f;
+// Elements [first, first+n) of a tensor become elements at, at+1, ... of one kind of state.
+static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, size_t at) {
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (size_t done = 0; done < n; done += IO_CHUNK) {
+        size_t k = min_size(n - done, IO_CHUNK);
+        st_read(s, t, first + done, k, host);
+        model_write(m, kind, at + done, k, host);
+    }
+    free(host);
 }
 
-static void optimizer_read(const OptimizerFiles *f, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at, float *host) {
+// Elements [first, first+n) of what a unit has of one kind, from whichever tensors hold them; dies if any is missing.
+static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at) {
     char prefix[64];
     size_t found = 0;
     snprintf(prefix, sizeof prefix, "%s.%s.", unit->name, state_kinds[kind]);
-    for (int i = 0; i < f->n; i++) for (int j = 0; j < f->sets[i]->n_tensors; j++) {
-        const StTensor *t = &f->sets[i]->tensors[j];
+    for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++) {
         int64_t offset;
         if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
-        size_t begin = (size_t)offset > first ? (size_t)offset : first;
-        size_t end = (size_t)offset + t->n < first + n ? (size_t)offset + t->n : first + n;
-        for (size_t x = begin; x < end; x += IO_CHUNK) {
-            size_t k = min_size(end - x, IO_CHUNK);
-            st_read(f->sets[i], t, x - (size_t)offset, k, host);
-            model_write(m, to, at + (x - first), k, host);
-            found += k;
-        }
+        size_t begin = (size_t)offset > first ? (size_t)offset : first, end = min_size((size_t)offset + t->n, first + n);
+        if (begin >= end) continue;
+        read_values(s, t, begin - (size_t)offset, end - begin, m, to, at + (begin - first));
+        found += end - begin;
     }
-    if (found != n) die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", f->dir, found, n, state_kinds[kind], unit->name);
+    if (found != n)
+        die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", s->paths[0],
+            found, n, state_kinds[kind], unit->name);
 }
 
 // Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
 void checkpoint_read_model(const char *dir, Model *m) {
     const ParamTable *p = model_table(m);
-    OptimizerFiles f = optimizer_open(dir);
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
+    StSet *s = st_open_all(pattern);
+    if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
         const Unit *unit = &p->units[u];
-        optimizer_read(&f, unit, STATE_MASTER, 0, unit->n, m, STATE_WEIGHTS, unit->at, host);
-        size_t first, n, at, begin;
-        state_slice(m, u, &first, &n, &at);
-        begin = first - unit->at;
-        if (begin >= unit->n) continue;
-        if (n > unit->n - begin) n = unit->n - begin;
-        for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(&f, unit, kind, begin, n, m, kind, at, host);
+        size_t begin, n, at;
+        optimizer_read(s, unit, STATE_MASTER, 0, unit->n, m, STATE_WEIGHTS, unit->at);
+        unit_share(m, u, &begin, &n, &at);
+        for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(s, unit, kind, begin, n, m, kind, at);
     }
-    for (int i = 0; i < f.n; i++) st_close(f.sets[i]);
-    free(f.sets);
-    free(host);
+    st_close(s);
+    free(pattern);
 }
 
 // Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
 void weights_read(const char *dir, Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
     StSet *s = st_open(dir);
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
         if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
         int64_t rows = from->n_dims > 0 ? from->shape[0] : 0, cols = from->n_dims > 1 ? from->shape[1] : 0;
         if (from->n_dims != (t->cols ? 2 : 1) || rows != t->rows || cols != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols, t->rows, t->cols);
-        for (size_t at = 0; at < t->n; at += IO_CHUNK) {
-            size_t n = min_size(t->n - at, IO_CHUNK);
-            st_read(s, from, at, n, host);
-            model_write(m, STATE_WEIGHTS, t->at + at, n, host);
-        }
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols,
+                t->rows, t->cols);
+        read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->at);
     }
     for (int j = 0; j < s->n_tensors; j++) {
         const char *name = s->tensors[j].name;
         int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
         for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
-        if (!known) die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
+        if (!known)
+            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
     }
     st_close(s);
-    free(host);
 }
 // SHARED END
 
