@@ -99,6 +99,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
     comm_abort();
     exit(EXIT_FAILURE);
 }
+
 void *xmalloc(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
     if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
@@ -211,14 +212,15 @@ int parse_double(const char *s, double *out) {
     return 1;
 }
 
-// A descriptor and the size of a regular file. Dies naming `what` and the path: missing, a folder, not readable.
+// A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path: missing, a folder,
+// not readable.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s '%s' is not a file; name the file itself", what, path);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
-    *bytes = (size_t)st.st_size;
+    if (bytes) *bytes = (size_t)st.st_size;
     return fd;
 }
 
@@ -296,18 +298,19 @@ static void json_digits(JsonParser *p) {
     p->at += n;
 }
 
-// Bytes of the UTF-8 sequence at s (first byte >= 0x80), or 0: overlong forms and surrogates are malformed.
-static int utf8_length(const char *s) {
+// Bytes of the UTF-8 code point at s, which is in front of n bytes, or 0: overlong forms and surrogates are malformed.
+static int utf8_length(const char *s, size_t n) {
     const unsigned char *u = (const unsigned char *)s;
-    int n = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
-    uint32_t code = u[0] & (0x7Fu >> n);
-    if (u[0] < 0xC2 || u[0] > 0xF4) return 0;
-    for (int i = 1; i < n; i++) {
+    if (u[0] < 0x80) return 1;
+    size_t k = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
+    uint32_t code = u[0] & (0x7Fu >> k);
+    if (u[0] < 0xC2 || u[0] > 0xF4 || k > n) return 0;
+    for (size_t i = 1; i < k; i++) {
         if ((u[i] & 0xC0) != 0x80) return 0;
         code = code << 6 | (u[i] & 0x3Fu);
     }
-    if ((n == 3 && code < 0x800) || (n == 4 && code < 0x10000)) return 0;
-    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : n;
+    if ((k == 3 && code < 0x800) || (k == 4 && code < 0x10000)) return 0;
+    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : (int)k;
 }
 
 // The value of "\uXXXX" at s, or -1.
@@ -322,11 +325,7 @@ static int json_hex4(const char *s) {
 static char *json_escape(JsonParser *p, char *out) {
     const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t";
     const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
-    if (simple) {
-        *out++ = to[simple - from];
-        p->at += 2;
-        return out;
-    }
+    if (simple) { p->at += 2; *out = to[simple - from]; return out + 1; }
     int code = json_hex4(p->at);
     int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0; // a pair \uD8xx\uDCxx is one code point
     if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
@@ -344,7 +343,7 @@ static char *json_chars(JsonParser *p, size_t *length) {
     char *start = ++p->at, *out = start;
     while (*p->at != '"') {
         unsigned char c = (unsigned char)*p->at;
-        int n = c < 0x80 ? 1 : utf8_length(p->at);
+        int n = utf8_length(p->at, (size_t)(p->end - p->at));
         if (c < 0x20) json_fail(p, "the rest of a string (control characters must be escaped)");
         if (!n) json_fail(p, "valid UTF-8");
         if (c == '\\') out = json_escape(p, out);
@@ -373,10 +372,7 @@ static void json_scan_number(JsonParser *p, Json *v) {
     v->str = start;
     v->str_len = (size_t)(p->at - start);
     v->num = strtod(start, NULL);
-    if (!isfinite(v->num)) {
-        p->at = start;
-        json_fail(p, "a number within the range of a double");
-    }
+    if (!isfinite(v->num)) { p->at = start; json_fail(p, "a number within the range of a double"); }
     errno = 0;
     if (v->is_int) v->inum = strtoll(start, NULL, 10);
     if (errno) v->is_int = 0;
@@ -665,26 +661,16 @@ static Option option_table[] = {OPTIONS(ROW)};
 #undef ROW
 enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
 
-// Index of `text` among the '|'-separated words before ':' in help, or -1.
-static int choice_index(const char *help, const char *text) {
-    int index = 0;
-    for (const char *at = help;; at++) {
-        size_t n = strcspn(at, "|:");
-        if (strlen(text) == n && !strncmp(at, text, n)) return index;
-        at += n;
-        if (*at != '|') return -1;
-        index++;
-    }
-}
-
-// The word of a choice, in a static buffer.
-static const char *choice_name(const Option *o) {
+// Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
+static const char *choice_word(const Option *o, int64_t index) {
     static char word[16];
     const char *at = o->help;
-    for (int64_t i = *(int64_t *)o->value; i > 0; i--) at = strchr(at, '|') + 1;
+    for (; index > 0; index--, at++) if (*(at += strcspn(at, "|:")) != '|') return NULL;
     snprintf(word, sizeof word, "%.*s", (int)strcspn(at, "|:"), at);
     return word;
 }
+
+static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
 
 Option *option_find(const char *name) {
     for (Option *o = option_table; o < option_table + N_OPTIONS; o++) if (!strcmp(o->name, name)) return o;
@@ -698,8 +684,10 @@ void option_set(Option *o, const char *text) {
     if (o->type == OPT_TEXT) {
         *(const char **)o->value = xstrdup(text);
     } else if (o->type == OPT_CHOICE) {
-        int index = choice_index(o->help, text);
-        if (index < 0) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
+        const char *word;
+        int64_t index = 0;
+        while ((word = choice_word(o, index)) && strcmp(word, text)) index++;
+        if (!word) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
         *(int64_t *)o->value = index;
     } else if (o->type == OPT_REAL) {
         double x;
@@ -751,10 +739,7 @@ void options_parse(int argc, char **argv) {
         if (!o) die("unknown option %s; --help lists them all", argv[i]);
         if (o->given) die("%s is given twice", o->name);
         o->given = 1;
-        if (o->type == OPT_FLAG) {
-            *(int64_t *)o->value = 1;
-            continue;
-        }
+        if (o->type == OPT_FLAG) { *(int64_t *)o->value = 1; continue; }
         if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
         option_set(o, argv[++i]);
     }
@@ -782,17 +767,17 @@ void options_check(void) {
 //               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 // 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
 
-enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, ST_U32, ST_U16, ST_U8, ST_BOOL, ST_F8_E4M3,
-       ST_F8_E5M2, ST_DTYPES };
-static const struct { const char *name; size_t bytes; } st_dtypes[ST_DTYPES] = {
-    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"F64", 8}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
+enum { ST_F32, ST_BF16, ST_F16, ST_I32 };   // the first rows:
+static const struct { const char *name; size_t bytes; } st_dtypes[] = {
+    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024, ST_BUFFER = 1 << 20 };
+enum { ST_DTYPES = sizeof st_dtypes / sizeof *st_dtypes };
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
 
 typedef struct StTensor {
     const char *name;
     int dtype, n_dims, file;        // file: index into StSet.paths
-    int64_t shape[ST_MAX_DIMS];
+    int64_t shape[ST_MAX_DIMS];     // 0 beyond n_dims
     size_t offset, n_bytes, n;      // offset from the start of the file; n = elements
 } StTensor;
 
@@ -807,17 +792,13 @@ typedef struct StSet {              // the tensors of one checkpoint, sorted by 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
 static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
     const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape"), *span = json_get(e, "data_offsets");
-    StTensor t;
-    memset(&t, 0, sizeof t);
-    t.name = e->key;
-    t.file = s->n_files - 1;
+    StTensor t = {e->key, 0, 0, s->n_files - 1, {0}, 0, 0, 1};
     if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
         die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
     while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
     if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
     if (shape->n > ST_MAX_DIMS)
         die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
-    t.n = 1;
     for (const Json *d = shape->child; d; d = d->next) {
         if (!d->is_int || d->inum < 0 || (d->inum && t.n > (size_t)INT64_MAX / 8 / (size_t)d->inum))
             die("%s: tensor %s: dimension %d of its shape is no size", path, t.name, t.n_dims);
@@ -852,6 +833,7 @@ static void st_add_file(StSet *s, const char *path) {
     uint64_t n_header;
     int f = s->n_files++, first = s->n_tensors;
     if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
+    s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);    // qsort wants no NULL
     s->fds[f] = open_regular(path, "weights", &size);
     s->paths[f] = xstrdup(path);
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
@@ -889,9 +871,6 @@ static void st_sort_names(StSet *s) {
             die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
 }
 
-// Is paths[f] the file of that name beside the index?
-static int st_is_file(const StSet *s, int f, const char *name) { return !strcmp(strrchr(s->paths[f], '/') + 1, name); }
-
 // Opens every file that the index names; index and files must agree on where each tensor is.
 static void st_open_index(StSet *s, const char *folder, const char *index_path) {
     Json *index = json_read_file(index_path, ST_MAX_HEADER);
@@ -901,31 +880,25 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         int f = s->n_files - 1;
         if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
-        while (f >= 0 && !st_is_file(s, f, e->str)) f--;
-        if (f >= 0) continue;
         char *path = path_text("%s/%s", folder, e->str);
-        st_add_file(s, path);
+        while (f >= 0 && strcmp(s->paths[f], path)) f--;
+        if (f < 0) st_add_file(s, path);
         free(path);
     }
     st_sort_names(s);
     for (const Json *e = map->child; e; e = e->next) {
         const StTensor *t = st_find(s, e->key);
-        if (!t || !st_is_file(s, t->file, e->str)) die("%s: tensor %s is not in %s", index_path, e->key, e->str);
+        if (!t || strcmp(strrchr(s->paths[t->file], '/') + 1, e->str))
+            die("%s: tensor %s is not in %s", index_path, e->key, e->str);
     }
     for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
         if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     json_free(index);
 }
 
-static StSet *st_new(void) {
-    StSet *s = (StSet *)xcalloc(1, sizeof *s);
-    s->tensors = (StTensor *)array_room(NULL, 1, &s->max_tensors, sizeof *s->tensors);  // never NULL: qsort, bsearch
-    return s;
-}
-
 // Opens all files that match the pattern as one set; NULL when none does.
 static StSet *st_open_all(const char *pattern) {
-    StSet *s = st_new();
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
     glob_t found;
     if (glob(pattern, 0, NULL, &found)) return NULL;
     for (size_t i = 0; i < found.gl_pathc; i++) st_add_file(s, found.gl_pathv[i]);
@@ -937,7 +910,7 @@ static StSet *st_open_all(const char *pattern) {
 // Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
 // one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
 StSet *st_open(const char *dir_or_file) {
-    StSet *s = st_new();
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
     struct stat info;
     char *one = path_text("%s/model.safetensors", dir_or_file), *index = path_text("%s.index.json", one);
     if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
@@ -946,8 +919,7 @@ StSet *st_open(const char *dir_or_file) {
     else if (!access(index, F_OK)) st_open_index(s, dir_or_file, index);
     else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
     st_sort_names(s);
-    free(one);
-    free(index);
+    free(one); free(index);
     return s;
 }
 
@@ -965,10 +937,11 @@ static float st_f16_to_float(uint32_t h) {
 // Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
 // Threads may call it at the same time.
 void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
-    const char *path = s->paths[t->file], *dtype = st_dtypes[t->dtype].name;
-    size_t size = st_dtypes[t->dtype].bytes;
+    const char *path = s->paths[t->file];
+    const size_t size = st_dtypes[t->dtype].bytes;
     assert(first <= t->n && count <= t->n - first);
-    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, dtype);
+    if (t->dtype > ST_F16)
+        die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, st_dtypes[t->dtype].name);
     // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
     char *raw = (char *)out + count * (sizeof(float) - size);
     read_exactly(s->fds[t->file], path, raw, count * size, t->offset + first * size);
@@ -999,45 +972,28 @@ void st_close(StSet *s) {
 typedef struct StPart { size_t n; int dtype; } StPart;
 typedef struct StWriter {
     char *path;
-    int fd, failed;                  // failed: the first errno
-    Text header;
+    FILE *file;
+    int failed;                      // the first errno
+    Text header, message;
     StPart *parts;                   // the declared tensors
     int n_parts, max_parts, part;    // the part being written, and
     size_t done;                     // how many of its elements have come
-    size_t data_bytes, file_bytes, n_buffer;
-    unsigned char *buffer;           // ST_BUFFER bytes on their way to the file
+    size_t data_bytes, file_bytes;   // declared and not yet written; written
     uint32_t crc;
-    Text message;
 } StWriter;
 
-static void st_flush(StWriter *w) {
-    size_t at = 0;
-    w->crc = crc32_update(w->crc, w->buffer, w->n_buffer);
-    while (!w->failed && at < w->n_buffer) {
-        ssize_t n = write(w->fd, w->buffer + at, w->n_buffer - at);
-        if (n >= 0) at += (size_t)n;
-        else if (errno != EINTR) w->failed = errno;
-    }
-    w->file_bytes += w->n_buffer;
-    w->n_buffer = 0;
-}
-
 static void st_put(StWriter *w, const void *bytes, size_t n) {
-    for (size_t take; n; n -= take, bytes = (const char *)bytes + take) {
-        if (w->n_buffer == ST_BUFFER) st_flush(w);
-        take = min_size(n, ST_BUFFER - w->n_buffer);
-        memcpy(w->buffer + w->n_buffer, bytes, take);
-        w->n_buffer += take;
-    }
+    w->crc = crc32_update(w->crc, bytes, n);
+    w->file_bytes += n;
+    if (!w->failed && fwrite(bytes, 1, n, w->file) != n) w->failed = errno;
 }
 
 // Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
 StWriter *st_create(const char *path, const char *metadata) {
     StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
     w->path = xstrdup(path);
-    w->buffer = (unsigned char *)xmalloc(ST_BUFFER);
-    w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (w->fd < 0) w->failed = errno;
+    w->file = fopen(path, "wbe");
+    if (!w->file) w->failed = errno;
     text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
     return w;
 }
@@ -1077,37 +1033,31 @@ static uint16_t st_float_to_bf16(float x) {
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Moves on to the part that the next element belongs to (empty tensors have none).
-static void st_next_part(StWriter *w) {
-    while (w->part < w->n_parts && w->done == w->parts[w->part].n) {
-        w->part++;
-        w->done = 0;
-    }
-}
-
 // The next elements, in the order of declaration; one call may span several tensors.
 void st_write(StWriter *w, const float *values, size_t count) {
-    uint16_t half[1024];
+    uint16_t half[8192];
     for (size_t take; count; count -= take, values += take) {
-        st_next_part(w);
+        while (w->part < w->n_parts && w->done == w->parts[w->part].n) {    // the next one; empty tensors have no elements
+            w->part++;
+            w->done = 0;
+        }
         assert(w->part < w->n_parts);
         const StPart *part = w->parts + w->part;
+        const size_t size = st_dtypes[part->dtype].bytes;
         take = min_size(min_size(count, part->n - w->done), sizeof half / sizeof *half);
-        if (part->dtype == ST_BF16) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
-        st_put(w, part->dtype == ST_BF16 ? (const void *)half : values, take * st_dtypes[part->dtype].bytes);
+        if (size == 2) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
+        st_put(w, size == 2 ? (const void *)half : values, take * size);
         w->done += take;
+        w->data_bytes -= take * size;
     }
 }
 
 // Flushes, fsyncs, closes; all declared values must have come. Returns the CRC-32 of the whole file and its size; both
 // mean something only when st_error(w) is NULL.
 uint32_t st_finish(StWriter *w, size_t *file_bytes) {
-    st_next_part(w);
-    assert(w->part == w->n_parts);
-    st_flush(w);
-    if (w->fd >= 0 && fsync(w->fd) && !w->failed) w->failed = errno;
-    if (w->fd >= 0 && close(w->fd) && !w->failed) w->failed = errno;
-    w->fd = -1;
+    assert(!w->data_bytes);
+    if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
+    if (w->file && fclose(w->file) && !w->failed) w->failed = errno;
     if (file_bytes) *file_bytes = w->file_bytes;
     return w->crc;
 }
@@ -1119,11 +1069,7 @@ const char *st_error(StWriter *w) {
 }
 
 void st_free(StWriter *w) {
-    free(w->path);
-    free(w->header.s);
-    free(w->parts);
-    free(w->buffer);
-    free(w->message.s);
+    free(w->path); free(w->header.s); free(w->parts); free(w->message.s);
     free(w);
 }
 
@@ -1207,7 +1153,7 @@ static int config_set_family(Config *c, const char *name) {
 // Sets V and with it Vp: GEMMs and shards like the padded size.
 void config_set_vocab(Config *c, int V) {
     c->V = V;
-    c->Vp = (V + 127) / 128 * 128;
+    c->Vp = CEIL_DIV(V, 128) * 128;
 }
 
 // Parameters of the model, as Hugging Face counts them (a tied head once).
@@ -1289,12 +1235,9 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
                           v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
         if (!same) json_refuse(v, config_fixed[i].key, where, only);
     }
-#define READ(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
-    CONFIG_INTS(READ)
-#undef READ
-#define READ(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
-    CONFIG_NUMBERS(READ)
-#undef READ
+#define READ_INT(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
+#define READ_NUMBER(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
+    CONFIG_INTS(READ_INT) CONFIG_NUMBERS(READ_NUMBER)
     config_set_vocab(c, c->V);
     if (!c->K) c->K = c->H;
     if (!c->D && c->C % c->H)
@@ -1336,11 +1279,7 @@ int config_preset(Config *c, const char *name) {
 #undef COPY
     config_set_vocab(c, c->V);
     c->rope_llama3 = c->rope_factor > 0;
-    if (c->rope_llama3) {
-        c->rope_low = 1;
-        c->rope_high = 4;
-        c->rope_original_T = 8192;
-    }
+    if (c->rope_llama3) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
     config_check(c, name);
     return 1;
 }
@@ -1367,12 +1306,9 @@ char *config_to_json(const Config *c, const char *dtype) {
     while (strcmp(config_families[family].name, c->family)) family++;
     text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", config_families[family].class_name);
     text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family);
-#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
-    CONFIG_INTS(WRITE)
-#undef WRITE
-#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
-    CONFIG_NUMBERS(WRITE)
-#undef WRITE
+#define WRITE_INT(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
+#define WRITE_NUMBER(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
+    CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
     if (config_families[family].window_switch)
@@ -1494,8 +1430,8 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
 static const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
-    for (int i = 0; i < p->units[unit].n_tensors; i++) {
-        const Tensor *t = &p->tensors[p->units[unit].first_tensor + i];
+    const Tensor *t = p->tensors + p->units[unit].first_tensor;
+    for (int i = p->units[unit].n_tensors; i > 0; i--, t++) {
         size_t n = strlen(t->name), m = strlen(suffix);
         if (n >= m && !strcmp(t->name + n - m, suffix)) return t;
     }
@@ -1505,8 +1441,7 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
 // ==== 7. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
 //   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
-//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length,
-//             that many bytes
+//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length, bytes
 //   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
 //             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
 // Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
@@ -1621,15 +1556,6 @@ void tokenizer_free(Tokenizer *t) {
     free(t);
 }
 
-// Bytes of the well-formed UTF-8 code point at s, or 1: a stray byte stands for itself.
-static int code_point_bytes(const char *s, size_t n) {
-    unsigned char c = (unsigned char)s[0];
-    int k = c < 0xC2 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 1;
-    for (int i = 1; i < k; i++)
-        if ((size_t)i >= n || ((unsigned char)s[i] & 0xC0) != 0x80) return 1;
-    return k;
-}
-
 static int tokenizer_byte(const Tokenizer *t, char byte) {
     int id = t->byte_id[(unsigned char)byte];
     if (id < 0)
@@ -1676,11 +1602,10 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
     Join *heap = (Join *)xmalloc(3 * n * sizeof(Join));
     int n_symbols = 0, n_heap = 0, count = 0;
     for (size_t at = 0; at < n; ) {
-        int bytes = code_point_bytes(text + at, n - at), id = *tokenizer_slot(t, text + at, (size_t)bytes);
-        int parts = id < 0 ? bytes : 1;
+        int k = utf8_length(text + at, n - at), bytes = k ? k : 1;       // a stray byte stands for itself
+        int id = *tokenizer_slot(t, text + at, (size_t)bytes), parts = id < 0 ? bytes : 1;
         for (int i = 0; i < parts; i++, n_symbols++) {
-            Symbol s = {(int)at, bytes / parts, id, n_symbols - 1, n_symbols + 1};
-            if (id < 0) s.id = tokenizer_byte(t, text[at]);
+            Symbol s = {(int)at, bytes / parts, id < 0 ? tokenizer_byte(t, text[at]) : id, n_symbols - 1, n_symbols + 1};
             symbol[n_symbols] = s;
             at += (size_t)s.bytes;
         }
@@ -1700,8 +1625,7 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
         propose_join(t, text, symbol, join.left, heap, &n_heap);
     }
     for (int i = n_symbols ? 0 : -1; i >= 0; i = symbol[i].next) ids[count++] = symbol[i].id;
-    free(symbol);
-    free(heap);
+    free(symbol); free(heap);
     return count;
 }
 
@@ -1835,11 +1759,9 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     const char *slash = strrchr(s->path, '/');
-    char *where = NULL;
-    for (int up = 0; up < 2 && (!where || access(where, F_OK)); up++) {
-        free(where);
-        where = path_text("%.*s%smetadata.json", slash ? (int)(slash + 1 - s->path) : 0, s->path, up ? "../" : "");
-    }
+    const int folder = slash ? (int)(slash + 1 - s->path) : 0;
+    char *here = path_text("%.*smetadata.json", folder, s->path), *above = path_text("%.*s../metadata.json", folder, s->path);
+    const char *where = access(here, F_OK) ? above : here;
     if (access(where, F_OK))
         die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
             "or write the shard again", s->path);
@@ -1856,7 +1778,7 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
             "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     json_free(meta);
-    free(where);
+    free(here); free(above);
 }
 
 // The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
@@ -1911,9 +1833,8 @@ static int shard_fd(DataLoader *dl, int index) {
     if (s->fd >= 0) return s->fd;
     int *place = &dl->open_shard[dl->next_open++ % MAX_OPEN_SHARDS];
     if (*place >= 0) { close(dl->shards[*place].fd); dl->shards[*place].fd = -1; }
-    size_t bytes;
     *place = -1;
-    s->fd = open_regular(s->path, "token shard", &bytes);
+    s->fd = open_regular(s->path, "token shard", NULL);
     *place = index;
     return s->fd;
 }
@@ -1973,8 +1894,7 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     if (dl->n_windows == 0)
         die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
             "smaller --seq-len", pattern, dl->n_tokens, T);
-    if (bytes <= FULL_SCAN_BYTES)
-        for (int i = 0; i < dl->n_shards; i++) if (i % world == rank) shard_scan(dl, i);
+    for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
     dl->has_floor = n_floors == dl->n_shards;
     dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
 }
@@ -1999,10 +1919,7 @@ void loader_close(DataLoader *dl) {
 }
 
 // Micro-steps that show each window of an evaluation once.
-int64_t loader_eval_batches(const DataLoader *dl) {
-    int64_t step = (int64_t)dl->world * dl->B;
-    return (dl->n_windows + step - 1) / step;
-}
+int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
 
 void batch_alloc(Batch *batch, int B, int T, int document_mask) {
     size_t n = (size_t)B * (size_t)T;
@@ -2041,8 +1958,7 @@ static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n
 }
 
 static void read_floor(const Shard *s, size_t first_target, int T, float *floor) {
-    size_t bytes;
-    int fd = open_regular(s->floor_path, "true loss", &bytes);
+    int fd = open_regular(s->floor_path, "true loss", NULL);
     read_exactly(fd, s->floor_path, floor, (size_t)T * sizeof(float), first_target * sizeof(float));
     for (int t = 0; t < T; t++)
         if (!(floor[t] >= 0 && floor[t] < 1e6f))
@@ -2112,8 +2028,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
     int64_t rest = o->steps - o->warmup_steps;
-    double done = rest > 1 ? (double)(step - o->warmup_steps) / (double)(rest - 1) : 1;
-    done = done < 1 ? done : 1;
+    double done = rest > 1 ? fmin(1, (double)(step - o->warmup_steps) / (double)(rest - 1)) : 1;
     switch (o->schedule) {
     case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * done));
     case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
@@ -2142,9 +2057,7 @@ void log_open(const char *out) {
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
-static void text_add_field(Text *t, const char *key, double x) {
-    text_add(t, ", \"%s\": %s", key, json_decimal(x));
-}
+static void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\": %s", key, json_decimal(x)); }
 
 // Appends the options as an object of strings; kind RUN: only what a run is made of.
 static void text_add_options(Text *t, int kind) {
@@ -2166,7 +2079,6 @@ static void log_record(Text *t) {
         fflush(log_file);
     }
     free(t->s);
-    memset(t, 0, sizeof *t);
 }
 
 // "1.5 s" .. "3 h 20 min": for people
@@ -2394,8 +2306,7 @@ static void checkpoint_prune(const char *out, int64_t keep) {
     for (int i = 0; i < n - keep; i++) {
         char *old = checkpoint_path(out, steps[i]), *gone = path_text("%s/tmp.old", out);
         if (!rename(old, gone)) remove_folder(gone);    // renamed first: a kill in between leaves no half checkpoint behind
-        free(old);
-        free(gone);
+        free(old); free(gone);
     }
     free(steps);
 }
@@ -2410,7 +2321,7 @@ static void remove_leftovers(const char *out) {         // of a killed run
     if (d) closedir(d);
 }
 
-// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began: older ones are whole.
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
     char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
@@ -2457,26 +2368,20 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
-    free(s.checksums.s);
-    free(sums);
-    free(tmp);
-    free(final);
+    free(s.checksums.s); free(sums); free(tmp); free(final);
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------------
 static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
-    int fd = open(path, O_RDONLY);
+    FILE *f = fopen(path, "rb");
     char *buffer = (char *)xmalloc(IO_CHUNK);
-    ssize_t n = -1;
     *crc = 0;
     *bytes = 0;
-    while (fd >= 0 && (n = read(fd, buffer, IO_CHUNK)) > 0) {
-        *crc = crc32_update(*crc, buffer, (size_t)n);
-        *bytes += (size_t)n;
-    }
-    if (fd >= 0) close(fd);
+    for (size_t n; f && (n = fread(buffer, 1, IO_CHUNK, f)) > 0; *bytes += n) *crc = crc32_update(*crc, buffer, n);
+    int ok = f && !ferror(f);
+    if (f) fclose(f);
     free(buffer);
-    return n == 0;
+    return ok;
 }
 
 // 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
@@ -2507,8 +2412,7 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
         else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
         free(file);
     }
-    free(text);
-    free(path);
+    free(text); free(path);
     return !why[0];
 }
 
@@ -2516,8 +2420,8 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
 char *checkpoint_choose(const char *resume, const char *out) {
     char why[1024] = "";
     if (strcmp(resume, "auto")) {
-        int ok = comm_rank() || checkpoint_whole(resume, why, sizeof why);
-        if (!ok) die("--resume %s: %s; resume an older checkpoint", resume, why);
+        if (!comm_rank() && !checkpoint_whole(resume, why, sizeof why))
+            die("--resume %s: %s; resume an older checkpoint", resume, why);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
@@ -2539,8 +2443,7 @@ static void read_series(const Json *root, const char *key, const char *where, do
     const Json *list = json_get(root, key);
     if (!list || list->type != 'a' || list->n != SPIKE_WINDOW)
         die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
-    int i = 0;
-    for (const Json *e = list->child; e; e = e->next) x[i++] = e->num;
+    for (const Json *e = list->child; e; e = e->next) *x++ = e->num;
 }
 
 // trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
@@ -2631,10 +2534,9 @@ void weights_read(const char *dir, Model *m, const Config *c) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
         if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
-        int64_t rows = from->n_dims > 0 ? from->shape[0] : 0, cols = from->n_dims > 1 ? from->shape[1] : 0;
-        if (from->n_dims != (t->cols ? 2 : 1) || rows != t->rows || cols != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols,
-                t->rows, t->cols);
+        if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name,
+                from->shape[0], from->shape[1], t->rows, t->cols);
         read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->at);
     }
     for (int j = 0; j < s->n_tensors; j++) {
@@ -2648,8 +2550,9 @@ void weights_read(const char *dir, Model *m, const Config *c) {
 }
 // SHARED END
 // ==== 11. Comm: ranks, one process each =================================================================================
-// Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop of
-// MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number of ranks.
+// Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop
+// of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number
+// of ranks.
 typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
 static Comm comm = {0, 1, 0, 1, 600};
 
@@ -2692,8 +2595,8 @@ static void comm_wait(MPI_Request *requests, int n, const char *what) {
     for (int done = 0; !done;) {
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
         if (!done && now_seconds() - start > (double)comm.timeout) {
-            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
-                    "(or raise --timeout)\n", comm.rank, now_seconds() - start, what);
+            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; "
+                    "resume with --resume auto (or raise --timeout)\n", comm.rank, now_seconds() - start, what);
             comm_abort();
         }
         if (!done) usleep(50);
@@ -2737,7 +2640,8 @@ void comm_reduce_start(floatX *x, size_t n) {
     if (comm.world == 1) return;
     for (size_t at = 0; at < n; at += BUCKET) {
         if (n_pending == MAX_PENDING) comm_reduce_finish();
-        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)(n - at < BUCKET ? n - at : BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD, &pending[n_pending++]);
+        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)(n - at < BUCKET ? n - at : BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD,
+                       &pending[n_pending++]);
     }
 }
 
@@ -2804,7 +2708,9 @@ static inline floatX exp_x(floatX x) {
     return x < (floatX)-87 ? (floatX)0 : (p * r * r + r + 1.0f) * scale.f;
 }
 
-static inline floatX sqrt_x(floatX x) { return sizeof(floatX) == sizeof(double) ? (floatX)sqrt((double)x) : (floatX)sqrtf((float)x); }
+static inline floatX sqrt_x(floatX x) {
+    return sizeof(floatX) == sizeof(double) ? (floatX)sqrt((double)x) : (floatX)sqrtf((float)x);
+}
 
 // ---- token embedding ---------------------------------------------------------------------------------------------------
 // x (N,C) = w[ids]     w (V,C), ids (N)
@@ -3061,7 +2967,8 @@ static inline int slice_size(int K, int max) { return K > 0 ? div_up(K, div_up(K
 static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, int N, int K, int accumulate,
                          floatX *scratch) {
     floatX *packed_a = scratch, *packed_b = scratch + MC*KC;
-    // Rows of a that are contiguous and meet few columns are read where they lie, unless their distance maps them to the same cache sets.
+    // Rows of a that are contiguous and meet few columns are read where they lie, unless their distance maps them to the same
+    // cache sets.
     const int in_place = a.col == 1 && N <= NC/2 && a.row * sizeof(floatX) % 2048 != 0;
     const int slice = slice_size(K, KC);
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
@@ -3249,7 +3156,8 @@ void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         size_t angle = (size_t)(n % T) * (D / 2);
-        for (int h = 0; h < heads; h++) rotate_head(dqkv + ((size_t)n * (H + 2 * K) + h) * D, cosine + angle, sine + angle, D, -1);
+        for (int h = 0; h < heads; h++)
+            rotate_head(dqkv + ((size_t)n * (H + 2 * K) + h) * D, cosine + angle, sine + angle, D, -1);
     }
     if (q_norm) {
         #pragma omp parallel for
@@ -3316,7 +3224,8 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
                 floatX *s_i = s + i * TILE, top = highest[i];
                 #pragma omp simd reduction(max : top)
                 for (int j = 0; j < cols; j++) top = s_i[j] > top ? s_i[j] : top;
-                floatX base = top == -INFINITY ? 0 : top, shrink = exp_x(highest[i] - base);   // nothing visible yet: all exp are 0
+                floatX base = top == -INFINITY ? 0 : top;                       // nothing visible yet: all exp are 0
+                floatX shrink = exp_x(highest[i] - base);
                 double sum = 0;
                 #pragma omp simd reduction(+ : sum)
                 for (int j = 0; j < cols; j++) {
@@ -3339,7 +3248,8 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
     }
 }
 
-// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:   dv_s = sum_t P_ts dout_t    dS_ts = P_ts (dout_t v_s - delta_t)
+// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
+//   dv_s = sum_t P_ts dout_t          dS_ts = P_ts (dout_t v_s - delta_t)
 //   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =
 // One task holds all query heads of a k/v head, so every gradient has one writer.
 void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out, const floatX *lse,
@@ -3472,12 +3382,14 @@ double sum_of_squares(const floatX *x, size_t n) {
     return total;
 }
 
-// AdamW (Loshchilov & Hutter 2019), decoupled decay. master, m, v (n) are updated; w (n) is the compute copy of master (may be the same).
+// AdamW (Loshchilov & Hutter 2019), decoupled decay. master, m, v (n) are updated; w (n) is the compute copy of master, or
+// master itself.
 // g is grad * grad_scale (clipping and the mean over targets). bf16_state: m and v are stored rounded to bf16.
 void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX *grad, size_t n, double lr, double beta1,
                   double beta2, double eps, double decay, double grad_scale, int64_t step, int bf16, int bf16_state) {
     floatX b1 = (floatX)beta1, b2 = (floatX)beta2, shrink = (floatX)(1 - lr * decay), gscale = (floatX)grad_scale;
-    floatX rate = (floatX)(lr / (1 - pow(beta1, (double)step))), vscale = (floatX)(1 / (1 - pow(beta2, (double)step))), e = (floatX)eps;
+    floatX rate = (floatX)(lr / (1 - pow(beta1, (double)step))), e = (floatX)eps;
+    floatX vscale = (floatX)(1 / (1 - pow(beta2, (double)step)));
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
         floatX g = grad[i] * gscale;
@@ -3503,8 +3415,9 @@ typedef struct LayerParams {
 
 LayerParams layer_params(floatX *flat, const ParamTable *p, int l) {
     struct { const char *suffix; floatX *at; } row[9] = {
-        {"input_layernorm.weight", NULL}, {"q_proj.weight", NULL}, {"q_proj.bias", NULL}, {"q_norm.weight", NULL}, {"k_norm.weight", NULL},
-        {"o_proj.weight", NULL}, {"post_attention_layernorm.weight", NULL}, {"gate_proj.weight", NULL}, {"down_proj.weight", NULL}};
+        {"input_layernorm.weight", NULL}, {"q_proj.weight", NULL}, {"q_proj.bias", NULL}, {"q_norm.weight", NULL},
+        {"k_norm.weight", NULL}, {"o_proj.weight", NULL}, {"post_attention_layernorm.weight", NULL}, {"gate_proj.weight", NULL},
+        {"down_proj.weight", NULL}};
     for (int i = 0; i < 9; i++) {
         const Tensor *t = table_find(p, 1 + l, row[i].suffix);
         if (t) row[i].at = flat + t->at;
@@ -3639,7 +3552,8 @@ void model_alloc(Model *m) {
         void *at = NULL;
         size_t bytes = m->arena_n[i] * sizeof(floatX);
         if (posix_memalign(&at, 4096, bytes))
-            die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block", bytes / 1048576.0, i ? "activations" : "parameters");
+            die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block", bytes / 1048576.0,
+                i ? "activations" : "parameters");
         m->arena[i] = (floatX *)at;
         memset(at, 0, bytes);
     }
@@ -3651,8 +3565,9 @@ void model_alloc(Model *m) {
 
 void print_memory(const Model *m) {
     double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
-    printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n", n * unit, n * unit,
-           ((double)m->arena_n[0] - 2 * n) * unit, (double)m->arena_n[1] * unit, (double)(m->arena_n[0] + m->arena_n[1]) * unit);
+    printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n",
+           n * unit, n * unit, ((double)m->arena_n[0] - 2 * n) * unit, (double)m->arena_n[1] * unit,
+           (double)(m->arena_n[0] + m->arena_n[1]) * unit);
 }
 
 void model_free(Model *m) {
@@ -3664,7 +3579,8 @@ void model_free(Model *m) {
     memset(m, 0, sizeof *m);
 }
 
-// The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v (and master).
+// The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v
+// (and master).
 void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at) {
     const Unit *unit = &m->p.units[u];
     size_t parts = m->zero ? (size_t)m->world : 1, share = unit->n_padded / parts;
@@ -3691,7 +3607,8 @@ void model_init(Model *m, uint64_t seed) {
         floatX *w = m->weights + t->at;
         #pragma omp parallel for
         for (size_t j = 0; j < t->n; j++)
-            w[j] = t->init == INIT_NORMAL ? (floatX)(float)(m->c.init_std * random_normal(seed, stream, j)) : (floatX)(t->init == INIT_ONE);
+            w[j] = t->init == INIT_NORMAL ? (floatX)(float)(m->c.init_std * random_normal(seed, stream, j))
+                                          : (floatX)(t->init == INIT_ONE);
     }
     model_set_master(m);
 }
@@ -3736,7 +3653,8 @@ void llama_forward(Model *m, const Batch *batch) {
         matmul_forward(m->delta, m->h, w.down, N, c->F, c->C);
         store(m, m->delta, (size_t)N * c->C);
         // the residual add of this layer and the first norm of the next are one pass
-        const floatX *norm_next = l + 1 < c->L ? layer_params(m->weights, &m->p, l + 1).norm1 : final_norm_param(m->weights, &m->p);
+        const floatX *norm_next = l + 1 < c->L ? layer_params(m->weights, &m->p, l + 1).norm1
+                                               : final_norm_param(m->weights, &m->p);
         floatX *rstd_next = l + 1 < c->L ? m->acts[l + 1].rstd1 : m->rstd_last;
         residual_rmsnorm_forward(x_next, m->norm, rstd_next, y->x_mid, m->delta, norm_next, c->eps, N, c->C, m->bf16);
         comm_progress();
@@ -3793,15 +3711,16 @@ void next_logits(Model *m, const int *ids, int n, float *logits) {
     for (int v = 0; v < m->c.V; v++) logits[v] = (float)m->logits[v];
 }
 
-// Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when unit u's gradients are complete.
-// Returns the sum of losses.
+// Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when unit u's gradients are
+// complete. Returns the sum of losses.
 double llama_forward_backward(Model *m, const Batch *batch, double dscale, int64_t *n_targets, void (*unit_done)(Model *, int)) {
     const Config *c = &m->c;
     int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     llama_forward(m, batch);
     head_and_loss(m, batch, dscale);
     memset(m->dx, 0, (size_t)N * C * sizeof(floatX));
-    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), m->dnorm, m->x_last, m->rstd_last, final_norm_param(m->weights, &m->p), N, C, m->bf16);
+    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), m->dnorm, m->x_last, m->rstd_last,
+                     final_norm_param(m->weights, &m->p), N, C, m->bf16);
     if (unit_done) unit_done(m, c->L + 1);
     for (int l = c->L - 1; l >= 0; l--) {
         LayerParams w = layer_params(m->weights, &m->p, l), dw = layer_params(m->grads, &m->p, l);
@@ -3832,8 +3751,10 @@ double llama_forward_backward(Model *m, const Batch *batch, double dscale, int64
         matmul_backward_w(dw.o, m->dx, y->att, N, HD, C);
         matmul_backward_x(m->datt, m->dx, w.o, N, HD, C, /*accumulate=*/0);
         store(m, m->datt, (size_t)N * HD);
-        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D, m->bf16);
-        qk_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine, c, N, batch->T, m->bf16);
+        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D,
+                           m->bf16);
+        qk_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine,
+                              c, N, batch->T, m->bf16);
         if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);
         // q | k | v = norm1(x) Wqkv^T
         rmsnorm_rebuild(m->norm, y->x, y->rstd1, w.norm1, N, C, m->bf16);
@@ -3866,7 +3787,8 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     return sqrt(total);
 }
 
-// One AdamW update with gradients * grad_scale; step counts from 1. ZeRO 1: each rank updates its slices, then all gather the weights.
+// One AdamW update with gradients * grad_scale; step counts from 1. ZeRO 1: each rank updates its slices, then all gather the
+// weights.
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
     for (int u = 0; u < m->p.n_units; u++) {
         const Unit *unit = &m->p.units[u];
@@ -3878,8 +3800,8 @@ void model_update(Model *m, double lr, double grad_scale, int64_t step, const Op
             if (begin >= end) continue;
             size_t s = at + (begin - first);
             floatX *master = m->bf16 ? m->master + s : m->weights + begin;
-            adamw_update(m->weights + begin, master, m->m + s, m->v + s, m->grads + begin, end - begin, lr, o->beta1, o->beta2, o->eps,
-                         t->decay ? o->weight_decay : 0, grad_scale, step, m->bf16, m->bf16_state);
+            adamw_update(m->weights + begin, master, m->m + s, m->v + s, m->grads + begin, end - begin, lr, o->beta1,
+                         o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step, m->bf16, m->bf16_state);
         }
         if (m->zero) comm_allgather(m->weights + unit->at, n);
     }
@@ -4024,10 +3946,12 @@ typedef struct Trainer {
 // ---- set-up --------------------------------------------------------------------------------------------------------------
 static void refuse_what_the_cpu_cannot(void) {
     static const char *const gpu_only[] = {"--shard-size", "--gpus", "--nodes", "--device", "--reduce-dtype"};
-    for (int i = 0; i < 5; i++) if (option_given(gpu_only[i])) die("%s is for the CUDA trainer; this is the CPU trainer", gpu_only[i]);
+    for (int i = 0; i < 5; i++)
+        if (option_given(gpu_only[i])) die("%s is for the CUDA trainer; this is the CPU trainer", gpu_only[i]);
     if (opt.zero > 1) die("--zero %d is for the CUDA trainer; the CPU trainer has 0 and 1", (int)opt.zero);
     if (!opt.deterministic) die("--deterministic off is for the CUDA trainer; the CPU trainer has deterministic kernels only");
-    if (opt.stage != STAGE_PRETRAIN) die("--stage %s is not in this version; it trains on plain text", choice_name(option_find("--stage")));
+    if (opt.stage != STAGE_PRETRAIN)
+        die("--stage %s is not in this version; it trains on plain text", choice_name(option_find("--stage")));
 }
 
 static Config read_config(const char *dir_or_file, int is_dir) {
@@ -4055,8 +3979,9 @@ static Config choose_config(const char *resume_dir) {
     if (opt.preset || opt.config) {
         if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
         char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
-        if (strcmp(a, b)) die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
-                              resume_dir, opt.preset ? "--preset" : "--config");
+        if (strcmp(a, b))
+            die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
+                resume_dir, opt.preset ? "--preset" : "--config");
         free(a);
         free(b);
     }
@@ -4072,7 +3997,8 @@ static char *folder_of(const char *path) {
 static char *find_tokenizer(const char *model_dir) {
     if (opt.tokenizer) return xstrdup(opt.tokenizer);
     char *data = folder_of(opt.train_data);
-    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data), path_text("%s/../tokenizer.bin", data)};
+    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data),
+                       path_text("%s/../tokenizer.bin", data)};
     char *found = NULL;
     for (int i = 0; i < 3; i++) {
         if (places[i] && !found && !access(places[i], R_OK)) found = places[i];
@@ -4106,9 +4032,11 @@ static void model_options(Model *m) {
 static void resolve_options(Trainer *tr) {
     int small = config_params(&tr->c) < 5e6, world = comm_world();
     if (!opt.seq_len) opt.seq_len = tr->c.max_T < 1024 ? tr->c.max_T : 1024;
-    if (opt.seq_len > tr->c.max_T) die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
+    if (opt.seq_len > tr->c.max_T)
+        die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
     if (tr->c.sliding_window && opt.seq_len > tr->c.sliding_window)
-        die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that", (int)opt.seq_len, tr->c.sliding_window);
+        die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that",
+            (int)opt.seq_len, tr->c.sliding_window);
     if (opt.steps < 0) opt.steps = small ? 2400 : 1000;
     if (opt.lr < 0) opt.lr = small ? 4e-3 : 3e-4;
     if (opt.min_lr < 0) opt.min_lr = opt.lr / 10;
@@ -4121,7 +4049,8 @@ static void resolve_options(Trainer *tr) {
         opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
     }
     if (opt.total_batch_tokens % row)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
+            opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
     int64_t rows = opt.total_batch_tokens / row;
     if (!opt.logits_chunk) {
         opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(float) * tr->c.V);
@@ -4139,18 +4068,21 @@ static void resolve_options(Trainer *tr) {
         }
     }
     if (rows % opt.batch_size)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64, opt.total_batch_tokens, opt.batch_size * row);
-    if (opt.batch_size * opt.seq_len > INT_MAX / 2) die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64,
+            opt.total_batch_tokens, opt.batch_size * row);
+    if (opt.batch_size * opt.seq_len > INT_MAX / 2)
+        die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
     tr->micro_steps = rows / opt.batch_size;
     if (opt.checkpoint_every < 0) opt.checkpoint_every = opt.steps / 5 > 1 ? opt.steps / 5 : 1;
 }
 
 static void print_model(const Trainer *tr) {
     const Config *c = &tr->c;
-    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family, (double)tr->m.p.n_params / 1e6,
-           c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
-    printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | recompute %s\n", opt.total_batch_tokens,
-           tr->m.B, tr->m.T, comm_world(), tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32", (const char *[]){"none", "mlp", "block"}[opt.recompute]);
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family,
+           (double)tr->m.p.n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
+    printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | "
+           "recompute %s\n", opt.total_batch_tokens, tr->m.B, tr->m.T, comm_world(), tr->micro_steps,
+           opt.precision == BF16 ? "bf16" : "fp32", (const char *[]){"none", "mlp", "block"}[opt.recompute]);
     print_memory(&tr->m);
 }
 
@@ -4210,7 +4142,8 @@ static void generate(Trainer *tr) {
     float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
     if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
     for (int i = 0; i < n_prompt; i++) {
-        if (prompt[i] >= tr->c.V) die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        if (prompt[i] >= tr->c.V)
+            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
         ids[n++] = prompt[i];
     }
     int start = n - n_prompt;
@@ -4233,8 +4166,8 @@ static void generate(Trainer *tr) {
 }
 
 // ---- one update ------------------------------------------------------------------------------------------------------------
-// Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between micro-steps
-// (nothing has changed then, the data position neither). sums = loss, targets.
+// Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between
+// micro-steps (nothing has changed then, the data position neither). sums = loss, targets.
 static int update_gradients(Trainer *tr, double *sums) {
     LoaderState before = tr->train.state;
     model_zero_grads(&tr->m);
@@ -4246,7 +4179,8 @@ static int update_gradients(Trainer *tr, double *sums) {
         }
         loader_next(&tr->train, &tr->batch);
         int64_t n;
-        sums[0] += llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, &n, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
+        sums[0] += llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, &n,
+                                          i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
         sums[1] += (double)n;
     }
     comm_reduce_finish();
@@ -4267,12 +4201,15 @@ static double z_score(const double *window, int64_t n, double x) {
 static const char *update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
     static char text[256];
     if (!isfinite(loss) || !isfinite(norm)) {
-        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad, tr->m.p.n_tensors, bad ? bad : "none");
+        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
+                 tr->m.p.n_tensors, bad ? bad : "none");
         return text;
     }
-    double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss), z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
+    double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss);
+    double z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
     if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes)) {
-        snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm, z_norm);
+        snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
+                 z_norm);
         return text;
     }
     return NULL;
@@ -4282,19 +4219,22 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     if (comm_rank()) return;
     int64_t step = tr->state.step;
     double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
-    double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world, causal = flops_per_token(&tr->c, tr->m.T, 1) * speed / world;
+    double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world;
+    double causal = flops_per_token(&tr->c, tr->m.T, 1) * speed / world;
     if (skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
     if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
         double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
-        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %.1f%% (causal %.1f%%) | %s J/token | eta %s\n",
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %.1f%% "
+               "(causal %.1f%%) | %s J/token | eta %s\n",
                step, opt.steps, loss, lr, norm, seconds * 1e3, speed, 100 * report / tr->peak, 100 * causal / tr->peak,
                measured_text(joules / tokens, "%.3g"), duration_text(left));
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
-        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
-        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak}, {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
-        {"joules_per_token", joules / tokens}, {"watts", joules / seconds}};
+        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed},
+        {"tokens_per_sec_per_gpu", speed / world}, {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
+        {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds}, {"joules_per_token", joules / tokens},
+        {"watts", joules / seconds}};
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) text_add_field(&r, row[i].key, row[i].x);
@@ -4332,7 +4272,8 @@ static int train_step(Trainer *tr) {
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
-        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr or look at the data, then --resume auto",
+        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr "
+            "or look at the data, then --resume auto",
             s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
     return 1;
 }
@@ -4343,18 +4284,24 @@ static void save(Trainer *tr) {
     tr->state.loader = tr->train.state;
     checkpoint_save(&tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
     tr->saved_step = tr->state.step;
-    if (comm_rank() == 0) printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step, now_seconds() - start);
+    if (comm_rank() == 0)
+        printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
+               now_seconds() - start);
 }
 
 static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
     if (comm_rank() || !s->step || s->seconds <= 0) return;
     double speed = (double)s->tokens / s->seconds, world = comm_world();
-    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %.1f%% of %.1f GFLOP/s per rank (measured FMA peak) | energy %s kWh, %s W, %s J/token\n",
-           s->step, s->tokens, duration_text(s->seconds), speed, 100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, tr->peak * 1e-9,
-           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"), measured_text(s->joules / (double)s->tokens, "%.3g"));
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %.1f%% of %.1f GFLOP/s per rank "
+           "(measured FMA peak) | energy %s kWh, %s W, %s J/token\n",
+           s->step, s->tokens, duration_text(s->seconds), speed,
+           100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, tr->peak * 1e-9,
+           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"),
+           measured_text(s->joules / (double)s->tokens, "%.3g"));
     if (isfinite(tr->val_loss) && isfinite(tr->floor))
-        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor, tr->val_loss - tr->floor);
+        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
+               tr->val_loss - tr->floor);
 }
 
 static void train(Trainer *tr) {
@@ -4369,7 +4316,8 @@ static void train(Trainer *tr) {
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
     if (stopped) {
-        if (comm_rank() == 0) printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+        if (comm_rank() == 0)
+            printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
         return;
     }
     report_end(tr);
@@ -4433,7 +4381,8 @@ static void log_header(const Trainer *tr) {
 static void check_out(const char *resume_dir) {
     int64_t *steps;
     int n = checkpoint_list(opt.out, &steps);
-    if (n && !resume_dir) die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
+    if (n && !resume_dir)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
     free(steps);
 }
 
@@ -4463,7 +4412,8 @@ static void setup_tokenizer(Trainer *tr, const char *model_dir) {
         tr->tokenizer = tokenizer_open(path);
         int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
         if (tr->c.V && (spare < 0 || spare > tr->c.V / 100)) {
-            if (opt.tokenizer) die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
+            if (opt.tokenizer)
+                die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
             tokenizer_free(tr->tokenizer);          // beside the data by chance
             tr->tokenizer = NULL;
         }
@@ -4492,7 +4442,9 @@ static void setup(Trainer *tr) {
     if (!tr->c.V) {                         // `tiny` takes its vocabulary from the data
         tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
         if (!tr->c.V && opt.dry_run) tr->c.V = 1024;
-        if (!tr->c.V) die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer", opt.train_data);
+        if (!tr->c.V)
+            die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
+                opt.train_data);
         config_set_vocab(&tr->c, tr->c.V);
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
@@ -4506,7 +4458,8 @@ static void setup(Trainer *tr) {
 
     int B = tr->m.B, T = tr->m.T, masked = (int)opt.document_mask;
     if (training || opt.dump_grads) {
-        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1, tr->c.V, masked);
+        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1,
+                    tr->c.V, masked);
         batch_alloc(&tr->batch, B, T, masked);
         if (resume_dir) {
             tr->train.state = tr->state.loader;
@@ -4539,11 +4492,12 @@ static void setup(Trainer *tr) {
     if (!resume_dir) tr->state.joules = tr->energy.joules;
     tr->peak = measure_peak();
     if (comm_rank() == 0)
-        printf("device | %d threads per rank | %.1f GFLOP/s measured FMA peak | energy counters %s\n", omp_get_max_threads(), tr->peak * 1e-9,
-               tr->energy.n ? "of the processor" : "unavailable");
+        printf("device | %d threads per rank | %.1f GFLOP/s measured FMA peak | energy counters %s\n", omp_get_max_threads(),
+               tr->peak * 1e-9, tr->energy.n ? "of the processor" : "unavailable");
     log_header(tr);
-    if (resume_dir && comm_rank() == 0) printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
-                                                tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
+    if (resume_dir && comm_rank() == 0)
+        printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
+               tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
     free(resume_dir);
 }
 
@@ -4559,7 +4513,8 @@ int main(int argc, char **argv) {
     options_check();
     refuse_what_the_cpu_cannot();
     comm_set_timeout(opt.timeout);
-    omp_set_num_threads(opt.threads ? (int)opt.threads : omp_get_num_procs() / comm_local_ranks() > 0 ? omp_get_num_procs() / comm_local_ranks() : 1);
+    int cores = omp_get_num_procs() / comm_local_ranks();
+    omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 0 ? cores : 1);
     static Trainer trainer;
     Trainer *tr = &trainer;
     setup(tr);

@@ -87,6 +87,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
     comm_abort();
     exit(EXIT_FAILURE);
 }
+
 void *xmalloc(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
     if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
@@ -199,14 +200,15 @@ int parse_double(const char *s, double *out) {
     return 1;
 }
 
-// A descriptor and the size of a regular file. Dies naming `what` and the path: missing, a folder, not readable.
+// A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path: missing, a folder,
+// not readable.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s '%s' is not a file; name the file itself", what, path);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
-    *bytes = (size_t)st.st_size;
+    if (bytes) *bytes = (size_t)st.st_size;
     return fd;
 }
 
@@ -284,18 +286,19 @@ static void json_digits(JsonParser *p) {
     p->at += n;
 }
 
-// Bytes of the UTF-8 sequence at s (first byte >= 0x80), or 0: overlong forms and surrogates are malformed.
-static int utf8_length(const char *s) {
+// Bytes of the UTF-8 code point at s, which is in front of n bytes, or 0: overlong forms and surrogates are malformed.
+static int utf8_length(const char *s, size_t n) {
     const unsigned char *u = (const unsigned char *)s;
-    int n = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
-    uint32_t code = u[0] & (0x7Fu >> n);
-    if (u[0] < 0xC2 || u[0] > 0xF4) return 0;
-    for (int i = 1; i < n; i++) {
+    if (u[0] < 0x80) return 1;
+    size_t k = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
+    uint32_t code = u[0] & (0x7Fu >> k);
+    if (u[0] < 0xC2 || u[0] > 0xF4 || k > n) return 0;
+    for (size_t i = 1; i < k; i++) {
         if ((u[i] & 0xC0) != 0x80) return 0;
         code = code << 6 | (u[i] & 0x3Fu);
     }
-    if ((n == 3 && code < 0x800) || (n == 4 && code < 0x10000)) return 0;
-    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : n;
+    if ((k == 3 && code < 0x800) || (k == 4 && code < 0x10000)) return 0;
+    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : (int)k;
 }
 
 // The value of "\uXXXX" at s, or -1.
@@ -310,11 +313,7 @@ static int json_hex4(const char *s) {
 static char *json_escape(JsonParser *p, char *out) {
     const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t";
     const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
-    if (simple) {
-        *out++ = to[simple - from];
-        p->at += 2;
-        return out;
-    }
+    if (simple) { p->at += 2; *out = to[simple - from]; return out + 1; }
     int code = json_hex4(p->at);
     int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0; // a pair \uD8xx\uDCxx is one code point
     if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
@@ -332,7 +331,7 @@ static char *json_chars(JsonParser *p, size_t *length) {
     char *start = ++p->at, *out = start;
     while (*p->at != '"') {
         unsigned char c = (unsigned char)*p->at;
-        int n = c < 0x80 ? 1 : utf8_length(p->at);
+        int n = utf8_length(p->at, (size_t)(p->end - p->at));
         if (c < 0x20) json_fail(p, "the rest of a string (control characters must be escaped)");
         if (!n) json_fail(p, "valid UTF-8");
         if (c == '\\') out = json_escape(p, out);
@@ -361,10 +360,7 @@ static void json_scan_number(JsonParser *p, Json *v) {
     v->str = start;
     v->str_len = (size_t)(p->at - start);
     v->num = strtod(start, NULL);
-    if (!isfinite(v->num)) {
-        p->at = start;
-        json_fail(p, "a number within the range of a double");
-    }
+    if (!isfinite(v->num)) { p->at = start; json_fail(p, "a number within the range of a double"); }
     errno = 0;
     if (v->is_int) v->inum = strtoll(start, NULL, 10);
     if (errno) v->is_int = 0;
@@ -653,26 +649,16 @@ static Option option_table[] = {OPTIONS(ROW)};
 #undef ROW
 enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
 
-// Index of `text` among the '|'-separated words before ':' in help, or -1.
-static int choice_index(const char *help, const char *text) {
-    int index = 0;
-    for (const char *at = help;; at++) {
-        size_t n = strcspn(at, "|:");
-        if (strlen(text) == n && !strncmp(at, text, n)) return index;
-        at += n;
-        if (*at != '|') return -1;
-        index++;
-    }
-}
-
-// The word of a choice, in a static buffer.
-static const char *choice_name(const Option *o) {
+// Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
+static const char *choice_word(const Option *o, int64_t index) {
     static char word[16];
     const char *at = o->help;
-    for (int64_t i = *(int64_t *)o->value; i > 0; i--) at = strchr(at, '|') + 1;
+    for (; index > 0; index--, at++) if (*(at += strcspn(at, "|:")) != '|') return NULL;
     snprintf(word, sizeof word, "%.*s", (int)strcspn(at, "|:"), at);
     return word;
 }
+
+static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
 
 Option *option_find(const char *name) {
     for (Option *o = option_table; o < option_table + N_OPTIONS; o++) if (!strcmp(o->name, name)) return o;
@@ -686,8 +672,10 @@ void option_set(Option *o, const char *text) {
     if (o->type == OPT_TEXT) {
         *(const char **)o->value = xstrdup(text);
     } else if (o->type == OPT_CHOICE) {
-        int index = choice_index(o->help, text);
-        if (index < 0) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
+        const char *word;
+        int64_t index = 0;
+        while ((word = choice_word(o, index)) && strcmp(word, text)) index++;
+        if (!word) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
         *(int64_t *)o->value = index;
     } else if (o->type == OPT_REAL) {
         double x;
@@ -739,10 +727,7 @@ void options_parse(int argc, char **argv) {
         if (!o) die("unknown option %s; --help lists them all", argv[i]);
         if (o->given) die("%s is given twice", o->name);
         o->given = 1;
-        if (o->type == OPT_FLAG) {
-            *(int64_t *)o->value = 1;
-            continue;
-        }
+        if (o->type == OPT_FLAG) { *(int64_t *)o->value = 1; continue; }
         if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
         option_set(o, argv[++i]);
     }
@@ -770,17 +755,17 @@ void options_check(void) {
 //               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 // 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
 
-enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, ST_U32, ST_U16, ST_U8, ST_BOOL, ST_F8_E4M3,
-       ST_F8_E5M2, ST_DTYPES };
-static const struct { const char *name; size_t bytes; } st_dtypes[ST_DTYPES] = {
-    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"F64", 8}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
+enum { ST_F32, ST_BF16, ST_F16, ST_I32 };   // the first rows:
+static const struct { const char *name; size_t bytes; } st_dtypes[] = {
+    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024, ST_BUFFER = 1 << 20 };
+enum { ST_DTYPES = sizeof st_dtypes / sizeof *st_dtypes };
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
 
 typedef struct StTensor {
     const char *name;
     int dtype, n_dims, file;        // file: index into StSet.paths
-    int64_t shape[ST_MAX_DIMS];
+    int64_t shape[ST_MAX_DIMS];     // 0 beyond n_dims
     size_t offset, n_bytes, n;      // offset from the start of the file; n = elements
 } StTensor;
 
@@ -795,17 +780,13 @@ typedef struct StSet {              // the tensors of one checkpoint, sorted by 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
 static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
     const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape"), *span = json_get(e, "data_offsets");
-    StTensor t;
-    memset(&t, 0, sizeof t);
-    t.name = e->key;
-    t.file = s->n_files - 1;
+    StTensor t = {e->key, 0, 0, s->n_files - 1, {0}, 0, 0, 1};
     if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
         die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
     while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
     if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
     if (shape->n > ST_MAX_DIMS)
         die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
-    t.n = 1;
     for (const Json *d = shape->child; d; d = d->next) {
         if (!d->is_int || d->inum < 0 || (d->inum && t.n > (size_t)INT64_MAX / 8 / (size_t)d->inum))
             die("%s: tensor %s: dimension %d of its shape is no size", path, t.name, t.n_dims);
@@ -840,6 +821,7 @@ static void st_add_file(StSet *s, const char *path) {
     uint64_t n_header;
     int f = s->n_files++, first = s->n_tensors;
     if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
+    s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);    // qsort wants no NULL
     s->fds[f] = open_regular(path, "weights", &size);
     s->paths[f] = xstrdup(path);
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
@@ -877,9 +859,6 @@ static void st_sort_names(StSet *s) {
             die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
 }
 
-// Is paths[f] the file of that name beside the index?
-static int st_is_file(const StSet *s, int f, const char *name) { return !strcmp(strrchr(s->paths[f], '/') + 1, name); }
-
 // Opens every file that the index names; index and files must agree on where each tensor is.
 static void st_open_index(StSet *s, const char *folder, const char *index_path) {
     Json *index = json_read_file(index_path, ST_MAX_HEADER);
@@ -889,31 +868,25 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         int f = s->n_files - 1;
         if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
-        while (f >= 0 && !st_is_file(s, f, e->str)) f--;
-        if (f >= 0) continue;
         char *path = path_text("%s/%s", folder, e->str);
-        st_add_file(s, path);
+        while (f >= 0 && strcmp(s->paths[f], path)) f--;
+        if (f < 0) st_add_file(s, path);
         free(path);
     }
     st_sort_names(s);
     for (const Json *e = map->child; e; e = e->next) {
         const StTensor *t = st_find(s, e->key);
-        if (!t || !st_is_file(s, t->file, e->str)) die("%s: tensor %s is not in %s", index_path, e->key, e->str);
+        if (!t || strcmp(strrchr(s->paths[t->file], '/') + 1, e->str))
+            die("%s: tensor %s is not in %s", index_path, e->key, e->str);
     }
     for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
         if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     json_free(index);
 }
 
-static StSet *st_new(void) {
-    StSet *s = (StSet *)xcalloc(1, sizeof *s);
-    s->tensors = (StTensor *)array_room(NULL, 1, &s->max_tensors, sizeof *s->tensors);  // never NULL: qsort, bsearch
-    return s;
-}
-
 // Opens all files that match the pattern as one set; NULL when none does.
 static StSet *st_open_all(const char *pattern) {
-    StSet *s = st_new();
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
     glob_t found;
     if (glob(pattern, 0, NULL, &found)) return NULL;
     for (size_t i = 0; i < found.gl_pathc; i++) st_add_file(s, found.gl_pathv[i]);
@@ -925,7 +898,7 @@ static StSet *st_open_all(const char *pattern) {
 // Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
 // one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
 StSet *st_open(const char *dir_or_file) {
-    StSet *s = st_new();
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
     struct stat info;
     char *one = path_text("%s/model.safetensors", dir_or_file), *index = path_text("%s.index.json", one);
     if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
@@ -934,8 +907,7 @@ StSet *st_open(const char *dir_or_file) {
     else if (!access(index, F_OK)) st_open_index(s, dir_or_file, index);
     else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
     st_sort_names(s);
-    free(one);
-    free(index);
+    free(one); free(index);
     return s;
 }
 
@@ -953,10 +925,11 @@ static float st_f16_to_float(uint32_t h) {
 // Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
 // Threads may call it at the same time.
 void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
-    const char *path = s->paths[t->file], *dtype = st_dtypes[t->dtype].name;
-    size_t size = st_dtypes[t->dtype].bytes;
+    const char *path = s->paths[t->file];
+    const size_t size = st_dtypes[t->dtype].bytes;
     assert(first <= t->n && count <= t->n - first);
-    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, dtype);
+    if (t->dtype > ST_F16)
+        die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, st_dtypes[t->dtype].name);
     // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
     char *raw = (char *)out + count * (sizeof(float) - size);
     read_exactly(s->fds[t->file], path, raw, count * size, t->offset + first * size);
@@ -987,45 +960,28 @@ void st_close(StSet *s) {
 typedef struct StPart { size_t n; int dtype; } StPart;
 typedef struct StWriter {
     char *path;
-    int fd, failed;                  // failed: the first errno
-    Text header;
+    FILE *file;
+    int failed;                      // the first errno
+    Text header, message;
     StPart *parts;                   // the declared tensors
     int n_parts, max_parts, part;    // the part being written, and
     size_t done;                     // how many of its elements have come
-    size_t data_bytes, file_bytes, n_buffer;
-    unsigned char *buffer;           // ST_BUFFER bytes on their way to the file
+    size_t data_bytes, file_bytes;   // declared and not yet written; written
     uint32_t crc;
-    Text message;
 } StWriter;
 
-static void st_flush(StWriter *w) {
-    size_t at = 0;
-    w->crc = crc32_update(w->crc, w->buffer, w->n_buffer);
-    while (!w->failed && at < w->n_buffer) {
-        ssize_t n = write(w->fd, w->buffer + at, w->n_buffer - at);
-        if (n >= 0) at += (size_t)n;
-        else if (errno != EINTR) w->failed = errno;
-    }
-    w->file_bytes += w->n_buffer;
-    w->n_buffer = 0;
-}
-
 static void st_put(StWriter *w, const void *bytes, size_t n) {
-    for (size_t take; n; n -= take, bytes = (const char *)bytes + take) {
-        if (w->n_buffer == ST_BUFFER) st_flush(w);
-        take = min_size(n, ST_BUFFER - w->n_buffer);
-        memcpy(w->buffer + w->n_buffer, bytes, take);
-        w->n_buffer += take;
-    }
+    w->crc = crc32_update(w->crc, bytes, n);
+    w->file_bytes += n;
+    if (!w->failed && fwrite(bytes, 1, n, w->file) != n) w->failed = errno;
 }
 
 // Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
 StWriter *st_create(const char *path, const char *metadata) {
     StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
     w->path = xstrdup(path);
-    w->buffer = (unsigned char *)xmalloc(ST_BUFFER);
-    w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (w->fd < 0) w->failed = errno;
+    w->file = fopen(path, "wbe");
+    if (!w->file) w->failed = errno;
     text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
     return w;
 }
@@ -1065,37 +1021,31 @@ static uint16_t st_float_to_bf16(float x) {
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Moves on to the part that the next element belongs to (empty tensors have none).
-static void st_next_part(StWriter *w) {
-    while (w->part < w->n_parts && w->done == w->parts[w->part].n) {
-        w->part++;
-        w->done = 0;
-    }
-}
-
 // The next elements, in the order of declaration; one call may span several tensors.
 void st_write(StWriter *w, const float *values, size_t count) {
-    uint16_t half[1024];
+    uint16_t half[8192];
     for (size_t take; count; count -= take, values += take) {
-        st_next_part(w);
+        while (w->part < w->n_parts && w->done == w->parts[w->part].n) {    // the next one; empty tensors have no elements
+            w->part++;
+            w->done = 0;
+        }
         assert(w->part < w->n_parts);
         const StPart *part = w->parts + w->part;
+        const size_t size = st_dtypes[part->dtype].bytes;
         take = min_size(min_size(count, part->n - w->done), sizeof half / sizeof *half);
-        if (part->dtype == ST_BF16) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
-        st_put(w, part->dtype == ST_BF16 ? (const void *)half : values, take * st_dtypes[part->dtype].bytes);
+        if (size == 2) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
+        st_put(w, size == 2 ? (const void *)half : values, take * size);
         w->done += take;
+        w->data_bytes -= take * size;
     }
 }
 
 // Flushes, fsyncs, closes; all declared values must have come. Returns the CRC-32 of the whole file and its size; both
 // mean something only when st_error(w) is NULL.
 uint32_t st_finish(StWriter *w, size_t *file_bytes) {
-    st_next_part(w);
-    assert(w->part == w->n_parts);
-    st_flush(w);
-    if (w->fd >= 0 && fsync(w->fd) && !w->failed) w->failed = errno;
-    if (w->fd >= 0 && close(w->fd) && !w->failed) w->failed = errno;
-    w->fd = -1;
+    assert(!w->data_bytes);
+    if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
+    if (w->file && fclose(w->file) && !w->failed) w->failed = errno;
     if (file_bytes) *file_bytes = w->file_bytes;
     return w->crc;
 }
@@ -1107,11 +1057,7 @@ const char *st_error(StWriter *w) {
 }
 
 void st_free(StWriter *w) {
-    free(w->path);
-    free(w->header.s);
-    free(w->parts);
-    free(w->buffer);
-    free(w->message.s);
+    free(w->path); free(w->header.s); free(w->parts); free(w->message.s);
     free(w);
 }
 
@@ -1195,7 +1141,7 @@ static int config_set_family(Config *c, const char *name) {
 // Sets V and with it Vp: GEMMs and shards like the padded size.
 void config_set_vocab(Config *c, int V) {
     c->V = V;
-    c->Vp = (V + 127) / 128 * 128;
+    c->Vp = CEIL_DIV(V, 128) * 128;
 }
 
 // Parameters of the model, as Hugging Face counts them (a tied head once).
@@ -1277,12 +1223,9 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
                           v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
         if (!same) json_refuse(v, config_fixed[i].key, where, only);
     }
-#define READ(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
-    CONFIG_INTS(READ)
-#undef READ
-#define READ(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
-    CONFIG_NUMBERS(READ)
-#undef READ
+#define READ_INT(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
+#define READ_NUMBER(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
+    CONFIG_INTS(READ_INT) CONFIG_NUMBERS(READ_NUMBER)
     config_set_vocab(c, c->V);
     if (!c->K) c->K = c->H;
     if (!c->D && c->C % c->H)
@@ -1324,11 +1267,7 @@ int config_preset(Config *c, const char *name) {
 #undef COPY
     config_set_vocab(c, c->V);
     c->rope_llama3 = c->rope_factor > 0;
-    if (c->rope_llama3) {
-        c->rope_low = 1;
-        c->rope_high = 4;
-        c->rope_original_T = 8192;
-    }
+    if (c->rope_llama3) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
     config_check(c, name);
     return 1;
 }
@@ -1355,12 +1294,9 @@ char *config_to_json(const Config *c, const char *dtype) {
     while (strcmp(config_families[family].name, c->family)) family++;
     text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", config_families[family].class_name);
     text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family);
-#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
-    CONFIG_INTS(WRITE)
-#undef WRITE
-#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
-    CONFIG_NUMBERS(WRITE)
-#undef WRITE
+#define WRITE_INT(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
+#define WRITE_NUMBER(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
+    CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
     if (config_families[family].window_switch)
@@ -1482,8 +1418,8 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
 static const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
-    for (int i = 0; i < p->units[unit].n_tensors; i++) {
-        const Tensor *t = &p->tensors[p->units[unit].first_tensor + i];
+    const Tensor *t = p->tensors + p->units[unit].first_tensor;
+    for (int i = p->units[unit].n_tensors; i > 0; i--, t++) {
         size_t n = strlen(t->name), m = strlen(suffix);
         if (n >= m && !strcmp(t->name + n - m, suffix)) return t;
     }
@@ -1493,8 +1429,7 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
 // ==== 7. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
 //   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
-//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length,
-//             that many bytes
+//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length, bytes
 //   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
 //             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
 // Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
@@ -1609,15 +1544,6 @@ void tokenizer_free(Tokenizer *t) {
     free(t);
 }
 
-// Bytes of the well-formed UTF-8 code point at s, or 1: a stray byte stands for itself.
-static int code_point_bytes(const char *s, size_t n) {
-    unsigned char c = (unsigned char)s[0];
-    int k = c < 0xC2 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 1;
-    for (int i = 1; i < k; i++)
-        if ((size_t)i >= n || ((unsigned char)s[i] & 0xC0) != 0x80) return 1;
-    return k;
-}
-
 static int tokenizer_byte(const Tokenizer *t, char byte) {
     int id = t->byte_id[(unsigned char)byte];
     if (id < 0)
@@ -1664,11 +1590,10 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
     Join *heap = (Join *)xmalloc(3 * n * sizeof(Join));
     int n_symbols = 0, n_heap = 0, count = 0;
     for (size_t at = 0; at < n; ) {
-        int bytes = code_point_bytes(text + at, n - at), id = *tokenizer_slot(t, text + at, (size_t)bytes);
-        int parts = id < 0 ? bytes : 1;
+        int k = utf8_length(text + at, n - at), bytes = k ? k : 1;       // a stray byte stands for itself
+        int id = *tokenizer_slot(t, text + at, (size_t)bytes), parts = id < 0 ? bytes : 1;
         for (int i = 0; i < parts; i++, n_symbols++) {
-            Symbol s = {(int)at, bytes / parts, id, n_symbols - 1, n_symbols + 1};
-            if (id < 0) s.id = tokenizer_byte(t, text[at]);
+            Symbol s = {(int)at, bytes / parts, id < 0 ? tokenizer_byte(t, text[at]) : id, n_symbols - 1, n_symbols + 1};
             symbol[n_symbols] = s;
             at += (size_t)s.bytes;
         }
@@ -1688,8 +1613,7 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
         propose_join(t, text, symbol, join.left, heap, &n_heap);
     }
     for (int i = n_symbols ? 0 : -1; i >= 0; i = symbol[i].next) ids[count++] = symbol[i].id;
-    free(symbol);
-    free(heap);
+    free(symbol); free(heap);
     return count;
 }
 
@@ -1823,11 +1747,9 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     const char *slash = strrchr(s->path, '/');
-    char *where = NULL;
-    for (int up = 0; up < 2 && (!where || access(where, F_OK)); up++) {
-        free(where);
-        where = path_text("%.*s%smetadata.json", slash ? (int)(slash + 1 - s->path) : 0, s->path, up ? "../" : "");
-    }
+    const int folder = slash ? (int)(slash + 1 - s->path) : 0;
+    char *here = path_text("%.*smetadata.json", folder, s->path), *above = path_text("%.*s../metadata.json", folder, s->path);
+    const char *where = access(here, F_OK) ? above : here;
     if (access(where, F_OK))
         die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
             "or write the shard again", s->path);
@@ -1844,7 +1766,7 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
             "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     json_free(meta);
-    free(where);
+    free(here); free(above);
 }
 
 // The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
@@ -1899,9 +1821,8 @@ static int shard_fd(DataLoader *dl, int index) {
     if (s->fd >= 0) return s->fd;
     int *place = &dl->open_shard[dl->next_open++ % MAX_OPEN_SHARDS];
     if (*place >= 0) { close(dl->shards[*place].fd); dl->shards[*place].fd = -1; }
-    size_t bytes;
     *place = -1;
-    s->fd = open_regular(s->path, "token shard", &bytes);
+    s->fd = open_regular(s->path, "token shard", NULL);
     *place = index;
     return s->fd;
 }
@@ -1961,8 +1882,7 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     if (dl->n_windows == 0)
         die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
             "smaller --seq-len", pattern, dl->n_tokens, T);
-    if (bytes <= FULL_SCAN_BYTES)
-        for (int i = 0; i < dl->n_shards; i++) if (i % world == rank) shard_scan(dl, i);
+    for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
     dl->has_floor = n_floors == dl->n_shards;
     dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
 }
@@ -1987,10 +1907,7 @@ void loader_close(DataLoader *dl) {
 }
 
 // Micro-steps that show each window of an evaluation once.
-int64_t loader_eval_batches(const DataLoader *dl) {
-    int64_t step = (int64_t)dl->world * dl->B;
-    return (dl->n_windows + step - 1) / step;
-}
+int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
 
 void batch_alloc(Batch *batch, int B, int T, int document_mask) {
     size_t n = (size_t)B * (size_t)T;
@@ -2029,8 +1946,7 @@ static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n
 }
 
 static void read_floor(const Shard *s, size_t first_target, int T, float *floor) {
-    size_t bytes;
-    int fd = open_regular(s->floor_path, "true loss", &bytes);
+    int fd = open_regular(s->floor_path, "true loss", NULL);
     read_exactly(fd, s->floor_path, floor, (size_t)T * sizeof(float), first_target * sizeof(float));
     for (int t = 0; t < T; t++)
         if (!(floor[t] >= 0 && floor[t] < 1e6f))
@@ -2100,8 +2016,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
     int64_t rest = o->steps - o->warmup_steps;
-    double done = rest > 1 ? (double)(step - o->warmup_steps) / (double)(rest - 1) : 1;
-    done = done < 1 ? done : 1;
+    double done = rest > 1 ? fmin(1, (double)(step - o->warmup_steps) / (double)(rest - 1)) : 1;
     switch (o->schedule) {
     case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * done));
     case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
@@ -2130,9 +2045,7 @@ void log_open(const char *out) {
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
-static void text_add_field(Text *t, const char *key, double x) {
-    text_add(t, ", \"%s\": %s", key, json_decimal(x));
-}
+static void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\": %s", key, json_decimal(x)); }
 
 // Appends the options as an object of strings; kind RUN: only what a run is made of.
 static void text_add_options(Text *t, int kind) {
@@ -2154,7 +2067,6 @@ static void log_record(Text *t) {
         fflush(log_file);
     }
     free(t->s);
-    memset(t, 0, sizeof *t);
 }
 
 // "1.5 s" .. "3 h 20 min": for people
@@ -2382,8 +2294,7 @@ static void checkpoint_prune(const char *out, int64_t keep) {
     for (int i = 0; i < n - keep; i++) {
         char *old = checkpoint_path(out, steps[i]), *gone = path_text("%s/tmp.old", out);
         if (!rename(old, gone)) remove_folder(gone);    // renamed first: a kill in between leaves no half checkpoint behind
-        free(old);
-        free(gone);
+        free(old); free(gone);
     }
     free(steps);
 }
@@ -2398,7 +2309,7 @@ static void remove_leftovers(const char *out) {         // of a killed run
     if (d) closedir(d);
 }
 
-// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began: older ones are whole.
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
     char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
@@ -2445,26 +2356,20 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
-    free(s.checksums.s);
-    free(sums);
-    free(tmp);
-    free(final);
+    free(s.checksums.s); free(sums); free(tmp); free(final);
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------------
 static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
-    int fd = open(path, O_RDONLY);
+    FILE *f = fopen(path, "rb");
     char *buffer = (char *)xmalloc(IO_CHUNK);
-    ssize_t n = -1;
     *crc = 0;
     *bytes = 0;
-    while (fd >= 0 && (n = read(fd, buffer, IO_CHUNK)) > 0) {
-        *crc = crc32_update(*crc, buffer, (size_t)n);
-        *bytes += (size_t)n;
-    }
-    if (fd >= 0) close(fd);
+    for (size_t n; f && (n = fread(buffer, 1, IO_CHUNK, f)) > 0; *bytes += n) *crc = crc32_update(*crc, buffer, n);
+    int ok = f && !ferror(f);
+    if (f) fclose(f);
     free(buffer);
-    return n == 0;
+    return ok;
 }
 
 // 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
@@ -2495,8 +2400,7 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
         else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
         free(file);
     }
-    free(text);
-    free(path);
+    free(text); free(path);
     return !why[0];
 }
 
@@ -2504,8 +2408,8 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
 char *checkpoint_choose(const char *resume, const char *out) {
     char why[1024] = "";
     if (strcmp(resume, "auto")) {
-        int ok = comm_rank() || checkpoint_whole(resume, why, sizeof why);
-        if (!ok) die("--resume %s: %s; resume an older checkpoint", resume, why);
+        if (!comm_rank() && !checkpoint_whole(resume, why, sizeof why))
+            die("--resume %s: %s; resume an older checkpoint", resume, why);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
@@ -2527,8 +2431,7 @@ static void read_series(const Json *root, const char *key, const char *where, do
     const Json *list = json_get(root, key);
     if (!list || list->type != 'a' || list->n != SPIKE_WINDOW)
         die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
-    int i = 0;
-    for (const Json *e = list->child; e; e = e->next) x[i++] = e->num;
+    for (const Json *e = list->child; e; e = e->next) *x++ = e->num;
 }
 
 // trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
@@ -2619,10 +2522,9 @@ void weights_read(const char *dir, Model *m, const Config *c) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
         if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
-        int64_t rows = from->n_dims > 0 ? from->shape[0] : 0, cols = from->n_dims > 1 ? from->shape[1] : 0;
-        if (from->n_dims != (t->cols ? 2 : 1) || rows != t->rows || cols != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols,
-                t->rows, t->cols);
+        if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name,
+                from->shape[0], from->shape[1], t->rows, t->cols);
         read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->at);
     }
     for (int j = 0; j < s->n_tensors; j++) {
