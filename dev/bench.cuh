@@ -153,7 +153,6 @@ template <typename X> struct Tensor {   // a handle: copies name the same tensor
         if (s->reference[b].empty()) s->reference[b] = s->start;
         return s->reference[b].data();
     }
-    H *twin_or_host(int b) const { return s->reference[b].empty() ? host : twin(b); }
     const Tensor &allow(double limit, double least = 0) const { s->limit = limit, s->least = least; return *this; }
 };
 
