@@ -3375,18 +3375,17 @@ void embedding_backward(float *dw, const int *order, const int *starts, const in
            stream, dw, order, starts, tokens, n_distinct, dx, C);
 }
 
-// ---- residual_rmsnorm_forward_kernel1: the row stays in registers -----------------------------------------------------------
-// x_out (N,C) = x + delta,  out (N,C) = x_out_c r w_c,  rstd (N) = r = (mean_c x_out_c^2 + eps)^(-1/2)
-// delta NULL: out is the norm of x, x_out is not written.
-// bytes   2·N·C (x, delta) in + 2·N·C (x_out, out) out, 2 bytes each = 268 MB for N 16384, C 2048        floor 80 us (memory)
+// ---- rmsnorm_forward_kernel1: the row stays in registers --------------------------------------------------------------------
+// out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)      (Zhang & Sennrich 2019)
+// bytes   2·N·C in + 2·N·C out = 134 MB for N 16384, C 2048        floor 40 us (memory). x already holds the residual sum: the product
+//         before it has added it (matmul_forward's `add`), for one read of x there and none here
 // idea    a row is read once and kept as bf16 in registers (4 packs per thread); w is copied once per block to shared memory,
 //         asynchronously under the first rows, and serves at least 8 rows
 // limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384 (1024 threads x 4 packs of fp32)
 enum { ROW_PACKS = 4, ROW_THREADS = 512 };
 
 template <typename X>
-__global__ void __launch_bounds__(1024)
-residual_rmsnorm_forward_kernel1(X *x_out, X *out, float *rstd, const X *x, const X *delta, const X *w, float eps, int N, int C) {
+__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
     constexpr int E = 16 / sizeof(X), STEP = 32 * E;            // a warp has ROW_PACKS * STEP columns next to each other
     X *w_shared = shared_memory<X>();                           // (C)
     const int c0 = threadIdx.x / 32 * ROW_PACKS * STEP + threadIdx.x % 32 * E;
@@ -3396,20 +3395,13 @@ residual_rmsnorm_forward_kernel1(X *x_out, X *out, float *rstd, const X *x, cons
     for (int n0 = blockIdx.x * blockDim.y; n0 < N; n0 += gridDim.x * blockDim.y, turn ^= 1) {
         const int n = n0 + threadIdx.y, end = n < N ? C : 0;
         const size_t at = (size_t)n * C + c0;
-        Vec<X, E> row[ROW_PACKS], add[ROW_PACKS];
+        Vec<X, E> row[ROW_PACKS];
         #pragma unroll
-        for (int j = 0; j < ROW_PACKS; j++) {
-            row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
-            add[j] = load_if<E>(c0 + j * STEP < end && delta, delta + at + j * STEP);
-        }
+        for (int j = 0; j < ROW_PACKS; j++) row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
         float squares = 0;
         #pragma unroll
         for (int j = 0; j < ROW_PACKS; j++) {
-            float a[E], b[E];
-            widen(a, row[j]);
-            widen(b, add[j]);
-            for (int k = 0; k < E; k++) a[k] += b[k];
-            row[j] = narrow<X>(a);
+            float a[E];
             widen(a, row[j]);
             for (int k = 0; k < E; k++) squares += a[k] * a[k];
         }
@@ -3424,20 +3416,17 @@ residual_rmsnorm_forward_kernel1(X *x_out, X *out, float *rstd, const X *x, cons
             widen(a, row[j]);
             widen(w_j, load<E>(w_shared + c0 + j * STEP));
             for (int k = 0; k < E; k++) a[k] = a[k] * r * w_j[k];     // in this order in rmsnorm_backward too: the same bits
-            if (delta) store(x_out + at + j * STEP, row[j]);
             store(out + at + j * STEP, narrow<X>(a));
         }
     }
 }
 
 template <typename X>
-void residual_rmsnorm_forward(X *x_out, X *out, float *rstd, const X *x, const X *delta, const X *w, float eps, int N, int C,
-                              cudaStream_t stream) {
+void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C, cudaStream_t stream) {
     const int E = 16 / sizeof(X), threads = CEIL_DIV(C, 32 * ROW_PACKS * E) * 32;
     const int rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1, turns = CEIL_DIV(8, rows);
     assert(C % E == 0 && threads <= 1024);
-    launch(residual_rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), stream,
-           x_out, out, rstd, x, delta, w, eps, N, C);
+    launch(rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), stream, out, rstd, x, w, eps, N, C);
 }
 
 // ---- rmsnorm_backward_kernel1: dout, x and dx are read once ---------------------------------------------------------------
@@ -3531,14 +3520,14 @@ void rmsnorm_backward(X *dx, float *dw, X *norm_out, const X *dout, const X *x, 
     column_sums(dw, scratch, blocks, C, C, stream);
 }
 
-// ---- qkv_bias_norm_rope_forward_kernel1: one warp per row, angles in registers ---------------------------------------------
-// qkv (N,(H+2K)D) in place:  y = x + bias;  q and k heads: qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2),
+// ---- qkv_norm_rope_forward_kernel1: one warp per row, angles in registers --------------------------------------------------
+// The q and k heads y of qkv (N,(H+2K)D), in place:  qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2),
 // y *= r w (w = q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T (cosine, sine (T,D/2)).
-// bias NULL: v is not touched. q_norm NULL: no norm, qk_raw and qk_rstd are not written.
+// q_norm NULL: no norm, qk_raw and qk_rstd are not written.
 // bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128   floor 48 us
 // idea    lane l of a head holds elements 4l..4l+3 of both halves, so that a pair meets in one lane and any D % 8 == 0 works
 //         (D 104: 13 of 16 lanes). The angles of those elements are the same for every head: read once per row.
-//         Norm weights and bias are in shared memory, once per block
+//         Norm weights are in shared memory, once per block
 // limits  D % 8 == 0, D <= 256
 enum { ROPE_WARPS = 8 };                                        // rows of a block
 
@@ -3555,16 +3544,16 @@ __device__ __forceinline__ float lanes_sum(float x, int lanes) {
 }
 
 template <typename X, bool NORM>
-__global__ void qkv_bias_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *bias, const X *q_norm, const X *k_norm,
-                                                   const float *cosine, const float *sine, float eps, int H, int K, int D, int lanes,
-                                                   int N, int T) {
+__global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
+                                              const float *sine, float eps, int H, int K, int D, int lanes, int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
-    X *w_shared = shared_memory<X>(), *bias_shared = w_shared + 2 * D;      // (2,D) if NORM, ((H+2K)D) if bias
+    X *w_shared = shared_memory<X>();                           // (2,D) if NORM
     const int lane = threadIdx.x % 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
     const bool active = i < half;
-    if (NORM) for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4) store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
-    if (bias) for (int d = threadIdx.x * 4; d < (H + 2 * K) * D; d += blockDim.x * 4) store(bias_shared + d, load<4>(bias + d));
-    if (NORM || bias) __syncthreads();
+    if (NORM) {
+        for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4) store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
+        __syncthreads();
+    }
     for (int n = blockIdx.x * ROPE_WARPS + threadIdx.x / 32; n < N; n += gridDim.x * ROPE_WARPS) {
         X *x = qkv + (size_t)n * (H + 2 * K) * D + i;
         const size_t angle = (size_t)(n % T) * half + i;
@@ -3586,15 +3575,7 @@ __global__ void qkv_bias_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_
                 float a[4], b[4], w_lo[4], w_hi[4];
                 widen(a, lo[u]);
                 widen(b, hi[u]);
-                if (bias && here) {
-                    widen(w_lo, load<4>(bias_shared + h * D + i));
-                    widen(w_hi, load<4>(bias_shared + h * D + i + half));
-                    for (int k = 0; k < 4; k++) a[k] += w_lo[k], b[k] += w_hi[k];
-                }
                 if (NORM) {
-                    lo[u] = narrow<X>(a), hi[u] = narrow<X>(b);             // the norm is that of what backward will read
-                    widen(a, lo[u]);
-                    widen(b, hi[u]);
                     float squares = 0;
                     for (int k = 0; k < 4; k++) squares += a[k] * a[k] + b[k] * b[k];
                     const float r = rsqrtf(lanes_sum(squares, lanes) / D + eps);
@@ -3619,26 +3600,15 @@ __global__ void qkv_bias_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_
                 store(x + h * D + half, narrow<X>(b));
             }
         }
-        if (!bias) continue;
-        x += (H + K) * D - i;                                   // v
-        for (int d = lane * 4; d < K * D; d += 32 * 4) {
-            float v[4], bias_v[4];
-            widen(v, load<4>(x + d));
-            widen(bias_v, load<4>(bias_shared + (H + K) * D + d));
-            for (int k = 0; k < 4; k++) v[k] += bias_v[k];
-            store(x + d, narrow<X>(v));
-        }
     }
 }
 
 template <typename X>
-void qkv_bias_norm_rope_forward(X *qkv, X *qk_raw, float *qk_rstd, const X *bias, const X *q_norm, const X *k_norm, const float *cosine,
-                                const float *sine, float eps, int H, int K, int D, int N, int T, cudaStream_t stream) {
-    const int lanes = lanes_per_head(D), turns = bias ? 2 : 1;  // rows per warp: the bias is a row's traffic again for each block
-    const size_t smem = (2 * D + (bias ? (size_t)(H + 2 * K) * D : 0)) * sizeof(X);
-    launch(q_norm ? qkv_bias_norm_rope_forward_kernel1<X, true> : qkv_bias_norm_rope_forward_kernel1<X, false>,
-           CEIL_DIV(N, ROPE_WARPS * turns), 32 * ROPE_WARPS, smem, stream,
-           qkv, qk_raw, qk_rstd, bias, q_norm, k_norm, cosine, sine, eps, H, K, D, lanes, N, T);
+void qkv_norm_rope_forward(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine, const float *sine,
+                           float eps, int H, int K, int D, int N, int T, cudaStream_t stream) {
+    launch(q_norm ? qkv_norm_rope_forward_kernel1<X, true> : qkv_norm_rope_forward_kernel1<X, false>, CEIL_DIV(N, ROPE_WARPS),
+           32 * ROPE_WARPS, 2 * D * sizeof(X), stream, qkv, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, eps, H, K, D,
+           lanes_per_head(D), N, T);
 }
 
 // ---- qkv_norm_rope_backward_kernel1: the forward's layout, turned back -----------------------------------------------------
@@ -4009,7 +3979,7 @@ enum { MAX_PLANS = 256 };
 static const size_t LT_WORKSPACE = (size_t)32 << 20;    // what cuBLAS recommends for Hopper
 
 typedef struct MatmulPlan {
-    int M, N, K, trans_a, trans_b, accumulate, in_bf16, out_bf16;      // the key
+    int M, N, K, trans_a, trans_b, in_bf16, out_bf16, has_bias;         // the key
     cublasLtMatmulDesc_t op;
     cublasLtMatrixLayout_t a, b, out;
     cublasLtMatmulAlgo_t algo;
@@ -4034,6 +4004,8 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     cublasOperation_t first = p->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, second = p->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
     cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    cublasLtEpilogue_t epilogue = p->has_bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     p->a = p->trans_a ? matrix_layout(p->in_bf16, p->K, p->M) : matrix_layout(p->in_bf16, p->M, p->K);
     p->b = p->trans_b ? matrix_layout(p->in_bf16, p->N, p->K) : matrix_layout(p->in_bf16, p->K, p->N);
     p->out = matrix_layout(p->out_bf16, p->M, p->N);
@@ -4049,31 +4021,35 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     return p;
 }
 
-// out (M,N) = or += op(a) op(b); a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
+// out (M,N) = op(a) op(b) + add (M,N) + bias (N), each sum rounded once; add (may be out itself: +=) and bias may be NULL.
+// a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
 template <typename Out, typename In>
-void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K, int accumulate) {
+void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K, const Out *add, const Out *bias) {
     MatmulPlan key;
     memset(&key, 0, sizeof key);
-    key.M = M, key.N = N, key.K = K, key.trans_a = trans_a, key.trans_b = trans_b, key.accumulate = accumulate;
-    key.in_bf16 = sizeof(In) == 2, key.out_bf16 = sizeof(Out) == 2;
+    key.M = M, key.N = N, key.K = K, key.trans_a = trans_a, key.trans_b = trans_b;
+    key.in_bf16 = sizeof(In) == 2, key.out_bf16 = sizeof(Out) == 2, key.has_bias = bias != NULL;
     const MatmulPlan *p = matmul_plan(gpu->lt, &key);
-    float alpha = 1, beta = accumulate ? 1.0f : 0.0f;
-    cublasCheck(cublasLtMatmul(gpu->lt, p->op, &alpha, b, p->b, a, p->a, &beta, out, p->out, out, p->out, &p->algo, gpu->workspace, LT_WORKSPACE, gpu->stream));
+    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    float alpha = 1, beta = add ? 1.0f : 0.0f;
+    cublasCheck(cublasLtMatmul(gpu->lt, p->op, &alpha, b, p->b, a, p->a, &beta, add ? add : out, p->out, out, p->out, &p->algo,
+                               gpu->workspace, LT_WORKSPACE, gpu->stream));
 }
 
-// out (N,OC) = x (N,C) w (OC,C)^T
-template <typename floatX> void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *w, int N, int C, int OC) {
-    matmul(gpu, out, x, 0, w, 1, N, OC, C, /*accumulate=*/0);
+// out (N,OC) = x (N,C) w (OC,C)^T + add (N,OC) + bias (OC); add: the residual stream, or NULL; bias may be NULL
+template <typename floatX>
+void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *w, const floatX *add, const floatX *bias, int N, int C, int OC) {
+    matmul(gpu, out, x, 0, w, 1, N, OC, C, add, bias);
 }
 
 // dx (N,C) = dout (N,OC) w (OC,C)
 template <typename floatX> void matmul_backward_x(const Gpu *gpu, floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC) {
-    matmul(gpu, dx, dout, 0, w, 0, N, C, OC, /*accumulate=*/0);
+    matmul(gpu, dx, dout, 0, w, 0, N, C, OC, (const floatX *)NULL, (const floatX *)NULL);
 }
 
 // dw (OC,C), fp32 += dout (N,OC)^T x (N,C)
 template <typename floatX> void matmul_backward_w(const Gpu *gpu, float *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
-    matmul(gpu, dw, dout, 1, x, 0, OC, C, N, /*accumulate=*/1);
+    matmul(gpu, dw, dout, 1, x, 0, OC, C, N, (const float *)dw, (const float *)NULL);
 }
 
 // ---- causal attention with grouped heads, O(T) memory (Dao et al. 2022; Dao 2023) -----------------------------------------
@@ -4436,23 +4412,83 @@ static void attention_forward(float *out, float *lse, const float *qkv, const in
 // ---- attention backward ------------------------------------------------------------------------------------------------------
 // With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:   dv_s = sum_t P_ts dout_t    dS_ts = P_ts (dout_t v_s - delta_t)
 //   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =, each element written once.
+// Two kernels and no atomics: dq runs first, owns whole rows of dout and out, and leaves delta for dk dv.
 
-// delta (N,H) = sum over d of dout * out. 16 lanes per row of D.
-template <typename floatX>
-__global__ void attention_delta_kernel1(float *__restrict__ delta, const floatX *__restrict__ dout, const floatX *__restrict__ out, int rows, int D) {
-    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 16, lane = threadIdx.x % 16;
-    float sum = 0;
-    for (int d = lane * Pack<floatX>::size; row < rows && d < D; d += 16 * Pack<floatX>::size) {
-        const Pack<floatX> a = load128(dout + (size_t)row * D + d), b = load128(out + (size_t)row * D + d);
-        for (int i = 0; i < Pack<floatX>::size; i++) sum += to_float(a[i]) * to_float(b[i]);
+// dq of a tile of queries, delta (N,H) =: the walk of the forward with its P known from lse, and dS in P's place.
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
+        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
+    const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
+    const float c = scale * (float)M_LOG2E;
+
+    int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
+    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    cp_async_commit();
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
+    cp_async_wait<0>();
+    __syncthreads();                                        // dO is here
+    #pragma unroll
+    for (int i = 0; i < MT * 2; i++) {                      // the four lanes of a row share out its D
+        const int row = t + i * 8 + lane / 4;
+        const size_t at = (size_t)(row0 + row) * H + h;
+        float sum = 0;
+        for (int d = lane % 4 * 8; row < T && d < D; d += 32) {
+            float a[8], b[8];
+            widen(a, load<8>(do_tile + (warp_row + i * 8 + lane / 4) * STRIDE + d));
+            widen(b, load<8>(out + at * D + d));
+            for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        row_delta[i / 2][i % 2] = sum;
+        row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
+        if (lane % 4 == 0 && row < T) delta[at] = sum;
     }
-    for (int offset = 8; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    if (lane == 0 && row < rows) delta[row] = sum;
-}
-
-template <typename floatX>
-static void attention_delta(float *delta, const floatX *dout, const floatX *out, int rows, int D, cudaStream_t stream) {
-    launch(attention_delta_kernel1<floatX>, dim3(CEIL_DIV(rows, 16)), dim3(256), 0, stream, delta, dout, out, rows, D);
+    fill(dq, 0);
+    for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
+        const __nv_bfloat16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
+        const int next = s0 + KEYS;
+        k += (size_t)KEYS * W;
+        cp_async_wait<0>();
+        __syncthreads();                                    // K, V are here; every warp has left the other K
+        if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
+        cp_async_commit();
+        const bool visible = s0 < t + ROWS && t < T;
+        if (visible) {
+            fill(s, 0);
+            multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
+            #pragma unroll
+            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+            multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
+        }
+        __syncthreads();                                    // every warp has left V
+        if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
+        cp_async_commit();
+        if (visible) {
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
+            multiply_probabilities<WIDTH>(dq, ds, k_tile);
+        }
+    }
+    float scales[MT][2];
+    for (int i = 0; i < MT * 2; i++) scales[i / 2][i % 2] = scale;
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // dk, dv of a tile of keys, summed over the query heads that share it. The score tile stands on its side: rows are keys, columns
@@ -4561,98 +4597,33 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
     store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
 }
 
-// dq of a tile of queries: the walk of the forward with its P known from lse, and dS in P's place.
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
-        const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
-    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
-    const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
-    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
-    const float c = scale * (float)M_LOG2E;
-
-    int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
-    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
-    load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
-    cp_async_commit();
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
-    #pragma unroll
-    for (int i = 0; i < MT * 2; i++) {
-        const int row = t + i * 8 + lane / 4;
-        row_lse[i / 2][i % 2] = row < T ? lse[(size_t)(row0 + row) * H + h] * (float)M_LOG2E : INFINITY;
-        row_delta[i / 2][i % 2] = row < T ? delta[(size_t)(row0 + row) * H + h] : 0;
-    }
-    fill(dq, 0);
-    for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
-        const __nv_bfloat16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
-        const int next = s0 + KEYS;
-        k += (size_t)KEYS * W;
-        cp_async_wait<0>();
-        __syncthreads();                                    // K, V are here; every warp has left the other K
-        if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
-        cp_async_commit();
-        const bool visible = s0 < t + ROWS && t < T;
-        if (visible) {
-            fill(s, 0);
-            multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
-            #pragma unroll
-            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
-            multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
-        }
-        __syncthreads();                                    // every warp has left V
-        if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
-        cp_async_commit();
-        if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
-            #pragma unroll
-            for (int m = 0; m < MT; m++)
-                #pragma unroll
-                for (int n = 0; n < NT; n++)
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
-            multiply_probabilities<WIDTH>(dq, ds, k_tile);
-        }
-    }
-    float scales[MT][2];
-    for (int i = 0; i < MT * 2; i++) scales[i / 2][i % 2] = scale;
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
-}
-
-template <int WIDTH>
-static void attention_backward_width(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const float *lse, const float *delta,
-                                     const int *doc_start, int B, int T, int H, int K, int D, cudaStream_t stream) {
+static void attention_backward_width(__nv_bfloat16 *dqkv, float *delta, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out,
+                                     const float *lse, const int *doc_start, int B, int T, int H, int K, int D, cudaStream_t stream) {
     typedef DkdvTile<WIDTH> Tile;
     const float scale = (float)(1 / sqrt((double)D));
-    launch(attention_backward_dkdv_kernel1<WIDTH>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)), dim3(ATT_THREADS), Tile::SMEM, stream,
-           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
     launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), (2 * 128 + 3 * 32) * (WIDTH + 8) * 2, stream,
+           dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+    launch(attention_backward_dkdv_kernel1<WIDTH>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)), dim3(ATT_THREADS), Tile::SMEM, stream,
            dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
 }
 
 static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out, const float *lse,
                                const int *doc_start, float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    attention_delta(delta, dout, out, B * T * H, D, stream);
     switch (attention_width(D)) {
-    case 32: attention_backward_width<32>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
-    case 64: attention_backward_width<64>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
-    case 96: attention_backward_width<96>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
-    case 112: attention_backward_width<112>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream); break;
-    default: attention_backward_width<128>(dqkv, dout, qkv, lse, delta, doc_start, B, T, H, K, D, stream);
+    case 32: attention_backward_width<32>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
+    case 64: attention_backward_width<64>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
+    case 96: attention_backward_width<96>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
+    case 112: attention_backward_width<112>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
+    default: attention_backward_width<128>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream);
     }
 }
 
-// dq in fp32: rows are queries, columns keys.
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
-        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+// dq and delta in fp32: rows are queries, columns keys.
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out, const float *__restrict__ lse,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
     float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -4660,9 +4631,18 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kern
     const size_t row0 = (size_t)(blockIdx.x / H) * T;
     const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
     const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dq[F32_MINE][4] = {};
+    float dq[F32_MINE][4] = {}, row_delta[F32_MINE] = {};
     load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
     load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_ROWS, T - t0, D);
+    __syncthreads();
+    for (int i = 0; i < F32_MINE; i++) {
+        const int row = warp_row + i;
+        if (t0 + row >= T) break;
+        const size_t at = (row0 + t0 + row) * H + h;
+        for (int d = lane; d < D; d += 32) row_delta[i] += do_tile[row * (D + 1) + d] * out[at * D + d];
+        row_delta[i] = warp_sum(row_delta[i]);
+        if (lane == 0) delta[at] = row_delta[i];
+    }
     for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
         __syncthreads();
         load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
@@ -4674,7 +4654,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kern
             float ds = 0;
             if (t < T && key <= t && (!doc || key >= doc[t])) {
                 const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
-                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
+                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
             }
             add_rows(dq[i], ds, k_tile, D);
         }
@@ -4705,7 +4685,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_ke
             load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_COLS, T - t0, D);
             __syncthreads();
             #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
+            for (int i = 0; i < F32_MINE; i++) {
                 const int row = warp_row + i, key = s0 + row, t = t0 + lane;
                 float p = 0, ds = 0;
                 if (t < T && key <= t && (!doc || key >= doc[t])) {
@@ -4730,10 +4710,9 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
     assert(D % 4 == 0 && D <= 128 && H % K == 0);
     const float scale = (float)(1 / sqrt((double)D));
     const size_t smem = 2 * (F32_ROWS + F32_COLS) * (D + 1) * sizeof(float);
-    attention_delta(delta, dout, out, B * T * H, D, stream);
-    launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
-           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
     launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
+           dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+    launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
            dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
 }
 
@@ -4817,7 +4796,7 @@ template <typename floatX> struct ModelOf : Model {
     floatX *x_last;                     // (N,C)        input of the final norm
     float *rstd_last;                   // (N)
     floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
-    floatX *delta;                      // (N,C)        what a block adds to x; in backward dnorm, the gradient of a norm's output
+    floatX *dnorm;                      // (N,C)        gradient of a norm's output
     floatX *h, *dh;                     // (N,F)        SwiGLU's product
     floatX *dx;                         // (N,C)        gradient of the residual stream
     floatX *datt, *dqkv;
@@ -4887,7 +4866,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m, Arena *a) {
     take(x, &m->rstd_last, N);
     Arena *w = &a[ARENA_WORKSPACE];
     take(w, &m->norm, padded * c->C);
-    take(w, &m->delta, padded * c->C);
+    take(w, &m->dnorm, padded * c->C);
     take(w, &m->h, N * c->F);
     take(w, &m->dh, N * c->F);
     take(w, &m->dx, N * c->C);
@@ -5052,55 +5031,55 @@ static const Feed *feed_batch(Model *m, const Batch *batch) {
 }
 
 // ---- forward and backward ----------------------------------------------------------------------------------------------------
-// Attention block: y->qkv, att, lse, and m->delta = attention's addition to x. m->norm holds norm1(x).
+// Attention block: y->qkv, att, lse, and y->x_mid = x + attention(norm1(x)). m->norm holds norm1(x).
 template <typename floatX>
 static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const int *doc_start, int B, int T) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     int N = B * T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
-    matmul_forward(gpu, y->qkv, m->norm, w->qkv, N, c->C, W);
-    qkv_bias_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->qkv_bias, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps, c->H, c->K, c->D, N, T, gpu->stream);
+    const floatX *none = NULL;
+    matmul_forward(gpu, y->qkv, m->norm, w->qkv, none, w->qkv_bias, N, c->C, W);
+    qkv_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps, c->H, c->K, c->D, N, T,
+                          gpu->stream);
     attention_forward(y->att, y->lse, y->qkv, doc_start, B, T, c->H, c->K, c->D, gpu->stream);
-    matmul_forward(gpu, m->delta, y->att, w->o, N, HD, c->C);
+    matmul_forward(gpu, y->x_mid, y->att, w->o, y->x, none, N, HD, c->C);
 }
 
 // Runs all layers on f's inputs (B,T); leaves the final norm's output (N,C) in m->norm.
 template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
+    const floatX *none = NULL;
     int N = B * T;
     embedding_forward(m->acts[0].x, f->inputs, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
     for (int l = 0; l < c->L; l++) {
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
         floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
-        if (l == 0) residual_rmsnorm_forward((floatX *)NULL, m->norm, y->rstd1, y->x, (const floatX *)NULL, w.norm1, (float)c->eps, N, c->C, gpu->stream);
+        rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, c->C, gpu->stream);
         attention_block_forward(m, &w, y, doc_start, B, T);
-        residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, (float)c->eps, N, c->C, gpu->stream);
-        matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, N, c->C, 2 * c->F);
+        rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, c->C, gpu->stream);
+        matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, none, none, N, c->C, 2 * c->F);
         swiglu_forward(m->h, y->gate_up, N, c->F, gpu->stream);
-        matmul_forward(gpu, m->delta, m->h, w.down, N, c->F, c->C);
-        // the residual add of this layer and the first norm of the next are one pass
-        const floatX *norm_next = l + 1 < c->L ? layer_params(m->weights, &m->p, l + 1).norm1 : final_norm_param(m->weights, &m->p);
-        float *rstd_next = l + 1 < c->L ? m->acts[l + 1].rstd1 : m->rstd_last;
-        residual_rmsnorm_forward(x_next, m->norm, rstd_next, y->x_mid, m->delta, norm_next, (float)c->eps, N, c->C, gpu->stream);
+        matmul_forward(gpu, x_next, m->h, w.down, y->x_mid, none, N, c->F, c->C);
     }
+    rmsnorm_forward(m->norm, m->rstd_last, m->x_last, final_norm_param(m->weights, &m->p), (float)c->eps, N, c->C, gpu->stream);
 }
 
-// Loss of each target into m->nll. dscale != 0: also m->delta = gradient of the final norm's output and dhead (Vp,C) +=, both scaled
+// Loss of each target into m->nll. dscale != 0: also m->dnorm = gradient of the final norm's output and dhead (Vp,C) +=, both scaled
 // by dscale. Logits exist for `chunk` rows at a time; rows beyond N are ignored targets, so that one shape of matmul serves every chunk.
 template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const Feed *f, int N, double dscale) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
-    const floatX *head = head_param(m->weights, &m->p);
+    const floatX *head = head_param(m->weights, &m->p), *none = NULL;
     for (int n = 0; n < N; n += m->chunk) {
         const floatX *norm = m->norm + (size_t)n * c->C;
         int rows = N - n < m->chunk ? N - n : m->chunk;
-        matmul_forward(gpu, m->logits, norm, head, m->chunk, c->C, c->Vp);
+        matmul_forward(gpu, m->logits, norm, head, none, none, m->chunk, c->C, c->Vp);
         if (rows < m->chunk) cudaCheck(cudaMemsetAsync(m->logits + (size_t)rows * c->Vp, 0, (size_t)(m->chunk - rows) * c->Vp * sizeof(floatX), gpu->stream));
         cross_entropy(m->nll + n, m->logits, f->targets + n, (float)dscale, rows, c->V, c->Vp, gpu->stream);
         if (dscale == 0) continue;
-        matmul_backward_x(gpu, m->delta + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
+        matmul_backward_x(gpu, m->dnorm + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
         matmul_backward_w(gpu, head_param(m->grads, &m->p), m->logits, norm, m->chunk, c->C, c->Vp);
     }
     sum_losses(m->sums, m->nll, N, gpu->stream);
@@ -5112,22 +5091,22 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
     const Gpu *gpu = &m->gpu;
     cudaStream_t stream = gpu->stream;
     int N = B * T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
-    floatX *dnorm = m->delta, *none = NULL;
+    floatX *none = NULL;
     cudaCheck(cudaMemsetAsync(m->dx, 0, (size_t)N * C * sizeof(floatX), stream));
-    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), none, dnorm, m->x_last, m->rstd_last, final_norm_param(m->weights, &m->p), m->scratch, N, C, stream);
+    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), none, m->dnorm, m->x_last, m->rstd_last, final_norm_param(m->weights, &m->p), m->scratch, N, C, stream);
     if (unit_done) unit_done(m, c->L + 1);
     for (int l = c->L - 1; l >= 0; l--) {
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerParams<float> dw = layer_params(m->grads, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
         if (m->recompute == RECOMPUTE_BLOCK) {
-            residual_rmsnorm_forward(none, m->norm, y->rstd1, y->x, (const floatX *)none, w.norm1, (float)c->eps, N, C, stream);
+            rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, C, stream);
             attention_block_forward(m, &w, y, doc_start, B, T);
-            residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, (float)c->eps, N, C, stream);
-        } else if (m->recompute == RECOMPUTE_MLP) {
-            residual_rmsnorm_forward(none, m->norm, y->rstd2, y->x_mid, (const floatX *)none, w.norm2, (float)c->eps, N, C, stream);
         }
-        if (m->recompute != RECOMPUTE_NONE) matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, N, C, 2 * F);
+        if (m->recompute != RECOMPUTE_NONE) {
+            rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, C, stream);
+            matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, (const floatX *)none, (const floatX *)none, N, C, 2 * F);
+        }
 
         // x' = x_mid + (silu(g) * u) Wdown^T
         matmul_backward_x(gpu, m->dh, m->dx, w.down, N, F, C);
@@ -5135,8 +5114,8 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
         swiglu_backward(dgate_up, m->h, m->dh, y->gate_up, N, F, stream);
         matmul_backward_w(gpu, dw.down, m->dx, m->h, N, F, C);
         // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, which the weight gradient therefore follows
-        matmul_backward_x(gpu, dnorm, dgate_up, w.gate_up, N, C, 2 * F);
-        rmsnorm_backward(m->dx, dw.norm2, m->norm, dnorm, y->x_mid, y->rstd2, w.norm2, m->scratch, N, C, stream);
+        matmul_backward_x(gpu, m->dnorm, dgate_up, w.gate_up, N, C, 2 * F);
+        rmsnorm_backward(m->dx, dw.norm2, m->norm, m->dnorm, y->x_mid, y->rstd2, w.norm2, m->scratch, N, C, stream);
         matmul_backward_w(gpu, dw.gate_up, dgate_up, m->norm, N, C, 2 * F);
 
         // x_mid = x + attention(q, k, v) Wo^T
@@ -5146,8 +5125,8 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
         qkv_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine, m->scratch, c->H, c->K, c->D, N, T, stream);
         if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);
         // q | k | v = norm1(x) Wqkv^T
-        matmul_backward_x(gpu, dnorm, m->dqkv, w.qkv, N, C, W);
-        rmsnorm_backward(m->dx, dw.norm1, m->norm, dnorm, y->x, y->rstd1, w.norm1, m->scratch, N, C, stream);
+        matmul_backward_x(gpu, m->dnorm, m->dqkv, w.qkv, N, C, W);
+        rmsnorm_backward(m->dx, dw.norm1, m->norm, m->dnorm, y->x, y->rstd1, w.norm1, m->scratch, N, C, stream);
         matmul_backward_w(gpu, dw.qkv, m->dqkv, m->norm, N, C, W);
         if (unit_done) unit_done(m, 1 + l);
     }
@@ -5194,7 +5173,8 @@ template <typename floatX> static void logits_of_last(ModelOf<floatX> *m, const 
     const Feed *f = feed_batch(m, batch);
     llama_forward(m, f, NULL, batch->B, batch->T);
     int last = batch->T - 1, row = last % m->chunk, first = last - row;      // the chunk that holds the last row
-    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), m->chunk, m->c.C, m->c.Vp);
+    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), (const floatX *)NULL, (const floatX *)NULL,
+                   m->chunk, m->c.C, m->c.Vp);
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
     copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, host);
 }
