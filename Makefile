@@ -124,13 +124,16 @@ build/dev/%/trainer.cuh: dev/%.cu dev/bench.cuh dev/kernels.py train_litespark.c
 	@mkdir -p $(@D)
 	@python3 dev/kernels.py extract $< >$@.part && mv $@.part $@
 build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h)
-	$(CXX) -x c++ -std=c++17 -O1 -g $(OPENMP) -Wall -Wno-unused-function -Wno-unknown-pragmas $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) \
+	@echo '$(CXX) ... $< -o $@'
+	@$(CXX) -x c++ -std=c++17 -O1 -g $(OPENMP) -Wall -Wno-unused-function -Wno-unknown-pragmas $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) \
 	    -Idev/emu -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
 BENCH_NV := -O3 -std=c++17 -lineinfo -diag-suppress 177 -Xptxas -v $(OPENMP:%=-Xcompiler %)
 build/dev/%/gpu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o
-	$(NVCC) $(BENCH_NV) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
+	@echo '$(NVCC) ... $< -o $@'
+	@$(NVCC) $(BENCH_NV) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
 build/dev/%/ptx: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o
-	$(NVCC) $(BENCH_NV) -cudart shared -gencode arch=compute_80,code=[sm_80,compute_80] -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
+	@echo '$(NVCC) ... $< -o $@'
+	@$(NVCC) $(BENCH_NV) -cudart shared -gencode arch=compute_80,code=[sm_80,compute_80] -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
 .PRECIOUS: build/dev/%/trainer.cuh
 
 build/stories: data/stories.c

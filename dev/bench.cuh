@@ -62,16 +62,18 @@ template <typename... P> static void note_launch(void (*kernel)(P...), const cud
 template <typename X> constexpr bool is_bf16() { return sizeof(X) == 2; }
 template <typename X> constexpr int precisions() { return is_bf16<X>() ? 2 : 1; }
 
+struct Part { const char *name; size_t first, end; };           // columns of a tensor that are judged by themselves
+
 struct AnyTensor {
-    const char *name;
-    size_t n;
-    double limit = -1, least = 0;       // allowed error, -1: see above; least: root mean square below which a reference counts as noise
+    size_t n, width;                    // width: columns of a row
+    std::vector<Part> parts;            // by default one, the whole
+    double limit = -1;                  // allowed error; -1: see above
     virtual ~AnyTensor() {}
     virtual bool is_output() const = 0;
     virtual void reset() = 0;           // the device gets the start values
     virtual void fetch() = 0;
-    virtual double error(double *allowed) const = 0;            // of what was fetched
-    virtual double plant(double how_much) = 0;                  // a wrong element into what was fetched
+    virtual double error(const Part &part, double *allowed) const = 0;      // of what was fetched
+    virtual void plant(const Part &part, double how_much) = 0;              // a wrong element into what was fetched
 };
 static std::vector<AnyTensor *> bench_tensors;                  // of the current shape
 
@@ -83,8 +85,9 @@ template <typename X> struct Storage : AnyTensor {
     typedef typename HostType<X>::type H;
     std::vector<H> start, got, reference[2];
     X *device, *device_start = NULL;
-    Storage(const char *name_, size_t n_) {
-        name = name_, n = n_;
+    Storage(const char *name, size_t n_) {
+        n = width = n_;
+        parts.push_back({name, 0, n});
         start.assign(n, (H)NAN);
         cudaCheck(cudaMalloc((void **)&device, n * sizeof(X) + 16));
     }
@@ -109,25 +112,25 @@ template <typename X> struct Storage : AnyTensor {
         got.resize(n);
         for (size_t i = 0; i < n; i++) got[i] = (H)values[i];
     }
-    double norm(const std::vector<H> &a, const std::vector<H> &b) const {       // |a - b|; b empty: |a|, at least `least` per element
+    double norm(const Part &part, const std::vector<H> &a, const std::vector<H> *b) const {     // |a - b|, or |a|
         double sum = 0;
-        for (size_t i = 0; i < n; i++) {
-            double d = (double)a[i] - (b.empty() ? 0 : (double)b[i]);
-            sum += d * d;
-        }
-        return b.empty() ? fmax(sqrt(sum), least * sqrt((double)n)) : sqrt(sum);
+        for (size_t row = 0; row < n; row += width)
+            for (size_t i = row + part.first; i < row + part.end; i++) {
+                double d = (double)a[i] - (b ? (double)(*b)[i] : 0);
+                sum += d * d;
+            }
+        return sqrt(sum);
     }
-    double error(double *allowed) const {
-        const double size = norm(reference[0], {}), whole = size > 0 ? size : 1;
+    double error(const Part &part, double *allowed) const {
+        const double size = norm(part, reference[0], NULL), whole = size > 0 ? size : 1;
         *allowed = limit >= 0 ? limit : 1e-5;
-        if (limit < 0 && !reference[1].empty()) *allowed = fmax(1e-5, 2 * norm(reference[1], reference[0]) / whole);
-        return norm(got, reference[0]) / whole;
+        if (limit < 0 && !reference[1].empty()) *allowed = fmax(1e-5, 2 * norm(part, reference[1], &reference[0]) / whole);
+        return norm(part, got, &reference[0]) / whole;
     }
-    double plant(double how_much) {
-        const size_t i = n / 2;
-        const double size = norm(reference[0], {}), before = (double)got[i];
+    void plant(const Part &part, double how_much) {
+        const size_t i = n / width / 2 * width + (part.first + part.end) / 2;
+        const double size = norm(part, reference[0], NULL);
         got[i] = (H)((double)reference[0][i] + how_much * (size > 0 ? size : 1));
-        return before;
     }
 };
 
@@ -153,7 +156,8 @@ template <typename X> struct Tensor {   // a handle: copies name the same tensor
         if (s->reference[b].empty()) s->reference[b] = s->start;
         return s->reference[b].data();
     }
-    const Tensor &allow(double limit, double least = 0) const { s->limit = limit, s->least = least; return *this; }
+    void allow(double limit) const { s->limit = limit; }
+    void judge_apart(size_t width, std::vector<Part> parts) const { s->width = width, s->parts = parts; }
 };
 
 // ---- what to run ---------------------------------------------------------------------------------------------------------
@@ -230,9 +234,11 @@ static int check_variant(const Variant &v, char *text, size_t room) {
     for (AnyTensor *t : bench_tensors) {
         if (!t->is_output()) continue;
         t->fetch();
-        double allowed, error = t->error(&allowed), part = error <= allowed ? allowed > 0 ? error / allowed : 0 : INFINITY;
-        if (part > worst) snprintf(text, room, "%s %.1e of %.1e", t->name, error, allowed), worst = part;
-        ok &= error <= allowed;
+        for (const Part &part : t->parts) {
+            double allowed, error = t->error(part, &allowed), share = error <= allowed ? allowed > 0 ? error / allowed : 0 : INFINITY;
+            if (share > worst) snprintf(text, room, "%s %.1e of %.1e", part.name, error, allowed), worst = share;
+            ok &= error <= allowed;
+        }
     }
     for (Summary &s : bench_state.summary) {
         if (s.number != v.number || s.op != bench_state.op) continue;
@@ -244,20 +250,23 @@ static int check_variant(const Variant &v, char *text, size_t room) {
     return ok;
 }
 
-// Would the check see an error of four times what is allowed, or a NaN? Uses what the last variant left.
+// How many planted errors, four times what is allowed or NaN, the check would not see. Uses what the last variant left.
 static int check_the_check(void) {
     int blind = 0;
     for (AnyTensor *t : bench_tensors) {
         if (!t->is_output()) continue;
-        double allowed, error = t->error(&allowed);
-        const double planted[2] = {fmax(4 * allowed, 1e-12), NAN};
-        for (double p : planted) {
-            if (allowed == 0 && p < 1) p = 1;
-            double before = t->plant(p);
-            (void)before;
-            error = t->error(&allowed);
-            if (error <= allowed) blind++, printf("FAIL %s: the check of %s accepts a planted error\n", bench_state.op.c_str(), t->name);
-            t->fetch();
+        for (const Part &part : t->parts) {
+            double allowed;
+            t->error(part, &allowed);
+            const double planted[2] = {allowed > 0 ? 4 * allowed : 1, NAN};
+            for (double p : planted) {
+                t->plant(part, p);
+                if (t->error(part, &allowed) <= allowed) {
+                    blind++;
+                    printf("FAIL %s: the check of %s accepts a planted error\n", bench_state.op.c_str(), part.name);
+                }
+                t->fetch();
+            }
         }
     }
     return blind;

@@ -153,6 +153,7 @@ def check():
                     print(f"{path}:{item.start + n + 1}: {name} is not {TRAINER}:{trainer[name][0].start + n + 1} (make sync copies the trainer's)")
     for name, items in trainer.items():
         if any(i.is_kernel for i in items) and name not in homes:
+            bad += 1
             print(f"{TRAINER}:{items[0].start + 1}: {name} is in no bench of dev/")
     return bad
 

@@ -93,6 +93,7 @@ template <typename X> static void shape(int when, int N, int F, float amplitude,
     }
     if (bench_shape<X>(when, "swiglu_backward", (5.0 + want_h) * n * sizeof(X), 10.0 * n, "N %d F %d, g ~ %g%s", N, F, amplitude, want_h ? " with h" : "")) {
         Tensor<X> dgate_up("dgate_up", 2 * n), h("h", n), dh("dh", n), gate_up("gate_up", 2 * n);
+        dgate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(amplitude), dh.normal(1);
         for (int b = 0; b < precisions<X>(); b++) {
             twin::swiglu_backward(dgate_up.twin(b), dh.host, gate_up.host, N, F, b);
