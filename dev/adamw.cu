@@ -1,10 +1,12 @@
-// adamw_update: AdamW with decoupled decay (Loshchilov & Hutter 2019):  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
-//   master = master shrink - rate m / (sqrt(v vscale) + eps);  w (n) = master rounded to X (fp32: is master itself).  m, v in M: fp32 or bf16
+// adamw_update, AdamW with decoupled decay (Loshchilov & Hutter 2019):
+//   g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,  master = master shrink - rate m / (sqrt(v vscale) + eps);
+//   w (n) = master rounded to X (fp32: is master itself).  m, v are stored as M: fp32 or bf16
 // cast: out (n) = in (n), rounded to nearest even where the type is narrower
-// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22); FLOPs 15.   cast fp32 -> bf16: 6
-// floor   1 G parameters: 9.0 ms (6.6 ms), memory; cast: 1.8 ms
+// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22); cast fp32 -> bf16: 6        FLOPs 15; 0
+// floor   1 G parameters: 9.0 ms (6.6 ms); cast 1.8 ms (memory)
 // idea    elementwise: wide accesses, enough of them in flight
-// result  modelled: `make bench K=adamw`; not measured on a GPU yet
+// result  modelled (H100; n 1 M, 31 MB, floor 9.4 us): kernels 0 and 1 9.4 us; 2 touches each sector of the fp32 arrays twice (63
+//         MB; the second time in the L1 cache, which the model leaves out). cast: both 1.9 us. Measured: not yet
 #include "bench.cuh"
 
 // ---- kernel 0: a thread per parameter ----
@@ -12,7 +14,8 @@ template <typename X, typename M>
 __global__ void adamw_update_kernel0(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    const float g = grad[i] * a.gscale, m_i = a.b1 * to_float(m[i]) + (1 - a.b1) * g, v_i = a.b2 * to_float(v[i]) + (1 - a.b2) * g * g;
+    const float g = grad[i] * a.gscale, m_i = a.b1 * to_float(m[i]) + (1 - a.b1) * g,
+        v_i = a.b2 * to_float(v[i]) + (1 - a.b2) * g * g;
     const float p = master[i] * a.shrink - a.rate * m_i / (sqrtf(v_i * a.vscale) + a.eps);
     m[i] = from_float<M>(m_i), v[i] = from_float<M>(v_i), master[i] = p, w[i] = from_float<X>(p);
 }
@@ -41,7 +44,8 @@ __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const floa
     }
 }
 
-// ---- kernel 2: eight, so that bf16 arrays are moved by 16 bytes too; twice the registers, and a warp's fp32 accesses lie in two pieces ----
+// ---- kernel 2: eight, so that bf16 arrays are moved by 16 bytes too; twice the registers, and a warp's fp32 accesses lie in
+// two pieces
 template <typename X, typename M>
 __global__ void adamw_update_kernel2(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
@@ -51,7 +55,8 @@ __global__ void adamw_update_kernel2(X *w, float *master, M *m, M *v, const floa
         for (int j = 0; j < 2; j++) {
             widen(g[j], load<4>(grad + i + 4 * j));
             widen(p[j], load<4>(master + i + 4 * j));
-            widen(m_i[j], load<4>(m + i + 4 * j));              // the compiler may join two neighbouring 8-byte loads, but need not
+            // the compiler may join two neighbouring 8-byte loads, but need not
+            widen(m_i[j], load<4>(m + i + 4 * j));
             widen(v_i[j], load<4>(v + i + 4 * j));
         }
         #pragma unroll
@@ -91,7 +96,8 @@ template <typename To, typename From> __global__ void cast_kernel1(To *out, cons
 
 template <typename X, typename M> static void shape(int when, size_t n) {
     const double bytes = (12.0 + 4 * sizeof(M) + (is_bf16<X>() ? 2 : 0)) * n;
-    if (!bench_shape<X>(when, "adamw_update", bytes, 15.0 * n, "n %zu, m and v in %s, weights in", n, is_bf16<M>() ? "bf16" : "fp32")) return;
+    if (!bench_shape<X>(when, "adamw_update", bytes, 15.0 * n, "n %zu, m and v in %s, weights in", n,
+                        is_bf16<M>() ? "bf16" : "fp32")) return;
     const double lr = 1e-2, b1 = 0.9, b2 = 0.95, eps = 1e-8, decay = 0.1, scale = 0.5;
     const int step = 2;
     Tensor<float> master("master", n), grad("grad", n);
@@ -99,15 +105,19 @@ template <typename X, typename M> static void shape(int when, size_t n) {
     Tensor<M> m("m", n), v("v", n);
     master.normal(1), grad.normal(1), m.normal(0.1f), v.normal(0.1f), w.set(0);
     for (size_t i = 0; i < n; i++) v.host[i] = fabsf(v.host[i]);
-    twin::adamw_update(is_bf16<X>() ? (float *)w.twin(0) : master.twin(0), master.twin(0), m.twin(0), v.twin(0), grad.host, n, lr, b1, b2, eps, decay,
+    twin::adamw_update(is_bf16<X>() ? (float *)w.twin(0) : master.twin(0), master.twin(0), m.twin(0), v.twin(0), grad.host, n,
+                       lr, b1, b2, eps, decay,
                        scale, step, is_bf16<X>(), is_bf16<M>());
     w.allow(2e-4);                          // a value beside a rounding boundary may round the other way: one ulp on few elements
     if (is_bf16<M>()) m.allow(2e-4), v.allow(2e-4);
     X *w_out = is_bf16<X>() ? (X *)w : (X *)(void *)(float *)master;
-    const AdamW a = {(float)b1, (float)b2, (float)eps, (float)(lr / (1 - pow(b1, step))), (float)(1 / (1 - pow(b2, step))), (float)(1 - lr * decay),
+    const AdamW a = {(float)b1, (float)b2, (float)eps, (float)(lr / (1 - pow(b1, step))), (float)(1 / (1 - pow(b2, step))),
+                     (float)(1 - lr * decay),
                      (float)scale};
     const Variant variants[] = {
-        {0, "one thread per parameter", [&] { launch(adamw_update_kernel0<X, M>, CEIL_DIV(n, 256), 256, 0, 0, w_out, master, m, v, grad, n, a); }},
+        {0, "one thread per parameter", [&] {
+            launch(adamw_update_kernel0<X, M>, CEIL_DIV(n, 256), 256, 0, 0, w_out, master, m, v, grad, n, a);
+        }},
         {1, "four parameters per thread", [&] {
             adamw_update<X, M>(w_out, master, m, v, grad, n, lr, b1, b2, eps, decay, scale, step, 0);
         }, SHIPPED},
@@ -119,7 +129,8 @@ template <typename X, typename M> static void shape(int when, size_t n) {
 }
 
 template <typename To, typename From> static void cast_shape(int when, size_t n) {
-    if (!bench_shape<To>(when, "cast", (double)(sizeof(To) + sizeof(From)) * n, 0, "n %zu, from %s to", n, is_bf16<From>() ? "bf16" : "fp32")) return;
+    if (!bench_shape<To>(when, "cast", (double)(sizeof(To) + sizeof(From)) * n, 0, "n %zu, from %s to", n,
+                         is_bf16<From>() ? "bf16" : "fp32")) return;
     Tensor<To> out("out", n);
     Tensor<From> in("in", n);
     in.normal(3);

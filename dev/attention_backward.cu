@@ -1,11 +1,14 @@
-// attention_backward: dqkv (N,(H+2K)D) =, from dout, out (N,H*D), qkv, lse (N,H); delta (N,H) is scratch. With P_ts = exp(scale q_t k_s - lse_t),
-//   delta_t = dout_t . out_t,  dS_ts = P_ts (dout_t v_s - delta_t):   dv_s = sum_t P_ts dout_t,  dq_t = scale sum_s dS_ts k_s,
-//   dk_s = scale sum_t dS_ts q_t.   The H/K query heads that share a k/v head add up in its dk and dv
+// attention_backward: dqkv (N,(H+2K)D) =, from dout, out (N,H*D), qkv, lse (N,H); delta (N,H) is scratch.
+//   With P_ts = exp(scale q_t k_s - lse_t),  delta_t = dout_t . out_t,  dS_ts = P_ts (dout_t v_s - delta_t):
+//   dv_s = sum_t P_ts dout_t,  dq_t = scale sum_s dS_ts k_s,  dk_s = scale sum_t dS_ts q_t.  H/K query heads add up in dk and dv
 // bytes   2·N·(H+2K)·D in and out + 2·2·N·H·D + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 304 MB = 91 us
 // FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344 G
 // floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products: 784 us)
-// idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any order; two passes rebuild P twice
-// result  modelled: `make bench K=attention_backward`; not measured on a GPU yet
+// idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any order; two passes
+//         rebuild P twice
+// limits  D % 8 == 0, D <= 128
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): kernel 0 2607 us (all caches missed); 2 22 us, 1 23 us:
+//         bound by shared memory in few blocks, and the model knows no latency. 1 reads 0.26 MB less. Measured: not yet
 #include "bench.cuh"
 #include <type_traits>
 
@@ -33,7 +36,8 @@ __global__ void attention_backward_dq_kernel0(X *dqkv, float *delta, const X *do
 }
 
 template <typename X>
-__global__ void attention_backward_dkdv_kernel0(X *dqkv, const X *dout, const X *qkv, const float *lse, const float *delta, const int *doc_start,
+__global__ void attention_backward_dkdv_kernel0(X *dqkv, const X *dout, const X *qkv, const float *lse, const float *delta,
+                                                const int *doc_start,
                                                 int N, int T, int H, int K, int D, float scale) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / K, kv = i % K, s = row % T, W = (H + 2 * K) * D;
     if (row >= N) return;
@@ -53,9 +57,10 @@ __global__ void attention_backward_dkdv_kernel0(X *dqkv, const X *dout, const X 
     for (int d = 0; d < D; d++) dqkv[at + d] = from_float<X>(dk[d] * scale), dqkv[at + K * D + d] = from_float<X>(dv[d]);
 }
 
-// ---- kernel 2: tensor cores, the tiles and products of the shipped kernels, but every copy is waited for, and delta has its own kernel that
-// reads dout and out once more ----
-template <typename X> __global__ void attention_delta_kernel2(float *delta, const X *dout, const X *out, int rows, int D) {     // a warp per row
+// ---- kernel 2: tensor cores, the tiles and products of the shipped kernels, but every copy is waited for, and delta has its
+// own kernel that reads dout and out once more
+template <typename X>
+__global__ void attention_delta_kernel2(float *delta, const X *dout, const X *out, int rows, int D) {     // a warp per row
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
     float sum = 0;
@@ -65,7 +70,8 @@ template <typename X> __global__ void attention_delta_kernel2(float *delta, cons
 }
 
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(__nv_bfloat16 *__restrict__ dqkv, const float *__restrict__ delta,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(__nv_bfloat16 *__restrict__ dqkv,
+                                                                                const float *__restrict__ delta,
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
         const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
@@ -80,7 +86,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
-        row_lse[i / 2][i % 2] = row < T ? lse[(size_t)(row0 + row) * H + h] * (float)M_LOG2E : INFINITY;        // past the end p = 0
+        // past the end p = 0
+        row_lse[i / 2][i % 2] = row < T ? lse[(size_t)(row0 + row) * H + h] * (float)M_LOG2E : INFINITY;
         row_delta[i / 2][i % 2] = row < T ? delta[(size_t)(row0 + row) * H + h] : 0;
         scales[i / 2][i % 2] = scale;
     }
@@ -102,20 +109,23 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
         multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
         #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++)
-            ds[i / 4 / NT][i / 4 % NT][i % 4] *= exp2_approx(s[i / 4 / NT][i / 4 % NT][i % 4] * c - row_lse[i / 4 / NT][i % 4 / 2]);
+            ds[i / 4 / NT][i / 4 % NT][i % 4] *= exp2_approx(s[i / 4 / NT][i / 4 % NT][i % 4] * c
+                - row_lse[i / 4 / NT][i % 4 / 2]);
         multiply_probabilities<WIDTH>(dq, ds, k_tile);
     }
     store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel2(__nv_bfloat16 *__restrict__ dqkv, const float *__restrict__ delta,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel2(__nv_bfloat16 *__restrict__ dqkv,
+                                                                                  const float *__restrict__ delta,
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
         const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     constexpr int MT = 1, NT = 4, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT, STRIDE = WIDTH + 8;
     __nv_bfloat16 *k_tile = shared_memory<__nv_bfloat16>(), *v_tile = k_tile + KEYS * STRIDE;
     __nv_bfloat16 *q_tile = v_tile + KEYS * STRIDE, *do_tile = q_tile + QUERIES * STRIDE;
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32, row0 = blockIdx.x / K * T;
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32,
+        row0 = blockIdx.x / K * T;
     const int warp_row = threadIdx.x / 32 * ROWS, key = s0 + warp_row;
     const float c = scale * (float)M_LOG2E;
     const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
@@ -157,8 +167,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
     store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
 }
 
-// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from the dout it
-// holds anyway and leaves it for dk dv ----
+// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta
+// from the dout it holds anyway and leaves it for dk dv
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
@@ -437,20 +447,25 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
     double pairs = 0;
     for (int n = 0, start = 0; n < N; n++) {
         const int t = n % T;
-        if (t == 0 || docs == OWN_DOCS || (docs == SOME_DOCS && n * 2654435761u % 64 == 0) || (docs == TILE_DOCS && t % 64 == 0)) start = t;
+        const bool random = n * 2654435761u % 64 == 0, border = t % 64 == 0;
+        if (t == 0 || docs == OWN_DOCS || (docs == SOME_DOCS && random) || (docs == TILE_DOCS && border)) start = t;
         first[n] = start;
         pairs += t - start + 1;
     }
     const char *kinds[] = {"", " documents", " documents of one token", " documents of a tile"};
-    if (!bench_shape<X>(when, "attention_backward", sizeof(X) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H, 10.0 * pairs * H * D,
+    if (!bench_shape<X>(when, "attention_backward", sizeof(X) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H,
+                        10.0 * pairs * H * D,
                         "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, kinds[docs], amplitude > 1 ? " peaked" : "")) return;
-    Tensor<X> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D), out("out", (size_t)N * H * D);
+    Tensor<X> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D),
+        out("out", (size_t)N * H * D);
     Tensor<float> lse("lse", (size_t)N * H), delta("delta", (size_t)N * H);
     Tensor<int> doc("doc_start", N);
-    dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D}, {"dv", (size_t)(H + K) * D, (size_t)W}});
+    dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D},
+                         {"dv", (size_t)(H + K) * D, (size_t)W}});
     qkv.normal(amplitude), dout.normal(1);
     std::copy(first.begin(), first.end(), doc.host);
-    twin::attention_forward(out.host, lse.host, qkv.host, docs ? doc.host : NULL, B, T, H, K, D, is_bf16<X>());    // what the forward has stored
+    // what the forward has stored
+    twin::attention_forward(out.host, lse.host, qkv.host, docs ? doc.host : NULL, B, T, H, K, D, is_bf16<X>());
     for (int b = 0; b < precisions<X>(); b++)
         twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host, docs ? doc.host : NULL, B, T, H, K, D, b);
     const int *doc_start = docs ? (int *)doc : NULL;
@@ -460,16 +475,20 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
         launch(attention_delta_kernel2<X>, CEIL_DIV(N * H, 8), dim3(32, 8), 0, 0, delta, dout, out, N * H, D);
         with_width(D, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
-            launch(attention_backward_dq_kernel2<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS, (2 * 128 + 2 * 32) * (WIDTH + 8) * 2, 0,
+            launch(attention_backward_dq_kernel2<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+                   (2 * 128 + 2 * 32) * (WIDTH + 8) * 2, 0,
                    dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
-            launch(attention_backward_dkdv_kernel2<WIDTH>, dim3(B * K, CEIL_DIV(T, 64)), ATT_THREADS, (2 * 64 + 2 * 32) * (WIDTH + 8) * 2, 0,
+            launch(attention_backward_dkdv_kernel2<WIDTH>, dim3(B * K, CEIL_DIV(T, 64)), ATT_THREADS,
+                   (2 * 64 + 2 * 32) * (WIDTH + 8) * 2, 0,
                    dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
         });
     };
     const Variant variants[] = {
         {0, "one thread per query, one per key", [&] {
-            launch(attention_backward_dq_kernel0<X>, CEIL_DIV(N * H, 64), 64, 0, 0, dqkv, delta, dout, qkv, out, lse, doc_start, N, T, H, K, D, scale);
-            launch(attention_backward_dkdv_kernel0<X>, CEIL_DIV(N * K, 64), 64, 0, 0, dqkv, dout, qkv, lse, delta, doc_start, N, T, H, K, D, scale);
+            launch(attention_backward_dq_kernel0<X>, CEIL_DIV(N * H, 64), 64, 0, 0, dqkv, delta, dout, qkv, out, lse,
+                   doc_start, N, T, H, K, D, scale);
+            launch(attention_backward_dkdv_kernel0<X>, CEIL_DIV(N * K, 64), 64, 0, 0, dqkv, dout, qkv, lse, delta, doc_start,
+                   N, T, H, K, D, scale);
         }},
         {2, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
         {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, 16 rows per block", [&] {

@@ -1,16 +1,21 @@
-// attention_forward: causal, grouped heads, documents.  out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t), doc_start_t <= s <= t
-// out (N,H*D) =, lse (N,H) = log of the softmax's denominator;  qkv (N,(H+2K)D), doc_start (N) or NULL; H/K query heads share a k/v head
+// attention_forward, causal, with grouped heads and documents:
+//   out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t
+// out (N,H*D) =, lse (N,H) = log of the softmax's denominator;  qkv (N,(H+2K)D), doc_start (N) or NULL; H/K query heads per k/v head
 // bytes   2·N·(H+2K)·D in + 2·N·H·D out + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 152 MB = 45 us
-// FLOPs   4·D per visible pair = 2·B·H·T^2·D = 137 G        floor 139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us)
-// idea    the scores, T^2 per head, must not touch memory: a tile of queries walks over tiles of keys with a running softmax (Dao et al. 2022)
-//         and everything else is how to feed the tensor cores
-// result  modelled: `make bench K=attention_forward`; not measured on a GPU yet
+// FLOPs   4·D per visible pair = 2·B·H·T^2·D = 137 G
+// floor   139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us)
+// idea    the scores, T^2 per head, must not touch memory: a tile of queries walks over tiles of keys with a running softmax
+//         (Dao et al. 2022); everything else is how to feed the tensor cores
+// limits  D % 8 == 0, D <= 128
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.24 us): kernel 0 675 us (all caches missed); 2 40 us, bound by
+//         shared memory; 3 and 1 4.5 us: the model knows no latency, which is all that sets them apart. Measured: not yet
 #include "bench.cuh"
 #include <type_traits>
 
 // ---- kernel 0: a thread per query and head: all scores for their maximum, all scores again for the sums ----
 template <typename X>
-__global__ void attention_forward_kernel0(X *out, float *lse, const X *qkv, const int *doc_start, int N, int T, int H, int K, int D, float scale) {
+__global__ void attention_forward_kernel0(X *out, float *lse, const X *qkv, const int *doc_start, int N, int T, int H, int K,
+                                          int D, float scale) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T, W = (H + 2 * K) * D;
     if (row >= N) return;
     const X *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D, *v = k + K * D;
@@ -30,14 +35,17 @@ __global__ void attention_forward_kernel0(X *out, float *lse, const X *qkv, cons
     lse[i] = top + logf(sum);
 }
 
-// ---- kernel 2: tiles of 32 keys in shared memory as fp32, for 32 queries of a block; four lanes share a query: each has D/4 of q and of the
-// sums in registers. One walk: sums shrink when a larger score appears. Everything is fp32 FMA: 1/15 of the tensor peak ----
+// ---- kernel 2: tiles of 32 keys in shared memory as fp32, for 32 queries of a block; four lanes share a query: each has D/4
+// of q and of the sums in registers. One walk: sums shrink when a larger score appears. Everything is fp32 FMA: 1/15 of the
+// tensor peak
 enum { TILE_QUERIES = 32, TILE_KEYS = 32 };
 
 template <typename X>
-__global__ void attention_forward_kernel2(X *out, float *lse, const X *qkv, const int *doc_start, int T, int H, int K, int D, float scale) {
+__global__ void attention_forward_kernel2(X *out, float *lse, const X *qkv, const int *doc_start, int T, int H, int K, int D,
+                                          float scale) {
     float *k_tile = shared_memory<float>(), *v_tile = k_tile + TILE_KEYS * D;       // (TILE_KEYS,D) each
-    const int h = blockIdx.x % H, t0 = blockIdx.y * TILE_QUERIES, t = t0 + threadIdx.x / 4, W = (H + 2 * K) * D, d0 = threadIdx.x % 4 * 4;
+    const int h = blockIdx.x % H, t0 = blockIdx.y * TILE_QUERIES, t = t0 + threadIdx.x / 4, W = (H + 2 * K) * D,
+        d0 = threadIdx.x % 4 * 4;
     const size_t row0 = (size_t)(blockIdx.x / H) * T;
     const X *q = qkv + (row0 + t) * W + h * D, *k = qkv + row0 * W + (H + h / (H / K)) * D;
     const int first = doc_start && t < T ? doc_start[row0 + t] : 0;
@@ -85,8 +93,9 @@ __global__ void attention_forward_kernel2(X *out, float *lse, const X *qkv, cons
     if (threadIdx.x % 4 == 0) lse[(row0 + t) * H + h] = top + logf(sum);
 }
 
-// ---- kernel 3: tensor cores. A warp owns 32 queries and sees whole rows of scores; probabilities go from accumulators to operands in
-// registers. Rows of WIDTH + 8 in shared memory keep ldmatrix free of bank conflicts. But everyone waits for each tile to arrive ----
+// ---- kernel 3: tensor cores. A warp owns 32 queries and sees whole rows of scores; probabilities go from accumulators to
+// operands in registers. Rows of WIDTH + 8 in shared memory keep ldmatrix free of bank conflicts. But everyone waits for each
+// tile to arrive
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
         const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
@@ -122,7 +131,8 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(__nv_bf
         const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
         inverse[i / 2][i % 2] = 1 / sum;
-        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(sum);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
     store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
 }
@@ -240,26 +250,30 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
     double pairs = 0;
     for (int n = 0, start = 0; n < N; n++) {
         const int t = n % T;
-        if (t == 0 || docs == OWN_DOCS || (docs == SOME_DOCS && n * 2654435761u % 64 == 0) || (docs == TILE_DOCS && t % 64 == 0)) start = t;
+        const bool random = n * 2654435761u % 64 == 0, border = t % 64 == 0;
+        if (t == 0 || docs == OWN_DOCS || (docs == SOME_DOCS && random) || (docs == TILE_DOCS && border)) start = t;
         first[n] = start;
         pairs += t - start + 1;
     }
     const char *kinds[] = {"", " documents", " documents of one token", " documents of a tile"};
-    if (!bench_shape<X>(when, "attention_forward", sizeof(X) * ((double)N * W + (double)N * H * D) + 4.0 * N * H, 4.0 * pairs * H * D,
+    if (!bench_shape<X>(when, "attention_forward", sizeof(X) * ((double)N * W + (double)N * H * D) + 4.0 * N * H,
+                        4.0 * pairs * H * D,
                         "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, kinds[docs], amplitude > 1 ? " peaked" : "")) return;
     Tensor<X> qkv("qkv", (size_t)N * W), out("out", (size_t)N * H * D);
     Tensor<float> lse("lse", (size_t)N * H);
     Tensor<int> doc("doc_start", N);
     qkv.normal(amplitude);
     std::copy(first.begin(), first.end(), doc.host);
-    for (int b = 0; b < precisions<X>(); b++) twin::attention_forward(out.twin(b), lse.twin(b), qkv.host, docs ? doc.host : NULL, B, T, H, K, D, b);
+    for (int b = 0; b < precisions<X>(); b++)
+        twin::attention_forward(out.twin(b), lse.twin(b), qkv.host, docs ? doc.host : NULL, B, T, H, K, D, b);
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
     std::function<void()> mma_tiles;
     if constexpr (is_bf16<X>()) mma_tiles = [&] {
         with_width(D, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
-            launch(attention_forward_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS, (128 + 2 * 64) * (WIDTH + 8) * 2, 0,
+            launch(attention_forward_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+                   (128 + 2 * 64) * (WIDTH + 8) * 2, 0,
                    out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
         });
     };
@@ -268,11 +282,12 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
             launch(attention_forward_kernel0<X>, CEIL_DIV(N * H, 64), 64, 0, 0, out, lse, qkv, doc_start, N, T, H, K, D, scale);
         }},
         {2, "fp32 tiles in shared memory, running softmax", [&] {
-            launch(attention_forward_kernel2<X>, dim3(B * H, CEIL_DIV(T, TILE_QUERIES)), TILE_QUERIES * 4, 2 * TILE_KEYS * D * sizeof(float), 0,
+            launch(attention_forward_kernel2<X>, dim3(B * H, CEIL_DIV(T, TILE_QUERIES)), TILE_QUERIES * 4,
+                   2 * TILE_KEYS * D * sizeof(float), 0,
                    out, lse, qkv, doc_start, T, H, K, D, scale);
         }},
         {3, "tensor cores, no overlap of copies and products", mma_tiles},
-        {1, is_bf16<X>() ? "K and V take turns: one lands while the other works" : "fp32, 16 queries per block, one warp per row", [&] {
+        {1, is_bf16<X>() ? "K and V take turns: one lands while the other works" : "fp32, 16 queries per block, a warp each", [&] {
             attention_forward((X *)out, lse, (X *)qkv, doc_start, B, T, H, K, D, 0);
         }, SHIPPED},
     };

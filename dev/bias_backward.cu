@@ -1,9 +1,12 @@
-// bias_backward: dbias (OC) += column sums of dqkv (N,OC);  column_sums: out (cols) += column sums of x (rows, stride), fp32, few rows
-// bytes   2·N·OC in + 8·OC;  N 16384, OC 2560: 84 MB        FLOPs N·OC        floor 25 us (memory)
-//         column_sums: 4·rows·cols + 8·cols; 264 x 2048: 2.2 MB, 0.6 us: a launch, not a throughput, is its cost
-// idea    a column's summands are OC apart. Neighbouring threads must take neighbouring columns, but a thousand columns are too few threads to
-//         fill a GPU: rows are cut into chunks too, and a second kernel adds the chunks in a fixed order
-// result  modelled: `make bench K=bias_backward`; not measured on a GPU yet
+// bias_backward: dbias (OC) += column sums of dqkv (N,OC)
+// column_sums: out (cols) += column sums of x (rows, stride), fp32, few rows
+// bytes   2·N·OC in + 8·OC: 84 MB for N 16384, OC 2560        FLOPs N·OC        floor 25 us (memory)
+//         column_sums: 4·rows·cols + 8·cols: 2.2 MB for 264 x 2048, 0.6 us: a launch, not a throughput, is its cost
+// idea    a column's summands are OC apart. Neighbouring threads must take neighbouring columns, but a thousand columns are too few
+//         threads to fill a GPU: rows are cut into chunks too, and a second kernel adds the chunks in a fixed order
+// limits  OC % 4 == 0
+// result  modelled (H100; N 1024, OC 2560, 5.3 MB compulsory, floor 1.6 us): kernel 0 2.4 us, bound by issue in 20 blocks; 2 and 1
+//         5.6 MB, 1.8 us. column_sums 264 x 2048: both 0.65 us. Measured: not yet
 #include "bench.cuh"
 
 // ---- kernel 0: a thread per column ----
@@ -15,7 +18,8 @@ template <typename X> __global__ void bias_backward_kernel0(float *dbias, const 
     dbias[c] += sum;
 }
 
-// ---- kernel 2: chunks of rows, a thread per column and chunk; column_sums adds the chunks. 2 bytes per load: too little in flight ----
+// ---- kernel 2: chunks of rows, a thread per column and chunk; column_sums adds the chunks. 2 bytes per load: too little in
+// flight
 template <typename X> __global__ void bias_backward_kernel2(float *partials, const X *dqkv, int N, int OC) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x, rows = CEIL_DIV(N, gridDim.y), first = blockIdx.y * rows;
     if (c >= OC) return;
@@ -24,7 +28,8 @@ template <typename X> __global__ void bias_backward_kernel2(float *partials, con
     partials[(size_t)blockIdx.y * OC + c] = sum;
 }
 
-// ---- kernel 1, shipped: four columns per lane, eight rows in flight, the eight warps of a block interleaved over the rows of a chunk ----
+// ---- kernel 1, shipped: four columns per lane, eight rows in flight, the eight warps of a block interleaved over the rows of
+// a chunk
 template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
     __shared__ __align__(16) float part[BIAS_WARPS][32][4];
     const int c = (blockIdx.x * 32 + threadIdx.x) * 4;
@@ -70,7 +75,8 @@ __global__ void column_sums_kernel1(float *out, const float *x, int rows, int co
 }
 
 template <typename X> static void shape(int when, int N, int OC) {
-    if (!bench_shape<X>(when, "bias_backward", (double)N * OC * sizeof(X) + 8.0 * OC, (double)N * OC, "N %d OC %d", N, OC)) return;
+    if (!bench_shape<X>(when, "bias_backward", (double)N * OC * sizeof(X) + 8.0 * OC, (double)N * OC, "N %d OC %d", N,
+                        OC)) return;
     Tensor<X> dqkv("dqkv", (size_t)N * OC);
     Tensor<float> dbias("dbias", OC), scratch("scratch", bias_backward_scratch(OC));
     dqkv.normal(1), dbias.normal(1);
@@ -88,14 +94,18 @@ template <typename X> static void shape(int when, int N, int OC) {
 }
 
 static void column_shape(int when, int rows, int cols, int stride) {
-    if (!bench_shape<float>(when, "column_sums", 4.0 * rows * cols + 8.0 * cols, (double)rows * cols, "rows %d cols %d stride %d", rows, cols, stride)) return;
+    if (!bench_shape<float>(when, "column_sums", 4.0 * rows * cols + 8.0 * cols, (double)rows * cols,
+                            "rows %d cols %d stride %d", rows, cols, stride)) return;
     Tensor<float> x("x", (size_t)rows * stride), out("out", cols);
     x.normal(1), out.normal(1);
     std::vector<float> packed((size_t)rows * cols);
-    for (int r = 0; r < rows; r++) std::copy(x.host + (size_t)r * stride, x.host + (size_t)r * stride + cols, packed.data() + (size_t)r * cols);
+    for (int r = 0; r < rows; r++) std::copy(x.host + (size_t)r * stride, x.host + (size_t)r * stride + cols,
+                                             packed.data() + (size_t)r * cols);
     twin::bias_backward(out.twin(0), packed.data(), rows, cols);
     const Variant variants[] = {
-        {0, "one thread per column", [&] { launch(column_sums_kernel0, CEIL_DIV(cols, 128), 128, 0, 0, out, x, rows, cols, stride); }},
+        {0, "one thread per column", [&] {
+            launch(column_sums_kernel0, CEIL_DIV(cols, 128), 128, 0, 0, out, x, rows, cols, stride);
+        }},
         {1, "32 warps share out the rows of 32 columns", [&] { column_sums(out, x, rows, cols, stride, 0); }, SHIPPED},
     };
     bench(variants);

@@ -1,15 +1,19 @@
-// cross_entropy: nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED; with dscale != 0 the logits (N,Vp) become their
-// gradient dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0
+// cross_entropy: nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED; with dscale != 0 the logits (N,Vp) become
+//   their gradient dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0
 // sum_losses: sum (1) += nll (N), in double, in a fixed order
-// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000        FLOPs ~8·N·V, two SFU operations per element (283 us)
+// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000
+// FLOPs   ~8·N·V, and two SFU operations per element (283 us)
 // floor   626 us (memory)
-// idea    softmax needs the maximum, the sum and the values: three walks over a row. A running maximum with a running sum makes them two
-//         (Milakov & Gimelshein 2018), and a row that stays in shared memory is read from DRAM once
-// result  modelled: `make bench K=cross_entropy`; not measured on a GPU yet
+// idea    softmax needs the maximum, the sum and the values: three walks over a row. A running maximum with a running sum makes
+//         them two (Milakov & Gimelshein 2018), and a row that stays in shared memory is read from DRAM once
+// limits  Vp % 8 == 0 (fp32: 4)
+// result  modelled (H100; N 64, V 32000, 8.2 MB compulsory, floor 2.4 us), MB in sectors and us: kernel 0 262 and 177; 2 16.4 and
+//         8.2; 3 12.3 and 3.8; 1 8.2 and 2.8. Measured: not yet
 #include "bench.cuh"
 
 // ---- kernel 0: a thread per row, three walks ----
-template <typename X> __global__ void cross_entropy_kernel0(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp) {
+template <typename X>
+__global__ void cross_entropy_kernel0(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     X *row = logits + (size_t)n * Vp;
@@ -26,7 +30,8 @@ template <typename X> __global__ void cross_entropy_kernel0(float *nll, X *logit
 }
 
 // ---- kernel 2: a block per row, three walks with block-wide reductions between them ----
-template <typename X> __global__ void cross_entropy_kernel2(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
+template <typename X>
+__global__ void cross_entropy_kernel2(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
     X *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
     float top = -INFINITY, sum = 0;
@@ -43,9 +48,10 @@ template <typename X> __global__ void cross_entropy_kernel2(float *nll, X *logit
     }
 }
 
-// ---- kernel 3: two walks: each thread has its own maximum, and its sum shrinks when that grows; 16 bytes per access. The second walk finds
-// a row of 64 KB in the L2 cache, if not too many other rows came between ----
-template <typename X> __global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
+// ---- kernel 3: two walks: each thread has its own maximum, and its sum shrinks when that grows; 16 bytes per access. The
+// second walk finds a row of 64 KB in the L2 cache, if not too many other rows came between
+template <typename X>
+__global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
     constexpr int E = 16 / sizeof(X);
     X *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
@@ -64,12 +70,14 @@ template <typename X> __global__ void cross_entropy_kernel3(float *nll, X *logit
     if (dscale == 0) return;
     for (int v = threadIdx.x * E; v < Vp; v += blockDim.x * E) {
         widen(x, load<E>(row + v));
-        for (int k = 0; k < E; k++) x[k] = target == IGNORED || v + k >= V ? 0 : dscale * (__expf(x[k] - row_top) / total - (v + k == target));
+        for (int k = 0; k < E; k++) x[k] = target == IGNORED || v + k >= V ? 0
+            : dscale * (__expf(x[k] - row_top) / total - (v + k == target));
         store(row + v, narrow<X>(x));
     }
 }
 
-// ---- kernel 1, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and read from DRAM once ----
+// ---- kernel 1, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and read from DRAM
+// once
 template <typename X>
 __global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
                                                                             int V, int Vp, int cached) {
@@ -128,20 +136,24 @@ enum { NONE, SOME, ALL };               // targets that are ignored
 template <typename X> static void shape(int when, int N, int V, float amplitude, float dscale, int ignored) {
     const int Vp = CEIL_DIV(V, 128) * 128;
     const size_t n = (size_t)N * Vp;
-    if (!bench_shape<X>(when, "cross_entropy", (dscale != 0 ? 2.0 : 1.0) * n * sizeof(X) + 8.0 * N, 8.0 * n, "N %d V %d%s%s", N, V,
-                        dscale != 0 ? "" : " loss only", ignored == NONE ? "" : ignored == SOME ? " some ignored" : " all ignored")) return;
+    if (!bench_shape<X>(when, "cross_entropy", (dscale != 0 ? 2.0 : 1.0) * n * sizeof(X) + 8.0 * N, 8.0 * n, "N %d V %d%s%s",
+                        N, V,
+                        dscale != 0 ? "" : " loss only", ignored == NONE ? "" : ignored == SOME ? " some ignored"
+                            : " all ignored")) return;
     Tensor<X> logits("logits", n);
     Tensor<float> nll("nll", N);
     Tensor<int> targets("targets", N);
     logits.normal(amplitude);
     for (int i = 0; i < N; i++) {
-        targets.host[i] = ignored == ALL || (ignored == SOME && i % 3 == 1) ? IGNORED : i == 0 ? V - 1 : i == 2 ? 0 : (int)(i * 2654435761u % V);
+        targets.host[i] = ignored == ALL || (ignored == SOME && i % 3 == 1) ? IGNORED : i == 0 ? V - 1 : i == 2 ? 0
+            : (int)(i * 2654435761u % V);
         for (int v = V; v < Vp; v++) logits.host[(size_t)i * Vp + v] = 50;      // padding must not count
     }
     for (int b = 0; b < precisions<X>(); b++) {
         std::vector<float> packed((size_t)N * V);                               // the twin has no padding
         std::vector<double> loss(N);
-        for (int i = 0; i < N; i++) std::copy(logits.host + (size_t)i * Vp, logits.host + (size_t)i * Vp + V, packed.data() + (size_t)i * V);
+        for (int i = 0; i < N; i++) std::copy(logits.host + (size_t)i * Vp, logits.host + (size_t)i * Vp + V,
+                                              packed.data() + (size_t)i * V);
         twin::cross_entropy(loss.data(), packed.data(), targets.host, dscale, N, V, b);
         std::copy(loss.begin(), loss.end(), nll.twin(b));
         float *gradient = logits.twin(b);
@@ -152,11 +164,15 @@ template <typename X> static void shape(int when, int N, int V, float amplitude,
         {0, "one thread per row, three walks", [&] {
             launch(cross_entropy_kernel0<X>, CEIL_DIV(N, 32), 32, 0, 0, nll, logits, targets, dscale, N, V, Vp);
         }},
-        {2, "one block per row, three walks", [&] { launch(cross_entropy_kernel2<X>, N, 512, 0, 0, nll, logits, targets, dscale, V, Vp); }},
+        {2, "one block per row, three walks", [&] {
+            launch(cross_entropy_kernel2<X>, N, 512, 0, 0, nll, logits, targets, dscale, V, Vp);
+        }},
         {3, "two walks: maximum and sum together; 16-byte accesses", [&] {
             launch(cross_entropy_kernel3<X>, N, 512, 0, 0, nll, logits, targets, dscale, V, Vp);
         }},
-        {1, "the row stays in shared memory, copied asynchronously", [&] { cross_entropy<X>(nll, logits, targets, dscale, N, V, Vp, 0); }, SHIPPED},
+        {1, "the row stays in shared memory, copied asynchronously", [&] {
+            cross_entropy<X>(nll, logits, targets, dscale, N, V, Vp, 0);
+        }, SHIPPED},
     };
     bench(variants);
 }

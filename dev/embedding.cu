@@ -1,9 +1,14 @@
-// embedding_forward: x (N,C) = w[ids];  embedding_backward: dw (Vp,C) += for each token the sum of its rows of dx (N,C).     ids (N), w (Vp,C)
-// bytes   forward: 2·N·C out + 2·C per distinct token in + 4·N;  N 16384, C 2048, 4000 distinct: 84 MB          floor 25 us (memory)
-//         backward: 2·N·C in + 8·C per distinct token (dw, fp32, read and written): 133 MB                       floor 40 us (memory)
-// idea    forward: a copy; wide accesses and no division. backward: text is skewed (a comma can be 5% of a batch), so rows of dw have very
-//         different numbers of summands, and with one writer per row the commonest token is the slowest. Rows are sorted by token on the host
-// result  modelled: `make bench K=embedding`; not measured on a GPU yet
+// embedding_forward: x (N,C) = w[ids];  embedding_backward: dw (Vp,C) += for each token the sum of its rows of dx (N,C)
+// bytes   forward 2·N·C out + 2·C per distinct token in + 4·N: 84 MB for N 16384, C 2048, 4000 distinct;  backward 2·N·C in +
+//         8·C per distinct token (dw, fp32, read and written): 133 MB            FLOPs 0; N·C
+// floor   25 us; 40 us (memory)
+// idea    forward: a copy; wide accesses and no division. backward: text is skewed (a comma can be 5% of a batch), so rows of dw
+//         have very different numbers of summands, and with one writer per row the commonest token is the slowest. Rows are sorted
+//         by token on the host
+// limits  C % 8 == 0 (fp32: 4)
+// result  modelled (H100; N 1024, C 512, V 2000, skewed), MB in sectors and us:  forward (1.6 MB compulsory) kernel 0 2.6 and 0.78;
+//         2 2.2 and 0.65; 1 2.1 and 0.64.  backward (3.1 MB) 0 5.8 and 3.5; 2 3.7 and 1.1; 3 3.4 and 1.0; 1 3.1 and 0.93.
+//         Queues at one address and warps left alone are not in the model. Measured: not yet
 #include "bench.cuh"
 
 // ---- forward, kernel 0: a thread per element ----
@@ -38,17 +43,18 @@ template <typename X> __global__ void embedding_backward_kernel0(float *dw, cons
     for (int n = 0; n < N; n++) dw[(size_t)ids[n] * C + c] += to_float(dx[(size_t)n * C + c]);
 }
 
-// ---- kernel 2: atomics. All the threads one could want, no sorting; sums in any order, so two runs differ (the rules forbid it),
-// and the rows of a frequent token queue up at the same addresses ----
+// ---- kernel 2: atomics. All the threads one could want, no sorting; sums in any order, so two runs differ (the rules forbid
+// it), and the rows of a frequent token queue up at the same addresses
 template <typename X> __global__ void embedding_backward_kernel2(float *dw, const int *ids, const X *dx, int C) {
     const int n = blockIdx.x;
     for (int c = threadIdx.x; c < C; c += blockDim.x) atomicAdd(dw + (size_t)ids[n] * C + c, to_float(dx[(size_t)n * C + c]));
 }
 
-// ---- kernel 3: rows sorted by token: a warp owns a token, sums its rows in registers and adds once. The commonest token keeps one warp
-// busy long after the others have finished ----
+// ---- kernel 3: rows sorted by token: a warp owns a token, sums its rows in registers and adds once. The commonest token keeps
+// one warp busy long after the others have finished
 template <typename X>
-__global__ void embedding_backward_kernel3(float *dw, const int *order, const int *starts, const int *tokens, const X *dx, int C) {
+__global__ void embedding_backward_kernel3(float *dw, const int *order, const int *starts, const int *tokens, const X *dx,
+                                           int C) {
     const int i = blockIdx.x, c = blockIdx.y * 128 + threadIdx.x * 4;
     if (c >= C) return;
     float sum[4] = {}, d[4];
@@ -62,7 +68,8 @@ __global__ void embedding_backward_kernel3(float *dw, const int *order, const in
     store(dw_i, narrow<float>(d));
 }
 
-// ---- kernel 1, shipped: as 3 with 512 columns per warp; a token of more than EMBED_LONG rows is summed by all warps of its block ----
+// ---- kernel 1, shipped: as 3 with 512 columns per warp; a token of more than EMBED_LONG rows is summed by all warps of its
+// block
 template <typename X>
 __global__ void embedding_backward_kernel1(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct,
                                            const X *dx, int C) {
@@ -109,7 +116,8 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
     const size_t n = (size_t)N * C;
     std::vector<int> ids(N), order(N), starts(N + 1), tokens(N);
     for (int i = 0; i < N; i++) {
-        const uint32_t bits = (uint32_t)(i + 1) * 2654435761u;          // UNIFORM on 0..V-1; SKEWED: probability 1/v, as words are
+        // UNIFORM on 0..V-1; SKEWED: probability 1/v, as words are
+        const uint32_t bits = (uint32_t)(i + 1) * 2654435761u;
         const double u = (bits ^ bits >> 15) * 0x1p-32;
         ids[i] = kind == UNIFORM ? (int)(u * V) : kind == ONE_TOKEN ? 3 % V : (int)exp(u * log((double)V)) - 1;
     }
@@ -117,7 +125,8 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
     sort_rows(order.data(), starts.data(), tokens.data(), &distinct, ids.data(), N, V);
     const char *kinds[] = {"uniform", "one token", "skewed"};
 
-    if (bench_shape<X>(when, "embedding_forward", sizeof(X) * (n + (double)distinct * C) + 4.0 * N, 0, "N %d C %d V %d %s", N, C, V, kinds[kind])) {
+    if (bench_shape<X>(when, "embedding_forward", sizeof(X) * (n + (double)distinct * C) + 4.0 * N, 0, "N %d C %d V %d %s", N,
+                       C, V, kinds[kind])) {
         Tensor<X> x("x", n), w("w", (size_t)V * C);
         Tensor<int> id("ids", N);
         w.normal(1);
@@ -125,7 +134,9 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
         x.allow(0);                                             // a copy: the same bits
         twin::embedding_forward(x.twin(0), id.host, w.host, N, C);
         const Variant variants[] = {
-            {0, "one thread per element", [&] { launch(embedding_forward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, x, id, w, N, C); }},
+            {0, "one thread per element", [&] {
+                launch(embedding_forward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, x, id, w, N, C);
+            }},
             {2, "one thread per 16 bytes", [&] {
                 launch(embedding_forward_kernel2<X>, CEIL_DIV(n * sizeof(X) / 16, 256), 256, 0, 0, x, id, w, N, C);
             }},
@@ -133,7 +144,8 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
         };
         bench(variants);
     }
-    if (bench_shape<X>(when, "embedding_backward", sizeof(X) * (double)n + 8.0 * distinct * C + 4.0 * (N + 2 * distinct), n, "N %d C %d V %d %s",
+    if (bench_shape<X>(when, "embedding_backward", sizeof(X) * (double)n + 8.0 * distinct * C + 4.0 * (N + 2 * distinct), n,
+                       "N %d C %d V %d %s",
                        N, C, V, kinds[kind])) {
         Tensor<X> dx("dx", n);
         Tensor<float> dw("dw", (size_t)V * C);
@@ -145,7 +157,9 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
         std::copy(tokens.begin(), tokens.begin() + distinct, token.host);
         twin::embedding_backward(dw.twin(0), id.host, dx.host, N, C);
         const Variant variants[] = {
-            {0, "one thread per column, rows in order", [&] { launch(embedding_backward_kernel0<X>, CEIL_DIV(C, 64), 64, 0, 0, dw, id, dx, N, C); }},
+            {0, "one thread per column, rows in order", [&] {
+                launch(embedding_backward_kernel0<X>, CEIL_DIV(C, 64), 64, 0, 0, dw, id, dx, N, C);
+            }},
             {2, "atomics (two runs differ)", [&] { launch(embedding_backward_kernel2<X>, N, 256, 0, 0, dw, id, dx, C); }},
             {3, "rows sorted: a warp per token", [&] {
                 launch(embedding_backward_kernel3<X>, dim3(distinct, CEIL_DIV(C, 128)), 32, 0, 0, dw, rows, first, token, dx, C);

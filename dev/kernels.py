@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Moves kernels between train_litespark.cu and the benches in dev/, and prints what compiler and emulator say of them.
 
-    dev/kernels.py extract dev/OP.cu          the parts of the trainer that a bench needs, to standard output. What the bench (or bench.cuh)
-                                              defines itself is only declared there, so the trainer's launchers start the bench's kernels
-    dev/kernels.py check                      each __global__ function of the trainer stands in a bench, with the same text; helpers too
-    dev/kernels.py sync                       copies the trainer's text over functions of the same name in dev/*.cu
-    dev/kernels.py names dev/OP.cu            the kernels that the bench defines
-    dev/kernels.py counts LOG=REPORT...       a table: what OP --model N printed, beside what ptxcpu --report counted
+    dev/kernels.py extract dev/OP.cu      the parts of the trainer that a bench needs, to standard output. What the bench (or
+                                          bench.cuh) defines itself is only declared there, so the trainer's launchers start the
+                                          bench's kernels
+    dev/kernels.py check                  every __global__ function of the trainer stands in a bench, with the same text; so do
+                                          __device__ functions that a bench defines too
+    dev/kernels.py sync                   copies the trainer's text over functions of the same name in dev/*.cu
+    dev/kernels.py counts LOG=REPORT...   a table: what OP --model N printed, beside what ptxcpu --report counted
 """
 import glob
 import json
@@ -34,14 +35,15 @@ class Item:
         elif re.match(r"typedef\b", head):
             self.names = set(re.findall(r"(\w+)\s*;$", head))
         else:
-            m = re.search(r"(\w+)\s*\(", head.split("=")[0].split("{")[0]) or re.search(r"(\w+)\s*(?:\[[^\]]*\]\s*)*(?:=|;|,|$)", head)
+            m = (re.search(r"(\w+)\s*\(", head.split("=")[0].split("{")[0]) or
+                 re.search(r"(\w+)\s*(?:\[[^\]]*\]\s*)*(?:=|;|,|$)", head))
             self.names = {m[1]} - {"void"} if m else set()
-        self.is_function = bool(re.search(r"\)\s*(const\s*)?\{", code)) and not head.startswith(("#", "enum", "typedef", "struct"))
+        self.is_function = not head.startswith(("#", "enum", "typedef", "struct")) and bool(re.search(r"\)\s*\{", code))
         self.is_device = self.is_function and bool(re.search(r"__(global|device)__", code.split("{")[0]))
         self.is_kernel = self.is_function and "__global__" in code.split("{")[0]
 
     def used(self):
-        return set(re.findall(r"[A-Za-z_]\w*", self.code))
+        return set(re.findall(r"[A-Za-z_]\w*", re.sub(r"twin::\w+", " ", self.code)))
 
     def declaration(self):
         return self.text[:body_at(self.text)].rstrip() + ";"
@@ -59,7 +61,8 @@ def body_at(text):
 
 def strip(text):
     """Without comments, strings and character constants."""
-    return re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'', lambda m: '""' if m[0][0] in "\"'" else " ", text, flags=re.S)
+    tokens = r'''//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])+''' + "'"
+    return re.sub(tokens, lambda m: '""' if m[0][0] in "\"'" else " ", text, flags=re.S)
 
 
 def items_of(path):
@@ -150,7 +153,8 @@ def check():
                     theirs = trainer[name][0].text.split("\n")
                     mine = item.text.split("\n")
                     n = next((k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
-                    print(f"{path}:{item.start + n + 1}: {name} is not {TRAINER}:{trainer[name][0].start + n + 1} (make sync copies the trainer's)")
+                    there = f"{TRAINER}:{trainer[name][0].start + n + 1}"
+                    print(f"{path}:{item.start + n + 1}: {name} is not what stands at {there} (make sync copies the trainer's)")
     for name, items in trainer.items():
         if any(i.is_kernel for i in items) and name not in homes:
             bad += 1
@@ -197,11 +201,13 @@ def counts(pairs):
         with open(report) as f:
             kernels = json.load(f)["kernels"]
         longest = max(kernels, key=lambda k: k["model"]["estimate_us_per_launch"] * k["launches"])
-        banks = [x["bank_conflict_factor"] for k in kernels for x in (k["shared_loads"], k["shared_stores"]) if x["bank_conflict_factor"]]
+        banks = [k[x]["bank_conflict_factor"] for k in kernels for x in ("shared_loads", "shared_stores")]
+        banks = [b for b in banks if b]
         rows.append([number, idea, f"{sum(k['dram_bytes_compulsory'] or 0 for k in kernels) / 1e6:.2f}",
                      f"{sum(k['dram_bytes_all_sectors'] for k in kernels) / 1e6:.2f}", f"{max(banks):.2f}" if banks else "-",
                      f"{min(k['theoretical_occupancy'] for k in kernels):.2f}",
-                     f"{sum(k['model']['estimate_us_per_launch'] * k['launches'] for k in kernels):.2f}", longest["model"]["limit"],
+                     f"{sum(k['model']['estimate_us_per_launch'] * k['launches'] for k in kernels):.2f}",
+                     longest["model"]["limit"],
                      max(k["registers"] for k in kernels), max(k["dynamic_smem"] + k["static_smem"] for k in kernels),
                      sum(max(0, k["spill_store_bytes"]) + max(0, k["spill_load_bytes"]) for k in kernels)])
     for title, rows in tables.items():
@@ -217,9 +223,6 @@ def main(args):
         return 1 if check() else 0
     if args == ["sync"]:
         return sync()
-    if args[:1] == ["names"] and len(args) == 2:
-        print("\n".join(n for i in items_of(args[1])[0] if i.is_kernel for n in i.names))
-        return 0
     if args[:1] == ["counts"]:
         return counts(args[1:])
     print(__doc__)

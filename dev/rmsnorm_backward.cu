@@ -1,16 +1,21 @@
 // rmsnorm_backward: gradients of out = x r w, r = (mean x^2 + eps)^(-1/2) kept by the forward as rstd.
 // With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
 // dx (N,C) +=, dw (C) +=, norm_out (N,C) = n_c w_c, the forward's output again (or NULL); dout, x (N,C), rstd (N), w (C)
-// bytes   3·N·C (dout, x, dx) in + 2·N·C (dx, norm_out) out, 2 bytes each = 336 MB for N 16384, C 2048      FLOPs ~13·N·C = 0.44 G
+// bytes   3·N·C (dout, x, dx) in + 2·N·C (dx, norm_out) out, 2 bytes each = 336 MB for N 16384, C 2048
+// FLOPs   ~13·N·C = 0.44 G
 // floor   336 MB / 3.35 TB/s = 100 us (memory-bound; the arithmetic alone is 7 us of fp32)
-// idea    two sums run in different directions: one along each row (mean), one down each column (dw). Whoever owns a row has a share of
-//         every column's sum and must put it somewhere without atomics, so that two runs give the same bits
-// result  modelled: `make bench K=rmsnorm_backward`; not measured on a GPU yet
+// idea    two sums run in different directions: one along each row (mean), one down each column (dw). Whoever owns a row has a
+//         share of every column's sum and must put it somewhere without atomics, so that two runs give the same bits
+// limits  C % 4 == 0, C <= 16384 (shipped)
+// result  modelled (H100; N 512, C 2048, 10.5 MB compulsory, floor 3.1 us), MB in sectors and us: kernel 0 243 and 73; 2 26 and
+//         8.7; 3 25 and 7.6; 1 11.9 and 3.7. Measured: not yet
 #include "bench.cuh"
 
-// ---- kernel 0: the formula. A thread per row for dx, then a thread per column for dw: rows are C apart, so a warp's loads are 32 sectors ----
+// ---- kernel 0: the formula. A thread per row for dx, then a thread per column for dw: rows are C apart, so a warp's loads are
+// 32 sectors
 template <typename X>
-__global__ void rmsnorm_backward_kernel0(X *dx, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w, int N, int C) {
+__global__ void rmsnorm_backward_kernel0(X *dx, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w, int N,
+                                         int C) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     dx += (size_t)n * C, dout += (size_t)n * C, x += (size_t)n * C;
@@ -24,7 +29,8 @@ __global__ void rmsnorm_backward_kernel0(X *dx, X *norm_out, const X *dout, cons
     }
 }
 
-template <typename X> __global__ void rmsnorm_backward_dw_kernel0(float *dw, const X *dout, const X *x, const float *rstd, int N, int C) {
+template <typename X>
+__global__ void rmsnorm_backward_dw_kernel0(float *dw, const X *dout, const X *x, const float *rstd, int N, int C) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
     float sum = 0;
@@ -32,10 +38,11 @@ template <typename X> __global__ void rmsnorm_backward_dw_kernel0(float *dw, con
     dw[c] += sum;
 }
 
-// ---- kernel 2: a warp per row: neighbouring lanes read neighbouring elements. Three walks over the row and a second kernel still read dout and x
-// three times ----
+// ---- kernel 2: a warp per row: neighbouring lanes read neighbouring elements. Three walks over the row and a second kernel
+// still read dout and x three times
 template <typename X>
-__global__ void rmsnorm_backward_kernel2(X *dx, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w, int N, int C) {
+__global__ void rmsnorm_backward_kernel2(X *dx, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w, int N,
+                                         int C) {
     const int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
     dx += (size_t)n * C, dout += (size_t)n * C, x += (size_t)n * C;
@@ -50,12 +57,12 @@ __global__ void rmsnorm_backward_kernel2(X *dx, X *norm_out, const X *dout, cons
     }
 }
 
-// ---- kernel 3: dw on the way. A block keeps sums of dw over its rows in shared memory, writes them once, and column_sums adds the blocks: dout and
-// x are read twice, the second time from the L1 or L2 cache if the row is still there ----
+// ---- kernel 3: dw on the way. A block keeps sums of dw over its rows in shared memory, writes them once, and column_sums adds
+// the blocks: dout and x are read twice, the second time from the L1 or L2 cache if the row is still there
 template <typename X>
-__global__ void rmsnorm_backward_kernel3(X *dx, float *partials, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w,
-                                         int N, int C) {
-    float *dw = shared_memory<float>();                         // (C): a thread only meets its own columns, so no barrier guards it
+__global__ void rmsnorm_backward_kernel3(X *dx, float *partials, X *norm_out, const X *dout, const X *x, const float *rstd,
+                                         const X *w, int N, int C) {
+    float *dw = shared_memory<float>();                         // (C): each thread meets its own columns only: no barrier
     for (int c = threadIdx.x; c < C; c += blockDim.x) dw[c] = 0;
     for (int n = blockIdx.x; n < N; n += gridDim.x) {
         const size_t at = (size_t)n * C;
@@ -73,8 +80,8 @@ __global__ void rmsnorm_backward_kernel3(X *dx, float *partials, X *norm_out, co
     for (int c = threadIdx.x; c < C; c += blockDim.x) partials[(size_t)blockIdx.x * C + c] = dw[c];
 }
 
-// ---- kernel 1, shipped: 16 elements of each operand stay in registers over the reduction, so each is read once, 4 at a time; narrow rows share a
-// block; w is copied to shared memory once per block ----
+// ---- kernel 1, shipped: 16 elements of each operand stay in registers over the reduction, so each is read once, 4 at a time;
+// narrow rows share a block; w is copied to shared memory once per block
 template <typename X>
 __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *partials, X *norm_out, const X *dout, const X *x,
                                                                  const float *rstd, const X *w, int N, int C) {
@@ -145,7 +152,8 @@ __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *p
 
 template <typename X> static void shape(int when, int N, int C, int rebuild) {
     const size_t n = (size_t)N * C;
-    if (!bench_shape<X>(when, "rmsnorm_backward", (4.0 + rebuild) * n * sizeof(X), 13.0 * n, "N %d C %d%s", N, C, rebuild ? " with norm_out" : "")) return;
+    if (!bench_shape<X>(when, "rmsnorm_backward", (4.0 + rebuild) * n * sizeof(X), 13.0 * n, "N %d C %d%s", N, C,
+                        rebuild ? " with norm_out" : "")) return;
     Tensor<X> dx("dx", n), norm("norm_out", n), dout("dout", n), x("x", n), w("w", C);
     Tensor<float> dw("dw", C), rstd("rstd", N), scratch("scratch", rmsnorm_backward_scratch(C));
     dx.normal(1), dout.normal(1), x.normal(1.5f, 0.3f), w.normal(0.3f, 1), dw.normal(1);

@@ -1,12 +1,15 @@
-// rmsnorm_forward: out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)      (Zhang & Sennrich 2019);  x (N,C), w (C)
+// rmsnorm_forward: out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)  (Zhang & Sennrich 2019);  x (N,C), w (C)
 // bytes   2·N·C in + 2·N·C out + 4·N = 134 MB for N 16384, C 2048        FLOPs ~4·N·C = 0.13 G
 // floor   40 us (memory-bound; the arithmetic alone is 2 us of fp32)
 // idea    r needs the whole row before the first output: read the row twice, or keep it
-// result  modelled: `make bench K=rmsnorm_forward`; not measured on a GPU yet
+// limits  C % 8 == 0 (fp32: 4), C <= 16384 (shipped)
+// result  modelled (H100; N 1024, C 2048, 8.4 MB compulsory, floor 2.5 us), MB in sectors and us: kernel 0 203 and 61; 2 and 3 16.8
+//         and 5.0 (3 with an eighth of the instructions); 1 8.9 and 2.7. Measured: not yet
 #include "bench.cuh"
 
 // ---- kernel 0: a thread per row: neighbouring threads are C elements apart, every load is its own sector ----
-template <typename X> __global__ void rmsnorm_forward_kernel0(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+template <typename X>
+__global__ void rmsnorm_forward_kernel0(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     x += (size_t)n * C, out += (size_t)n * C;
@@ -18,7 +21,8 @@ template <typename X> __global__ void rmsnorm_forward_kernel0(X *out, float *rst
 }
 
 // ---- kernel 2: a warp per row: neighbouring lanes read neighbouring elements, 2 bytes each ----
-template <typename X> __global__ void rmsnorm_forward_kernel2(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+template <typename X>
+__global__ void rmsnorm_forward_kernel2(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
     const int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
     x += (size_t)n * C, out += (size_t)n * C;
@@ -29,8 +33,10 @@ template <typename X> __global__ void rmsnorm_forward_kernel2(X *out, float *rst
     if (threadIdx.x == 0) rstd[n] = r;
 }
 
-// ---- kernel 3: 16 bytes per access: an eighth of the instructions. x is still read twice; the second time it is in a cache, usually ----
-template <typename X> __global__ void rmsnorm_forward_kernel3(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+// ---- kernel 3: 16 bytes per access: an eighth of the instructions. x is still read twice; the second time it is in a cache,
+// usually
+template <typename X>
+__global__ void rmsnorm_forward_kernel3(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
     constexpr int E = 16 / sizeof(X);
     const int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
@@ -90,16 +96,23 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *r
 
 template <typename X> static void shape(int when, int N, int C, float eps) {
     const size_t n = (size_t)N * C;
-    if (!bench_shape<X>(when, "rmsnorm_forward", 2.0 * n * sizeof(X) + 4.0 * N + sizeof(X) * C, 4.0 * n, "N %d C %d", N, C)) return;
+    if (!bench_shape<X>(when, "rmsnorm_forward", 2.0 * n * sizeof(X) + 4.0 * N + sizeof(X) * C, 4.0 * n, "N %d C %d", N,
+                        C)) return;
     Tensor<X> out("out", n), x("x", n), w("w", C);
     Tensor<float> rstd("rstd", N);
     x.normal(1.5f, 0.3f), w.normal(0.3f, 1);
     for (int b = 0; b < precisions<X>(); b++)
         twin::residual_rmsnorm_forward(NULL, out.twin(b), rstd.twin(b), x.host, NULL, w.host, eps, N, C, b);
     const Variant variants[] = {
-        {0, "one thread per row", [&] { launch(rmsnorm_forward_kernel0<X>, CEIL_DIV(N, 128), 128, 0, 0, out, rstd, x, w, eps, N, C); }},
-        {2, "one warp per row", [&] { launch(rmsnorm_forward_kernel2<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, out, rstd, x, w, eps, N, C); }},
-        {3, "16-byte accesses", [&] { launch(rmsnorm_forward_kernel3<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, out, rstd, x, w, eps, N, C); }},
+        {0, "one thread per row", [&] {
+            launch(rmsnorm_forward_kernel0<X>, CEIL_DIV(N, 128), 128, 0, 0, out, rstd, x, w, eps, N, C);
+        }},
+        {2, "one warp per row", [&] {
+            launch(rmsnorm_forward_kernel2<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, out, rstd, x, w, eps, N, C);
+        }},
+        {3, "16-byte accesses", [&] {
+            launch(rmsnorm_forward_kernel3<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, out, rstd, x, w, eps, N, C);
+        }},
         {1, "the row in registers: read once", [&] { rmsnorm_forward<X>(out, rstd, x, w, eps, N, C, 0); }, SHIPPED},
     };
     bench(variants);

@@ -1,16 +1,20 @@
-// qkv_norm_rope_forward, the q and k heads y of qkv (N,(H+2K)D) in place:  with norm (Qwen3) qk_raw (N,(H+K)D) = y,
-//   qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2), y *= r w (w = q_norm or k_norm (D));  then the pair (y_i, y_{i+D/2}) turns by the angle of
-//   position n % T: cosine, sine (T,D/2).  qkv_norm_rope_backward: the way back for dqkv, and dq_norm, dk_norm (D) +=.   v is not touched
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D of qk_raw) = 160 MB for N 16384, H 16, K 2, D 128      floor 48 us
-//         (memory; FLOPs ~3·N·(H+K)·D, norm ~8)
+// qkv_norm_rope_forward, the q and k heads y of qkv (N,(H+2K)D) in place:
+//   with norm (Qwen3): qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2), y *= r w (w = q_norm or k_norm (D));
+//   then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T: cosine, sine (T,D/2). v is not touched
+// qkv_norm_rope_backward: the way back for dqkv, in place; dq_norm, dk_norm (D) +=
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D of qk_raw) = 160 MB for N 16384, H 16, K 2, D 128
+// FLOPs   ~3·N·(H+K)·D, with norm ~8                    floor 48 us (memory)
 // idea    the two halves of a pair are D/2 apart and must meet in one thread; the angles of a row serve all its heads
-// result  modelled: `make bench K=rope`; not measured on a GPU yet
+// limits  D % 8 == 0, D <= 256 (shipped)
+// result  modelled (H100; N 256, H 16, K 2, D 128 with norm, 3.7 MB compulsory, floor 1.1 us), MB in sectors and us:
+//         forward kernel 0 78 and 23; 2 8.4 and 2.5; 1 3.8 and 1.8.  backward 0 103 and 38; 2 16 and 12; 1 3.9 and 4.8 (few blocks).
+//         Measured: not yet
 #include "bench.cuh"
 
 // ---- forward, kernel 0: a thread per head ----
 template <typename X>
-__global__ void qkv_norm_rope_forward_kernel0(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
-                                              const float *sine, float eps, int H, int K, int D, int N, int T) {
+__global__ void qkv_norm_rope_forward_kernel0(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
+                                              const float *cosine, const float *sine, float eps, int H, int K, int D, int N, int T) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i / (H + K), h = i % (H + K);
     if (n >= N) return;
     X *x = qkv + ((size_t)n * (H + 2 * K) + h) * D;
@@ -29,10 +33,11 @@ __global__ void qkv_norm_rope_forward_kernel0(X *qkv, X *qk_raw, float *qk_rstd,
     }
 }
 
-// ---- kernel 2: a warp per head: neighbouring lanes, neighbouring pairs. 2-byte accesses, and each head reads the angles of its row again ----
+// ---- kernel 2: a warp per head: neighbouring lanes, neighbouring pairs. 2-byte accesses, and each head reads the angles of
+// its row again
 template <typename X>
-__global__ void qkv_norm_rope_forward_kernel2(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
-                                              const float *sine, float eps, int H, int K, int D, int N, int T) {
+__global__ void qkv_norm_rope_forward_kernel2(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
+                                              const float *cosine, const float *sine, float eps, int H, int K, int D, int N, int T) {
     const int i = blockIdx.x * blockDim.y + threadIdx.y, n = i / (H + K), h = i % (H + K);
     if (n >= N) return;
     X *x = qkv + ((size_t)n * (H + 2 * K) + h) * D;
@@ -52,7 +57,8 @@ __global__ void qkv_norm_rope_forward_kernel2(X *qkv, X *qk_raw, float *qk_rstd,
     }
 }
 
-// ---- kernel 1, shipped: a warp per row; four neighbouring elements of both halves per lane, several heads at a time, angles read once ----
+// ---- kernel 1, shipped: a warp per row; four neighbouring elements of both halves per lane, several heads at a time, angles
+// read once
 template <typename X, bool NORM>
 __global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
                                               const float *sine, float eps, int H, int K, int D, int lanes, int N, int T) {
@@ -122,7 +128,8 @@ __device__ void turn_back(float *a, float *b, const X *dx, const float *cosine, 
 }
 
 template <typename X>
-__global__ void qkv_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm, const X *dqkv, const X *qk_raw, const float *qk_rstd,
+__global__ void qkv_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm, const X *dqkv, const X *qk_raw,
+                                                  const float *qk_rstd,
                                                   const float *cosine, const float *sine, int H, int K, int D, int N, int T) {
     const int d = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y == 0 ? 0 : H, end = blockIdx.y == 0 ? H : H + K;
     if (d >= D / 2) return;
@@ -152,7 +159,10 @@ __global__ void qkv_norm_rope_backward_kernel0(X *dqkv, const X *qk_raw, const f
     }
     for (int d = 0; d < half; d++) {
         turn_back(&a, &b, dx, cosine, sine, d, D);
-        if (q_norm) a = r * (a * to_float(w[d]) - to_float(raw[d]) * r * mean), b = r * (b * to_float(w[d + half]) - to_float(raw[d + half]) * r * mean);
+        if (q_norm) {
+            a = r * (a * to_float(w[d]) - to_float(raw[d]) * r * mean);
+            b = r * (b * to_float(w[d + half]) - to_float(raw[d + half]) * r * mean);
+        }
         dx[d] = from_float<X>(a), dx[d + half] = from_float<X>(b);
     }
 }
@@ -174,12 +184,16 @@ __global__ void qkv_norm_rope_backward_kernel2(X *dqkv, const X *qk_raw, const f
     mean = warp_sum(mean);
     for (int d = threadIdx.x; d < half; d += 32) {
         turn_back(&a, &b, dx, cosine, sine, d, D);
-        if (q_norm) a = r * (a * to_float(w[d]) - to_float(raw[d]) * r * mean), b = r * (b * to_float(w[d + half]) - to_float(raw[d + half]) * r * mean);
+        if (q_norm) {
+            a = r * (a * to_float(w[d]) - to_float(raw[d]) * r * mean);
+            b = r * (b * to_float(w[d + half]) - to_float(raw[d + half]) * r * mean);
+        }
         dx[d] = from_float<X>(a), dx[d + half] = from_float<X>(b);
     }
 }
 
-// ---- kernel 1, shipped: the forward's layout; a lane sees the same 8 elements of every head and sums their weight gradients in registers ----
+// ---- kernel 1, shipped: the forward's layout; a lane sees the same 8 elements of every head and sums their weight gradients
+// in registers
 template <typename X, bool NORM>
 __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X *qk_raw, const float *qk_rstd, const X *q_norm,
                                                const X *k_norm, const float *cosine, const float *sine, int H, int K, int D, int lanes,
@@ -265,27 +279,33 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
     const int N = B * T, W = (H + 2 * K) * D, heads = N * (H + K);
     const float eps = 1e-5f;
     const size_t n = (size_t)N * W, n_qk = (size_t)heads * D;
-    const double bytes = (2.0 + (norm != 0)) * n_qk * sizeof(X) + 4.0 * T * D + (norm ? 4.0 * heads : 0), flops = (norm ? 8.0 : 3.0) * n_qk;
+    const double bytes = (2.0 + (norm != 0)) * n_qk * sizeof(X) + 4.0 * T * D + (norm ? 4.0 * heads : 0),
+        flops = (norm ? 8.0 : 3.0) * n_qk;
     std::vector<float> angles[2] = {std::vector<float>((size_t)T * D / 2), std::vector<float>((size_t)T * D / 2)};
     twin::rope_table_sizes(angles[0].data(), angles[1].data(), D, T);
 
-    if (bench_shape<X>(when, "qkv_norm_rope_forward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D, norm ? " norm" : "")) {
+    if (bench_shape<X>(when, "qkv_norm_rope_forward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
+                       norm ? " norm" : "")) {
         Tensor<X> qkv("qkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
         Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size());
-        qkv.judge_apart(W, {{"q", 0, (size_t)H * D}, {"k", (size_t)H * D, (size_t)(H + K) * D}, {"v", (size_t)(H + K) * D, (size_t)W}});
+        qkv.judge_apart(W, {{"q", 0, (size_t)H * D}, {"k", (size_t)H * D, (size_t)(H + K) * D},
+                            {"v", (size_t)(H + K) * D, (size_t)W}});
         qkv.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1);
         std::copy(angles[0].begin(), angles[0].end(), cosine.host);
         std::copy(angles[1].begin(), angles[1].end(), sine.host);
         for (int b = 0; b < precisions<X>(); b++)
-            twin::qk_norm_rope_forward_sizes(qkv.twin(b), norm ? raw.twin(b) : NULL, norm ? rstd.twin(b) : NULL, norm ? q_norm.host : NULL,
+            twin::qk_norm_rope_forward_sizes(qkv.twin(b), norm ? raw.twin(b) : NULL, norm ? rstd.twin(b) : NULL,
+                                             norm ? q_norm.host : NULL,
                                              norm ? k_norm.host : NULL, cosine.host, sine.host, eps, H, K, D, N, T, b);
         X *qn = norm ? (X *)q_norm : NULL, *kn = norm ? (X *)k_norm : NULL;
         const Variant variants[] = {
             {0, "one thread per head", [&] {
-                launch(qkv_norm_rope_forward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, qkv, raw, rstd, qn, kn, cosine, sine, eps, H, K, D, N, T);
+                launch(qkv_norm_rope_forward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, qkv, raw, rstd, qn, kn, cosine, sine,
+                       eps, H, K, D, N, T);
             }},
             {2, "one warp per head", [&] {
-                launch(qkv_norm_rope_forward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, qkv, raw, rstd, qn, kn, cosine, sine, eps, H, K, D, N, T);
+                launch(qkv_norm_rope_forward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, qkv, raw, rstd, qn, kn, cosine,
+                       sine, eps, H, K, D, N, T);
             }},
             {1, "one warp per row, angles in registers", [&] {
                 qkv_norm_rope_forward<X>(qkv, raw, rstd, qn, kn, cosine, sine, eps, H, K, D, N, T, 0);
@@ -293,11 +313,14 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
         };
         bench(variants);
     }
-    if (bench_shape<X>(when, "qkv_norm_rope_backward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D, norm ? " norm" : "")) {
+    if (bench_shape<X>(when, "qkv_norm_rope_backward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
+                       norm ? " norm" : "")) {
         Tensor<X> dqkv("dqkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
-        Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size()), dq_norm("dq_norm", D),
+        Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size()),
+            dq_norm("dq_norm", D),
             dk_norm("dk_norm", D), scratch("scratch", qkv_norm_rope_backward_scratch(D));
-        dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D}, {"dv", (size_t)(H + K) * D, (size_t)W}});
+        dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D},
+                             {"dv", (size_t)(H + K) * D, (size_t)W}});
         dqkv.normal(1), raw.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1), dq_norm.normal(1), dk_norm.normal(1);
         std::copy(angles[0].begin(), angles[0].end(), cosine.host);
         std::copy(angles[1].begin(), angles[1].end(), sine.host);
@@ -307,21 +330,25 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
             rstd.host[i] = (float)(1 / sqrt(squares / D + eps));
         }
         for (int b = 0; b < precisions<X>(); b++)
-            twin::qk_norm_rope_backward_sizes(dqkv.twin(b), dq_norm.twin(b), dk_norm.twin(b), raw.host, rstd.host, norm ? q_norm.host : NULL,
+            twin::qk_norm_rope_backward_sizes(dqkv.twin(b), dq_norm.twin(b), dk_norm.twin(b), raw.host, rstd.host,
+                                              norm ? q_norm.host : NULL,
                                               norm ? k_norm.host : NULL, cosine.host, sine.host, H, K, D, N, T, b);
         X *qn = norm ? (X *)q_norm : NULL, *kn = norm ? (X *)k_norm : NULL;
         auto dw = [&] {
-            if (norm) launch(qkv_norm_rope_backward_dw_kernel0<X>, dim3(CEIL_DIV(D, 64), 2), 32, 0, 0, dq_norm, dk_norm, dqkv, raw, rstd,
+            if (norm) launch(qkv_norm_rope_backward_dw_kernel0<X>, dim3(CEIL_DIV(D, 64), 2), 32, 0, 0, dq_norm, dk_norm, dqkv,
+                             raw, rstd,
                              cosine, sine, H, K, D, N, T);
         };
         const Variant variants[] = {
             {0, "one thread per head; dw: one thread per column", [&] {
                 dw();
-                launch(qkv_norm_rope_backward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, dqkv, raw, rstd, qn, kn, cosine, sine, H, K, D, N, T);
+                launch(qkv_norm_rope_backward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, dqkv, raw, rstd, qn, kn, cosine,
+                       sine, H, K, D, N, T);
             }},
             {2, "one warp per head; dw as before", [&] {
                 dw();
-                launch(qkv_norm_rope_backward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, dqkv, raw, rstd, qn, kn, cosine, sine, H, K, D, N, T);
+                launch(qkv_norm_rope_backward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, dqkv, raw, rstd, qn, kn,
+                       cosine, sine, H, K, D, N, T);
             }},
             {1, "one warp per row, dw in registers", [&] {
                 qkv_norm_rope_backward<X>(dqkv, dq_norm, dk_norm, raw, rstd, qn, kn, cosine, sine, scratch, H, K, D, N, T, 0);

@@ -1,10 +1,13 @@
 // swiglu_forward: h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
-// swiglu_backward, with s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s;  dgate_up (N,2F) = dg | du, may be gate_up itself;
-//         h (N,F) = g s u, the forward's output again (or NULL)
+// swiglu_backward, with s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s;   dgate_up (N,2F) = dg | du, may be gate_up
+//   itself;  h (N,F) = g s u, the forward's output again (or NULL)
 // bytes   forward 3·2·N·F = 1.08 GB, backward 5·2·N·F (h: 6·2·N·F) = 1.80 GB (2.16 GB) for N 16384, F 11008
-// floor   323 us; 538 us (646 us): memory-bound. FLOPs ~5·N·F, ~10·N·F and two SFU operations per element (98 us)
+// FLOPs   ~5·N·F; ~10·N·F, and two SFU operations per element (98 us)
+// floor   323 us; 538 us (646 us): memory-bound
 // idea    elementwise: every byte once, in 16-byte accesses, and little arithmetic beside them
-// result  modelled: `make bench K=swiglu`; not measured on a GPU yet
+// limits  F % 8 == 0 (fp32: 4)
+// result  modelled (H100; N 256, F 11008): all kernels move the compulsory 16.9 MB (backward 33.8) in 5.0 us (10.1); what tells
+//         them apart, instructions and bytes in flight, needs a GPU. Measured: not yet
 #include "bench.cuh"
 
 // ---- forward, kernel 0: a thread per element ----
@@ -16,8 +19,8 @@ template <typename X> __global__ void swiglu_forward_kernel0(X *h, const X *gate
     h[i] = from_float<X>(g / (1 + expf(-g)) * u);
 }
 
-// ---- kernel 2: 16 bytes per thread, approximate e^x and division (2 ulp, far below a rounding to bf16); one 64-bit division per thread
-// still looks for the row ----
+// ---- kernel 2: 16 bytes per thread, approximate e^x and division (2 ulp, far below a rounding to bf16); one 64-bit division
+// per thread still looks for the row
 template <typename X> __global__ void swiglu_forward_kernel2(X *h, const X *gate_up, int N, int F) {
     constexpr int E = 16 / sizeof(X);
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * E;
@@ -83,7 +86,9 @@ template <typename X> static void shape(int when, int N, int F, float amplitude,
         gate_up.normal(amplitude);
         for (int b = 0; b < precisions<X>(); b++) twin::swiglu_forward(h.twin(b), gate_up.host, N, F, b);
         const Variant variants[] = {
-            {0, "one thread per element", [&] { launch(swiglu_forward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, h, gate_up, N, F); }},
+            {0, "one thread per element", [&] {
+                launch(swiglu_forward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, h, gate_up, N, F);
+            }},
             {2, "16 bytes per thread, fast e^x and division", [&] {
                 launch(swiglu_forward_kernel2<X>, CEIL_DIV(n * sizeof(X) / 16, 256), 256, 0, 0, h, gate_up, N, F);
             }},
@@ -91,7 +96,8 @@ template <typename X> static void shape(int when, int N, int F, float amplitude,
         };
         bench(variants);
     }
-    if (bench_shape<X>(when, "swiglu_backward", (5.0 + want_h) * n * sizeof(X), 10.0 * n, "N %d F %d, g ~ %g%s", N, F, amplitude, want_h ? " with h" : "")) {
+    if (bench_shape<X>(when, "swiglu_backward", (5.0 + want_h) * n * sizeof(X), 10.0 * n, "N %d F %d, g ~ %g%s", N, F,
+                       amplitude, want_h ? " with h" : "")) {
         Tensor<X> dgate_up("dgate_up", 2 * n), h("h", n), dh("dh", n), gate_up("gate_up", 2 * n);
         dgate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(amplitude), dh.normal(1);
@@ -101,8 +107,12 @@ template <typename X> static void shape(int when, int N, int F, float amplitude,
         }
         X *h_out = want_h ? (X *)h : NULL;
         const Variant variants[] = {
-            {0, "one thread per element", [&] { launch(swiglu_backward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, dgate_up, h_out, dh, gate_up, N, F); }},
-            {1, "a block per row, 16 bytes per thread", [&] { swiglu_backward<X>(dgate_up, h_out, dh, gate_up, N, F, 0); }, SHIPPED},
+            {0, "one thread per element", [&] {
+                launch(swiglu_backward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, dgate_up, h_out, dh, gate_up, N, F);
+            }},
+            {1, "a block per row, 16 bytes per thread", [&] {
+                swiglu_backward<X>(dgate_up, h_out, dh, gate_up, N, F, 0);
+            }, SHIPPED},
         };
         bench(variants);
     }
