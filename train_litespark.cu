@@ -2913,14 +2913,14 @@ template <typename T = float> __device__ T block_max(T x) {             // T onl
 
 // ==== 12. Comm: ranks, one process and one GPU each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI, always in a
-// loop of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Gradients travel by NCCL on a stream of their own.
+// loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a dead or stuck peer ends
+// the job with a message.
 typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
 static Comm comm = {0, 1, 0, 1, 600};
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
 int comm_local_ranks(void) { return comm.local_ranks; }             // on this machine
-int comm_is_local_leader(void) { return comm.local_rank == 0; }     // one rank of each machine
 void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
 
 #ifdef USE_MPI
@@ -3011,7 +3011,23 @@ double comm_max(double x) { return x; }
 // ---- the GPU -----------------------------------------------------------------------------------------------------------------
 enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA context, cuBLASLt, NCCL buffers
 
+// The kernels that a device gets: by compute capability, the last row that is not above it. Products of our own run on mma.sync: all that
+// 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0, where cuBLASLt and a pass over its result are faster (dev/SPEED.md 6).
+typedef struct Kernels { int capability, fused_mlp; } Kernels;
+static const Kernels kernel_table[] = {{80, 1}, {90, 0}, {120, 1}};
+
+// LITESPARK_FUSED_MLP=0 or 1 overrides the table, to measure one form against the other.
+static const Kernels *choose_kernels(int capability) {
+    static Kernels chosen;
+    for (size_t i = 0; i < sizeof kernel_table / sizeof *kernel_table; i++)
+        if (kernel_table[i].capability <= capability) chosen = kernel_table[i];
+    const char *fused = getenv("LITESPARK_FUSED_MLP");
+    if (fused) chosen.fused_mlp = !strcmp(fused, "1");
+    return &chosen;
+}
+
 typedef struct Gpu {
+    const Kernels *kernels;
     cudaStream_t stream;                // everything but communication
     cublasLtHandle_t lt;
     void *workspace;                    // cuBLASLt's
@@ -3043,11 +3059,11 @@ double device_peak(const char *name, int bf16) {
 
 enum { ENOUGH_ROWS = 32768 };           // of a micro-step: more are no faster
 
-// Bytes that a rank may plan with: what is free on its GPU, less the allowance. Without a GPU (--dry-run): those of an 80 GB card.
+// Bytes that each rank may plan with: what is free on the fullest GPU, less the allowance. Without a GPU (--dry-run): those of an 80 GB card.
 double memory_of_rank(void) {
     size_t free_bytes = 0, total = 0;
     if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) free_bytes = (size_t)79 << 30;
-    return (double)free_bytes - GPU_ALLOWANCE;
+    return -comm_max(-((double)free_bytes - GPU_ALLOWANCE));        // all ranks must choose alike
 }
 
 // ---- energy: NVML's total-energy counter, in mJ since the driver loaded. Opened at run time; absent: unavailable ------------
@@ -3079,7 +3095,7 @@ void energy_open(Energy *e, const char *folder) {
     e->n = 1;
 }
 
-// Joules since energy_open. The counter moves every ~100 ms: read it over windows of seconds, with the device idle at both ends.
+// Joules since energy_open. The counter moves every ~100 ms: main reads it over windows of seconds, with the device idle at both ends.
 double energy_read(Energy *e) {
     unsigned long long mj;
     if (e->n && !e->total(e->device, &mj)) e->joules = ((double)mj - e->first) * 1e-3;
@@ -3095,6 +3111,24 @@ void comm_reduce_start(const Gpu *gpu, float *x, size_t n) {
     ncclCheck(ncclAllReduce(x, x, n, ncclFloat32, ncclSum, (ncclComm_t)gpu->nccl, gpu->comm_stream));
 #endif
     (void)gpu, (void)x, (void)n;
+}
+
+// Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not come, ends the job.
+void gpu_wait(const Gpu *gpu) {
+    double start = now_seconds();
+    for (cudaError_t e; (e = cudaStreamQuery(gpu->stream)) != cudaSuccess;) {
+        if (e != cudaErrorNotReady) cudaCheck(e);
+#ifdef USE_MPI
+        ncclResult_t state = ncclSuccess;
+        if (gpu->nccl) ncclCheck(ncclCommGetAsyncError((ncclComm_t)gpu->nccl, &state));
+        if (state != ncclSuccess && state != ncclInProgress) die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
+#endif
+        if (comm.world > 1 && now_seconds() - start > (double)comm.timeout) {
+            fprintf(stderr, "error: rank %d waited %.0f s for the sums of gradients: another rank is dead or stuck; resume with --resume auto "
+                    "(or raise --timeout)\n", comm.rank, now_seconds() - start);
+            comm_abort();
+        }
+    }
 }
 
 // The compute stream goes on when all sums are complete.
@@ -3751,227 +3785,6 @@ template <typename X> void bias_backward(float *dbias, const X *dqkv, float *scr
     column_sums(dbias, scratch, chunks, OC, OC, stream);
 }
 
-// ---- swiglu_forward_kernel1 ------------------------------------------------------------------------------------------------
-// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
-// bytes   2·2·N·F in + 2·N·F out = 1.08 GB for N 16384, F 11008         floor 323 us (memory; two SFU operations per element: 98 us)
-// idea    a block per row, so that no division finds the row; 16-byte packs
-template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate_up, int F) {
-    constexpr int E = 16 / sizeof(X);
-    const X *g = gate_up + (size_t)blockIdx.x * 2 * F, *u = g + F;
-    X *h_n = h + (size_t)blockIdx.x * F;
-    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
-        float g_f[E], u_f[E];
-        widen(g_f, load<E>(g + f));
-        widen(u_f, load<E>(u + f));
-        for (int k = 0; k < E; k++) u_f[k] *= __fdividef(g_f[k], 1 + __expf(-g_f[k]));
-        store(h_n + f, narrow<X>(u_f));
-    }
-}
-
-static int row_threads(int packs) { return packs < 256 ? CEIL_DIV(packs, 32) * 32 : 256; }
-
-template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, cudaStream_t stream) {
-    const int E = 16 / sizeof(X);
-    assert(F % E == 0);
-    launch(swiglu_forward_kernel1<X>, N, row_threads(F / E), 0, stream, h, gate_up, F);
-}
-
-// ---- swiglu_backward_kernel1 -----------------------------------------------------------------------------------------------
-// With s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s.   dgate_up (N,2F) = dg | du, may be gate_up itself
-// h (N,F) = g s u, the forward's output again for the down-projection's weight gradient; or NULL
-// bytes   2·3·N·F in + 2·2·N·F (h: 2·3·N·F) out = 1.80 GB (2.16 GB) for N 16384, F 11008       floor 538 us (646 us)
-template <typename X> __global__ void swiglu_backward_kernel1(X *dgate_up, X *h, const X *dh, const X *gate_up, int F) {
-    constexpr int E = 16 / sizeof(X);
-    const size_t row = (size_t)blockIdx.x * F;
-    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
-        float g[E], u[E], d[E];
-        widen(g, load<E>(gate_up + 2 * row + f));
-        widen(u, load<E>(gate_up + 2 * row + F + f));
-        widen(d, load<E>(dh + row + f));
-        for (int k = 0; k < E; k++) {
-            float s = __fdividef(1, 1 + __expf(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
-            u[k] *= silu;                                       // h
-            d[k] *= silu;                                       // du
-            g[k] = dsilu * s * (1 + g[k] * (1 - s));            // dg
-        }
-        if (h) store(h + row + f, narrow<X>(u));
-        store(dgate_up + 2 * row + f, narrow<X>(g));
-        store(dgate_up + 2 * row + F + f, narrow<X>(d));
-    }
-}
-
-template <typename X> void swiglu_backward(X *dgate_up, X *h, const X *dh, const X *gate_up, int N, int F, cudaStream_t stream) {
-    const int E = 16 / sizeof(X);
-    assert(F % E == 0);
-    launch(swiglu_backward_kernel1<X>, N, row_threads(F / E), 0, stream, dgate_up, h, dh, gate_up, F);
-}
-
-// ---- cross_entropy_kernel1: a block per row, the row stays in shared memory ------------------------------------------------
-// nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  With dscale != 0 the logits (N,Vp) become their gradient
-// dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0.
-// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000        floor 626 us (memory; two SFU operations per element: 283 us)
-// idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each thread reads back only
-//         what it copied and has its own maximum and sum, so the block meets at one barrier. It also orders the read of x_target
-//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time
-enum { CLASSIFIER_THREADS = 512 };
-
-// Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its gradient.
-template <int E, typename X> __device__ __forceinline__ void load_logits(float (&x)[E], const X *row, int v, int V) {
-    widen(x, load<E>(row + v));
-    if (v + E > V) for (int k = 0; k < E; k++) if (v + k >= V) x[k] = -INFINITY;
-}
-
-template <typename X>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
-                                                                            int V, int Vp, int cached) {
-    constexpr int E = 16 / sizeof(X);
-    __shared__ float tops[32], sums[32];
-    X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
-    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.x * E, step = blockDim.x * E;
-    if (target == IGNORED) {
-        if (threadIdx.x == 0) nll[blockIdx.x] = 0;
-        if (dscale != 0) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
-        return;
-    }
-    for (int v = first; v < cached; v += step) cp_async_16(cache + v, row + v);
-    cp_async_commit();
-    const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
-    cp_async_wait<0>();
-    float top = -FLT_MAX, sum = 0, x[E];                        // of this thread's columns: sum of e^(x - top)
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        float higher = top;
-        for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
-        sum *= __expf(top - higher);
-        for (int k = 0; k < E; k++) sum += __expf(x[k] - higher);
-        top = higher;
-    }
-    const float warp_top = warp_max(top), warp_total = warp_sum(sum * __expf(top - warp_top));
-    if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
-    __syncthreads();
-    const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
-    const float total = warp_sum(lane < warps ? sums[lane] * __expf(some_top - row_top) : 0), factor = dscale / total;
-    if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
-    if (dscale == 0) return;
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        for (int k = 0; k < E; k++) x[k] = __expf(x[k] - row_top) * factor;
-        if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
-        store(row + v, narrow<X>(x));
-    }
-}
-
-template <typename X>
-void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp, cudaStream_t stream) {
-    static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
-    const int E = 16 / sizeof(X), fit = smem_limit / 16 * E, cached = Vp < fit ? Vp : fit;
-    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS;
-    assert(Vp % E == 0 && V <= Vp);
-    launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
-}
-
-// ---- sum_of_squares_kernel1, 2: global norm ----------------------------------------------------------------------------------
-// out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19).
-// bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory). 16 products are added in fp32, then in double
-enum { SQUARES_BLOCKS = 1024, SQUARES_THREADS = 256 };
-static size_t sum_of_squares_scratch(void) { return 2 * SQUARES_BLOCKS; }                // floats
-
-__global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t n) {
-    const size_t quads = n / 4, step = (size_t)gridDim.x * SQUARES_THREADS * 4;
-    double sum = 0;
-    for (size_t i0 = (size_t)blockIdx.x * SQUARES_THREADS * 4 + threadIdx.x; i0 < quads; i0 += step) {
-        float squares = 0, q[4][4];
-        #pragma unroll
-        for (int j = 0; j < 4; j++) widen(q[j], load_if<4>(i0 + j * SQUARES_THREADS < quads, x + 4 * (i0 + j * SQUARES_THREADS)));
-        #pragma unroll
-        for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
-        sum += squares;
-    }
-    if (blockIdx.x == 0 && threadIdx.x < n % 4) sum += (double)x[4 * quads + threadIdx.x] * x[4 * quads + threadIdx.x];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
-}
-
-__global__ void sum_of_squares_kernel2(double *out, const double *partials, int n) {    // one block of 1024 threads
-    double sum = block_sum((int)threadIdx.x < n ? partials[threadIdx.x] : 0.0);
-    if (threadIdx.x == 0) *out += sum;
-}
-
-static void sum_of_squares(double *out, const float *x, size_t n, float *scratch, cudaStream_t stream) {
-    const size_t chunks = CEIL_DIV(n, (size_t)SQUARES_THREADS * 16);
-    const int blocks = chunks < 1 ? 1 : chunks > SQUARES_BLOCKS ? SQUARES_BLOCKS : (int)chunks;
-    assert((uintptr_t)x % 16 == 0 && (uintptr_t)scratch % 8 == 0);
-    launch(sum_of_squares_kernel1, blocks, SQUARES_THREADS, 0, stream, (double *)scratch, x, n);
-    launch(sum_of_squares_kernel2, 1, SQUARES_BLOCKS, 0, stream, out, (const double *)scratch, blocks);
-}
-
-// ---- adamw_update_kernel1 ----------------------------------------------------------------------------------------------------
-// AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
-// master = master shrink - rate m / (sqrt(v vscale) + eps),  with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
-// master, m, v (n) are updated, w (n) = master rounded to X (fp32: may be master itself). M = float or bf16 stores m and v.
-// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms (6.6 ms)
-typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; } AdamW;
-
-__device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float grad, const AdamW &a) {
-    const float g = grad * a.gscale;
-    m = a.b1 * m + (1 - a.b1) * g;
-    v = a.b2 * v + (1 - a.b2) * g * g;
-    p = p * a.shrink - a.rate * m / (sqrtf(v * a.vscale) + a.eps);
-}
-
-template <typename X, typename M>
-__global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 <= n) {
-        float g[4], p[4], m_i[4], v_i[4];
-        widen(g, load<4>(grad + i));
-        widen(p, load<4>(master + i));
-        widen(m_i, load<4>(m + i));
-        widen(v_i, load<4>(v + i));
-        for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
-        store(master + i, narrow<float>(p));
-        store(m + i, narrow<M>(m_i));
-        store(v + i, narrow<M>(v_i));
-        if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
-    } else {
-        for (size_t j = i; j < n; j++) {
-            float m_j = to_float(m[j]), v_j = to_float(v[j]);
-            adamw_step(master[j], m_j, v_j, grad[j], a);
-            m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
-        }
-    }
-}
-
-template <typename X, typename M>
-void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, double lr, double beta1, double beta2, double eps,
-                  double decay, double grad_scale, int64_t step, cudaStream_t stream) {
-    const AdamW a = {(float)beta1, (float)beta2, (float)eps, (float)(lr / (1 - pow(beta1, (double)step))),
-                     (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale};
-    assert(((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
-    assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
-    if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
-}
-
-// ---- casts -------------------------------------------------------------------------------------------------------------------
-// out (n) = in (n), rounded to nearest even where To is narrower
-template <typename To, typename From> __global__ void cast_kernel1(To *out, const From *in, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 <= n) {
-        float x[4];
-        widen(x, load<4>(in + i));
-        store(out + i, narrow<To>(x));
-    } else {
-        for (size_t j = i; j < n; j++) out[j] = from_float<To>(to_float(in[j]));
-    }
-}
-
-template <typename To, typename From> void cast(To *out, const From *in, size_t n, cudaStream_t stream) {
-    assert((uintptr_t)out % (4 * sizeof(To)) == 0 && (uintptr_t)in % (4 * sizeof(From)) == 0);
-    if (n > 0) launch(cast_kernel1<To, From>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, out, in, n);
-}
-template <typename X> void cast_to_float(float *out, const X *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
-template <typename X> void cast_from_float(X *out, const float *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
-
 // ---- matmul: cuBLASLt ----------------------------------------------------------------------------------------------------
 // cuBLASLt is column-major, so a row-major out (M,N) is its (N,M) matrix: out^T = op(b)^T op(a)^T. The algorithm of each shape is the first
 // that the heuristic names, never the fastest of a trial: two runs multiply alike. Sums are fp32; TF32 is off.
@@ -4011,11 +3824,19 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     p->out = matrix_layout(p->out_bf16, p->M, p->N);
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t found;
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;       // if it splits K: partial sums in fp32
+    uint32_t alignment = 16;                                            // what every operand has; cuBLASLt would assume 256
     int n_found = 0;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &LT_WORKSPACE, sizeof LT_WORKSPACE));
-    cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found, &n_found);
-    if (!n_found) die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d; choose sizes that are multiples of 8", p->M, p->N, p->K);
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions));
+    for (cublasLtMatmulPreferenceAttributes_t a : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                                                   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, a, &alignment, sizeof alignment));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found, &n_found);
+    if (status != CUBLAS_STATUS_SUCCESS || !n_found || found.state != CUBLAS_STATUS_SUCCESS)
+        die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d (cuBLAS status %d); choose sizes that are multiples of 8", p->M,
+            p->N, p->K, (int)status);
     p->algo = found.algo;
     cublasLtMatmulPreferenceDestroy(preference);
     return p;
@@ -4108,6 +3929,29 @@ __device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_
     }
 }
 
+// s (16*MT, 8*NT) += A B: A holds this warp's 16*MT rows, DEPTH long, B DEPTH rows, WIDTH long, from this warp's first column on.
+template <int DEPTH, int WIDTH, int MT, int NT>
+__device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const __nv_bfloat16 *A, const __nv_bfloat16 *B) {
+    const int lane = threadIdx.x % 32;
+    A += lane % 16 * (DEPTH + 8) + lane / 16 * 8;
+    B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
+    #pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        uint32_t a[MT][4], b[4];
+        #pragma unroll
+        for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (DEPTH + 8) + k);
+        #pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            ldmatrix_x4_trans(b, B + k * (WIDTH + 8) + n * 8);
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma_bf16(s[m][n], a[m], b);
+                mma_bf16(s[m][n + 1], a[m], b + 2);
+            }
+        }
+    }
+}
+
 // o (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B (8*NT, WIDTH): p in registers as multiply_rows left it, B in shared memory.
 template <int WIDTH, int MT, int NT>
 __device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4], const __nv_bfloat16 *B) {
@@ -4137,23 +3981,33 @@ __device__ __forceinline__ void fill(float (&x)[MT][NT][4], float value) {
     #pragma unroll
     for (int i = 0; i < MT * NT * 4; i++) x[i / 4 / NT][i / 4 % NT][i % 4] = value;
 }
+template <int MT> __device__ __forceinline__ void fill_scale(float (&x)[MT][2], float value) {
+    for (int i = 0; i < MT * 2; i++) x[i / 2][i % 2] = value;
+}
 
-// out rows (rounded to bf16 once) = o * row_scale. The warp turns its fragments into rows in `tile`, shared memory that only
-// this warp still uses, so that the stores to memory are 16 bytes wide.
-template <int WIDTH, int MT>
-__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], const float (&row_scale)[MT][2],
-                                           __nv_bfloat16 *tile, int rows, int D) {
+// tile (16*MT, 8*NT) = o * row_scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only this
+// warp still uses, so that what follows can move 16 bytes at a time.
+template <int MT, int NT>
+__device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const float (&o)[MT][NT][4], const float (&row_scale)[MT][2]) {
     const int lane = threadIdx.x % 32;
     __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
     #pragma unroll
     for (int m = 0; m < MT; m++)
         #pragma unroll
-        for (int n = 0; n < WIDTH / 8; n++)
+        for (int n = 0; n < NT; n++)
             #pragma unroll
             for (int r = 0; r < 2; r++)
-                *(uint32_t *)(tile + (m * 16 + r * 8 + lane / 4) * (WIDTH + 8) + n * 8 + lane % 4 * 2) =
+                *(uint32_t *)(tile + (m * 16 + r * 8 + lane / 4) * (8 * NT + 8) + n * 8 + lane % 4 * 2) =
                     pack_bf16(o[m][n][r * 2] * row_scale[m][r], o[m][n][r * 2 + 1] * row_scale[m][r]);
     __syncwarp();
+}
+
+// The first `rows` of 16*MT rows and D columns of o * row_scale, to memory.
+template <int WIDTH, int MT>
+__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], const float (&row_scale)[MT][2],
+                                           __nv_bfloat16 *tile, int rows, int D) {
+    const int lane = threadIdx.x % 32;
+    fragments_to_rows(tile, o, row_scale);
     constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8;
     const int col = lane % LANES * 8;
     if (col >= D) return;
@@ -4487,7 +4341,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         }
     }
     float scales[MT][2];
-    for (int i = 0; i < MT * 2; i++) scales[i / 2][i % 2] = scale;
+    fill_scale(scales, scale);
     store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
 }
 
@@ -4591,7 +4445,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
         if (visible) multiply_probabilities<WIDTH>(dk, ds, q_tile);
     }
     float one[MT][2], scales[MT][2];
-    for (int i = 0; i < MT * 2; i++) one[i / 2][i % 2] = 1, scales[i / 2][i % 2] = scale;
+    fill_scale(one, 1);
+    fill_scale(scales, scale);
     __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
     store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
     store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
@@ -4715,6 +4570,377 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
     launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
            dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
 }
+
+// ---- MLP: h = silu(gate) up ----------------------------------------------------------------------------------------------------
+// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u = x (N,C) w (2F,C)^T      (Shazeer 2020)
+// backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the down-projection's weights.
+// Two forms: passes of their own between cuBLASLt's products, or the epilogues of products of our own. See mlp_forward.
+template <int E> __device__ __forceinline__ void swiglu(float (&u)[E], const float (&g)[E]) {                   // u becomes h
+    for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + __expf(-g[k]));
+}
+template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) { // g, u, dh become dg, h, du
+    for (int k = 0; k < E; k++) {
+        const float s = __fdividef(1, 1 + __expf(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
+        u[k] *= silu;
+        d[k] *= silu;
+        g[k] = dsilu * s * (1 + g[k] * (1 - s));
+    }
+}
+
+// ---- swiglu_forward_kernel1 ------------------------------------------------------------------------------------------------
+// bytes   2·2·N·F in + 2·N·F out = 1.08 GB for N 16384, F 11008         floor 323 us (memory; two SFU operations per element: 98 us)
+// idea    a block per row, so that no division finds the row; 16-byte packs
+template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate_up, int F) {
+    constexpr int E = 16 / sizeof(X);
+    const X *g = gate_up + (size_t)blockIdx.x * 2 * F, *u = g + F;
+    X *h_n = h + (size_t)blockIdx.x * F;
+    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
+        float g_f[E], u_f[E];
+        widen(g_f, load<E>(g + f));
+        widen(u_f, load<E>(u + f));
+        swiglu(u_f, g_f);
+        store(h_n + f, narrow<X>(u_f));
+    }
+}
+
+static int row_threads(int packs) { return packs < 256 ? CEIL_DIV(packs, 32) * 32 : 256; }
+
+template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, cudaStream_t stream) {
+    const int E = 16 / sizeof(X);
+    assert(F % E == 0);
+    launch(swiglu_forward_kernel1<X>, N, row_threads(F / E), 0, stream, h, gate_up, F);
+}
+
+// ---- swiglu_backward_kernel1 -----------------------------------------------------------------------------------------------
+// gate_up (N,2F) becomes its gradient, h (N,F) =
+// bytes   2·3·N·F in + 2·3·N·F out = 2.16 GB for N 16384, F 11008       floor 646 us (memory)
+template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, const X *dh, int F) {
+    constexpr int E = 16 / sizeof(X);
+    const size_t row = (size_t)blockIdx.x * F;
+    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
+        float g[E], u[E], d[E];
+        widen(g, load<E>(gate_up + 2 * row + f));
+        widen(u, load<E>(gate_up + 2 * row + F + f));
+        widen(d, load<E>(dh + row + f));
+        swiglu_gradient(g, u, d);
+        store(h + row + f, narrow<X>(u));
+        store(gate_up + 2 * row + f, narrow<X>(g));
+        store(gate_up + 2 * row + F + f, narrow<X>(d));
+    }
+}
+
+template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N, int F, cudaStream_t stream) {
+    const int E = 16 / sizeof(X);
+    assert(F % E == 0);
+    launch(swiglu_backward_kernel1<X>, N, row_threads(F / E), 0, stream, gate_up, h, dh, F);
+}
+
+// ---- gate_up_swiglu_kernel1, swiglu_down_backward_kernel1: products with SwiGLU as their epilogue -------------------------------
+// forward    gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up; h may be NULL
+// backward   dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F) =
+// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: without the passes above, which
+//         read and write 2·3·N·F and 2·6·N·F beside the products' 2·2·N·F and 2·N·F            (N 16384, C 2048, F 11008: 3.2 GB less)
+// FLOPs   4·N·C·F = 1.48 T forward, 2·N·C·F backward: 4.7 and 2.4 ms at the 312 TFLOP/s of an A100
+// idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 128 bytes of shared memory per mma, half of what
+//         its tensor cores leave time for. Three stages of 32 columns are in flight (cp.async). A warp's 64 columns are 32 of gate
+//         and the same 32 of up, so that both meet in one warp. The numbers are rounded where the passes round them
+// limits  C % 8 == 0, F % 8 == 0
+enum { MLP_ROWS = 128, MLP_COLS = 128, MLP_DEPTH = 32, MLP_STAGES = 3, MLP_STAGE = (MLP_ROWS + MLP_COLS) * (MLP_DEPTH + 8), MLP_WARP = 64,
+       MLP_SMEM = MLP_STAGES * MLP_STAGE * 2, MLP_GROUP = 16 };
+
+// The block's tile of (tile_rows, tile_cols). Blocks in flight have neighbouring numbers: 16 x 16 tiles at a time share what they read in L2.
+__device__ __forceinline__ int2 mlp_tile(int tile_rows, int tile_cols) {
+    const int first = blockIdx.x / (MLP_GROUP * tile_cols) * MLP_GROUP, height = min(tile_rows - first, (int)MLP_GROUP);
+    const int i = blockIdx.x % (MLP_GROUP * tile_cols);
+    return make_int2(first + i % height, i / height);
+}
+
+// load(i, stage) starts the copies of step i, multiply(stage) uses them.
+template <typename Load, typename Multiply>
+__device__ __forceinline__ void mlp_pipeline(int steps, __nv_bfloat16 *stages, Load load, Multiply multiply) {
+    #pragma unroll
+    for (int i = 0; i < MLP_STAGES - 1; i++) {
+        if (i < steps) load(i, stages + i * MLP_STAGE);
+        cp_async_commit();
+    }
+    for (int i = 0, now = 0, then = MLP_STAGES - 1; i < steps; i++) {
+        cp_async_wait<MLP_STAGES - 2>();
+        __syncthreads();                                    // step i is here, and every warp has left step i - 1
+        if (i + MLP_STAGES - 1 < steps) load(i + MLP_STAGES - 1, stages + then * MLP_STAGE);
+        cp_async_commit();
+        multiply(stages + now * MLP_STAGE);
+        now = now == MLP_STAGES - 1 ? 0 : now + 1;
+        then = then == MLP_STAGES - 1 ? 0 : then + 1;
+    }
+    cp_async_wait<0>();
+    __syncthreads();                                        // the stages are free
+}
+
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h, __nv_bfloat16 *__restrict__ gate_up,
+        const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+    constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
+    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
+    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
+    float s[MLP_WARP / 16][MLP_WARP / 8][4];
+    fill(s, 0);
+    auto load_stage = [&](int i, __nv_bfloat16 *a) {
+        const int c = i * MLP_DEPTH;
+        load_tile<MLP_DEPTH, MLP_ROWS>(a, x + (size_t)n0 * C + c, C, N - n0, C - c);
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {                       // 32 rows of gate, of up, the next 32 of gate, of up
+            const int f = f0 + q / 2 * HALF;
+            load_tile<MLP_DEPTH, HALF>(a + (MLP_ROWS + q * HALF) * STRIDE, w + ((size_t)(q % 2) * F + f) * C + c, C, F - f, C - c);
+        }
+    };
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+        multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
+    });
+    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    float one[MLP_WARP / 16][2];
+    fill_scale(one, 1);
+    fragments_to_rows(rows, s, one);
+    const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
+    if (out_f >= F) return;
+    for (int row = lane / 4; row < MLP_WARP && n0 + warp_row + row < N; row += 8) {
+        const size_t n = n0 + warp_row + row;
+        const Vec<__nv_bfloat16, 8> gate = load<8>(rows + row * (MLP_WARP + 8) + f), up = load<8>(rows + row * (MLP_WARP + 8) + HALF + f);
+        store(gate_up + n * 2 * F + out_f, gate);
+        store(gate_up + n * 2 * F + F + out_f, up);
+        if (!h) continue;
+        float g[8], u[8];
+        widen(g, gate);
+        widen(u, up);
+        swiglu(u, g);
+        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
+    }
+}
+
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up, __nv_bfloat16 *__restrict__ h,
+        const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
+    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
+    float s[MLP_WARP / 16][MLP_WARP / 8][4];
+    fill(s, 0);
+    auto load_stage = [&](int i, __nv_bfloat16 *a) {
+        const int c = i * MLP_DEPTH;
+        load_tile<MLP_DEPTH, MLP_ROWS>(a, dx + (size_t)n0 * C + c, C, N - n0, C - c);
+        load_tile<MLP_COLS, MLP_DEPTH>(a + MLP_ROWS * (MLP_DEPTH + 8), w + (size_t)c * F + f0, F, C - c, F - f0);
+    };
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+        multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
+    });
+    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    float one[MLP_WARP / 16][2];
+    fill_scale(one, 1);
+    fragments_to_rows(rows, s, one);
+    const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
+    if (out_f >= F) return;
+    for (int row = lane / 8; row < MLP_WARP && n0 + warp_row + row < N; row += 4) {
+        const size_t n = n0 + warp_row + row;
+        float g[8], u[8], d[8];
+        widen(g, load<8>(gate_up + n * 2 * F + out_f));
+        widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
+        widen(d, load<8>(rows + row * (MLP_WARP + 8) + f));
+        swiglu_gradient(g, u, d);
+        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
+        store(gate_up + n * 2 * F + out_f, narrow<__nv_bfloat16>(g));
+        store(gate_up + n * 2 * F + F + out_f, narrow<__nv_bfloat16>(d));
+    }
+}
+
+// gate_up (N,2F), h (N,F) = of x (N,C), w (2F,C); h may be NULL
+template <typename floatX>
+void mlp_forward(const Gpu *gpu, floatX *h, floatX *gate_up, const floatX *x, const floatX *w, int N, int C, int F) {
+    if constexpr (sizeof(floatX) == 2) if (gpu->kernels->fused_mlp) {
+        assert(C % 8 == 0 && F % 8 == 0);
+        launch(gate_up_swiglu_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS / 2), ATT_THREADS, MLP_SMEM, gpu->stream, h, gate_up, x, w, N, C, F);
+        return;
+    }
+    matmul_forward(gpu, gate_up, x, w, (const floatX *)NULL, (const floatX *)NULL, N, C, 2 * F);
+    if (h) swiglu_forward(h, gate_up, N, F, gpu->stream);
+}
+
+// gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F); dh (N,F): scratch
+template <typename floatX>
+void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, floatX *dh, const floatX *dx, const floatX *w, int N, int C, int F) {
+    if constexpr (sizeof(floatX) == 2) if (gpu->kernels->fused_mlp) {
+        assert(C % 8 == 0 && F % 8 == 0);
+        launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, gpu->stream, gate_up, h, dx, w, N, C, F);
+        return;
+    }
+    matmul_backward_x(gpu, dh, dx, w, N, F, C);
+    swiglu_backward(gate_up, h, dh, N, F, gpu->stream);
+}
+
+// ---- cross_entropy_kernel1: a block per row, the row stays in shared memory ------------------------------------------------
+// nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  With dscale != 0 the logits (N,Vp) become their gradient
+// dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0.
+// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000        floor 626 us (memory; two SFU operations per element: 283 us)
+// idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each thread reads back only
+//         what it copied and has its own maximum and sum, so the block meets at one barrier. It also orders the read of x_target
+//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time
+enum { CLASSIFIER_THREADS = 512 };
+
+// Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its gradient.
+template <int E, typename X> __device__ __forceinline__ void load_logits(float (&x)[E], const X *row, int v, int V) {
+    widen(x, load<E>(row + v));
+    if (v + E > V) for (int k = 0; k < E; k++) if (v + k >= V) x[k] = -INFINITY;
+}
+
+template <typename X>
+__global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
+                                                                            int V, int Vp, int cached) {
+    constexpr int E = 16 / sizeof(X);
+    __shared__ float tops[32], sums[32];
+    X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
+    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.x * E, step = blockDim.x * E;
+    if (target == IGNORED) {
+        if (threadIdx.x == 0) nll[blockIdx.x] = 0;
+        if (dscale != 0) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
+        return;
+    }
+    for (int v = first; v < cached; v += step) cp_async_16(cache + v, row + v);
+    cp_async_commit();
+    const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
+    cp_async_wait<0>();
+    float top = -FLT_MAX, sum = 0, x[E];                        // of this thread's columns: sum of e^(x - top)
+    for (int v = first; v < Vp; v += step) {
+        load_logits(x, v < cached ? cache : row, v, V);
+        float higher = top;
+        for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
+        sum *= __expf(top - higher);
+        for (int k = 0; k < E; k++) sum += __expf(x[k] - higher);
+        top = higher;
+    }
+    const float warp_top = warp_max(top), warp_total = warp_sum(sum * __expf(top - warp_top));
+    if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
+    __syncthreads();
+    const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
+    const float total = warp_sum(lane < warps ? sums[lane] * __expf(some_top - row_top) : 0), factor = dscale / total;
+    if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
+    if (dscale == 0) return;
+    for (int v = first; v < Vp; v += step) {
+        load_logits(x, v < cached ? cache : row, v, V);
+        for (int k = 0; k < E; k++) x[k] = __expf(x[k] - row_top) * factor;
+        if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
+        store(row + v, narrow<X>(x));
+    }
+}
+
+template <typename X>
+void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp, cudaStream_t stream) {
+    static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
+    const int E = 16 / sizeof(X), fit = smem_limit / 16 * E, cached = Vp < fit ? Vp : fit;
+    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS;
+    assert(Vp % E == 0 && V <= Vp);
+    launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
+}
+
+// ---- sum_of_squares_kernel1, 2: global norm ----------------------------------------------------------------------------------
+// out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19).
+// bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory). 16 products are added in fp32, then in double
+enum { SQUARES_BLOCKS = 1024, SQUARES_THREADS = 256 };
+static size_t sum_of_squares_scratch(void) { return 2 * SQUARES_BLOCKS; }                // floats
+
+__global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t n) {
+    const size_t quads = n / 4, step = (size_t)gridDim.x * SQUARES_THREADS * 4;
+    double sum = 0;
+    for (size_t i0 = (size_t)blockIdx.x * SQUARES_THREADS * 4 + threadIdx.x; i0 < quads; i0 += step) {
+        float squares = 0, q[4][4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) widen(q[j], load_if<4>(i0 + j * SQUARES_THREADS < quads, x + 4 * (i0 + j * SQUARES_THREADS)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
+        sum += squares;
+    }
+    if (blockIdx.x == 0 && threadIdx.x < n % 4) sum += (double)x[4 * quads + threadIdx.x] * x[4 * quads + threadIdx.x];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+__global__ void sum_of_squares_kernel2(double *out, const double *partials, int n) {    // one block of 1024 threads
+    double sum = block_sum((int)threadIdx.x < n ? partials[threadIdx.x] : 0.0);
+    if (threadIdx.x == 0) *out += sum;
+}
+
+static void sum_of_squares(double *out, const float *x, size_t n, float *scratch, cudaStream_t stream) {
+    const size_t chunks = CEIL_DIV(n, (size_t)SQUARES_THREADS * 16);
+    const int blocks = chunks < 1 ? 1 : chunks > SQUARES_BLOCKS ? SQUARES_BLOCKS : (int)chunks;
+    assert((uintptr_t)x % 16 == 0 && (uintptr_t)scratch % 8 == 0);
+    launch(sum_of_squares_kernel1, blocks, SQUARES_THREADS, 0, stream, (double *)scratch, x, n);
+    launch(sum_of_squares_kernel2, 1, SQUARES_BLOCKS, 0, stream, out, (const double *)scratch, blocks);
+}
+
+// ---- adamw_update_kernel1 ----------------------------------------------------------------------------------------------------
+// AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+// master = master shrink - rate m / (sqrt(v vscale) + eps),  with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
+// master, m, v (n) are updated, w (n) = master rounded to X (fp32: may be master itself). M = float or bf16 stores m and v.
+// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms (6.6 ms)
+typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; } AdamW;
+
+__device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float grad, const AdamW &a) {
+    const float g = grad * a.gscale;
+    m = a.b1 * m + (1 - a.b1) * g;
+    v = a.b2 * v + (1 - a.b2) * g * g;
+    p = p * a.shrink - a.rate * m / (sqrtf(v * a.vscale) + a.eps);
+}
+
+template <typename X, typename M>
+__global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float g[4], p[4], m_i[4], v_i[4];
+        widen(g, load<4>(grad + i));
+        widen(p, load<4>(master + i));
+        widen(m_i, load<4>(m + i));
+        widen(v_i, load<4>(v + i));
+        for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
+        store(master + i, narrow<float>(p));
+        store(m + i, narrow<M>(m_i));
+        store(v + i, narrow<M>(v_i));
+        if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
+    } else {
+        for (size_t j = i; j < n; j++) {
+            float m_j = to_float(m[j]), v_j = to_float(v[j]);
+            adamw_step(master[j], m_j, v_j, grad[j], a);
+            m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
+        }
+    }
+}
+
+template <typename X, typename M>
+void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, double lr, double beta1, double beta2, double eps,
+                  double decay, double grad_scale, int64_t step, cudaStream_t stream) {
+    const AdamW a = {(float)beta1, (float)beta2, (float)eps, (float)(lr / (1 - pow(beta1, (double)step))),
+                     (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale};
+    assert(((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
+    assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
+    if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
+}
+
+// ---- casts -------------------------------------------------------------------------------------------------------------------
+// out (n) = in (n), rounded to nearest even where To is narrower
+template <typename To, typename From> __global__ void cast_kernel1(To *out, const From *in, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float x[4];
+        widen(x, load<4>(in + i));
+        store(out + i, narrow<To>(x));
+    } else {
+        for (size_t j = i; j < n; j++) out[j] = from_float<To>(to_float(in[j]));
+    }
+}
+
+template <typename To, typename From> void cast(To *out, const From *in, size_t n, cudaStream_t stream) {
+    assert((uintptr_t)out % (4 * sizeof(To)) == 0 && (uintptr_t)in % (4 * sizeof(From)) == 0);
+    if (n > 0) launch(cast_kernel1<To, From>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, out, in, n);
+}
+template <typename X> void cast_to_float(float *out, const X *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
+template <typename X> void cast_from_float(X *out, const float *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
 
 // ==== 14. The model =====================================================================================================
 // Pointers into the flat weights, or (float) into the flat gradients.
@@ -4962,6 +5188,7 @@ void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at) {
 // ---- host access (checkpoints, gradient dumps): fp32 values --------------------------------------------------------------
 template <typename T> static void copy_to_host(const T *x, size_t n, float *host) {
     T *raw = (T *)xmalloc(n * sizeof(T));
+    cudaCheck(cudaDeviceSynchronize());         // the model's streams are non-blocking: cudaMemcpy alone would not wait for them
     cudaCheck(cudaMemcpy(raw, x, n * sizeof(T), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) host[i] = (float)raw[i];
     free(raw);
@@ -4997,7 +5224,10 @@ void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
 }
 
 const ParamTable *model_table(const Model *m) { return &m->p; }
-void model_set_master(Model *m) { (void)m; }        // model_write has done both
+void model_set_master(Model *m) {       // model_write has done both; its last copies arrive before the non-blocking streams start
+    (void)m;
+    cudaCheck(cudaDeviceSynchronize());
+}
 
 // Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
 void model_init(Model *m, uint64_t seed) {
@@ -5059,8 +5289,7 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f,
         rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, c->C, gpu->stream);
         attention_block_forward(m, &w, y, doc_start, B, T);
         rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, c->C, gpu->stream);
-        matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, none, none, N, c->C, 2 * c->F);
-        swiglu_forward(m->h, y->gate_up, N, c->F, gpu->stream);
+        mlp_forward(gpu, m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
         matmul_forward(gpu, x_next, m->h, w.down, y->x_mid, none, N, c->F, c->C);
     }
     rmsnorm_forward(m->norm, m->rstd_last, m->x_last, final_norm_param(m->weights, &m->p), (float)c->eps, N, c->C, gpu->stream);
@@ -5105,13 +5334,12 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
         }
         if (m->recompute != RECOMPUTE_NONE) {
             rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, C, stream);
-            matmul_forward(gpu, y->gate_up, m->norm, w.gate_up, (const floatX *)none, (const floatX *)none, N, C, 2 * F);
+            mlp_forward(gpu, none, y->gate_up, m->norm, w.gate_up, N, C, F);
         }
 
         // x' = x_mid + (silu(g) * u) Wdown^T
-        matmul_backward_x(gpu, m->dh, m->dx, w.down, N, F, C);
         floatX *dgate_up = y->gate_up;          // in place; h is rebuilt in the same pass
-        swiglu_backward(dgate_up, m->h, m->dh, y->gate_up, N, F, stream);
+        mlp_backward_gate_up(gpu, dgate_up, m->h, m->dh, m->dx, w.down, N, C, F);
         matmul_backward_w(gpu, dw.down, m->dx, m->h, N, F, C);
         // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, which the weight gradient therefore follows
         matmul_backward_x(gpu, m->dnorm, dgate_up, w.gate_up, N, C, 2 * F);
@@ -5163,31 +5391,36 @@ void llama_forward_backward(Model *m, const Batch *batch, double dscale, void (*
 // Sum of the losses since the last call; waits for the GPU.
 double model_loss(Model *m) {
     double sum;
+    gpu_wait(&m->gpu);
     cudaCheck(cudaMemcpyAsync(&sum, m->sums, sizeof sum, cudaMemcpyDeviceToHost, m->gpu.stream));
     cudaCheck(cudaMemsetAsync(m->sums, 0, sizeof sum, m->gpu.stream));
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
     return sum;
 }
 
-template <typename floatX> static void logits_of_last(ModelOf<floatX> *m, const Batch *batch, float *host) {
+template <typename floatX> static void logits_of_row(ModelOf<floatX> *m, const Batch *batch, int last, float *host) {
     const Feed *f = feed_batch(m, batch);
+    const floatX *none = NULL;
     llama_forward(m, f, NULL, batch->B, batch->T);
-    int last = batch->T - 1, row = last % m->chunk, first = last - row;      // the chunk that holds the last row
-    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), (const floatX *)NULL, (const floatX *)NULL,
-                   m->chunk, m->c.C, m->c.Vp);
-    cudaCheck(cudaStreamSynchronize(m->gpu.stream));
+    int row = last % m->chunk, first = last - row;          // the chunk that holds the last row
+    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), none, none, m->chunk, m->c.C, m->c.Vp);
     copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, host);
 }
 
-// Logits (V) of the token after ids (n), n <= N, as fp32 on the host.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does not matter, so a power
+// of two of rows runs: few shapes of matrix products.
 void next_logits(Model *m, const int *ids, int n, float *logits) {
+    const int room = m->N < m->T ? m->N : m->T;
     Batch b;
     memset(&b, 0, sizeof b);
     b.B = 1;
-    b.T = n;
-    b.inputs = (int *)ids;
-    if (m->bf16) logits_of_last((ModelOf<bf16> *)m, &b, logits);
-    else logits_of_last((ModelOf<float> *)m, &b, logits);
+    for (b.T = 16; b.T < n; b.T *= 2) {}
+    if (b.T > room) b.T = room;
+    b.inputs = (int *)xcalloc((size_t)b.T, sizeof(int));
+    memcpy(b.inputs, ids, (size_t)n * sizeof(int));
+    if (m->bf16) logits_of_row((ModelOf<bf16> *)m, &b, n - 1, logits);
+    else logits_of_row((ModelOf<float> *)m, &b, n - 1, logits);
+    free(b.inputs);
 }
 
 // ---- update ----------------------------------------------------------------------------------------------------------------
@@ -5205,6 +5438,7 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     double total = 0, *squares = (double *)xmalloc((size_t)n * sizeof(double));
     cudaCheck(cudaMemsetAsync(m->sums + 1, 0, (size_t)n * sizeof(double), m->gpu.stream));
     for (int i = 0; i < n; i++) sum_of_squares(m->sums + 1 + i, m->grads + m->p.tensors[i].at, m->p.tensors[i].n, m->scratch, m->gpu.stream);
+    gpu_wait(&m->gpu);
     cudaCheck(cudaMemcpyAsync(squares, m->sums + 1, (size_t)n * sizeof(double), cudaMemcpyDeviceToHost, m->gpu.stream));
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
     *bad = NULL;
@@ -5257,6 +5491,7 @@ typedef struct Trainer {
     int64_t micro_steps;                    // per update
     int64_t bad_in_a_row, saved_step;
     double val_loss, floor;                 // of the last evaluation, NAN: none
+    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;   // of updates, for energy; NAN: none yet
 } Trainer;
 
 // ---- set-up --------------------------------------------------------------------------------------------------------------
@@ -5513,7 +5748,7 @@ static const char *update_verdict(const Trainer *tr, double loss, double norm, c
     return NULL;
 }
 
-static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, double joules, const char *skipped) {
+static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, const char *skipped) {
     if (comm_rank()) return;
     int64_t step = tr->state.step;
     double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
@@ -5523,13 +5758,13 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
         double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
         printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s (causal %s) | %s J/token | eta %s\n",
                step, opt.steps, loss, lr, norm, seconds * 1e3, speed, measured_text(100 * report / tr->peak, "%.1f%%"), measured_text(100 * causal / tr->peak, "%.1f%%"),
-               measured_text(joules / tokens, "%.3g"), duration_text(left));
+               measured_text(tr->window.joules_per_token, "%.3g"), duration_text(left));
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
         {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
         {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak}, {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
-        {"joules_per_token", joules / tokens}, {"watts", joules / seconds}};
+        {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) text_add_field(&r, row[i].key, row[i].x);
@@ -5537,17 +5772,36 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     log_record(&r);
 }
 
+// Energy is read over windows of at least 2 s of updates, with the GPU idle at both ends. All ranks open and close together.
+enum { ENERGY_SECONDS = 2 };
+static void window_open(Trainer *tr) {
+    gpu_wait(&tr->gpu);
+    tr->window.start = now_seconds();
+    tr->window.joules = energy_read(&tr->energy);
+    tr->window.tokens = tr->state.tokens;
+}
+
+static void window_close(Trainer *tr) {
+    gpu_wait(&tr->gpu);
+    double joules = energy_read(&tr->energy) - tr->window.joules, seconds = now_seconds() - tr->window.start;
+    comm_sum(&joules, 1);                                   // each rank reads its own GPU's counter
+    tr->state.joules += joules;
+    if (seconds < ENERGY_SECONDS) return;                   // cut short by an evaluation or the end: too coarse to show
+    tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
+    tr->window.watts = joules / seconds;
+}
+
 enum { MOST_BAD_IN_A_ROW = 5 };
 
 // One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
 static int train_step(Trainer *tr) {
-    double start = now_seconds(), joules = energy_read(&tr->energy), sums[2];
+    double start = now_seconds(), sums[2];
     if (!update_gradients(tr, sums)) return 0;
     TrainState *s = &tr->state;
     const char *bad;
     int n_bad;
     double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
-    double facts[2] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean};
+    double facts[3] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean, now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
     double loss = facts[0], norm = facts[1], lr = learning_rate(&opt, s->step);
     const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
@@ -5560,12 +5814,10 @@ static int train_step(Trainer *tr) {
         s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
     }
     tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
-    double spent[2] = {energy_read(&tr->energy) - joules, 0}, seconds = now_seconds() - start;
-    if (!comm_is_local_leader()) spent[0] = 0;              // one rank per machine counts
-    comm_sum(spent, 1);
-    s->joules += spent[0];
+    if (facts[2] > ENERGY_SECONDS) window_close(tr), window_open(tr);
+    double seconds = now_seconds() - start;
     s->seconds += seconds;
-    log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
+    log_step(tr, loss, lr, norm, seconds, skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
         die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr or look at the data, then --resume auto",
             s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
@@ -5594,13 +5846,21 @@ static void report_end(const Trainer *tr) {
 
 static void train(Trainer *tr) {
     int has_val = opt.val_data != NULL;
+    window_open(tr);
     while (tr->state.step < opt.steps) {
         if (!train_step(tr)) break;
-        int last = tr->state.step == opt.steps;
-        if (has_val && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
-        if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
-        if (opt.sample_every && tr->state.step % opt.sample_every == 0 && !last) generate(tr);
+        int64_t step = tr->state.step;
+        int last = step == opt.steps, evaluating = has_val && opt.val_every && (step % opt.val_every == 0 || last);
+        int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
+        int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
+        if (!evaluating && !saving && !sampling) continue;
+        window_close(tr);                                   // energy per token is that of updates
+        if (evaluating) evaluate(tr);
+        if (saving) save(tr);
+        if (sampling) generate(tr);
+        window_open(tr);
     }
+    window_close(tr);
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
     if (stopped) {
@@ -5708,11 +5968,12 @@ static void setup(Trainer *tr) {
         cudaCheck(cudaGetDeviceProperties(&device, comm.local_rank));
         snprintf(tr->device, sizeof tr->device, "%s", device.name);
         if (device.major < 8) die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device.name, device.major, device.minor);
+        tr->gpu.kernels = choose_kernels(device.major * 10 + device.minor);
         tr->peak = device_peak(device.name, opt.precision == BF16);
     }
-    int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
+    int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads, pack = opt.precision == BF16 ? 8 : 4;
     tr->saved_step = -1;                    // nothing yet
-    tr->val_loss = tr->floor = NAN;
+    tr->val_loss = tr->floor = tr->window.joules_per_token = tr->window.watts = NAN;
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
@@ -5733,6 +5994,9 @@ static void setup(Trainer *tr) {
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
     }
+    if (tr->c.C % pack || tr->c.F % pack || tr->c.C > 16384)
+        die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most 16384", tr->c.C,
+            tr->c.F, pack, pack == 8 ? "bf16" : "fp32");
     resolve_options(tr);
     options_check();
     if (training) check_out(resume_dir);

@@ -354,6 +354,22 @@ static void check_gradients(void) {
     }
 }
 
+// The MLP in both of its forms: products with SwiGLU as their epilogue, and a pass between cuBLASLt's products.
+static void check_mlp_forms(void) {
+    for (int i = 0; i < COUNT(cases); i++) for (int fused = 0; fused < 2; fused++) {
+        const Case *c = &cases[i];
+        char name[100], text[400];
+        snprintf(name, sizeof name, "MLP %s %s bf16", fused ? "in the products" : "in passes", c->name);
+        int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide");
+        if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused) || (level == PTX && !fused) || !wanted(name)) continue;
+        char *command = path_text("env LITESPARK_FUSED_MLP=%d %s", fused, cuda);
+        Run r = start_dump(command, fused ? "fused" : "passes", c, "bf16", "");
+        if (finish(&r)) { result(name, 0, "%s", complaint(&r)); continue; }
+        int ok = dump_is_right(c, fused ? "fused" : "passes", "bf16", text, sizeof text);
+        result(name, ok, "%s", text);
+    }
+}
+
 // Other schedules of threads, blocks and copies must give the same bits.
 static void check_seeds(void) {
     for (int i = 0; i < COUNT(cases); i++) for (int p = 0; p < 2; p++) for (int order = 1; order <= (level == LONG ? 3 : 1); order++) {
@@ -495,6 +511,26 @@ static void check_resume(void) {
     }
 }
 
+// What the host reads must be finished: the work of streams runs at any moment that the program allows.
+static void check_order(void) {
+    const char *const files[2] = {"model.safetensors", "optimizer-00000-of-00001.safetensors"};
+    char *out[3];
+    if (!wanted("checkpoints in any order of work")) return;
+    if (!is_emu()) { skip("checkpoints in any order of work", "tested in the emulation"); return; }
+    int bad = 0;
+    for (int i = 0; i < 3; i++) {
+        out[i] = path_text("%s/order%d", top, i);
+        char *command = path_text("env EMU_ASYNC=%d %s", i, cuda);
+        Run r = start_training(command, out[i], "bf16", 3, "--checkpoint-every 1 --val-every 0 --keep 5");
+        if (finish(&r)) { result("checkpoints in any order of work", 0, "%s", complaint(&r)); return; }
+    }
+    for (int i = 1; i < 3; i++) for (int step = 1; step <= 3; step++) for (int f = 0; f < 2; f++) {
+        char *a = path_text("%s/step_%08d/%s", out[0], step, files[f]), *b = path_text("%s/step_%08d/%s", out[i], step, files[f]);
+        bad += !same_files(a, b);
+    }
+    result("checkpoints in any order of work", !bad, "%d of 12 files differ", bad);
+}
+
 static void check_evaluation(void) {
     for (int p = 0; p < 2; p++) {
         const Case *c = case_named(p ? "qwen3" : "llama");          // the last batch is not full
@@ -530,6 +566,14 @@ static void check_generation(void) {
         const char *text[2] = {r[0].out, r[1].out};
         result(name, strlen(text[0]) > 10 && !strcmp(text[0], text[1]), "%.*s ...", 30, text[1]);
     }
+    if (level == PTX || !wanted("long sample")) return;             // every length from 1 to 80: a product's shape must not depend on it
+    const Case *c = case_named("llama");
+    Run r = start("exec %s --init-from %s --generate --temperature 5 --sample-tokens 80 --batch-size 1 --seq-len %d --total-batch-tokens %d", cuda,
+                  case_folder(c), 128, 128);
+    finish(&r);
+    int words = 0;
+    for (const char *p = r.out; *p; p++) words += *p == ' ';
+    result("long sample", r.code == 0 && words > 60, "exit status %d: %s", r.code, r.code ? complaint(&r) : "80 tokens");
 }
 
 // ==== 7. Memory and machines ============================================================================================
@@ -564,6 +608,31 @@ static void check_memory(void) {
     }
 }
 
+// Ranks on unequal GPUs choose one batch size; sizes that the kernels do not take are refused before any work.
+static void check_refusals(void) {
+    const Case *c = case_named("llama");
+    if (is_emu() && wanted("unequal memory")) {
+        Run probe = start("mpirun -np 2 --oversubscribe %s --help", cuda);
+        if (finish(&probe)) skip("unequal memory", "no mpirun, or a build without MPI (apt-get install openmpi-bin libopenmpi-dev)");
+        else {
+            char *out = path_text("%s/unequal", top), *options = path_text("%s --total-batch-tokens %d --steps 1 --timeout 20 --checkpoint-every 0 --sample-every 0 --out %s",
+                                                                           case_options(c, "bf16"), 32 * c->T, out);
+            Run r = start("exec mpirun --oversubscribe -np 1 %s %s : -np 1 env EMU_MEM=834M %s %s", cuda, options, cuda, options);
+            finish(&r);
+            result("unequal memory", r.code == 0, "exit status %d%s%s", r.code, r.code ? ": " : "", r.code ? complaint(&r) : "");
+        }
+    }
+    if (!wanted("refused sizes")) return;
+    char *config = path_text("%s/odd.json", top);
+    const char *text = "{\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": 64, \"intermediate_size\": 172, \"num_hidden_layers\": 1, "
+                       "\"num_attention_heads\": 4, \"vocab_size\": 512, \"max_position_embeddings\": 64, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\"}";
+    write_text(config, text, strlen(text));
+    Run r = start("exec %s --config %s --precision bf16 --dry-run", cuda, config);
+    finish(&r);
+    const char *line = strchr(r.err, '\n');
+    result("refused sizes", r.code == 1 && line && !line[1] && strstr(r.err, "intermediate_size 172") && strstr(r.err, "multiples of 8"), "%s", complaint(&r));
+}
+
 // ==== 8. Planted errors =================================================================================================
 // In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row.
 static const struct Planted { const char *name, *anchor, *from, *to; int statement; const char *name_of_case, *precision; int levels; } planted[] = {
@@ -579,6 +648,8 @@ static const struct Planted { const char *name, *anchor, *from, *to; int stateme
     {"cross entropy without the onehot", "cross_entropy_kernel1(float *nll", "x[k] -= dscale", "(x[k] -= 0)", 0, "llama", "fp32", LONG},
     {"document mask ignored in backward", "void mask_scores_transposed(", "key > t || key < first", "key > t", 0, "documents", "bf16", LONG},
     {"wrong key head in dq", "attention_backward_dq_kernel1(", "h / (H / K)", "h % K", 0, "llama", "bf16", LONG},
+    {"no cp.async wait in the products of the MLP", "void mlp_pipeline(", "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
+    {"gate for up in the products of the MLP", "gate_up_swiglu_kernel1(__nv_bfloat16", "(q % 2)", "((q + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
     {"dropped term in qk-norm backward", "void qkv_norm_rope_backward_kernel1(", "norm_a[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
 
@@ -674,13 +745,16 @@ int main(int argc, char **argv) {
     if (is_emu()) plant_errors();
     check_gradients();
     check_recompute();
+    check_mlp_forms();
     check_seeds();
     check_splits();
     check_training();
     check_resume();
+    check_order();
     check_evaluation();
     check_generation();
     check_memory();
+    check_refusals();
     check_planted();
     if (!getenv("KEEP")) nftw(top, remove_one, 16, FTW_DEPTH | FTW_PHYS);
     else printf("kept: %s\n", top);
