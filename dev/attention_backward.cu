@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         }
     }
     float scales[MT][2];
-    for (int i = 0; i < MT * 2; i++) scales[i / 2][i % 2] = scale;
+    fill_scale(scales, scale);
     store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
 }
 
@@ -338,7 +338,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
         if (visible) multiply_probabilities<WIDTH>(dk, ds, q_tile);
     }
     float one[MT][2], scales[MT][2];
-    for (int i = 0; i < MT * 2; i++) one[i / 2][i % 2] = 1, scales[i / 2][i % 2] = scale;
+    fill_scale(one, 1);
+    fill_scale(scales, scale);
     __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
     store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
     store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);

@@ -1,9 +1,10 @@
 // swiglu_forward: h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
-// swiglu_backward, with s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s;   dgate_up (N,2F) = dg | du, may be gate_up
-//   itself;  h (N,F) = g s u, the forward's output again (or NULL)
-// bytes   forward 3·2·N·F = 1.08 GB, backward 5·2·N·F (h: 6·2·N·F) = 1.80 GB (2.16 GB) for N 16384, F 11008
+// swiglu_backward, in place, with s = sigmoid(g):  gate_up (N,2F) becomes dg | du,  dg = dh u s (1 + g (1 - s)),  du = dh g s;
+//   h (N,F) = g s u, the forward's output again
+// In bf16 on C % 8 == 0 both are epilogues of products: see mlp.cu
+// bytes   forward 3·2·N·F = 1.08 GB, backward 6·2·N·F = 2.16 GB for N 16384, F 11008
 // FLOPs   ~5·N·F; ~10·N·F, and two SFU operations per element (98 us)
-// floor   323 us; 538 us (646 us): memory-bound
+// floor   323 us; 646 us: memory-bound
 // idea    elementwise: every byte once, in 16-byte accesses, and little arithmetic beside them
 // limits  F % 8 == 0 (fp32: 4)
 // result  modelled (H100; N 256, F 11008): all kernels move the compulsory 16.9 MB (backward 33.8) in 5.0 us (10.1); what tells
@@ -42,24 +43,24 @@ template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate
         float g_f[E], u_f[E];
         widen(g_f, load<E>(g + f));
         widen(u_f, load<E>(u + f));
-        for (int k = 0; k < E; k++) u_f[k] *= __fdividef(g_f[k], 1 + __expf(-g_f[k]));
+        swiglu(u_f, g_f);
         store(h_n + f, narrow<X>(u_f));
     }
 }
 
 // ---- backward, kernel 0: a thread per element ----
-template <typename X> __global__ void swiglu_backward_kernel0(X *dgate_up, X *h, const X *dh, const X *gate_up, int N, int F) {
+template <typename X> __global__ void swiglu_backward_kernel0(X *gate_up, X *h, const X *dh, int N, int F) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)N * F) return;
     const size_t at = i / F * 2 * F + i % F;
     const float g = to_float(gate_up[at]), u = to_float(gate_up[at + F]), d = to_float(dh[i]), s = 1 / (1 + expf(-g));
-    if (h) h[i] = from_float<X>(g * s * u);
-    dgate_up[at] = from_float<X>(d * u * s * (1 + g * (1 - s)));
-    dgate_up[at + F] = from_float<X>(d * g * s);
+    h[i] = from_float<X>(g * s * u);
+    gate_up[at] = from_float<X>(d * u * s * (1 + g * (1 - s)));
+    gate_up[at + F] = from_float<X>(d * g * s);
 }
 
 // ---- kernel 1, shipped: a block per row, 16 bytes per thread ----
-template <typename X> __global__ void swiglu_backward_kernel1(X *dgate_up, X *h, const X *dh, const X *gate_up, int F) {
+template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, const X *dh, int F) {
     constexpr int E = 16 / sizeof(X);
     const size_t row = (size_t)blockIdx.x * F;
     for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
@@ -67,19 +68,14 @@ template <typename X> __global__ void swiglu_backward_kernel1(X *dgate_up, X *h,
         widen(g, load<E>(gate_up + 2 * row + f));
         widen(u, load<E>(gate_up + 2 * row + F + f));
         widen(d, load<E>(dh + row + f));
-        for (int k = 0; k < E; k++) {
-            float s = __fdividef(1, 1 + __expf(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
-            u[k] *= silu;                                       // h
-            d[k] *= silu;                                       // du
-            g[k] = dsilu * s * (1 + g[k] * (1 - s));            // dg
-        }
-        if (h) store(h + row + f, narrow<X>(u));
-        store(dgate_up + 2 * row + f, narrow<X>(g));
-        store(dgate_up + 2 * row + F + f, narrow<X>(d));
+        swiglu_gradient(g, u, d);
+        store(h + row + f, narrow<X>(u));
+        store(gate_up + 2 * row + f, narrow<X>(g));
+        store(gate_up + 2 * row + F + f, narrow<X>(d));
     }
 }
 
-template <typename X> static void shape(int when, int N, int F, float amplitude, int want_h) {
+template <typename X> static void shape(int when, int N, int F, float amplitude) {
     const size_t n = (size_t)N * F;
     if (bench_shape<X>(when, "swiglu_forward", 3.0 * n * sizeof(X), 5.0 * n, "N %d F %d, g ~ %g", N, F, amplitude)) {
         Tensor<X> h("h", n), gate_up("gate_up", 2 * n);
@@ -96,42 +92,38 @@ template <typename X> static void shape(int when, int N, int F, float amplitude,
         };
         bench(variants);
     }
-    if (bench_shape<X>(when, "swiglu_backward", (5.0 + want_h) * n * sizeof(X), 10.0 * n, "N %d F %d, g ~ %g%s", N, F,
-                       amplitude, want_h ? " with h" : "")) {
-        Tensor<X> dgate_up("dgate_up", 2 * n), h("h", n), dh("dh", n), gate_up("gate_up", 2 * n);
-        dgate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
+    if (bench_shape<X>(when, "swiglu_backward", 6.0 * n * sizeof(X), 10.0 * n, "N %d F %d, g ~ %g", N, F, amplitude)) {
+        Tensor<X> gate_up("gate_up", 2 * n), h("h", n), dh("dh", n);
+        gate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(amplitude), dh.normal(1);
         for (int b = 0; b < precisions<X>(); b++) {
-            twin::swiglu_backward(dgate_up.twin(b), dh.host, gate_up.host, N, F, b);
-            if (want_h) twin::swiglu_forward(h.twin(b), gate_up.host, N, F, b);
+            twin::swiglu_forward(h.twin(b), gate_up.host, N, F, b);
+            twin::swiglu_backward(gate_up.twin(b), dh.host, gate_up.host, N, F, b);
         }
-        X *h_out = want_h ? (X *)h : NULL;
         const Variant variants[] = {
             {0, "one thread per element", [&] {
-                launch(swiglu_backward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, dgate_up, h_out, dh, gate_up, N, F);
+                launch(swiglu_backward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, gate_up, h, dh, N, F);
             }},
-            {1, "a block per row, 16 bytes per thread", [&] {
-                swiglu_backward<X>(dgate_up, h_out, dh, gate_up, N, F, 0);
-            }, SHIPPED},
+            {1, "a block per row, 16 bytes per thread", [&] { swiglu_backward<X>(gate_up, h, dh, N, F, 0); }, SHIPPED},
         };
         bench(variants);
     }
 }
 
 template <typename X> static void shapes(void) {
-    shape<X>(CHECK, 3, 8, 1, 1);
-    shape<X>(CHECK, 5, 264, 3, 0);
-    shape<X>(CHECK, 2, 2056, 60, 1);            // e^60: the sigmoid's ends
-    shape<X>(CHECK, 2, 5000, 1, 1);
+    shape<X>(CHECK, 3, 8, 1);
+    shape<X>(CHECK, 5, 264, 3);
+    shape<X>(CHECK, 2, 2056, 60);               // e^60: the sigmoid's ends
+    shape<X>(CHECK, 2, 5000, 1);
 }
 
 int main(int argc, char **argv) {
     bench_begin("swiglu", argc, argv);
     shapes<float>();
     shapes<bf16>();
-    shape<bf16>(MODEL, 256, 11008, 1, 1);
-    shape<bf16>(TIME, 16384, 11008, 1, 1);
-    shape<bf16>(TIME, 4095, 2056, 1, 0);
-    shape<float>(TIME, 4096, 11008, 1, 1);
+    shape<bf16>(MODEL, 256, 11008, 1);
+    shape<bf16>(TIME, 16384, 11008, 1);
+    shape<bf16>(TIME, 4095, 2056, 1);
+    shape<float>(TIME, 4096, 11008, 1);
     return bench_end();
 }

@@ -10,6 +10,8 @@ void rmsnorm_rebuild(float *out, const float *x, const float *rstd, const float 
 void rmsnorm_backward(float *dx, float *dw, const float *dout, const float *x, const float *rstd, const float *w, int N, int C, int bf16);
 void bias_backward(float *dbias, const float *dout, int N, int OC);
 void store_bf16(float *x, size_t n);
+void matmul_forward(float *out, const float *x, const float *w, int N, int C, int OC);                      // fp32; no bf16 form
+void matmul_backward_x(float *dx, const float *dout, const float *w, int N, int C, int OC, int accumulate);  // the same
 void rope_table_sizes(float *cosine, float *sine, int D, int T);
 void qk_norm_rope_forward_sizes(float *qkv, float *qk_raw, float *qk_rstd, const float *q_norm, const float *k_norm,
                                 const float *cosine, const float *sine, double eps, int H, int K, int D, int N, int T, int bf16);
