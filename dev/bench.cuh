@@ -377,6 +377,7 @@ template <int n> static void bench(const Variant (&variants)[n]) {
 static int bench_end(void) {
     std::string op;
     if (harness.run == MODEL) return EXIT_SUCCESS;
+    if (harness.passed + harness.failed == 0) die("%s has no such variant", harness.file);
     for (const Summary &s : harness.summary) {
         if (harness.quiet) break;
         if (s.op != op) printf("\n #  %-60s error of allowed: the worst of its shapes\n", (s.op + ": idea").c_str());
