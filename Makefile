@@ -100,7 +100,8 @@ build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) Makefile
 PTXCPU   ?= $(wildcard ../shared/ptxcpu)
 BENCH_BINARIES := $(if $(and $(NVCC),$(GPU_CC)),gpu,emu $(if $(NVCC),ptx))
 BENCH_PTXCPU   := $(if $(filter ptx,$(BENCH_BINARIES)),$(if $(PTXCPU),build/ptxcpu/made))
-BENCHES  := $(sort $(basename $(notdir $(wildcard dev/*.cu))))
+BENCH_LACKS    := $(strip $(if $(shell command -v $(CXX) 2>/dev/null),,g++) $(if $(shell command -v python3 2>/dev/null),,python3))
+BENCHES        := $(sort $(basename $(notdir $(wildcard dev/*.cu))))
 # Against OpenBLAS and PyTorch, where they are installed; each script says how. BENCH_VENV: a virtual environment with the newest torch.
 OPENBLAS ?= $(wildcard /usr/lib/*/openblas-openmp/libopenblas.so.0)
 BENCH_VENV ?= build/venv
@@ -111,6 +112,9 @@ ifeq ($(K),)
 bench: build/bench_matmul build/train_litespark
 	build/bench_matmul 2 $(OPENBLAS)
 	python3 dev/bench_cpu.py --binary build/train_litespark --venv $(BENCH_VENV)
+else ifneq ($(BENCH_LACKS),)
+bench:
+	@echo 'skipped: bench K=$(K): apt-get install $(BENCH_LACKS)'
 else
 bench: $(if $(filter all,$(K)),$(BENCHES:%=build/dev/%/emu),$(foreach b,$(BENCH_BINARIES),build/dev/$(K)/$b) $(BENCH_PTXCPU))
 	@K='$(K)' BENCHES='$(BENCHES)' BINARIES='$(BENCH_BINARIES)' PTXCPU='$(BENCH_PTXCPU)' dev/bench.sh $(V)

@@ -5,11 +5,12 @@ if [ "$K" = all ]; then
     failed=0 logs=
     for k in $BENCHES; do
         log=build/dev/$k/check.txt logs="$logs build/dev/$k/check.txt"
-        build/dev/$k/emu --quiet "$@" >$log 2>&1 || failed=$((failed + 1))
+        build/dev/$k/emu --quiet "$@" >$log 2>&1 || failed=1
+        grep -q ' passed, [0-9]* failed$' $log || echo "$k: 0 passed, 1 failed" >>$log      # it broke off
         cat $log
     done
-    awk '/: [0-9]+ passed, [0-9]+ failed$/ { p += $2; f += $4; n++ } END { print n " benches: " p " passed, " f " failed" }' $logs
-    exit $((failed > 0))
+    awk '/: [0-9]+ passed, [0-9]+ failed$/ { p += $2; f += $4 } END { print p " passed, " f " failed" }' $logs
+    exit $failed
 fi
 d=build/dev/$K
 case $BINARIES in *gpu*) exec $d/gpu --time "$@" ;; esac
