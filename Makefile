@@ -116,6 +116,7 @@ else ifneq ($(BENCH_LACKS),)
 bench:
 	@echo 'skipped: bench K=$(K): apt-get install $(BENCH_LACKS)'
 else
+$(if $(filter $(K),all $(BENCHES)),,$(error bench K=$(K): choose all or one of $(BENCHES)))
 bench: $(if $(filter all,$(K)),$(BENCHES:%=build/dev/%/emu),$(foreach b,$(BENCH_BINARIES),build/dev/$(K)/$b) $(BENCH_PTXCPU))
 	@K='$(K)' BENCHES='$(BENCHES)' BINARIES='$(BENCH_BINARIES)' PTXCPU='$(BENCH_PTXCPU)' dev/bench.sh $(V)
 endif

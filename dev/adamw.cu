@@ -106,14 +106,12 @@ template <typename X, typename M> static void shape(int when, size_t n) {
     master.normal(1), grad.normal(1), m.normal(0.1f), v.normal(0.1f), w.set(0);
     for (size_t i = 0; i < n; i++) v.host[i] = fabsf(v.host[i]);
     twin::adamw_update(is_bf16<X>() ? (float *)w.twin(0) : master.twin(0), master.twin(0), m.twin(0), v.twin(0), grad.host, n,
-                       lr, b1, b2, eps, decay,
-                       scale, step, is_bf16<X>(), is_bf16<M>());
+                       lr, b1, b2, eps, decay, scale, step, is_bf16<X>(), is_bf16<M>());
     w.allow(2e-4);                          // a value beside a rounding boundary may round the other way: one ulp on few elements
     if (is_bf16<M>()) m.allow(2e-4), v.allow(2e-4);
     X *w_out = is_bf16<X>() ? (X *)w : (X *)(void *)(float *)master;
     const AdamW a = {(float)b1, (float)b2, (float)eps, (float)(lr / (1 - pow(b1, step))), (float)(1 / (1 - pow(b2, step))),
-                     (float)(1 - lr * decay),
-                     (float)scale};
+                     (float)(1 - lr * decay), (float)scale};
     const Variant variants[] = {
         {0, "one thread per parameter", [&] {
             launch(adamw_update_kernel0<X, M>, CEIL_DIV(n, 256), 256, 0, 0, w_out, master, m, v, grad, n, a);

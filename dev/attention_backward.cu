@@ -37,8 +37,7 @@ __global__ void attention_backward_dq_kernel0(X *dqkv, float *delta, const X *do
 
 template <typename X>
 __global__ void attention_backward_dkdv_kernel0(X *dqkv, const X *dout, const X *qkv, const float *lse, const float *delta,
-                                                const int *doc_start,
-                                                int N, int T, int H, int K, int D, float scale) {
+                                                const int *doc_start, int N, int T, int H, int K, int D, float scale) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / K, kv = i % K, s = row % T, W = (H + 2 * K) * D;
     if (row >= N) return;
     const size_t at = (size_t)row * W + (H + kv) * D;
@@ -477,11 +476,9 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
         with_width(D, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
             launch(attention_backward_dq_kernel2<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
-                   (2 * 128 + 2 * 32) * (WIDTH + 8) * 2, 0,
-                   dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
+                   (2 * 128 + 2 * 32) * (WIDTH + 8) * 2, 0, dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
             launch(attention_backward_dkdv_kernel2<WIDTH>, dim3(B * K, CEIL_DIV(T, 64)), ATT_THREADS,
-                   (2 * 64 + 2 * 32) * (WIDTH + 8) * 2, 0,
-                   dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
+                   (2 * 64 + 2 * 32) * (WIDTH + 8) * 2, 0, dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
         });
     };
     const Variant variants[] = {

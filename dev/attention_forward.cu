@@ -283,8 +283,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
         }},
         {2, "fp32 tiles in shared memory, running softmax", [&] {
             launch(attention_forward_kernel2<X>, dim3(B * H, CEIL_DIV(T, TILE_QUERIES)), TILE_QUERIES * 4,
-                   2 * TILE_KEYS * D * sizeof(float), 0,
-                   out, lse, qkv, doc_start, T, H, K, D, scale);
+                   2 * TILE_KEYS * D * sizeof(float), 0, out, lse, qkv, doc_start, T, H, K, D, scale);
         }},
         {3, "tensor cores, no overlap of copies and products", mma_tiles},
         {1, is_bf16<X>() ? "K and V take turns: one lands while the other works" : "fp32, 16 queries per block, a warp each", [&] {

@@ -137,8 +137,7 @@ template <typename X> static void shape(int when, int N, int V, float amplitude,
     const int Vp = CEIL_DIV(V, 128) * 128;
     const size_t n = (size_t)N * Vp;
     if (!bench_shape<X>(when, "cross_entropy", (dscale != 0 ? 2.0 : 1.0) * n * sizeof(X) + 8.0 * N, 8.0 * n, "N %d V %d%s%s",
-                        N, V,
-                        dscale != 0 ? "" : " loss only", ignored == NONE ? "" : ignored == SOME ? " some ignored"
+                        N, V, dscale != 0 ? "" : " loss only", ignored == NONE ? "" : ignored == SOME ? " some ignored"
                             : " all ignored")) return;
     Tensor<X> logits("logits", n);
     Tensor<float> nll("nll", N);

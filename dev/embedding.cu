@@ -145,8 +145,7 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
         bench(variants);
     }
     if (bench_shape<X>(when, "embedding_backward", sizeof(X) * (double)n + 8.0 * distinct * C + 4.0 * (N + 2 * distinct), n,
-                       "N %d C %d V %d %s",
-                       N, C, V, kinds[kind])) {
+                       "N %d C %d V %d %s", N, C, V, kinds[kind])) {
         Tensor<X> dx("dx", n);
         Tensor<float> dw("dw", (size_t)V * C);
         Tensor<int> id("ids", N), rows("order", N), first("starts", distinct + 1), token("tokens", distinct);
