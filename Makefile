@@ -216,6 +216,7 @@ fuzz:
 check:
 	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
 sync:   # the .c owns the shared region, the .cu its kernels (copies in dev/)
+	@mkdir -p build
 	@[ ! -f train_litespark.cu ] || { awk 'NR == FNR { if (/^\/\/ SHARED BEGIN/) on = 1; if (on) text = text $$0 "\n"; if (/^\/\/ SHARED END/) on = 0; next } \
 	  /^\/\/ SHARED BEGIN/ { printf "%s", text; skip = 1 } !skip { print } /^\/\/ SHARED END/ { skip = 0 }' train_litespark.c train_litespark.cu >build/sync.cu && \
 	  cp build/sync.cu train_litespark.cu && rm build/sync.cu; }
