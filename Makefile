@@ -220,6 +220,7 @@ sync:   # the .c owns the shared region, the .cu its kernels (copies in dev/)
 	@[ ! -f train_litespark.cu ] || { awk 'NR == FNR { if (/^\/\/ SHARED BEGIN/) on = 1; if (on) text = text $$0 "\n"; if (/^\/\/ SHARED END/) on = 0; next } \
 	  /^\/\/ SHARED BEGIN/ { printf "%s", text; skip = 1 } !skip { print } /^\/\/ SHARED END/ { skip = 0 }' train_litespark.c train_litespark.cu >build/sync.cu && \
 	  cp build/sync.cu train_litespark.cu && rm build/sync.cu; }
+	@python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
 .PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz check sync clean
