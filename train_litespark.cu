@@ -2821,6 +2821,9 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void *row
 __device__ __forceinline__ void cp_async_16(void *dst, const void *src, int valid = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
 }
+__device__ __forceinline__ void cp_async_4(void *dst, const void *src, int valid = 4) {      // the same for 4 bytes
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int n> __device__ __forceinline__ void cp_async_wait() {      // at most n committed groups are still in flight
     asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
@@ -3148,7 +3151,9 @@ void gpu_open(Gpu *gpu) {
     cudaCheck(cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking));
     cublasCheck(cublasLtCreate(&gpu->lt));
     if (comm.world == 1) return;
-    cudaCheck(cudaStreamCreateWithFlags(&gpu->comm_stream, cudaStreamNonBlocking));
+    int least, greatest;                    // the sums' few blocks go before the many of a product
+    cudaCheck(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    cudaCheck(cudaStreamCreateWithPriority(&gpu->comm_stream, cudaStreamNonBlocking, greatest));
     cudaCheck(cudaEventCreateWithFlags(&gpu->ready, cudaEventDisableTiming));
     cudaCheck(cudaEventCreateWithFlags(&gpu->summed, cudaEventDisableTiming));
 #ifdef USE_MPI
@@ -3886,9 +3891,9 @@ enum { ATT_THREADS = 128, ATT_WARPS = 4 };
 
 // Starts copying rows of D elements, `stride` apart in memory, to a tile. Rows past `rows` and columns past D become zero:
 // a zero adds nothing to a product, where stale bits (perhaps NaN) times a zero probability would.
-template <int WIDTH, int ROWS>
+template <int WIDTH, int ROWS, int THREADS = ATT_THREADS>
 __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat16 *src, size_t stride, int rows, int D) {
-    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = ATT_THREADS / LANES;      // 16 bytes per thread, LANES threads per row
+    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = THREADS / LANES;          // 16 bytes per thread, LANES threads per row
     const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * 8, valid = col < D ? 16 : 0;
     if (col >= WIDTH) return;
     src += row * stride + (valid ? col : 0);
@@ -4122,7 +4127,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;    // where the last of this warp's rows t..t+31 begins to look
-    const int end = min(t0 + QUERIES, T);
+    const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
     float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
     Softmax<MT> softmax;
@@ -4140,7 +4145,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
         cp_async_commit();
         k += (size_t)KEYS * W;
-        const bool visible = s0 < t + ROWS && t < T;        // else the tile lies above this warp's part of the diagonal
+        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;       // else above this warp's diagonal, or before its documents
         if (visible) {
             fill(s, 0);
             multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
@@ -4318,7 +4323,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         __syncthreads();                                    // K, V are here; every warp has left the other K
         if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
         cp_async_commit();
-        const bool visible = s0 < t + ROWS && t < T;
+        const bool visible = s0 < t + ROWS && t < T && (!doc_start || s0 + KEYS > doc_start[row0 + t]);
         if (visible) {
             fill(s, 0);
             multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
@@ -4345,122 +4350,138 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
     store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
 }
 
-// dk, dv of a tile of keys, summed over the query heads that share it. The score tile stands on its side: rows are keys, columns
-// queries, so that a warp's P^T and dS^T are again left operands in registers, and dK and dV need no sum between warps.
-template <int WIDTH> struct DkdvTile {      // 16 keys cost WIDTH accumulators per lane for dK and dV: 32 keys where that is 128 registers
-    static constexpr int MT = WIDTH <= 64 ? 2 : 1, NT = WIDTH <= 64 ? 4 : 6, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT;
-    static constexpr int SMEM = (2 * KEYS + 3 * QUERIES) * (WIDTH + 8) * 2 + 2 * QUERIES * (int)sizeof(float2);
+// ---- attention_backward_dkdv_kernel1: a block has up to 128 keys and walks all queries that see them, head after head -----------------
+// dk, dv (in dqkv) =: sums over the H/K query heads that share them, in that order
+// bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128. q and dO again per block, from L2
+// FLOPs   4·N·(T+1)·H·D (four products) = 275 G at T 2048        floor 278 us (tensor; mma.sync: 448 us)
+// idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and no sum crosses warps. A pair of
+//         warps shares 16*MT keys: one computes P and owns dV, the other computes dP and owns dK, so each holds one accumulator of twice the
+//         rows, and an operand from shared memory serves twice the products: 216 bytes per mma at D 128 instead of 348 with a warp for both
+//         (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so that dS is rounded once, and a named barrier of the
+//         pair says when
+// limits  as the forward. 173,056 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs and 100,096
+template <int WIDTH, int PAIRS> struct DkdvTile {
+    static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : PAIRS == 4 ? 8 : 6, ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT;
+    static constexpr int THREADS = 64 * PAIRS, EXCHANGE = MT * NT * 32;     // float4s of a pair's P
+    static constexpr int SMEM = (2 * KEYS + 4 * QUERIES) * (WIDTH + 8) * 2 + PAIRS * EXCHANGE * 16 + 4 * QUERIES * 4;
 };
 
-template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
-        const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
-    typedef DkdvTile<WIDTH> Tile;
-    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, STRIDE = WIDTH + 8;
-    float2 *stats = shared_memory<float2>();                                // (2, QUERIES): lse in powers of 2, delta
-    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 2 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
-    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tile = q_tiles + 2 * QUERIES * STRIDE;
+template <int WIDTH, int PAIRS>
+__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv,
+        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    typedef DkdvTile<WIDTH, PAIRS> Tile;
+    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS, STRIDE = WIDTH + 8;
+    float4 *exchanges = shared_memory<float4>();
+    float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
+    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
+    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;   // early keys have most queries
-    const int warp_row = threadIdx.x / 32 * Tile::ROWS, key = s0 + warp_row;                               // this warp's keys
-    const int row0 = blockIdx.x / K * T;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler that it is uniform: fewer registers
+    const int pair = warp % PAIRS, owns_dk = warp / PAIRS;                  // with 4 pairs a pair is on one scheduler
+    const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
     const float c = scale * (float)M_LOG2E;
+    float4 *exchange = exchanges + pair * Tile::EXCHANGE + lane;
+    __nv_bfloat16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
 
     // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
-    int tiles = CEIL_DIV(T - t_first, QUERIES);
+    int t_end = T;
     if (doc_start) {
         int seen = 0;
-        for (int i = 0; i < tiles; i += ATT_THREADS) {
-            const int tile = i + threadIdx.x;
-            seen += __syncthreads_count(tile < tiles && doc_start[row0 + t_first + tile * QUERIES] < s0 + KEYS);
+        for (int i = 0; t_first + i * QUERIES < T; i += THREADS) {
+            const int t = t_first + (i + (int)threadIdx.x) * QUERIES;
+            seen += __syncthreads_count(t < T && doc_start[row0 + t] < s0 + KEYS);
         }
-        tiles = seen;
+        t_end = t_first + seen * QUERIES;
     }
-    // Tile i of the walk belongs to head h(i) and starts at query t(i).
-    auto h = [&](int i) { return kv * (H / K) + i / tiles; };
-    auto t = [&](int i) { return t_first + i % tiles * QUERIES; };
-    auto load_q = [&](int i) {
-        load_tile<WIDTH, QUERIES>(q_tiles + i % 2 * QUERIES * STRIDE, qkv + (size_t)(row0 + t(i)) * W + h(i) * D, W, T - t(i), D);
-    };
-    auto load_do = [&](int i) {
-        load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t(i)) * H + h(i)) * D, (size_t)H * D, T - t(i), D);
-    };
-    auto load_stats = [&](int i) {                                          // past the end lse is infinite: p = 0
-        const int row = t(i) + threadIdx.x;
-        if (row >= T) return make_float2(INFINITY, 0);
-        return make_float2(lse[(size_t)(row0 + row) * H + h(i)] * (float)M_LOG2E, delta[(size_t)(row0 + row) * H + h(i)]);
+    auto load_queries = [&](int h, int t, int buffer) {
+        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
+        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, T - t, D);
+        if (threadIdx.x >= 2 * QUERIES) return;
+        const int row = t + (int)threadIdx.x % QUERIES;                     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        const float *stat = threadIdx.x < QUERIES ? lse : delta;
+        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat, row < T ? 4 : 0);
     };
 
     const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
-    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
-    load_q(0);
-    load_do(0);
+    load_tile<WIDTH, KEYS, THREADS>(k_tile, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS, THREADS>(v_tile, k + K * D, W, T - s0, D);
+    int h = kv * (H / K), t = t_first;
+    const int h_end = h + H / K;
+    load_queries(h, t, 0);
     cp_async_commit();
-    if (threadIdx.x < QUERIES) stats[threadIdx.x] = load_stats(0);
 
-    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
-    fill(dk, 0);
-    fill(dv, 0);
-    for (int i = 0; i < tiles * (H / K); i++) {
-        const bool more = i + 1 < tiles * (H / K);
-        const __nv_bfloat16 *q_tile = q_tiles + i % 2 * QUERIES * STRIDE;
-        float2 next_stats;
+    float sum[MT][WIDTH / 8][4], s[MT][NT][4];                              // of dV or dK; scores, or dP
+    fill(sum, 0);
+    for (int buffer = 0; h < h_end; buffer ^= 1) {
+        const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
-        __syncthreads();                                                    // Q, dO are here; every warp has left the other Q
-        if (more) {
-            load_q(i + 1);
-            if (threadIdx.x < QUERIES) next_stats = load_stats(i + 1);
-        }
+        __syncthreads();                                                    // this tile is here, and every warp has left the one before
+        const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
+        const int t0 = t;
+        t += QUERIES;
+        if (t >= t_end) t = t_first, h++;
+        if (h < h_end) load_queries(h, t, buffer ^ 1);
         cp_async_commit();
-        const int t0 = t(i);
-        const bool visible = t0 + QUERIES > key && key < T;
-        if (visible) {
-            fill(p, 0);
-            multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
-            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key)) mask_scores_transposed(p, key, t0, doc_start, row0, T);
+        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS)) continue;   // nothing to see
+        #pragma unroll
+        for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
+            const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
+        }
+        multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
+        if (!owns_dk) {
+            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
+                mask_scores_transposed(s, key, t0, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
-                const float4 two = *(const float4 *)(stats + i % 2 * QUERIES + n * 8 + lane % 4 * 2);     // of this lane's two queries
+                const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
+                const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
                 #pragma unroll
                 for (int m = 0; m < MT; m++)
                     #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        p[m][n][j] = exp2_approx(p[m][n][j] * c - (j % 2 ? two.z : two.x));
-                        ds[m][n][j] = j % 2 ? -two.w : -two.y;              // the product starts from -delta
-                    }
+                    for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
             }
-            multiply_rows<WIDTH, 2>(ds, v_tile + warp_row * STRIDE, do_tile);
-            multiply_probabilities<WIDTH>(dv, p, do_tile);
             #pragma unroll
-            for (int j = 0; j < MT * NT * 4; j++) ds[j / 4 / NT][j / 4 % NT][j % 4] *= p[j / 4 / NT][j / 4 % NT][j % 4];
+            for (int i = 0; i < MT * NT; i++) store((float *)(exchange + i * 32), narrow<float>(s[i / NT][i % NT]));
+            barrier_arrive(1 + pair, 64);
+        } else {
+            barrier_sync(1 + pair, 64);                                     // P is here
+            #pragma unroll
+            for (int i = 0; i < MT * NT; i++) {
+                float p[4];
+                widen(p, load<4>((const float *)(exchange + i * 32)));
+                #pragma unroll
+                for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
+            }
         }
-        __syncthreads();                                                    // every warp has left dO
-        if (more) {
-            load_do(i + 1);
-            if (threadIdx.x < QUERIES) stats[(i + 1) % 2 * QUERIES + threadIdx.x] = next_stats;
-        }
-        cp_async_commit();
-        if (visible) multiply_probabilities<WIDTH>(dk, ds, q_tile);
+        multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
     }
-    float one[MT][2], scales[MT][2];
-    fill_scale(one, 1);
-    fill_scale(scales, scale);
-    __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
-    store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
-    store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
+    float scales[MT][2];
+    fill_scale(scales, owns_dk ? scale : 1);
+    __nv_bfloat16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
+    store_rows<WIDTH>(out, W, sum, scales, left, T - key, D);
 }
 
 template <int WIDTH>
 static void attention_backward_width(__nv_bfloat16 *dqkv, float *delta, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out,
                                      const float *lse, const int *doc_start, int B, int T, int H, int K, int D, cudaStream_t stream) {
-    typedef DkdvTile<WIDTH> Tile;
+    typedef DkdvTile<WIDTH, WIDTH <= 64 ? 2 : 4> Tile;
+    typedef DkdvTile<WIDTH, 2> SmallTile;
+    static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     const float scale = (float)(1 / sqrt((double)D));
     launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), (2 * 128 + 3 * 32) * (WIDTH + 8) * 2, stream,
            dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-    launch(attention_backward_dkdv_kernel1<WIDTH>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)), dim3(ATT_THREADS), Tile::SMEM, stream,
-           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    if (Tile::SMEM <= smem_limit)
+        launch(attention_backward_dkdv_kernel1<WIDTH, WIDTH <= 64 ? 2 : 4>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)), dim3(Tile::THREADS), Tile::SMEM,
+               stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    else
+        launch(attention_backward_dkdv_kernel1<WIDTH, 2>, dim3(B * K, CEIL_DIV(T, SmallTile::KEYS)), dim3(SmallTile::THREADS), SmallTile::SMEM,
+               stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
 }
 
 static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out, const float *lse,
@@ -5029,8 +5050,6 @@ template <typename floatX> struct ModelOf : Model {
     floatX *logits;                     // (chunk,Vp)
 };
 
-// The functions below are called by main with a Model; this picks the precision.
-#define DISPATCH(m, call) ((m)->bf16 ? (call((ModelOf<bf16> *)(m))) : (call((ModelOf<float> *)(m))))
 
 // An arena is laid out by the same calls twice: first with base NULL to learn its size, then to hand out the pointers.
 typedef struct Arena { char *base; size_t used; } Arena;
@@ -5296,7 +5315,7 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f,
 }
 
 // Loss of each target into m->nll. dscale != 0: also m->dnorm = gradient of the final norm's output and dhead (Vp,C) +=, both scaled
-// by dscale. Logits exist for `chunk` rows at a time; rows beyond N are ignored targets, so that one shape of matmul serves every chunk.
+// by dscale. Logits exist for `chunk` rows at a time; rows beyond N have gradient zero, so that one shape of matmul serves every chunk.
 template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const Feed *f, int N, double dscale) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
@@ -5328,11 +5347,12 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerParams<float> dw = layer_params(m->grads, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
-        if (m->recompute == RECOMPUTE_BLOCK) {
+        const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->recompute;        // the last layer's activations are still there
+        if (again == RECOMPUTE_BLOCK) {
             rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, C, stream);
             attention_block_forward(m, &w, y, doc_start, B, T);
         }
-        if (m->recompute != RECOMPUTE_NONE) {
+        if (again != RECOMPUTE_NONE) {
             rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, C, stream);
             mlp_forward(gpu, none, y->gate_up, m->norm, w.gate_up, N, C, F);
         }

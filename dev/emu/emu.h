@@ -318,7 +318,7 @@ inline void *first_frame(char *top, void (*entry)()) {
 // ---- one block: threads, warps, barriers, run order -------------------------------------------------------------------
 enum { MAX_THREADS = 1024, MAX_WARPS = 32, BARRIERS = 16, SMEM_MAX = 256 << 10, SMEM_ALIGN = 128, FAULT_STACK = 256 << 10 };
 
-struct Copy { void *dst; const void *src; int valid; };       // one cp.async in flight
+struct Copy { void *dst; const void *src; int valid, size; };       // one cp.async in flight
 struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); };  // args[lane] of each lane of the mask
 
 struct Worker;

@@ -64,7 +64,21 @@ template <int n, bool trans> EMU_INLINE void ldmatrix(uint32_t *r, const void *r
 }
 inline void land(const Copy &c) {
     memcpy(c.dst, c.src, c.valid);
-    memset((char *)c.dst + c.valid, 0, 16 - c.valid);
+    memset((char *)c.dst + c.valid, 0, c.size - c.valid);
+}
+
+// cp.async [dst], [src], size, valid: bytes from `valid` on are zero. The destination is poison until the wait that makes it visible; with
+// EMU_SEED some copies land at once and some destinations keep their old contents until then.
+EMU_INLINE void cp_async(void *dst, const void *src, int size, int valid) {
+    emu::Thread *t = emu::me;
+    emu::check_shared("cp.async destination", dst, size, size);
+    if (valid < 0 || valid > size) emu::fail(cudaErrorLaunchFailure, "cp.async: %d valid bytes of %d", valid, size);
+    if (valid) emu::check_global("cp.async source", src, valid, size);
+    const emu::Copy c = {dst, src, valid, size};
+    const int early = emu::settings.seed ? (int)(t->worker->random() % 4) : 1;
+    if (early == 0) return emu::land(c);
+    if (early < 3) memset(dst, emu::POISON, size);
+    t->copies.push_back(c);
 }
 }  // namespace emu
 
@@ -84,19 +98,8 @@ EMU_INLINE void ldmatrix_x1_trans(uint32_t r[1], const void *row) { emu::ldmatri
 EMU_INLINE void ldmatrix_x2_trans(uint32_t r[2], const void *row) { emu::ldmatrix<2, true>(r, row); }
 EMU_INLINE void ldmatrix_x4_trans(uint32_t r[4], const void *row) { emu::ldmatrix<4, true>(r, row); }
 
-// cp.async.cg.shared.global [dst], [src], 16, valid: bytes from `valid` on are zero. The destination is poison until the wait
-// that makes it visible; with EMU_SEED some copies land at once and some destinations keep their old contents until then.
-EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) {
-    emu::Thread *t = emu::me;
-    emu::check_shared("cp.async destination", dst, 16, 16);
-    if (valid < 0 || valid > 16) emu::fail(cudaErrorLaunchFailure, "cp.async: %d valid bytes of 16", valid);
-    if (valid) emu::check_global("cp.async source", src, valid, 16);
-    const emu::Copy c = {dst, src, valid};
-    const int early = emu::settings.seed ? (int)(t->worker->random() % 4) : 1;
-    if (early == 0) return emu::land(c);
-    if (early < 3) memset(dst, emu::POISON, 16);
-    t->copies.push_back(c);
-}
+EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) { emu::cp_async(dst, src, 16, valid); }     // cp.async.cg
+EMU_INLINE void cp_async_4(void *dst, const void *src, int valid = 4) { emu::cp_async(dst, src, 4, valid); }         // cp.async.ca
 inline void cp_async_commit() { emu::me->groups.push_back(emu::me->copies.size()); }   // cp.async.commit_group
 template <int n> inline void cp_async_wait() {               // cp.async.wait_group n: at most n groups stay in flight
     emu::Thread *t = emu::me;
