@@ -41,7 +41,8 @@ help:
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-data   the preparation of data (python3)      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make check    facts that must hold of the sources     make sync   the shared region into the CUDA trainer'
-	@echo 'make bench    against PyTorch and OpenBLAS     make ptxas   registers and spills of the CUDA kernels     make clean'
+	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
+	@echo 'make ptxas   registers and spills of the CUDA kernels     make clean'
 	@echo
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
 	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) | git commit $(COMMIT)'
@@ -96,15 +97,49 @@ build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) Makefile
 	@mkdir -p build
 	$(CXX) -x c++ -std=c++17 -O2 -g $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
 
+PTXCPU   ?= $(wildcard ../shared/ptxcpu)
+BENCH_BINARIES := $(if $(and $(NVCC),$(GPU_CC)),gpu,emu $(if $(NVCC),ptx))
+BENCH_PTXCPU   := $(if $(filter ptx,$(BENCH_BINARIES)),$(if $(PTXCPU),build/ptxcpu/made))
+BENCH_LACKS    := $(strip $(if $(shell command -v $(CXX) 2>/dev/null),,g++) $(if $(shell command -v python3 2>/dev/null),,python3))
+BENCHES        := $(sort $(basename $(notdir $(wildcard dev/*.cu))))
 # Against OpenBLAS and PyTorch, where they are installed; each script says how. BENCH_VENV: a virtual environment with the newest torch.
 OPENBLAS ?= $(wildcard /usr/lib/*/openblas-openmp/libopenblas.so.0)
 BENCH_VENV ?= build/venv
 build/bench_matmul: dev/bench_matmul.c train_litespark.c
 	@mkdir -p build
 	$(CC) -std=gnu11 $(CFLAGS) $(OPENMP) -w $< -o $@ -ldl -lm
+ifeq ($(K),)
 bench: build/bench_matmul build/train_litespark
 	build/bench_matmul 2 $(OPENBLAS)
 	python3 dev/bench_cpu.py --binary build/train_litespark --venv $(BENCH_VENV)
+else ifneq ($(BENCH_LACKS),)
+bench:
+	@echo 'skipped: bench K=$(K): apt-get install $(BENCH_LACKS)'
+else
+$(if $(filter $(K),all $(BENCHES)),,$(error bench K=$(K): choose all or one of $(BENCHES)))
+bench: $(if $(filter all,$(K)),$(BENCHES:%=build/dev/%/emu),$(foreach b,$(BENCH_BINARIES),build/dev/$(K)/$b) $(BENCH_PTXCPU))
+	@K='$(K)' BENCHES='$(BENCHES)' BINARIES='$(BENCH_BINARIES)' PTXCPU='$(BENCH_PTXCPU)' dev/bench.sh $(V)
+endif
+
+# Kernels, one bench per op: make bench K=rmsnorm_backward [V='0 1'], K=all checks all. A GPU measures; else dev/emu checks and nvcc and ptxcpu count.
+build/dev/twin.o: dev/twin.c train_litespark.c
+	@mkdir -p build/dev
+	$(CC) -std=gnu11 -O2 $(NATIVE) -fno-math-errno -fno-trapping-math $(OPENMP) -w -c $< -o $@
+build/dev/%/trainer.cuh: dev/%.cu dev/bench.cuh dev/kernels.py train_litespark.cu
+	@mkdir -p $(@D)
+	@python3 dev/kernels.py extract $< >$@.part && mv $@.part $@
+build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h)
+	@echo '$(CXX) ... $< -o $@'
+	@$(CXX) -x c++ -std=c++17 -O1 -g $(OPENMP) -Wall -Wno-unused-function -Wno-unknown-pragmas $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) \
+	    -Idev/emu -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
+BENCH_NV := -O3 -std=c++17 -lineinfo -diag-suppress 177 -Xptxas -v $(OPENMP:%=-Xcompiler %)
+build/dev/%/gpu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o
+	@echo '$(NVCC) ... $< -o $@'
+	@$(NVCC) $(BENCH_NV) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
+build/dev/%/ptx: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o
+	@echo '$(NVCC) ... $< -o $@'
+	@$(NVCC) $(BENCH_NV) -cudart shared -gencode arch=compute_80,code=[sm_80,compute_80] -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
+.PRECIOUS: build/dev/%/trainer.cuh
 
 build/stories: data/stories.c
 	@mkdir -p build
@@ -142,7 +177,6 @@ PROVE    := build/train_litespark build/train_litespark_double build/test_cuda
 HAVE_CXX := $(shell command -v $(CXX) 2>/dev/null)
 test-cuda test-long: $(if $(HAVE_CXX),build/train_litespark_emu $(PROVE))
 	@$(if $(HAVE_CXX),CXX='$(CXX)' build/test_cuda --cuda build/train_litespark_emu --level $(if $(filter test-long,$@),long,quick) $(T),echo 'skipped: $@: no C++ compiler (apt-get install g++)')
-PTXCPU   ?= $(wildcard ../shared/ptxcpu)
 build/ptxcpu/made:
 	@mkdir -p build && rm -rf build/ptxcpu && cp -r '$(PTXCPU)' build/ptxcpu && chmod -R u+w build/ptxcpu && if $(MAKE) -C build/ptxcpu >build/ptxcpu.log 2>&1; then touch $@; fi
 test-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_ptx $(PROVE))
@@ -181,10 +215,12 @@ fuzz:
 
 check:
 	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
-sync:   # the .c owns the shared region
+sync:   # the .c owns the shared region, the .cu its kernels (copies in dev/)
+	@mkdir -p build
 	@[ ! -f train_litespark.cu ] || { awk 'NR == FNR { if (/^\/\/ SHARED BEGIN/) on = 1; if (on) text = text $$0 "\n"; if (/^\/\/ SHARED END/) on = 0; next } \
 	  /^\/\/ SHARED BEGIN/ { printf "%s", text; skip = 1 } !skip { print } /^\/\/ SHARED END/ { skip = 0 }' train_litespark.c train_litespark.cu >build/sync.cu && \
 	  cp build/sync.cu train_litespark.cu && rm build/sync.cu; }
+	@python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
 .PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz check sync clean

@@ -27,6 +27,13 @@ if [ -f train_litespark.cu ]; then
     [ "$a" = "$b" ] || say "the shared regions of the trainers differ (make sync copies the .c's)"
 fi
 
+# kernels in dev/ are the shipped ones
+if python3 -c '' 2>/dev/null; then
+    python3 dev/kernels.py check || say "kernels of train_litespark.cu and dev/ differ"
+else
+    echo "skipped: check of the kernels in dev/ (python3)"
+fi
+
 # no data in the repository but the fixture
 binaries=$(tracked '*.bin' | grep -v '^dev/fixture/')
 [ -z "$binaries" ] || say "tracked data: $binaries"

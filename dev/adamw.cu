@@ -1,0 +1,162 @@
+// adamw_update, AdamW with decoupled decay (Loshchilov & Hutter 2019):
+//   g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,  master = master shrink - rate m / (sqrt(v vscale) + eps);
+//   w (n) = master rounded to X (fp32: is master itself).  m, v are stored as M: fp32 or bf16
+// cast: out (n) = in (n), rounded to nearest even where the type is narrower
+// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22); cast fp32 -> bf16: 6        FLOPs 15; 0
+// floor   1 G parameters: 9.0 ms (6.6 ms); cast 1.8 ms (memory)
+// idea    elementwise: wide accesses, enough of them in flight
+// result  modelled (H100; n 1 M, 31 MB, floor 9.4 us): kernels 0 and 1 9.4 us; 2 touches each sector of the fp32 arrays twice (63
+//         MB; the second time in the L1 cache, which the model leaves out). cast: both 1.9 us. Measured: not yet
+#include "bench.cuh"
+
+// ---- kernel 0: a thread per parameter ----
+template <typename X, typename M>
+__global__ void adamw_update_kernel0(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float g = grad[i] * a.gscale, m_i = a.b1 * to_float(m[i]) + (1 - a.b1) * g,
+        v_i = a.b2 * to_float(v[i]) + (1 - a.b2) * g * g;
+    const float p = master[i] * a.shrink - a.rate * m_i / (sqrtf(v_i * a.vscale) + a.eps);
+    m[i] = from_float<M>(m_i), v[i] = from_float<M>(v_i), master[i] = p, w[i] = from_float<X>(p);
+}
+
+// ---- kernel 1, shipped: four parameters per thread: 16 bytes of fp32, 8 of bf16 per access ----
+template <typename X, typename M>
+__global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float g[4], p[4], m_i[4], v_i[4];
+        widen(g, load<4>(grad + i));
+        widen(p, load<4>(master + i));
+        widen(m_i, load<4>(m + i));
+        widen(v_i, load<4>(v + i));
+        for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
+        store(master + i, narrow<float>(p));
+        store(m + i, narrow<M>(m_i));
+        store(v + i, narrow<M>(v_i));
+        if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
+    } else {
+        for (size_t j = i; j < n; j++) {
+            float m_j = to_float(m[j]), v_j = to_float(v[j]);
+            adamw_step(master[j], m_j, v_j, grad[j], a);
+            m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
+        }
+    }
+}
+
+// ---- kernel 2: eight, so that bf16 arrays are moved by 16 bytes too; twice the registers, and a warp's fp32 accesses lie in
+// two pieces
+template <typename X, typename M>
+__global__ void adamw_update_kernel2(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i + 8 <= n) {
+        float g[2][4], p[2][4], m_i[2][4], v_i[2][4];
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            widen(g[j], load<4>(grad + i + 4 * j));
+            widen(p[j], load<4>(master + i + 4 * j));
+            // the compiler may join two neighbouring 8-byte loads, but need not
+            widen(m_i[j], load<4>(m + i + 4 * j));
+            widen(v_i[j], load<4>(v + i + 4 * j));
+        }
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            for (int k = 0; k < 4; k++) adamw_step(p[j][k], m_i[j][k], v_i[j][k], g[j][k], a);
+            store(master + i + 4 * j, narrow<float>(p[j]));
+            store(m + i + 4 * j, narrow<M>(m_i[j]));
+            store(v + i + 4 * j, narrow<M>(v_i[j]));
+            if ((const void *)w != (const void *)master) store(w + i + 4 * j, narrow<X>(p[j]));
+        }
+    } else {
+        for (size_t j = i; j < n; j++) {
+            float m_j = to_float(m[j]), v_j = to_float(v[j]);
+            adamw_step(master[j], m_j, v_j, grad[j], a);
+            m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
+        }
+    }
+}
+
+// ---- cast, kernel 0: a thread per element ----
+template <typename To, typename From> __global__ void cast_kernel0(To *out, const From *in, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = from_float<To>(to_float(in[i]));
+}
+
+// ---- kernel 1, shipped: four per thread ----
+template <typename To, typename From> __global__ void cast_kernel1(To *out, const From *in, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float x[4];
+        widen(x, load<4>(in + i));
+        store(out + i, narrow<To>(x));
+    } else {
+        for (size_t j = i; j < n; j++) out[j] = from_float<To>(to_float(in[j]));
+    }
+}
+
+template <typename X, typename M> static void shape(int when, size_t n) {
+    const double bytes = (12.0 + 4 * sizeof(M) + (is_bf16<X>() ? 2 : 0)) * n;
+    if (!bench_shape<X>(when, "adamw_update", bytes, 15.0 * n, "n %zu, m and v in %s, weights in", n,
+                        is_bf16<M>() ? "bf16" : "fp32")) return;
+    const double lr = 1e-2, b1 = 0.9, b2 = 0.95, eps = 1e-8, decay = 0.1, scale = 0.5;
+    const int step = 2;
+    Tensor<float> master("master", n), grad("grad", n);
+    Tensor<X> w("w", is_bf16<X>() ? n : 1);
+    Tensor<M> m("m", n), v("v", n);
+    master.normal(1), grad.normal(1), m.normal(0.1f), v.normal(0.1f), w.set(0);
+    for (size_t i = 0; i < n; i++) v.host[i] = fabsf(v.host[i]);
+    twin::adamw_update(is_bf16<X>() ? (float *)w.twin(0) : master.twin(0), master.twin(0), m.twin(0), v.twin(0), grad.host, n,
+                       lr, b1, b2, eps, decay, scale, step, is_bf16<X>(), is_bf16<M>());
+    w.allow(2e-4);                          // a value beside a rounding boundary may round the other way: one ulp on few elements
+    if (is_bf16<M>()) m.allow(2e-4), v.allow(2e-4);
+    X *w_out = is_bf16<X>() ? (X *)w : (X *)(void *)(float *)master;
+    const AdamW a = {(float)b1, (float)b2, (float)eps, (float)(lr / (1 - pow(b1, step))), (float)(1 / (1 - pow(b2, step))),
+                     (float)(1 - lr * decay), (float)scale};
+    const Variant variants[] = {
+        {0, "one thread per parameter", [&] {
+            launch(adamw_update_kernel0<X, M>, CEIL_DIV(n, 256), 256, 0, 0, w_out, master, m, v, grad, n, a);
+        }},
+        {1, "four parameters per thread", [&] {
+            adamw_update<X, M>(w_out, master, m, v, grad, n, lr, b1, b2, eps, decay, scale, step, 0);
+        }, SHIPPED},
+        {2, "eight parameters per thread", [&] {
+            launch(adamw_update_kernel2<X, M>, CEIL_DIV(n, 8 * 256), 256, 0, 0, w_out, master, m, v, grad, n, a);
+        }},
+    };
+    bench(variants);
+}
+
+template <typename To, typename From> static void cast_shape(int when, size_t n) {
+    if (!bench_shape<To>(when, "cast", (double)(sizeof(To) + sizeof(From)) * n, 0, "n %zu, from %s to", n,
+                         is_bf16<From>() ? "bf16" : "fp32")) return;
+    Tensor<To> out("out", n);
+    Tensor<From> in("in", n);
+    in.normal(3);
+    std::copy(in.host, in.host + n, out.twin(0));
+    if (is_bf16<To>()) twin::store_bf16(out.twin(0), n);
+    out.allow(0);
+    const Variant variants[] = {
+        {0, "one thread per element", [&] { launch(cast_kernel0<To, From>, CEIL_DIV(n, 256), 256, 0, 0, out, in, n); }},
+        {1, "four per thread", [&] { cast<To, From>(out, in, n, 0); }, SHIPPED},
+    };
+    bench(variants);
+}
+
+int main(int argc, char **argv) {
+    bench_begin("adamw", argc, argv);
+    const size_t sizes[] = {1, 3, 8, 1024, 4099};
+    for (size_t n : sizes) {
+        shape<float, float>(CHECK, n);
+        shape<float, bf16>(CHECK, n);
+        shape<bf16, float>(CHECK, n);
+        shape<bf16, bf16>(CHECK, n);
+        cast_shape<bf16, float>(CHECK, n);
+        cast_shape<float, bf16>(CHECK, n);
+    }
+    shape<bf16, float>(MODEL, 1 << 20);
+    cast_shape<bf16, float>(MODEL, 1 << 20);
+    shape<bf16, float>(TIME, 64 << 20);
+    shape<bf16, bf16>(TIME, (64 << 20) - 1);
+    cast_shape<bf16, float>(TIME, 64 << 20);
+    return bench_end();
+}

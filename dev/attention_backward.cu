@@ -1,0 +1,517 @@
+// attention_backward: dqkv (N,(H+2K)D) =, from dout, out (N,H*D), qkv, lse (N,H); delta (N,H) is scratch.
+//   With P_ts = exp(scale q_t k_s - lse_t),  delta_t = dout_t . out_t,  dS_ts = P_ts (dout_t v_s - delta_t):
+//   dv_s = sum_t P_ts dout_t,  dq_t = scale sum_s dS_ts k_s,  dk_s = scale sum_t dS_ts q_t.  H/K query heads add up in dk and dv
+// bytes   2·N·(H+2K)·D in and out + 2·2·N·H·D + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 304 MB = 91 us
+// FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344 G
+// floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products: 784 us)
+// idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any order; two passes
+//         rebuild P twice
+// limits  D % 8 == 0, D <= 128
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): kernel 0 2607 us (all caches missed); 2 22 us, 1 23 us:
+//         bound by shared memory in few blocks, and the model knows no latency. 1 reads 0.26 MB less. Measured: not yet
+#include "bench.cuh"
+#include <type_traits>
+
+// ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv ----
+template <typename X>
+__global__ void attention_backward_dq_kernel0(X *dqkv, float *delta, const X *dout, const X *qkv, const X *out, const float *lse,
+                                              const int *doc_start, int N, int T, int H, int K, int D, float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T, W = (H + 2 * K) * D;
+    if (row >= N) return;
+    const X *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D, *v = k + K * D;
+    const X *dout_t = dout + (size_t)i * D;
+    float dq[128] = {}, sum = 0;
+    for (int d = 0; d < D; d++) sum += to_float(dout_t[d]) * to_float(out[(size_t)i * D + d]);
+    delta[i] = sum;
+    for (int s = doc_start ? doc_start[row] : 0; s <= t; s++) {
+        float score = 0, dp = 0;
+        for (int d = 0; d < D; d++) {
+            score += to_float(q[d]) * to_float(k[(size_t)s * W + d]);
+            dp += to_float(dout_t[d]) * to_float(v[(size_t)s * W + d]);
+        }
+        const float ds = expf(score * scale - lse[i]) * (dp - sum);
+        for (int d = 0; d < D; d++) dq[d] += ds * to_float(k[(size_t)s * W + d]);
+    }
+    for (int d = 0; d < D; d++) dqkv[(size_t)row * W + h * D + d] = from_float<X>(dq[d] * scale);
+}
+
+template <typename X>
+__global__ void attention_backward_dkdv_kernel0(X *dqkv, const X *dout, const X *qkv, const float *lse, const float *delta,
+                                                const int *doc_start, int N, int T, int H, int K, int D, float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / K, kv = i % K, s = row % T, W = (H + 2 * K) * D;
+    if (row >= N) return;
+    const size_t at = (size_t)row * W + (H + kv) * D;
+    const X *k = qkv + at, *v = k + K * D;
+    float dk[128] = {}, dv[128] = {};
+    for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
+        for (int t = s; t < T; t++) {
+            const size_t row_t = (size_t)(row - s + t);
+            const X *q = qkv + row_t * W + h * D, *dout_t = dout + (row_t * H + h) * D;
+            if (doc_start && doc_start[row_t] > s) break;                   // later queries look no further back
+            float score = 0, dp = 0;
+            for (int d = 0; d < D; d++) score += to_float(q[d]) * to_float(k[d]), dp += to_float(dout_t[d]) * to_float(v[d]);
+            const float p = expf(score * scale - lse[row_t * H + h]), ds = p * (dp - delta[row_t * H + h]);
+            for (int d = 0; d < D; d++) dk[d] += ds * to_float(q[d]), dv[d] += p * to_float(dout_t[d]);
+        }
+    for (int d = 0; d < D; d++) dqkv[at + d] = from_float<X>(dk[d] * scale), dqkv[at + K * D + d] = from_float<X>(dv[d]);
+}
+
+// ---- kernel 2: tensor cores, the tiles and products of the shipped kernels, but every copy is waited for, and delta has its
+// own kernel that reads dout and out once more
+template <typename X>
+__global__ void attention_delta_kernel2(float *delta, const X *dout, const X *out, int rows, int D) {     // a warp per row
+    const int row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    float sum = 0;
+    for (int d = threadIdx.x; d < D; d += 32) sum += to_float(dout[(size_t)row * D + d]) * to_float(out[(size_t)row * D + d]);
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) delta[row] = sum;
+}
+
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(__nv_bfloat16 *__restrict__ dqkv,
+                                                                                const float *__restrict__ delta,
+        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    __nv_bfloat16 *k_tile = do_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
+    const float c = scale * (float)M_LOG2E;
+    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4], scales[MT][2];
+    #pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        const int row = t + i * 8 + lane / 4;
+        // past the end p = 0
+        row_lse[i / 2][i % 2] = row < T ? lse[(size_t)(row0 + row) * H + h] * (float)M_LOG2E : INFINITY;
+        row_delta[i / 2][i % 2] = row < T ? delta[(size_t)(row0 + row) * H + h] : 0;
+        scales[i / 2][i % 2] = scale;
+    }
+    fill(dq, 0);
+    for (int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0; s0 < end; s0 += KEYS) {
+        const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
+        __syncthreads();                                    // every warp has left the previous K and V
+        load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+        load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        if (s0 >= t + ROWS || t >= T) continue;
+        fill(s, 0);
+        multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
+        mask_scores(s, t, s0, doc_start, row0, T);
+        #pragma unroll
+        for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+        multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
+        #pragma unroll
+        for (int i = 0; i < MT * NT * 4; i++)
+            ds[i / 4 / NT][i / 4 % NT][i % 4] *= exp2_approx(s[i / 4 / NT][i / 4 % NT][i % 4] * c
+                - row_lse[i / 4 / NT][i % 4 / 2]);
+        multiply_probabilities<WIDTH>(dq, ds, k_tile);
+    }
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+}
+
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel2(__nv_bfloat16 *__restrict__ dqkv,
+                                                                                  const float *__restrict__ delta,
+        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    constexpr int MT = 1, NT = 4, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *k_tile = shared_memory<__nv_bfloat16>(), *v_tile = k_tile + KEYS * STRIDE;
+    __nv_bfloat16 *q_tile = v_tile + KEYS * STRIDE, *do_tile = q_tile + QUERIES * STRIDE;
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32,
+        row0 = blockIdx.x / K * T;
+    const int warp_row = threadIdx.x / 32 * ROWS, key = s0 + warp_row;
+    const float c = scale * (float)M_LOG2E;
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
+    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4], one[MT][2], scales[MT][2];
+    for (int i = 0; i < MT * 2; i++) one[i / 2][i % 2] = 1, scales[i / 2][i % 2] = scale;
+    fill(dk, 0);
+    fill(dv, 0);
+    for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
+        for (int t0 = s0 / QUERIES * QUERIES; t0 < T; t0 += QUERIES) {
+            if (doc_start && doc_start[row0 + t0] >= s0 + KEYS) break;      // the same for the whole block
+            __syncthreads();
+            load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+            load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+            if (t0 + QUERIES <= key || key >= T) continue;
+            fill(p, 0);
+            multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
+            mask_scores_transposed(p, key, t0, doc_start, row0, T);
+            #pragma unroll
+            for (int j = 0; j < NT * 4; j++) {
+                const int t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
+                const size_t at = (size_t)(row0 + min(t, T - 1)) * H + h;
+                p[0][j / 4][j % 4] = t < T ? exp2_approx(p[0][j / 4][j % 4] * c - lse[at] * (float)M_LOG2E) : 0;
+                ds[0][j / 4][j % 4] = -delta[at];
+            }
+            multiply_rows<WIDTH, 2>(ds, v_tile + warp_row * STRIDE, do_tile);
+            multiply_probabilities<WIDTH>(dv, p, do_tile);
+            #pragma unroll
+            for (int j = 0; j < NT * 4; j++) ds[0][j / 4][j % 4] *= p[0][j / 4][j % 4];
+            multiply_probabilities<WIDTH>(dk, ds, q_tile);
+        }
+    __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    __syncthreads();
+    store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
+    store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
+}
+
+// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta
+// from the dout it holds anyway and leaves it for dk dv
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
+        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
+    const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
+    const float c = scale * (float)M_LOG2E;
+
+    int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
+    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    cp_async_commit();
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
+    cp_async_wait<0>();
+    __syncthreads();                                        // dO is here
+    #pragma unroll
+    for (int i = 0; i < MT * 2; i++) {                      // the four lanes of a row share out its D
+        const int row = t + i * 8 + lane / 4;
+        const size_t at = (size_t)(row0 + row) * H + h;
+        float sum = 0;
+        for (int d = lane % 4 * 8; row < T && d < D; d += 32) {
+            float a[8], b[8];
+            widen(a, load<8>(do_tile + (warp_row + i * 8 + lane / 4) * STRIDE + d));
+            widen(b, load<8>(out + at * D + d));
+            for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        row_delta[i / 2][i % 2] = sum;
+        row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
+        if (lane % 4 == 0 && row < T) delta[at] = sum;
+    }
+    fill(dq, 0);
+    for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
+        const __nv_bfloat16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
+        const int next = s0 + KEYS;
+        k += (size_t)KEYS * W;
+        cp_async_wait<0>();
+        __syncthreads();                                    // K, V are here; every warp has left the other K
+        if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
+        cp_async_commit();
+        const bool visible = s0 < t + ROWS && t < T;
+        if (visible) {
+            fill(s, 0);
+            multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
+            #pragma unroll
+            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+            multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
+        }
+        __syncthreads();                                    // every warp has left V
+        if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
+        cp_async_commit();
+        if (visible) {
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
+            multiply_probabilities<WIDTH>(dq, ds, k_tile);
+        }
+    }
+    float scales[MT][2];
+    fill_scale(scales, scale);
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+}
+
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
+        const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef DkdvTile<WIDTH> Tile;
+    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, STRIDE = WIDTH + 8;
+    float2 *stats = shared_memory<float2>();                                // (2, QUERIES): lse in powers of 2, delta
+    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 2 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
+    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tile = q_tiles + 2 * QUERIES * STRIDE;
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;   // early keys have most queries
+    const int warp_row = threadIdx.x / 32 * Tile::ROWS, key = s0 + warp_row;                               // this warp's keys
+    const int row0 = blockIdx.x / K * T;
+    const float c = scale * (float)M_LOG2E;
+
+    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
+    const int t_first = s0 / QUERIES * QUERIES;
+    int tiles = CEIL_DIV(T - t_first, QUERIES);
+    if (doc_start) {
+        int seen = 0;
+        for (int i = 0; i < tiles; i += ATT_THREADS) {
+            const int tile = i + threadIdx.x;
+            seen += __syncthreads_count(tile < tiles && doc_start[row0 + t_first + tile * QUERIES] < s0 + KEYS);
+        }
+        tiles = seen;
+    }
+    // Tile i of the walk belongs to head h(i) and starts at query t(i).
+    auto h = [&](int i) { return kv * (H / K) + i / tiles; };
+    auto t = [&](int i) { return t_first + i % tiles * QUERIES; };
+    auto load_q = [&](int i) {
+        load_tile<WIDTH, QUERIES>(q_tiles + i % 2 * QUERIES * STRIDE, qkv + (size_t)(row0 + t(i)) * W + h(i) * D, W, T - t(i), D);
+    };
+    auto load_do = [&](int i) {
+        load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t(i)) * H + h(i)) * D, (size_t)H * D, T - t(i), D);
+    };
+    auto load_stats = [&](int i) {                                          // past the end lse is infinite: p = 0
+        const int row = t(i) + threadIdx.x;
+        if (row >= T) return make_float2(INFINITY, 0);
+        return make_float2(lse[(size_t)(row0 + row) * H + h(i)] * (float)M_LOG2E, delta[(size_t)(row0 + row) * H + h(i)]);
+    };
+
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
+    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    load_q(0);
+    load_do(0);
+    cp_async_commit();
+    if (threadIdx.x < QUERIES) stats[threadIdx.x] = load_stats(0);
+
+    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
+    fill(dk, 0);
+    fill(dv, 0);
+    for (int i = 0; i < tiles * (H / K); i++) {
+        const bool more = i + 1 < tiles * (H / K);
+        const __nv_bfloat16 *q_tile = q_tiles + i % 2 * QUERIES * STRIDE;
+        float2 next_stats;
+        cp_async_wait<0>();
+        __syncthreads();                                                    // Q, dO are here; every warp has left the other Q
+        if (more) {
+            load_q(i + 1);
+            if (threadIdx.x < QUERIES) next_stats = load_stats(i + 1);
+        }
+        cp_async_commit();
+        const int t0 = t(i);
+        const bool visible = t0 + QUERIES > key && key < T;
+        if (visible) {
+            fill(p, 0);
+            multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
+            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key)) mask_scores_transposed(p, key, t0, doc_start, row0, T);
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const float4 two = *(const float4 *)(stats + i % 2 * QUERIES + n * 8 + lane % 4 * 2);     // of this lane's two queries
+                #pragma unroll
+                for (int m = 0; m < MT; m++)
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        p[m][n][j] = exp2_approx(p[m][n][j] * c - (j % 2 ? two.z : two.x));
+                        ds[m][n][j] = j % 2 ? -two.w : -two.y;              // the product starts from -delta
+                    }
+            }
+            multiply_rows<WIDTH, 2>(ds, v_tile + warp_row * STRIDE, do_tile);
+            multiply_probabilities<WIDTH>(dv, p, do_tile);
+            #pragma unroll
+            for (int j = 0; j < MT * NT * 4; j++) ds[j / 4 / NT][j / 4 % NT][j % 4] *= p[j / 4 / NT][j / 4 % NT][j % 4];
+        }
+        __syncthreads();                                                    // every warp has left dO
+        if (more) {
+            load_do(i + 1);
+            if (threadIdx.x < QUERIES) stats[(i + 1) % 2 * QUERIES + threadIdx.x] = next_stats;
+        }
+        cp_async_commit();
+        if (visible) multiply_probabilities<WIDTH>(dk, ds, q_tile);
+    }
+    float one[MT][2], scales[MT][2];
+    fill_scale(one, 1);
+    fill_scale(scales, scale);
+    __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
+    store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
+}
+
+// ---- fp32, shipped: for proof rather than speed ----
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out, const float *__restrict__ lse,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
+    float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * F32_MINE;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T;
+    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
+    const int *doc = doc_start ? doc_start + row0 : NULL;
+    float dq[F32_MINE][4] = {}, row_delta[F32_MINE] = {};
+    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
+    load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_ROWS, T - t0, D);
+    __syncthreads();
+    for (int i = 0; i < F32_MINE; i++) {
+        const int row = warp_row + i;
+        if (t0 + row >= T) break;
+        const size_t at = (row0 + t0 + row) * H + h;
+        for (int d = lane; d < D; d += 32) row_delta[i] += do_tile[row * (D + 1) + d] * out[at * D + d];
+        row_delta[i] = warp_sum(row_delta[i]);
+        if (lane == 0) delta[at] = row_delta[i];
+    }
+    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
+        __syncthreads();
+        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < F32_MINE; i++) {
+            const int row = warp_row + i, t = t0 + row, key = s0 + lane;
+            float ds = 0;
+            if (t < T && key <= t && (!doc || key >= doc[t])) {
+                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
+                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
+            }
+            add_rows(dq[i], ds, k_tile, D);
+        }
+    }
+    for (int i = 0; i < F32_MINE && t0 + warp_row + i < T; i++)
+        for (int j = 0; j < 4; j++)
+            if (lane + j * 32 < D) dqkv[(row0 + t0 + warp_row + i) * W + h * D + lane + j * 32] = dq[i][j] * scale;
+}
+
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
+    float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * F32_MINE;
+    const size_t row0 = (size_t)(blockIdx.x / K) * T;
+    const float *k = qkv + (row0 + s0) * W + (size_t)(H + kv) * D;
+    const int *doc = doc_start ? doc_start + row0 : NULL;
+    float dk[F32_MINE][4] = {}, dv[F32_MINE][4] = {};
+    load_rows(k_tile, k, W, F32_ROWS, T - s0, D);
+    load_rows(v_tile, k + K * D, W, F32_ROWS, T - s0, D);
+    for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
+        for (int t0 = s0; t0 < T && (!doc || doc[t0] < s0 + F32_ROWS); t0 += F32_COLS) {
+            __syncthreads();
+            load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_COLS, T - t0, D);
+            load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_COLS, T - t0, D);
+            __syncthreads();
+            #pragma unroll
+            for (int i = 0; i < F32_MINE; i++) {
+                const int row = warp_row + i, key = s0 + row, t = t0 + lane;
+                float p = 0, ds = 0;
+                if (t < T && key <= t && (!doc || key >= doc[t])) {
+                    p = expf(dot_rows(k_tile + row * (D + 1), q_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
+                    ds = p * (dot_rows(v_tile + row * (D + 1), do_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
+                }
+                add_rows(dv[i], p, do_tile, D);
+                add_rows(dk[i], ds, q_tile, D);
+            }
+        }
+    for (int i = 0; i < F32_MINE && s0 + warp_row + i < T; i++)
+        for (int j = 0; j < 4; j++)
+            if (lane + j * 32 < D) {
+                float *dk_out = dqkv + (row0 + s0 + warp_row + i) * W + (H + kv) * D + lane + j * 32;
+                dk_out[0] = dk[i][j] * scale;
+                dk_out[K * D] = dv[i][j];
+            }
+}
+
+// f(width as a compile-time constant) for the compiled width that holds D
+template <typename F> static void with_width(int D, F f) {
+    switch (attention_width(D)) {
+    case 32: f(std::integral_constant<int, 32>()); break;
+    case 64: f(std::integral_constant<int, 64>()); break;
+    case 96: f(std::integral_constant<int, 96>()); break;
+    case 112: f(std::integral_constant<int, 112>()); break;
+    default: f(std::integral_constant<int, 128>());
+    }
+}
+
+enum { NO_DOCS, SOME_DOCS, OWN_DOCS, TILE_DOCS };       // documents: none, random, one per token, at tile borders
+
+template <typename X> static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
+    const int N = B * T, W = (H + 2 * K) * D;
+    std::vector<int> first(N);
+    double pairs = 0;
+    for (int n = 0, start = 0; n < N; n++) {
+        const int t = n % T;
+        const bool random = n * 2654435761u % 64 == 0, border = t % 64 == 0;
+        if (t == 0 || docs == OWN_DOCS || (docs == SOME_DOCS && random) || (docs == TILE_DOCS && border)) start = t;
+        first[n] = start;
+        pairs += t - start + 1;
+    }
+    const char *kinds[] = {"", " documents", " documents of one token", " documents of a tile"};
+    if (!bench_shape<X>(when, "attention_backward", sizeof(X) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H,
+                        10.0 * pairs * H * D,
+                        "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, kinds[docs], amplitude > 1 ? " peaked" : "")) return;
+    Tensor<X> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D),
+        out("out", (size_t)N * H * D);
+    Tensor<float> lse("lse", (size_t)N * H), delta("delta", (size_t)N * H);
+    Tensor<int> doc("doc_start", N);
+    dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D},
+                         {"dv", (size_t)(H + K) * D, (size_t)W}});
+    qkv.normal(amplitude), dout.normal(1);
+    std::copy(first.begin(), first.end(), doc.host);
+    // what the forward has stored
+    twin::attention_forward(out.host, lse.host, qkv.host, docs ? doc.host : NULL, B, T, H, K, D, is_bf16<X>());
+    for (int b = 0; b < precisions<X>(); b++)
+        twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host, docs ? doc.host : NULL, B, T, H, K, D, b);
+    const int *doc_start = docs ? (int *)doc : NULL;
+    const float scale = (float)(1 / sqrt((double)D));
+    std::function<void()> mma_tiles;
+    if constexpr (is_bf16<X>()) mma_tiles = [&] {
+        launch(attention_delta_kernel2<X>, CEIL_DIV(N * H, 8), dim3(32, 8), 0, 0, delta, dout, out, N * H, D);
+        with_width(D, [&](auto width) {
+            constexpr int WIDTH = decltype(width)::value;
+            launch(attention_backward_dq_kernel2<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+                   (2 * 128 + 2 * 32) * (WIDTH + 8) * 2, 0, dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
+            launch(attention_backward_dkdv_kernel2<WIDTH>, dim3(B * K, CEIL_DIV(T, 64)), ATT_THREADS,
+                   (2 * 64 + 2 * 32) * (WIDTH + 8) * 2, 0, dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
+        });
+    };
+    const Variant variants[] = {
+        {0, "one thread per query, one per key", [&] {
+            launch(attention_backward_dq_kernel0<X>, CEIL_DIV(N * H, 64), 64, 0, 0, dqkv, delta, dout, qkv, out, lse,
+                   doc_start, N, T, H, K, D, scale);
+            launch(attention_backward_dkdv_kernel0<X>, CEIL_DIV(N * K, 64), 64, 0, 0, dqkv, dout, qkv, lse, delta, doc_start,
+                   N, T, H, K, D, scale);
+        }},
+        {2, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
+        {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, 16 rows per block", [&] {
+            attention_backward((X *)dqkv, (X *)dout, (X *)qkv, (X *)out, lse, doc_start, delta, B, T, H, K, D, 0);
+        }, SHIPPED},
+    };
+    bench(variants);
+}
+
+int main(int argc, char **argv) {
+    bench_begin("attention_backward", argc, argv);
+    shape<bf16>(CHECK, 1, 5, 2, 1, 16, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 64, 4, 2, 32, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 65, 2, 2, 48, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 191, 2, 1, 104, SOME_DOCS, 2);
+    shape<bf16>(CHECK, 1, 130, 2, 1, 128, TILE_DOCS, 1);
+    shape<bf16>(CHECK, 1, 97, 2, 1, 80, NO_DOCS, 1);
+    shape<float>(CHECK, 1, 5, 1, 1, 8, NO_DOCS, 1);
+    shape<float>(CHECK, 2, 33, 4, 2, 16, NO_DOCS, 1);
+    shape<float>(CHECK, 1, 65, 4, 1, 48, SOME_DOCS, 1);
+    shape<float>(CHECK, 1, 100, 2, 2, 104, TILE_DOCS, 1);
+    shape<bf16>(MODEL, 1, 512, 2, 1, 128, NO_DOCS, 1);
+    shape<bf16>(TIME, 8, 2048, 16, 2, 128, NO_DOCS, 1);
+    shape<bf16>(TIME, 4, 4095, 8, 8, 64, SOME_DOCS, 1);
+    shape<bf16>(TIME, 2, 2048, 16, 4, 104, NO_DOCS, 1);
+    shape<float>(TIME, 1, 1024, 8, 2, 128, NO_DOCS, 1);
+    return bench_end();
+}

@@ -1,0 +1,314 @@
+// attention_forward, causal, with grouped heads and documents:
+//   out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t
+// out (N,H*D) =, lse (N,H) = log of the softmax's denominator;  qkv (N,(H+2K)D), doc_start (N) or NULL; H/K query heads per k/v head
+// bytes   2·N·(H+2K)·D in + 2·N·H·D out + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 152 MB = 45 us
+// FLOPs   4·D per visible pair = 2·B·H·T^2·D = 137 G
+// floor   139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us)
+// idea    the scores, T^2 per head, must not touch memory: a tile of queries walks over tiles of keys with a running softmax
+//         (Dao et al. 2022); everything else is how to feed the tensor cores
+// limits  D % 8 == 0, D <= 128
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.24 us): kernel 0 675 us (all caches missed); 2 40 us, bound by
+//         shared memory; 3 and 1 4.5 us: the model knows no latency, which is all that sets them apart. Measured: not yet
+#include "bench.cuh"
+#include <type_traits>
+
+// ---- kernel 0: a thread per query and head: all scores for their maximum, all scores again for the sums ----
+template <typename X>
+__global__ void attention_forward_kernel0(X *out, float *lse, const X *qkv, const int *doc_start, int N, int T, int H, int K,
+                                          int D, float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T, W = (H + 2 * K) * D;
+    if (row >= N) return;
+    const X *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D, *v = k + K * D;
+    const int first = doc_start ? doc_start[row] : 0;
+    float top = -INFINITY, sum = 0, o[128] = {};
+    for (int walk = 0; walk < 2; walk++)
+        for (int s = first; s <= t; s++) {
+            float score = 0;
+            for (int d = 0; d < D; d++) score += to_float(q[d]) * to_float(k[(size_t)s * W + d]);
+            score *= scale;
+            if (walk == 0) { top = fmaxf(top, score); continue; }
+            const float p = expf(score - top);
+            sum += p;
+            for (int d = 0; d < D; d++) o[d] += p * to_float(v[(size_t)s * W + d]);
+        }
+    for (int d = 0; d < D; d++) out[(size_t)i * D + d] = from_float<X>(o[d] / sum);
+    lse[i] = top + logf(sum);
+}
+
+// ---- kernel 2: tiles of 32 keys in shared memory as fp32, for 32 queries of a block; four lanes share a query: each has D/4
+// of q and of the sums in registers. One walk: sums shrink when a larger score appears. Everything is fp32 FMA: 1/15 of the
+// tensor peak
+enum { TILE_QUERIES = 32, TILE_KEYS = 32 };
+
+template <typename X>
+__global__ void attention_forward_kernel2(X *out, float *lse, const X *qkv, const int *doc_start, int T, int H, int K, int D,
+                                          float scale) {
+    float *k_tile = shared_memory<float>(), *v_tile = k_tile + TILE_KEYS * D;       // (TILE_KEYS,D) each
+    const int h = blockIdx.x % H, t0 = blockIdx.y * TILE_QUERIES, t = t0 + threadIdx.x / 4, W = (H + 2 * K) * D,
+        d0 = threadIdx.x % 4 * 4;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T;
+    const X *q = qkv + (row0 + t) * W + h * D, *k = qkv + row0 * W + (H + h / (H / K)) * D;
+    const int first = doc_start && t < T ? doc_start[row0 + t] : 0;
+    float q_d[8][4] = {}, o[8][4] = {}, top = -INFINITY, sum = 0, x[4];
+    #pragma unroll
+    for (int j = 0; j < 8; j++) if (t < T && d0 + j * 16 < D) widen(q_d[j], load<4>(q + d0 + j * 16));
+    for (int s0 = doc_start ? doc_start[row0 + t0] : 0; s0 < t0 + TILE_QUERIES && s0 < T; s0 += TILE_KEYS) {
+        __syncthreads();
+        for (int i = threadIdx.x * 4; i < TILE_KEYS * D; i += blockDim.x * 4) {
+            const int s = min(s0 + i / D, T - 1);                                   // what lies behind the end no query sees
+            widen(x, load<4>(k + (size_t)s * W + i % D));
+            store(k_tile + i, narrow<float>(x));
+            widen(x, load<4>(k + (size_t)s * W + K * D + i % D));
+            store(v_tile + i, narrow<float>(x));
+        }
+        __syncthreads();
+        for (int s = s0; s < s0 + TILE_KEYS; s++) {
+            float score = 0;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) {
+                if (d0 + j * 16 >= D) continue;
+                widen(x, load<4>(k_tile + (s - s0) * D + d0 + j * 16));
+                for (int c = 0; c < 4; c++) score += q_d[j][c] * x[c];
+            }
+            score += __shfl_xor_sync(~0u, score, 1);
+            score += __shfl_xor_sync(~0u, score, 2);
+            if (s < first || s > t) continue;
+            const float higher = fmaxf(top, score * scale), shrink = __expf(top - higher), p = __expf(score * scale - higher);
+            top = higher;
+            sum = sum * shrink + p;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) {
+                if (d0 + j * 16 >= D) continue;
+                widen(x, load<4>(v_tile + (s - s0) * D + d0 + j * 16));
+                for (int c = 0; c < 4; c++) o[j][c] = o[j][c] * shrink + p * x[c];
+            }
+        }
+    }
+    if (t >= T) return;
+    #pragma unroll
+    for (int j = 0; j < 8; j++) {
+        for (int c = 0; c < 4; c++) o[j][c] /= sum;
+        if (d0 + j * 16 < D) store(out + ((row0 + t) * H + h) * D + d0 + j * 16, narrow<X>(o[j]));
+    }
+    if (threadIdx.x % 4 == 0) lse[(row0 + t) * H + h] = top + logf(sum);
+}
+
+// ---- kernel 3: tensor cores. A warp owns 32 queries and sees whole rows of scores; probabilities go from accumulators to
+// operands in registers. Rows of WIDTH + 8 in shared memory keep ldmatrix free of bank conflicts. But everyone waits for each
+// tile to arrive
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
+        const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
+    constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
+    const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0, end = min(t0 + QUERIES, T);
+
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4], inverse[MT][2];
+    Softmax<MT> softmax;
+    softmax.init();
+    fill(o, 0);
+    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    for (int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0; s0 < end; s0 += KEYS) {
+        const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
+        __syncthreads();                                    // every warp has left the previous K and V
+        load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+        load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        if (s0 >= t + ROWS || t >= T) continue;             // the tile lies above this warp's part of the diagonal
+        fill(s, 0);
+        multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+        softmax.update(s, o, c);
+        multiply_probabilities<WIDTH>(o, s, v_tile);
+    }
+    softmax.finish();
+    #pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        const float sum = softmax.sum[i / 2][i % 2];
+        const int row = t + i * 8 + lane / 4;
+        inverse[i / 2][i % 2] = 1 / sum;
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(sum);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
+    }
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+}
+
+// ---- kernel 1, shipped: K and V take turns: one lands while the other is computed with ----
+template <int WIDTH>
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
+        const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
+    constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
+    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
+    const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;    // where the last of this warp's rows t..t+31 begins to look
+    const int end = min(t0 + QUERIES, T);
+
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
+    Softmax<MT> softmax;
+    softmax.init();
+    fill(o, 0);
+    int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks from tile to tile; v = k + K*D
+    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+    cp_async_commit();
+    for (; s0 < end; s0 += KEYS) {
+        // K and V take turns: one is being computed with while the other lands.
+        cp_async_wait<0>();
+        __syncthreads();                                    // K is here, and every warp has left the previous V
+        load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+        cp_async_commit();
+        k += (size_t)KEYS * W;
+        const bool visible = s0 < t + ROWS && t < T;        // else the tile lies above this warp's part of the diagonal
+        if (visible) {
+            fill(s, 0);
+            multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
+        }
+        cp_async_wait<0>();
+        __syncthreads();                                    // V is here, and every warp has left K
+        if (s0 + KEYS < end) load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0 - KEYS, D);
+        cp_async_commit();
+        if (visible) {
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            softmax.update(s, o, c);
+            multiply_probabilities<WIDTH>(o, s, v_tile);
+        }
+    }
+    softmax.finish();
+    float inverse[MT][2];
+    #pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        const float sum = softmax.sum[i / 2][i % 2];
+        const int row = t + i * 8 + lane / 4;
+        inverse[i / 2][i % 2] = 1 / sum;
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+    }
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+}
+
+// ---- fp32, shipped: for proof rather than speed ----
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
+        const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    float *q_tile = shared_memory<float>(), *k_tile = q_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * F32_MINE;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T;
+    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
+    const int *doc = doc_start ? doc_start + row0 : NULL;
+    float top[F32_MINE], sum[F32_MINE], o[F32_MINE][4] = {};
+    for (int i = 0; i < F32_MINE; i++) top[i] = -INFINITY, sum[i] = 0;
+    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
+    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
+        __syncthreads();
+        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < F32_MINE; i++) {
+            const int t = t0 + warp_row + i, key = s0 + lane, first = doc && t < T ? doc[t] : 0;
+            const bool visible = first <= key && key <= t;
+            const float score = visible ? dot_rows(q_tile + (warp_row + i) * (D + 1), k_tile + lane * (D + 1), D) * scale : -INFINITY;
+            const float highest = fmaxf(top[i], warp_max(score));
+            if (highest == -INFINITY) continue;             // nothing to see yet (the same for the whole warp)
+            const float p = expf(score - highest), shrink = expf(top[i] - highest);
+            top[i] = highest;
+            sum[i] = sum[i] * shrink + warp_sum(p);
+            for (int j = 0; j < 4; j++) o[i][j] *= shrink;
+            add_rows(o[i], p, v_tile, D);
+        }
+    }
+    for (int i = 0; i < F32_MINE; i++) {
+        const int t = t0 + warp_row + i;
+        if (t >= T) break;
+        for (int j = 0; j < 4; j++)
+            if (lane + j * 32 < D) out[((row0 + t) * H + h) * D + lane + j * 32] = o[i][j] / sum[i];
+        if (lane == 0) lse[(row0 + t) * H + h] = top[i] + logf(sum[i]);
+    }
+}
+
+// f(width as a compile-time constant) for the compiled width that holds D
+template <typename F> static void with_width(int D, F f) {
+    switch (attention_width(D)) {
+    case 32: f(std::integral_constant<int, 32>()); break;
+    case 64: f(std::integral_constant<int, 64>()); break;
+    case 96: f(std::integral_constant<int, 96>()); break;
+    case 112: f(std::integral_constant<int, 112>()); break;
+    default: f(std::integral_constant<int, 128>());
+    }
+}
+
+enum { NO_DOCS, SOME_DOCS, OWN_DOCS, TILE_DOCS };       // documents: none, random, one per token, at tile borders
+
+template <typename X> static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
+    const int N = B * T, W = (H + 2 * K) * D;
+    std::vector<int> first(N);
+    double pairs = 0;
+    for (int n = 0, start = 0; n < N; n++) {
+        const int t = n % T;
+        const bool random = n * 2654435761u % 64 == 0, border = t % 64 == 0;
+        if (t == 0 || docs == OWN_DOCS || (docs == SOME_DOCS && random) || (docs == TILE_DOCS && border)) start = t;
+        first[n] = start;
+        pairs += t - start + 1;
+    }
+    const char *kinds[] = {"", " documents", " documents of one token", " documents of a tile"};
+    if (!bench_shape<X>(when, "attention_forward", sizeof(X) * ((double)N * W + (double)N * H * D) + 4.0 * N * H,
+                        4.0 * pairs * H * D,
+                        "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, kinds[docs], amplitude > 1 ? " peaked" : "")) return;
+    Tensor<X> qkv("qkv", (size_t)N * W), out("out", (size_t)N * H * D);
+    Tensor<float> lse("lse", (size_t)N * H);
+    Tensor<int> doc("doc_start", N);
+    qkv.normal(amplitude);
+    std::copy(first.begin(), first.end(), doc.host);
+    for (int b = 0; b < precisions<X>(); b++)
+        twin::attention_forward(out.twin(b), lse.twin(b), qkv.host, docs ? doc.host : NULL, B, T, H, K, D, b);
+    const int *doc_start = docs ? (int *)doc : NULL;
+    const float scale = (float)(1 / sqrt((double)D));
+    std::function<void()> mma_tiles;
+    if constexpr (is_bf16<X>()) mma_tiles = [&] {
+        with_width(D, [&](auto width) {
+            constexpr int WIDTH = decltype(width)::value;
+            launch(attention_forward_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+                   (128 + 2 * 64) * (WIDTH + 8) * 2, 0,
+                   out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
+        });
+    };
+    const Variant variants[] = {
+        {0, "one thread per query, scores computed twice", [&] {
+            launch(attention_forward_kernel0<X>, CEIL_DIV(N * H, 64), 64, 0, 0, out, lse, qkv, doc_start, N, T, H, K, D, scale);
+        }},
+        {2, "fp32 tiles in shared memory, running softmax", [&] {
+            launch(attention_forward_kernel2<X>, dim3(B * H, CEIL_DIV(T, TILE_QUERIES)), TILE_QUERIES * 4,
+                   2 * TILE_KEYS * D * sizeof(float), 0, out, lse, qkv, doc_start, T, H, K, D, scale);
+        }},
+        {3, "tensor cores, no overlap of copies and products", mma_tiles},
+        {1, is_bf16<X>() ? "K and V take turns: one lands while the other works" : "fp32, 16 queries per block, a warp each", [&] {
+            attention_forward((X *)out, lse, (X *)qkv, doc_start, B, T, H, K, D, 0);
+        }, SHIPPED},
+    };
+    bench(variants);
+}
+
+int main(int argc, char **argv) {
+    bench_begin("attention_forward", argc, argv);
+    shape<bf16>(CHECK, 1, 1, 1, 1, 8, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 64, 4, 2, 32, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 65, 2, 2, 48, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 191, 2, 1, 104, SOME_DOCS, 3);
+    shape<bf16>(CHECK, 1, 130, 2, 1, 128, TILE_DOCS, 1);
+    shape<bf16>(CHECK, 2, 40, 2, 1, 80, OWN_DOCS, 1);
+    shape<float>(CHECK, 1, 1, 1, 1, 8, NO_DOCS, 1);
+    shape<float>(CHECK, 2, 33, 4, 2, 16, NO_DOCS, 1);
+    shape<float>(CHECK, 1, 65, 4, 1, 48, SOME_DOCS, 1);
+    shape<float>(CHECK, 1, 100, 2, 2, 104, SOME_DOCS, 3);
+    shape<bf16>(MODEL, 1, 512, 2, 1, 128, NO_DOCS, 1);
+    shape<bf16>(TIME, 8, 2048, 16, 2, 128, NO_DOCS, 1);
+    shape<bf16>(TIME, 4, 4095, 8, 8, 64, SOME_DOCS, 1);
+    shape<bf16>(TIME, 2, 2048, 16, 4, 104, NO_DOCS, 1);
+    shape<float>(TIME, 1, 1024, 8, 2, 128, NO_DOCS, 1);
+    return bench_end();
+}

@@ -1,0 +1,215 @@
+// cross_entropy: nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED; with dscale != 0 the logits (N,Vp) become
+//   their gradient dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0
+// sum_losses: sum (1) += nll (N), in double, in a fixed order
+// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000
+// FLOPs   ~8·N·V, and two SFU operations per element (283 us)
+// floor   626 us (memory)
+// idea    softmax needs the maximum, the sum and the values: three walks over a row. A running maximum with a running sum makes
+//         them two (Milakov & Gimelshein 2018), and a row that stays in shared memory is read from DRAM once
+// limits  Vp % 8 == 0 (fp32: 4)
+// result  modelled (H100; N 64, V 32000, 8.2 MB compulsory, floor 2.4 us), MB in sectors and us: kernel 0 262 and 177; 2 16.4 and
+//         8.2; 3 12.3 and 3.8; 1 8.2 and 2.8. Measured: not yet
+#include "bench.cuh"
+
+// ---- kernel 0: a thread per row, three walks ----
+template <typename X>
+__global__ void cross_entropy_kernel0(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp) {
+    const int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= N) return;
+    X *row = logits + (size_t)n * Vp;
+    const int target = targets[n];
+    float top = -INFINITY, sum = 0;
+    for (int v = 0; v < V; v++) top = fmaxf(top, to_float(row[v]));
+    for (int v = 0; v < V; v++) sum += expf(to_float(row[v]) - top);
+    nll[n] = target == IGNORED ? 0 : logf(sum) + top - to_float(row[target]);
+    if (dscale == 0) return;
+    for (int v = 0; v < Vp; v++) {
+        const float p = v < V ? expf(to_float(row[v]) - top) / sum : 0;
+        row[v] = from_float<X>(target == IGNORED ? 0 : dscale * (p - (v == target)));
+    }
+}
+
+// ---- kernel 2: a block per row, three walks with block-wide reductions between them ----
+template <typename X>
+__global__ void cross_entropy_kernel2(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
+    X *row = logits + (size_t)blockIdx.x * Vp;
+    const int target = targets[blockIdx.x];
+    float top = -INFINITY, sum = 0;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) top = fmaxf(top, to_float(row[v]));
+    top = block_max(top);
+    for (int v = threadIdx.x; v < V; v += blockDim.x) sum += expf(to_float(row[v]) - top);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) nll[blockIdx.x] = target == IGNORED ? 0 : logf(sum) + top - to_float(row[target]);
+    __syncthreads();                                            // x_target is read before it is overwritten
+    if (dscale == 0) return;
+    for (int v = threadIdx.x; v < Vp; v += blockDim.x) {
+        const float p = v < V ? expf(to_float(row[v]) - top) / sum : 0;
+        row[v] = from_float<X>(target == IGNORED ? 0 : dscale * (p - (v == target)));
+    }
+}
+
+// ---- kernel 3: two walks: each thread has its own maximum, and its sum shrinks when that grows; 16 bytes per access. The
+// second walk finds a row of 64 KB in the L2 cache, if not too many other rows came between
+template <typename X>
+__global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
+    constexpr int E = 16 / sizeof(X);
+    X *row = logits + (size_t)blockIdx.x * Vp;
+    const int target = targets[blockIdx.x];
+    float top = -FLT_MAX, sum = 0, x[E];
+    for (int v = threadIdx.x * E; v < Vp; v += blockDim.x * E) {
+        widen(x, load<E>(row + v));
+        float higher = top;
+        for (int k = 0; k < E; k++) if (v + k < V) higher = fmaxf(higher, x[k]);
+        sum *= __expf(top - higher);
+        for (int k = 0; k < E; k++) if (v + k < V) sum += __expf(x[k] - higher);
+        top = higher;
+    }
+    const float row_top = block_max(top), total = block_sum(sum * __expf(top - row_top));
+    if (threadIdx.x == 0) nll[blockIdx.x] = target == IGNORED ? 0 : logf(total) + row_top - to_float(row[target]);
+    __syncthreads();
+    if (dscale == 0) return;
+    for (int v = threadIdx.x * E; v < Vp; v += blockDim.x * E) {
+        widen(x, load<E>(row + v));
+        for (int k = 0; k < E; k++) x[k] = target == IGNORED || v + k >= V ? 0
+            : dscale * (__expf(x[k] - row_top) / total - (v + k == target));
+        store(row + v, narrow<X>(x));
+    }
+}
+
+// ---- kernel 1, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and read from DRAM
+// once
+template <typename X>
+__global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
+                                                                            int V, int Vp, int cached) {
+    constexpr int E = 16 / sizeof(X);
+    __shared__ float tops[32], sums[32];
+    X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
+    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.x * E, step = blockDim.x * E;
+    if (target == IGNORED) {
+        if (threadIdx.x == 0) nll[blockIdx.x] = 0;
+        if (dscale != 0) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
+        return;
+    }
+    for (int v = first; v < cached; v += step) cp_async_16(cache + v, row + v);
+    cp_async_commit();
+    const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
+    cp_async_wait<0>();
+    float top = -FLT_MAX, sum = 0, x[E];                        // of this thread's columns: sum of e^(x - top)
+    for (int v = first; v < Vp; v += step) {
+        load_logits(x, v < cached ? cache : row, v, V);
+        float higher = top;
+        for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
+        sum *= __expf(top - higher);
+        for (int k = 0; k < E; k++) sum += __expf(x[k] - higher);
+        top = higher;
+    }
+    const float warp_top = warp_max(top), warp_total = warp_sum(sum * __expf(top - warp_top));
+    if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
+    __syncthreads();
+    const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
+    const float total = warp_sum(lane < warps ? sums[lane] * __expf(some_top - row_top) : 0), factor = dscale / total;
+    if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
+    if (dscale == 0) return;
+    for (int v = first; v < Vp; v += step) {
+        load_logits(x, v < cached ? cache : row, v, V);
+        for (int k = 0; k < E; k++) x[k] = __expf(x[k] - row_top) * factor;
+        if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
+        store(row + v, narrow<X>(x));
+    }
+}
+
+// ---- sum_losses, kernel 0: one thread ----
+__global__ void sum_losses_kernel0(double *sum, const float *nll, int N) {
+    for (int n = 0; n < N; n++) *sum += nll[n];
+}
+
+// ---- kernel 1, shipped: one block ----
+__global__ void sum_losses_kernel1(double *sum, const float *nll, int N) {
+    double mine = 0;
+    for (int n = threadIdx.x; n < N; n += blockDim.x) mine += nll[n];
+    mine = block_sum(mine);
+    if (threadIdx.x == 0) *sum += mine;
+}
+
+enum { NONE, SOME, ALL };               // targets that are ignored
+
+template <typename X> static void shape(int when, int N, int V, float amplitude, float dscale, int ignored) {
+    const int Vp = CEIL_DIV(V, 128) * 128;
+    const size_t n = (size_t)N * Vp;
+    if (!bench_shape<X>(when, "cross_entropy", (dscale != 0 ? 2.0 : 1.0) * n * sizeof(X) + 8.0 * N, 8.0 * n, "N %d V %d%s%s",
+                        N, V, dscale != 0 ? "" : " loss only", ignored == NONE ? "" : ignored == SOME ? " some ignored"
+                            : " all ignored")) return;
+    Tensor<X> logits("logits", n);
+    Tensor<float> nll("nll", N);
+    Tensor<int> targets("targets", N);
+    logits.normal(amplitude);
+    for (int i = 0; i < N; i++) {
+        targets.host[i] = ignored == ALL || (ignored == SOME && i % 3 == 1) ? IGNORED : i == 0 ? V - 1 : i == 2 ? 0
+            : (int)(i * 2654435761u % V);
+        for (int v = V; v < Vp; v++) logits.host[(size_t)i * Vp + v] = 50;      // padding must not count
+    }
+    for (int b = 0; b < precisions<X>(); b++) {
+        std::vector<float> packed((size_t)N * V);                               // the twin has no padding
+        std::vector<double> loss(N);
+        for (int i = 0; i < N; i++) std::copy(logits.host + (size_t)i * Vp, logits.host + (size_t)i * Vp + V,
+                                              packed.data() + (size_t)i * V);
+        twin::cross_entropy(loss.data(), packed.data(), targets.host, dscale, N, V, b);
+        std::copy(loss.begin(), loss.end(), nll.twin(b));
+        float *gradient = logits.twin(b);
+        if (dscale != 0) for (size_t i = 0; i < n; i++) gradient[i] = (int)(i % Vp) < V ? packed[i / Vp * V + i % Vp] : 0;
+    }
+    if (dscale == 0) logits.allow(0);                                           // not touched
+    const Variant variants[] = {
+        {0, "one thread per row, three walks", [&] {
+            launch(cross_entropy_kernel0<X>, CEIL_DIV(N, 32), 32, 0, 0, nll, logits, targets, dscale, N, V, Vp);
+        }},
+        {2, "one block per row, three walks", [&] {
+            launch(cross_entropy_kernel2<X>, N, 512, 0, 0, nll, logits, targets, dscale, V, Vp);
+        }},
+        {3, "two walks: maximum and sum together; 16-byte accesses", [&] {
+            launch(cross_entropy_kernel3<X>, N, 512, 0, 0, nll, logits, targets, dscale, V, Vp);
+        }},
+        {1, "the row stays in shared memory, copied asynchronously", [&] {
+            cross_entropy<X>(nll, logits, targets, dscale, N, V, Vp, 0);
+        }, SHIPPED},
+    };
+    bench(variants);
+}
+
+static void losses_shape(int when, int N) {
+    if (!bench_shape<float>(when, "sum_losses", 4.0 * N + 16, N, "N %d", N)) return;
+    Tensor<float> nll("nll", N);
+    Tensor<double> sum("sum", 1);
+    nll.normal(1, 5), sum.set(3);
+    for (int i = 0; i < N; i++) *sum.twin(0) += (double)nll.host[i];
+    sum.allow(1e-12);
+    const Variant variants[] = {
+        {0, "one thread", [&] { launch(sum_losses_kernel0, 1, 1, 0, 0, sum, nll, N); }},
+        {1, "one block", [&] { sum_losses(sum, nll, N, 0); }, SHIPPED},
+    };
+    bench(variants);
+}
+
+template <typename X> static void shapes(void) {
+    shape<X>(CHECK, 5, 3, 2, 0.01f, SOME);
+    shape<X>(CHECK, 4, 257, 2, 0.01f, NONE);
+    shape<X>(CHECK, 4, 509, 2, 0.01f, ALL);
+    shape<X>(CHECK, 3, 5000, 5, 0, NONE);
+    shape<X>(CHECK, 2, 32000, 2, 1, NONE);
+    shape<X>(CHECK, 2, 151936, 2, 1, NONE);         // more than shared memory holds
+}
+
+int main(int argc, char **argv) {
+    bench_begin("cross_entropy", argc, argv);
+    shapes<float>();
+    shapes<bf16>();
+    losses_shape(CHECK, 1);
+    losses_shape(CHECK, 3001);
+    shape<bf16>(MODEL, 64, 32000, 2, 1, NONE);
+    losses_shape(MODEL, 2048);
+    shape<bf16>(TIME, 16384, 32000, 2, 1, NONE);
+    shape<bf16>(TIME, 2048, 151936, 2, 1, NONE);
+    shape<bf16>(TIME, 4095, 50257, 2, 1, SOME);
+    losses_shape(TIME, 16384);
+    return bench_end();
+}

@@ -1,0 +1,191 @@
+// embedding_forward: x (N,C) = w[ids];  embedding_backward: dw (Vp,C) += for each token the sum of its rows of dx (N,C)
+// bytes   forward 2·N·C out + 2·C per distinct token in + 4·N: 84 MB for N 16384, C 2048, 4000 distinct;  backward 2·N·C in +
+//         8·C per distinct token (dw, fp32, read and written): 133 MB            FLOPs 0; N·C
+// floor   25 us; 40 us (memory)
+// idea    forward: a copy; wide accesses and no division. backward: text is skewed (a comma can be 5% of a batch), so rows of dw
+//         have very different numbers of summands, and with one writer per row the commonest token is the slowest. Rows are sorted
+//         by token on the host
+// limits  C % 8 == 0 (fp32: 4)
+// result  modelled (H100; N 1024, C 512, V 2000, skewed), MB in sectors and us:  forward (1.6 MB compulsory) kernel 0 2.6 and 0.78;
+//         2 2.2 and 0.65; 1 2.1 and 0.64.  backward (3.1 MB) 0 5.8 and 3.5; 2 3.7 and 1.1; 3 3.4 and 1.0; 1 3.1 and 0.93.
+//         Queues at one address and warps left alone are not in the model. Measured: not yet
+#include "bench.cuh"
+
+// ---- forward, kernel 0: a thread per element ----
+template <typename X> __global__ void embedding_forward_kernel0(X *x, const int *ids, const X *w, int N, int C) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < (size_t)N * C) x[i] = w[(size_t)ids[i / C] * C + i % C];
+}
+
+// ---- kernel 2: 16 bytes per thread; the row is still found by a division, and its token is read once per thread ----
+template <typename X> __global__ void embedding_forward_kernel2(X *x, const int *ids, const X *w, int N, int C) {
+    constexpr int E = 16 / sizeof(X);
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * E;
+    if (i < (size_t)N * C) store(x + i, load<E>(w + (size_t)ids[i / C] * C + i % C));
+}
+
+// ---- kernel 1, shipped: a warp per row ----
+template <typename X>
+__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const X *__restrict__ w, int N, int C) {
+    constexpr int E = 16 / sizeof(X);
+    const int n = blockIdx.x * blockDim.y + threadIdx.y;
+    if (n >= N) return;
+    const X *w_n = w + (size_t)ids[n] * C;
+    X *x_n = x + (size_t)n * C;
+    #pragma unroll 4
+    for (int c = threadIdx.x * E; c < C; c += 32 * E) store(x_n + c, load<E>(w_n + c));
+}
+
+// ---- backward, kernel 0: a thread per column walks all rows in order. One writer per element of dw, but only C threads ----
+template <typename X> __global__ void embedding_backward_kernel0(float *dw, const int *ids, const X *dx, int N, int C) {
+    const int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= C) return;
+    for (int n = 0; n < N; n++) dw[(size_t)ids[n] * C + c] += to_float(dx[(size_t)n * C + c]);
+}
+
+// ---- kernel 2: atomics. All the threads one could want, no sorting; sums in any order, so two runs differ (the rules forbid
+// it), and the rows of a frequent token queue up at the same addresses
+template <typename X> __global__ void embedding_backward_kernel2(float *dw, const int *ids, const X *dx, int C) {
+    const int n = blockIdx.x;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) atomicAdd(dw + (size_t)ids[n] * C + c, to_float(dx[(size_t)n * C + c]));
+}
+
+// ---- kernel 3: rows sorted by token: a warp owns a token, sums its rows in registers and adds once. The commonest token keeps
+// one warp busy long after the others have finished
+template <typename X>
+__global__ void embedding_backward_kernel3(float *dw, const int *order, const int *starts, const int *tokens, const X *dx,
+                                           int C) {
+    const int i = blockIdx.x, c = blockIdx.y * 128 + threadIdx.x * 4;
+    if (c >= C) return;
+    float sum[4] = {}, d[4];
+    for (int j = starts[i]; j < starts[i + 1]; j++) {
+        widen(d, load<4>(dx + (size_t)order[j] * C + c));
+        for (int k = 0; k < 4; k++) sum[k] += d[k];
+    }
+    float *dw_i = dw + (size_t)tokens[i] * C + c;
+    widen(d, load<4>(dw_i));
+    for (int k = 0; k < 4; k++) d[k] += sum[k];
+    store(dw_i, narrow<float>(d));
+}
+
+// ---- kernel 1, shipped: as 3 with 512 columns per warp; a token of more than EMBED_LONG rows is summed by all warps of its
+// block
+template <typename X>
+__global__ void embedding_backward_kernel1(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct,
+                                           const X *dx, int C) {
+    __shared__ int first[EMBED_WARPS + 1];                      // rows first[i] .. first[i+1]-1 are those of the block's token i
+    __shared__ __align__(16) float part[EMBED_WARPS][EMBED_QUADS][32][4];
+    const int lane = threadIdx.x, warp = threadIdx.y, token0 = blockIdx.x * EMBED_WARPS;
+    const int c0 = blockIdx.y * EMBED_COLUMNS + lane * 4;
+    if (warp == 0 && lane <= EMBED_WARPS) first[lane] = starts[token0 + lane < n_distinct ? token0 + lane : n_distinct];
+    __syncthreads();
+    float sum[EMBED_QUADS][4];
+    int rows = first[warp + 1] - first[warp];
+    if (rows > 0 && rows <= EMBED_LONG) {
+        float *dw_i = dw + (size_t)tokens[token0 + warp] * C;
+        add_rows(sum, dx, order, first[warp], first[warp + 1], 1, c0, C);
+        #pragma unroll
+        for (int q = 0; q < EMBED_QUADS; q++) {
+            int c = c0 + q * 128;
+            if (c >= C) continue;
+            add_to(dw_i + c, sum[q]);
+        }
+    }
+    for (int i = 0; i < EMBED_WARPS; i++) {
+        if (first[i + 1] - first[i] <= EMBED_LONG) continue;    // the same for the whole block
+        add_rows(sum, dx, order, first[i] + warp, first[i + 1], EMBED_WARPS, c0, C);
+        #pragma unroll
+        for (int q = 0; q < EMBED_QUADS; q++) store(part[warp][q][lane], narrow<float>(sum[q]));
+        __syncthreads();
+        int c = c0 + warp * 128;
+        if (warp < EMBED_QUADS && c < C) {
+            float total[4] = {}, d[4];
+            for (int w = 0; w < EMBED_WARPS; w++) {
+                widen(d, load<4>(part[w][warp][lane]));
+                for (int k = 0; k < 4; k++) total[k] += d[k];
+            }
+            add_to(dw + (size_t)tokens[token0 + i] * C + c, total);
+        }
+        __syncthreads();
+    }
+}
+
+enum { UNIFORM, ONE_TOKEN, SKEWED };
+
+template <typename X> static void shape(int when, int N, int C, int V, int kind) {
+    const size_t n = (size_t)N * C;
+    std::vector<int> ids(N), order(N), starts(N + 1), tokens(N);
+    for (int i = 0; i < N; i++) {
+        // UNIFORM on 0..V-1; SKEWED: probability 1/v, as words are
+        const uint32_t bits = (uint32_t)(i + 1) * 2654435761u;
+        const double u = (bits ^ bits >> 15) * 0x1p-32;
+        ids[i] = kind == UNIFORM ? (int)(u * V) : kind == ONE_TOKEN ? 3 % V : (int)exp(u * log((double)V)) - 1;
+    }
+    int distinct;
+    sort_rows(order.data(), starts.data(), tokens.data(), &distinct, ids.data(), N, V);
+    const char *kinds[] = {"uniform", "one token", "skewed"};
+
+    if (bench_shape<X>(when, "embedding_forward", sizeof(X) * (n + (double)distinct * C) + 4.0 * N, 0, "N %d C %d V %d %s", N,
+                       C, V, kinds[kind])) {
+        Tensor<X> x("x", n), w("w", (size_t)V * C);
+        Tensor<int> id("ids", N);
+        w.normal(1);
+        std::copy(ids.begin(), ids.end(), id.host);
+        x.allow(0);                                             // a copy: the same bits
+        twin::embedding_forward(x.twin(0), id.host, w.host, N, C);
+        const Variant variants[] = {
+            {0, "one thread per element", [&] {
+                launch(embedding_forward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, x, id, w, N, C);
+            }},
+            {2, "one thread per 16 bytes", [&] {
+                launch(embedding_forward_kernel2<X>, CEIL_DIV(n * sizeof(X) / 16, 256), 256, 0, 0, x, id, w, N, C);
+            }},
+            {1, "one warp per row", [&] { embedding_forward<X>(x, id, w, N, C, 0); }, SHIPPED},
+        };
+        bench(variants);
+    }
+    if (bench_shape<X>(when, "embedding_backward", sizeof(X) * (double)n + 8.0 * distinct * C + 4.0 * (N + 2 * distinct), n,
+                       "N %d C %d V %d %s", N, C, V, kinds[kind])) {
+        Tensor<X> dx("dx", n);
+        Tensor<float> dw("dw", (size_t)V * C);
+        Tensor<int> id("ids", N), rows("order", N), first("starts", distinct + 1), token("tokens", distinct);
+        dx.normal(1), dw.normal(1);
+        std::copy(ids.begin(), ids.end(), id.host);
+        std::copy(order.begin(), order.end(), rows.host);
+        std::copy(starts.begin(), starts.begin() + distinct + 1, first.host);
+        std::copy(tokens.begin(), tokens.begin() + distinct, token.host);
+        twin::embedding_backward(dw.twin(0), id.host, dx.host, N, C);
+        const Variant variants[] = {
+            {0, "one thread per column, rows in order", [&] {
+                launch(embedding_backward_kernel0<X>, CEIL_DIV(C, 64), 64, 0, 0, dw, id, dx, N, C);
+            }},
+            {2, "atomics (two runs differ)", [&] { launch(embedding_backward_kernel2<X>, N, 256, 0, 0, dw, id, dx, C); }},
+            {3, "rows sorted: a warp per token", [&] {
+                launch(embedding_backward_kernel3<X>, dim3(distinct, CEIL_DIV(C, 128)), 32, 0, 0, dw, rows, first, token, dx, C);
+            }},
+            {1, "and frequent tokens shared by a block", [&] {
+                embedding_backward<X>(dw, rows, first, token, distinct, dx, N, C, 0);
+            }, SHIPPED},
+        };
+        bench(variants);
+    }
+}
+
+template <typename X> static void shapes(void) {
+    shape<X>(CHECK, 37, 24, 11, UNIFORM);
+    shape<X>(CHECK, 150, 640, 40, SKEWED);
+    shape<X>(CHECK, 61, 1032, 1000, UNIFORM);
+    shape<X>(CHECK, 1, 8, 5, ONE_TOKEN);
+    shape<X>(CHECK, 45, 648, 40, ONE_TOKEN);
+}
+
+int main(int argc, char **argv) {
+    bench_begin("embedding", argc, argv);
+    shapes<float>();
+    shapes<bf16>();
+    shape<bf16>(MODEL, 1024, 512, 2000, SKEWED);
+    shape<bf16>(TIME, 16384, 2048, 32000, SKEWED);
+    shape<bf16>(TIME, 16383, 1032, 32000, UNIFORM);
+    shape<float>(TIME, 8192, 2048, 32000, SKEWED);
+    return bench_end();
+}

@@ -1,0 +1,268 @@
+// gate_up_swiglu: gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up
+// swiglu_down_backward: dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F) = once more
+// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: 1.2 and 1.9 GB for N 16384,
+//         C 2048, F 11008. A product and then a pass would move 2·2·N·F more: gate_up read again; dh written and read
+// FLOPs   4·N·C·F = 1.48 T; 2·N·C·F = 0.74 T
+// floor   1.49 ms; 0.75 ms (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak)
+// idea    a product does C multiplications per output: its epilogue is the cheap place for what comes next. Each byte from memory
+//         and from shared memory must meet as many multiplications as possible: large tiles, sums in registers
+// limits  bf16, C % 8 == 0, F % 8 == 0
+// result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0 2182 and 651
+//         (all caches missed); 2 13.4 and 15; 3 7.3 and 2.2; 1 2.9 and 2.2 (16 blocks).  backward (1.7 MB) 0 102 and 30; 2 9.7 and
+//         10; 1 2.4 and 2.4. Measured: not yet
+#include "bench.cuh"
+
+// ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ----
+__global__ void gate_up_swiglu_kernel0(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int C, int F) {
+    const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
+    if (f >= F) return;
+    float g[1] = {}, u[1] = {};
+    for (int c = 0; c < C; c++) {
+        g[0] += to_float(x[(size_t)n * C + c]) * to_float(w[(size_t)f * C + c]);
+        u[0] += to_float(x[(size_t)n * C + c]) * to_float(w[(size_t)(F + f) * C + c]);
+    }
+    gate_up[(size_t)n * 2 * F + f] = from_float<bf16>(g[0]);
+    gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(u[0]);
+    g[0] = to_float(from_float<bf16>(g[0])), u[0] = to_float(from_float<bf16>(u[0]));       // what a pass of its own would read
+    swiglu(u, g);
+    h[(size_t)n * F + f] = from_float<bf16>(u[0]);
+}
+
+// ---- kernel 2: 16 x 16 tiles in shared memory: each element read from memory serves 16 threads. But 3 loads from shared memory
+// for 2 multiplications: that is the limit now ----
+enum { SIDE = 16 };
+__global__ void gate_up_swiglu_kernel2(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C, int F) {
+    __shared__ float x_tile[SIDE][SIDE + 1], g_tile[SIDE][SIDE + 1], u_tile[SIDE][SIDE + 1];    // + 1: a column lies on 16 banks
+    const int i = threadIdx.y, j = threadIdx.x, n = blockIdx.y * SIDE + i, f0 = blockIdx.x * SIDE, f = f0 + j;
+    float g[1] = {}, u[1] = {};
+    for (int c0 = 0; c0 < C; c0 += SIDE) {
+        const int c = c0 + j, row = f0 + i;
+        x_tile[i][j] = n < N && c < C ? to_float(x[(size_t)n * C + c]) : 0;
+        g_tile[i][j] = row < F && c < C ? to_float(w[(size_t)row * C + c]) : 0;
+        u_tile[i][j] = row < F && c < C ? to_float(w[(size_t)(F + row) * C + c]) : 0;
+        __syncthreads();
+        for (int k = 0; k < SIDE; k++) g[0] += x_tile[i][k] * g_tile[j][k], u[0] += x_tile[i][k] * u_tile[j][k];
+        __syncthreads();
+    }
+    if (n >= N || f >= F) return;
+    gate_up[(size_t)n * 2 * F + f] = from_float<bf16>(g[0]);
+    gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(u[0]);
+    g[0] = to_float(from_float<bf16>(g[0])), u[0] = to_float(from_float<bf16>(u[0]));
+    swiglu(u, g);
+    h[(size_t)n * F + f] = from_float<bf16>(u[0]);
+}
+
+// ---- kernel 3: tensor cores: a block of 4 warps owns 64 rows and 32 columns of h, a warp 16 rows of gate and up. One buffer:
+// copies and products take turns; 320 bytes of shared memory per mma, where kernel 1 needs 128 ----
+__global__ void __launch_bounds__(ATT_THREADS) gate_up_swiglu_kernel3(bf16 *__restrict__ h, bf16 *__restrict__ gate_up,
+        const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
+    constexpr int DEPTH = 32, STRIDE = DEPTH + 8, ROWS = 64, COLS = 32;
+    bf16 *x_tile = shared_memory<bf16>(), *w_tile = x_tile + ROWS * STRIDE;                 // w: 32 rows of gate, 32 of up
+    const int n0 = blockIdx.y * ROWS, f0 = blockIdx.x * COLS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float s[1][2 * COLS / 8][4];
+    fill(s, 0);
+    for (int c = 0; c < C; c += DEPTH) {
+        load_tile<DEPTH, ROWS>(x_tile, x + (size_t)n0 * C + c, C, N - n0, C - c);
+        load_tile<DEPTH, COLS>(w_tile, w + (size_t)f0 * C + c, C, F - f0, C - c);
+        load_tile<DEPTH, COLS>(w_tile + COLS * STRIDE, w + (size_t)(F + f0) * C + c, C, F - f0, C - c);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        multiply_rows<DEPTH, 2>(s, x_tile + warp * 16 * STRIDE, w_tile);
+        __syncthreads();
+    }
+    for (int i = 0; i < COLS / 8 * 4; i++) {                                                // gate in s[0][j], up in s[0][j + 4]
+        const int j = i / 4, n = n0 + warp * 16 + lane / 4 + i % 4 / 2 * 8, f = f0 + j * 8 + lane % 4 * 2 + i % 2;
+        if (n >= N || f >= F) continue;
+        const bf16 gate = from_float<bf16>(s[0][j][i % 4]), up = from_float<bf16>(s[0][j + COLS / 8][i % 4]);
+        float g[1] = {to_float(gate)}, u[1] = {to_float(up)};
+        swiglu(u, g);
+        gate_up[(size_t)n * 2 * F + f] = gate;
+        gate_up[(size_t)n * 2 * F + F + f] = up;
+        h[(size_t)n * F + f] = from_float<bf16>(u[0]);
+    }
+}
+
+// ---- kernel 1, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight; rows leave through
+// shared memory in 16-byte stores ----
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h, __nv_bfloat16 *__restrict__ gate_up,
+        const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+    constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
+    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
+    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
+    float s[MLP_WARP / 16][MLP_WARP / 8][4];
+    fill(s, 0);
+    auto load_stage = [&](int i, __nv_bfloat16 *a) {
+        const int c = i * MLP_DEPTH;
+        load_tile<MLP_DEPTH, MLP_ROWS>(a, x + (size_t)n0 * C + c, C, N - n0, C - c);
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {                       // 32 rows of gate, of up, the next 32 of gate, of up
+            const int f = f0 + q / 2 * HALF;
+            load_tile<MLP_DEPTH, HALF>(a + (MLP_ROWS + q * HALF) * STRIDE, w + ((size_t)(q % 2) * F + f) * C + c, C, F - f, C - c);
+        }
+    };
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+        multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
+    });
+    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    float one[MLP_WARP / 16][2];
+    fill_scale(one, 1);
+    fragments_to_rows(rows, s, one);
+    const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
+    if (out_f >= F) return;
+    for (int row = lane / 4; row < MLP_WARP && n0 + warp_row + row < N; row += 8) {
+        const size_t n = n0 + warp_row + row;
+        const Vec<__nv_bfloat16, 8> gate = load<8>(rows + row * (MLP_WARP + 8) + f), up = load<8>(rows + row * (MLP_WARP + 8) + HALF + f);
+        store(gate_up + n * 2 * F + out_f, gate);
+        store(gate_up + n * 2 * F + F + out_f, up);
+        if (!h) continue;
+        float g[8], u[8];
+        widen(g, gate);
+        widen(u, up);
+        swiglu(u, g);
+        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
+    }
+}
+
+// ---- backward, kernel 0: a thread per element of h ----
+__global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int C, int F) {
+    const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
+    if (f >= F) return;
+    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])}, u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])}, d[1] = {};
+    for (int c = 0; c < C; c++) d[0] += to_float(dx[(size_t)n * C + c]) * to_float(w[(size_t)c * F + f]);
+    d[0] = to_float(from_float<bf16>(d[0]));
+    swiglu_gradient(g, u, d);
+    h[(size_t)n * F + f] = from_float<bf16>(u[0]);
+    gate_up[(size_t)n * 2 * F + f] = from_float<bf16>(g[0]);
+    gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
+}
+
+// ---- kernel 2: 16 x 16 tiles in shared memory ----
+__global__ void swiglu_down_backward_kernel2(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N, int C, int F) {
+    __shared__ float x_tile[SIDE][SIDE + 1], w_tile[SIDE][SIDE + 1];
+    const int i = threadIdx.y, j = threadIdx.x, n = blockIdx.y * SIDE + i, f = blockIdx.x * SIDE + j;
+    float d[1] = {};
+    for (int c0 = 0; c0 < C; c0 += SIDE) {
+        x_tile[i][j] = n < N && c0 + j < C ? to_float(dx[(size_t)n * C + c0 + j]) : 0;
+        w_tile[i][j] = f < F && c0 + i < C ? to_float(w[(size_t)(c0 + i) * F + f]) : 0;
+        __syncthreads();
+        for (int k = 0; k < SIDE; k++) d[0] += x_tile[i][k] * w_tile[k][j];
+        __syncthreads();
+    }
+    if (n >= N || f >= F) return;
+    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])}, u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])};
+    d[0] = to_float(from_float<bf16>(d[0]));
+    swiglu_gradient(g, u, d);
+    h[(size_t)n * F + f] = from_float<bf16>(u[0]);
+    gate_up[(size_t)n * 2 * F + f] = from_float<bf16>(g[0]);
+    gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
+}
+
+// ---- kernel 1, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the tensor cores ----
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up, __nv_bfloat16 *__restrict__ h,
+        const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
+    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
+    float s[MLP_WARP / 16][MLP_WARP / 8][4];
+    fill(s, 0);
+    auto load_stage = [&](int i, __nv_bfloat16 *a) {
+        const int c = i * MLP_DEPTH;
+        load_tile<MLP_DEPTH, MLP_ROWS>(a, dx + (size_t)n0 * C + c, C, N - n0, C - c);
+        load_tile<MLP_COLS, MLP_DEPTH>(a + MLP_ROWS * (MLP_DEPTH + 8), w + (size_t)c * F + f0, F, C - c, F - f0);
+    };
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+        multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
+    });
+    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    float one[MLP_WARP / 16][2];
+    fill_scale(one, 1);
+    fragments_to_rows(rows, s, one);
+    const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
+    if (out_f >= F) return;
+    for (int row = lane / 8; row < MLP_WARP && n0 + warp_row + row < N; row += 4) {
+        const size_t n = n0 + warp_row + row;
+        float g[8], u[8], d[8];
+        widen(g, load<8>(gate_up + n * 2 * F + out_f));
+        widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
+        widen(d, load<8>(rows + row * (MLP_WARP + 8) + f));
+        swiglu_gradient(g, u, d);
+        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
+        store(gate_up + n * 2 * F + out_f, narrow<__nv_bfloat16>(g));
+        store(gate_up + n * 2 * F + F + out_f, narrow<__nv_bfloat16>(d));
+    }
+}
+
+static void shape(int when, int N, int C, int F) {
+    const size_t n = (size_t)N * F;
+    if (bench_shape<bf16>(when, "gate_up_swiglu", 2.0 * N * C + 4.0 * C * F + 6.0 * n, 4.0 * n * C, "N %d C %d F %d", N, C, F)) {
+        Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), x("x", (size_t)N * C), w("w", (size_t)2 * F * C);
+        gate_up.judge_apart(2 * F, {{"gate", 0, (size_t)F}, {"up", (size_t)F, (size_t)2 * F}});
+        x.normal(1), w.normal(2 / sqrtf((float)C));
+        for (int b = 0; b < 2; b++) {
+            twin::matmul_forward(gate_up.twin(b), x.host, w.host, N, C, 2 * F);
+            if (b) twin::store_bf16(gate_up.twin(b), 2 * n);
+            twin::swiglu_forward(h.twin(b), gate_up.twin(b), N, F, b);
+        }
+        const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
+        const Variant variants[] = {
+            {0, "one thread per element", [&] {
+                launch(gate_up_swiglu_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, 0, h, gate_up, x, w, C, F);
+            }},
+            {2, "16 x 16 tiles in shared memory, fp32", [&] {
+                launch(gate_up_swiglu_kernel2, tiles, tile, 0, 0, h, gate_up, x, w, N, C, F);
+            }},
+            {3, "tensor cores, 64 x 64 sums per block, one buffer", [&] {
+                launch(gate_up_swiglu_kernel3, dim3(CEIL_DIV(F, 32), CEIL_DIV(N, 64)), ATT_THREADS, 128 * 40 * sizeof(bf16), 0,
+                       h, gate_up, x, w, N, C, F);
+            }},
+            {1, "128 x 128 sums per block, three stages in flight", [&] {
+                launch(gate_up_swiglu_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS / 2), ATT_THREADS, MLP_SMEM, 0,
+                       h, gate_up, x, w, N, C, F);
+            }, SHIPPED},
+        };
+        bench(variants);
+    }
+    if (bench_shape<bf16>(when, "swiglu_down_backward", 2.0 * N * C + 2.0 * C * F + 10.0 * n, 2.0 * n * C, "N %d C %d F %d", N, C,
+                          F)) {
+        Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), dx("dx", (size_t)N * C), w("w", (size_t)C * F);
+        gate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
+        gate_up.normal(2), dx.normal(1), w.normal(1 / sqrtf((float)C));
+        std::vector<float> dh(n);
+        for (int b = 0; b < 2; b++) {
+            twin::matmul_backward_x(dh.data(), dx.host, w.host, N, F, C, 0);
+            if (b) twin::store_bf16(dh.data(), n);
+            twin::swiglu_forward(h.twin(b), gate_up.host, N, F, b);
+            twin::swiglu_backward(gate_up.twin(b), dh.data(), gate_up.host, N, F, b);
+        }
+        const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
+        const Variant variants[] = {
+            {0, "one thread per element", [&] {
+                launch(swiglu_down_backward_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, 0, gate_up, h, dx, w, C, F);
+            }},
+            {2, "16 x 16 tiles in shared memory, fp32", [&] {
+                launch(swiglu_down_backward_kernel2, tiles, tile, 0, 0, gate_up, h, dx, w, N, C, F);
+            }},
+            {1, "128 x 128 sums per block, three stages in flight", [&] {
+                launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, 0,
+                       gate_up, h, dx, w, N, C, F);
+            }, SHIPPED},
+        };
+        bench(variants);
+    }
+}
+
+int main(int argc, char **argv) {
+    bench_begin("mlp", argc, argv);
+    shape(CHECK, 5, 8, 8);
+    shape(CHECK, 130, 72, 104);             // beyond one tile in rows and columns, C no multiple of a stage
+    shape(CHECK, 64, 256, 64);
+    shape(CHECK, 33, 40, 200);
+    shape(MODEL, 256, 256, 512);
+    shape(TIME, 4096, 2048, 5504);
+    shape(TIME, 2047, 1032, 2760);
+    return bench_end();
+}

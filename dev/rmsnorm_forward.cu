@@ -1,0 +1,137 @@
+// rmsnorm_forward: out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)  (Zhang & Sennrich 2019);  x (N,C), w (C)
+// bytes   2·N·C in + 2·N·C out + 4·N = 134 MB for N 16384, C 2048        FLOPs ~4·N·C = 0.13 G
+// floor   40 us (memory-bound; the arithmetic alone is 2 us of fp32)
+// idea    r needs the whole row before the first output: read the row twice, or keep it
+// limits  C % 8 == 0 (fp32: 4), C <= 16384 (shipped)
+// result  modelled (H100; N 1024, C 2048, 8.4 MB compulsory, floor 2.5 us), MB in sectors and us: kernel 0 203 and 61; 2 and 3 16.8
+//         and 5.0 (3 with an eighth of the instructions); 1 8.9 and 2.7. Measured: not yet
+#include "bench.cuh"
+
+// ---- kernel 0: a thread per row: neighbouring threads are C elements apart, every load is its own sector ----
+template <typename X>
+__global__ void rmsnorm_forward_kernel0(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+    const int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= N) return;
+    x += (size_t)n * C, out += (size_t)n * C;
+    float squares = 0;
+    for (int c = 0; c < C; c++) squares += to_float(x[c]) * to_float(x[c]);
+    const float r = rsqrtf(squares / C + eps);
+    for (int c = 0; c < C; c++) out[c] = from_float<X>(to_float(x[c]) * r * to_float(w[c]));
+    rstd[n] = r;
+}
+
+// ---- kernel 2: a warp per row: neighbouring lanes read neighbouring elements, 2 bytes each ----
+template <typename X>
+__global__ void rmsnorm_forward_kernel2(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+    const int n = blockIdx.x * blockDim.y + threadIdx.y;
+    if (n >= N) return;
+    x += (size_t)n * C, out += (size_t)n * C;
+    float squares = 0;
+    for (int c = threadIdx.x; c < C; c += 32) squares += to_float(x[c]) * to_float(x[c]);
+    const float r = rsqrtf(warp_sum(squares) / C + eps);
+    for (int c = threadIdx.x; c < C; c += 32) out[c] = from_float<X>(to_float(x[c]) * r * to_float(w[c]));
+    if (threadIdx.x == 0) rstd[n] = r;
+}
+
+// ---- kernel 3: 16 bytes per access: an eighth of the instructions. x is still read twice; the second time it is in a cache,
+// usually
+template <typename X>
+__global__ void rmsnorm_forward_kernel3(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+    constexpr int E = 16 / sizeof(X);
+    const int n = blockIdx.x * blockDim.y + threadIdx.y;
+    if (n >= N) return;
+    x += (size_t)n * C, out += (size_t)n * C;
+    float squares = 0, a[E], w_c[E];
+    for (int c = threadIdx.x * E; c < C; c += 32 * E) {
+        widen(a, load<E>(x + c));
+        for (int k = 0; k < E; k++) squares += a[k] * a[k];
+    }
+    const float r = rsqrtf(warp_sum(squares) / C + eps);
+    for (int c = threadIdx.x * E; c < C; c += 32 * E) {
+        widen(a, load<E>(x + c));
+        widen(w_c, load<E>(w + c));
+        for (int k = 0; k < E; k++) a[k] = a[k] * r * w_c[k];
+        store(out + c, narrow<X>(a));
+    }
+    if (threadIdx.x == 0) rstd[n] = r;
+}
+
+// ---- kernel 1, shipped: the row stays in registers, w in shared memory, enough warps per row for any width ----
+template <typename X>
+__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+    constexpr int E = 16 / sizeof(X), STEP = 32 * E;            // a warp has ROW_PACKS * STEP columns next to each other
+    X *w_shared = shared_memory<X>();                           // (C)
+    const int c0 = threadIdx.x / 32 * ROW_PACKS * STEP + threadIdx.x % 32 * E;
+    for (int c = thread_in_block() * E; c < C; c += threads_in_block() * E) cp_async_16(w_shared + c, w + c);
+    cp_async_commit();
+    int turn = 0;
+    for (int n0 = blockIdx.x * blockDim.y; n0 < N; n0 += gridDim.x * blockDim.y, turn ^= 1) {
+        const int n = n0 + threadIdx.y, end = n < N ? C : 0;
+        const size_t at = (size_t)n * C + c0;
+        Vec<X, E> row[ROW_PACKS];
+        #pragma unroll
+        for (int j = 0; j < ROW_PACKS; j++) row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
+        float squares = 0;
+        #pragma unroll
+        for (int j = 0; j < ROW_PACKS; j++) {
+            float a[E];
+            widen(a, row[j]);
+            for (int k = 0; k < E; k++) squares += a[k] * a[k];
+        }
+        keep_packed(row);
+        cp_async_wait<0>();                                     // w is visible after the barrier in row_sum
+        const float r = rsqrtf(row_sum(squares, turn) / C + eps);
+        if (threadIdx.x == 0 && n < N) rstd[n] = r;
+        #pragma unroll
+        for (int j = 0; j < ROW_PACKS; j++) {
+            if (c0 + j * STEP >= end) continue;
+            float a[E], w_j[E];
+            widen(a, row[j]);
+            widen(w_j, load<E>(w_shared + c0 + j * STEP));
+            for (int k = 0; k < E; k++) a[k] = a[k] * r * w_j[k];     // in this order in rmsnorm_backward too: the same bits
+            store(out + at + j * STEP, narrow<X>(a));
+        }
+    }
+}
+
+template <typename X> static void shape(int when, int N, int C, float eps) {
+    const size_t n = (size_t)N * C;
+    if (!bench_shape<X>(when, "rmsnorm_forward", 2.0 * n * sizeof(X) + 4.0 * N + sizeof(X) * C, 4.0 * n, "N %d C %d", N,
+                        C)) return;
+    Tensor<X> out("out", n), x("x", n), w("w", C);
+    Tensor<float> rstd("rstd", N);
+    x.normal(1.5f, 0.3f), w.normal(0.3f, 1);
+    for (int b = 0; b < precisions<X>(); b++)
+        twin::residual_rmsnorm_forward(NULL, out.twin(b), rstd.twin(b), x.host, NULL, w.host, eps, N, C, b);
+    const Variant variants[] = {
+        {0, "one thread per row", [&] {
+            launch(rmsnorm_forward_kernel0<X>, CEIL_DIV(N, 128), 128, 0, 0, out, rstd, x, w, eps, N, C);
+        }},
+        {2, "one warp per row", [&] {
+            launch(rmsnorm_forward_kernel2<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, out, rstd, x, w, eps, N, C);
+        }},
+        {3, "16-byte accesses", [&] {
+            launch(rmsnorm_forward_kernel3<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, out, rstd, x, w, eps, N, C);
+        }},
+        {1, "the row in registers: read once", [&] { rmsnorm_forward<X>(out, rstd, x, w, eps, N, C, 0); }, SHIPPED},
+    };
+    bench(variants);
+}
+
+template <typename X> static void shapes(void) {
+    shape<X>(CHECK, 37, 288, 1e-5f);
+    shape<X>(CHECK, 5, 1032, 0.1f);         // columns that fill no warp; an eps that matters
+    shape<X>(CHECK, 1, 8, 1e-5f);
+    shape<X>(CHECK, 3, 16384, 1e-5f);       // the widest
+}
+
+int main(int argc, char **argv) {
+    bench_begin("rmsnorm_forward", argc, argv);
+    shapes<float>();
+    shapes<bf16>();
+    shape<bf16>(MODEL, 1024, 2048, 1e-5f);
+    shape<bf16>(TIME, 16384, 2048, 1e-5f);
+    shape<bf16>(TIME, 4095, 4104, 1e-5f);
+    shape<float>(TIME, 8192, 2048, 1e-5f);
+    return bench_end();
+}
