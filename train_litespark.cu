@@ -3872,7 +3872,14 @@ template <int MT> struct Softmax {
     }
 };
 
-// out (N,H*D) =, lse (N,H) =     qkv (N,(H+2K)D), doc_start (N) or NULL
+// ---- attention_forward_kernel1: a block has 128 queries of a head, a warp 32 of them and all of their keys ------------------
+// out (N,HD) = softmax(q k^T / sqrt(D)) v,  lse (N,H) = log sum_s exp(q_t k_s / sqrt(D)) over s = first..t, first = doc_start (N) or 0
+// bytes   2·N·(H+2K)·D in + 2·N·H·D + 4·N·H out = 152 MB: 45 us for N 16384, H 16, K 2, D 128. K, V again per 128 queries, from L2: 1.1 GB
+// FLOPs   2·N·(T+1)·H·D (two products) = 137 G at T 2048      floor 139 us (tensor; mma.sync: 224 us; 269 M exponentials: 72 us)
+// idea    scores never leave registers: the accumulators of Q K^T are the left operand of P V. K and V take turns, one buffer each: one
+//         lands while the other is used. 192 bytes of shared memory per mma, level with the 198 that mma.sync leaves time for
+// limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared memory and 255 registers: two
+//         blocks per SM (one on sm_86, sm_89, sm_120)
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
         const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
@@ -3927,7 +3934,8 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
 }
 
 // ---- fp32: the same sums by plain loops, for proof rather than speed. One warp per row; its 32 lanes are 32 columns while scores
-// are made, then D/32 dimensions each while rows are summed. A row of D + 1 floats keeps both walks free of bank conflicts.
+// are made, then D/32 dimensions each while rows are summed. A row of D + 1 floats keeps both walks free of bank conflicts. Two 4-byte
+// loads from shared memory per FMA: at most an eighth of the fp32 peak.
 enum { F32_ROWS = 16, F32_COLS = 32, F32_MINE = F32_ROWS / ATT_WARPS };
 
 __device__ __forceinline__ void load_rows(float *tile, const float *src, size_t stride, int rows, int rows_valid, int D) {
@@ -4027,7 +4035,13 @@ static void attention_forward(float *out, float *lse, const float *qkv, const in
 //   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =, each element written once.
 // Two kernels and no atomics: dq runs first, owns whole rows of dout and out, and leaves delta for dk dv.
 
-// dq of a tile of queries, delta (N,H) =: the walk of the forward with its P known from lse, and dS in P's place.
+// ---- attention_backward_dq_kernel1: the walk of the forward, with P known from lse and dS in P's place ------------------------
+// dq (in dqkv) =, delta (N,H) =
+// bytes   2·N·(H+2K)·D + 4·N·H·D + 4·N·H in + 2·N·H·D + 4·N·H out = 287 MB: 86 us for N 16384, H 16, K 2, D 128. K and V from L2: 1.1 GB
+// FLOPs   3·N·(T+1)·H·D (three products) = 206 G at T 2048      floor 208 us (tensor; mma.sync: 336 us)
+// idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T and dO V^T are computed (7
+//         products in all instead of 5): the price of sums without atomics
+// limits  as the forward; 95,744 bytes at D 128: two blocks per SM on sm_90, one on sm_80
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
@@ -5740,7 +5754,7 @@ static void setup(Trainer *tr) {
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    else if (opt.resume && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (opt.resume && !resume_dir && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
@@ -5757,6 +5771,7 @@ static void setup(Trainer *tr) {
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
     }
+    if (opt.seq_len > 16 * 65535) die("--seq-len %" PRId64 ": the CUDA trainer takes at most %d", opt.seq_len, 16 * 65535);
     if (tr->c.C % pack || tr->c.F % pack || tr->c.C > 16384)
         die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most 16384", tr->c.C,
             tr->c.F, pack, pack == 8 ? "bf16" : "fp32");

@@ -2,7 +2,7 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--memory-gib 79] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--memory-gib 79] [--mlp passes|products] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
@@ -12,6 +12,9 @@ Where the numbers come from
            compiled PTX, ran the trainer on small models (--measure). Each count is fitted as fixed + slope * rows (attention:
            a + b*T + c*T^2 per query head, T 4096 itself counted) and taken at the size asked for; the fixed part is kept.
   GEMM     cuBLASLt at 700 TFLOP/s, or its compulsory bytes at 3.0 TB/s where that takes longer (small chunks of logits).
+  MLP      passes: SwiGLU between cuBLASLt's products, the default on this device. products: SwiGLU in the epilogues of our own
+           (LITESPARK_FUSED_MLP=1, the default where mma.sync has the full rate); their time like attention's, as a sum of terms.
+  bytes    non-GEMM bytes count what a product's epilogue moves beyond its plain output: the residual that it adds, h, gate and up.
   DRAM     3.0 TB/s of the 3.35 of the data sheet. Memory-bound kernels: all sectors they touch (no cache), or the instruction
            terms where those take longer.
   attention  tensor + issue + SFU terms added up (mma.sync at 0.62 of 989.4 TFLOP/s; 4 warp instructions, 16 SFU lanes, 64 integer
@@ -37,6 +40,7 @@ SMS, CLOCK, MMA_SYNC = 132, 1.755e9, 0.62
 MIB = 1 << 20
 GPU_ALLOWANCE = 800 * MIB       # context, cuBLASLt, NCCL: as in the trainer
 ENOUGH_ROWS = 32768             # of a micro-step, as in the trainer
+DEFAULT_CHUNK = 2048            # rows of logits, as in the trainer
 
 # FlashAttention-2's forward kernel in the same emulator: T 2048, 16 query heads, head_dim 128, causal. 18.25 GFLOP executed,
 # 29.76 us tensor, 16.0 PTX instructions per causal (q, k) pair without moves; one ex2 and half a conversion per executed pair.
@@ -95,10 +99,6 @@ def arenas(c, B, T, recompute, chunk, state_bytes=4):
     return [up(n, 2), up(n, 4), up(n, 4) + 2 * up(n, state_bytes), acts, sum(up(*x) for x in work)]
 
 
-def default_chunk(c):
-    return max(64, (16 << 20) // (4 * c.V))
-
-
 def largest_batch(c, T, recompute, chunk, total, memory, state_bytes):
     """As the trainer chooses: the largest divisor of the sequences per update that fits."""
     rows, best = total // T, 0
@@ -117,7 +117,7 @@ def check_memory(trainer):
             out = subprocess.run([trainer, "--preset", preset, "--seq-len", str(T), "--precision", "bf16", "--recompute", recompute, "--batch-size", str(B),
                                   "--total-batch-tokens", str(B * T), "--optimizer-dtype", state, "--dry-run"], capture_output=True, text=True).stdout
             says = [float(x) for x in re.findall(r" ([0-9.]+) MiB \|", out)][:5]
-            ours = [x / MIB for x in arenas(c, B, T, recompute, default_chunk(c), 4 if state == "fp32" else 2)]
+            ours = [x / MIB for x in arenas(c, B, T, recompute, DEFAULT_CHUNK, 4 if state == "fp32" else 2)]
             ok = len(says) == 5 and all(abs(a - b) < 0.06 for a, b in zip(says, ours))
             bad += not ok
             print(f"{'equal ' if ok else 'DIFFER'} {preset} B {B} T {T} recompute {recompute} optimizer {state}: "
@@ -131,8 +131,10 @@ RUNS = {"norm 1": ((512, 1, 2048, 16, 2, 128, 128), 256, 9, 256), "norm 2": ((51
         "norm 3": ((512, 1, 2048, 16, 2, 128, 128), 256, 16, 256), "mlp 1": ((32000, 1, 128, 1, 1, 128, 11008), 256, 2, 256),
         "mlp 2": ((32000, 1, 128, 1, 1, 128, 11008), 256, 4, 256)}
 for _D, _H, _K in ((128, 8, 1), (104, 1, 1), (64, 4, 1), (128, 4, 1)):
-    for _T in (768, 1536, 2304, 4096):      # multiples of the tiles of 128 and 192, for the fit; 4096 is taken as it is
+    for _T in (768, 1536, 2304, 4096):      # multiples of the tiles of 64 and 128, for the fit; 4096 is taken as it is
         RUNS[f"attention D{_D} G{_H // _K} T{_T}"] = ((512, 1, _H * _D, _H, _K, _D, 128), _T, 1, 256)
+for _C in (256, 512):                       # the MLP's products with SwiGLU: a + b C per element of h
+    RUNS[f"products C{_C}"] = ((512, 1, _C, 2, 1, 128, 512), 256, 2, 256)
 
 
 def zipf_tokens(V, n):
@@ -162,7 +164,8 @@ def measure(ptxcpu, binary, only=None):
             command = [ptxcpu, "--device", "h100", "--report", f"{tmp}/report.json", "--unique", "--", binary, "--config", f"{tmp}/config.json",
                        "--train-data", f"{tmp}/tokens.bin", "--precision", "bf16", "--seq-len", T, "--batch-size", B, "--total-batch-tokens", B * T,
                        "--logits-chunk", chunk, "--steps", 1, "--checkpoint-every", 0, "--sample-every", 0, "--out", f"{tmp}/out {name}"]
-            done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+            form = {"LITESPARK_FUSED_MLP": "1" if name.startswith("products") else "0"}
+            done = subprocess.run([str(x) for x in command], capture_output=True, text=True, env=os.environ | form)
             if done.returncode: sys.exit(f"speed_model: {name}: {done.stdout[-500:]}{done.stderr[-1500:]}")
             with open(f"{tmp}/report.json") as f:
                 report = json.load(f)
@@ -234,8 +237,8 @@ class Counts:
         k = self.total(run, kernel)
         return {q: k[q] / k["launches"] for q in SUMS}
 
-    def norm(self, kernel, N, C, end):
-        """residual_rmsnorm_forward and rmsnorm_backward: a layer's launch, or (end) the one without residual or rebuilt output."""
+    def norm_backward(self, kernel, N, C, end):
+        """rmsnorm_backward: a layer's launch, or (end) the one that does not rebuild the norm's output."""
         rows = self.runs["norm 1"]["B"] * self.runs["norm 1"]["T"], self.runs["norm 3"]["B"] * self.runs["norm 3"]["T"]
         one, two = self.total("norm 1", kernel), self.total("norm 2", kernel)   # end + 2 layer, end + 4 layer launches
         part = {}
@@ -245,6 +248,12 @@ class Counts:
         get = lambda run: {q: self.total(run, kernel)[q] / (2 + part[q]) * (part[q] if end else 1) for q in SUMS}
         r = C / self.runs["norm 1"]["C"]
         return self.at(self.lines("norm 1", "norm 3", *rows, get), N, r, r)
+
+    def product(self, kernel, N, C, F):
+        """The MLP's products with SwiGLU: (a + b C) N F."""
+        per = lambda run: {q: self.total(run, kernel)[q] / (self.runs[run]["B"] * self.runs[run]["T"] * self.runs[run]["F"]) for q in SUMS}
+        fits = self.lines("products C256", "products C512", 256, 512, per)
+        return {q: v * N * F for q, v in self.at(fits, C).items()}
 
     def rows(self, kernel, N, width, run1, run2, key):
         """A kernel whose work is rows x width."""
@@ -300,7 +309,8 @@ def clear(group, name, times, nbytes):
 def gemm(name, times, M, N, K, out_bytes=2, add=False):
     flops, nbytes = 2.0 * M * N * K, 2.0 * (M * K + N * K) + M * N * out_bytes * (2 if add else 1)
     seconds = max(flops / GEMM, nbytes / DRAM)
-    return Op("GEMM", name, times, seconds, "tensor" if flops / GEMM >= nbytes / DRAM else "dram", 0, 0, flops,
+    residual = 2.0 * M * N if add and out_bytes == 2 else 0         # counted with the non-GEMM bytes
+    return Op("GEMM", name, times, seconds, "tensor" if flops / GEMM >= nbytes / DRAM else "dram", residual, residual, flops,
               f"{'dram' if flops / GEMM >= nbytes / DRAM else 'tensor'} {min(flops / GEMM, nbytes / DRAM) * 1e6:.1f}")
 
 
@@ -337,53 +347,63 @@ def attention_op(name, times, q, factor):
     return Op("attention", name, times, parts[limit], limit, q["sectors"], q["compulsory"], q["mma_flops"], terms)
 
 
-def step_ops(counts, c, B, T, recompute, chunk, state):
+def own_product(name, times, q, factor, extra):
+    """A product of our own; extra: bytes its epilogue moves beyond the plain output"""
+    op = attention_op(name, times, q, factor)
+    op.group, op.sectors, op.compulsory = "GEMM", extra, extra
+    return op
+
+
+def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
     """Ops of a micro-step (N = B*T tokens) and of an update, in the order of the program."""
     N, C, F, L = B * T, c.C, c.F, c.L
     factor, backward_factor = fa2()[1], fa2_backward()[1]
-    norm_forward, norm_backward = counts.name("norm 1", "residual_rmsnorm_forward"), counts.name("norm 1", "rmsnorm_backward")
-    rope_forward, rope_backward = counts.name("norm 1", "qkv_bias_norm_rope_forward"), counts.name("norm 1", "qkv_norm_rope_backward")
+    norm_backward = counts.name("norm 1", "rmsnorm_backward")
+    rope_forward, rope_backward = counts.name("norm 1", "qkv_norm_rope_forward"), counts.name("norm 1", "qkv_norm_rope_backward")
     width = lambda r: (r["H"] + r["K"]) * r["D"]
     rope = lambda kernel: counts.rows(kernel, N, (c.H + c.K) * c.D, "norm 1", "norm 3", width)
     mlp = lambda kernel: counts.rows(counts.name("mlp 1", kernel), N, F, "mlp 1", "mlp 2", lambda r: r["F"])
     forward_attention = counts.attention("attention_forward", c, B, T)
-    again = {"none": 0, "mlp": 0, "block": 1}[recompute] * L
-    again_up = {"none": 0, "mlp": 1, "block": 1}[recompute] * L
+    again = {"none": 0, "mlp": 0, "block": 1}[recompute] * (L - 1)      # the last layer's activations are still there
+    again_up = {"none": 0, "mlp": 1, "block": 1}[recompute] * (L - 1)
     cls_rows = min(chunk, N)
     chunks = -(-N // cls_rows)
     run = counts.runs["mlp 2"]
     cross = counts.per_item("mlp 2", counts.name("mlp 2", "cross_entropy"), run["B"] * run["T"] * run["V"], float(cls_rows) * c.V)
     embed = lambda kernel: counts.rows(counts.name("norm 1", kernel), N, C, "norm 1", "norm 3", lambda r: r["C"])
     columns = {q: v * C / run_c for run_c in [counts.runs["norm 3"]["C"]] for q, v in counts.per_launch("norm 3", "column_sums").items()}
+    if mlp_form == "passes":
+        up = [gemm("gate|up forward", L + again_up, N, 2 * F, C), memory_bound("SwiGLU", "SwiGLU forward", L, mlp("swiglu_forward"))]
+        down = [gemm("down backward x", L, N, F, C), memory_bound("SwiGLU", "SwiGLU backward, h rebuilt", L, mlp("swiglu_backward"))]
+    else:
+        up = [own_product("gate|up forward with SwiGLU", L + again_up, counts.product("gate_up_swiglu", N, C, F), factor, 2.0 * N * F)]
+        down = [own_product("down backward x with SwiGLU", L, counts.product("swiglu_down_backward", N, C, F), factor, 2.0 * 4 * N * F)]
     ops = [
         memory_bound("other", "embedding forward", 1, embed("embedding_forward")),
-        memory_bound("norm", "residual + RMSNorm forward", 2 * L + again, counts.norm(norm_forward, N, C, False)),
-        memory_bound("norm", "RMSNorm forward, no residual", 1 + again_up, counts.norm(norm_forward, N, C, True)),
+        memory_bound("norm", "RMSNorm forward", 2 * L + again + again_up, embed("rmsnorm_forward")),
+        memory_bound("norm", "final RMSNorm forward", 1, embed("rmsnorm_forward")),
         gemm("qkv forward", L + again, N, c.W, C),
         memory_bound("RoPE", "RoPE forward", L + again, rope(rope_forward)),
         attention_op("attention forward", L + again, forward_attention, factor),
-        gemm("o forward", L + again, N, C, c.HD),
-        gemm("gate|up forward", L + again_up, N, 2 * F, C),
-        memory_bound("SwiGLU", "SwiGLU forward", L, mlp("swiglu_forward")),
-        gemm("down forward", L, N, C, F),
+        gemm("o forward + residual", L + again, N, C, c.HD, 2, True),
+        *up,
+        gemm("down forward + residual", L, N, C, F, 2, True),
         gemm("logits", chunks, cls_rows, c.Vp, C),
         memory_bound("cross-entropy", "cross-entropy", chunks, cross),
         gemm("logits backward x", chunks, cls_rows, C, c.Vp),
         gemm("logits backward w", chunks, c.Vp, C, cls_rows, 4, True),
         clear("other", "clear dx", 1, 2.0 * N * C),
-        memory_bound("norm", "final RMSNorm backward", 1, counts.norm(norm_backward, N, C, True)),
-        gemm("down backward x", L, N, F, C),
-        memory_bound("SwiGLU", "SwiGLU backward, h rebuilt", L, mlp("swiglu_backward")),
+        memory_bound("norm", "final RMSNorm backward", 1, counts.norm_backward(norm_backward, N, C, True)),
+        *down,
         gemm("down backward w", L, C, F, N, 4, True),
         gemm("gate|up backward x", L, N, C, 2 * F),
-        memory_bound("norm", "RMSNorm backward, norm rebuilt", 2 * L, counts.norm(norm_backward, N, C, False)),
+        memory_bound("norm", "RMSNorm backward, norm rebuilt", 2 * L, counts.norm_backward(norm_backward, N, C, False)),
         memory_bound("norm", "sums of its partials", 2 * L + 1, columns),
         gemm("gate|up backward w", L, 2 * F, C, N, 4, True),
         gemm("o backward w", L, C, c.HD, N, 4, True),
         gemm("o backward x", L, N, c.HD, C),
-        memory_bound("attention", "attention backward: row sums", L, counts.attention("attention_delta", c, B, T)),
-        attention_op("attention backward: dk dv", L, counts.attention("attention_backward_dkdv", c, B, T), backward_factor),
         attention_op("attention backward: dq", L, counts.attention("attention_backward_dq", c, B, T), backward_factor),
+        attention_op("attention backward: dk dv", L, counts.attention("attention_backward_dkdv", c, B, T), backward_factor),
         memory_bound("RoPE", "RoPE backward", L, rope(rope_backward)),
         gemm("qkv backward x", L, N, C, c.W),
         gemm("qkv backward w", L, c.W, C, N, 4, True),
@@ -412,26 +432,22 @@ def table(head, rows, markdown, left=1):
     print()
 
 
-LLMQ = {"residual + RMSNorm forward x2": (8, 0), "RoPE forward + backward": (4.5, 0), "attention forward": (2.25, 0), "SwiGLU forward": (0, 3),
+LLMQ = {"RMSNorm forward x2": (8, 0), "RoPE forward + backward": (4.5, 0), "attention forward": (2.25, 0), "SwiGLU forward": (0, 3),
         "SwiGLU backward": (0, 5), "RMSNorm backward x2": (8, 0), "attention backward": (4.5, 0)}     # of the 3B: elements of C, of F
 LLMQ_SUM, LLMQ_SAME, TARGET_BYTES = 287744, 370176, 261120
 
 
 def per_layer(ops, c, N):
     """Bytes per token and layer, op by op: (name, compulsory, sectors)."""
-    groups = {"residual + RMSNorm forward x2": ["residual + RMSNorm forward"], "RoPE forward + backward": ["RoPE forward", "RoPE backward"],
-              "attention forward": ["attention forward"], "SwiGLU forward": ["SwiGLU forward"], "SwiGLU backward": ["SwiGLU backward, h rebuilt"],
-              "RMSNorm backward x2": ["RMSNorm backward, norm rebuilt"], "attention backward":
-              ["attention backward: row sums", "attention backward: dk dv", "attention backward: dq"],
-              "sums of partials, norms again": ["sums of its partials"]}
+    groups = {"RMSNorm forward x2": ["RMSNorm forward"], "residual, read by the products": ["o forward + residual", "down forward + residual"],
+              "RoPE forward + backward": ["RoPE forward", "RoPE backward"], "attention forward": ["attention forward"],
+              "SwiGLU forward": ["SwiGLU forward", "gate|up forward with SwiGLU"],
+              "SwiGLU backward": ["SwiGLU backward, h rebuilt", "down backward x with SwiGLU"], "RMSNorm backward x2": ["RMSNorm backward, norm rebuilt"],
+              "attention backward": ["attention backward: dk dv", "attention backward: dq"], "sums of partials": ["sums of its partials"]}
     by = {o.name: o for o in ops}
     rows = []
     for name, members in groups.items():
-        b = [sum(getattr(by[m], what) * by[m].times for m in members) / N / c.L for what in ("compulsory", "sectors")]
-        if name.startswith("sums"):     # and what --recompute adds
-            first = by["RMSNorm forward, no residual"]
-            b[0] += first.compulsory * (first.times - 1) / N / c.L
-            b[1] += first.sectors * (first.times - 1) / N / c.L
+        b = [sum(getattr(by[m], what) * by[m].times for m in members if m in by) / N / c.L for what in ("compulsory", "sectors")]
         rows.append((name, *b))
     return rows
 
@@ -445,15 +461,16 @@ def kernel_rows(counts):
     r1, r2 = counts.runs["norm 3"], counts.runs["mlp 2"]
     N1, N2 = r1["B"] * r1["T"], r2["B"] * r2["T"]
     n = Config(*[r2[k] for k in "VLCHKDF"], 1).n
-    rows = [("residual_rmsnorm_forward", "norm 3", 3 * N1 * 2048), ("rmsnorm_backward", "norm 3", 3 * N1 * 2048), ("column_sums", "norm 3", 3 * MAX_PARTIALS * 2048),
-            ("qkv_bias_norm_rope_forward", "norm 3", N1 * 18 * 128), ("qkv_norm_rope_backward", "norm 3", N1 * 18 * 128), ("swiglu_forward", "mlp 2", N2 * r2["F"]),
+    rows = [("rmsnorm_forward", "norm 3", 3 * N1 * 2048), ("rmsnorm_backward", "norm 3", 3 * N1 * 2048), ("column_sums", "norm 3", 3 * MAX_PARTIALS * 2048),
+            ("qkv_norm_rope_forward", "norm 3", N1 * 18 * 128), ("qkv_norm_rope_backward", "norm 3", N1 * 18 * 128), ("swiglu_forward", "mlp 2", N2 * r2["F"]),
             ("swiglu_backward", "mlp 2", N2 * r2["F"]), ("cross_entropy", "mlp 2", N2 * r2["V"]), ("adamw_update", "mlp 2", n), ("sum_of_squares", "mlp 2", n),
             ("embedding_forward", "norm 3", N1 * 2048), ("embedding_backward", "norm 3", N1 * 2048)]
-    for name in ("attention_forward", "attention_delta", "attention_backward_dkdv", "attention_backward_dq"):
+    r3 = counts.runs["products C512"]
+    rows += [(name, "products C512", r3["B"] * r3["T"] * r3["F"]) for name in ("gate_up_swiglu", "swiglu_down_backward")]
+    for name in ("attention_forward", "attention_backward_dkdv", "attention_backward_dq"):
         for run in ("attention D128 G8 T4096", "attention D104 G1 T4096", "attention D64 G4 T4096"):
-            if run in counts.runs and (name != "attention_delta" or "D128" in run):
-                r = counts.runs[run]
-                rows.append((name, run, r["H"] * r["T"] * (r["T"] / 2 if name != "attention_delta" else r["D"])))
+            r = counts.runs[run]
+            rows.append((name, run, r["H"] * r["T"] * r["T"] / 2))
     return rows
 
 
@@ -464,10 +481,10 @@ def print_kernels(counts, markdown):
         if name.startswith("adamw"): name = "adamw_update<bf16, float>"
         k = counts.total(run, name)
         terms = {"dram": k["sectors"] / DRAM * 1e6} | {t[:-3]: k[t] for t in TERMS}
-        if "backward_d" in start or start == "attention_forward": terms.pop("dram")
+        if "attention" in start or run.startswith("products"): terms.pop("dram")
         order = sorted(terms, key=terms.get, reverse=True)
         ratio = k["sectors"] / k["compulsory"]
-        shape = run.replace("attention ", "").replace("norm 3", "C 2048").replace("mlp 2", "F 11008, V 32000")
+        shape = run.replace("attention ", "").replace("products C512", "N 512 C 512 F 512").replace("norm 3", "C 2048").replace("mlp 2", "F 11008, V 32000")
         out.append([name, shape, k["registers"], k["shared_bytes"], f"{k['blocks_per_sm'] * k['threads'] / 2048:.2f}", f"{k['sectors'] / 1e6:.2f}",
                     f"{k['compulsory'] / 1e6:.2f}", f"{ratio:.3f}", "/".join(f"{x:.2f}" if x else "-" for x in (k["bank_loads"], k["bank_stores"])),
                     f"{k['instructions'] / elements:.1f}", f"{terms[order[0]]:.2f}", f"{order[0]}; {order[1]} {terms[order[1]]:.2f}"])
@@ -484,6 +501,7 @@ def main():
     p.add_argument("--total-batch-tokens", type=int, default=1048576)
     p.add_argument("--optimizer-dtype", default="fp32", choices=["fp32", "bf16"])
     p.add_argument("--memory-gib", type=float, default=79)
+    p.add_argument("--mlp", default="passes", choices=["passes", "products"])
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
     p.add_argument("--check", metavar="TRAINER")
@@ -499,18 +517,18 @@ def main():
         return 0
     c, T, total, md = Config(*PRESETS[o.preset]), o.seq_len, o.total_batch_tokens, o.markdown
     state_bytes = 4 if o.optimizer_dtype == "fp32" else 2
-    chunk = o.logits_chunk or default_chunk(c)
+    chunk = o.logits_chunk or DEFAULT_CHUNK
     memory = o.memory_gib * 1024 * MIB - GPU_ALLOWANCE
     B = o.batch_size or largest_batch(c, T, o.recompute, chunk, total, memory, state_bytes)
     fits = B > 0 and sum(arenas(c, B, T, o.recompute, chunk, state_bytes)) < memory
     B = B or 1
     N = B * T
     need = arenas(c, B, T, o.recompute, chunk, state_bytes)
-    ops, update = step_ops(counts, c, B, T, o.recompute, chunk, o.optimizer_dtype)
+    ops, update = step_ops(counts, c, B, T, o.recompute, chunk, o.optimizer_dtype, o.mlp)
     micro = total / N
     seconds = lambda xs: sum(x.seconds * x.times for x in xs)
     step = micro * seconds(ops) + seconds(update)
-    print(f"MODELLED, not measured: preset {o.preset}, {c.n / 1e6:.1f} M parameters, T {T}, B {B} ({N} tokens per micro-step, {micro:g} micro-steps), recompute {o.recompute}, "
+    print(f"MODELLED, not measured: preset {o.preset}, {c.n / 1e6:.1f} M parameters, T {T}, B {B} ({N} tokens per micro-step, {micro:g} micro-steps), recompute {o.recompute}, MLP in {o.mlp}, "
           f"logits chunk {min(chunk, N)}, one H100 SXM")
     print("arenas in MiB: " + ", ".join(f"{n} {x / MIB:.1f}" for n, x in zip(("weights", "gradients", "optimizer", "activations", "workspace"), need))
           + f", total {sum(need) / MIB:.1f}" + ("" if fits else f": DOES NOT FIT one GPU of {o.memory_gib:g} GiB (states must be sharded; NCCL is not modelled)") + "\n")
@@ -546,7 +564,6 @@ def main():
     fa_speed, factor, fa_terms = fa2()
     small = 16384 / N * seconds(ops) + seconds(update)
     norms = [(x.name, x.sectors / x.compulsory) for x in ops + update if x.group not in ("GEMM", "attention") and x.compulsory]
-    norms += [(x.name, x.sectors / x.compulsory) for x in ops if x.name == "attention backward: row sums"]
     worst, others = max(norms, key=lambda x: x[1]), max((x for x in norms if x[0] != "embedding forward"), key=lambda x: x[1])
     shown = [(counts.name(run, start), run) for start, run, _ in kernel_rows(counts)]
     bank = max(((n, max(counts.total(run, n)[x] for x in ("bank_loads", "bank_stores"))) for n, run in shown), key=lambda x: x[1])
@@ -581,10 +598,8 @@ def print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, mic
     C, F, HD = 2 * c.C, 2 * c.F, 2 * c.HD       # bytes
     kv, layer = 2 * c.K * c.D, {x[0]: x[1] for x in per_layer(ops, c, N)}
     ideal_backward = 4 * HD + 4 * kv            # q, o, do in, dq out; k, v in, dk, dv out
-    choices = [("h saved by forward (SwiGLU backward does not write it)", F, F), ("both norm outputs saved", 2 * C, 2 * C),
-               ("residual added by the GEMM (beta = 1)", 2 * C, 0), ("RoPE inside the attention kernels", layer["RoPE forward + backward"], 0),
-               ("attention backward reads each tensor once", layer["attention backward"] - ideal_backward, 0),
-               ("SwiGLU and its backward in the epilogues of our own GEMMs", 4 * F, 0)]
+    choices = [("h saved by forward (SwiGLU backward does not write it)", F, F), ("both norm outputs saved", 2 * C, 2 * C), ("RoPE inside the attention kernels", layer["RoPE forward + backward"], 0),
+               ("attention backward reads each tensor once", layer["attention backward"] - ideal_backward, 0)]
     rows, left, room = [], ours, 0
     for name, less, saved in choices:
         left -= less
@@ -592,14 +607,12 @@ def print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, mic
         rows.append([name, f"-{less:.0f}", f"{left:.0f}", f"-{less * N * c.L / DRAM * micro / step * 100:.2f}%",
                      f"+{saved * N * c.L / MIB:.0f} MiB" + (" (fits)" if room < free else f" (does not fit with B {B})") if saved else "-"])
     table(["to move fewer bytes (one after the other)", "bytes per token and layer", "left", "time of the step", "memory"], rows, md)
-    alone = ours - 4 * F
-    print(f"SwiGLU in the GEMM epilogues alone, with h rebuilt as now: {alone:.0f} bytes per token and layer.\n")
     rows = []
     for recompute in ("none", "mlp", "block"):
-        for rows_of_logits in sorted({default_chunk(c), 2048, 4096}):
+        for rows_of_logits in (128, DEFAULT_CHUNK, 4096):
             b = largest_batch(c, T, recompute, rows_of_logits, o.total_batch_tokens, memory, state_bytes)
             if not b: continue
-            ops2, up2 = step_ops(counts, c, b, T, recompute, rows_of_logits, o.optimizer_dtype)
+            ops2, up2 = step_ops(counts, c, b, T, recompute, rows_of_logits, o.optimizer_dtype, o.mlp)
             m = o.total_batch_tokens / (b * T)
             t = m * sum(x.seconds * x.times for x in ops2) + sum(x.seconds * x.times for x in up2)
             rows.append([recompute, rows_of_logits, b, f"{sum(arenas(c, b, T, recompute, rows_of_logits, state_bytes)) / MIB:.0f}", f"{o.total_batch_tokens / t:.0f}",
