@@ -7,8 +7,9 @@
 // idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any order; two passes
 //         rebuild P twice
 // limits  D % 8 == 0, D <= 128
-// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): kernel 0 2607 us (all caches missed); 2 22 us, 1 23 us:
-//         bound by shared memory in few blocks, and the model knows no latency. 1 reads 0.26 MB less. Measured: not yet
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733 and
+//         2607 (all caches missed); 2 6.4 and 22; 1 4.3 and 27. Shared memory limits the last two, in few blocks: 1 has the larger
+//         tiles, and the model knows no latency, which they are for. Measured: not yet
 #include "bench.cuh"
 #include <type_traits>
 
@@ -166,8 +167,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
     store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
 }
 
-// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta
-// from the dout it holds anyway and leaves it for dk dv
+// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from
+// the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its keys: one owns dv, one dk ----
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         __syncthreads();                                    // K, V are here; every warp has left the other K
         if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
         cp_async_commit();
-        const bool visible = s0 < t + ROWS && t < T;
+        const bool visible = s0 < t + ROWS && t < T && (!doc_start || s0 + KEYS > doc_start[row0 + t]);
         if (visible) {
             fill(s, 0);
             multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
@@ -244,104 +245,105 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
     store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
 }
 
-template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv, const __nv_bfloat16 *__restrict__ dout,
-        const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
-    typedef DkdvTile<WIDTH> Tile;
-    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, STRIDE = WIDTH + 8;
-    float2 *stats = shared_memory<float2>();                                // (2, QUERIES): lse in powers of 2, delta
-    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 2 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
-    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tile = q_tiles + 2 * QUERIES * STRIDE;
+template <int WIDTH, int PAIRS>
+__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv,
+        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    typedef DkdvTile<WIDTH, PAIRS> Tile;
+    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS, STRIDE = WIDTH + 8;
+    float4 *exchanges = shared_memory<float4>();
+    float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
+    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
+    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;   // early keys have most queries
-    const int warp_row = threadIdx.x / 32 * Tile::ROWS, key = s0 + warp_row;                               // this warp's keys
-    const int row0 = blockIdx.x / K * T;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler that it is uniform: fewer registers
+    const int pair = warp % PAIRS, owns_dk = warp / PAIRS;                  // with 4 pairs a pair is on one scheduler
+    const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
     const float c = scale * (float)M_LOG2E;
+    float4 *exchange = exchanges + pair * Tile::EXCHANGE + lane;
+    __nv_bfloat16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
 
     // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
-    int tiles = CEIL_DIV(T - t_first, QUERIES);
+    int t_end = T;
     if (doc_start) {
         int seen = 0;
-        for (int i = 0; i < tiles; i += ATT_THREADS) {
-            const int tile = i + threadIdx.x;
-            seen += __syncthreads_count(tile < tiles && doc_start[row0 + t_first + tile * QUERIES] < s0 + KEYS);
+        for (int i = 0; t_first + i * QUERIES < T; i += THREADS) {
+            const int t = t_first + (i + (int)threadIdx.x) * QUERIES;
+            seen += __syncthreads_count(t < T && doc_start[row0 + t] < s0 + KEYS);
         }
-        tiles = seen;
+        t_end = t_first + seen * QUERIES;
     }
-    // Tile i of the walk belongs to head h(i) and starts at query t(i).
-    auto h = [&](int i) { return kv * (H / K) + i / tiles; };
-    auto t = [&](int i) { return t_first + i % tiles * QUERIES; };
-    auto load_q = [&](int i) {
-        load_tile<WIDTH, QUERIES>(q_tiles + i % 2 * QUERIES * STRIDE, qkv + (size_t)(row0 + t(i)) * W + h(i) * D, W, T - t(i), D);
-    };
-    auto load_do = [&](int i) {
-        load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t(i)) * H + h(i)) * D, (size_t)H * D, T - t(i), D);
-    };
-    auto load_stats = [&](int i) {                                          // past the end lse is infinite: p = 0
-        const int row = t(i) + threadIdx.x;
-        if (row >= T) return make_float2(INFINITY, 0);
-        return make_float2(lse[(size_t)(row0 + row) * H + h(i)] * (float)M_LOG2E, delta[(size_t)(row0 + row) * H + h(i)]);
+    auto load_queries = [&](int h, int t, int buffer) {
+        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
+        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, T - t, D);
+        if (threadIdx.x >= 2 * QUERIES) return;
+        const int row = t + (int)threadIdx.x % QUERIES;                     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        const float *stat = threadIdx.x < QUERIES ? lse : delta;
+        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat, row < T ? 4 : 0);
     };
 
     const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
-    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
-    load_q(0);
-    load_do(0);
+    load_tile<WIDTH, KEYS, THREADS>(k_tile, k, W, T - s0, D);
+    load_tile<WIDTH, KEYS, THREADS>(v_tile, k + K * D, W, T - s0, D);
+    int h = kv * (H / K), t = t_first;
+    const int h_end = h + H / K;
+    load_queries(h, t, 0);
     cp_async_commit();
-    if (threadIdx.x < QUERIES) stats[threadIdx.x] = load_stats(0);
 
-    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
-    fill(dk, 0);
-    fill(dv, 0);
-    for (int i = 0; i < tiles * (H / K); i++) {
-        const bool more = i + 1 < tiles * (H / K);
-        const __nv_bfloat16 *q_tile = q_tiles + i % 2 * QUERIES * STRIDE;
-        float2 next_stats;
+    float sum[MT][WIDTH / 8][4], s[MT][NT][4];                              // of dV or dK; scores, or dP
+    fill(sum, 0);
+    for (int buffer = 0; h < h_end; buffer ^= 1) {
+        const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
-        __syncthreads();                                                    // Q, dO are here; every warp has left the other Q
-        if (more) {
-            load_q(i + 1);
-            if (threadIdx.x < QUERIES) next_stats = load_stats(i + 1);
-        }
+        __syncthreads();                                                    // this tile is here, and every warp has left the one before
+        const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
+        const int t0 = t;
+        t += QUERIES;
+        if (t >= t_end) t = t_first, h++;
+        if (h < h_end) load_queries(h, t, buffer ^ 1);
         cp_async_commit();
-        const int t0 = t(i);
-        const bool visible = t0 + QUERIES > key && key < T;
-        if (visible) {
-            fill(p, 0);
-            multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
-            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key)) mask_scores_transposed(p, key, t0, doc_start, row0, T);
+        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS)) continue;   // nothing to see
+        #pragma unroll
+        for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
+            const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
+        }
+        multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
+        if (!owns_dk) {
+            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
+                mask_scores_transposed(s, key, t0, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
-                const float4 two = *(const float4 *)(stats + i % 2 * QUERIES + n * 8 + lane % 4 * 2);     // of this lane's two queries
+                const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
+                const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
                 #pragma unroll
                 for (int m = 0; m < MT; m++)
                     #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        p[m][n][j] = exp2_approx(p[m][n][j] * c - (j % 2 ? two.z : two.x));
-                        ds[m][n][j] = j % 2 ? -two.w : -two.y;              // the product starts from -delta
-                    }
+                    for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
             }
-            multiply_rows<WIDTH, 2>(ds, v_tile + warp_row * STRIDE, do_tile);
-            multiply_probabilities<WIDTH>(dv, p, do_tile);
             #pragma unroll
-            for (int j = 0; j < MT * NT * 4; j++) ds[j / 4 / NT][j / 4 % NT][j % 4] *= p[j / 4 / NT][j / 4 % NT][j % 4];
+            for (int i = 0; i < MT * NT; i++) store((float *)(exchange + i * 32), narrow<float>(s[i / NT][i % NT]));
+            barrier_arrive(1 + pair, 64);
+        } else {
+            barrier_sync(1 + pair, 64);                                     // P is here
+            #pragma unroll
+            for (int i = 0; i < MT * NT; i++) {
+                float p[4];
+                widen(p, load<4>((const float *)(exchange + i * 32)));
+                #pragma unroll
+                for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
+            }
         }
-        __syncthreads();                                                    // every warp has left dO
-        if (more) {
-            load_do(i + 1);
-            if (threadIdx.x < QUERIES) stats[(i + 1) % 2 * QUERIES + threadIdx.x] = next_stats;
-        }
-        cp_async_commit();
-        if (visible) multiply_probabilities<WIDTH>(dk, ds, q_tile);
+        multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
     }
-    float one[MT][2], scales[MT][2];
-    fill_scale(one, 1);
-    fill_scale(scales, scale);
-    __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
-    store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
-    store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
+    float scales[MT][2];
+    fill_scale(scales, owns_dk ? scale : 1);
+    __nv_bfloat16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
+    store_rows<WIDTH>(out, W, sum, scales, left, T - key, D);
 }
 
 // ---- fp32, shipped: for proof rather than speed ----

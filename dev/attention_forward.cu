@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;    // where the last of this warp's rows t..t+31 begins to look
-    const int end = min(t0 + QUERIES, T);
+    const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
     float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
     Softmax<MT> softmax;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
         cp_async_commit();
         k += (size_t)KEYS * W;
-        const bool visible = s0 < t + ROWS && t < T;        // else the tile lies above this warp's part of the diagonal
+        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;       // else above this warp's diagonal, or before its documents
         if (visible) {
             fill(s, 0);
             multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
