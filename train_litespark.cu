@@ -87,6 +87,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
     comm_abort();
     exit(EXIT_FAILURE);
 }
+
 void *xmalloc(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
     if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
@@ -102,6 +103,16 @@ void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * 
 char *xstrdup(const char *s) {
     size_t n = strlen(s) + 1;
     return (char *)memcpy(xmalloc(n), s, n);
+}
+
+// path = printf(...), in a fresh string
+__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
+    char *s = NULL;
+    va_list args;
+    va_start(args, fmt);
+    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
+    va_end(args);
+    return s;
 }
 
 double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
@@ -189,14 +200,15 @@ int parse_double(const char *s, double *out) {
     return 1;
 }
 
-// A descriptor and the size of a regular file. Dies naming `what` and the path: missing, a folder, not readable.
+// A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path: missing, a folder,
+// not readable.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s '%s' is not a file; name the file itself", what, path);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
-    *bytes = (size_t)st.st_size;
+    if (bytes) *bytes = (size_t)st.st_size;
     return fd;
 }
 
@@ -213,26 +225,18 @@ static size_t read_at(int fd, const char *path, void *out, size_t n, size_t offs
     return done;
 }
 
+static void read_exactly(int fd, const char *path, void *out, size_t n, size_t offset) {
+    if (read_at(fd, path, out, n, offset) != n) die("'%s' became shorter while it was read", path);
+}
+
 char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
     int fd = open_regular(path, "file", n);
     if (*n > max_bytes) die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
     char *text = (char *)xmalloc(*n + 1);
-    if (read_at(fd, path, text, *n, 0) != *n) die("'%s' became shorter while it was read", path);
+    read_exactly(fd, path, text, *n, 0);
     close(fd);
     text[*n] = 0;
     return text;
-}
-
-void write_file_whole(const char *path, const void *data, size_t n) {       // on the disk when it returns
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (fd < 0) die("cannot create '%s': %s", path, strerror(errno));
-    for (size_t done = 0; done < n; ) {
-        ssize_t put = write(fd, (const char *)data + done, n - done);
-        if (put < 0 && errno == EINTR) continue;
-        if (put < 0) die("cannot write '%s': %s", path, strerror(errno));
-        done += (size_t)put;
-    }
-    if (fsync(fd) != 0 || close(fd) != 0) die("cannot write '%s': %s", path, strerror(errno));
 }
 
 // ==== 3. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
@@ -248,17 +252,13 @@ typedef struct Json {
     struct Json *child, *next;
 } Json;
 
-enum { JSON_MAX_DEPTH = 64, JSON_CHUNK = 64 };
+enum { JSON_MAX_DEPTH = 64 };
 #define JSON_REQUIRED INT64_MIN // the fallback of json_int for a key that must be there
 
-typedef struct JsonChunk { struct JsonChunk *next; int used; Json nodes[JSON_CHUNK]; } JsonChunk;
-typedef struct JsonDoc { Json root; char *text; JsonChunk *chunks; } JsonDoc; // root first: json_free finds the rest
 typedef struct JsonParser {
-    JsonDoc *doc;
-    char *at, *end;        // *end is NUL, so looking one byte ahead is always safe
+    char *text, *at, *end; // *end is NUL, so looking one byte ahead is always safe
+    Json *unused;          // the next free node
     const char *where;
-    const Json **keys;     // scratch of json_check_keys
-    int max_keys;
 } JsonParser;
 
 // Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
@@ -275,12 +275,10 @@ static void json_fail(const JsonParser *p, const char *expected) {
     unsigned char c = (unsigned char)*p->at;
     if (p->at == p->end) snprintf(found, sizeof found, "the end of the text");
     else snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->doc->text), expected, found);
+    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found);
 }
 
-static void json_space(JsonParser *p) {
-    p->at += strspn(p->at, " \n\r\t");
-}
+static void json_space(JsonParser *p) { p->at += strspn(p->at, " \n\r\t"); }
 
 static void json_digits(JsonParser *p) {
     size_t n = strspn(p->at, "0123456789");
@@ -288,28 +286,19 @@ static void json_digits(JsonParser *p) {
     p->at += n;
 }
 
-static Json *json_node(JsonParser *p) {
-    JsonChunk *c = p->doc->chunks;
-    if (!c || c->used == JSON_CHUNK) {
-        c = (JsonChunk *)xcalloc(1, sizeof *c);
-        c->next = p->doc->chunks;
-        p->doc->chunks = c;
-    }
-    return &c->nodes[c->used++];
-}
-
-// Bytes of the UTF-8 sequence at s (first byte >= 0x80), or 0: overlong forms and surrogates are malformed.
-static int utf8_length(const char *s) {
+// Bytes of the UTF-8 code point at s, which is in front of n bytes, or 0: overlong forms and surrogates are malformed.
+static int utf8_length(const char *s, size_t n) {
     const unsigned char *u = (const unsigned char *)s;
-    int n = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
-    uint32_t code = u[0] & (0x7Fu >> n);
-    if (u[0] < 0xC2 || u[0] > 0xF4) return 0;
-    for (int i = 1; i < n; i++) {
+    if (u[0] < 0x80) return 1;
+    size_t k = u[0] >= 0xF0 ? 4 : u[0] >= 0xE0 ? 3 : 2;
+    uint32_t code = u[0] & (0x7Fu >> k);
+    if (u[0] < 0xC2 || u[0] > 0xF4 || k > n) return 0;
+    for (size_t i = 1; i < k; i++) {
         if ((u[i] & 0xC0) != 0x80) return 0;
         code = code << 6 | (u[i] & 0x3Fu);
     }
-    if ((n == 3 && code < 0x800) || (n == 4 && code < 0x10000)) return 0;
-    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : n;
+    if ((k == 3 && code < 0x800) || (k == 4 && code < 0x10000)) return 0;
+    return code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : (int)k;
 }
 
 // The value of "\uXXXX" at s, or -1.
@@ -324,11 +313,7 @@ static int json_hex4(const char *s) {
 static char *json_escape(JsonParser *p, char *out) {
     const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t";
     const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
-    if (simple) {
-        *out++ = to[simple - from];
-        p->at += 2;
-        return out;
-    }
+    if (simple) { p->at += 2; *out = to[simple - from]; return out + 1; }
     int code = json_hex4(p->at);
     int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0; // a pair \uD8xx\uDCxx is one code point
     if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
@@ -346,7 +331,7 @@ static char *json_chars(JsonParser *p, size_t *length) {
     char *start = ++p->at, *out = start;
     while (*p->at != '"') {
         unsigned char c = (unsigned char)*p->at;
-        int n = c < 0x80 ? 1 : utf8_length(p->at);
+        int n = utf8_length(p->at, (size_t)(p->end - p->at));
         if (c < 0x20) json_fail(p, "the rest of a string (control characters must be escaped)");
         if (!n) json_fail(p, "valid UTF-8");
         if (c == '\\') out = json_escape(p, out);
@@ -375,10 +360,7 @@ static void json_scan_number(JsonParser *p, Json *v) {
     v->str = start;
     v->str_len = (size_t)(p->at - start);
     v->num = strtod(start, NULL);
-    if (!isfinite(v->num)) {
-        p->at = start;
-        json_fail(p, "a number within the range of a double");
-    }
+    if (!isfinite(v->num)) { p->at = start; json_fail(p, "a number within the range of a double"); }
     errno = 0;
     if (v->is_int) v->inum = strtoll(start, NULL, 10);
     if (errno) v->is_int = 0;
@@ -389,15 +371,14 @@ static int json_compare_keys(const void *a, const void *b) {
 }
 
 // Dies when two children have one key: readers disagree on which of them counts.
-static void json_check_keys(JsonParser *p, const Json *object) {
-    p->keys = (const Json **)array_room(p->keys, object->n, &p->max_keys, sizeof *p->keys);
+static void json_check_keys(const JsonParser *p, const Json *object) {
+    const Json **keys = (const Json **)xmalloc((size_t)object->n * sizeof *keys);
     int n = 0;
-    for (const Json *e = object->child; e; e = e->next) p->keys[n++] = e;
-    qsort(p->keys, (size_t)n, sizeof *p->keys, json_compare_keys);
-    for (int i = 1; i < n; i++) {
-        const char *key = p->keys[i]->key;
-        if (!strcmp(p->keys[i - 1]->key, key)) die("%s: the key \"%s\" appears twice", p->where, key);
-    }
+    for (const Json *e = object->child; e; e = e->next) keys[n++] = e;
+    qsort(keys, (size_t)n, sizeof *keys, json_compare_keys);
+    for (int i = 1; i < n; i++)
+        if (!json_compare_keys(&keys[i - 1], &keys[i])) die("%s: the key \"%s\" appears twice", p->where, keys[i]->key);
+    free(keys);
 }
 
 static void json_value(JsonParser *p, Json *v, int depth);
@@ -411,7 +392,7 @@ static void json_container(JsonParser *p, Json *v, int depth) {
     p->at++;
     json_space(p);
     while (*p->at != close || v->n) {
-        Json *e = json_node(p);
+        Json *e = p->unused++;
         json_space(p);
         if (is_object) {
             size_t length;
@@ -452,31 +433,29 @@ static void json_value(JsonParser *p, Json *v, int depth) {
     }
 }
 
-// Parses n bytes; dies with `where`, the byte and what was expected there. One json_free releases every node.
+// Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory holds every node and behind
+// them the text: json_free(root) releases it.
 Json *json_parse(const char *text, size_t n, const char *where) {
     if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
-    JsonDoc *doc = (JsonDoc *)xcalloc(1, sizeof *doc);
-    doc->text = (char *)xmalloc(n + 1);
-    memcpy(doc->text, text, n);
-    doc->text[n] = 0;
-    JsonParser p = {doc, doc->text, doc->text + n, where, NULL, 0};
-    json_value(&p, &doc->root, 0);
+    size_t n_nodes = 1;                 // at most: all but the root come after one of these
+    for (size_t i = 0; i < n; i++) n_nodes += text[i] == '{' || text[i] == '[' || text[i] == ',';
+    Json *root = (Json *)xcalloc(1, n_nodes * sizeof *root + n + 1);
+    char *copy = (char *)memcpy(root + n_nodes, text, n);
+    JsonParser p = {copy, copy, copy + n, root + 1, where};
+    json_value(&p, root, 0);
     json_space(&p);
     if (p.at != p.end) json_fail(&p, "the end of the text");
-    free(p.keys);
-    return &doc->root;
+    return root;
 }
 
-// Frees a root that json_parse returned; NULL is fine.
-void json_free(Json *root) {
-    JsonDoc *doc = (JsonDoc *)root;
-    if (!doc) return;
-    for (JsonChunk *c = doc->chunks, *next; c; c = next) {
-        next = c->next;
-        free(c);
-    }
-    free(doc->text);
-    free(doc);
+void json_free(Json *root) { free(root); }
+
+Json *json_read_file(const char *path, size_t max_bytes) {
+    size_t n;
+    char *text = read_text_file(path, max_bytes, &n);
+    Json *root = json_parse(text, n, path);
+    free(text);
+    return root;
 }
 
 // The value of `key`; NULL when obj is not an object, or when the key is absent or null.
@@ -489,13 +468,12 @@ const Json *json_get(const Json *obj, const char *key) {
 
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
 static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
+    static const char *const types = "oatf0", *const words[] = {"an object", "a list", "true", "false", "null"};
     char shown[64];
-    int n = v ? (int)(v->str_len < 40 ? v->str_len : 40) : 0;
-    if (!v) snprintf(shown, sizeof shown, "missing");
-    else if (v->type == 's' || v->type == 'n')
-        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", n, v->str, v->str_len > 40 ? "..." : "");
-    else snprintf(shown, sizeof shown, "%s", v->type == 'o' ? "an object" : v->type == 'a' ? "a list" :
-                  v->type == 't' ? "true" : v->type == 'f' ? "false" : "null");
+    if (v && strchr("sn", v->type))
+        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str,
+                 v->str_len > 40 ? "..." : "");
+    else snprintf(shown, sizeof shown, "%s", v ? words[strchr(types, v->type) - types] : "missing");
     for (char *c = shown; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
     die("%s: \"%s\" is %s; expected %s", where, key, shown, expected);
@@ -521,7 +499,7 @@ double json_number(const Json *obj, const char *key, const char *where, double l
     return v->num;
 }
 
-int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
+static int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
     const Json *v = json_get(obj, key);
     if (!v && fallback >= 0) return fallback;
     if (!v || (v->type != 't' && v->type != 'f')) json_refuse(v, key, where, "true or false");
@@ -560,13 +538,21 @@ void text_add_string(Text *t, const char *s) {
     text_add(t, "\"");
 }
 
-// Appends the shortest decimal that reads back as x, marked as a float (8.0, not 8); JSON has no NaN: null.
-void text_add_number(Text *t, double x) {
-    char s[40];
+// The shortest decimal that reads back as x; valid until the fourth call after this one.
+static const char *shortest(double x) {
+    static char text[4][40];
+    static int next;
+    char *s = text[next++ % 4];
     int digits = 1;
-    do snprintf(s, sizeof s, "%.*g", digits, x);
+    do snprintf(s, sizeof text[0], "%.*g", digits, x);
     while (digits++ < 17 && strtod(s, NULL) != x);
-    text_add(t, !isfinite(x) ? "null" : strpbrk(s, ".e") ? "%s" : "%s.0", s);
+    return s;
+}
+
+// The same for JSON, marked as a float (8.0, not 8); there is no NaN: null.
+const char *json_decimal(double x) {
+    char *s = (char *)shortest(x);
+    return !isfinite(x) ? "null" : strpbrk(s, ".e") ? s : strcat(s, ".0");
 }
 
 // ==== 4. Options: one table feeds parser, --help, the log and resume ====================================================
@@ -576,118 +562,106 @@ enum { FP32, BF16 };
 enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
 enum { AUTO = -1 };         // decided at start from model, data and machine
 
-typedef struct Options {
-    const char *preset, *config, *init_from, *resume;
-    const char *train_data, *val_data, *tokenizer;
-    int64_t stage, document_mask;
-    double dpo_beta;
-    int64_t batch_size, seq_len, total_batch_tokens, steps, warmup_steps, schedule, optimizer_dtype;
-    double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
-    int64_t val_every, val_batches, sample_every, sample_tokens, log_every, eval_only, generate;
-    const char *prompt;
-    double temperature;
-    const char *out, *dump_grads, *device;
-    int64_t checkpoint_every, keep, seed, threads, precision, zero, shard_size, reduce_dtype, recompute, logits_chunk;
-    int64_t deterministic, timeout, gpus, nodes, dry_run, help;
-    double skip_spikes;
-} Options;
-
-static Options opt;
-
-enum { OPT_INT, OPT_REAL, OPT_TEXT, OPT_CHOICE, OPT_FLAG };
 enum { RUN = 1 };           // the option is part of what a run is: saved with a checkpoint and taken up again by --resume
+
+// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins with its words)
+#define OPTIONS(X) \
+    X(TEXT, "--preset", preset, 0, NULL, 0, 0, "model by name (list: --preset help)") \
+    X(TEXT, "--config", config, 0, NULL, 0, 0, "model by a Hugging Face config.json, random weights") \
+    X(TEXT, "--init-from", init_from, 0, NULL, 0, 0, "start from the weights of a Hugging Face checkpoint folder") \
+    X(TEXT, "--resume", resume, 0, NULL, 0, 0, "continue a litespark checkpoint folder; auto: the newest whole one in --out") \
+    X(TEXT, "--train-data", train_data, RUN, NULL, 0, 0, "token shards, a quoted glob (default: the generated stories)") \
+    X(TEXT, "--val-data", val_data, RUN, NULL, 0, 0, "validation shards (default: the stories', with the default --train-data)") \
+    X(TEXT, "--tokenizer", tokenizer, RUN, NULL, 0, 0, "tokenizer.bin for text (default: beside model or data)") \
+    X(CHOICE, "--stage", stage, RUN, "pretrain", 0, 0, "pretrain|sft|dpo: what is trained") \
+    X(REAL, "--dpo-beta", dpo_beta, RUN, "0.1", 0, 1e3, "strength of the pull to the reference model") \
+    X(CHOICE, "--document-mask", document_mask, RUN, "off", 0, 0, "off|on: attention stays inside documents") \
+    X(INT, "--batch-size", batch_size, RUN, "0", 0, 1 << 20, "sequences per rank and micro-step, 0 = the largest that fits") \
+    X(INT, "--seq-len", seq_len, RUN, "0", 0, 1 << 24, "tokens per sequence, 0 = the model's, at most 1024") \
+    X(INT, "--total-batch-tokens", total_batch_tokens, RUN, "0", 0, 1e12, \
+      "tokens per update over all ranks, 0 = the model's default") \
+    X(INT, "--steps", steps, RUN, "-1", -1, 1e12, "updates, -1 = the model's default") \
+    X(REAL, "--lr", lr, RUN, "-1", -1, 1e3, "peak learning rate, -1 = the model's default") \
+    X(REAL, "--min-lr", min_lr, RUN, "-1", -1, 1e3, "learning rate at the end, -1 = lr/10") \
+    X(INT, "--warmup-steps", warmup_steps, RUN, "-1", -1, 1e12, "linear warm-up, -1 = min(100, steps/10)") \
+    X(CHOICE, "--schedule", schedule, RUN, "cosine", 0, 0, \
+      "cosine|linear|wsd|constant: shape of the decay (wsd: over the last fifth)") \
+    X(REAL, "--beta1", beta1, RUN, "0.9", 0, 0.999999, "AdamW") \
+    X(REAL, "--beta2", beta2, RUN, "0.95", 0, 0.999999999, "AdamW") \
+    X(REAL, "--eps", eps, RUN, "1e-8", 1e-30, 1, "AdamW") \
+    X(REAL, "--weight-decay", weight_decay, RUN, "0.01", 0, 1e3, "AdamW, on matrices") \
+    X(REAL, "--grad-clip", grad_clip, RUN, "1", 0, 1e9, "largest global gradient norm, 0 = no clipping") \
+    X(CHOICE, "--optimizer-dtype", optimizer_dtype, RUN, "fp32", 0, 0, "fp32|bf16: storage of m and v") \
+    X(REAL, "--skip-spikes", skip_spikes, RUN, "0", 0, 1e6, \
+      "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
+    X(INT, "--val-every", val_every, RUN, "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10") \
+    X(INT, "--val-batches", val_batches, RUN, "0", 0, 1e12, "micro-steps of an evaluation, 0 = all of --val-data") \
+    X(INT, "--sample-every", sample_every, RUN, "-1", -1, 1e12, "updates between text samples, 0 = never, -1 = at the end") \
+    X(INT, "--sample-tokens", sample_tokens, RUN, "200", 0, 1e9, "length of a sample") \
+    X(TEXT, "--prompt", prompt, RUN, "", 0, 0, "text a sample begins with") \
+    X(REAL, "--temperature", temperature, RUN, "0.8", 0, 100, "of samples, 0 = greedy") \
+    X(INT, "--log-every", log_every, RUN, "1", 1, 1e12, "updates between lines on the screen (log.jsonl has all)") \
+    X(FLAG, "--eval-only", eval_only, 0, NULL, 0, 0, "print the loss on --val-data and stop") \
+    X(FLAG, "--generate", generate, 0, NULL, 0, 0, "print a sample of text and stop") \
+    X(TEXT, "--out", out, 0, "out", 0, 0, "folder of checkpoints and log.jsonl") \
+    X(INT, "--checkpoint-every", checkpoint_every, RUN, "-1", -1, 1e12, \
+      "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
+    X(INT, "--keep", keep, RUN, "2", 1, 1e9, "checkpoints to keep") \
+    X(INT, "--seed", seed, RUN, "1", 0, 9e15, "of initial weights, data order and samples") \
+    X(INT, "--threads", threads, 0, "0", 0, 4096, "per rank, 0 = cores / ranks of this machine") \
+    X(CHOICE, "--precision", precision, RUN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
+    X(INT, "--zero", zero, 0, "0", 0, 3, "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 weights") \
+    X(INT, "--shard-size", shard_size, 0, "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all") \
+    X(CHOICE, "--reduce-dtype", reduce_dtype, 0, "fp32", 0, 0, "fp32|bf16: gradients on the wire") \
+    X(CHOICE, "--recompute", recompute, 0, "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping") \
+    X(INT, "--logits-chunk", logits_chunk, 0, "0", 0, 1 << 24, \
+      "rows of logits in memory at a time, 0 = 16 MiB of them (GPU: 2048)") \
+    X(CHOICE, "--deterministic", deterministic, 0, "on", 0, 0, "off|on: two runs give the same bits") \
+    X(INT, "--timeout", timeout, 0, "600", 1, 1e6, "seconds to wait for another rank before giving up") \
+    X(INT, "--gpus", gpus, 0, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
+    X(INT, "--nodes", nodes, 0, "0", 0, 1e6, "with --dry-run: nodes to plan for") \
+    X(TEXT, "--device", device, 0, NULL, 0, 0, "with --dry-run: GPU to plan for") \
+    X(FLAG, "--dry-run", dry_run, 0, NULL, 0, 0, "print the memory this run needs and stop") \
+    X(TEXT, "--dump-grads", dump_grads, 0, NULL, 0, 0, "write the first update's gradients to this safetensors file and stop") \
+    X(FLAG, "--help", help, 0, NULL, 0, 0, "this list")
+
+enum { OPT_TEXT, OPT_INT, OPT_REAL, OPT_CHOICE, OPT_FLAG };
+typedef const char *TEXT_value;
+typedef int64_t INT_value, CHOICE_value, FLAG_value;
+typedef double REAL_value;
+#define FIELD(type, name, field, ...) type##_value field;
+typedef struct Options { OPTIONS(FIELD) } Options;
+#undef FIELD
+static Options opt;
 
 typedef struct Option {
     const char *name;
     int type, kind;
     void *value;
-    const char *initial;    // NULL: not set
-    double lo, hi;          // of numbers
-    const char *help;       // a choice: "first|second: text"
+    const char *initial;
+    double lo, hi;
+    const char *help;
     int given;              // on the command line
 } Option;
 
-#define FROM(x) (&opt.x)
-static Option option_table[] = {
-    {"--preset", OPT_TEXT, 0, FROM(preset), NULL, 0, 0, "model by name (list: --preset help)", 0},
-    {"--config", OPT_TEXT, 0, FROM(config), NULL, 0, 0, "model by a Hugging Face config.json, random weights", 0},
-    {"--init-from", OPT_TEXT, 0, FROM(init_from), NULL, 0, 0, "start from the weights of a Hugging Face checkpoint folder", 0},
-    {"--resume", OPT_TEXT, 0, FROM(resume), NULL, 0, 0, "continue a litespark checkpoint folder; auto: the newest whole one in --out", 0},
-    {"--train-data", OPT_TEXT, RUN, FROM(train_data), NULL, 0, 0, "token shards, a quoted glob (default: the generated stories)", 0},
-    {"--val-data", OPT_TEXT, RUN, FROM(val_data), NULL, 0, 0, "validation shards (default: the stories', with the default --train-data)", 0},
-    {"--tokenizer", OPT_TEXT, RUN, FROM(tokenizer), NULL, 0, 0, "tokenizer.bin for text (default: beside model or data)", 0},
-    {"--stage", OPT_CHOICE, RUN, FROM(stage), "pretrain", 0, 0, "pretrain|sft|dpo: what is trained", 0},
-    {"--dpo-beta", OPT_REAL, RUN, FROM(dpo_beta), "0.1", 0, 1e3, "strength of the pull to the reference model", 0},
-    {"--document-mask", OPT_CHOICE, RUN, FROM(document_mask), "off", 0, 0, "off|on: attention stays inside documents", 0},
-    {"--batch-size", OPT_INT, RUN, FROM(batch_size), "0", 0, 1 << 20, "sequences per rank and micro-step, 0 = the largest that fits", 0},
-    {"--seq-len", OPT_INT, RUN, FROM(seq_len), "0", 0, 1 << 24, "tokens per sequence, 0 = the model's, at most 1024", 0},
-    {"--total-batch-tokens", OPT_INT, RUN, FROM(total_batch_tokens), "0", 0, 1e12, "tokens per update over all ranks, 0 = the model's default", 0},
-    {"--steps", OPT_INT, RUN, FROM(steps), "-1", -1, 1e12, "updates, -1 = the model's default", 0},
-    {"--lr", OPT_REAL, RUN, FROM(lr), "-1", -1, 1e3, "peak learning rate, -1 = the model's default", 0},
-    {"--min-lr", OPT_REAL, RUN, FROM(min_lr), "-1", -1, 1e3, "learning rate at the end, -1 = lr/10", 0},
-    {"--warmup-steps", OPT_INT, RUN, FROM(warmup_steps), "-1", -1, 1e12, "linear warm-up, -1 = min(100, steps/10)", 0},
-    {"--schedule", OPT_CHOICE, RUN, FROM(schedule), "cosine", 0, 0, "cosine|linear|wsd|constant: shape of the decay (wsd: over the last fifth)", 0},
-    {"--beta1", OPT_REAL, RUN, FROM(beta1), "0.9", 0, 0.999999, "AdamW", 0},
-    {"--beta2", OPT_REAL, RUN, FROM(beta2), "0.95", 0, 0.999999999, "AdamW", 0},
-    {"--eps", OPT_REAL, RUN, FROM(eps), "1e-8", 1e-30, 1, "AdamW", 0},
-    {"--weight-decay", OPT_REAL, RUN, FROM(weight_decay), "0.01", 0, 1e3, "AdamW, on matrices", 0},
-    {"--grad-clip", OPT_REAL, RUN, FROM(grad_clip), "1", 0, 1e9, "largest global gradient norm, 0 = no clipping", 0},
-    {"--optimizer-dtype", OPT_CHOICE, RUN, FROM(optimizer_dtype), "fp32", 0, 0, "fp32|bf16: storage of m and v", 0},
-    {"--skip-spikes", OPT_REAL, RUN, FROM(skip_spikes), "0", 0, 1e6, "skip updates whose loss or norm is this many standard deviations off, 0 = never", 0},
-    {"--val-every", OPT_INT, RUN, FROM(val_every), "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10", 0},
-    {"--val-batches", OPT_INT, RUN, FROM(val_batches), "0", 0, 1e12, "micro-steps of an evaluation, 0 = all of --val-data", 0},
-    {"--sample-every", OPT_INT, RUN, FROM(sample_every), "-1", -1, 1e12, "updates between text samples, 0 = never, -1 = at the end", 0},
-    {"--sample-tokens", OPT_INT, RUN, FROM(sample_tokens), "200", 0, 1e9, "length of a sample", 0},
-    {"--prompt", OPT_TEXT, RUN, FROM(prompt), "", 0, 0, "text a sample begins with", 0},
-    {"--temperature", OPT_REAL, RUN, FROM(temperature), "0.8", 0, 100, "of samples, 0 = greedy", 0},
-    {"--log-every", OPT_INT, RUN, FROM(log_every), "1", 1, 1e12, "updates between lines on the screen (log.jsonl has all)", 0},
-    {"--eval-only", OPT_FLAG, 0, FROM(eval_only), NULL, 0, 0, "print the loss on --val-data and stop", 0},
-    {"--generate", OPT_FLAG, 0, FROM(generate), NULL, 0, 0, "print a sample of text and stop", 0},
-    {"--out", OPT_TEXT, 0, FROM(out), "out", 0, 0, "folder of checkpoints and log.jsonl", 0},
-    {"--checkpoint-every", OPT_INT, RUN, FROM(checkpoint_every), "-1", -1, 1e12, "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end", 0},
-    {"--keep", OPT_INT, RUN, FROM(keep), "2", 1, 1e9, "checkpoints to keep", 0},
-    {"--seed", OPT_INT, RUN, FROM(seed), "1", 0, 9e15, "of initial weights, data order and samples", 0},
-    {"--threads", OPT_INT, 0, FROM(threads), "0", 0, 4096, "per rank, 0 = cores / ranks of this machine", 0},
-    {"--precision", OPT_CHOICE, RUN, FROM(precision), "fp32", 0, 0, "fp32|bf16: of weights and activations", 0},
-    {"--zero", OPT_INT, 0, FROM(zero), "0", 0, 3, "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 weights", 0},
-    {"--shard-size", OPT_INT, 0, FROM(shard_size), "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all", 0},
-    {"--reduce-dtype", OPT_CHOICE, 0, FROM(reduce_dtype), "fp32", 0, 0, "fp32|bf16: gradients on the wire", 0},
-    {"--recompute", OPT_CHOICE, 0, FROM(recompute), "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping", 0},
-    {"--logits-chunk", OPT_INT, 0, FROM(logits_chunk), "0", 0, 1 << 24, "rows of logits in memory at a time, 0 = 16 MiB of them (GPU: 2048)", 0},
-    {"--deterministic", OPT_CHOICE, 0, FROM(deterministic), "on", 0, 0, "off|on: two runs give the same bits", 0},
-    {"--timeout", OPT_INT, 0, FROM(timeout), "600", 1, 1e6, "seconds to wait for another rank before giving up", 0},
-    {"--gpus", OPT_INT, 0, FROM(gpus), "0", 0, 1e6, "with --dry-run: GPUs to plan for", 0},
-    {"--nodes", OPT_INT, 0, FROM(nodes), "0", 0, 1e6, "with --dry-run: nodes to plan for", 0},
-    {"--device", OPT_TEXT, 0, FROM(device), NULL, 0, 0, "with --dry-run: GPU to plan for", 0},
-    {"--dry-run", OPT_FLAG, 0, FROM(dry_run), NULL, 0, 0, "print the memory this run needs and stop", 0},
-    {"--dump-grads", OPT_TEXT, 0, FROM(dump_grads), NULL, 0, 0, "write the first update's gradients to this safetensors file and stop", 0},
-    {"--help", OPT_FLAG, 0, FROM(help), NULL, 0, 0, "this list", 0},
-};
+#define ROW(type, name, field, kind, initial, lo, hi, help) {name, OPT_##type, kind, &opt.field, initial, lo, hi, help, 0},
+static Option option_table[] = {OPTIONS(ROW)};
+#undef ROW
 enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
 
-// Index of `text` among the '|'-separated words before ':' in help, or -1. text NULL: prints nothing, finds word `index` into name.
-static int choice_index(const char *help, const char *text) {
-    int index = 0;
-    for (const char *at = help;; at++) {
-        size_t n = strcspn(at, "|:");
-        if (strlen(text) == n && !strncmp(at, text, n)) return index;
-        at += n;
-        if (*at != '|') return -1;
-        index++;
-    }
-}
-
-// The word of a choice, in a static buffer.
-static const char *choice_name(const Option *o) {
+// Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
+static const char *choice_word(const Option *o, int64_t index) {
     static char word[16];
     const char *at = o->help;
-    for (int64_t i = *(int64_t *)o->value; i > 0; i--) at = strchr(at, '|') + 1;
+    for (; index > 0; index--, at++) if (*(at += strcspn(at, "|:")) != '|') return NULL;
     snprintf(word, sizeof word, "%.*s", (int)strcspn(at, "|:"), at);
     return word;
 }
 
+static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
+
 Option *option_find(const char *name) {
-    for (int i = 0; i < N_OPTIONS; i++) if (!strcmp(option_table[i].name, name)) return &option_table[i];
+    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) if (!strcmp(o->name, name)) return o;
     return NULL;
 }
 
@@ -698,8 +672,10 @@ void option_set(Option *o, const char *text) {
     if (o->type == OPT_TEXT) {
         *(const char **)o->value = xstrdup(text);
     } else if (o->type == OPT_CHOICE) {
-        int index = choice_index(o->help, text);
-        if (index < 0) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
+        const char *word;
+        int64_t index = 0;
+        while ((word = choice_word(o, index)) && strcmp(word, text)) index++;
+        if (!word) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
         *(int64_t *)o->value = index;
     } else if (o->type == OPT_REAL) {
         double x;
@@ -719,28 +695,25 @@ const char *option_text(const Option *o) {
     static char text[64];
     if (o->type == OPT_TEXT) return *(const char **)o->value;
     if (o->type == OPT_CHOICE) return choice_name(o);
-    if (o->type == OPT_REAL) {          // the shortest decimal that reads back the same
-        int digits = 1;
-        do snprintf(text, sizeof text, "%.*g", digits, *(double *)o->value);
-        while (digits++ < 17 && strtod(text, NULL) != *(double *)o->value);
-    } else snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
+    if (o->type == OPT_REAL) return shortest(*(double *)o->value);
+    snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
     return text;
 }
 
 void options_default(void) {
     memset(&opt, 0, sizeof opt);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        option_table[i].given = 0;
-        if (option_table[i].initial) option_set(&option_table[i], option_table[i].initial);
+    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+        o->given = 0;
+        if (o->initial) option_set(o, o->initial);
     }
 }
 
 void options_help(void) {
     printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &option_table[i];
+    static const char *const wants[] = {" TEXT", " N", " N", " WORD", ""};      // by type
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
         char left[64];
-        snprintf(left, sizeof left, "%s%s", o->name, o->type == OPT_FLAG ? "" : o->type == OPT_TEXT ? " TEXT" : o->type == OPT_CHOICE ? " WORD" : " N");
+        snprintf(left, sizeof left, "%s%s", o->name, wants[o->type]);
         printf("  %-24s %s", left, o->help);
         printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
     }
@@ -754,10 +727,7 @@ void options_parse(int argc, char **argv) {
         if (!o) die("unknown option %s; --help lists them all", argv[i]);
         if (o->given) die("%s is given twice", o->name);
         o->given = 1;
-        if (o->type == OPT_FLAG) {
-            *(int64_t *)o->value = 1;
-            continue;
-        }
+        if (o->type == OPT_FLAG) { *(int64_t *)o->value = 1; continue; }
         if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
         option_set(o, argv[++i]);
     }
@@ -765,14 +735,16 @@ void options_parse(int argc, char **argv) {
 
 // What can be said against the options without looking at any file.
 void options_check(void) {
-    int models = !!opt.preset + !!opt.config + !!opt.init_from;
-    if (models > 1) die("choose one of --preset, --config and --init-from");
+    if (!!opt.preset + !!opt.config + !!opt.init_from > 1) die("choose one of --preset, --config and --init-from");
     if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
-    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1) die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
-    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume) die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
+    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
+        die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
+    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
+        die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
-    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run) die("--gpus, --nodes and --device go with --dry-run");
+    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run)
+        die("--gpus, --nodes and --device go with --dry-run");
     if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
     if (opt.min_lr > opt.lr && opt.lr >= 0) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
 }
@@ -783,17 +755,17 @@ void options_check(void) {
 //               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 // 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
 
-enum { ST_F32, ST_BF16, ST_F16, ST_F64, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, ST_U32, ST_U16, ST_U8, ST_BOOL, ST_F8_E4M3,
-       ST_F8_E5M2, ST_DTYPES };
-static const struct { const char *name; size_t bytes; } st_dtypes[ST_DTYPES] = {
-    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"F64", 8}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
+enum { ST_F32, ST_BF16, ST_F16, ST_I32 };   // the first rows:
+static const struct { const char *name; size_t bytes; } st_dtypes[] = {
+    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 512, ST_BUFFER = 1 << 20 };
+enum { ST_DTYPES = sizeof st_dtypes / sizeof *st_dtypes };
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
 
 typedef struct StTensor {
     const char *name;
     int dtype, n_dims, file;        // file: index into StSet.paths
-    int64_t shape[ST_MAX_DIMS];
+    int64_t shape[ST_MAX_DIMS];     // 0 beyond n_dims
     size_t offset, n_bytes, n;      // offset from the start of the file; n = elements
 } StTensor;
 
@@ -805,24 +777,16 @@ typedef struct StSet {              // the tensors of one checkpoint, sorted by 
     Json *headers[ST_MAX_FILES];    // own the names
 } StSet;
 
-static void st_pread(const StSet *s, int f, void *out, size_t n, size_t offset) {
-    if (read_at(s->fds[f], s->paths[f], out, n, offset) != n) die("%s became shorter while it was read", s->paths[f]);
-}
-
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
 static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
     const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape"), *span = json_get(e, "data_offsets");
-    StTensor t;
-    memset(&t, 0, sizeof t);
-    t.name = e->key;
-    t.file = s->n_files - 1;
+    StTensor t = {e->key, 0, 0, s->n_files - 1, {0}, 0, 0, 1};
     if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
         die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
     while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
     if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
     if (shape->n > ST_MAX_DIMS)
         die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
-    t.n = 1;
     for (const Json *d = shape->child; d; d = d->next) {
         if (!d->is_int || d->inum < 0 || (d->inum && t.n > (size_t)INT64_MAX / 8 / (size_t)d->inum))
             die("%s: tensor %s: dimension %d of its shape is no size", path, t.name, t.n_dims);
@@ -854,19 +818,18 @@ static int st_compare_names(const void *a, const void *b) {
 // Opens a file, takes over its header and adds its tensors.
 static void st_add_file(StSet *s, const char *path) {
     size_t size;
-    unsigned char length[8];
-    uint64_t n_header = 0;
+    uint64_t n_header;
     int f = s->n_files++, first = s->n_tensors;
     if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
+    s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);    // qsort wants no NULL
     s->fds[f] = open_regular(path, "weights", &size);
     s->paths[f] = xstrdup(path);
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
-    st_pread(s, f, length, 8, 0);
-    for (int i = 7; i >= 0; i--) n_header = n_header << 8 | length[i];
+    read_exactly(s->fds[f], path, &n_header, 8, 0);
     if (n_header > size - 8 || n_header > ST_MAX_HEADER)
         die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file", path, n_header, size);
     char *text = (char *)xmalloc((size_t)n_header + 1);
-    st_pread(s, f, text, (size_t)n_header, 8);
+    read_exactly(s->fds[f], path, text, (size_t)n_header, 8);
     Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
     free(text);
     if (header->type != 'o') die("%s: the header is no JSON object", path);
@@ -896,68 +859,56 @@ static void st_sort_names(StSet *s) {
             die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
 }
 
-// Is paths[f] the file of that name beside the index?
-static int st_is_file(const StSet *s, int f, const char *name) { return !strcmp(strrchr(s->paths[f], '/') + 1, name); }
-
 // Opens every file that the index names; index and files must agree on where each tensor is.
 static void st_open_index(StSet *s, const char *folder, const char *index_path) {
-    size_t n;
-    char *text = read_text_file(index_path, ST_MAX_HEADER, &n);
-    Json *index = json_parse(text, n, index_path);
+    Json *index = json_read_file(index_path, ST_MAX_HEADER);
     const Json *map = json_get(index, "weight_map");
     if (!map || map->type != 'o') die("%s: \"weight_map\" is no JSON object", index_path);
     for (const Json *e = map->child; e; e = e->next) {
         int f = s->n_files - 1;
         if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
-        while (f >= 0 && !st_is_file(s, f, e->str)) f--;
-        if (f >= 0) continue;
-        Text path = {NULL, 0, 0};
-        text_add(&path, "%s/%s", folder, e->str);
-        st_add_file(s, path.s);
-        free(path.s);
+        char *path = path_text("%s/%s", folder, e->str);
+        while (f >= 0 && strcmp(s->paths[f], path)) f--;
+        if (f < 0) st_add_file(s, path);
+        free(path);
     }
     st_sort_names(s);
-    char *listed = (char *)xcalloc((size_t)s->n_tensors + 1, 1);
     for (const Json *e = map->child; e; e = e->next) {
         const StTensor *t = st_find(s, e->key);
-        if (!t || !st_is_file(s, t->file, e->str)) die("%s: tensor %s is not in %s", index_path, e->key, e->str);
-        listed[t - s->tensors] = 1;
+        if (!t || strcmp(strrchr(s->paths[t->file], '/') + 1, e->str))
+            die("%s: tensor %s is not in %s", index_path, e->key, e->str);
     }
-    for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++)
-        if (!listed[t - s->tensors]) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
-    free(listed);
+    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
+        if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     json_free(index);
-    free(text);
+}
+
+// Opens all files that match the pattern as one set; NULL when none does.
+static StSet *st_open_all(const char *pattern) {
+    StSet *s = (StSet *)xcalloc(1, sizeof *s);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) return NULL;
+    for (size_t i = 0; i < found.gl_pathc; i++) st_add_file(s, found.gl_pathv[i]);
+    globfree(&found);
+    st_sort_names(s);
+    return s;
 }
 
 // Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
 // one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
 StSet *st_open(const char *dir_or_file) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
-    s->tensors = (StTensor *)array_room(NULL, 1, &s->max_tensors, sizeof *s->tensors); // never NULL: qsort, bsearch
     struct stat info;
-    Text one = {NULL, 0, 0}, index = {NULL, 0, 0};
-    text_add(&one, "%s/model.safetensors", dir_or_file);
-    text_add(&index, "%s/model.safetensors.index.json", dir_or_file);
+    char *one = path_text("%s/model.safetensors", dir_or_file), *index = path_text("%s.index.json", one);
     if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
-    else if (!access(one.s, F_OK)) st_add_file(s, one.s);
-    else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
+    else if (!access(one, F_OK)) st_add_file(s, one);
+    else if (!access(index, F_OK)) st_open_index(s, dir_or_file, index);
     else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
     st_sort_names(s);
-    free(one.s);
-    free(index.s);
+    free(one); free(index);
     return s;
-}
-
-// The value of a __metadata__ key, or NULL.
-const char *st_metadata(const StSet *s, const char *key) {
-    for (int f = 0; f < s->n_files; f++) {
-        const Json *v = json_get(json_get(s->headers[f], "__metadata__"), key);
-        if (v && v->type == 's') return v->str;
-    }
-    return NULL;
 }
 
 // IEEE half to float: exact, subnormals included.
@@ -971,20 +922,17 @@ static float st_f16_to_float(uint32_t h) {
     return x;
 }
 
-// Elements first .. first+count-1 of a tensor, in the file's own dtype. Threads may call it at the same time.
-void st_read_raw(const StSet *s, const StTensor *t, size_t first, size_t count, void *out) {
-    size_t size = st_dtypes[t->dtype].bytes;
-    assert(first <= t->n && count <= t->n - first);
-    st_pread(s, t->file, out, count * size, t->offset + first * size);
-}
-
-// The same as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
+// Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
+// Threads may call it at the same time.
 void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
-    const char *dtype = st_dtypes[t->dtype].name;
-    if (t->dtype > ST_F16) die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", s->paths[t->file], t->name, dtype);
+    const char *path = s->paths[t->file];
+    const size_t size = st_dtypes[t->dtype].bytes;
+    assert(first <= t->n && count <= t->n - first);
+    if (t->dtype > ST_F16)
+        die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, st_dtypes[t->dtype].name);
     // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
-    char *raw = (char *)out + count * (sizeof(float) - st_dtypes[t->dtype].bytes);
-    st_read_raw(s, t, first, count, raw);
+    char *raw = (char *)out + count * (sizeof(float) - size);
+    read_exactly(s->fds[t->file], path, raw, count * size, t->offset + first * size);
     if (t->dtype == ST_F32) return;
     for (size_t i = 0; i < count; i++) {
         uint16_t h;
@@ -1012,45 +960,28 @@ void st_close(StSet *s) {
 typedef struct StPart { size_t n; int dtype; } StPart;
 typedef struct StWriter {
     char *path;
-    int fd, failed;                  // failed: the first errno
-    Text header;
+    FILE *file;
+    int failed;                      // the first errno
+    Text header, message;
     StPart *parts;                   // the declared tensors
     int n_parts, max_parts, part;    // the part being written, and
     size_t done;                     // how many of its elements have come
-    size_t data_bytes, file_bytes, n_buffer;
-    unsigned char *buffer;           // ST_BUFFER bytes on their way to the file
+    size_t data_bytes, file_bytes;   // declared and not yet written; written
     uint32_t crc;
-    Text message;
 } StWriter;
 
-static void st_flush(StWriter *w) {
-    size_t at = 0;
-    w->crc = crc32_update(w->crc, w->buffer, w->n_buffer);
-    while (!w->failed && at < w->n_buffer) {
-        ssize_t n = write(w->fd, w->buffer + at, w->n_buffer - at);
-        if (n >= 0) at += (size_t)n;
-        else if (errno != EINTR) w->failed = errno;
-    }
-    w->file_bytes += w->n_buffer;
-    w->n_buffer = 0;
-}
-
 static void st_put(StWriter *w, const void *bytes, size_t n) {
-    for (size_t take; n; n -= take, bytes = (const char *)bytes + take) {
-        if (w->n_buffer == ST_BUFFER) st_flush(w);
-        take = n < ST_BUFFER - w->n_buffer ? n : ST_BUFFER - w->n_buffer;
-        memcpy(w->buffer + w->n_buffer, bytes, take);
-        w->n_buffer += take;
-    }
+    w->crc = crc32_update(w->crc, bytes, n);
+    w->file_bytes += n;
+    if (!w->failed && fwrite(bytes, 1, n, w->file) != n) w->failed = errno;
 }
 
 // Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
 StWriter *st_create(const char *path, const char *metadata) {
     StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
     w->path = xstrdup(path);
-    w->buffer = (unsigned char *)xmalloc(ST_BUFFER);
-    w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (w->fd < 0) w->failed = errno;
+    w->file = fopen(path, "wbe");
+    if (!w->file) w->failed = errno;
     text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
     return w;
 }
@@ -1077,10 +1008,9 @@ void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int6
 void st_begin(StWriter *w) {
     text_add(&w->header, "}");
     text_add(&w->header, "%*s", (8 - w->header.n % 8) % 8, "");
-    unsigned char length[8];
-    for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)w->header.n >> 8 * i);
-    st_put(w, length, 8);
-    st_put(w, w->header.s, (size_t)w->header.n);
+    uint64_t length = (uint64_t)w->header.n;
+    st_put(w, &length, 8);
+    st_put(w, w->header.s, (size_t)length);
 }
 
 // float to bf16, round to nearest even; NaN stays NaN (rounding could carry it to infinity).
@@ -1091,45 +1021,31 @@ static uint16_t st_float_to_bf16(float x) {
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Moves on to the part that the next element belongs to (empty tensors have none).
-static void st_next_part(StWriter *w) {
-    while (w->part < w->n_parts && w->done == w->parts[w->part].n) {
-        w->part++;
-        w->done = 0;
-    }
-}
-
 // The next elements, in the order of declaration; one call may span several tensors.
 void st_write(StWriter *w, const float *values, size_t count) {
+    uint16_t half[8192];
     for (size_t take; count; count -= take, values += take) {
-        st_next_part(w);
+        while (w->part < w->n_parts && w->done == w->parts[w->part].n) {    // the next one; empty tensors have no elements
+            w->part++;
+            w->done = 0;
+        }
         assert(w->part < w->n_parts);
         const StPart *part = w->parts + w->part;
-        size_t size = st_dtypes[part->dtype].bytes, left = part->n - w->done;
-        if (ST_BUFFER - w->n_buffer < size) st_flush(w);
-        take = (ST_BUFFER - w->n_buffer) / size;
-        if (take > left) take = left;
-        if (take > count) take = count;
-        unsigned char *out = w->buffer + w->n_buffer;
-        if (size == 4) memcpy(out, values, take * 4);
-        else for (size_t i = 0; i < take; i++) {
-            uint16_t h = st_float_to_bf16(values[i]);
-            memcpy(out + 2 * i, &h, 2);
-        }
-        w->n_buffer += take * size;
+        const size_t size = st_dtypes[part->dtype].bytes;
+        take = min_size(min_size(count, part->n - w->done), sizeof half / sizeof *half);
+        if (size == 2) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
+        st_put(w, size == 2 ? (const void *)half : values, take * size);
         w->done += take;
+        w->data_bytes -= take * size;
     }
 }
 
 // Flushes, fsyncs, closes; all declared values must have come. Returns the CRC-32 of the whole file and its size; both
 // mean something only when st_error(w) is NULL.
 uint32_t st_finish(StWriter *w, size_t *file_bytes) {
-    st_next_part(w);
-    assert(w->part == w->n_parts);
-    st_flush(w);
-    if (w->fd >= 0 && fsync(w->fd) && !w->failed) w->failed = errno;
-    if (w->fd >= 0 && close(w->fd) && !w->failed) w->failed = errno;
-    w->fd = -1;
+    assert(!w->data_bytes);
+    if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
+    if (w->file && fclose(w->file) && !w->failed) w->failed = errno;
     if (file_bytes) *file_bytes = w->file_bytes;
     return w->crc;
 }
@@ -1141,11 +1057,7 @@ const char *st_error(StWriter *w) {
 }
 
 void st_free(StWriter *w) {
-    free(w->path);
-    free(w->header.s);
-    free(w->parts);
-    free(w->buffer);
-    free(w->message.s);
+    free(w->path); free(w->header.s); free(w->parts); free(w->message.s);
     free(w);
 }
 
@@ -1197,39 +1109,39 @@ static const struct { const char *key, *only; } config_fixed[] = {
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
-static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, theta, init_std,
-                      factor; int window, bos, eos; } config_presets[] = {
-//   name            family          V   L     C   H   K    D      F   max_T  tie   eps    theta    init  fac   win     bos     eos
-    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   10000,   0.10,   0,    0,     -1,     -1},
-    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   10000,   0.02,   0,    0,      1,      2},
-    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,  500000,   0.02,  32,    0, 128000, 128001},
-    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,  500000,   0.02,   8,    0, 128000, 128001},
-    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
-    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151643},
-    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6, 1000000,   0.02,   0,    0, 151643, 151645},
-    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   10000,   0.02,   0, 4096,      1,      2},
-    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,  100000, 1.0/24,   0,    0,      0,      0},
+static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, rope_theta, init_std,
+                      rope_factor; int sliding_window, bos, eos; } config_presets[] = {
+//   name            family          V   L     C   H   K    D      F   max_T  tie   eps  theta   init  fac   win     bos     eos
+    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   1e4,  0.10,   0,    0,     -1,     -1},
+    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
+    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,   5e5,  0.02,  32,    0, 128000, 128001},
+    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,   5e5,  0.02,   8,    0, 128000, 128001},
+    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
+    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
+    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151645},
+    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   1e4,  0.02,   0, 4096,      1,      2},
+    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,   1e5, 1./24,   0,    0,      0,      0},
 };
 enum { N_PRESETS = sizeof config_presets / sizeof *config_presets };
 
+// The row of a family, N_FAMILIES for an unknown one; sets what depends on the family.
 static int config_set_family(Config *c, const char *name) {
-    for (int i = 0; i < N_FAMILIES; i++) {
-        if (strcmp(name, config_families[i].name)) continue;
-        snprintf(c->family, sizeof c->family, "%s", name);
-        c->qkv_bias = config_families[i].qkv_bias;
-        c->qk_norm = config_families[i].qk_norm;
-        return i;
-    }
-    return -1;
+    int i = 0;
+    while (i < N_FAMILIES && strcmp(name, config_families[i].name)) i++;
+    if (i == N_FAMILIES) return i;
+    snprintf(c->family, sizeof c->family, "%s", name);
+    c->qkv_bias = config_families[i].qkv_bias;
+    c->qk_norm = config_families[i].qk_norm;
+    return i;
 }
 
 // Sets V and with it Vp: GEMMs and shards like the padded size.
 void config_set_vocab(Config *c, int V) {
     c->V = V;
-    c->Vp = (V + 127) / 128 * 128;
+    c->Vp = CEIL_DIV(V, 128) * 128;
 }
 
 // Parameters of the model, as Hugging Face counts them (a tied head once).
@@ -1249,14 +1161,12 @@ void config_check(const Config *c, const char *where) {
 #undef CHECK
     if (c->H % c->K)
         die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
-    if (c->D % 8 || c->D > 128)
-        die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
+    if (c->D % 8 || c->D > 128) die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
     if (c->rope_llama3 && !(c->rope_low < c->rope_high))
         die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
-    for (int i = 0; i < 2; i++)
-        if ((i ? c->eos : c->bos) >= c->V)
-            die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where, i ? "eos_token_id" : "bos_token_id",
-                i ? c->eos : c->bos, c->V);
+    if (c->bos >= c->V || c->eos >= c->V)
+        die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
+            c->bos >= c->V ? "bos_token_id" : "eos_token_id", c->bos >= c->V ? c->bos : c->eos, c->V);
     if (config_params(c) >= 0x1p40)
         die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
 }
@@ -1305,7 +1215,7 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     memset(c, 0, sizeof *c);
     if (j->type != 'o') die("%s: expected a JSON object", where);
     int family = config_set_family(c, json_string(j, "model_type", where, NULL));
-    if (family < 0) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    if (family == N_FAMILIES) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
     for (size_t i = 0; i < sizeof config_fixed / sizeof *config_fixed; i++) {
         const Json *v = json_get(j, config_fixed[i].key);
         const char *only = config_fixed[i].only;
@@ -1313,17 +1223,14 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
                           v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
         if (!same) json_refuse(v, config_fixed[i].key, where, only);
     }
-#define READ(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
-    CONFIG_INTS(READ)
-#undef READ
-#define READ(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
-    CONFIG_NUMBERS(READ)
-#undef READ
+#define READ_INT(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
+#define READ_NUMBER(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
+    CONFIG_INTS(READ_INT) CONFIG_NUMBERS(READ_NUMBER)
     config_set_vocab(c, c->V);
     if (!c->K) c->K = c->H;
     if (!c->D && c->C % c->H)
-        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d", where,
-            c->C, c->H);
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d",
+            where, c->C, c->H);
     if (!c->D) c->D = c->C / c->H;
     c->tied = json_bool(j, "tie_word_embeddings", where, 0);
     config_read_rope(c, j, where);
@@ -1343,63 +1250,40 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
 const char *config_preset_names(void) {
     static char names[512];
     names[0] = 0;
-    for (int i = 0; i < N_PRESETS; i++) {
-        strcat(names, " ");
-        strcat(names, config_presets[i].name);
-    }
+    for (int i = 0; i < N_PRESETS; i++) strcat(strcat(names, " "), config_presets[i].name);
     return names;
 }
 
 // Fills c from the preset table; 0 when the name is unknown.
 int config_preset(Config *c, const char *name) {
-    for (int i = 0; i < N_PRESETS; i++) {
-        if (strcmp(name, config_presets[i].name)) continue;
-        memset(c, 0, sizeof *c);
-        config_set_family(c, config_presets[i].family);
-#define COPY(field, key, lo, hi, fallback) c->field = config_presets[i].field;
-        CONFIG_INTS(COPY)
-        CONFIG_NUMBERS(COPY)
+    int i = 0;
+    while (i < N_PRESETS && strcmp(name, config_presets[i].name)) i++;
+    if (i == N_PRESETS) return 0;
+    memset(c, 0, sizeof *c);
+    config_set_family(c, config_presets[i].family);
+#define COPY(field, ...) c->field = config_presets[i].field;
+    CONFIG_INTS(COPY) CONFIG_NUMBERS(COPY)
+    COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos) COPY(eos)
 #undef COPY
-        config_set_vocab(c, c->V);
-        c->tied = config_presets[i].tied;
-        c->rope_theta = config_presets[i].theta;
-        if (config_presets[i].factor > 0) {
-            c->rope_llama3 = 1;
-            c->rope_factor = config_presets[i].factor;
-            c->rope_low = 1;
-            c->rope_high = 4;
-            c->rope_original_T = 8192;
-        }
-        c->sliding_window = config_presets[i].window;
-        c->bos = config_presets[i].bos;
-        c->eos = config_presets[i].eos;
-        config_check(c, name);
-        return 1;
-    }
-    return 0;
+    config_set_vocab(c, c->V);
+    c->rope_llama3 = c->rope_factor > 0;
+    if (c->rope_llama3) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
+    config_check(c, name);
+    return 1;
 }
 
 static void config_add_id(Text *t, const char *key, int id) {
-    if (id < 0) text_add(t, "  \"%s\": null,\n", key);
-    else text_add(t, "  \"%s\": %d,\n", key, id);
-}
-
-static void config_add_number(Text *t, const char *before, double x, const char *after) {
-    text_add(t, "%s", before);
-    text_add_number(t, x);
-    text_add(t, "%s", after);
+    text_add(t, id < 0 ? "  \"%s\": null,\n" : "  \"%s\": %d,\n", key, id);
 }
 
 // The members of rope_scaling, and with rope_theta those of rope_parameters.
 static void config_add_rope(Text *t, const Config *c, int with_theta) {
     text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_llama3 ? "llama3" : "default");
-    if (with_theta) config_add_number(t, ",\n    \"rope_theta\": ", c->rope_theta, "");
-    if (c->rope_llama3) {
-        config_add_number(t, ",\n    \"factor\": ", c->rope_factor, "");
-        config_add_number(t, ",\n    \"low_freq_factor\": ", c->rope_low, "");
-        config_add_number(t, ",\n    \"high_freq_factor\": ", c->rope_high, "");
-        text_add(t, ",\n    \"original_max_position_embeddings\": %d", c->rope_original_T);
-    }
+    if (with_theta) text_add(t, ",\n    \"rope_theta\": %s", json_decimal(c->rope_theta));
+    if (c->rope_llama3)
+        text_add(t, ",\n    \"factor\": %s,\n    \"low_freq_factor\": %s,\n    \"high_freq_factor\": %s"
+                 ",\n    \"original_max_position_embeddings\": %d", json_decimal(c->rope_factor), json_decimal(c->rope_low),
+                 json_decimal(c->rope_high), c->rope_original_T);
     text_add(t, "\n  }");
 }
 
@@ -1410,12 +1294,9 @@ char *config_to_json(const Config *c, const char *dtype) {
     while (strcmp(config_families[family].name, c->family)) family++;
     text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", config_families[family].class_name);
     text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family);
-#define WRITE(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
-    CONFIG_INTS(WRITE)
-#undef WRITE
-#define WRITE(field, key, lo, hi, fallback) config_add_number(&t, "  \"" key "\": ", c->field, ",\n");
-    CONFIG_NUMBERS(WRITE)
-#undef WRITE
+#define WRITE_INT(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
+#define WRITE_NUMBER(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
+    CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
     if (config_families[family].window_switch)
@@ -1423,7 +1304,7 @@ char *config_to_json(const Config *c, const char *dtype) {
                  c->window_layer);
     if (c->sliding_window || strcmp(c->family, "llama"))
         config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
-    config_add_number(&t, "  \"rope_theta\": ", c->rope_theta, ",\n  \"rope_scaling\": ");
+    text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
     if (c->rope_llama3) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
     text_add(&t, ",\n  \"rope_parameters\": ");
@@ -1465,7 +1346,6 @@ typedef struct ParamTable {
 
 static void table_unit(ParamTable *p, const char *name) {
     Unit *u = &p->units[p->n_units++];
-    memset(u, 0, sizeof *u);
     snprintf(u->name, sizeof u->name, "%s", name);
     u->at = p->n;
     u->first_tensor = p->n_tensors;
@@ -1475,7 +1355,6 @@ static void table_unit(ParamTable *p, const char *name) {
 static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols, int init, int joined) {
     Tensor *t = &p->tensors[p->n_tensors++];
     Unit *u = &p->units[p->n_units - 1];
-    memset(t, 0, sizeof *t);
     snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
     t->unit = p->n_units - 1;
     if (!joined) u->n = CEIL_DIV(u->n, TENSOR_ALIGN) * TENSOR_ALIGN;
@@ -1539,8 +1418,8 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
 static const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
-    for (int i = 0; i < p->units[unit].n_tensors; i++) {
-        const Tensor *t = &p->tensors[p->units[unit].first_tensor + i];
+    const Tensor *t = p->tensors + p->units[unit].first_tensor;
+    for (int i = p->units[unit].n_tensors; i > 0; i--, t++) {
         size_t n = strlen(t->name), m = strlen(suffix);
         if (n >= m && !strcmp(t->name + n - m, suffix)) return t;
     }
@@ -1550,8 +1429,7 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
 // ==== 7. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
 //   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
-//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length,
-//             that many bytes
+//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length, bytes
 //   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
 //             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
 // Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
@@ -1652,8 +1530,7 @@ Tokenizer *tokenizer_open(const char *path) {
         t->bos = 1; t->eos = 2; t->prefix_space = 1;
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
-            if (id >= t->V || t->length[id] > h[0]
-                || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
+            if (id >= t->V || t->length[id] > h[0] || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
                 die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
         t->score[0] = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
@@ -1665,15 +1542,6 @@ void tokenizer_free(Tokenizer *t) {
     if (!t) return;
     free(t->score); free(t->piece); free(t->length); free(t->slot); free(t->path); free(t->file);
     free(t);
-}
-
-// Bytes of the well-formed UTF-8 code point at s, or 1: a stray byte stands for itself.
-static int code_point_bytes(const char *s, size_t n) {
-    unsigned char c = (unsigned char)s[0];
-    int k = c < 0xC2 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 1;
-    for (int i = 1; i < k; i++)
-        if ((size_t)i >= n || ((unsigned char)s[i] & 0xC0) != 0x80) return 1;
-    return k;
 }
 
 static int tokenizer_byte(const Tokenizer *t, char byte) {
@@ -1692,12 +1560,6 @@ static int join_before(const Join *a, const Join *b) {
     return a->score > b->score || (!(a->score < b->score) && a->left < b->left);
 }
 
-static void heap_push(Join *heap, int *n, Join join) {
-    int i = (*n)++;
-    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-    heap[i] = join;
-}
-
 static Join heap_pop(Join *heap, int *n) {
     Join top = heap[0], last = heap[--*n];
     int i = 0, child = 1;
@@ -1710,13 +1572,16 @@ static Join heap_pop(Join *heap, int *n) {
     return top;
 }
 
+// Puts the join of a symbol with its right neighbour on the heap, if that is a piece.
 static void propose_join(const Tokenizer *t, const char *text, const Symbol *symbol, int left, Join *heap, int *n) {
     if (left < 0 || symbol[left].next < 0) return;
     Join join = {0, left, symbol[left].bytes + symbol[symbol[left].next].bytes, -1};
     join.id = *tokenizer_slot(t, text + symbol[left].start, (size_t)join.bytes);
     if (join.id < 0) return;
     join.score = t->score[join.id];
-    heap_push(heap, n, join);
+    int i = (*n)++;
+    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = join;
 }
 
 // Kind 0. Every join removes a symbol and proposes at most two others: at most 3n entries, O(n log n) time.
@@ -1725,11 +1590,10 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
     Join *heap = (Join *)xmalloc(3 * n * sizeof(Join));
     int n_symbols = 0, n_heap = 0, count = 0;
     for (size_t at = 0; at < n; ) {
-        int bytes = code_point_bytes(text + at, n - at), id = *tokenizer_slot(t, text + at, (size_t)bytes);
-        int parts = id < 0 ? bytes : 1;
+        int k = utf8_length(text + at, n - at), bytes = k ? k : 1;       // a stray byte stands for itself
+        int id = *tokenizer_slot(t, text + at, (size_t)bytes), parts = id < 0 ? bytes : 1;
         for (int i = 0; i < parts; i++, n_symbols++) {
-            Symbol s = {(int)at, bytes / parts, id, n_symbols - 1, n_symbols + 1};
-            if (id < 0) s.id = tokenizer_byte(t, text[at]);
+            Symbol s = {(int)at, bytes / parts, id < 0 ? tokenizer_byte(t, text[at]) : id, n_symbols - 1, n_symbols + 1};
             symbol[n_symbols] = s;
             at += (size_t)s.bytes;
         }
@@ -1749,8 +1613,7 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
         propose_join(t, text, symbol, join.left, heap, &n_heap);
     }
     for (int i = n_symbols ? 0 : -1; i >= 0; i = symbol[i].next) ids[count++] = symbol[i].id;
-    free(symbol);
-    free(heap);
+    free(symbol); free(heap);
     return count;
 }
 
@@ -1761,7 +1624,7 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
     for (int id = 0; id < t->V; id++) if ((size_t)t->length[id] > longest) longest = (size_t)t->length[id];
     for (size_t at = 0, k; at < n; at += k) {
         int id = -1;
-        for (k = n - at < longest ? n - at : longest; k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
+        for (k = min_size(n - at, longest); k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
         if (id < 0) { id = tokenizer_byte(t, text[at]); k = 1; }
         ids[count++] = id;
     }
@@ -1864,13 +1727,11 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
     if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
         die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again", s->path, bytes);
     if (h[0] != 20240520 && h[0] != 20240801)
-        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py",
-            s->path);
+        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py", s->path);
     s->width = h[0] == 20240520 ? 2 : 4;
     s->header_bytes = sizeof h;
-    if (h[1] != (s->width == 2 ? 1 : 7))
-        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1],
-            s->width == 2 ? 1 : 7);
+    const int version = s->width == 2 ? 1 : 7;
+    if (h[1] != version) die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], version);
     if (h[2] <= 0 || h[3] < 0 || h[5] < 0)
         die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; write it again",
             s->path, h[2], h[3], h[5]);
@@ -1885,16 +1746,14 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 }
 
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
-    size_t n, folder = (size_t)(strrchr(s->path, '/') ? strrchr(s->path, '/') + 1 - s->path : 0);
-    char *where = (char *)memcpy(xmalloc(folder + 32), s->path, folder);
-    for (int up = 0; up < 2; up++) {
-        strcpy(where + folder, up ? "../metadata.json" : "metadata.json");
-        if (access(where, F_OK) == 0) break;
-        if (up) die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; "
-                    "put it there, or write the shard again", s->path);
-    }
-    char *text = read_text_file(where, 1 << 20, &n);
-    Json *meta = json_parse(text, n, where);
+    const char *slash = strrchr(s->path, '/');
+    const int folder = slash ? (int)(slash + 1 - s->path) : 0;
+    char *here = path_text("%.*smetadata.json", folder, s->path), *above = path_text("%.*s../metadata.json", folder, s->path);
+    const char *where = access(here, F_OK) ? above : here;
+    if (access(where, F_OK))
+        die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
+            "or write the shard again", s->path);
+    Json *meta = json_read_file(where, 1 << 20);
     if (meta->type != 'o') die("'%s' must hold one JSON object", where);
     check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
     s->row = (int)json_int(meta, "sequence_length", where, 1, 1 << 28, JSON_REQUIRED) + 1;
@@ -1907,22 +1766,19 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
             "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     json_free(meta);
-    free(text);
-    free(where);
+    free(here); free(above);
 }
 
 // The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
 static void shard_find_floor(Shard *s) {
     const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
     size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
-    char *path = (char *)memcpy(xmalloc(stem + 5), s->path, stem);
-    strcpy(path + stem, ".nll");
-    if (access(path, F_OK) != 0) { free(path); return; }
     size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
+    char *path = path_text("%.*s.nll", (int)stem, s->path);
+    if (access(path, F_OK) != 0) { free(path); return; }
     close(open_regular(path, "true loss", &bytes));
     if (bytes != expected)
-        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path,
-            expected);
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path, expected);
     s->floor_path = path;
 }
 
@@ -1965,9 +1821,8 @@ static int shard_fd(DataLoader *dl, int index) {
     if (s->fd >= 0) return s->fd;
     int *place = &dl->open_shard[dl->next_open++ % MAX_OPEN_SHARDS];
     if (*place >= 0) { close(dl->shards[*place].fd); dl->shards[*place].fd = -1; }
-    size_t bytes;
     *place = -1;
-    s->fd = open_regular(s->path, "token shard", &bytes);
+    s->fd = open_regular(s->path, "token shard", NULL);
     *place = index;
     return s->fd;
 }
@@ -1981,9 +1836,8 @@ static void shard_scan(DataLoader *dl, int index) {
     size_t bytes = s->n_tokens * (size_t)s->width;
     int fd = shard_fd(dl, index);
     for (size_t at = 0; at < bytes; at += block) {
-        size_t n = bytes - at < block ? bytes - at : block;
-        if (read_at(fd, s->path, data, n, s->header_bytes + at) != n)
-            die("token shard '%s' became shorter while it was read", s->path);
+        size_t n = min_size(bytes - at, block);
+        read_exactly(fd, s->path, data, n, s->header_bytes + at);
         if (s->crc) crc = crc32_update(crc, data, n);
         for (size_t i = 0; i < n / (size_t)s->width; i++) {
             uint32_t id = packed_token(data, s->width, i);
@@ -1992,8 +1846,7 @@ static void shard_scan(DataLoader *dl, int index) {
     }
     free(data);
     if (crc != s->crc)
-        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc,
-            s->crc);
+        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc, s->crc);
     if (largest >= (uint32_t)dl->vocab_size)
         die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path,
             largest, dl->vocab_size);
@@ -2029,8 +1882,7 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     if (dl->n_windows == 0)
         die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
             "smaller --seq-len", pattern, dl->n_tokens, T);
-    if (bytes <= FULL_SCAN_BYTES)
-        for (int i = 0; i < dl->n_shards; i++) if (i % world == rank) shard_scan(dl, i);
+    for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
     dl->has_floor = n_floors == dl->n_shards;
     dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
 }
@@ -2055,10 +1907,7 @@ void loader_close(DataLoader *dl) {
 }
 
 // Micro-steps that show each window of an evaluation once.
-int64_t loader_eval_batches(const DataLoader *dl) {
-    int64_t step = (int64_t)dl->world * dl->B;
-    return (dl->n_windows + step - 1) / step;
-}
+int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
 
 void batch_alloc(Batch *batch, int B, int T, int document_mask) {
     size_t n = (size_t)B * (size_t)T;
@@ -2097,10 +1946,8 @@ static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n
 }
 
 static void read_floor(const Shard *s, size_t first_target, int T, float *floor) {
-    size_t bytes, n = (size_t)T * sizeof(float);
-    int fd = open_regular(s->floor_path, "true loss", &bytes);
-    if (read_at(fd, s->floor_path, floor, n, first_target * sizeof(float)) != n)
-        die("true loss '%s' became shorter since the run began", s->floor_path);
+    int fd = open_regular(s->floor_path, "true loss", NULL);
+    read_exactly(fd, s->floor_path, floor, (size_t)T * sizeof(float), first_target * sizeof(float));
     for (int t = 0; t < T; t++)
         if (!(floor[t] >= 0 && floor[t] < 1e6f))
             die("true loss '%s' is damaged: target %zu has %g; remove it or make it again", s->floor_path,
@@ -2143,22 +1990,18 @@ void loader_next(DataLoader *dl, Batch *batch) {
     batch->n_rows = 0;
     batch->floor = dl->has_floor ? batch->floor_memory : NULL;
     for (int b = 0; b < dl->B; b++) {
-        int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch;
-        if (dl->shuffle) {
-            epoch += p / dl->n_windows;
-            p %= dl->n_windows;
-            read_window(dl, permute(state->seed, epoch, p, dl->n_windows), batch, b);
-            batch->n_rows++;
-        } else if (p < dl->n_windows) {
+        int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch + p / dl->n_windows;
+        if (dl->shuffle) p = permute(state->seed, epoch, p % dl->n_windows, dl->n_windows);
+        if (p < dl->n_windows) {
             read_window(dl, p, batch, b);
             batch->n_rows++;
-        } else {
-            for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
-                batch->inputs[i] = 0;
-                batch->targets[i] = IGNORED;
-                batch->floor_memory[i] = 0;
-                if (batch->doc_start) batch->doc_start[i] = 0;
-            }
+            continue;
+        }
+        for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
+            batch->inputs[i] = 0;
+            batch->targets[i] = IGNORED;
+            batch->floor_memory[i] = 0;
+            if (batch->doc_start) batch->doc_start[i] = 0;
         }
     }
     state->position += (int64_t)dl->world * dl->B;
@@ -2168,13 +2011,12 @@ void loader_next(DataLoader *dl, Batch *batch) {
     }
 }
 
-// ==== 9. Schedule, FLOPs, log ======= ===================================================================================
-// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr down to min_lr. wsd: constant, linear over the last fifth.
+// ==== 9. Schedule, FLOPs, log ===========================================================================================
+// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr to min_lr. wsd: constant, linear over the last fifth.
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
     int64_t rest = o->steps - o->warmup_steps;
-    double done = rest > 1 ? (double)(step - o->warmup_steps) / (double)(rest - 1) : 1;
-    done = done < 1 ? done : 1;
+    double done = rest > 1 ? fmin(1, (double)(step - o->warmup_steps) / (double)(rest - 1)) : 1;
     switch (o->schedule) {
     case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * done));
     case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
@@ -2183,8 +2025,8 @@ double learning_rate(const Options *o, int64_t step) {
     }
 }
 
-// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention, or half
-// of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
+// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention,
+// or half of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
 double flops_per_token(const Config *c, int T, int causal) {
     double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
     double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
@@ -2203,22 +2045,17 @@ void log_open(const char *out) {
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
-static void text_add_field(Text *t, const char *key, double x) {
-    text_add(t, ", \"%s\": ", key);
-    text_add_number(t, x);
-}
+static void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\": %s", key, json_decimal(x)); }
 
 // Appends the options as an object of strings; kind RUN: only what a run is made of.
 static void text_add_options(Text *t, int kind) {
-    const char *comma = "";
-    text_add(t, "{");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &option_table[i];
+    const char *before = "{";
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
         const char *value = option_text(o);
         if ((kind && !(o->kind & kind)) || !value || o->type == OPT_FLAG) continue;
-        text_add(t, "%s\"%s\": ", comma, o->name + 2);
+        text_add(t, "%s\"%s\": ", before, o->name + 2);
         text_add_string(t, value);
-        comma = ", ";
+        before = ", ";
     }
     text_add(t, "}");
 }
@@ -2230,7 +2067,6 @@ static void log_record(Text *t) {
         fflush(log_file);
     }
     free(t->s);
-    memset(t, 0, sizeof *t);
 }
 
 // "1.5 s" .. "3 h 20 min": for people
@@ -2253,10 +2089,10 @@ const char *measured_text(double x, const char *format) {
 }
 // ==== 10. Checkpoints: Hugging Face directories =========================================================================
 // OUT/step_00000120/
-//   config.json, model.safetensors, generation_config.json, tokenizer files      what Hugging Face loads; weights in the compute precision
-//   optimizer-RRRRR-of-NNNNN.safetensors     fp32 tensors UNIT.KIND.OFFSET: KIND is master, m or v; elements OFFSET.. of the flat unit
-//   trainer_state.json                       step, options, data position, sums of the run
-//   checksums.txt                            a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
+//   config.json, model.safetensors, generation_config.json, tokenizer files   what Hugging Face loads, in the compute precision
+//   optimizer-RRRRR-of-NNNNN.safetensors   fp32 tensors UNIT.KIND.OFFSET: KIND master, m or v; elements OFFSET.. of the flat unit
+//   trainer_state.json                     step, options, data position, sums of the run
+//   checksums.txt                          a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
 // Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
 typedef struct Model Model;             // section 13
 enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
@@ -2278,18 +2114,9 @@ typedef struct TrainState {             // with the weights and the optimizer: a
     int64_t n_healthy;
 } TrainState;
 
-static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"};
+static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                                         "special_tokens_map.json"};
 enum { N_SIDE_FILES = (int)(sizeof side_files / sizeof *side_files) };
-
-// path = printf(...), in a fresh string
-__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
-    char *s = NULL;
-    va_list args;
-    va_start(args, fmt);
-    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
-    va_end(args);
-    return s;
-}
 
 static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
     DIR *d = opendir(dir);
@@ -2304,10 +2131,9 @@ static void remove_folder(const char *dir) {        // one level, which is all a
 
 static void sync_folder(const char *dir) {
     int fd = open(dir, O_RDONLY | O_DIRECTORY);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
 }
 
 // Steps of the checkpoints in OUT, ascending; the caller frees *steps.
@@ -2317,11 +2143,8 @@ int checkpoint_list(const char *out, int64_t **steps) {
     DIR *d = opendir(out);
     for (struct dirent *e; d && (e = readdir(d));) {
         int64_t step;
-        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5 + strspn(e->d_name + 5, "0"), &step)) {
-            if (strcmp(e->d_name, "step_00000000")) continue;
-            step = 0;
-        }
-        if (n == room) *steps = (int64_t *)realloc(*steps, (size_t)(room = 2 * room + 8) * sizeof(int64_t));
+        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5, &step)) continue;
+        *steps = (int64_t *)array_room(*steps, n + 1, &room, sizeof step);
         int at = n++;
         for (; at > 0 && (*steps)[at - 1] > step; at--) (*steps)[at] = (*steps)[at - 1];
         (*steps)[at] = step;
@@ -2336,6 +2159,8 @@ char *checkpoint_path(const char *out, int64_t step) { return path_text("%s/step
 typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
     const char *dir;
     Text checksums;
+    uint32_t crc;                       // of the file that was written last, and
+    size_t bytes;                       // its size
     char error[512];
 } Saving;
 
@@ -2343,101 +2168,98 @@ static void saving_failed(Saving *s, const char *path, int error) {
     if (!s->error[0]) snprintf(s->error, sizeof s->error, "%s: %s", path, strerror(error));
 }
 
-static void save_file(Saving *s, const char *name, const void *data, size_t n) {
-    if (s->error[0]) return;
+static StWriter *save_begin(const Saving *s, const char *name, const char *metadata) {
     char *path = path_text("%s/%s", s->dir, name);
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    size_t done = 0;
-    for (ssize_t k; fd >= 0 && done < n; done += (size_t)k)
-        if ((k = write(fd, (const char *)data + done, n - done)) < 0) break;
-    int failed = fd < 0 || done < n || fsync(fd) ? errno : 0;
-    if (fd >= 0 && close(fd) && !failed) failed = errno;
-    if (failed) saving_failed(s, path, failed);
-    text_add(&s->checksums, "%08x %zu %s\n", crc32_update(0, data, n), n, name);
+    StWriter *w = st_create(path, metadata);
     free(path);
+    return w;
 }
 
-// Ends w: its file joins the checksums, its error the saving's.
-static void save_tensors_end(Saving *s, StWriter *w, const char *name, uint32_t *crc, size_t *bytes) {
-    *crc = st_finish(w, bytes);
+// Ends w: its file joins the checksums, its error becomes the saving's.
+static void save_end(Saving *s, StWriter *w, const char *name) {
+    s->crc = st_finish(w, &s->bytes);
     if (st_error(w) && !s->error[0]) snprintf(s->error, sizeof s->error, "%s", st_error(w));
-    if (name) text_add(&s->checksums, "%08x %zu %s\n", *crc, *bytes, name);
+    text_add(&s->checksums, "%08x %zu %s\n", s->crc, s->bytes, name);
     st_free(w);
 }
 
-static void save_weights(Saving *s, const Model *m, int dtype) {
-    char *path = path_text("%s/model.safetensors", s->dir);
-    const ParamTable *p = model_table(m);
-    StWriter *w = st_create(path, "{\"format\":\"pt\"}");
+static void save_file(Saving *s, const char *name, const void *data, size_t n) {
+    if (s->error[0]) return;
+    StWriter *w = save_begin(s, name, NULL);
+    st_put(w, data, n);
+    save_end(s, w, name);
+}
+
+// Elements [at, at+n) of one kind of state are the next values of w.
+static void save_values(StWriter *w, const Model *m, int kind, size_t at, size_t n) {
     float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (size_t done = 0; done < n; done += IO_CHUNK) {
+        size_t k = min_size(n - done, IO_CHUNK);
+        model_read(m, kind, at + done, k, host);
+        st_write(w, host, k);
+    }
+    free(host);
+}
+
+static void save_weights(Saving *s, const Model *m, int dtype) {
+    const ParamTable *p = model_table(m);
+    StWriter *w = save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
     for (int i = 0; i < p->n_tensors; i++) {
         int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
         st_declare(w, p->tensors[i].name, dtype, p->tensors[i].cols ? 2 : 1, shape);
     }
     st_begin(w);
-    for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0; at < p->tensors[i].n; at += IO_CHUNK) {
-        size_t n = min_size(p->tensors[i].n - at, IO_CHUNK);
-        model_read(m, STATE_WEIGHTS, p->tensors[i].at + at, n, host);
-        st_write(w, host, n);
-    }
-    uint32_t crc;
-    size_t bytes;
-    save_tensors_end(s, w, "model.safetensors", &crc, &bytes);
-    free(host);
-    free(path);
+    for (int i = 0; i < p->n_tensors; i++) save_values(w, m, STATE_WEIGHTS, p->tensors[i].at, p->tensors[i].n);
+    save_end(s, w, "model.safetensors");
 }
 
 static const char *const state_kinds[] = {"weights", "master", "m", "v"};
 
-// This rank's share of master, m and v; vocabulary padding is left out.
-static void save_optimizer(Saving *s, const Model *m, const char *name, uint32_t *crc, size_t *bytes) {
-    char *path = path_text("%s/%s", s->dir, name);
+// This rank's share of unit u without vocabulary padding: elements [*begin, *begin + *n) of the unit, at *at in m and v.
+static void unit_share(const Model *m, int u, size_t *begin, size_t *n, size_t *at) {
+    const Unit *unit = &model_table(m)->units[u];
+    state_slice(m, u, begin, n, at);
+    *begin -= unit->at;
+    *n = *begin < unit->n ? min_size(*n, unit->n - *begin) : 0;
+}
+
+static void save_optimizer(Saving *s, const Model *m, const char *name) {
     const ParamTable *p = model_table(m);
-    StWriter *w = st_create(path, NULL);
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    StWriter *w = save_begin(s, name, NULL);
     for (int pass = 0; pass < 2; pass++) {          // declare, then write
         for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
-            size_t first, n, at, begin;
-            state_slice(m, u, &first, &n, &at);
-            begin = first - p->units[u].at;
-            if (begin >= p->units[u].n) continue;
-            if (n > p->units[u].n - begin) n = p->units[u].n - begin;
-            if (pass == 0) {
-                char tensor[64];
-                int64_t shape = (int64_t)n;
-                snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
-                st_declare(w, tensor, ST_F32, 1, &shape);
-                continue;
-            }
-            for (size_t done = 0; done < n; done += IO_CHUNK) {
-                size_t k = min_size(n - done, IO_CHUNK);
-                model_read(m, kind, at + done, k, host);
-                st_write(w, host, k);
-            }
+            char tensor[64];
+            size_t begin, n, at;
+            unit_share(m, u, &begin, &n, &at);
+            int64_t shape = (int64_t)n;
+            snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
+            if (pass) save_values(w, m, kind, at, n);
+            else if (n) st_declare(w, tensor, ST_F32, 1, &shape);
         }
         if (pass == 0) st_begin(w);
     }
-    save_tensors_end(s, w, NULL, crc, bytes);
-    free(host);
-    free(path);
+    save_end(s, w, name);
+}
+
+static void text_add_series(Text *t, const char *key, const double *x) {
+    text_add(t, ",\n \"%s\": [%s", key, json_decimal(x[0]));
+    for (int i = 1; i < SPIKE_WINDOW; i++) text_add(t, ", %s", json_decimal(x[i]));
+    text_add(t, "]");
 }
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
+    text_add(&j, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d",
+             t->step, t->updates, t->tokens, comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
-    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
+    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ",
+             t->loader.seed, t->loader.epoch, t->loader.position);
     text_add_options(&j, RUN);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
-    for (int k = 0; k < 2; k++) {
-        text_add(&j, k ? "],\n \"norms\": [" : ",\n \"losses\": [");
-        for (int i = 0; i < SPIKE_WINDOW; i++) {
-            if (i) text_add(&j, ", ");
-            text_add_number(&j, (k ? t->norms : t->losses)[i]);
-        }
-    }
-    text_add(&j, "]}\n");
+    text_add_series(&j, "losses", t->losses);
+    text_add_series(&j, "norms", t->norms);
+    text_add(&j, "}\n");
     save_file(s, "trainer_state.json", j.s, (size_t)j.n);
     free(j.s);
 }
@@ -2472,8 +2294,7 @@ static void checkpoint_prune(const char *out, int64_t keep) {
     for (int i = 0; i < n - keep; i++) {
         char *old = checkpoint_path(out, steps[i]), *gone = path_text("%s/tmp.old", out);
         if (!rename(old, gone)) remove_folder(gone);    // renamed first: a kill in between leaves no half checkpoint behind
-        free(old);
-        free(gone);
+        free(old); free(gone);
     }
     free(steps);
 }
@@ -2488,11 +2309,11 @@ static void remove_leftovers(const char *out) {         // of a killed run
     if (d) closedir(d);
 }
 
-// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began: the older ones are whole.
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
     char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Saving s = {tmp, {NULL, 0, 0}, ""};
+    Saving s = {tmp, {NULL, 0, 0}, 0, 0, ""};
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
     if (rank == 0) {
         remove_leftovers(o->out);
@@ -2501,12 +2322,10 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     comm_barrier();
     if (rank < parts && !s.error[0]) {
         char name[64];
-        uint32_t crc;
-        size_t bytes;
         snprintf(name, sizeof name, "optimizer-%05d-of-%05d.safetensors", rank, parts);
-        save_optimizer(&s, m, name, &crc, &bytes);
-        sums[2 * rank] = crc;
-        sums[2 * rank + 1] = (double)bytes;
+        save_optimizer(&s, m, name);
+        sums[2 * rank] = s.crc;
+        sums[2 * rank + 1] = (double)s.bytes;
     }
     if (rank == 0 && !s.error[0]) {
         save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
@@ -2517,15 +2336,11 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     comm_sum(sums, 2 * parts + 1);
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
-        for (int i = 0; i < parts; i++)
-            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
+        for (int i = 1; i < parts; i++)             // rank 0's own is there
+            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
+                     i, parts);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
-        char *text = s.checksums.s;
-        s.checksums.s = NULL;
-        size_t n = (size_t)s.checksums.n;
-        memset(&s.checksums, 0, sizeof s.checksums);
-        save_file(&s, "checksums.txt", text, n);
-        free(text);
+        save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
         sync_folder(tmp);
         char *old = path_text("%s/tmp.old", o->out);
         rename(final, old);                             // a damaged one of the same step
@@ -2541,63 +2356,51 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
-    free(s.checksums.s);
-    free(sums);
-    free(tmp);
-    free(final);
+    free(s.checksums.s); free(sums); free(tmp); free(final);
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------------
-static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {
-    int fd = open(path, O_RDONLY);
+static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
+    FILE *f = fopen(path, "rb");
     char *buffer = (char *)xmalloc(IO_CHUNK);
-    ssize_t n = -1;
     *crc = 0;
     *bytes = 0;
-    while (fd >= 0 && (n = read(fd, buffer, IO_CHUNK)) > 0) {
-        *crc = crc32_update(*crc, buffer, (size_t)n);
-        *bytes += (size_t)n;
-    }
-    if (fd >= 0) close(fd);
+    for (size_t n; f && (n = fread(buffer, 1, IO_CHUNK, f)) > 0; *bytes += n) *crc = crc32_update(*crc, buffer, n);
+    int ok = f && !ferror(f);
+    if (f) fclose(f);
     free(buffer);
-    return n == 0;
+    return ok;
 }
 
 // 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
 int checkpoint_whole(const char *dir, char *why, size_t n) {
-    char *path = path_text("%s/checksums.txt", dir);
+    char *path = path_text("%s/checksums.txt", dir), *text = NULL;
     struct stat info;
-    why[0] = 0;
-    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) {
-        snprintf(why, n, "%s is missing or empty", path);
-        free(path);
-        return 0;
-    }
     size_t size;
-    char *text = read_text_file(path, 1 << 24, &size), *last = text + size - 9;
-    char self[16];
-    snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
-    if (strcmp(last, self)) snprintf(why, n, "%s does not match its own checksum", path);
-    *last = 0;
-    for (char *line = text, *next; *line && !why[0]; line = next) {
-        unsigned int crc;
-        uint32_t found_crc;
+    why[0] = 0;
+    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) snprintf(why, n, "%s is missing or empty", path);
+    else {
+        char self[16];
+        text = read_text_file(path, 1 << 24, &size);
+        snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
+        if (strcmp(text + size - 9, self)) snprintf(why, n, "%s does not match its own checksum", path);
+        text[size - 9] = 0;
+    }
+    for (char *line = text, *next; !why[0] && *line; line = next) {
+        uint32_t crc, found_crc;
         size_t bytes, found;
         int name = 0;
         next = line + strcspn(line, "\n");
         if (*next) *next++ = 0;
-        if (sscanf(line, "%x %zu %n", &crc, &bytes, &name) != 2 || !name) {
-            snprintf(why, n, "%s has a bad line", path);
-            break;
-        }
+        int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
         char *file = path_text("%s/%s", dir, line + name);
-        if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
+        if (fields != 2 || !name) snprintf(why, n, "%s has a bad line", path);
+        else if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
         else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file, found, bytes);
         else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
         free(file);
     }
-    free(text);
-    free(path);
+    free(text); free(path);
     return !why[0];
 }
 
@@ -2605,8 +2408,8 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
 char *checkpoint_choose(const char *resume, const char *out) {
     char why[1024] = "";
     if (strcmp(resume, "auto")) {
-        int ok = comm_rank() || checkpoint_whole(resume, why, sizeof why);
-        if (!ok) die("--resume %s: %s; resume an older checkpoint", resume, why);
+        if (!comm_rank() && !checkpoint_whole(resume, why, sizeof why))
+            die("--resume %s: %s; resume an older checkpoint", resume, why);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
@@ -2618,24 +2421,23 @@ char *checkpoint_choose(const char *resume, const char *out) {
         free(dir);
     }
     free(steps);
-    if (n && chosen < 0 && comm_rank() == 0) die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
+    if (n && chosen < 0 && comm_rank() == 0)
+        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : checkpoint_path(out, chosen);
 }
 
 static void read_series(const Json *root, const char *key, const char *where, double *x) {
     const Json *list = json_get(root, key);
-    if (!list || list->type != 'a' || list->n != SPIKE_WINDOW) die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
-    int i = 0;
-    for (const Json *e = list->child; e; e = e->next) x[i++] = e->num;
+    if (!list || list->type != 'a' || list->n != SPIKE_WINDOW)
+        die("%s: \"%s\" is not a list of %d numbers", where, key, SPIKE_WINDOW);
+    for (const Json *e = list->child; e; e = e->next) *x++ = e->num;
 }
 
 // trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
 void checkpoint_read_state(const char *dir, TrainState *t) {
     char *where = path_text("%s/trainer_state.json", dir);
-    size_t n;
-    char *text = read_text_file(where, 1 << 24, &n);
-    Json *root = json_parse(text, n, where);
+    Json *root = json_read_file(where, 1 << 24);
     const int64_t MOST = INT64_C(1) << 53;
     memset(t, 0, sizeof *t);
     json_int(root, "format", where, 1, 1, JSON_REQUIRED);
@@ -2656,97 +2458,83 @@ void checkpoint_read_state(const char *dir, TrainState *t) {
         char name[64];
         snprintf(name, sizeof name, "--%s", e->key);
         Option *o = option_find(name);
-        if (!o || !(o->kind & RUN) || e->type != 's') die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
+        if (!o || !(o->kind & RUN) || e->type != 's')
+            die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (!o->given) option_set(o, e->str);
-        else if (comm_rank() == 0 && strcmp(option_text(o), e->str)) printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
+        else if (comm_rank() == 0 && strcmp(option_text(o), e->str))
+            printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
     }
     json_free(root);
-    free(text);
     free(where);
 }
 
-// Reads part of an optimizer tensor: elements [first, first+n) of a unit, from whichever files hold them; dies if any is missing.
-typedef struct OptimizerFiles { StSet **sets; int n; const char *dir; } OptimizerFiles;
-
-static OptimizerFiles optimizer_open(const char *dir) {
-    OptimizerFiles f = {NULL, 0, dir};
-    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found)) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
-    f.n = (int)found.gl_pathc;
-    f.sets = (StSet **)xcalloc((size_t)f.n, sizeof(StSet *));
-    for (int i = 0; i < f.n; i++) f.sets[i] = st_open(found.gl_pathv[i]);
-    globfree(&found);
-    free(pattern);
-    return f;
+// Elements [first, first+n) of a tensor become elements at, at+1, ... of one kind of state.
+static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, size_t at) {
+    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (size_t done = 0; done < n; done += IO_CHUNK) {
+        size_t k = min_size(n - done, IO_CHUNK);
+        st_read(s, t, first + done, k, host);
+        model_write(m, kind, at + done, k, host);
+    }
+    free(host);
 }
 
-static void optimizer_read(const OptimizerFiles *f, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at, float *host) {
+// Elements [first, first+n) of what a unit has of one kind, from whichever tensors hold them; dies if any is missing.
+static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at) {
     char prefix[64];
     size_t found = 0;
     snprintf(prefix, sizeof prefix, "%s.%s.", unit->name, state_kinds[kind]);
-    for (int i = 0; i < f->n; i++) for (int j = 0; j < f->sets[i]->n_tensors; j++) {
-        const StTensor *t = &f->sets[i]->tensors[j];
+    for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++) {
         int64_t offset;
         if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
-        size_t begin = (size_t)offset > first ? (size_t)offset : first;
-        size_t end = (size_t)offset + t->n < first + n ? (size_t)offset + t->n : first + n;
-        for (size_t x = begin; x < end; x += IO_CHUNK) {
-            size_t k = min_size(end - x, IO_CHUNK);
-            st_read(f->sets[i], t, x - (size_t)offset, k, host);
-            model_write(m, to, at + (x - first), k, host);
-            found += k;
-        }
+        size_t begin = (size_t)offset > first ? (size_t)offset : first, end = min_size((size_t)offset + t->n, first + n);
+        if (begin >= end) continue;
+        read_values(s, t, begin - (size_t)offset, end - begin, m, to, at + (begin - first));
+        found += end - begin;
     }
-    if (found != n) die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", f->dir, found, n, state_kinds[kind], unit->name);
+    if (found != n)
+        die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", s->paths[0],
+            found, n, state_kinds[kind], unit->name);
 }
 
 // Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
 void checkpoint_read_model(const char *dir, Model *m) {
     const ParamTable *p = model_table(m);
-    OptimizerFiles f = optimizer_open(dir);
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
+    StSet *s = st_open_all(pattern);
+    if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
         const Unit *unit = &p->units[u];
-        optimizer_read(&f, unit, STATE_MASTER, 0, unit->n, m, STATE_WEIGHTS, unit->at, host);
-        size_t first, n, at, begin;
-        state_slice(m, u, &first, &n, &at);
-        begin = first - unit->at;
-        if (begin >= unit->n) continue;
-        if (n > unit->n - begin) n = unit->n - begin;
-        for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(&f, unit, kind, begin, n, m, kind, at, host);
+        size_t begin, n, at;
+        optimizer_read(s, unit, STATE_MASTER, 0, unit->n, m, STATE_WEIGHTS, unit->at);
+        unit_share(m, u, &begin, &n, &at);
+        for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(s, unit, kind, begin, n, m, kind, at);
     }
-    for (int i = 0; i < f.n; i++) st_close(f.sets[i]);
-    free(f.sets);
-    free(host);
+    st_close(s);
+    free(pattern);
 }
 
 // Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
 void weights_read(const char *dir, Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
     StSet *s = st_open(dir);
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
         if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
-        int64_t rows = from->n_dims > 0 ? from->shape[0] : 0, cols = from->n_dims > 1 ? from->shape[1] : 0;
-        if (from->n_dims != (t->cols ? 2 : 1) || rows != t->rows || cols != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name, rows, cols, t->rows, t->cols);
-        for (size_t at = 0; at < t->n; at += IO_CHUNK) {
-            size_t n = min_size(t->n - at, IO_CHUNK);
-            st_read(s, from, at, n, host);
-            model_write(m, STATE_WEIGHTS, t->at + at, n, host);
-        }
+        if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name,
+                from->shape[0], from->shape[1], t->rows, t->cols);
+        read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->at);
     }
     for (int j = 0; j < s->n_tensors; j++) {
         const char *name = s->tensors[j].name;
         int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
         for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
-        if (!known) die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
+        if (!known)
+            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
     }
     st_close(s);
-    free(host);
 }
 // SHARED END
 
@@ -2760,13 +2548,13 @@ static inline void cuda_check(cudaError_t e, const char *call, const char *file,
 }
 
 // launch(kernel, grid, block, smem_bytes, stream, args...) starts a kernel and checks the launch. More than 48 KiB of shared memory,
-// static and dynamic together, is opted in to (no kernel here has more than 16 KiB of static). Errors inside the kernel show at
+// static and dynamic together, is opted in to (no kernel here has more than 17 KiB of static). Errors inside the kernel show at
 // the next synchronising call (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
 #define launch(...) launch_kernel("launch(" #__VA_ARGS__ ")", __FILE__, __LINE__, __VA_ARGS__)
 template <typename... P, typename... A>
 void launch_kernel(const char *call, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
                    cudaStream_t stream, A... args) {
-    if (smem_bytes > 32 << 10)
+    if (smem_bytes > 31 << 10)
         cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes), call, file, line);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
@@ -2792,24 +2580,11 @@ __device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4], const 
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Loads 1, 2 or 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte aligned);
+// Loads 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte aligned);
 // every lane gets r[i] = m_i(g, 2t..2t+1), transposed: m_i(2t, g), m_i(2t+1, g).
-__device__ __forceinline__ void ldmatrix_x1(uint32_t r[1], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2(uint32_t r[2], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
-}
 __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x1_trans(uint32_t r[1], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t r[2], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -2839,35 +2614,13 @@ __device__ __forceinline__ float exp2_approx(float x) {                 // 2^x, 
     return y;
 }
 
-// 16-byte accesses: default; streaming (read or written once, evict first); L2 only; read-only for the whole kernel.
 __device__ __forceinline__ uint4 load_16B(const void *p) { return *(const uint4 *)p; }
-__device__ __forceinline__ uint4 load_16B_streaming(const void *p) { return __ldcs((const uint4 *)p); }
-__device__ __forceinline__ uint4 load_16B_l2(const void *p) { return __ldcg((const uint4 *)p); }
-__device__ __forceinline__ uint4 load_16B_const(const void *p) { return __ldg((const uint4 *)p); }
 __device__ __forceinline__ void store_16B(void *p, uint4 v) { *(uint4 *)p = v; }
-__device__ __forceinline__ void store_16B_streaming(void *p, uint4 v) { __stcs((uint4 *)p, v); }
-__device__ __forceinline__ void store_16B_l2(void *p, uint4 v) { __stcg((uint4 *)p, v); }
 #else
 #include "emu_verbs.h"
 #endif
 
-// ---- packs: 8 bf16 or 4 fp32 moved by one 16-byte access -----------------------------------------------------------------
-template <typename T> struct __align__(16) Pack {
-    enum { size = 16 / sizeof(T) };
-    T v[size];
-    __device__ T &operator[](int i) { return v[i]; }
-    __device__ const T &operator[](int i) const { return v[i]; }
-};
-template <typename T> __device__ __forceinline__ Pack<T> as_pack(uint4 bits) { Pack<T> p; memcpy(&p, &bits, 16); return p; }
-template <typename T> __device__ __forceinline__ uint4 as_bits(const Pack<T> &p) { uint4 bits; memcpy(&bits, &p, 16); return bits; }
-template <typename T> __device__ __forceinline__ Pack<T> load128(const T *p) { return as_pack<T>(load_16B(p)); }
-template <typename T> __device__ __forceinline__ Pack<T> load128cs(const T *p) { return as_pack<T>(load_16B_streaming(p)); }
-template <typename T> __device__ __forceinline__ Pack<T> load128cg(const T *p) { return as_pack<T>(load_16B_l2(p)); }
-template <typename T> __device__ __forceinline__ Pack<T> load128c(const T *p) { return as_pack<T>(load_16B_const(p)); }
-template <typename T> __device__ __forceinline__ void store128(T *p, const Pack<T> &x) { store_16B(p, as_bits(x)); }
-template <typename T> __device__ __forceinline__ void store128cs(T *p, const Pack<T> &x) { store_16B_streaming(p, as_bits(x)); }
-template <typename T> __device__ __forceinline__ void store128cg(T *p, const Pack<T> &x) { store_16B_l2(p, as_bits(x)); }
-template <typename T> __device__ __forceinline__ Pack<T> zero128() { return as_pack<T>(make_uint4(0, 0, 0, 0)); }
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.44269504f); }    // e^x, relative error 2^-22 + |x| 2^-24
 
 // ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -2903,17 +2656,6 @@ template <typename T> __device__ T block_sum(T x) {
     __syncthreads();                                                    // part is free for the next call
     return x;
 }
-template <typename T = float> __device__ T block_max(T x) {             // T only keeps this a template, i.e. inline
-    __shared__ T part[32];
-    const int lane = thread_in_block() % 32, warp = thread_in_block() / 32;
-    x = warp_max(x);
-    if (lane == 0) part[warp] = x;
-    __syncthreads();
-    x = warp_max(part[lane < threads_in_block() / 32 ? lane : 0]);
-    __syncthreads();
-    return x;
-}
-
 // ==== 12. Comm: ranks, one process and one GPU each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI, always in a
 // loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a dead or stuck peer ends
@@ -3044,6 +2786,7 @@ static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_p
     {"H100 NVL", 835, 60},          // H100 datasheet, sparse figures halved
     {"H100 PCIe", 756, 51},
     {"H100", 989.4, 67},            // SXM
+    {"H200 NVL", 835, 60},
     {"H200", 989.4, 67},
     {"GH200", 989.4, 67},
     {"A100", 312, 19.5},            // A100 datasheet
@@ -3056,7 +2799,7 @@ static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_p
 // FLOP/s of the device at this precision; NAN: not in the table, and then MFU is not printed.
 double device_peak(const char *name, int bf16) {
     for (size_t i = 0; i < sizeof gpu_peaks / sizeof *gpu_peaks; i++)
-        if (strstr(name, gpu_peaks[i].name)) return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
+        if (strstr(name, gpu_peaks[i].name) && !strstr(name, "MIG") && !strstr(name, "Laptop")) return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
     return NAN;
 }
 
@@ -3278,7 +3021,7 @@ static int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 
-// Blocks for kernels that keep partial sums in registers over many rows: each handles at least two groups of `rows` rows.
+// Blocks for kernels that keep partial sums in registers over many rows: each handles about two groups of `rows` rows or more.
 static int partial_blocks(int N, int rows) {
     static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
     int most = 2 * sm_count < MAX_PARTIALS ? 2 * sm_count : MAX_PARTIALS, blocks = CEIL_DIV(N, 2 * rows);
@@ -3314,25 +3057,36 @@ template <typename T = float> __device__ __forceinline__ T row_sum(T x, int turn
     return warps == 1 ? x : warp_sum(lane < warps ? part[turn][first + lane] : 0);
 }
 
-// ---- embedding_forward_kernel1: one warp per row --------------------------------------------------------------------------
-// x (N,C) = w[ids]     w (V,C), ids (N)
-// bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048: <= 134 MB       floor <= 40 us (memory)
-// limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32. Tokens that repeat are read again, from L2
+// ---- embedding_forward_kernel1: rows in the order of their tokens -----------------------------------------------------------
+// x (N,C) = w[ids]     w (V,C), ids (N), order (N): the rows sorted by token
+// bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048, 4000 distinct: 83 MB       floor 25 us (memory)
+// idea    a warp has 16 neighbours of the order and 512 columns, and keeps the token's columns in registers until the token changes:
+//         a comma that is 5% of the rows is read 50 times, not 800
+// limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32
+enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_RUN = 16 };
+
 template <typename X>
-__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const X *__restrict__ w, int N, int C) {
-    constexpr int E = 16 / sizeof(X);
-    const int n = blockIdx.x * blockDim.y + threadIdx.y;
-    if (n >= N) return;
-    const X *w_n = w + (size_t)ids[n] * C;
-    X *x_n = x + (size_t)n * C;
-    #pragma unroll 4
-    for (int c = threadIdx.x * E; c < C; c += 32 * E) store(x_n + c, load<E>(w_n + c));
+__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w, int N, int C) {
+    constexpr int E = 16 / sizeof(X), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;
+    const int c0 = blockIdx.y * EMBED_COLUMNS + threadIdx.x * E;
+    const int first = (blockIdx.x * EMBED_WARPS + threadIdx.y) * EMBED_RUN, last = min(first + EMBED_RUN, N);
+    Vec<X, E> row[PACKS] = {};
+    for (int j = first, held = -1; j < last; j++) {
+        const int n = order[j], token = ids[n];
+        if (token != held) {
+            held = token;
+            #pragma unroll
+            for (int i = 0; i < PACKS; i++) row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
+        }
+        #pragma unroll
+        for (int i = 0; i < PACKS; i++) if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
+    }
 }
 
-template <typename X> void embedding_forward(X *x, const int *ids, const X *w, int N, int C, cudaStream_t stream) {
-    const int ROWS = 8;             // warps, each with a row
+template <typename X> void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N, int C, cudaStream_t stream) {
     assert(C % (16 / sizeof(X)) == 0);
-    launch(embedding_forward_kernel1<X>, CEIL_DIV(N, ROWS), dim3(32, ROWS), 0, stream, x, ids, w, N, C);
+    launch(embedding_forward_kernel1<X>, dim3(CEIL_DIV(N, EMBED_WARPS * EMBED_RUN), CEIL_DIV(C, EMBED_COLUMNS)), dim3(32, EMBED_WARPS), 0,
+           stream, x, ids, order, w, N, C);
 }
 
 // ---- embedding_backward_kernel1: the rows of a token are one sum ----------------------------------------------------------
@@ -3341,7 +3095,7 @@ template <typename X> void embedding_forward(X *x, const int *ids, const X *w, i
 // idea    rows sorted by token on the host: every row of dw has one writer, no atomics. A warp owns a token and 512 columns;
 //         tokens with more than LONG rows (a comma can be 5% of a batch) are summed by all warps of the block together
 // limits  C % 4 == 0
-enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_LONG = 16 };
+enum { EMBED_LONG = 16 };
 
 __device__ __forceinline__ void add_to(float *p, const float (&sum)[4]) {
     float x[4];
@@ -3475,7 +3229,7 @@ void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int
 //         partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2 x 2.2 MB
 // idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its share of dw over all its
 //         rows in shared memory (its own place: no barrier); the rows of a block are added there, the blocks by column_sums
-// limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384
+// limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384 (fp32 on devices with 99 KiB of shared memory per block: 12640)
 enum { ROW_QUADS = 4 };
 
 template <typename X>
@@ -3755,7 +3509,7 @@ void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk
 // dbias (OC) += column sums of dqkv (N,OC)
 // bytes   2·N·OC in + partial sums 2·4·chunks·OC;  N 16384, OC 2560: 84 + 1 MB        floor 25 us (memory)
 // idea    a block sums 128 columns of a chunk of rows, a lane four columns; column_sums adds the chunks
-enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has at least BIAS_ROWS rows
+enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has about BIAS_ROWS rows or more
 
 template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
     __shared__ __align__(16) float part[BIAS_WARPS][32][4];
@@ -4597,11 +4351,11 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
 // backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the down-projection's weights.
 // Two forms: passes of their own between cuBLASLt's products, or the epilogues of products of our own. See mlp_forward.
 template <int E> __device__ __forceinline__ void swiglu(float (&u)[E], const float (&g)[E]) {                   // u becomes h
-    for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + __expf(-g[k]));
+    for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + exp_approx(-g[k]));
 }
 template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) { // g, u, dh become dg, h, du
     for (int k = 0; k < E; k++) {
-        const float s = __fdividef(1, 1 + __expf(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
+        const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
         u[k] *= silu;
         d[k] *= silu;
         g[k] = dsilu * s * (1 + g[k] * (1 - s));
@@ -4803,7 +4557,8 @@ void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, floatX *dh
 // bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000        floor 626 us (memory; two SFU operations per element: 283 us)
 // idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each thread reads back only
 //         what it copied and has its own maximum and sum, so the block meets at one barrier. It also orders the read of x_target
-//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time
+//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time, and the block, then alone on
+//         its SM, has twice the threads
 enum { CLASSIFIER_THREADS = 512 };
 
 // Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its gradient.
@@ -4813,7 +4568,7 @@ template <int E, typename X> __device__ __forceinline__ void load_logits(float (
 }
 
 template <typename X>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
                                                                             int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(X);
     __shared__ float tops[32], sums[32];
@@ -4828,35 +4583,43 @@ __global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(floa
     cp_async_commit();
     const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
     cp_async_wait<0>();
-    float top = -FLT_MAX, sum = 0, x[E];                        // of this thread's columns: sum of e^(x - top)
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        float higher = top;
+    float top = -FLT_MAX, sum = 0;                              // of this thread's columns: sum of e^(x - top)
+    auto add = [&](const X *from, int v) {
+        float x[E], higher = top;
+        load_logits(x, from, v, V);
         for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
-        sum *= __expf(top - higher);
-        for (int k = 0; k < E; k++) sum += __expf(x[k] - higher);
+        sum *= exp_approx(top - higher);
+        for (int k = 0; k < E; k++) sum += exp_approx(x[k] - higher);
         top = higher;
-    }
-    const float warp_top = warp_max(top), warp_total = warp_sum(sum * __expf(top - warp_top));
+    };
+    int v = first;
+    for (; v < cached; v += step) add(cache, v);
+    #pragma unroll 4
+    for (; v < Vp; v += step) add(row, v);
+    const float warp_top = warp_max(top), warp_total = warp_sum(sum * exp_approx(top - warp_top));
     if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
     __syncthreads();
     const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
-    const float total = warp_sum(lane < warps ? sums[lane] * __expf(some_top - row_top) : 0), factor = dscale / total;
+    const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0), factor = dscale / total;
     if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
     if (dscale == 0) return;
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        for (int k = 0; k < E; k++) x[k] = __expf(x[k] - row_top) * factor;
+    auto differentiate = [&](const X *from, int v) {
+        float x[E];
+        load_logits(x, from, v, V);
+        for (int k = 0; k < E; k++) x[k] = exp_approx(x[k] - row_top) * factor;
         if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
         store(row + v, narrow<X>(x));
-    }
+    };
+    v = first;
+    for (; v < cached; v += step) differentiate(cache, v);
+    for (; v < Vp; v += step) differentiate(row, v);
 }
 
 template <typename X>
 void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp, cudaStream_t stream) {
     static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
     const int E = 16 / sizeof(X), fit = smem_limit / 16 * E, cached = Vp < fit ? Vp : fit;
-    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS;
+    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS * (cached < Vp ? 2 : 1);
     assert(Vp % E == 0 && V <= Vp);
     launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
 }
@@ -4942,26 +4705,6 @@ void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, 
     assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
     if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
 }
-
-// ---- casts -------------------------------------------------------------------------------------------------------------------
-// out (n) = in (n), rounded to nearest even where To is narrower
-template <typename To, typename From> __global__ void cast_kernel1(To *out, const From *in, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 <= n) {
-        float x[4];
-        widen(x, load<4>(in + i));
-        store(out + i, narrow<To>(x));
-    } else {
-        for (size_t j = i; j < n; j++) out[j] = from_float<To>(to_float(in[j]));
-    }
-}
-
-template <typename To, typename From> void cast(To *out, const From *in, size_t n, cudaStream_t stream) {
-    assert((uintptr_t)out % (4 * sizeof(To)) == 0 && (uintptr_t)in % (4 * sizeof(From)) == 0);
-    if (n > 0) launch(cast_kernel1<To, From>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, out, in, n);
-}
-template <typename X> void cast_to_float(float *out, const X *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
-template <typename X> void cast_from_float(X *out, const float *in, size_t n, cudaStream_t stream) { cast(out, in, n, stream); }
 
 // ==== 14. The model =====================================================================================================
 // Pointers into the flat weights, or (float) into the flat gradients.
@@ -5263,7 +5006,7 @@ void model_init(Model *m, uint64_t seed) {
 }
 
 // ---- data to the device ----------------------------------------------------------------------------------------------------
-// Copies a batch to the device and sorts its rows by token (for embedding_backward). The host may go on to the next batch at once.
+// Copies a batch to the device and sorts its rows by token (for the embedding). The host may go on to the next batch at once.
 static const Feed *feed_batch(Model *m, const Batch *batch) {
     Feed *f = &m->feed[m->next_feed];
     m->next_feed ^= 1;
@@ -5273,7 +5016,7 @@ static const Feed *feed_batch(Model *m, const Batch *batch) {
     memcpy(host, batch->inputs, (size_t)N * sizeof(int));
     if (batch->targets) memcpy(host + (f->targets - f->device), batch->targets, (size_t)N * sizeof(int));
     if (batch->doc_start) memcpy(host + (f->doc_start - f->device), batch->doc_start, (size_t)N * sizeof(int));
-    if (batch->targets) sort_rows(order, starts, tokens, &f->n_distinct, batch->inputs, N, m->c.V);
+    sort_rows(order, starts, tokens, &f->n_distinct, batch->inputs, N, m->c.V);
     cudaCheck(cudaMemcpyAsync(f->device, host, ((size_t)6 * m->N + 1) * sizeof(int), cudaMemcpyHostToDevice, m->gpu.stream));
     cudaCheck(cudaEventRecord(f->copied, m->gpu.stream));
     return f;
@@ -5300,7 +5043,7 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f,
     const Gpu *gpu = &m->gpu;
     const floatX *none = NULL;
     int N = B * T;
-    embedding_forward(m->acts[0].x, f->inputs, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
+    embedding_forward(m->acts[0].x, f->inputs, f->order, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
     for (int l = 0; l < c->L; l++) {
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];

@@ -29,6 +29,17 @@ __global__ void cross_entropy_kernel0(float *nll, X *logits, const int *targets,
     }
 }
 
+__device__ float block_max(float x) {
+    __shared__ float part[32];
+    const int lane = thread_in_block() % 32;
+    x = warp_max(x);
+    if (lane == 0) part[thread_in_block() / 32] = x;
+    __syncthreads();
+    x = warp_max(part[lane < threads_in_block() / 32 ? lane : 0]);
+    __syncthreads();
+    return x;
+}
+
 // ---- kernel 2: a block per row, three walks with block-wide reductions between them ----
 template <typename X>
 __global__ void cross_entropy_kernel2(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
@@ -79,7 +90,7 @@ __global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets,
 // ---- kernel 1, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and read from DRAM
 // once
 template <typename X>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
                                                                             int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(X);
     __shared__ float tops[32], sums[32];
@@ -94,28 +105,36 @@ __global__ void __launch_bounds__(CLASSIFIER_THREADS) cross_entropy_kernel1(floa
     cp_async_commit();
     const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
     cp_async_wait<0>();
-    float top = -FLT_MAX, sum = 0, x[E];                        // of this thread's columns: sum of e^(x - top)
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        float higher = top;
+    float top = -FLT_MAX, sum = 0;                              // of this thread's columns: sum of e^(x - top)
+    auto add = [&](const X *from, int v) {
+        float x[E], higher = top;
+        load_logits(x, from, v, V);
         for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
-        sum *= __expf(top - higher);
-        for (int k = 0; k < E; k++) sum += __expf(x[k] - higher);
+        sum *= exp_approx(top - higher);
+        for (int k = 0; k < E; k++) sum += exp_approx(x[k] - higher);
         top = higher;
-    }
-    const float warp_top = warp_max(top), warp_total = warp_sum(sum * __expf(top - warp_top));
+    };
+    int v = first;
+    for (; v < cached; v += step) add(cache, v);
+    #pragma unroll 4
+    for (; v < Vp; v += step) add(row, v);
+    const float warp_top = warp_max(top), warp_total = warp_sum(sum * exp_approx(top - warp_top));
     if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
     __syncthreads();
     const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
-    const float total = warp_sum(lane < warps ? sums[lane] * __expf(some_top - row_top) : 0), factor = dscale / total;
+    const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0), factor = dscale / total;
     if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
     if (dscale == 0) return;
-    for (int v = first; v < Vp; v += step) {
-        load_logits(x, v < cached ? cache : row, v, V);
-        for (int k = 0; k < E; k++) x[k] = __expf(x[k] - row_top) * factor;
+    auto differentiate = [&](const X *from, int v) {
+        float x[E];
+        load_logits(x, from, v, V);
+        for (int k = 0; k < E; k++) x[k] = exp_approx(x[k] - row_top) * factor;
         if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
         store(row + v, narrow<X>(x));
-    }
+    };
+    v = first;
+    for (; v < cached; v += step) differentiate(cache, v);
+    for (; v < Vp; v += step) differentiate(row, v);
 }
 
 // ---- sum_losses, kernel 0: one thread ----

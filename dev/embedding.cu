@@ -2,7 +2,7 @@
 // bytes   forward 2·N·C out + 2·C per distinct token in + 4·N: 84 MB for N 16384, C 2048, 4000 distinct;  backward 2·N·C in +
 //         8·C per distinct token (dw, fp32, read and written): 133 MB            FLOPs 0; N·C
 // floor   25 us; 40 us (memory)
-// idea    forward: a copy; wide accesses and no division. backward: text is skewed (a comma can be 5% of a batch), so rows of dw
+// idea    forward: a copy; wide accesses, no division, and a frequent token is not read again for each of its rows. backward: text is skewed (a comma can be 5% of a batch), so rows of dw
 //         have very different numbers of summands, and with one writer per row the commonest token is the slowest. Rows are sorted
 //         by token on the host
 // limits  C % 8 == 0 (fp32: 4)
@@ -24,16 +24,31 @@ template <typename X> __global__ void embedding_forward_kernel2(X *x, const int 
     if (i < (size_t)N * C) store(x + i, load<E>(w + (size_t)ids[i / C] * C + i % C));
 }
 
-// ---- kernel 1, shipped: a warp per row ----
-template <typename X>
-__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const X *__restrict__ w, int N, int C) {
+// ---- kernel 3: a warp per row, and no division. The rows of frequent tokens are read again and again, from L2 at best ----
+template <typename X> __global__ void embedding_forward_kernel3(X *x, const int *ids, const X *w, int N, int C) {
     constexpr int E = 16 / sizeof(X);
     const int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
-    const X *w_n = w + (size_t)ids[n] * C;
-    X *x_n = x + (size_t)n * C;
-    #pragma unroll 4
-    for (int c = threadIdx.x * E; c < C; c += 32 * E) store(x_n + c, load<E>(w_n + c));
+    for (int c = threadIdx.x * E; c < C; c += 32 * E) store(x + (size_t)n * C + c, load<E>(w + (size_t)ids[n] * C + c));
+}
+
+// ---- kernel 1, shipped: rows in the order of their tokens, which are read once per run of up to 16 ----
+template <typename X>
+__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w, int N, int C) {
+    constexpr int E = 16 / sizeof(X), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;
+    const int c0 = blockIdx.y * EMBED_COLUMNS + threadIdx.x * E;
+    const int first = (blockIdx.x * EMBED_WARPS + threadIdx.y) * EMBED_RUN, last = min(first + EMBED_RUN, N);
+    Vec<X, E> row[PACKS] = {};
+    for (int j = first, held = -1; j < last; j++) {
+        const int n = order[j], token = ids[n];
+        if (token != held) {
+            held = token;
+            #pragma unroll
+            for (int i = 0; i < PACKS; i++) row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
+        }
+        #pragma unroll
+        for (int i = 0; i < PACKS; i++) if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
+    }
 }
 
 // ---- backward, kernel 0: a thread per column walks all rows in order. One writer per element of dw, but only C threads ----
@@ -128,9 +143,10 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
     if (bench_shape<X>(when, "embedding_forward", sizeof(X) * (n + (double)distinct * C) + 4.0 * N, 0, "N %d C %d V %d %s", N,
                        C, V, kinds[kind])) {
         Tensor<X> x("x", n), w("w", (size_t)V * C);
-        Tensor<int> id("ids", N);
+        Tensor<int> id("ids", N), rows("order", N);
         w.normal(1);
         std::copy(ids.begin(), ids.end(), id.host);
+        std::copy(order.begin(), order.end(), rows.host);
         x.allow(0);                                             // a copy: the same bits
         twin::embedding_forward(x.twin(0), id.host, w.host, N, C);
         const Variant variants[] = {
@@ -140,7 +156,8 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
             {2, "one thread per 16 bytes", [&] {
                 launch(embedding_forward_kernel2<X>, CEIL_DIV(n * sizeof(X) / 16, 256), 256, 0, 0, x, id, w, N, C);
             }},
-            {1, "one warp per row", [&] { embedding_forward<X>(x, id, w, N, C, 0); }, SHIPPED},
+            {3, "one warp per row", [&] { launch(embedding_forward_kernel3<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, x, id, w, N, C); }},
+            {1, "rows in the order of their tokens", [&] { embedding_forward<X>(x, id, rows, w, N, C, 0); }, SHIPPED},
         };
         bench(variants);
     }
