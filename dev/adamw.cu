@@ -1,12 +1,11 @@
 // adamw_update, AdamW with decoupled decay (Loshchilov & Hutter 2019):
 //   g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,  master = master shrink - rate m / (sqrt(v vscale) + eps);
 //   w (n) = master rounded to X (fp32: is master itself).  m, v are stored as M: fp32 or bf16
-// cast: out (n) = in (n), rounded to nearest even where the type is narrower
-// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22); cast fp32 -> bf16: 6        FLOPs 15; 0
-// floor   1 G parameters: 9.0 ms (6.6 ms); cast 1.8 ms (memory)
+// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22)        FLOPs 15
+// floor   1 G parameters: 9.0 ms (6.6 ms) (memory)
 // idea    elementwise: wide accesses, enough of them in flight
 // result  modelled (H100; n 1 M, 31 MB, floor 9.4 us): kernels 0 and 1 9.4 us; 2 touches each sector of the fp32 arrays twice (63
-//         MB; the second time in the L1 cache, which the model leaves out). cast: both 1.9 us. Measured: not yet
+//         MB; the second time in the L1 cache, which the model leaves out). Measured: not yet
 #include "bench.cuh"
 
 // ---- kernel 0: a thread per parameter ----
@@ -76,24 +75,6 @@ __global__ void adamw_update_kernel2(X *w, float *master, M *m, M *v, const floa
     }
 }
 
-// ---- cast, kernel 0: a thread per element ----
-template <typename To, typename From> __global__ void cast_kernel0(To *out, const From *in, size_t n) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) out[i] = from_float<To>(to_float(in[i]));
-}
-
-// ---- kernel 1, shipped: four per thread ----
-template <typename To, typename From> __global__ void cast_kernel1(To *out, const From *in, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 <= n) {
-        float x[4];
-        widen(x, load<4>(in + i));
-        store(out + i, narrow<To>(x));
-    } else {
-        for (size_t j = i; j < n; j++) out[j] = from_float<To>(to_float(in[j]));
-    }
-}
-
 template <typename X, typename M> static void shape(int when, size_t n) {
     const double bytes = (12.0 + 4 * sizeof(M) + (is_bf16<X>() ? 2 : 0)) * n;
     if (!bench_shape<X>(when, "adamw_update", bytes, 15.0 * n, "n %zu, m and v in %s, weights in", n,
@@ -126,22 +107,6 @@ template <typename X, typename M> static void shape(int when, size_t n) {
     bench(variants);
 }
 
-template <typename To, typename From> static void cast_shape(int when, size_t n) {
-    if (!bench_shape<To>(when, "cast", (double)(sizeof(To) + sizeof(From)) * n, 0, "n %zu, from %s to", n,
-                         is_bf16<From>() ? "bf16" : "fp32")) return;
-    Tensor<To> out("out", n);
-    Tensor<From> in("in", n);
-    in.normal(3);
-    std::copy(in.host, in.host + n, out.twin(0));
-    if (is_bf16<To>()) twin::store_bf16(out.twin(0), n);
-    out.allow(0);
-    const Variant variants[] = {
-        {0, "one thread per element", [&] { launch(cast_kernel0<To, From>, CEIL_DIV(n, 256), 256, 0, 0, out, in, n); }},
-        {1, "four per thread", [&] { cast<To, From>(out, in, n, 0); }, SHIPPED},
-    };
-    bench(variants);
-}
-
 int main(int argc, char **argv) {
     bench_begin("adamw", argc, argv);
     const size_t sizes[] = {1, 3, 8, 1024, 4099};
@@ -150,13 +115,9 @@ int main(int argc, char **argv) {
         shape<float, bf16>(CHECK, n);
         shape<bf16, float>(CHECK, n);
         shape<bf16, bf16>(CHECK, n);
-        cast_shape<bf16, float>(CHECK, n);
-        cast_shape<float, bf16>(CHECK, n);
     }
     shape<bf16, float>(MODEL, 1 << 20);
-    cast_shape<bf16, float>(MODEL, 1 << 20);
     shape<bf16, float>(TIME, 64 << 20);
     shape<bf16, bf16>(TIME, (64 << 20) - 1);
-    cast_shape<bf16, float>(TIME, 64 << 20);
     return bench_end();
 }
