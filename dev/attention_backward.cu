@@ -7,8 +7,9 @@
 // idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any order; two passes
 //         rebuild P twice
 // limits  D % 8 == 0, D <= 128
-// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): kernel 0 2607 us (all caches missed); 2 22 us, 1 23 us:
-//         bound by shared memory in few blocks, and the model knows no latency. 1 reads 0.26 MB less. Measured: not yet
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733 and
+//         2607 (all caches missed); 2 6.4 and 22; 1 4.3 and 27. Shared memory limits the last two, in few blocks: 1 has the larger
+//         tiles, and the model knows no latency, which they are for. Measured: not yet
 #include "bench.cuh"
 #include <type_traits>
 
@@ -166,8 +167,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
     store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
 }
 
-// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta
-// from the dout it holds anyway and leaves it for dk dv
+// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from
+// the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its keys: one owns dv, one dk ----
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
