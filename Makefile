@@ -42,6 +42,7 @@ help:
 	@echo 'make test-data   the preparation of data (python3)      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make check    facts that must hold of the sources     make sync   the shared region into the CUDA trainer'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
+	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
 	@echo 'make ptxas   registers and spills of the CUDA kernels     make clean'
 	@echo
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
@@ -213,6 +214,12 @@ build/fuzz: dev/fuzz.c train_litespark.c
 fuzz:
 	@CLANG='$(CLANG)' SECONDS_EACH=$(SECONDS_EACH) dev/fuzz.sh $(FUZZ)
 
+# Everything on a machine with a GPU: proof, kernels, training; writes dev/results/. Hours for the largest presets: PARTS, PRESETS choose.
+PARTS    ?= proof kernels training
+PRESETS  ?= 15M smollm2-135M 100M llama3.2-1B 3B
+gpu-report: $(if $(and $(NVCC),$(GPU_CC)),build/train_litespark_cuda $(PROVE))
+	@python3 dev/gpu_report.py --parts '$(PARTS)' --presets '$(PRESETS)'
+
 check:
 	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
 sync:   # the .c owns the shared region, the .cu its kernels (copies in dev/)
@@ -223,4 +230,4 @@ sync:   # the .c owns the shared region, the .cu its kernels (copies in dev/)
 	@python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz check sync clean
+.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz gpu-report check sync clean

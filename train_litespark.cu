@@ -3060,10 +3060,10 @@ template <typename T = float> __device__ __forceinline__ T row_sum(T x, int turn
 // ---- embedding_forward_kernel1: rows in the order of their tokens -----------------------------------------------------------
 // x (N,C) = w[ids]     w (V,C), ids (N), order (N): the rows sorted by token
 // bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048, 4000 distinct: 83 MB       floor 25 us (memory)
-// idea    a warp has 16 neighbours of the order and 512 columns, and keeps the token's columns in registers until the token changes:
-//         a comma that is 5% of the rows is read 50 times, not 800
+// idea    a warp has 32 neighbours of the order and 512 columns, and keeps the token's columns in registers until the token changes:
+//         a comma that is 5% of the rows is read 26 times, not 800
 // limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32
-enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_RUN = 16 };
+enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_RUN = 32 };
 
 template <typename X>
 __global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w, int N, int C) {
@@ -4474,14 +4474,19 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
     float s[MLP_WARP / 16][MLP_WARP / 8][4];
     fill(s, 0);
-    auto load_stage = [&](int i, __nv_bfloat16 *a) {
-        const int c = i * MLP_DEPTH;
-        load_tile<MLP_DEPTH, MLP_ROWS>(a, x + (size_t)n0 * C + c, C, N - n0, C - c);
+    // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end repeat the
+    // last: their sums are never stored.
+    const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
+    const __nv_bfloat16 *src[8];
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
+        src[4 + i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + col;
+    }
+    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
+        const int valid = i * MLP_DEPTH + col < C ? 16 : 0;
         #pragma unroll
-        for (int q = 0; q < 4; q++) {                       // 32 rows of gate, of up, the next 32 of gate, of up
-            const int f = f0 + q / 2 * HALF;
-            load_tile<MLP_DEPTH, HALF>(a + (MLP_ROWS + q * HALF) * STRIDE, w + ((size_t)(q % 2) * F + f) * C + c, C, F - f, C - c);
-        }
+        for (int j = 0; j < 8; j++) cp_async_16(stage + (32 * j + row) * STRIDE + col, src[j] + i * MLP_DEPTH, valid);
     };
     mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
         multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
@@ -4492,9 +4497,9 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     fragments_to_rows(rows, s, one);
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
-    for (int row = lane / 4; row < MLP_WARP && n0 + warp_row + row < N; row += 8) {
-        const size_t n = n0 + warp_row + row;
-        const Vec<__nv_bfloat16, 8> gate = load<8>(rows + row * (MLP_WARP + 8) + f), up = load<8>(rows + row * (MLP_WARP + 8) + HALF + f);
+    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
+        const size_t n = n0 + warp_row + r;
+        const Vec<__nv_bfloat16, 8> gate = load<8>(rows + r * (MLP_WARP + 8) + f), up = load<8>(rows + r * (MLP_WARP + 8) + HALF + f);
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
@@ -4514,10 +4519,18 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
     float s[MLP_WARP / 16][MLP_WARP / 8][4];
     fill(s, 0);
-    auto load_stage = [&](int i, __nv_bfloat16 *a) {
+    const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
+    const __nv_bfloat16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
+    #pragma unroll
+    for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
+    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
         const int c = i * MLP_DEPTH;
-        load_tile<MLP_DEPTH, MLP_ROWS>(a, dx + (size_t)n0 * C + c, C, N - n0, C - c);
-        load_tile<MLP_COLS, MLP_DEPTH>(a + MLP_ROWS * (MLP_DEPTH + 8), w + (size_t)c * F + f0, F, C - c, F - f0);
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
+            cp_async_16(stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col, w_src + (size_t)(c + 8 * j) * F,
+                        c + 8 * j + w_row < C ? 16 : 0);
+        }
     };
     mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
         multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
@@ -4528,12 +4541,12 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
     fragments_to_rows(rows, s, one);
     const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
     if (out_f >= F) return;
-    for (int row = lane / 8; row < MLP_WARP && n0 + warp_row + row < N; row += 4) {
-        const size_t n = n0 + warp_row + row;
+    for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {
+        const size_t n = n0 + warp_row + r;
         float g[8], u[8], d[8];
         widen(g, load<8>(gate_up + n * 2 * F + out_f));
         widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
-        widen(d, load<8>(rows + row * (MLP_WARP + 8) + f));
+        widen(d, load<8>(rows + r * (MLP_WARP + 8) + f));
         swiglu_gradient(g, u, d);
         store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
         store(gate_up + n * 2 * F + out_f, narrow<__nv_bfloat16>(g));

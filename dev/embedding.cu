@@ -32,7 +32,7 @@ template <typename X> __global__ void embedding_forward_kernel3(X *x, const int 
     for (int c = threadIdx.x * E; c < C; c += 32 * E) store(x + (size_t)n * C + c, load<E>(w + (size_t)ids[n] * C + c));
 }
 
-// ---- kernel 1, shipped: rows in the order of their tokens, which are read once per run of up to 16 ----
+// ---- kernel 1, shipped: rows in the order of their tokens, which are read once per run of up to 32 ----
 template <typename X>
 __global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w, int N, int C) {
     constexpr int E = 16 / sizeof(X), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;

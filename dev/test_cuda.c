@@ -649,7 +649,7 @@ static const struct Planted { const char *name, *anchor, *from, *to; int stateme
     {"document mask ignored in backward", "void mask_scores_transposed(", "key > t || key < first", "key > t", 0, "documents", "bf16", LONG},
     {"wrong key head in dq", "attention_backward_dq_kernel1(", "h / (H / K)", "h % K", 0, "llama", "bf16", LONG},
     {"no cp.async wait in the products of the MLP", "void mlp_pipeline(", "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
-    {"gate for up in the products of the MLP", "gate_up_swiglu_kernel1(__nv_bfloat16", "(q % 2)", "((q + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
+    {"gate for up in the products of the MLP", "gate_up_swiglu_kernel1(__nv_bfloat16", "(i % 2)", "((i + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
     {"dropped term in qk-norm backward", "void qkv_norm_rope_backward_kernel1(", "norm_a[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
 
