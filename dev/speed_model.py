@@ -2,7 +2,7 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--memory-gib 79] [--mlp passes|products] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|a100|rtx4090] [--mlp passes|products] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
@@ -35,8 +35,23 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 COUNTS = os.path.join(HERE, "results", "kernel_counts.json")
 
 # ---- the device and the assumptions -----------------------------------------------------------------------------------
-PEAK, GEMM, DRAM = 989.4e12, 700e12, 3.0e12
-SMS, CLOCK, MMA_SYNC = 132, 1.755e9, 0.62
+# Data sheet: dense bf16 peak (fp32 sums), SMs, clock, memory. Assumed: cuBLASLt's FLOP/s, DRAM bytes/s, mma.sync's share of the peak.
+# The counts are in us of an H100; for another device its tensor term is scaled by mma.sync's rate, the others by SMs times clock.
+DEVICES = {"h100": (989.4e12, 700e12, 3.0e12, 132, 1.755e9, 0.62, 79), "a100": (312e12, 250e12, 1.8e12, 108, 1.41e9, 1.0, 79),
+           "rtx4090": (165.2e12, 150e12, 0.9e12, 128, 2.52e9, 1.0, 23)}
+PEAK, GEMM, DRAM, SMS, CLOCK, MMA_SYNC, MEMORY_GIB = DEVICES["h100"]
+
+
+def choose_device(name, runs):
+    global PEAK, GEMM, DRAM
+    PEAK, GEMM, DRAM, sms, clock, mma_sync, memory = DEVICES[name]
+    tensor, others = DEVICES["h100"][0] * MMA_SYNC / (PEAK * mma_sync), SMS * CLOCK / (sms * clock)
+    for r in runs.values():
+        for k in r["kernels"].values():
+            for t in TERMS: k[t] *= tensor if t == "tensor_us" else others
+    return memory
+
+
 MIB = 1 << 20
 GPU_ALLOWANCE = 800 * MIB       # context, cuBLASLt, NCCL: as in the trainer
 ENOUGH_ROWS = 32768             # of a micro-step, as in the trainer
@@ -500,7 +515,8 @@ def main():
     p.add_argument("--logits-chunk", type=int, default=0, help="rows; 0: the trainer's default")
     p.add_argument("--total-batch-tokens", type=int, default=1048576)
     p.add_argument("--optimizer-dtype", default="fp32", choices=["fp32", "bf16"])
-    p.add_argument("--memory-gib", type=float, default=79)
+    p.add_argument("--device", default="h100", choices=list(DEVICES))
+    p.add_argument("--memory-gib", type=float, default=0, help="0: the device's")
     p.add_argument("--mlp", default="passes", choices=["passes", "products"])
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
@@ -512,6 +528,8 @@ def main():
     if o.measure: return measure(*o.measure, o.only)
     with open(COUNTS) as f:
         counts = Counts(json.load(f)["runs"])
+    memory_gib = choose_device(o.device, counts.runs)
+    o.memory_gib = o.memory_gib or memory_gib
     if o.kernels:
         print_kernels(counts, o.markdown)
         return 0
@@ -529,7 +547,7 @@ def main():
     seconds = lambda xs: sum(x.seconds * x.times for x in xs)
     step = micro * seconds(ops) + seconds(update)
     print(f"MODELLED, not measured: preset {o.preset}, {c.n / 1e6:.1f} M parameters, T {T}, B {B} ({N} tokens per micro-step, {micro:g} micro-steps), recompute {o.recompute}, MLP in {o.mlp}, "
-          f"logits chunk {min(chunk, N)}, one H100 SXM")
+          f"logits chunk {min(chunk, N)}, one {o.device}")
     print("arenas in MiB: " + ", ".join(f"{n} {x / MIB:.1f}" for n, x in zip(("weights", "gradients", "optimizer", "activations", "workspace"), need))
           + f", total {sum(need) / MIB:.1f}" + ("" if fits else f": DOES NOT FIT one GPU of {o.memory_gib:g} GiB (states must be sharded; NCCL is not modelled)") + "\n")
 
