@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(ATT_THREADS) gate_up_swiglu_kernel3(bf16 *__re
 
 // ---- kernel 1, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight; rows leave through
 // shared memory in 16-byte stores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h, __nv_bfloat16 *__restrict__ gate_up,
-        const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h,
+        __nv_bfloat16 *__restrict__ gate_up, const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w,
+        int N, int C, int F) {
     constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
     __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
         #pragma unroll
         for (int q = 0; q < 4; q++) {                       // 32 rows of gate, of up, the next 32 of gate, of up
             const int f = f0 + q / 2 * HALF;
-            load_tile<MLP_DEPTH, HALF>(a + (MLP_ROWS + q * HALF) * STRIDE, w + ((size_t)(q % 2) * F + f) * C + c, C, F - f, C - c);
+            const __nv_bfloat16 *from = w + ((size_t)(q % 2) * F + f) * C + c;
+            load_tile<MLP_DEPTH, HALF>(a + (MLP_ROWS + q * HALF) * STRIDE, from, C, F - f, C - c);
         }
     };
     mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
@@ -114,7 +116,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     if (out_f >= F) return;
     for (int row = lane / 4; row < MLP_WARP && n0 + warp_row + row < N; row += 8) {
         const size_t n = n0 + warp_row + row;
-        const Vec<__nv_bfloat16, 8> gate = load<8>(rows + row * (MLP_WARP + 8) + f), up = load<8>(rows + row * (MLP_WARP + 8) + HALF + f);
+        const __nv_bfloat16 *at = rows + row * (MLP_WARP + 8) + f;
+        const Vec<__nv_bfloat16, 8> gate = load<8>(at), up = load<8>(at + HALF);
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
@@ -161,8 +164,9 @@ __global__ void swiglu_down_backward_kernel2(bf16 *gate_up, bf16 *h, const bf16 
 }
 
 // ---- kernel 1, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the tensor cores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up, __nv_bfloat16 *__restrict__ h,
-        const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up,
+        __nv_bfloat16 *__restrict__ h, const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w,
+        int N, int C, int F) {
     __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
