@@ -73,13 +73,14 @@ static void on_die(const char *message) {
     snprintf(died, sizeof died, "%s", message);
     longjmp(escape, 1);
 }
-#define DIES(statement) (died[0] = 0, die_hook = on_die, setjmp(escape) ? (die_hook = NULL, 1) : ((void)(statement), die_hook = NULL, 0))
+#define DIES(statement) \
+    (died[0] = 0, die_hook = on_die, setjmp(escape) ? (die_hook = NULL, 1) : ((void)(statement), die_hook = NULL, 0))
 
 // The statement must die with one line that contains both parts.
 #define CHECK_DIES(statement, part1, part2) do { \
     int dead = DIES(statement); \
-    CHECK(dead && strstr(died, part1) && strstr(died, part2) && !strchr(died, '\n'), "%s: expected one line with '%s' and '%s', got '%s'", \
-          #statement, part1, part2, dead ? died : "(no error)"); \
+    CHECK(dead && strstr(died, part1) && strstr(died, part2) && !strchr(died, '\n'), \
+          "%s: expected one line with '%s' and '%s', got '%s'", #statement, part1, part2, dead ? died : "(no error)"); \
 } while (0)
 
 // A path in the folder of the current test, in a fresh string that stays.
@@ -185,16 +186,17 @@ static int random_int(int n) {
 // config.json of a small model; D 0: C/H. The caller frees.
 static char *config_text(const char *family, int tied, int V, int L, int C, int H, int K, int D, int F, const char *more) {
     Text t = {NULL, 0, 0};
-    text_add(&t, "{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, \"num_attention_heads\": %d, "
-             "\"num_key_value_heads\": %d, \"intermediate_size\": %d, \"max_position_embeddings\": 256, \"tie_word_embeddings\": %s, "
-             "\"rms_norm_eps\": 1e-5, \"rope_theta\": 100.0", family, V, L, C, H, K, F, tied ? "true" : "false");
+    text_add(&t, "{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, "
+             "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"intermediate_size\": %d, "
+             "\"max_position_embeddings\": 256, \"tie_word_embeddings\": %s, \"rms_norm_eps\": 1e-5, \"rope_theta\": 100.0",
+             family, V, L, C, H, K, F, tied ? "true" : "false");
     if (D) text_add(&t, ", \"head_dim\": %d", D);
     text_add(&t, "%s%s}\n", *more ? ", " : "", more);
     return t.s;
 }
 
-static const char LLAMA3_ROPE[] = "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, \"high_freq_factor\": 4, "
-                                  "\"original_max_position_embeddings\": 32}";
+static const char LLAMA3_ROPE[] = "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, "
+                                  "\"high_freq_factor\": 4, \"original_max_position_embeddings\": 32}";
 
 static Config make_config(const char *family, int tied, int V, int L, int C, int H, int K, int D, int F, const char *more) {
     Config c;
@@ -570,7 +572,8 @@ static void test_json_accepts_and_refuses(void) {
         memset(s + depth, ']', (size_t)depth);
         CHECK(DIES(json_free(json_parse(s, 2 * (size_t)depth, "t"))) == (depth > 64), "%d levels", depth);
     }
-    const char *text = "{\"s\":\"a\\u20ac\\ud834\\udd1e\\n\\/\\u00e9\",\"i\":-9223372036854775808,\"j\":9223372036854775808,\"n\":null,\"l\":[1,2,3]}";
+    const char *text = "{\"s\":\"a\\u20ac\\ud834\\udd1e\\n\\/\\u00e9\",\"i\":-9223372036854775808,"
+                       "\"j\":9223372036854775808,\"n\":null,\"l\":[1,2,3]}";
     Json *volatile j = json_parse(text, strlen(text), "t");     // volatile: a value that setjmp cannot bring back
     CHECK(!strcmp(json_string(j, "s", "t", NULL), "a\xe2\x82\xac\xf0\x9d\x84\x9e\n/\xc3\xa9"), "escapes");
     CHECK(json_get(j, "i")->is_int && json_get(j, "i")->inum == INT64_MIN && !json_get(j, "j")->is_int, "64-bit limits");
@@ -616,8 +619,10 @@ static void test_config_accepts_and_refuses(void) {
         {"rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":2}", 0}, {"rope_scaling", "{\"rope_type\":\"default\"}", 1},
         {"rope_scaling", "{\"rope_type\":\"llama3\"}", 0}, {"rope_parameters", "{\"rope_type\":\"dynamic\"}", 0},
         {"rope_parameters", "3", 0},
-        {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":32}", 1},
-        {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,\"original_max_position_embeddings\":32}", 0},
+        {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,"
+                         "\"original_max_position_embeddings\":32}", 1},
+        {"rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,"
+                         "\"original_max_position_embeddings\":32}", 0},
         {"partial_rotary_factor", "0.5", 0}, {"partial_rotary_factor", "1.0", 1}, {"sliding_window", "64", 1},
         {"sliding_window", "-1", 0}, {"tie_word_embeddings", "1", 0},
         {"bos_token_id", "99", 1}, {"bos_token_id", "100", 0}, {"eos_token_id", "[5,6]", 1}, {"eos_token_id", "[]", 0},
@@ -677,7 +682,8 @@ static void write_st(const char *path, const char *header, size_t n_data) {     
 }
 
 static void test_safetensors_refuses_damaged_headers(void) {
-#define ST_ENTRY(name, shape, begin, end) "\"" name "\":{\"dtype\":\"F32\",\"shape\":[" shape "],\"data_offsets\":[" begin "," end "]}"
+#define ST_ENTRY(name, shape, begin, end) \
+    "\"" name "\":{\"dtype\":\"F32\",\"shape\":[" shape "],\"data_offsets\":[" begin "," end "]}"
     const struct { const char *header; size_t n; int ok; } rows[] = {
         {"{}", 0, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}", 4, 1}, {"{" ST_ENTRY("a", "1", "0", "4") "}   ", 4, 1},
         {"{" ST_ENTRY("a", "1", "0", "4") "}", 5, 0},
@@ -771,7 +777,8 @@ static void test_safetensors_writer_keeps_every_bit(void) {
         free(all);
         StSet *s = st_open(file_at("w.safetensors"));
         const Json *metadata = json_get(s->headers[0], "__metadata__");
-        CHECK(s->n_tensors == 5 && !strcmp(json_string(metadata, "k", "t", ""), "v") && !st_find(s, "nope"), "what the file holds");
+        CHECK(s->n_tensors == 5 && !strcmp(json_string(metadata, "k", "t", ""), "v") && !st_find(s, "nope"),
+              "what the file holds");
         st_read(s, st_find(s, "big.f32"), 0, N, y);
         CHECK(!memcmp(x, y, N * sizeof *x), "fp32 bits");
         const StTensor *t = st_find(s, "big.bf16");
@@ -2064,8 +2071,8 @@ static void test_fixture_matches_pytorch_end_to_end(void) {
         families[f], families[f]);
         Result r = trainer(0, "%s --out %s --dump-grads %s.st", options, out, out);
         CHECK_RAN(r);
-        r = trainer(0, "%s --out %s --steps 10 --lr 3e-3 --schedule constant --warmup-steps 0 --beta1 0.9 --beta2 0.95 --weight-decay 0.1 --grad-clip 1 "
-                    "--sample-every 0 --checkpoint-every 10", options, out);
+        r = trainer(0, "%s --out %s --steps 10 --lr 3e-3 --schedule constant --warmup-steps 0 --beta1 0.9 --beta2 0.95 "
+                    "--weight-decay 0.1 --grad-clip 1 --sample-every 0 --checkpoint-every 10", options, out);
         CHECK_RAN(r);
         if (n_bad) return;
         StSet *want = st_open(expected), *grads = st_open(file_at("%s.st", families[f])),
@@ -2177,7 +2184,8 @@ static void test_stories260K_tells_its_story_end_to_end(void) {
     size_t n;
     for (const Json *e = json_get(oracle, "ids")->child; e && count < 201; e = e->next) ids[count++] = (int)e->inum;
     char *want = decode(t, -1, ids, count, &n);
-    Result r = trainer(0, "--init-from %s/models/stories260K_hf --tokenizer %s --generate --temperature 0 --sample-tokens 200 --threads 1 --out %s", SHARED_DATA, path, file_at("out"));
+    Result r = trainer(0, "--init-from %s/models/stories260K_hf --tokenizer %s --generate --temperature 0 --sample-tokens 200 "
+                       "--threads 1 --out %s", SHARED_DATA, path, file_at("out"));
     CHECK_RAN(r);
     CHECK(!strncmp(r.out, want, n) && !strncmp(want, "Once upon a time, there was a little girl named Lily.", 53),
         "it tells: %.100s", r.out);
@@ -2311,8 +2319,8 @@ static void test_ranks_give_the_same_training(void) {
     double loss[COUNT(rows)][8], val[COUNT(rows)];
     for (int i = 0; i < COUNT(rows); i++) {
         CHECK_RAN(trainer(rows[i].ranks,
-            "%s %s --batch-size %d --total-batch-tokens %d --steps 4 --lr 1e-3 --val-data %s --val-every 4 --checkpoint-every 4 --out %s",
-                          tiny(), rows[i].more, rows[i].B, 8 * TINY_T, val_glob, file_at("out%d", i)));
+            "%s %s --batch-size %d --total-batch-tokens %d --steps 4 --lr 1e-3 --val-data %s --val-every 4 "
+            "--checkpoint-every 4 --out %s", tiny(), rows[i].more, rows[i].B, 8 * TINY_T, val_glob, file_at("out%d", i)));
         if (n_bad) return;
         CHECK(log_values(file_at("out%d", i), "step", "loss", loss[i], 8) == 4
             && log_values(file_at("out%d", i), "val", "val_loss", &val[i], 1) == 1, "4 steps and one evaluation");
@@ -2531,7 +2539,8 @@ static void test_signals_end_evaluation_and_sampling(void) {
         const char *out = file_at("out%d", i);
         if (i == 0) snprintf(extra, sizeof extra, "--val-every 1 --sample-every 0 --val-data %s", file_at("long.bin"));
         else snprintf(extra, sizeof extra, "--sample-every 1 --sample-tokens 100000000");
-        Process p = trainer_start(0, "--config %s --train-data %s --seq-len %d --threads 1 --batch-size 1 --steps 1000 --checkpoint-every 0 %s --out %s", tiny_config, train_glob, TINY_T, extra, out);
+        Process p = trainer_start(0, "--config %s --train-data %s --seq-len %d --threads 1 --batch-size 1 --steps 1000 "
+                                  "--checkpoint-every 0 %s --out %s", tiny_config, train_glob, TINY_T, extra, out);
         wait_for_steps(out, 1, &p);
         usleep(100000);
         double sent = now_seconds();
@@ -2551,8 +2560,8 @@ static void test_second_signal_exits_at_once(void) {
     char *big = config_text("llama", 1, TINY_V, 8, 256, 4, 2, 0, 1024, "");        // a micro-step takes about a second
     write_text(file_at("big.json"), big);
     free(big);
-    Process p = trainer_start(0, "--config %s --train-data %s --seq-len 256 --batch-size 16 --steps 100 --sample-every 0 --checkpoint-every 0 --threads 1 --out %s",
-                              file_at("big.json"), train_glob, file_at("out"));
+    Process p = trainer_start(0, "--config %s --train-data %s --seq-len 256 --batch-size 16 --steps 100 --sample-every 0 "
+                              "--checkpoint-every 0 --threads 1 --out %s", file_at("big.json"), train_glob, file_at("out"));
     wait_for_steps(file_at("out"), 1, &p);
     double sent = now_seconds();
     kill(p.pid, SIGTERM);
@@ -2637,7 +2646,8 @@ static void test_dead_or_stopped_rank_ends_the_job(void) {
     setenv("OMPI_MCA_odls_base_sigkill_timeout", "1", 1);   // the stopped rank has to be killed
     for (int stop = 0; stop < 2; stop++) {
         const char *out = file_at("out%d", stop);
-        Process p = trainer_start(2, "%s --batch-size 1 --log-every 1000 --steps 1000000 --checkpoint-every 0 --timeout 2 --out %s", tiny(), out);
+        Process p = trainer_start(2, "%s --batch-size 1 --log-every 1000 --steps 1000000 --checkpoint-every 0 --timeout 2 "
+                                  "--out %s", tiny(), out);
         wait_for_steps(out, 5, &p);
         pid_t ranks[4];
         int n = find_ranks(p.pid, ranks, 4);
@@ -2677,7 +2687,8 @@ static void test_non_finite_gradients_never_reach_the_weights(void) {
     write_bin(file_at("good.bin"), good, 8 * T + 1, 2, TINY_V, 1, -1);
     write_bin(file_at("poison.bin"), poison, 8 * T + 1, 2, TINY_V, 1, -1);
     make_tiny();
-    CHECK_RAN(trainer(0, "--config %s --train-data %s --seq-len 8 --batch-size 1 --steps 1 --sample-every 0 --checkpoint-every 1 --threads 1 --out %s", tiny_config, file_at("good.bin"), file_at("start")));
+    CHECK_RAN(trainer(0, "--config %s --train-data %s --seq-len 8 --batch-size 1 --steps 1 --sample-every 0 "
+                      "--checkpoint-every 1 --threads 1 --out %s", tiny_config, file_at("good.bin"), file_at("start")));
     if (n_bad) return;
     poison_weights(file_at("start/step_00000001"), file_at("poisoned"));
     // healthy data: the run goes on; then every update is bad: it stops, and the checkpoint from before is whole
@@ -2727,8 +2738,9 @@ static void test_skip_spikes_skips_an_outlier(void) {
     // late in the epoch
     while (position < 140) for (position = 0, seed++; permute((uint64_t)seed, 0, position, WINDOWS) != ODD;) position++;
     for (int on = 0; on < 2; on++) {
-        Result r = trainer(0, "--config %s --train-data %s --seq-len %d --batch-size 1 --steps %d --lr 3e-3 --seed %d --skip-spikes %d --sample-every 0 --checkpoint-every 0 --threads 1 --out %s",
-                           tiny_config, file_at("spike.bin"), T, WINDOWS, seed, on ? 6 : 0, file_at("out%d", on));
+        Result r = trainer(0, "--config %s --train-data %s --seq-len %d --batch-size 1 --steps %d --lr 3e-3 --seed %d "
+                           "--skip-spikes %d --sample-every 0 --checkpoint-every 0 --threads 1 --out %s", tiny_config,
+                           file_at("spike.bin"), T, WINDOWS, seed, on ? 6 : 0, file_at("out%d", on));
         CHECK_RAN(r);
         char want[64];
         snprintf(want, sizeof want, "step %d | skipped | spike: ", position + 1);
@@ -2828,8 +2840,8 @@ static void test_options_of_the_gpu_are_refused_by_name(void) {
     const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"},
         {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
         {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"},
-        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"}, {"--dpo-beta 0.2", "--dpo-beta"},
-        {"--stage sft", "--stage sft"}};
+        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
+        {"--dpo-beta 0.2", "--dpo-beta"}, {"--stage sft", "--stage sft"}};
     char before[900];
     make_tiny();
     snprintf(before, sizeof before, "--config %s --train-data %s", tiny_config, train_glob);
@@ -2846,17 +2858,19 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
     Refusal rows[40];
     int n = 0;
     snprintf(model, sizeof model, "%s", file_at("start/step_00000001"));
-#define ROW(part_, ...) (snprintf(options[n], sizeof options[n], __VA_ARGS__), rows[n].options = options[n], rows[n].part = (part_), n++)
+#define ROW(part_, ...) \
+    (snprintf(options[n], sizeof options[n], __VA_ARGS__), rows[n].options = options[n], rows[n].part = (part_), n++)
     const char *const data = train_glob;
     ROW("none.json", "--config %s --train-data %s", file_at("none.json"), data);
     write_text(file_at("bad.json"), "{\"model_type\": \"llama\"");
     ROW("bad.json", "--config %s --train-data %s", file_at("bad.json"), data);
     write_text(file_at("huge.json"),
-        "{\"model_type\": \"llama\", \"vocab_size\": 16000000, \"hidden_size\": 1048576, \"num_hidden_layers\": 4096, \"num_attention_heads\": 8192, "
-               "\"intermediate_size\": 4194304, \"max_position_embeddings\": 100}");
+               "{\"model_type\": \"llama\", \"vocab_size\": 16000000, \"hidden_size\": 1048576, \"num_hidden_layers\": 4096, "
+               "\"num_attention_heads\": 8192, \"intermediate_size\": 4194304, \"max_position_embeddings\": 100}");
     ROW("parameters", "--config %s --train-data %s", file_at("huge.json"), data);
     write_text(file_at("no_layers.json"),
-        "{\"model_type\": \"llama\", \"vocab_size\": 53, \"hidden_size\": 32, \"num_attention_heads\": 4, \"intermediate_size\": 24, \"max_position_embeddings\": 100}");
+               "{\"model_type\": \"llama\", \"vocab_size\": 53, \"hidden_size\": 32, \"num_attention_heads\": 4, "
+               "\"intermediate_size\": 24, \"max_position_embeddings\": 100}");
     ROW("num_hidden_layers", "--config %s --train-data %s", file_at("no_layers.json"), data);
     ROW("--preset nano", "--preset nano --train-data %s", data);
     ROW("nowhere", "--init-from %s --train-data %s", file_at("nowhere"), data);
@@ -3042,8 +3056,8 @@ static void test_planted_errors_are_caught(void) {
             CHECK(ok[i], "'%s' does not compile: %s", i < N ? mutants[i].name : "the unchanged trainer", r.err);
         }
         for (int i = begin; i < end; i++) if (started[i] && ok[i]) {
-            if (i == N) snprintf(line, sizeof line, "%s fixture_llama fixture_qwen attention adamw document recompute loader masked",
-                file_at("mutant%d", i));
+            if (i == N) snprintf(line, sizeof line, "%s fixture_llama fixture_qwen attention adamw document recompute loader "
+                                 "masked", file_at("mutant%d", i));
             else snprintf(line, sizeof line, "%s %s", file_at("mutant%d", i), mutants[i].filter);
             if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s --binary %s %s", self, file_at("mutant%d", i),
                 mutants[i].filter);
@@ -3176,7 +3190,8 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--binary") && i + 1 < argc) binary = argv[++i];
         else if (!strcmp(argv[i], "--also") && i + 1 < argc && n_also < 8) also[n_also++] = argv[++i];
         else if (!strcmp(argv[i], "--without") && i + 1 < argc) without = argv[++i];
-        else if (argv[i][0] == '-' || n_filters == 64) die("usage: %s [--binary TRAINER] [--also TEST_PROGRAM] [--without WORD] [words of test names]", argv[0]);
+        else if (argv[i][0] == '-' || n_filters == 64)
+            die("usage: %s [--binary TRAINER] [--also TEST_PROGRAM] [--without WORD] [words of test names]", argv[0]);
         else filters[n_filters++] = argv[i];
     }
     // Open MPI: allow root, more ranks than cores, no waiting in a loop, no daemon for a single process

@@ -4430,7 +4430,8 @@ static void setup(Trainer *tr) {
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    if (opt.resume && !resume_dir && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (opt.resume && !resume_dir && comm_rank() == 0)
+        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;

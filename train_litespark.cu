@@ -1,23 +1,25 @@
 /*
-litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the CPU and the reference
-for every gradient here: same sections, same names, same options; read them side by side.
+litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the CPU and the
+reference for every gradient here: same sections, same names, same options; read them side by side.
 
     make train DEVICE=cuda && mpirun -np 8 ./train_litespark          one rank per GPU
     make train DEVICE=emu  && mpirun -np 2 ./train_litespark          the same source on the CPU (dev/emu), for tests
     ./train_litespark --help                                          every option
 
-Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp rounded up to 128: rows in memory, never in
-files), L layers, C hidden size, H query heads, K key/value heads, D head size, F MLP width. All matrices are row-major; a weight w is (out, in).
+Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp rounded up to 128: rows in memory,
+never in files), L layers, C hidden size, H query heads, K key/value heads, D head size, F MLP width. All matrices are
+row-major; a weight w is (out, in).
 
 Precision map (--precision bf16; with fp32 every floatX is a float)
     weights, activations and their gradients, attention probabilities     bf16, rounded once per op to nearest even
     master weights, m, v, gradients of parameters, rstd, LSE              fp32
     sums inside kernels, matmuls                                          fp32      loss, norms of gradients   double
 Rules
-- floatX is a template parameter: __nv_bfloat16 or float. Gradients of parameters are += (fp32, over micro-steps), of activations =, except the
-  residual stream dx. Every op says which.
+- floatX is a template parameter: __nv_bfloat16 or float. Gradients of parameters are += (fp32, over micro-steps), of
+  activations =, except the residual stream dx. Every op says which.
 - Every sum has a fixed order: no float atomics, so two runs give the same bits.
-- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is allocated in a step.
+- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is
+  allocated in a step.
 - Kernels start only through launch(); hardware verbs stand once, in section 11; no architecture #ifdef outside it.
 - The text between SHARED BEGIN and SHARED END is the twin's, copied by `make sync`.
 Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
@@ -2547,9 +2549,9 @@ static inline void cuda_check(cudaError_t e, const char *call, const char *file,
     if (e != cudaSuccess) die("%s:%d: %s: %s", file, line, call, cudaGetErrorString(e));
 }
 
-// launch(kernel, grid, block, smem_bytes, stream, args...) starts a kernel and checks the launch. More than 48 KiB of shared memory,
-// static and dynamic together, is opted in to (no kernel here has more than 17 KiB of static). Errors inside the kernel show at
-// the next synchronising call (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
+// launch(kernel, grid, block, smem_bytes, stream, args...) starts a kernel and checks the launch. More than 48 KiB of shared
+// memory, static and dynamic together, is opted in to (no kernel here has more than 17 KiB of static). Errors inside the kernel
+// show at the next synchronising call (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
 #define launch(...) launch_kernel("launch(" #__VA_ARGS__ ")", __FILE__, __LINE__, __VA_ARGS__)
 template <typename... P, typename... A>
 void launch_kernel(const char *call, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
@@ -2577,7 +2579,8 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint
 //   b[0] = b(2t..2t+1, g)   b[1] = b(2t+8.., g)   d = d(g, 2t), d(g, 2t+1), d(g+8, 2t), d(g+8, 2t+1)
 __device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Loads 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte aligned);
@@ -2594,10 +2597,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void *row
 // Asynchronous copy of 16 bytes, global -> shared; bytes from `valid` on become zero and are not read (0: src is not touched).
 // Visible to this thread after commit and wait, to the block after a barrier that follows.
 __device__ __forceinline__ void cp_async_16(void *dst, const void *src, int valid = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
 }
 __device__ __forceinline__ void cp_async_4(void *dst, const void *src, int valid = 4) {      // the same for 4 bytes
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int n> __device__ __forceinline__ void cp_async_wait() {      // at most n committed groups are still in flight
@@ -2605,8 +2610,12 @@ template <int n> __device__ __forceinline__ void cp_async_wait() {      // at mo
 }
 
 // Named barriers 1..15 for `threads` (a multiple of 32) of the block: wait, or arrive without waiting.
-__device__ __forceinline__ void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
-__device__ __forceinline__ void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {                 // 2^x, relative error 2^-22; results below 2^-126 are 0
     float y;
@@ -2620,7 +2629,8 @@ __device__ __forceinline__ void store_16B(void *p, uint4 v) { *(uint4 *)p = v; }
 #include "emu_verbs.h"
 #endif
 
-__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.44269504f); }    // e^x, relative error 2^-22 + |x| 2^-24
+// e^x, relative error 2^-22 + |x| 2^-24
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.44269504f); }
 
 // ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -2657,9 +2667,9 @@ template <typename T> __device__ T block_sum(T x) {
     return x;
 }
 // ==== 12. Comm: ranks, one process and one GPU each =====================================================================
-// Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI, always in a
-// loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a dead or stuck peer ends
-// the job with a message.
+// Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI,
+// always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a
+// dead or stuck peer ends the job with a message.
 typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
 static Comm comm = {0, 1, 0, 1, 600};
 
@@ -2673,7 +2683,10 @@ void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
 #include <mpi.h>
 enum { BUCKET = 1 << 22 };            // bytes of one broadcast
 #include <nccl.h>
-#define ncclCheck(call) do { ncclResult_t r_ = (call); if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); } while (0)
+#define ncclCheck(call) do { \
+    ncclResult_t r_ = (call); \
+    if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); \
+} while (0)
 
 void comm_abort(void) {
     int up = 0, down = 0;
@@ -2701,8 +2714,8 @@ static void comm_wait(MPI_Request *requests, int n, const char *what) {
     for (int done = 0; !done;) {
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
         if (!done && now_seconds() - start > (double)comm.timeout) {
-            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
-                    "(or raise --timeout)\n", comm.rank, now_seconds() - start, what);
+            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; "
+                    "resume with --resume auto (or raise --timeout)\n", comm.rank, now_seconds() - start, what);
             comm_abort();
         }
         if (!done) usleep(50);
@@ -2751,13 +2764,17 @@ void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
 void comm_sum(double *x, int n) { (void)x; (void)n; }
 double comm_max(double x) { return x; }
 #endif
-#define cublasCheck(call) do { cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) die("%s:%d: %s: cuBLAS status %d", __FILE__, __LINE__, #call, (int)s_); } while (0)
+#define cublasCheck(call) do { \
+    cublasStatus_t s_ = (call); \
+    if (s_ != CUBLAS_STATUS_SUCCESS) die("%s:%d: %s: cuBLAS status %d", __FILE__, __LINE__, #call, (int)s_); \
+} while (0)
 
 // ---- the GPU -----------------------------------------------------------------------------------------------------------------
 enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA context, cuBLASLt, NCCL buffers
 
-// The kernels that a device gets: by compute capability, the last row that is not above it. Products of our own run on mma.sync: all that
-// 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0, where cuBLASLt and a pass over its result are faster (dev/SPEED.md 6).
+// The kernels that a device gets: by compute capability, the last row that is not above it. Products of our own run on mma.sync:
+// all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0, where cuBLASLt and a pass over its result are faster
+// (dev/SPEED.md 6).
 typedef struct Kernels { int capability, fused_mlp; } Kernels;
 static const Kernels kernel_table[] = {{80, 1}, {90, 0}, {120, 1}};
 
@@ -2781,7 +2798,8 @@ typedef struct Gpu {
     void *nccl;                         // ncclComm_t, NULL with one rank
 } Gpu;
 
-// Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as cudaGetDeviceProperties gives them.
+// Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as cudaGetDeviceProperties
+// gives them.
 static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_peaks[] = {
     {"H100 NVL", 835, 60},          // H100 datasheet, sparse figures halved
     {"H100 PCIe", 756, 51},
@@ -2799,13 +2817,15 @@ static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_p
 // FLOP/s of the device at this precision; NAN: not in the table, and then MFU is not printed.
 double device_peak(const char *name, int bf16) {
     for (size_t i = 0; i < sizeof gpu_peaks / sizeof *gpu_peaks; i++)
-        if (strstr(name, gpu_peaks[i].name) && !strstr(name, "MIG") && !strstr(name, "Laptop")) return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
+        if (strstr(name, gpu_peaks[i].name) && !strstr(name, "MIG") && !strstr(name, "Laptop"))
+            return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
     return NAN;
 }
 
 enum { ENOUGH_ROWS = 32768 };           // of a micro-step: more are no faster
 
-// Bytes that each rank may plan with: what is free on the fullest GPU, less the allowance. Without a GPU (--dry-run): those of an 80 GB card.
+// Bytes that each rank may plan with: what is free on the fullest GPU, less the allowance. Without a GPU (--dry-run): those of
+// an 80 GB card.
 double memory_of_rank(void) {
     size_t free_bytes = 0, total = 0;
     if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) free_bytes = (size_t)79 << 30;
@@ -2841,7 +2861,8 @@ void energy_open(Energy *e, const char *folder) {
     e->n = 1;
 }
 
-// Joules since energy_open. The counter moves every ~100 ms: main reads it over windows of seconds, with the device idle at both ends.
+// Joules since energy_open. The counter moves every ~100 ms: main reads it over windows of seconds, with the device idle at
+// both ends.
 double energy_read(Energy *e) {
     unsigned long long mj;
     if (e->n && !e->total(e->device, &mj)) e->joules = ((double)mj - e->first) * 1e-3;
@@ -2867,11 +2888,12 @@ void gpu_wait(const Gpu *gpu) {
 #ifdef USE_MPI
         ncclResult_t state = ncclSuccess;
         if (gpu->nccl) ncclCheck(ncclCommGetAsyncError((ncclComm_t)gpu->nccl, &state));
-        if (state != ncclSuccess && state != ncclInProgress) die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
+        if (state != ncclSuccess && state != ncclInProgress)
+            die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
 #endif
         if (comm.world > 1 && now_seconds() - start > (double)comm.timeout) {
-            fprintf(stderr, "error: rank %d waited %.0f s for the sums of gradients: another rank is dead or stuck; resume with --resume auto "
-                    "(or raise --timeout)\n", comm.rank, now_seconds() - start);
+            fprintf(stderr, "error: rank %d waited %.0f s for the sums of gradients: another rank is dead or stuck; "
+                    "resume with --resume auto (or raise --timeout)\n", comm.rank, now_seconds() - start);
             comm_abort();
         }
     }
@@ -2888,7 +2910,8 @@ void comm_reduce_finish(const Gpu *gpu) {
 void gpu_open(Gpu *gpu) {
     int n = 0;
     cudaError_t e = cudaGetDeviceCount(&n);
-    if (e != cudaSuccess || n == 0) die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer", cudaGetErrorString(e));
+    if (e != cudaSuccess || n == 0)
+        die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer", cudaGetErrorString(e));
     if (comm.local_ranks > n) die("%d ranks on a machine with %d GPUs; start one rank per GPU", comm.local_ranks, n);
     cudaCheck(cudaSetDevice(comm.local_rank));
     cudaCheck(cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking));
@@ -2912,7 +2935,7 @@ void gpu_open(Gpu *gpu) {
 // ==== 13. Ops, in forward order, each backward below its forward =======================================================
 
 // ---- small things of the host ------------------------------------------------------------------------------------------------
-// Rows of a batch sorted by token: rows order[starts[i]] .. order[starts[i+1]-1] have token tokens[i]; tokens ascend. Counting sort.
+// Counting sort of a batch's rows by token: rows order[starts[i]] .. order[starts[i+1]-1] have token tokens[i]; tokens ascend.
 static void sort_rows(int *order, int *starts, int *tokens, int *n_distinct, const int *ids, int N, int V) {
     static int *count, room;
     if (room < V + 1) {
@@ -2999,7 +3022,7 @@ template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<
         x[k + 1] = __uint_as_float(v.word[k / 2] & 0xFFFF0000u);
     }
 }
-template <typename T, int N> __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {              // rounds to nearest even
+template <typename T, int N> __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {     // rounds to nearest even
     Vec<T, N> v;
     if constexpr (sizeof(T) == 4) for (int k = 0; k < N; k++) v.word[k] = __float_as_uint(x[k]);
     else for (int k = 0; k < N; k += 2) v.word[k / 2] = pack_bf16(x[k], x[k + 1]);
@@ -3060,13 +3083,14 @@ template <typename T = float> __device__ __forceinline__ T row_sum(T x, int turn
 // ---- embedding_forward_kernel1: rows in the order of their tokens -----------------------------------------------------------
 // x (N,C) = w[ids]     w (V,C), ids (N), order (N): the rows sorted by token
 // bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048, 4000 distinct: 83 MB       floor 25 us (memory)
-// idea    a warp has 32 neighbours of the order and 512 columns, and keeps the token's columns in registers until the token changes:
-//         a comma that is 5% of the rows is read 26 times, not 800
+// idea    a warp has 32 neighbours of the order and 512 columns, and keeps the token's columns in registers until the token
+//         changes: a comma that is 5% of the rows is read 26 times, not 800
 // limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32
 enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_RUN = 32 };
 
 template <typename X>
-__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w, int N, int C) {
+__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w,
+                                          int N, int C) {
     constexpr int E = 16 / sizeof(X), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;
     const int c0 = blockIdx.y * EMBED_COLUMNS + threadIdx.x * E;
     const int first = (blockIdx.x * EMBED_WARPS + threadIdx.y) * EMBED_RUN, last = min(first + EMBED_RUN, N);
@@ -3083,10 +3107,11 @@ __global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, con
     }
 }
 
-template <typename X> void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N, int C, cudaStream_t stream) {
+template <typename X>
+void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N, int C, cudaStream_t stream) {
     assert(C % (16 / sizeof(X)) == 0);
-    launch(embedding_forward_kernel1<X>, dim3(CEIL_DIV(N, EMBED_WARPS * EMBED_RUN), CEIL_DIV(C, EMBED_COLUMNS)), dim3(32, EMBED_WARPS), 0,
-           stream, x, ids, order, w, N, C);
+    const dim3 grid(CEIL_DIV(N, EMBED_WARPS * EMBED_RUN), CEIL_DIV(C, EMBED_COLUMNS));
+    launch(embedding_forward_kernel1<X>, grid, dim3(32, EMBED_WARPS), 0, stream, x, ids, order, w, N, C);
 }
 
 // ---- embedding_backward_kernel1: the rows of a token are one sum ----------------------------------------------------------
@@ -3105,7 +3130,8 @@ __device__ __forceinline__ void add_to(float *p, const float (&sum)[4]) {
 }
 
 template <typename X>
-__device__ __forceinline__ void add_rows(float sum[EMBED_QUADS][4], const X *dx, const int *order, int first, int last, int step, int c0, int C) {
+__device__ __forceinline__ void add_rows(float sum[EMBED_QUADS][4], const X *dx, const int *order, int first, int last, int step,
+                                         int c0, int C) {
     for (int q = 0; q < EMBED_QUADS; q++) for (int k = 0; k < 4; k++) sum[q][k] = 0;
     #pragma unroll 2
     for (int j = first; j < last; j += step) {
@@ -3161,24 +3187,25 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
 }
 
 template <typename X>
-void embedding_backward(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct, const X *dx, int N, int C,
-                        cudaStream_t stream) {
+void embedding_backward(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct, const X *dx,
+                        int N, int C, cudaStream_t stream) {
     assert(C % 4 == 0 && n_distinct > 0 && n_distinct <= N);
-    launch(embedding_backward_kernel1<X>, dim3(CEIL_DIV(n_distinct, EMBED_WARPS), CEIL_DIV(C, EMBED_COLUMNS)), dim3(32, EMBED_WARPS), 0,
-           stream, dw, order, starts, tokens, n_distinct, dx, C);
+    const dim3 grid(CEIL_DIV(n_distinct, EMBED_WARPS), CEIL_DIV(C, EMBED_COLUMNS));
+    launch(embedding_backward_kernel1<X>, grid, dim3(32, EMBED_WARPS), 0, stream, dw, order, starts, tokens, n_distinct, dx, C);
 }
 
 // ---- rmsnorm_forward_kernel1: the row stays in registers --------------------------------------------------------------------
 // out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)      (Zhang & Sennrich 2019)
-// bytes   2·N·C in + 2·N·C out = 134 MB for N 16384, C 2048        floor 40 us (memory). x already holds the residual sum: the product
-//         before it has added it (matmul_forward's `add`), for one read of x there and none here
+// bytes   2·N·C in + 2·N·C out = 134 MB for N 16384, C 2048        floor 40 us (memory). x already holds the residual sum:
+//         the product before it has added it (matmul_forward's `add`), for one read of x there and none here
 // idea    a row is read once and kept as bf16 in registers (4 packs per thread); w is copied once per block to shared memory,
 //         asynchronously under the first rows, and serves at least 8 rows
 // limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384 (1024 threads x 4 packs of fp32)
 enum { ROW_PACKS = 4, ROW_THREADS = 512 };
 
 template <typename X>
-__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *rstd, const X *x, const X *w, float eps,
+                                                                int N, int C) {
     constexpr int E = 16 / sizeof(X), STEP = 32 * E;            // a warp has ROW_PACKS * STEP columns next to each other
     X *w_shared = shared_memory<X>();                           // (C)
     const int c0 = threadIdx.x / 32 * ROW_PACKS * STEP + threadIdx.x % 32 * E;
@@ -3219,13 +3246,15 @@ void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int
     const int E = 16 / sizeof(X), threads = CEIL_DIV(C, 32 * ROW_PACKS * E) * 32;
     const int rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1, turns = CEIL_DIV(8, rows);
     assert(C % E == 0 && threads <= 1024);
-    launch(rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), stream, out, rstd, x, w, eps, N, C);
+    launch(rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), stream,
+           out, rstd, x, w, eps, N, C);
 }
 
 // ---- rmsnorm_backward_kernel1: dout, x and dx are read once ---------------------------------------------------------------
 // With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
-// dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c (the forward's output again, for the weight gradient; or NULL)
-// bytes   3·N·C in + 1·N·C (norm_out: 2·N·C) out, 2 bytes each = 268 MB (336 MB) for N 16384, C 2048      floor 80 us (100 us)
+// dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c (the forward's output again, for the weight gradient;
+// or NULL)
+// bytes   3·N·C in + 1·N·C (norm_out: 2·N·C) out, 2 bytes each = 268 MB (336 MB) for N 16384, C 2048   floor 80 us (100 us)
 //         partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2 x 2.2 MB
 // idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its share of dw over all its
 //         rows in shared memory (its own place: no barrier); the rows of a block are added there, the blocks by column_sums
@@ -3315,9 +3344,10 @@ void rmsnorm_backward(X *dx, float *dw, X *norm_out, const X *dout, const X *x, 
 
 // ---- qkv_norm_rope_forward_kernel1: one warp per row, angles in registers --------------------------------------------------
 // The q and k heads y of qkv (N,(H+2K)D), in place:  qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2),
-// y *= r w (w = q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T (cosine, sine (T,D/2)).
-// q_norm NULL: no norm, qk_raw and qk_rstd are not written.
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128   floor 48 us
+// y *= r w (w = q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T (cosine, sine
+// (T,D/2)). q_norm NULL: no norm, qk_raw and qk_rstd are not written.
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128
+//         floor 48 us
 // idea    lane l of a head holds elements 4l..4l+3 of both halves, so that a pair meets in one lane and any D % 8 == 0 works
 //         (D 104: 13 of 16 lanes). The angles of those elements are the same for every head: read once per row.
 //         Norm weights are in shared memory, once per block
@@ -3337,14 +3367,16 @@ __device__ __forceinline__ float lanes_sum(float x, int lanes) {
 }
 
 template <typename X, bool NORM>
-__global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
-                                              const float *sine, float eps, int H, int K, int D, int lanes, int N, int T) {
+__global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
+                                              const float *cosine, const float *sine, float eps, int H, int K, int D, int lanes,
+                                              int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
     X *w_shared = shared_memory<X>();                           // (2,D) if NORM
     const int lane = threadIdx.x % 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
     const bool active = i < half;
     if (NORM) {
-        for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4) store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
+        for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4)
+            store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
         __syncthreads();
     }
     for (int n = blockIdx.x * ROPE_WARPS + threadIdx.x / 32; n < N; n += gridDim.x * ROPE_WARPS) {
@@ -3397,8 +3429,8 @@ __global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd,
 }
 
 template <typename X>
-void qkv_norm_rope_forward(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine, const float *sine,
-                           float eps, int H, int K, int D, int N, int T, cudaStream_t stream) {
+void qkv_norm_rope_forward(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
+                           const float *sine, float eps, int H, int K, int D, int N, int T, cudaStream_t stream) {
     launch(q_norm ? qkv_norm_rope_forward_kernel1<X, true> : qkv_norm_rope_forward_kernel1<X, false>, CEIL_DIV(N, ROPE_WARPS),
            32 * ROPE_WARPS, 2 * D * sizeof(X), stream, qkv, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, eps, H, K, D,
            lanes_per_head(D), N, T);
@@ -3408,14 +3440,16 @@ void qkv_norm_rope_forward(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, c
 // dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation; v is not touched.
 // e = dqkv turned by minus the angle;  without norm dqkv = e.  With norm, y = qk_raw, n_d = y_d r, g_d = e_d w_d:
 //   dqkv_d = r (g_d - n_d mean_j(g_j n_j))        dq_norm, dk_norm (D) += sum over rows and heads of e_d n_d
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128   floor 48 us
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128
+//         floor 48 us
 // idea    as in the forward; a lane sees the same 8 elements of every head, so it keeps their weight gradients in registers
 template <typename X, bool NORM>
 __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X *qk_raw, const float *qk_rstd, const X *q_norm,
-                                               const X *k_norm, const float *cosine, const float *sine, int H, int K, int D, int lanes,
-                                               int N, int T) {
+                                               const X *k_norm, const float *cosine, const float *sine, int H, int K, int D,
+                                               int lanes, int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
     const bool active = i < half;
     float dw[4][4] = {};                                        // q: lower half, upper half; k: the same
     for (int n = blockIdx.x * ROPE_WARPS + warp; n < N; n += gridDim.x * ROPE_WARPS) {
@@ -3495,11 +3529,11 @@ static size_t qkv_norm_rope_backward_scratch(int D) { return (size_t)MAX_PARTIAL
 
 template <typename X>
 void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk_raw, const float *qk_rstd, const X *q_norm,
-                            const X *k_norm, const float *cosine, const float *sine, float *scratch, int H, int K, int D, int N, int T,
-                            cudaStream_t stream) {
+                            const X *k_norm, const float *cosine, const float *sine, float *scratch, int H, int K, int D,
+                            int N, int T, cudaStream_t stream) {
     const int lanes = lanes_per_head(D), blocks = q_norm ? partial_blocks(N, ROPE_WARPS) : CEIL_DIV(N, ROPE_WARPS);
-    launch(q_norm ? qkv_norm_rope_backward_kernel1<X, true> : qkv_norm_rope_backward_kernel1<X, false>, blocks, 32 * ROPE_WARPS, 0, stream,
-           dqkv, scratch, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, H, K, D, lanes, N, T);
+    launch(q_norm ? qkv_norm_rope_backward_kernel1<X, true> : qkv_norm_rope_backward_kernel1<X, false>, blocks,
+           32 * ROPE_WARPS, 0, stream, dqkv, scratch, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, H, K, D, lanes, N, T);
     if (!q_norm) return;
     column_sums(dq_norm, scratch, blocks, D, 2 * D, stream);
     column_sums(dk_norm, scratch + D, blocks, D, 2 * D, stream);
@@ -3545,8 +3579,8 @@ template <typename X> void bias_backward(float *dbias, const X *dqkv, float *scr
 }
 
 // ---- matmul: cuBLASLt ----------------------------------------------------------------------------------------------------
-// cuBLASLt is column-major, so a row-major out (M,N) is its (N,M) matrix: out^T = op(b)^T op(a)^T. The algorithm of each shape is the first
-// that the heuristic names, never the fastest of a trial: two runs multiply alike. Sums are fp32; TF32 is off.
+// cuBLASLt is column-major, so a row-major out (M,N) is its (N,M) matrix: out^T = op(b)^T op(a)^T. The algorithm of each shape is
+// the first that the heuristic names, never the fastest of a trial: two runs multiply alike. Sums are fp32; TF32 is off.
 enum { MAX_PLANS = 256 };
 static const size_t LT_WORKSPACE = (size_t)32 << 20;    // what cuBLAS recommends for Hopper
 
@@ -3587,15 +3621,19 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     uint32_t alignment = 16;                                            // what every operand has; cuBLASLt would assume 256
     int n_found = 0;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &LT_WORKSPACE, sizeof LT_WORKSPACE));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions));
-    for (cublasLtMatmulPreferenceAttributes_t a : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                                                   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &LT_WORKSPACE,
+                                                     sizeof LT_WORKSPACE));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
+                                                     sizeof reductions));
+    for (cublasLtMatmulPreferenceAttributes_t a : {
+             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, a, &alignment, sizeof alignment));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found, &n_found);
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found,
+                                                           &n_found);
     if (status != CUBLAS_STATUS_SUCCESS || !n_found || found.state != CUBLAS_STATUS_SUCCESS)
-        die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d (cuBLAS status %d); choose sizes that are multiples of 8", p->M,
-            p->N, p->K, (int)status);
+        die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d (cuBLAS status %d); choose sizes that are "
+            "multiples of 8", p->M, p->N, p->K, (int)status);
     p->algo = found.algo;
     cublasLtMatmulPreferenceDestroy(preference);
     return p;
@@ -3604,7 +3642,8 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
 // out (M,N) = op(a) op(b) + add (M,N) + bias (N), each sum rounded once; add (may be out itself: +=) and bias may be NULL.
 // a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
 template <typename Out, typename In>
-void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K, const Out *add, const Out *bias) {
+void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K,
+            const Out *add, const Out *bias) {
     MatmulPlan key;
     memset(&key, 0, sizeof key);
     key.M = M, key.N = N, key.K = K, key.trans_a = trans_a, key.trans_b = trans_b;
@@ -3618,17 +3657,20 @@ void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int
 
 // out (N,OC) = x (N,C) w (OC,C)^T + add (N,OC) + bias (OC); add: the residual stream, or NULL; bias may be NULL
 template <typename floatX>
-void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *w, const floatX *add, const floatX *bias, int N, int C, int OC) {
+void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *w, const floatX *add, const floatX *bias,
+                    int N, int C, int OC) {
     matmul(gpu, out, x, 0, w, 1, N, OC, C, add, bias);
 }
 
 // dx (N,C) = dout (N,OC) w (OC,C)
-template <typename floatX> void matmul_backward_x(const Gpu *gpu, floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC) {
+template <typename floatX>
+void matmul_backward_x(const Gpu *gpu, floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC) {
     matmul(gpu, dx, dout, 0, w, 0, N, C, OC, (const floatX *)NULL, (const floatX *)NULL);
 }
 
 // dw (OC,C), fp32 += dout (N,OC)^T x (N,C)
-template <typename floatX> void matmul_backward_w(const Gpu *gpu, float *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
+template <typename floatX>
+void matmul_backward_w(const Gpu *gpu, float *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
     matmul(gpu, dw, dout, 1, x, 0, OC, C, N, (const float *)dw, (const float *)NULL);
 }
 
@@ -3647,7 +3689,7 @@ enum { ATT_THREADS = 128, ATT_WARPS = 4 };
 // a zero adds nothing to a product, where stale bits (perhaps NaN) times a zero probability would.
 template <int WIDTH, int ROWS, int THREADS = ATT_THREADS>
 __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat16 *src, size_t stride, int rows, int D) {
-    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = THREADS / LANES;          // 16 bytes per thread, LANES threads per row
+    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = THREADS / LANES;      // 16 bytes per thread, LANES threads per row
     const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * 8, valid = col < D ? 16 : 0;
     if (col >= WIDTH) return;
     src += row * stride + (valid ? col : 0);
@@ -3713,7 +3755,8 @@ __device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const __
 
 // o (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B (8*NT, WIDTH): p in registers as multiply_rows left it, B in shared memory.
 template <int WIDTH, int MT, int NT>
-__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4], const __nv_bfloat16 *B) {
+__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4],
+                                                       const __nv_bfloat16 *B) {
     const int lane = threadIdx.x % 32;
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
     #pragma unroll
@@ -3744,10 +3787,11 @@ template <int MT> __device__ __forceinline__ void fill_scale(float (&x)[MT][2], 
     for (int i = 0; i < MT * 2; i++) x[i / 2][i % 2] = value;
 }
 
-// tile (16*MT, 8*NT) = o * row_scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only this
-// warp still uses, so that what follows can move 16 bytes at a time.
+// tile (16*MT, 8*NT) = o * row_scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only
+// this warp still uses, so that what follows can move 16 bytes at a time.
 template <int MT, int NT>
-__device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const float (&o)[MT][NT][4], const float (&row_scale)[MT][2]) {
+__device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const float (&o)[MT][NT][4],
+                                                  const float (&row_scale)[MT][2]) {
     const int lane = threadIdx.x % 32;
     __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
     #pragma unroll
@@ -3763,8 +3807,8 @@ __device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const flo
 
 // The first `rows` of 16*MT rows and D columns of o * row_scale, to memory.
 template <int WIDTH, int MT>
-__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], const float (&row_scale)[MT][2],
-                                           __nv_bfloat16 *tile, int rows, int D) {
+__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4],
+                                           const float (&row_scale)[MT][2], __nv_bfloat16 *tile, int rows, int D) {
     const int lane = threadIdx.x % 32;
     fragments_to_rows(tile, o, row_scale);
     constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8;
@@ -3795,7 +3839,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s
 
 // The same for a tile on its side: rows are keys from s0, columns queries from t0.
 template <int MT, int NT>
-__device__ __forceinline__ void mask_scores_transposed(float (&s)[MT][NT][4], int s0, int t0, const int *doc_start, int row0, int T) {
+__device__ __forceinline__ void mask_scores_transposed(float (&s)[MT][NT][4], int s0, int t0, const int *doc_start, int row0,
+                                                       int T) {
     const int lane = threadIdx.x % 32;
     #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -3873,13 +3918,16 @@ template <int MT> struct Softmax {
 };
 
 // ---- attention_forward_kernel1: a block has 128 queries of a head, a warp 32 of them and all of their keys ------------------
-// out (N,HD) = softmax(q k^T / sqrt(D)) v,  lse (N,H) = log sum_s exp(q_t k_s / sqrt(D)) over s = first..t, first = doc_start (N) or 0
-// bytes   2·N·(H+2K)·D in + 2·N·H·D + 4·N·H out = 152 MB: 45 us for N 16384, H 16, K 2, D 128. K, V again per 128 queries, from L2: 1.1 GB
-// FLOPs   2·N·(T+1)·H·D (two products) = 137 G at T 2048      floor 139 us (tensor; mma.sync: 224 us; 269 M exponentials: 72 us)
-// idea    scores never leave registers: the accumulators of Q K^T are the left operand of P V. K and V take turns, one buffer each: one
-//         lands while the other is used. 192 bytes of shared memory per mma, level with the 198 that mma.sync leaves time for
-// limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared memory and 255 registers: two
-//         blocks per SM (one on sm_86, sm_89, sm_120)
+// out (N,HD) = softmax(q k^T / sqrt(D)) v,  lse (N,H) = log sum_s exp(q_t k_s / sqrt(D)) over s = first..t,
+// first = doc_start (N) or 0
+// bytes   2·N·(H+2K)·D in + 2·N·H·D + 4·N·H out = 152 MB: 45 us for N 16384, H 16, K 2, D 128.
+//         K, V again per 128 queries, from L2: 1.1 GB
+// FLOPs   2·N·(T+1)·H·D (two products) = 137 G at T 2048   floor 139 us (tensor; mma.sync: 224 us; 269 M exponentials: 72 us)
+// idea    scores never leave registers: the accumulators of Q K^T are the left operand of P V. K and V take turns, one buffer
+//         each: one lands while the other is used. 192 bytes of shared memory per mma, level with the 198 that mma.sync leaves
+//         time for
+// limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared memory and 255
+//         registers: two blocks per SM (one on sm_86, sm_89, sm_120)
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
         const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
@@ -3887,7 +3935,8 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
-    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;    // where the last of this warp's rows t..t+31 begins to look
+    // where the last of this warp's rows t..t+31 begins to look
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
     const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
     float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
@@ -3895,7 +3944,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     softmax.init();
     fill(o, 0);
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks from tile to tile; v = k + K*D
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     cp_async_commit();
@@ -3906,7 +3955,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
         cp_async_commit();
         k += (size_t)KEYS * W;
-        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;       // else above this warp's diagonal, or before its documents
+        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;   // else above the diagonal or before its documents
         if (visible) {
             fill(s, 0);
             multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
@@ -3928,14 +3977,15 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
         inverse[i / 2][i % 2] = 1 / sum;
-        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+        if (lane % 4 == 0 && row < T)
+            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
     }
     store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
 }
 
-// ---- fp32: the same sums by plain loops, for proof rather than speed. One warp per row; its 32 lanes are 32 columns while scores
-// are made, then D/32 dimensions each while rows are summed. A row of D + 1 floats keeps both walks free of bank conflicts. Two 4-byte
-// loads from shared memory per FMA: at most an eighth of the fp32 peak.
+// ---- fp32: the same sums by plain loops, for proof rather than speed. One warp per row; its 32 lanes are 32 columns while
+// scores are made, then D/32 dimensions each while rows are summed. A row of D + 1 floats keeps both walks free of bank
+// conflicts. Two 4-byte loads from shared memory per FMA: at most an eighth of the fp32 peak.
 enum { F32_ROWS = 16, F32_COLS = 32, F32_MINE = F32_ROWS / ATT_WARPS };
 
 __device__ __forceinline__ void load_rows(float *tile, const float *src, size_t stride, int rows, int rows_valid, int D) {
@@ -3980,7 +4030,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(
         for (int i = 0; i < F32_MINE; i++) {
             const int t = t0 + warp_row + i, key = s0 + lane, first = doc && t < T ? doc[t] : 0;
             const bool visible = first <= key && key <= t;
-            const float score = visible ? dot_rows(q_tile + (warp_row + i) * (D + 1), k_tile + lane * (D + 1), D) * scale : -INFINITY;
+            const float *q = q_tile + (warp_row + i) * (D + 1);
+            const float score = visible ? dot_rows(q, k_tile + lane * (D + 1), D) * scale : -INFINITY;
             const float highest = fmaxf(top[i], warp_max(score));
             if (highest == -INFINITY) continue;             // nothing to see yet (the same for the whole warp)
             const float p = expf(score - highest), shrink = expf(top[i] - highest);
@@ -4003,15 +4054,15 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(
 static int attention_width(int D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 96 ? 96 : D <= 112 ? 112 : 128; }
 
 template <int WIDTH>
-static void attention_forward_width(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T, int H,
-                                    int K, int D, cudaStream_t stream) {
+static void attention_forward_width(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T,
+                                    int H, int K, int D, cudaStream_t stream) {
     const size_t smem = (128 + 2 * 64) * (WIDTH + 8) * sizeof(__nv_bfloat16);
     launch(attention_forward_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), smem, stream,
            out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
 }
 
-static void attention_forward(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T, int H, int K,
-                              int D, cudaStream_t stream) {
+static void attention_forward(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T,
+                              int H, int K, int D, cudaStream_t stream) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
     switch (attention_width(D)) {
     case 32: attention_forward_width<32>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
@@ -4031,21 +4082,24 @@ static void attention_forward(float *out, float *lse, const float *qkv, const in
 }
 
 // ---- attention backward ------------------------------------------------------------------------------------------------------
-// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:   dv_s = sum_t P_ts dout_t    dS_ts = P_ts (dout_t v_s - delta_t)
+// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
+//   dv_s = sum_t P_ts dout_t      dS_ts = P_ts (dout_t v_s - delta_t)
 //   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =, each element written once.
 // Two kernels and no atomics: dq runs first, owns whole rows of dout and out, and leaves delta for dk dv.
 
 // ---- attention_backward_dq_kernel1: the walk of the forward, with P known from lse and dS in P's place ------------------------
 // dq (in dqkv) =, delta (N,H) =
-// bytes   2·N·(H+2K)·D + 4·N·H·D + 4·N·H in + 2·N·H·D + 4·N·H out = 287 MB: 86 us for N 16384, H 16, K 2, D 128. K and V from L2: 1.1 GB
+// bytes   2·N·(H+2K)·D + 4·N·H·D + 4·N·H in + 2·N·H·D + 4·N·H out = 287 MB: 86 us for N 16384, H 16, K 2, D 128.
+//         K and V from L2: 1.1 GB
 // FLOPs   3·N·(T+1)·H·D (three products) = 206 G at T 2048      floor 208 us (tensor; mma.sync: 336 us)
-// idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T and dO V^T are computed (7
-//         products in all instead of 5): the price of sums without atomics
+// idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T and dO V^T are
+//         computed (7 products in all instead of 5): the price of sums without atomics
 // limits  as the forward; 95,744 bytes at D 128: two blocks per SM on sm_90, one on sm_80
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
-        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv,
+        float *__restrict__ delta, const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv,
+        const __nv_bfloat16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
     __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
     __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
@@ -4118,18 +4172,20 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
     store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
 }
 
-// ---- attention_backward_dkdv_kernel1: a block has up to 128 keys and walks all queries that see them, head after head -----------------
+// ---- attention_backward_dkdv_kernel1: a block has up to 128 keys and walks all queries that see them, head after head --------
 // dk, dv (in dqkv) =: sums over the H/K query heads that share them, in that order
-// bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128. q and dO again per block, from L2
+// bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128.
+//         q and dO again per block, from L2
 // FLOPs   4·N·(T+1)·H·D (four products) = 275 G at T 2048        floor 278 us (tensor; mma.sync: 448 us)
-// idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and no sum crosses warps. A pair of
-//         warps shares 16*MT keys: one computes P and owns dV, the other computes dP and owns dK, so each holds one accumulator of twice the
-//         rows, and an operand from shared memory serves twice the products: 216 bytes per mma at D 128 instead of 348 with a warp for both
-//         (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so that dS is rounded once, and a named barrier of the
-//         pair says when
+// idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and no sum crosses
+//         warps. A pair of warps shares 16*MT keys: one computes P and owns dV, the other computes dP and owns dK, so each holds
+//         one accumulator of twice the rows, and an operand from shared memory serves twice the products: 216 bytes per mma at
+//         D 128 instead of 348 with a warp for both (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so
+//         that dS is rounded once, and a named barrier of the pair says when
 // limits  as the forward. 173,056 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs and 100,096
 template <int WIDTH, int PAIRS> struct DkdvTile {
-    static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : PAIRS == 4 ? 8 : 6, ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT;
+    static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : PAIRS == 4 ? 8 : 6;
+    static constexpr int ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT;
     static constexpr int THREADS = 64 * PAIRS, EXCHANGE = MT * NT * 32;     // float4s of a pair's P
     static constexpr int SMEM = (2 * KEYS + 4 * QUERIES) * (WIDTH + 8) * 2 + PAIRS * EXCHANGE * 16 + 4 * QUERIES * 4;
 };
@@ -4139,13 +4195,15 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
         const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     typedef DkdvTile<WIDTH, PAIRS> Tile;
-    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS, STRIDE = WIDTH + 8;
+    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS;
+    constexpr int STRIDE = WIDTH + 8;
     float4 *exchanges = shared_memory<float4>();
     float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
     __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
     __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;   // early keys have most queries
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler that it is uniform: fewer registers
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;                  // early keys have most queries
+    const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler it is uniform: fewer registers
     const int pair = warp % PAIRS, owns_dk = warp / PAIRS;                  // with 4 pairs a pair is on one scheduler
     const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
     const float c = scale * (float)M_LOG2E;
@@ -4164,12 +4222,15 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         t_end = t_first + seen * QUERIES;
     }
     auto load_queries = [&](int h, int t, int buffer) {
-        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
-        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, T - t, D);
+        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W,
+                                           T - t, D);
+        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D,
+                                           (size_t)H * D, T - t, D);
         if (threadIdx.x >= 2 * QUERIES) return;
-        const int row = t + (int)threadIdx.x % QUERIES;                     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        const int row = t + (int)threadIdx.x % QUERIES;     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
         const float *stat = threadIdx.x < QUERIES ? lse : delta;
-        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat, row < T ? 4 : 0);
+        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat,
+                   row < T ? 4 : 0);
     };
 
     const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
@@ -4185,14 +4246,15 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     for (int buffer = 0; h < h_end; buffer ^= 1) {
         const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
-        __syncthreads();                                                    // this tile is here, and every warp has left the one before
+        __syncthreads();                                                    // this tile is here, every warp has left the last one
         const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
         const int t0 = t;
         t += QUERIES;
         if (t >= t_end) t = t_first, h++;
         if (h < h_end) load_queries(h, t, buffer ^ 1);
         cp_async_commit();
-        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS)) continue;   // nothing to see
+        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS))
+            continue;                                                       // nothing to see
         #pragma unroll
         for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
@@ -4236,24 +4298,26 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
 }
 
 template <int WIDTH>
-static void attention_backward_width(__nv_bfloat16 *dqkv, float *delta, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out,
-                                     const float *lse, const int *doc_start, int B, int T, int H, int K, int D, cudaStream_t stream) {
+static void attention_backward_width(__nv_bfloat16 *dqkv, float *delta, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv,
+                                     const __nv_bfloat16 *out, const float *lse, const int *doc_start, int B, int T, int H,
+                                     int K, int D, cudaStream_t stream) {
     typedef DkdvTile<WIDTH, WIDTH <= 64 ? 2 : 4> Tile;
     typedef DkdvTile<WIDTH, 2> SmallTile;
     static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     const float scale = (float)(1 / sqrt((double)D));
-    launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), (2 * 128 + 3 * 32) * (WIDTH + 8) * 2, stream,
-           dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+    launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS),
+           (2 * 128 + 3 * 32) * (WIDTH + 8) * 2, stream, dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
     if (Tile::SMEM <= smem_limit)
-        launch(attention_backward_dkdv_kernel1<WIDTH, WIDTH <= 64 ? 2 : 4>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)), dim3(Tile::THREADS), Tile::SMEM,
-               stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+        launch(attention_backward_dkdv_kernel1<WIDTH, WIDTH <= 64 ? 2 : 4>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)),
+               dim3(Tile::THREADS), Tile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
     else
-        launch(attention_backward_dkdv_kernel1<WIDTH, 2>, dim3(B * K, CEIL_DIV(T, SmallTile::KEYS)), dim3(SmallTile::THREADS), SmallTile::SMEM,
-               stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+        launch(attention_backward_dkdv_kernel1<WIDTH, 2>, dim3(B * K, CEIL_DIV(T, SmallTile::KEYS)), dim3(SmallTile::THREADS),
+               SmallTile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
 }
 
-static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out, const float *lse,
-                               const int *doc_start, float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
+static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out,
+                               const float *lse, const int *doc_start, float *delta, int B, int T, int H, int K, int D,
+                               cudaStream_t stream) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
     switch (attention_width(D)) {
     case 32: attention_backward_width<32>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
@@ -4265,9 +4329,9 @@ static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, c
 }
 
 // dq and delta in fp32: rows are queries, columns keys.
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
-        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out, const float *__restrict__ lse,
-        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv,
+        float *__restrict__ delta, const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
     float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -4297,7 +4361,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kern
             const int row = warp_row + i, t = t0 + row, key = s0 + lane;
             float ds = 0;
             if (t < T && key <= t && (!doc || key >= doc[t])) {
-                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
+                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale -
+                                     lse[(row0 + t) * H + h]);
                 ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
             }
             add_rows(dq[i], ds, k_tile, D);
@@ -4309,9 +4374,9 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kern
 }
 
 // dk, dv in fp32: rows are keys, columns queries of each head of the group in turn.
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
-        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ lse,
+        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
     float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
     const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -4349,8 +4414,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_ke
             }
 }
 
-static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse, const int *doc_start,
-                               float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
+static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+                               const int *doc_start, float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
     assert(D % 4 == 0 && D <= 128 && H % K == 0);
     const float scale = (float)(1 / sqrt((double)D));
     const size_t smem = 2 * (F32_ROWS + F32_COLS) * (D + 1) * sizeof(float);
@@ -4360,14 +4425,15 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
            dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
 }
 
-// ---- MLP: h = silu(gate) up ----------------------------------------------------------------------------------------------------
+// ---- MLP: h = silu(gate) up ---------------------------------------------------------------------------------------------------
 // h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u = x (N,C) w (2F,C)^T      (Shazeer 2020)
-// backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the down-projection's weights.
+// backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the gradient of w_down.
 // Two forms: passes of their own between cuBLASLt's products, or the epilogues of products of our own. See mlp_forward.
 template <int E> __device__ __forceinline__ void swiglu(float (&u)[E], const float (&g)[E]) {                   // u becomes h
     for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + exp_approx(-g[k]));
 }
-template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) { // g, u, dh become dg, h, du
+// g, u, dh become dg, h, du
+template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
     for (int k = 0; k < E; k++) {
         const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
         u[k] *= silu;
@@ -4377,7 +4443,8 @@ template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], 
 }
 
 // ---- swiglu_forward_kernel1 ------------------------------------------------------------------------------------------------
-// bytes   2·2·N·F in + 2·N·F out = 1.08 GB for N 16384, F 11008         floor 323 us (memory; two SFU operations per element: 98 us)
+// bytes   2·2·N·F in + 2·N·F out = 1.08 GB for N 16384, F 11008
+//         floor 323 us (memory; two SFU operations per element: 98 us)
 // idea    a block per row, so that no division finds the row; 16-byte packs
 template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate_up, int F) {
     constexpr int E = 16 / sizeof(X);
@@ -4424,20 +4491,22 @@ template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N,
     launch(swiglu_backward_kernel1<X>, N, row_threads(F / E), 0, stream, gate_up, h, dh, F);
 }
 
-// ---- gate_up_swiglu_kernel1, swiglu_down_backward_kernel1: products with SwiGLU as their epilogue -------------------------------
+// ---- gate_up_swiglu_kernel1, swiglu_down_backward_kernel1: products with SwiGLU as their epilogue -----------------------------
 // forward    gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up; h may be NULL
 // backward   dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F) =
-// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: without the passes above, which
-//         read and write 2·3·N·F and 2·6·N·F beside the products' 2·2·N·F and 2·N·F            (N 16384, C 2048, F 11008: 3.2 GB less)
+// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out:
+//         without the passes above, which read and write 2·3·N·F and 2·6·N·F beside the products' 2·2·N·F and 2·N·F
+//         (N 16384, C 2048, F 11008: 3.2 GB less)
 // FLOPs   4·N·C·F = 1.48 T forward, 2·N·C·F backward: 4.7 and 2.4 ms at the 312 TFLOP/s of an A100
-// idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 128 bytes of shared memory per mma, half of what
-//         its tensor cores leave time for. Three stages of 32 columns are in flight (cp.async). A warp's 64 columns are 32 of gate
-//         and the same 32 of up, so that both meet in one warp. The numbers are rounded where the passes round them
+// idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 128 bytes of shared memory per mma, half
+//         of what its tensor cores leave time for. Three stages of 32 columns are in flight (cp.async). A warp's 64 columns are
+//         32 of gate and the same 32 of up, so that both meet in one warp. The numbers are rounded where the passes round them
 // limits  C % 8 == 0, F % 8 == 0
-enum { MLP_ROWS = 128, MLP_COLS = 128, MLP_DEPTH = 32, MLP_STAGES = 3, MLP_STAGE = (MLP_ROWS + MLP_COLS) * (MLP_DEPTH + 8), MLP_WARP = 64,
-       MLP_SMEM = MLP_STAGES * MLP_STAGE * 2, MLP_GROUP = 16 };
+enum { MLP_ROWS = 128, MLP_COLS = 128, MLP_DEPTH = 32, MLP_STAGES = 3, MLP_STAGE = (MLP_ROWS + MLP_COLS) * (MLP_DEPTH + 8),
+       MLP_WARP = 64, MLP_SMEM = MLP_STAGES * MLP_STAGE * 2, MLP_GROUP = 16 };
 
-// The block's tile of (tile_rows, tile_cols). Blocks in flight have neighbouring numbers: 16 x 16 tiles at a time share what they read in L2.
+// The block's tile of (tile_rows, tile_cols). Blocks in flight have neighbouring numbers: 16 x 16 tiles at a time share what they
+// read in L2.
 __device__ __forceinline__ int2 mlp_tile(int tile_rows, int tile_cols) {
     const int first = blockIdx.x / (MLP_GROUP * tile_cols) * MLP_GROUP, height = min(tile_rows - first, (int)MLP_GROUP);
     const int i = blockIdx.x % (MLP_GROUP * tile_cols);
@@ -4465,8 +4534,9 @@ __device__ __forceinline__ void mlp_pipeline(int steps, __nv_bfloat16 *stages, L
     __syncthreads();                                        // the stages are free
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h, __nv_bfloat16 *__restrict__ gate_up,
-        const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h,
+        __nv_bfloat16 *__restrict__ gate_up, const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w,
+        int N, int C, int F) {
     constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
     __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
@@ -4474,8 +4544,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
     float s[MLP_WARP / 16][MLP_WARP / 8][4];
     fill(s, 0);
-    // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end repeat the
-    // last: their sums are never stored.
+    // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
+    // repeat the last: their sums are never stored.
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
     const __nv_bfloat16 *src[8];
     #pragma unroll
@@ -4499,7 +4569,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     if (out_f >= F) return;
     for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
         const size_t n = n0 + warp_row + r;
-        const Vec<__nv_bfloat16, 8> gate = load<8>(rows + r * (MLP_WARP + 8) + f), up = load<8>(rows + r * (MLP_WARP + 8) + HALF + f);
+        const __nv_bfloat16 *at = rows + r * (MLP_WARP + 8) + f;
+        const Vec<__nv_bfloat16, 8> gate = load<8>(at), up = load<8>(at + HALF);
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
@@ -4511,8 +4582,9 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     }
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up, __nv_bfloat16 *__restrict__ h,
-        const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up,
+        __nv_bfloat16 *__restrict__ h, const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w,
+        int N, int C, int F) {
     __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
@@ -4528,8 +4600,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
-            cp_async_16(stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col, w_src + (size_t)(c + 8 * j) * F,
-                        c + 8 * j + w_row < C ? 16 : 0);
+            __nv_bfloat16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
+            cp_async_16(w_tile, w_src + (size_t)(c + 8 * j) * F, c + 8 * j + w_row < C ? 16 : 0);
         }
     };
     mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
@@ -4559,7 +4631,8 @@ template <typename floatX>
 void mlp_forward(const Gpu *gpu, floatX *h, floatX *gate_up, const floatX *x, const floatX *w, int N, int C, int F) {
     if constexpr (sizeof(floatX) == 2) if (gpu->kernels->fused_mlp) {
         assert(C % 8 == 0 && F % 8 == 0);
-        launch(gate_up_swiglu_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS / 2), ATT_THREADS, MLP_SMEM, gpu->stream, h, gate_up, x, w, N, C, F);
+        launch(gate_up_swiglu_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS / 2), ATT_THREADS, MLP_SMEM, gpu->stream,
+               h, gate_up, x, w, N, C, F);
         return;
     }
     matmul_forward(gpu, gate_up, x, w, (const floatX *)NULL, (const floatX *)NULL, N, C, 2 * F);
@@ -4568,10 +4641,12 @@ void mlp_forward(const Gpu *gpu, floatX *h, floatX *gate_up, const floatX *x, co
 
 // gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F); dh (N,F): scratch
 template <typename floatX>
-void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, floatX *dh, const floatX *dx, const floatX *w, int N, int C, int F) {
+void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, floatX *dh, const floatX *dx, const floatX *w,
+                          int N, int C, int F) {
     if constexpr (sizeof(floatX) == 2) if (gpu->kernels->fused_mlp) {
         assert(C % 8 == 0 && F % 8 == 0);
-        launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, gpu->stream, gate_up, h, dx, w, N, C, F);
+        launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, gpu->stream,
+               gate_up, h, dx, w, N, C, F);
         return;
     }
     matmul_backward_x(gpu, dh, dx, w, N, F, C);
@@ -4581,11 +4656,12 @@ void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, floatX *dh
 // ---- cross_entropy_kernel1: a block per row, the row stays in shared memory ------------------------------------------------
 // nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  With dscale != 0 the logits (N,Vp) become their gradient
 // dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0.
-// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000        floor 626 us (memory; two SFU operations per element: 283 us)
+// bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000
+//         floor 626 us (memory; two SFU operations per element: 283 us)
 // idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each thread reads back only
 //         what it copied and has its own maximum and sum, so the block meets at one barrier. It also orders the read of x_target
-//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time, and the block, then alone on
-//         its SM, has twice the threads
+//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time, and the block, then
+//         alone on its SM, has twice the threads
 enum { CLASSIFIER_THREADS = 512 };
 
 // Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its gradient.
@@ -4595,12 +4671,13 @@ template <int E, typename X> __device__ __forceinline__ void load_logits(float (
 }
 
 template <typename X>
-__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
-                                                                            int V, int Vp, int cached) {
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets,
+                                                                            float dscale, int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(X);
     __shared__ float tops[32], sums[32];
     X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
-    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.x * E, step = blockDim.x * E;
+    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int first = threadIdx.x * E, step = blockDim.x * E;
     if (target == IGNORED) {
         if (threadIdx.x == 0) nll[blockIdx.x] = 0;
         if (dscale != 0) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
@@ -4688,7 +4765,8 @@ static void sum_of_squares(double *out, const float *x, size_t n, float *scratch
 
 // ---- adamw_update_kernel1 ----------------------------------------------------------------------------------------------------
 // AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
-// master = master shrink - rate m / (sqrt(v vscale) + eps),  with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
+// master = master shrink - rate m / (sqrt(v vscale) + eps),
+//     with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
 // master, m, v (n) are updated, w (n) = master rounded to X (fp32: may be master itself). M = float or bf16 stores m and v.
 // bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms (6.6 ms)
 typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; } AdamW;
@@ -4747,8 +4825,9 @@ template <typename T> struct LayerParams {
 };
 
 template <typename T> LayerParams<T> layer_params(T *flat, const ParamTable *p, int l) {
-    static const char *const suffix[9] = {"input_layernorm.weight", "q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight",
-                                          "o_proj.weight", "post_attention_layernorm.weight", "gate_proj.weight", "down_proj.weight"};
+    static const char *const suffix[9] = {
+        "input_layernorm.weight", "q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight",
+        "o_proj.weight", "post_attention_layernorm.weight", "gate_proj.weight", "down_proj.weight"};
     T *at[9];
     for (int i = 0; i < 9; i++) {
         const Tensor *t = table_find(p, 1 + l, suffix[i]);
@@ -4758,9 +4837,9 @@ template <typename T> LayerParams<T> layer_params(T *flat, const ParamTable *p, 
     return w;
 }
 
-template <typename T> T *embed_param(T *flat, const ParamTable *p) { return flat + p->units[0].at; }                       // (Vp,C)
-template <typename T> T *final_norm_param(T *flat, const ParamTable *p) { return flat + p->units[p->n_units - 1].at; }     // (C)
-template <typename T> T *head_param(T *flat, const ParamTable *p) {                                                        // (Vp,C)
+template <typename T> T *embed_param(T *flat, const ParamTable *p) { return flat + p->units[0].at; }                     // (Vp,C)
+template <typename T> T *final_norm_param(T *flat, const ParamTable *p) { return flat + p->units[p->n_units - 1].at; }   // (C)
+template <typename T> T *head_param(T *flat, const ParamTable *p) {                                                      // (Vp,C)
     const Tensor *t = table_find(p, p->n_units - 1, "lm_head.weight");
     return t ? flat + t->at : embed_param(flat, p);     // tied: the embedding
 }
@@ -4780,7 +4859,8 @@ template <typename floatX> struct LayerActs {
 
 // What a micro-step needs of the data, on the device; two of them, so that the next one is read while this one computes.
 typedef struct Feed {
-    int *host, *device;                 // one block each: inputs (N), targets (N), order (N), starts (N+1), tokens (N), doc_start (N)
+    int *host, *device;                 // one block each: inputs (N), targets (N), order (N), starts (N+1), tokens (N),
+                                        // doc_start (N)
     int *inputs, *targets, *order, *starts, *tokens, *doc_start;     // in `device`
     int n_distinct;
     cudaEvent_t copied;
@@ -4829,7 +4909,8 @@ template <typename T> static void take(Arena *a, T **at, size_t n) {
     a->used += CEIL_DIV(n * sizeof(T), 256) * 256;
 }
 
-template <typename floatX> static void layout_layer(ModelOf<floatX> *m, LayerActs<floatX> *y, Arena *a, int keep_block, int keep_mlp) {
+template <typename floatX>
+static void layout_layer(ModelOf<floatX> *m, LayerActs<floatX> *y, Arena *a, int keep_block, int keep_mlp) {
     const Config *c = &m->c;
     size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
     if (keep_block) {
@@ -4904,8 +4985,8 @@ static void layout_any(Model *m, Arena *a) {
 
 // Floats of scratch that the largest user needs: partial sums, or attention_backward's row sums.
 static size_t kernel_scratch_size(const Config *c, int N) {
-    size_t sizes[] = {rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D), bias_backward_scratch((c->H + 2 * c->K) * c->D),
-                      sum_of_squares_scratch(), (size_t)N * c->H}, most = 0;
+    size_t sizes[] = {rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D),
+                      bias_backward_scratch((c->H + 2 * c->K) * c->D), sum_of_squares_scratch(), (size_t)N * c->H}, most = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) most = sizes[i] > most ? sizes[i] : most;
     return most;
 }
@@ -4939,8 +5020,8 @@ void model_alloc(Model *m) {
     Arena arenas[5];
     for (int i = 0; i < 5; i++) {
         if (cudaMalloc((void **)&m->arena[i], m->arena_bytes[i]) != cudaSuccess)
-            die("out of GPU memory for %.0f MiB of %s; use a smaller --batch-size or --logits-chunk, --recompute block, or --optimizer-dtype bf16",
-                (double)m->arena_bytes[i] / 1048576, arena_names[i]);
+            die("out of GPU memory for %.0f MiB of %s; use a smaller --batch-size or --logits-chunk, --recompute block, or "
+                "--optimizer-dtype bf16", (double)m->arena_bytes[i] / 1048576, arena_names[i]);
         cudaCheck(cudaMemset(m->arena[i], 0, m->arena_bytes[i]));
         arenas[i].base = m->arena[i];
         arenas[i].used = 0;
@@ -4956,7 +5037,8 @@ void model_alloc(Model *m) {
 void print_memory(const Model *m) {
     printf("memory |");
     for (int i = 0; i < 5; i++) printf(" %s %.1f MiB |", arena_names[i], (double)m->arena_bytes[i] / 1048576);
-    printf(" total %.1f MiB per rank, and about %.0f MiB for context, cuBLASLt and NCCL\n", model_bytes(m) / 1048576, GPU_ALLOWANCE / 1048576.0);
+    printf(" total %.1f MiB per rank, and about %.0f MiB for context, cuBLASLt and NCCL\n", model_bytes(m) / 1048576,
+           GPU_ALLOWANCE / 1048576.0);
 }
 
 void model_free(Model *m) {
@@ -4968,7 +5050,8 @@ void model_free(Model *m) {
     memset(m, 0, sizeof(ModelOf<bf16>));
 }
 
-// The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v (and master).
+// The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v
+// (and master).
 void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at) {
     *first = *at = m->p.units[u].at;
     *n = m->p.units[u].n_padded;
@@ -5026,7 +5109,8 @@ void model_init(Model *m, uint64_t seed) {
         uint64_t stream = hash_string(t->name);
         n = min_size(t->n - at, IO_CHUNK);
         for (size_t j = 0; j < n; j++)
-            host[j] = t->init == INIT_NORMAL ? (float)(m->c.init_std * random_normal(seed, stream, at + j)) : (float)(t->init == INIT_ONE);
+            host[j] = t->init == INIT_NORMAL ? (float)(m->c.init_std * random_normal(seed, stream, at + j))
+                                             : (float)(t->init == INIT_ONE);
         model_write(m, STATE_WEIGHTS, t->at + at, n, host);
     }
     free(host);
@@ -5038,8 +5122,8 @@ static const Feed *feed_batch(Model *m, const Batch *batch) {
     Feed *f = &m->feed[m->next_feed];
     m->next_feed ^= 1;
     cudaCheck(cudaEventSynchronize(f->copied));         // its last copy has left the host block
-    int N = batch->B * batch->T, *host = f->host, *order = host + (f->order - f->device), *tokens = host + (f->tokens - f->device),
-        *starts = host + (f->starts - f->device);
+    int N = batch->B * batch->T, *host = f->host, *order = host + (f->order - f->device);
+    int *tokens = host + (f->tokens - f->device), *starts = host + (f->starts - f->device);
     memcpy(host, batch->inputs, (size_t)N * sizeof(int));
     if (batch->targets) memcpy(host + (f->targets - f->device), batch->targets, (size_t)N * sizeof(int));
     if (batch->doc_start) memcpy(host + (f->doc_start - f->device), batch->doc_start, (size_t)N * sizeof(int));
@@ -5052,14 +5136,15 @@ static const Feed *feed_batch(Model *m, const Batch *batch) {
 // ---- forward and backward ----------------------------------------------------------------------------------------------------
 // Attention block: y->qkv, att, lse, and y->x_mid = x + attention(norm1(x)). m->norm holds norm1(x).
 template <typename floatX>
-static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const int *doc_start, int B, int T) {
+static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const int *doc_start,
+                                    int B, int T) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     int N = B * T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     const floatX *none = NULL;
     matmul_forward(gpu, y->qkv, m->norm, w->qkv, none, w->qkv_bias, N, c->C, W);
-    qkv_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps, c->H, c->K, c->D, N, T,
-                          gpu->stream);
+    qkv_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps,
+                          c->H, c->K, c->D, N, T, gpu->stream);
     attention_forward(y->att, y->lse, y->qkv, doc_start, B, T, c->H, c->K, c->D, gpu->stream);
     matmul_forward(gpu, y->x_mid, y->att, w->o, y->x, none, N, HD, c->C);
 }
@@ -5084,8 +5169,9 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f,
     rmsnorm_forward(m->norm, m->rstd_last, m->x_last, final_norm_param(m->weights, &m->p), (float)c->eps, N, c->C, gpu->stream);
 }
 
-// Loss of each target into m->nll. dscale != 0: also m->dnorm = gradient of the final norm's output and dhead (Vp,C) +=, both scaled
-// by dscale. Logits exist for `chunk` rows at a time; rows beyond N have gradient zero, so that one shape of matmul serves every chunk.
+// Loss of each target into m->nll. dscale != 0: also m->dnorm = gradient of the final norm's output and dhead (Vp,C) +=, both
+// scaled by dscale. Logits exist for `chunk` rows at a time; rows beyond N have gradient zero, so that one shape of matmul serves
+// every chunk.
 template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const Feed *f, int N, double dscale) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
@@ -5094,7 +5180,10 @@ template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const F
         const floatX *norm = m->norm + (size_t)n * c->C;
         int rows = N - n < m->chunk ? N - n : m->chunk;
         matmul_forward(gpu, m->logits, norm, head, none, none, m->chunk, c->C, c->Vp);
-        if (rows < m->chunk) cudaCheck(cudaMemsetAsync(m->logits + (size_t)rows * c->Vp, 0, (size_t)(m->chunk - rows) * c->Vp * sizeof(floatX), gpu->stream));
+        if (rows < m->chunk) {
+            floatX *rest = m->logits + (size_t)rows * c->Vp;
+            cudaCheck(cudaMemsetAsync(rest, 0, (size_t)(m->chunk - rows) * c->Vp * sizeof(floatX), gpu->stream));
+        }
         cross_entropy(m->nll + n, m->logits, f->targets + n, (float)dscale, rows, c->V, c->Vp, gpu->stream);
         if (dscale == 0) continue;
         matmul_backward_x(gpu, m->dnorm + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
@@ -5103,15 +5192,18 @@ template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const F
     sum_losses(m->sums, m->nll, N, gpu->stream);
 }
 
-// Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when the work of unit u is enqueued.
-template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T, void (*unit_done)(Model *, int)) {
+// Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when the work of unit u is
+// enqueued.
+template <typename floatX>
+void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T, void (*unit_done)(Model *, int)) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     cudaStream_t stream = gpu->stream;
     int N = B * T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     floatX *none = NULL;
     cudaCheck(cudaMemsetAsync(m->dx, 0, (size_t)N * C * sizeof(floatX), stream));
-    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), none, m->dnorm, m->x_last, m->rstd_last, final_norm_param(m->weights, &m->p), m->scratch, N, C, stream);
+    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), none, m->dnorm, m->x_last, m->rstd_last,
+                     final_norm_param(m->weights, &m->p), m->scratch, N, C, stream);
     if (unit_done) unit_done(m, c->L + 1);
     for (int l = c->L - 1; l >= 0; l--) {
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
@@ -5131,7 +5223,7 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
         floatX *dgate_up = y->gate_up;          // in place; h is rebuilt in the same pass
         mlp_backward_gate_up(gpu, dgate_up, m->h, m->dh, m->dx, w.down, N, C, F);
         matmul_backward_w(gpu, dw.down, m->dx, m->h, N, F, C);
-        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, which the weight gradient therefore follows
+        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, so the weight gradient follows that
         matmul_backward_x(gpu, m->dnorm, dgate_up, w.gate_up, N, C, 2 * F);
         rmsnorm_backward(m->dx, dw.norm2, m->norm, m->dnorm, y->x_mid, y->rstd2, w.norm2, m->scratch, N, C, stream);
         matmul_backward_w(gpu, dw.gate_up, dgate_up, m->norm, N, C, 2 * F);
@@ -5140,7 +5232,8 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
         matmul_backward_w(gpu, dw.o, m->dx, y->att, N, HD, C);
         matmul_backward_x(gpu, m->datt, m->dx, w.o, N, HD, C);
         attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, doc_start, m->scratch, B, T, c->H, c->K, c->D, stream);
-        qkv_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine, m->scratch, c->H, c->K, c->D, N, T, stream);
+        qkv_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine,
+                               m->scratch, c->H, c->K, c->D, N, T, stream);
         if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);
         // q | k | v = norm1(x) Wqkv^T
         matmul_backward_x(gpu, m->dnorm, m->dqkv, w.qkv, N, C, W);
@@ -5152,7 +5245,8 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
     if (unit_done) unit_done(m, 0);
 }
 
-template <typename floatX> static void run_batch(ModelOf<floatX> *m, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
+template <typename floatX>
+static void run_batch(ModelOf<floatX> *m, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
     const Feed *f = feed_batch(m, batch);
     const int *doc_start = batch->doc_start ? f->doc_start : NULL;
     llama_forward(m, f, doc_start, batch->B, batch->T);
@@ -5193,12 +5287,13 @@ template <typename floatX> static void logits_of_row(ModelOf<floatX> *m, const B
     const floatX *none = NULL;
     llama_forward(m, f, NULL, batch->B, batch->T);
     int row = last % m->chunk, first = last - row;          // the chunk that holds the last row
-    matmul_forward(&m->gpu, m->logits, m->norm + (size_t)first * m->c.C, head_param(m->weights, &m->p), none, none, m->chunk, m->c.C, m->c.Vp);
+    const floatX *norm = m->norm + (size_t)first * m->c.C;
+    matmul_forward(&m->gpu, m->logits, norm, head_param(m->weights, &m->p), none, none, m->chunk, m->c.C, m->c.Vp);
     copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, host);
 }
 
-// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does not matter, so a power
-// of two of rows runs: few shapes of matrix products.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does not matter, so a
+// power of two of rows runs: few shapes of matrix products.
 void next_logits(Model *m, const int *ids, int n, float *logits) {
     const int room = m->N < m->T ? m->N : m->T;
     Batch b;
@@ -5227,7 +5322,10 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     int n = m->p.n_tensors;
     double total = 0, *squares = (double *)xmalloc((size_t)n * sizeof(double));
     cudaCheck(cudaMemsetAsync(m->sums + 1, 0, (size_t)n * sizeof(double), m->gpu.stream));
-    for (int i = 0; i < n; i++) sum_of_squares(m->sums + 1 + i, m->grads + m->p.tensors[i].at, m->p.tensors[i].n, m->scratch, m->gpu.stream);
+    for (int i = 0; i < n; i++) {
+        const Tensor *t = &m->p.tensors[i];
+        sum_of_squares(m->sums + 1 + i, m->grads + t->at, t->n, m->scratch, m->gpu.stream);
+    }
     gpu_wait(&m->gpu);
     cudaCheck(cudaMemcpyAsync(squares, m->sums + 1, (size_t)n * sizeof(double), cudaMemcpyDeviceToHost, m->gpu.stream));
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
@@ -5241,9 +5339,11 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     return sqrt(total);
 }
 
-template <typename floatX, typename State> static void update_tensor(ModelOf<floatX> *m, const Tensor *t, double lr, double grad_scale, int64_t step, const Options *o) {
-    adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at, t->n, (float)lr, (float)o->beta1,
-                 (float)o->beta2, (float)o->eps, t->decay ? (float)o->weight_decay : 0.0f, (float)grad_scale, step, m->gpu.stream);
+template <typename floatX, typename State>
+static void update_tensor(ModelOf<floatX> *m, const Tensor *t, double lr, double grad_scale, int64_t step, const Options *o) {
+    adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at, t->n,
+                 (float)lr, (float)o->beta1, (float)o->beta2, (float)o->eps, t->decay ? (float)o->weight_decay : 0.0f,
+                 (float)grad_scale, step, m->gpu.stream);
 }
 
 // One AdamW update with gradients * grad_scale; step counts from 1.
@@ -5286,11 +5386,14 @@ typedef struct Trainer {
 
 // ---- set-up --------------------------------------------------------------------------------------------------------------
 static void refuse_what_is_not_here(void) {
-    if (opt.zero || opt.shard_size) die("--zero and --shard-size are not in this version of the CUDA trainer; it keeps whole copies on every GPU");
+    if (opt.zero || opt.shard_size)
+        die("--zero and --shard-size are not in this version of the CUDA trainer; it keeps whole copies on every GPU");
     if (opt.reduce_dtype == BF16) die("--reduce-dtype bf16 is not in this version");
     if (!opt.deterministic) die("--deterministic off: there are only deterministic kernels");
-    if (option_given("--gpus") || option_given("--nodes") || option_given("--device")) die("--gpus, --nodes and --device are not in this version; without ZeRO the memory per GPU does not depend on them");
-    if (opt.stage != STAGE_PRETRAIN) die("--stage %s is not in this version; it trains on plain text", choice_name(option_find("--stage")));
+    if (option_given("--gpus") || option_given("--nodes") || option_given("--device"))
+        die("--gpus, --nodes and --device are not in this version; without ZeRO the memory per GPU does not depend on them");
+    if (opt.stage != STAGE_PRETRAIN)
+        die("--stage %s is not in this version; it trains on plain text", choice_name(option_find("--stage")));
 }
 
 static Config read_config(const char *dir_or_file, int is_dir) {
@@ -5318,8 +5421,9 @@ static Config choose_config(const char *resume_dir) {
     if (opt.preset || opt.config) {
         if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
         char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
-        if (strcmp(a, b)) die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
-                              resume_dir, opt.preset ? "--preset" : "--config");
+        if (strcmp(a, b))
+            die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
+                resume_dir, opt.preset ? "--preset" : "--config");
         free(a);
         free(b);
     }
@@ -5335,7 +5439,8 @@ static char *folder_of(const char *path) {
 static char *find_tokenizer(const char *model_dir) {
     if (opt.tokenizer) return xstrdup(opt.tokenizer);
     char *data = folder_of(opt.train_data);
-    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data), path_text("%s/../tokenizer.bin", data)};
+    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data),
+                       path_text("%s/../tokenizer.bin", data)};
     char *found = NULL;
     for (int i = 0; i < 3; i++) {
         if (places[i] && !found && !access(places[i], R_OK)) found = places[i];
@@ -5369,9 +5474,11 @@ static void model_options(Model *m) {
 static void resolve_options(Trainer *tr) {
     int small = config_params(&tr->c) < 5e6, world = comm_world();
     if (!opt.seq_len) opt.seq_len = tr->c.max_T < 1024 ? tr->c.max_T : 1024;
-    if (opt.seq_len > tr->c.max_T) die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
+    if (opt.seq_len > tr->c.max_T)
+        die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
     if (tr->c.sliding_window && opt.seq_len > tr->c.sliding_window)
-        die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that", (int)opt.seq_len, tr->c.sliding_window);
+        die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that",
+            (int)opt.seq_len, tr->c.sliding_window);
     if (opt.steps < 0) opt.steps = small ? 2400 : 1000;
     if (opt.lr < 0) opt.lr = small ? 4e-3 : 3e-4;
     if (opt.min_lr < 0) opt.min_lr = opt.lr / 10;
@@ -5384,7 +5491,8 @@ static void resolve_options(Trainer *tr) {
         opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
     }
     if (opt.total_batch_tokens % row)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
+            opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
     int64_t rows = opt.total_batch_tokens / row;
     if (!opt.logits_chunk) opt.logits_chunk = 2048;     // smaller ones read and write the head's gradient too often
     if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
@@ -5399,18 +5507,21 @@ static void resolve_options(Trainer *tr) {
         }
     }
     if (rows % opt.batch_size)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64, opt.total_batch_tokens, opt.batch_size * row);
-    if (opt.batch_size * opt.seq_len > INT_MAX / 2) die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64,
+            opt.total_batch_tokens, opt.batch_size * row);
+    if (opt.batch_size * opt.seq_len > INT_MAX / 2)
+        die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
     tr->micro_steps = rows / opt.batch_size;
     if (opt.checkpoint_every < 0) opt.checkpoint_every = opt.steps / 5 > 1 ? opt.steps / 5 : 1;
 }
 
 static void print_model(const Trainer *tr) {
     const Config *c = &tr->c;
-    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family, (double)tr->m.p.n_params / 1e6,
-           c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
-    printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | recompute %s\n", opt.total_batch_tokens,
-           tr->m.B, tr->m.T, comm_world(), tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32", choice_name(option_find("--recompute")));
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family,
+           (double)tr->m.p.n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
+    printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | "
+           "recompute %s\n", opt.total_batch_tokens, tr->m.B, tr->m.T, comm_world(), tr->micro_steps,
+           opt.precision == BF16 ? "bf16" : "fp32", choice_name(option_find("--recompute")));
     print_memory(&tr->m);
 }
 
@@ -5470,7 +5581,8 @@ static void generate(Trainer *tr) {
     float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
     if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
     for (int i = 0; i < n_prompt; i++) {
-        if (prompt[i] >= tr->c.V) die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        if (prompt[i] >= tr->c.V)
+            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
         ids[n++] = prompt[i];
     }
     int start = n - n_prompt;
@@ -5493,8 +5605,8 @@ static void generate(Trainer *tr) {
 }
 
 // ---- one update ------------------------------------------------------------------------------------------------------------
-// Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between micro-steps
-// (nothing has changed then, the data position neither). sums = loss, targets.
+// Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between
+// micro-steps (nothing has changed then, the data position neither). sums = loss, targets.
 static int update_gradients(Trainer *tr, double *sums) {
     LoaderState before = tr->train.state;
     model_zero_grads(&tr->m);
@@ -5505,7 +5617,8 @@ static int update_gradients(Trainer *tr, double *sums) {
             return 0;
         }
         loader_next(&tr->train, &tr->batch);
-        llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
+        llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens,
+                               i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
         sums[1] += (double)count_targets(&tr->batch);
     }
     model_reduce_finish(&tr->m);
@@ -5527,12 +5640,15 @@ static double z_score(const double *window, int64_t n, double x) {
 static const char *update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
     static char text[256];
     if (!isfinite(loss) || !isfinite(norm)) {
-        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad, tr->m.p.n_tensors, bad ? bad : "none");
+        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
+                 tr->m.p.n_tensors, bad ? bad : "none");
         return text;
     }
-    double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss), z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
+    double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss);
+    double z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
     if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes)) {
-        snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm, z_norm);
+        snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
+                 z_norm);
         return text;
     }
     return NULL;
@@ -5542,18 +5658,21 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     if (comm_rank()) return;
     int64_t step = tr->state.step;
     double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
-    double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world, causal = flops_per_token(&tr->c, tr->m.T, 1) * speed / world;
+    double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world;
+    double causal = flops_per_token(&tr->c, tr->m.T, 1) * speed / world;
     if (skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
     if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
         double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
-        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s (causal %s) | %s J/token | eta %s\n",
-               step, opt.steps, loss, lr, norm, seconds * 1e3, speed, measured_text(100 * report / tr->peak, "%.1f%%"), measured_text(100 * causal / tr->peak, "%.1f%%"),
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s "
+               "(causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3, speed,
+               measured_text(100 * report / tr->peak, "%.1f%%"), measured_text(100 * causal / tr->peak, "%.1f%%"),
                measured_text(tr->window.joules_per_token, "%.3g"), duration_text(left));
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
-        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
-        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak}, {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
+        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed},
+        {"tokens_per_sec_per_gpu", speed / world}, {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
+        {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
         {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
@@ -5591,7 +5710,8 @@ static int train_step(Trainer *tr) {
     const char *bad;
     int n_bad;
     double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
-    double facts[3] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean, now_seconds() - tr->window.start};
+    double facts[3] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean,
+                       now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
     double loss = facts[0], norm = facts[1], lr = learning_rate(&opt, s->step);
     const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
@@ -5609,7 +5729,8 @@ static int train_step(Trainer *tr) {
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
-        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr or look at the data, then --resume auto",
+        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr "
+            "or look at the data, then --resume auto",
             s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
     return 1;
 }
@@ -5620,18 +5741,25 @@ static void save(Trainer *tr) {
     tr->state.loader = tr->train.state;
     checkpoint_save(&tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
     tr->saved_step = tr->state.step;
-    if (comm_rank() == 0) printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step, now_seconds() - start);
+    if (comm_rank() == 0)
+        printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
+               now_seconds() - start);
 }
 
 static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
     if (comm_rank() || !s->step || s->seconds <= 0) return;
     double speed = (double)s->tokens / s->seconds, world = comm_world();
-    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of the peak of %s TFLOP/s per GPU (datasheet, dense) | energy %s kWh, %s W, %s J/token\n",
-           s->step, s->tokens, duration_text(s->seconds), speed, measured_text(100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, "%.1f%%"), measured_text(tr->peak * 1e-12, "%.1f"),
-           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"), measured_text(s->joules / (double)s->tokens, "%.3g"));
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of the peak of %s TFLOP/s per GPU "
+           "(datasheet, dense) | energy %s kWh, %s W, %s J/token\n",
+           s->step, s->tokens, duration_text(s->seconds), speed,
+           measured_text(100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, "%.1f%%"),
+           measured_text(tr->peak * 1e-12, "%.1f"),
+           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"),
+           measured_text(s->joules / (double)s->tokens, "%.3g"));
     if (isfinite(tr->val_loss) && isfinite(tr->floor))
-        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor, tr->val_loss - tr->floor);
+        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
+               tr->val_loss - tr->floor);
 }
 
 static void train(Trainer *tr) {
@@ -5654,7 +5782,8 @@ static void train(Trainer *tr) {
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
     if (stopped) {
-        if (comm_rank() == 0) printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+        if (comm_rank() == 0)
+            printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
         return;
     }
     report_end(tr);
@@ -5711,7 +5840,8 @@ static void log_header(const Trainer *tr) {
 static void check_out(const char *resume_dir) {
     int64_t *steps;
     int n = checkpoint_list(opt.out, &steps);
-    if (n && !resume_dir) die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
+    if (n && !resume_dir)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
     free(steps);
 }
 
@@ -5741,7 +5871,8 @@ static void setup_tokenizer(Trainer *tr, const char *model_dir) {
         tr->tokenizer = tokenizer_open(path);
         int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
         if (tr->c.V && (spare < 0 || spare > tr->c.V / 100)) {
-            if (opt.tokenizer) die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
+            if (opt.tokenizer)
+                die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
             tokenizer_free(tr->tokenizer);          // beside the data by chance
             tr->tokenizer = NULL;
         }
@@ -5757,7 +5888,8 @@ static void setup(Trainer *tr) {
         gpu_open(&tr->gpu);
         cudaCheck(cudaGetDeviceProperties(&device, comm.local_rank));
         snprintf(tr->device, sizeof tr->device, "%s", device.name);
-        if (device.major < 8) die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device.name, device.major, device.minor);
+        if (device.major < 8)
+            die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device.name, device.major, device.minor);
         tr->gpu.kernels = choose_kernels(device.major * 10 + device.minor);
         tr->peak = device_peak(device.name, opt.precision == BF16);
     }
@@ -5767,7 +5899,8 @@ static void setup(Trainer *tr) {
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    if (opt.resume && !resume_dir && comm_rank() == 0) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (opt.resume && !resume_dir && comm_rank() == 0)
+        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
@@ -5779,15 +5912,17 @@ static void setup(Trainer *tr) {
     if (!tr->c.V) {                         // `tiny` takes its vocabulary from the data
         tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
         if (!tr->c.V && opt.dry_run) tr->c.V = 1024;
-        if (!tr->c.V) die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer", opt.train_data);
+        if (!tr->c.V)
+            die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
+                opt.train_data);
         config_set_vocab(&tr->c, tr->c.V);
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
     }
     if (opt.seq_len > 16 * 65535) die("--seq-len %" PRId64 ": the CUDA trainer takes at most %d", opt.seq_len, 16 * 65535);
     if (tr->c.C % pack || tr->c.F % pack || tr->c.C > 16384)
-        die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most 16384", tr->c.C,
-            tr->c.F, pack, pack == 8 ? "bf16" : "fp32");
+        die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most "
+            "16384", tr->c.C, tr->c.F, pack, pack == 8 ? "bf16" : "fp32");
     resolve_options(tr);
     options_check();
     if (training) check_out(resume_dir);
@@ -5798,7 +5933,8 @@ static void setup(Trainer *tr) {
 
     int B = tr->m.B, T = tr->m.T, masked = (int)opt.document_mask;
     if (training || opt.dump_grads) {
-        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1, tr->c.V, masked);
+        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1,
+                    tr->c.V, masked);
         batch_alloc(&tr->batch, B, T, masked);
         if (resume_dir) {
             tr->train.state = tr->state.loader;
@@ -5830,11 +5966,13 @@ static void setup(Trainer *tr) {
     energy_open(&tr->energy, RAPL_FOLDER);
     if (!resume_dir) tr->state.joules = tr->energy.joules;
     if (comm_rank() == 0)
-        printf("device | %s | peak %s TFLOP/s (datasheet, dense %s) | energy counter %s\n", tr->device, measured_text(tr->peak * 1e-12, "%.1f"),
-               opt.precision == BF16 ? "bf16" : "fp32", tr->energy.n ? "of the GPU" : "unavailable");
+        printf("device | %s | peak %s TFLOP/s (datasheet, dense %s) | energy counter %s\n", tr->device,
+               measured_text(tr->peak * 1e-12, "%.1f"), opt.precision == BF16 ? "bf16" : "fp32",
+               tr->energy.n ? "of the GPU" : "unavailable");
     log_header(tr);
-    if (resume_dir && comm_rank() == 0) printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
-                                                tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
+    if (resume_dir && comm_rank() == 0)
+        printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
+               tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
     free(resume_dir);
 }
 

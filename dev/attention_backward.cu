@@ -170,9 +170,10 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
 // ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from
 // the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its keys: one owns dv, one dk ----
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv, float *__restrict__ delta,
-        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const __nv_bfloat16 *__restrict__ out,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv,
+        float *__restrict__ delta, const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv,
+        const __nv_bfloat16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
     __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
     __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
@@ -250,13 +251,15 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
         const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     typedef DkdvTile<WIDTH, PAIRS> Tile;
-    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS, STRIDE = WIDTH + 8;
+    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS;
+    constexpr int STRIDE = WIDTH + 8;
     float4 *exchanges = shared_memory<float4>();
     float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
     __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
     __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;   // early keys have most queries
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler that it is uniform: fewer registers
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;                  // early keys have most queries
+    const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler it is uniform: fewer registers
     const int pair = warp % PAIRS, owns_dk = warp / PAIRS;                  // with 4 pairs a pair is on one scheduler
     const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
     const float c = scale * (float)M_LOG2E;
@@ -275,12 +278,15 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         t_end = t_first + seen * QUERIES;
     }
     auto load_queries = [&](int h, int t, int buffer) {
-        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
-        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, T - t, D);
+        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W,
+                                           T - t, D);
+        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D,
+                                           (size_t)H * D, T - t, D);
         if (threadIdx.x >= 2 * QUERIES) return;
-        const int row = t + (int)threadIdx.x % QUERIES;                     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        const int row = t + (int)threadIdx.x % QUERIES;     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
         const float *stat = threadIdx.x < QUERIES ? lse : delta;
-        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat, row < T ? 4 : 0);
+        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat,
+                   row < T ? 4 : 0);
     };
 
     const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
@@ -296,14 +302,15 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     for (int buffer = 0; h < h_end; buffer ^= 1) {
         const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
-        __syncthreads();                                                    // this tile is here, and every warp has left the one before
+        __syncthreads();                                                    // this tile is here, every warp has left the last one
         const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
         const int t0 = t;
         t += QUERIES;
         if (t >= t_end) t = t_first, h++;
         if (h < h_end) load_queries(h, t, buffer ^ 1);
         cp_async_commit();
-        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS)) continue;   // nothing to see
+        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS))
+            continue;                                                       // nothing to see
         #pragma unroll
         for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
@@ -347,9 +354,9 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
 }
 
 // ---- fp32, shipped: for proof rather than speed ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
-        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out, const float *__restrict__ lse,
-        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv,
+        float *__restrict__ delta, const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
     float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -379,7 +386,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kern
             const int row = warp_row + i, t = t0 + row, key = s0 + lane;
             float ds = 0;
             if (t < T && key <= t && (!doc || key >= doc[t])) {
-                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
+                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale -
+                                     lse[(row0 + t) * H + h]);
                 ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
             }
             add_rows(dq[i], ds, k_tile, D);
@@ -390,9 +398,9 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kern
             if (lane + j * 32 < D) dqkv[(row0 + t0 + warp_row + i) * W + h * D + lane + j * 32] = dq[i][j] * scale;
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
-        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ lse,
+        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
     float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
     const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;

@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
-    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;    // where the last of this warp's rows t..t+31 begins to look
+    // where the last of this warp's rows t..t+31 begins to look
+    const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
     const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
     float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     softmax.init();
     fill(o, 0);
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks from tile to tile; v = k + K*D
+    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     cp_async_commit();
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
         cp_async_commit();
         k += (size_t)KEYS * W;
-        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;       // else above this warp's diagonal, or before its documents
+        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;   // else above the diagonal or before its documents
         if (visible) {
             fill(s, 0);
             multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
@@ -186,7 +187,8 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
         inverse[i / 2][i % 2] = 1 / sum;
-        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+        if (lane % 4 == 0 && row < T)
+            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
     }
     store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
 }
@@ -212,7 +214,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(
         for (int i = 0; i < F32_MINE; i++) {
             const int t = t0 + warp_row + i, key = s0 + lane, first = doc && t < T ? doc[t] : 0;
             const bool visible = first <= key && key <= t;
-            const float score = visible ? dot_rows(q_tile + (warp_row + i) * (D + 1), k_tile + lane * (D + 1), D) * scale : -INFINITY;
+            const float *q = q_tile + (warp_row + i) * (D + 1);
+            const float score = visible ? dot_rows(q, k_tile + lane * (D + 1), D) * scale : -INFINITY;
             const float highest = fmaxf(top[i], warp_max(score));
             if (highest == -INFINITY) continue;             // nothing to see yet (the same for the whole warp)
             const float p = expf(score - highest), shrink = expf(top[i] - highest);

@@ -90,12 +90,13 @@ __global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets,
 // ---- kernel 1, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and read from DRAM
 // once
 template <typename X>
-__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets, float dscale,
-                                                                            int V, int Vp, int cached) {
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets,
+                                                                            float dscale, int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(X);
     __shared__ float tops[32], sums[32];
     X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
-    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.x * E, step = blockDim.x * E;
+    const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int first = threadIdx.x * E, step = blockDim.x * E;
     if (target == IGNORED) {
         if (threadIdx.x == 0) nll[blockIdx.x] = 0;
         if (dscale != 0) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});

@@ -34,7 +34,8 @@ template <typename X> __global__ void embedding_forward_kernel3(X *x, const int 
 
 // ---- kernel 1, shipped: rows in the order of their tokens, which are read once per run of up to 32 ----
 template <typename X>
-__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w, int N, int C) {
+__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w,
+                                          int N, int C) {
     constexpr int E = 16 / sizeof(X), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;
     const int c0 = blockIdx.y * EMBED_COLUMNS + threadIdx.x * E;
     const int first = (blockIdx.x * EMBED_WARPS + threadIdx.y) * EMBED_RUN, last = min(first + EMBED_RUN, N);

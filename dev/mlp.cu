@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(ATT_THREADS) gate_up_swiglu_kernel3(bf16 *__re
 
 // ---- kernel 1, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight; rows leave through
 // shared memory in 16-byte stores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h, __nv_bfloat16 *__restrict__ gate_up,
-        const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h,
+        __nv_bfloat16 *__restrict__ gate_up, const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w,
+        int N, int C, int F) {
     constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
     __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
@@ -94,8 +95,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
     float s[MLP_WARP / 16][MLP_WARP / 8][4];
     fill(s, 0);
-    // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end repeat the
-    // last: their sums are never stored.
+    // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
+    // repeat the last: their sums are never stored.
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
     const __nv_bfloat16 *src[8];
     #pragma unroll
@@ -119,7 +120,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     if (out_f >= F) return;
     for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
         const size_t n = n0 + warp_row + r;
-        const Vec<__nv_bfloat16, 8> gate = load<8>(rows + r * (MLP_WARP + 8) + f), up = load<8>(rows + r * (MLP_WARP + 8) + HALF + f);
+        const __nv_bfloat16 *at = rows + r * (MLP_WARP + 8) + f;
+        const Vec<__nv_bfloat16, 8> gate = load<8>(at), up = load<8>(at + HALF);
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
@@ -166,8 +168,9 @@ __global__ void swiglu_down_backward_kernel2(bf16 *gate_up, bf16 *h, const bf16 
 }
 
 // ---- kernel 1, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the tensor cores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up, __nv_bfloat16 *__restrict__ h,
-        const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w, int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up,
+        __nv_bfloat16 *__restrict__ h, const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w,
+        int N, int C, int F) {
     __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
@@ -183,8 +186,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
-            cp_async_16(stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col, w_src + (size_t)(c + 8 * j) * F,
-                        c + 8 * j + w_row < C ? 16 : 0);
+            __nv_bfloat16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
+            cp_async_16(w_tile, w_src + (size_t)(c + 8 * j) * F, c + 8 * j + w_row < C ? 16 : 0);
         }
     };
     mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {

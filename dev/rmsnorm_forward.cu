@@ -58,7 +58,8 @@ __global__ void rmsnorm_forward_kernel3(X *out, float *rstd, const X *x, const X
 
 // ---- kernel 1, shipped: the row stays in registers, w in shared memory, enough warps per row for any width ----
 template <typename X>
-__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
+__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *rstd, const X *x, const X *w, float eps,
+                                                                int N, int C) {
     constexpr int E = 16 / sizeof(X), STEP = 32 * E;            // a warp has ROW_PACKS * STEP columns next to each other
     X *w_shared = shared_memory<X>();                           // (C)
     const int c0 = threadIdx.x / 32 * ROW_PACKS * STEP + threadIdx.x % 32 * E;

@@ -60,14 +60,16 @@ __global__ void qkv_norm_rope_forward_kernel2(X *qkv, X *qk_raw, float *qk_rstd,
 // ---- kernel 1, shipped: a warp per row; four neighbouring elements of both halves per lane, several heads at a time, angles
 // read once
 template <typename X, bool NORM>
-__global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
-                                              const float *sine, float eps, int H, int K, int D, int lanes, int N, int T) {
+__global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
+                                              const float *cosine, const float *sine, float eps, int H, int K, int D, int lanes,
+                                              int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
     X *w_shared = shared_memory<X>();                           // (2,D) if NORM
     const int lane = threadIdx.x % 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
     const bool active = i < half;
     if (NORM) {
-        for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4) store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
+        for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4)
+            store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
         __syncthreads();
     }
     for (int n = blockIdx.x * ROPE_WARPS + threadIdx.x / 32; n < N; n += gridDim.x * ROPE_WARPS) {
@@ -196,10 +198,11 @@ __global__ void qkv_norm_rope_backward_kernel2(X *dqkv, const X *qk_raw, const f
 // in registers
 template <typename X, bool NORM>
 __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X *qk_raw, const float *qk_rstd, const X *q_norm,
-                                               const X *k_norm, const float *cosine, const float *sine, int H, int K, int D, int lanes,
-                                               int N, int T) {
+                                               const X *k_norm, const float *cosine, const float *sine, int H, int K, int D,
+                                               int lanes, int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
     const bool active = i < half;
     float dw[4][4] = {};                                        // q: lower half, upper half; k: the same
     for (int n = blockIdx.x * ROPE_WARPS + warp; n < N; n += gridDim.x * ROPE_WARPS) {

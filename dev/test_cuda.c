@@ -1,6 +1,6 @@
 /*
-Proof of a CUDA build of litespark against the twin, from the outside: both programs read the same weights and data, and what they write
-(--dump-grads, log.jsonl, checkpoints, text) must agree.
+Proof of a CUDA build of litespark against the twin, from the outside: both programs read the same weights and data, and what
+they write (--dump-grads, log.jsonl, checkpoints, text) must agree.
 
     build/test_cuda --twin build/train_litespark --cuda 'PREFIX build/train_litespark_emu' [--double build/train_litespark_double]
                     [--level quick|ptx|long] [words of check names]
@@ -10,8 +10,9 @@ One line per check; the last line is "N passed, N failed[, N skipped]". NaN fail
 
 Criteria, e(x) = |x - twin| / |twin| of one tensor's gradient, twin = its --precision fp32:
     fp32   e(cuda) <= 1e-5, or 4 times the distance between the twin and its build in doubles where that is more (ill-conditioned)
-    bf16   e(cuda) <= 2 e(twin --precision bf16) =: 2e, cosine >= 1 - (2e)^2; weights are bf16 numbers, so both read the same ones.
-Planted errors: a copy of train_litespark.cu in which PLANTED=i swaps one text for a wrong one must fail these criteria, or be reported.
+    bf16   e(cuda) <= 2 e(twin --precision bf16) =: 2e, cosine >= 1 - (2e)^2; weights are bf16 numbers, so both read the same.
+Planted errors: a copy of train_litespark.cu in which PLANTED=i swaps one text for a wrong one must fail these criteria, or be
+reported.
 */
 #define LITESPARK_NO_MAIN
 #include "../train_litespark.c"
@@ -81,7 +82,8 @@ __attribute__((format(printf, 1, 2))) static Run start(const char *fmt, ...) {
     r.pid = fork();
     if (r.pid == 0) {
         setpgid(0, 0);
-        int in = open("/dev/null", O_RDONLY), out = open(r.out_path, O_WRONLY | O_CREAT | O_TRUNC, 0666), err = open(r.err_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        int in = open("/dev/null", O_RDONLY), out = open(r.out_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        int err = open(r.err_path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
         dup2(in, 0);
         dup2(out, 1);
         dup2(err, 2);
@@ -190,7 +192,8 @@ static void write_shard(const char *path, int n, int V, int document, uint64_t s
     int32_t *d = (int32_t *)xcalloc(256 + (size_t)n, 4), head[6] = {20240801, 7, n, V, 0, 2};
     for (int i = 0; i < n; i++) {
         uint64_t coin = random_bits(stream, 5, (uint64_t)i);
-        d[256 + i] = document && coin % (uint64_t)document == 0 ? 1 : coin >> 20 & 1 ? 7 : 2 + (int)((coin >> 24) % (uint64_t)(V - 2));
+        int any = 2 + (int)((coin >> 24) % (uint64_t)(V - 2));
+        d[256 + i] = document && coin % (uint64_t)document == 0 ? 1 : coin >> 20 & 1 ? 7 : any;
     }
     memcpy(d, head, sizeof head);
     write_text(path, (const char *)d, 1024 + (size_t)n * 4);
@@ -202,10 +205,12 @@ static const char *case_folder(const Case *c) {
     static char dir[320];
     snprintf(dir, sizeof dir, "%s/%s", top, c->name);
     if (!mkdir(dir, 0777)) {
-        char *text = path_text("{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, \"num_attention_heads\": %d, "
-            "\"num_key_value_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d, \"max_position_embeddings\": 1024, \"tie_word_embeddings\": %s, "
-            "\"rms_norm_eps\": 1e-5, \"rope_theta\": 100.0%s%s}\n", c->family, c->V, c->L, c->C, c->H, c->K, c->D, c->F, c->tied ? "true" : "false",
-            *c->more ? ", " : "", c->more);
+        char *text = path_text(
+            "{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, "
+            "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d, "
+            "\"max_position_embeddings\": 1024, \"tie_word_embeddings\": %s, \"rms_norm_eps\": 1e-5, "
+            "\"rope_theta\": 100.0%s%s}\n",
+            c->family, c->V, c->L, c->C, c->H, c->K, c->D, c->F, c->tied ? "true" : "false", *c->more ? ", " : "", c->more);
         char *path = path_text("%s/config.json", dir);
         write_text(path, text, strlen(text));
         Config config;
@@ -222,7 +227,8 @@ static const char *case_folder(const Case *c) {
             const Tensor *t = &p.tensors[i];
             double scale = !t->cols ? 0.3 : strstr(t->name, "embed") ? 0.3 : 1.2 / sqrt((double)t->cols);
             float *x = (float *)xmalloc(t->n * 4);
-            for (size_t j = 0; j < t->n; j++) x[j] = (float)((t->init == INIT_ONE) + scale * random_normal(seed, hash_string(t->name), j));
+            for (size_t j = 0; j < t->n; j++)
+                x[j] = (float)((t->init == INIT_ONE) + scale * random_normal(seed, hash_string(t->name), j));
             st_write(w, x, t->n);
             free(x);
         }
@@ -243,8 +249,8 @@ static const char *case_options(const Case *c, const char *precision) {
     static int next;
     const char *dir = case_folder(c);
     char *t = text[next++ % 4];
-    snprintf(t, sizeof text[0], "--init-from %s --train-data %s/train.bin --seq-len %d --logits-chunk %d --precision %s --document-mask %s --threads 1",
-             dir, dir, c->T, c->chunk, precision, c->document ? "on" : "off");
+    snprintf(t, sizeof text[0], "--init-from %s --train-data %s/train.bin --seq-len %d --logits-chunk %d --precision %s "
+             "--document-mask %s --threads 1", dir, dir, c->T, c->chunk, precision, c->document ? "on" : "off");
     return t;
 }
 
@@ -265,14 +271,14 @@ static Error tensor_error(const StSet *a, const StSet *b, const char *name) {
         xx += (double)x[i] * x[i], yy += (double)y[i] * y[i], xy += (double)x[i] * y[i];
     }
     e.error = yy > 0 ? sqrt(difference / yy) : sqrt(xx);
-    e.cosine = xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : difference == 0 ? 1 : isnan(difference) ? NAN : 0;     // of a zero vector: 0
+    e.cosine = xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : difference == 0 ? 1 : isnan(difference) ? NAN : 0;   // of a zero vector: 0
     free(x);
     free(y);
     return e;
 }
 
-// 1 when the dump meets the criterion; the summary names the worst tensor. paths: of the dump to test, of the twin's fp32, of the twin's
-// bf16 (NULL: the fp32 criterion), of the twin's in doubles (where there is one).
+// 1 when the dump meets the criterion; the summary names the worst tensor. paths: of the dump to test, of the twin's fp32, of the
+// twin's bf16 (NULL: the fp32 criterion), of the twin's in doubles (where there is one).
 static int compare(char *const paths[4], char *summary, size_t room) {
     StSet *sets[4] = {NULL};
     for (int i = 0; i < 4; i++) {
@@ -290,7 +296,8 @@ static int compare(char *const paths[4], char *summary, size_t room) {
         int is_loss = !strcmp(name, "loss");
         Error e = tensor_error(sets[0], sets[1], name);
         double tol = is_loss ? 1e-6 : 1e-5, ratio;
-        if (sets[2]) tol = 2 * tensor_error(sets[2], sets[1], name).error + (is_loss ? 1e-3 : 1e-6);    // one number may be right by chance
+        // the loss is one number and may be right by chance
+        if (sets[2]) tol = 2 * tensor_error(sets[2], sets[1], name).error + (is_loss ? 1e-3 : 1e-6);
         else if (!(e.error <= tol) && sets[3]) tol = fmax(tol, 4 * tensor_error(sets[1], sets[3], name).error);
         ratio = e.error / tol;
         if (sets[2] && !is_loss) ratio = fmax(ratio, isnan(e.cosine) ? NAN : (1 - e.cosine) / (tol * tol));
@@ -304,11 +311,13 @@ static int compare(char *const paths[4], char *summary, size_t room) {
 }
 
 // ==== 5. Gradients ======================================================================================================
-static char *dump_path(const Case *c, const char *who, const char *precision) { return path_text("%s/%s_%s_%s.st", top, c->name, who, precision); }
+static char *dump_path(const Case *c, const char *who, const char *precision) {
+    return path_text("%s/%s_%s_%s.st", top, c->name, who, precision);
+}
 
 static Run start_dump(const char *command, const char *who, const Case *c, const char *precision, const char *more) {
-    return start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s %s", command, case_options(c, precision), c->B, c->B * c->T,
-                 dump_path(c, who, precision), more);
+    return start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s %s", command, case_options(c, precision),
+                 c->B, c->B * c->T, dump_path(c, who, precision), more);
 }
 
 // The twin's three dumps of a case, once.
@@ -322,8 +331,8 @@ static void twin_dumps(const Case *c) {
 // Does the dump `who` meet the criterion? `text` says how well.
 static int dump_is_right(const Case *c, const char *who, const char *precision, char *text, size_t room) {
     twin_dumps(c);
-    char *paths[4] = {dump_path(c, who, precision), dump_path(c, "twin", "fp32"), strcmp(precision, "bf16") ? NULL : dump_path(c, "twin", "bf16"),
-                      dump_path(c, "double", "fp32")};
+    char *paths[4] = {dump_path(c, who, precision), dump_path(c, "twin", "fp32"),
+                      strcmp(precision, "bf16") ? NULL : dump_path(c, "twin", "bf16"), dump_path(c, "double", "fp32")};
     return compare(paths, text, room);
 }
 
@@ -361,7 +370,8 @@ static void check_mlp_forms(void) {
         char name[100], text[400];
         snprintf(name, sizeof name, "MLP %s %s bf16", fused ? "in the products" : "in passes", c->name);
         int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide");
-        if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused) || (level == PTX && !fused) || !wanted(name)) continue;
+        if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused) || (level == PTX && !fused) ||
+            !wanted(name)) continue;
         char *command = path_text("env LITESPARK_FUSED_MLP=%d %s", fused, cuda);
         Run r = start_dump(command, fused ? "fused" : "passes", c, "bf16", "");
         if (finish(&r)) { result(name, 0, "%s", complaint(&r)); continue; }
@@ -372,7 +382,8 @@ static void check_mlp_forms(void) {
 
 // Other schedules of threads, blocks and copies must give the same bits.
 static void check_seeds(void) {
-    for (int i = 0; i < COUNT(cases); i++) for (int p = 0; p < 2; p++) for (int order = 1; order <= (level == LONG ? 3 : 1); order++) {
+    const int n_orders = level == LONG ? 3 : 1;
+    for (int i = 0; i < COUNT(cases); i++) for (int p = 0; p < 2; p++) for (int order = 1; order <= n_orders; order++) {
         const Case *c = &cases[i];
         char name[100], who[20];
         snprintf(name, sizeof name, "schedule %d %s %s", order, c->name, precisions[p]);
@@ -382,7 +393,8 @@ static void check_seeds(void) {
             finish(&base);
         }
         snprintf(who, sizeof who, "order%d", order);
-        char *command = path_text("env EMU_SEED=%d EMU_ASYNC=%d PTXCPU_SEED=%d PTXCPU_ASYNC=%d %s", order, order, order, order, cuda);
+        char *command = path_text("env EMU_SEED=%d EMU_ASYNC=%d PTXCPU_SEED=%d PTXCPU_ASYNC=%d %s", order, order, order, order,
+                                  cuda);
         Run r = start_dump(command, who, c, precisions[p], "");
         if (finish(&r)) result(name, 0, "%s", complaint(&r));
         else result(name, same_files(dump_path(c, who, precisions[p]), dump_path(c, "cuda", precisions[p])), "the same bits");
@@ -406,7 +418,8 @@ static void check_recompute(void) {
         for (int k = 0; k < 3; k++) if (finish(&r[k])) bad = 1 + k;
         if (bad) result(name, 0, "%s", complaint(&r[bad - 1]));
         else result(name, same_files(dump_path(c, "none", precisions[p]), dump_path(c, "mlp", precisions[p])) &&
-                          same_files(dump_path(c, "none", precisions[p]), dump_path(c, "block", precisions[p])), "none, mlp and block give the same bits");
+                          same_files(dump_path(c, "none", precisions[p]), dump_path(c, "block", precisions[p])),
+                    "none, mlp and block give the same bits");
     }
 }
 
@@ -421,12 +434,18 @@ static void check_splits(void) {
         if (ranks == 2) {
             Run probe = start("mpirun -np 2 --oversubscribe %s --help", cuda);
             if (!is_emu()) { skip(name, "ranks are tested in the emulation"); continue; }
-            if (finish(&probe)) { skip(name, "no mpirun, or a build without MPI (apt-get install openmpi-bin libopenmpi-dev)"); continue; }
+            if (finish(&probe)) {
+                skip(name, "no mpirun, or a build without MPI (apt-get install openmpi-bin libopenmpi-dev)");
+                continue;
+            }
         }
         char *a = dump_path(c, "whole", "fp32"), *b = dump_path(c, ranks == 1 ? "split" : "ranks", "fp32");
-        Run r[2] = {start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", cuda, case_options(c, "fp32"), 2 * c->B, 2 * c->B * c->T, a),
-                    start("exec %s %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", ranks == 2 ? "mpirun -np 2 --oversubscribe" : "", cuda,
-                          case_options(c, "fp32"), c->B, 2 * c->B * c->T, b)};
+        const char *options = case_options(c, "fp32"), *mpirun = ranks == 2 ? "mpirun -np 2 --oversubscribe" : "";
+        int tokens = 2 * c->B * c->T;
+        Run r[2] = {start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", cuda, options, 2 * c->B,
+                          tokens, a),
+                    start("exec %s %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", mpirun, cuda, options, c->B,
+                          tokens, b)};
         int bad = finish(&r[0]) ? 1 : 0;
         if (finish(&r[1])) bad = 2;
         if (bad) { result(name, 0, "%s", complaint(&r[bad - 1])); continue; }
@@ -457,9 +476,10 @@ static int log_values(const char *out, const char *type, const char *key, double
 static Run start_training(const char *command, const char *out, const char *precision, int steps, const char *more) {
     const char *dir = case_folder(&trained);
     const char *from = strstr(more, "--resume") ? "" : path_text("--init-from %s", dir);
-    return start("exec %s %s --train-data %s/train.bin --seq-len %d --batch-size %d --total-batch-tokens %d --logits-chunk %d --precision %s --threads 1 "
-                 "--steps %d --lr 2e-3 --weight-decay 0.1 --warmup-steps 2 --sample-every 0 --log-every 1000 --out %s %s", command, from, dir, trained.T, trained.B,
-                 2 * trained.B * trained.T, trained.chunk, precision, steps, out, more);
+    return start("exec %s %s --train-data %s/train.bin --seq-len %d --batch-size %d --total-batch-tokens %d --logits-chunk %d "
+                 "--precision %s --threads 1 --steps %d --lr 2e-3 --weight-decay 0.1 --warmup-steps 2 --sample-every 0 "
+                 "--log-every 1000 --out %s %s", command, from, dir, trained.T, trained.B, 2 * trained.B * trained.T,
+                 trained.chunk, precision, steps, out, more);
 }
 
 static double largest_difference(const double *a, const double *b, int n) {
@@ -486,9 +506,13 @@ static void check_training(void) {
         if (finish_in(&r[1], 4 * timeout)) bad = 2;
         if (bad) { result(name, 0, "%s", complaint(&r[bad - 1])); continue; }
         int n = 0;
-        for (int i = 0; i < 2; i++) n += log_values(out[i], "step", "loss", loss[i], 64), log_values(out[i], "step", "grad_norm", norm[i], 64);
+        for (int i = 0; i < 2; i++) {
+            n += log_values(out[i], "step", "loss", loss[i], 64);
+            log_values(out[i], "step", "grad_norm", norm[i], 64);
+        }
         double d = n == 2 * steps ? largest_difference(loss[1], loss[0], steps) : NAN, tol = p || state ? 2e-2 : 1e-3;
-        result(name, d <= tol, "loss %.4f -> %.4f in %d steps, largest difference %.1e, at most %.0e", loss[1][0], loss[1][steps - 1], n / 2, d, tol);
+        result(name, d <= tol, "loss %.4f -> %.4f in %d steps, largest difference %.1e, at most %.0e", loss[1][0],
+               loss[1][steps - 1], n / 2, d, tol);
     }
 }
 
@@ -541,7 +565,8 @@ static void check_evaluation(void) {
         int bad = 0;
         for (int i = 0; i < 2; i++) {
             char *out = path_text("%s/eval%d%d", top, p, i);
-            Run r = start("exec %s %s --batch-size %d --eval-only --val-data %s/val.bin --out %s", i ? cuda : twin, case_options(c, precisions[p]), c->B, case_folder(c), out);
+            Run r = start("exec %s %s --batch-size %d --eval-only --val-data %s/val.bin --out %s", i ? cuda : twin,
+                          case_options(c, precisions[p]), c->B, case_folder(c), out);
             if (finish(&r)) bad++, result(name, 0, "%s", complaint(&r));
             else log_values(out, "val", "val_loss", x[i], 2);
         }
@@ -558,18 +583,21 @@ static void check_generation(void) {
         snprintf(name, sizeof name, "greedy text %s", c->name);
         if ((level != LONG && i) || !wanted(name)) continue;
         Run r[2];
-        for (int k = 0; k < 2; k++) r[k] = start("exec %s %s --batch-size 1 --total-batch-tokens %d --generate --temperature 0 --sample-tokens %d", k ? cuda : twin,
-                                                 case_options(c, "fp32"), c->T, level == PTX ? 6 : 40);     // 40: the window of T slides
+        int length = level == PTX ? 6 : 40;         // 40: the window of T slides
+        for (int k = 0; k < 2; k++)
+            r[k] = start("exec %s %s --batch-size 1 --total-batch-tokens %d --generate --temperature 0 --sample-tokens %d",
+                         k ? cuda : twin, case_options(c, "fp32"), c->T, length);
         int bad = finish(&r[0]) ? 1 : 0;
         if (finish(&r[1])) bad = 2;
         if (bad) { result(name, 0, "%s", complaint(&r[bad - 1])); continue; }
         const char *text[2] = {r[0].out, r[1].out};
         result(name, strlen(text[0]) > 10 && !strcmp(text[0], text[1]), "%.*s ...", 30, text[1]);
     }
-    if (level == PTX || !wanted("long sample")) return;             // every length from 1 to 80: a product's shape must not depend on it
+    // every length from 1 to 80: a product's shape must not depend on it
+    if (level == PTX || !wanted("long sample")) return;
     const Case *c = case_named("llama");
-    Run r = start("exec %s --init-from %s --generate --temperature 5 --sample-tokens 80 --batch-size 1 --seq-len %d --total-batch-tokens %d", cuda,
-                  case_folder(c), 128, 128);
+    Run r = start("exec %s --init-from %s --generate --temperature 5 --sample-tokens 80 --batch-size 1 --seq-len %d "
+                  "--total-batch-tokens %d", cuda, case_folder(c), 128, 128);
     finish(&r);
     int words = 0;
     for (const char *p = r.out; *p; p++) words += *p == ' ';
@@ -584,7 +612,8 @@ static void check_memory(void) {
         char name[100];
         snprintf(name, sizeof name, "memory table %d", i);
         if ((level == PTX && i) || !wanted(name)) continue;
-        Run dry = start("exec %s %s --batch-size %d --total-batch-tokens %d --dry-run %s", cuda, case_options(c, precisions[i % 2]), c->B, c->B * c->T, more[i]);
+        Run dry = start("exec %s %s --batch-size %d --total-batch-tokens %d --dry-run %s", cuda,
+                        case_options(c, precisions[i % 2]), c->B, c->B * c->T, more[i]);
         Run real = start_dump(cuda, "memory", c, precisions[i % 2], more[i]);
         int bad = finish(&dry) ? 1 : 0;
         if (finish(&real)) bad = 2;
@@ -593,15 +622,22 @@ static void check_memory(void) {
         result(name, a && b && !strncmp(a, b, strcspn(a, "\n") + 1), "%.*s", a ? (int)strcspn(a, "\n") : 0, a ? a : "");
     }
     for (int i = 0; i < 3; i++) {
-        const char *const names[] = {"out of memory", "no device", "no device --dry-run"}, *const env[] = {"EMU_MEM=20M", "EMU_DEVICES=0", "EMU_DEVICES=0"};
-        const char *const part[][2] = {{"out of GPU memory", "--batch-size"}, {"no CUDA device", "make train DEVICE=cpu"}, {"", ""}};
+        const char *const names[] = {"out of memory", "no device", "no device --dry-run"};
+        const char *const env[] = {"EMU_MEM=20M", "EMU_DEVICES=0", "EMU_DEVICES=0"};
+        const char *const part[][2] = {{"out of GPU memory", "--batch-size"}, {"no CUDA device", "make train DEVICE=cpu"},
+                                       {"", ""}};
         const Case *c = case_named("llama");
         if (!wanted(names[i])) continue;
         if (!is_emu()) { skip(names[i], "tested in the emulation"); continue; }
         char *command = path_text("env %s %s", env[i], cuda);
-        Run r = i < 2 ? start_dump(command, "machine", c, "bf16", "") : start("exec %s %s --batch-size 1 --total-batch-tokens %d --dry-run", command, case_options(c, "bf16"), c->T);
+        Run r = i < 2 ? start_dump(command, "machine", c, "bf16", "")
+                      : start("exec %s %s --batch-size 1 --total-batch-tokens %d --dry-run", command,
+                              case_options(c, "bf16"), c->T);
         finish(&r);
-        if (i == 2) { result(names[i], r.code == 0 && strstr(r.out, "memory |"), "%s", r.code ? complaint(&r) : "a table"); continue; }
+        if (i == 2) {
+            result(names[i], r.code == 0 && strstr(r.out, "memory |"), "%s", r.code ? complaint(&r) : "a table");
+            continue;
+        }
         const char *line = strchr(r.err, '\n');
         int one_line = line && !line[1] && !strncmp(r.err, "error: ", 7);
         result(names[i], r.code == 1 && one_line && strstr(r.err, part[i][0]) && strstr(r.err, part[i][1]), "%s", complaint(&r));
@@ -613,10 +649,12 @@ static void check_refusals(void) {
     const Case *c = case_named("llama");
     if (is_emu() && wanted("unequal memory")) {
         Run probe = start("mpirun -np 2 --oversubscribe %s --help", cuda);
-        if (finish(&probe)) skip("unequal memory", "no mpirun, or a build without MPI (apt-get install openmpi-bin libopenmpi-dev)");
+        if (finish(&probe))
+            skip("unequal memory", "no mpirun, or a build without MPI (apt-get install openmpi-bin libopenmpi-dev)");
         else {
-            char *out = path_text("%s/unequal", top), *options = path_text("%s --total-batch-tokens %d --steps 1 --timeout 20 --checkpoint-every 0 --sample-every 0 --out %s",
-                                                                           case_options(c, "bf16"), 32 * c->T, out);
+            char *out = path_text("%s/unequal", top);
+            char *options = path_text("%s --total-batch-tokens %d --steps 1 --timeout 20 --checkpoint-every 0 --sample-every 0 "
+                                      "--out %s", case_options(c, "bf16"), 32 * c->T, out);
             Run r = start("exec mpirun --oversubscribe -np 1 %s %s : -np 1 env EMU_MEM=834M %s %s", cuda, options, cuda, options);
             finish(&r);
             result("unequal memory", r.code == 0, "exit status %d%s%s", r.code, r.code ? ": " : "", r.code ? complaint(&r) : "");
@@ -624,33 +662,55 @@ static void check_refusals(void) {
     }
     if (!wanted("refused sizes")) return;
     char *config = path_text("%s/odd.json", top);
-    const char *text = "{\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": 64, \"intermediate_size\": 172, \"num_hidden_layers\": 1, "
-                       "\"num_attention_heads\": 4, \"vocab_size\": 512, \"max_position_embeddings\": 64, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\"}";
+    const char *text = "{\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": 64, "
+                       "\"intermediate_size\": 172, \"num_hidden_layers\": 1, \"num_attention_heads\": 4, \"vocab_size\": 512, "
+                       "\"max_position_embeddings\": 64, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\"}";
     write_text(config, text, strlen(text));
     Run r = start("exec %s --config %s --precision bf16 --dry-run", cuda, config);
     finish(&r);
     const char *line = strchr(r.err, '\n');
-    result("refused sizes", r.code == 1 && line && !line[1] && strstr(r.err, "intermediate_size 172") && strstr(r.err, "multiples of 8"), "%s", complaint(&r));
+    int named = strstr(r.err, "intermediate_size 172") && strstr(r.err, "multiples of 8");
+    result("refused sizes", r.code == 1 && line && !line[1] && named, "%s", complaint(&r));
 }
 
 // ==== 8. Planted errors =================================================================================================
 // In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row.
-static const struct Planted { const char *name, *anchor, *from, *to; int statement; const char *name_of_case, *precision; int levels; } planted[] = {
-    {"no __syncthreads in attention", "(ATT_THREADS) attention_forward_kernel1(", "__syncthreads();", "", 1, "mistral", "bf16", QUICK | LONG},
-    {"swapped fragment", "void multiply_rows(", "mma_bf16(s[m][n + 1], a[m], b + 2);", "mma_bf16(s[m][n + 1], a[m], b);", 1, "llama", "bf16", LONG},
-    {"no cp.async wait", "attention_backward_dkdv_kernel1(", "cp_async_wait<0>();", "", 1, "llama", "bf16", LONG},
-    {"wrong scale in attention backward", "static void attention_backward_width(", "(float)(1 / sqrt((double)D))", "(float)(1 / sqrt((double)D + 4))", 0, "llama", "bf16", QUICK | LONG},
-    {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel1(X *dx", "(d[k] * w_j[k] - v[k] * mean)", "(d[k] * w_j[k])", 0, "llama", "fp32", LONG},
-    {"wrong sign in rope backward", "void qkv_norm_rope_backward_kernel1(", "b[k] * c[k] - a[k] * s[k]", "b[k] * c[k] + a[k] * s[k]", 0, "llama", "fp32", LONG},
-    {"= instead of += in dw", "void matmul_backward_w(", "(const float *)dw", "(const float *)NULL", 0, "llama", "fp32", QUICK | LONG},
-    {"a row lost in embedding backward", "add_rows(sum, dx, order, first[i] + warp,", "first[i + 1]", "(first[i + 1] - 1)", 0, "llama", "fp32", LONG},
-    {"no gradient of biases", "void llama_backward(", "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);", "", 1, "qwen2", "fp32", LONG},
-    {"cross entropy without the onehot", "cross_entropy_kernel1(float *nll", "x[k] -= dscale", "(x[k] -= 0)", 0, "llama", "fp32", LONG},
-    {"document mask ignored in backward", "void mask_scores_transposed(", "key > t || key < first", "key > t", 0, "documents", "bf16", LONG},
-    {"wrong key head in dq", "attention_backward_dq_kernel1(", "h / (H / K)", "h % K", 0, "llama", "bf16", LONG},
-    {"no cp.async wait in the products of the MLP", "void mlp_pipeline(", "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
-    {"gate for up in the products of the MLP", "gate_up_swiglu_kernel1(__nv_bfloat16", "(i % 2)", "((i + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
-    {"dropped term in qk-norm backward", "void qkv_norm_rope_backward_kernel1(", "norm_a[k] * mean", "0", 0, "qwen3", "fp32", LONG},
+static const struct Planted {
+    const char *name, *anchor, *from, *to;
+    int statement;
+    const char *name_of_case, *precision;
+    int levels;
+} planted[] = {
+    {"no __syncthreads in attention", "(ATT_THREADS) attention_forward_kernel1(",
+     "__syncthreads();", "", 1, "mistral", "bf16", QUICK | LONG},
+    {"swapped fragment", "void multiply_rows(",
+     "mma_bf16(s[m][n + 1], a[m], b + 2);", "mma_bf16(s[m][n + 1], a[m], b);", 1, "llama", "bf16", LONG},
+    {"no cp.async wait", "attention_backward_dkdv_kernel1(",
+     "cp_async_wait<0>();", "", 1, "llama", "bf16", LONG},
+    {"wrong scale in attention backward", "static void attention_backward_width(",
+     "(float)(1 / sqrt((double)D))", "(float)(1 / sqrt((double)D + 4))", 0, "llama", "bf16", QUICK | LONG},
+    {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel1(X *dx",
+     "(d[k] * w_j[k] - v[k] * mean)", "(d[k] * w_j[k])", 0, "llama", "fp32", LONG},
+    {"wrong sign in rope backward", "void qkv_norm_rope_backward_kernel1(",
+     "b[k] * c[k] - a[k] * s[k]", "b[k] * c[k] + a[k] * s[k]", 0, "llama", "fp32", LONG},
+    {"= instead of += in dw", "void matmul_backward_w(",
+     "(const float *)dw", "(const float *)NULL", 0, "llama", "fp32", QUICK | LONG},
+    {"a row lost in embedding backward", "add_rows(sum, dx, order, first[i] + warp,",
+     "first[i + 1]", "(first[i + 1] - 1)", 0, "llama", "fp32", LONG},
+    {"no gradient of biases", "void llama_backward(",
+     "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);", "", 1, "qwen2", "fp32", LONG},
+    {"cross entropy without the onehot", "cross_entropy_kernel1(float *nll",
+     "x[k] -= dscale", "(x[k] -= 0)", 0, "llama", "fp32", LONG},
+    {"document mask ignored in backward", "void mask_scores_transposed(",
+     "key > t || key < first", "key > t", 0, "documents", "bf16", LONG},
+    {"wrong key head in dq", "attention_backward_dq_kernel1(",
+     "h / (H / K)", "h % K", 0, "llama", "bf16", LONG},
+    {"no cp.async wait in the products of the MLP", "void mlp_pipeline(",
+     "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
+    {"gate for up in the products of the MLP", "gate_up_swiglu_kernel1(__nv_bfloat16",
+     "(i % 2)", "((i + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
+    {"dropped term in qk-norm backward", "void qkv_norm_rope_backward_kernel1(",
+     "norm_a[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
 
 static Run compile;
@@ -731,11 +791,13 @@ int main(int argc, char **argv) {
             level = !strcmp(word, "quick") ? QUICK : !strcmp(word, "ptx") ? PTX : !strcmp(word, "long") ? LONG : 0;
             if (!level) die("--level %s: choose quick, ptx or long", word);
         } else if (argv[i][0] == '-' || n_filters == 64) {
-            die("usage: %s --cuda 'COMMAND' [--twin FILE] [--double FILE] [--level quick|ptx|long] [--seed N] [--timeout SECONDS] [words of check names]", argv[0]);
+            die("usage: %s --cuda 'COMMAND' [--twin FILE] [--double FILE] [--level quick|ptx|long] [--seed N] "
+                "[--timeout SECONDS] [words of check names]", argv[0]);
         } else filters[n_filters++] = argv[i];
     }
     if (!cuda) die("--cuda 'COMMAND' names the trainer to test, such as build/train_litespark_emu");
-    const char *const settings[][2] = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMPI_MCA_hwloc_base_binding_policy", "none"},
+    const char *const settings[][2] = {
+        {"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMPI_MCA_hwloc_base_binding_policy", "none"},
         {"OMP_WAIT_POLICY", "passive"}, {"OMPI_MCA_mpi_yield_when_idle", "1"}, {"OMPI_MCA_ess_singleton_isolated", "1"},
         {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}, {"EMU_THREADS", "1"}};
     for (int i = 0; i < COUNT(settings); i++) setenv(settings[i][0], settings[i][1], 0);
