@@ -388,10 +388,10 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
     embed = lambda kernel: counts.rows(counts.name("norm 1", kernel), N, C, "norm 1", "norm 3", lambda r: r["C"])
     columns = {q: v * C / run_c for run_c in [counts.runs["norm 3"]["C"]] for q, v in counts.per_launch("norm 3", "column_sums").items()}
     if mlp_form == "passes":
-        up = [gemm("gate|up forward", L + again_up, N, 2 * F, C), memory_bound("SwiGLU", "SwiGLU forward", L, mlp("swiglu_forward"))]
+        up = [gemm("gate/up forward", L + again_up, N, 2 * F, C), memory_bound("SwiGLU", "SwiGLU forward", L, mlp("swiglu_forward"))]
         down = [gemm("down backward x", L, N, F, C), memory_bound("SwiGLU", "SwiGLU backward, h rebuilt", L, mlp("swiglu_backward"))]
     else:
-        up = [own_product("gate|up forward with SwiGLU", L + again_up, counts.product("gate_up_swiglu", N, C, F), factor, 2.0 * N * F)]
+        up = [own_product("gate/up forward with SwiGLU", L + again_up, counts.product("gate_up_swiglu", N, C, F), factor, 2.0 * N * F)]
         down = [own_product("down backward x with SwiGLU", L, counts.product("swiglu_down_backward", N, C, F), factor, 2.0 * 4 * N * F)]
     ops = [
         memory_bound("other", "embedding forward", 1, embed("embedding_forward")),
@@ -411,10 +411,10 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
         memory_bound("norm", "final RMSNorm backward", 1, counts.norm_backward(norm_backward, N, C, True)),
         *down,
         gemm("down backward w", L, C, F, N, 4, True),
-        gemm("gate|up backward x", L, N, C, 2 * F),
+        gemm("gate/up backward x", L, N, C, 2 * F),
         memory_bound("norm", "RMSNorm backward, norm rebuilt", 2 * L, counts.norm_backward(norm_backward, N, C, False)),
         memory_bound("norm", "sums of its partials", 2 * L + 1, columns),
-        gemm("gate|up backward w", L, 2 * F, C, N, 4, True),
+        gemm("gate/up backward w", L, 2 * F, C, N, 4, True),
         gemm("o backward w", L, C, c.HD, N, 4, True),
         gemm("o backward x", L, N, c.HD, C),
         attention_op("attention backward: dq", L, counts.attention("attention_backward_dq", c, B, T), backward_factor),
@@ -456,7 +456,7 @@ def per_layer(ops, c, N):
     """Bytes per token and layer, op by op: (name, compulsory, sectors)."""
     groups = {"RMSNorm forward x2": ["RMSNorm forward"], "residual, read by the products": ["o forward + residual", "down forward + residual"],
               "RoPE forward + backward": ["RoPE forward", "RoPE backward"], "attention forward": ["attention forward"],
-              "SwiGLU forward": ["SwiGLU forward", "gate|up forward with SwiGLU"],
+              "SwiGLU forward": ["SwiGLU forward", "gate/up forward with SwiGLU"],
               "SwiGLU backward": ["SwiGLU backward, h rebuilt", "down backward x with SwiGLU"], "RMSNorm backward x2": ["RMSNorm backward, norm rebuilt"],
               "attention backward": ["attention backward: dk dv", "attention backward: dq"], "sums of partials": ["sums of its partials"]}
     by = {o.name: o for o in ops}
