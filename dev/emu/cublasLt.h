@@ -5,24 +5,51 @@
 #pragma once
 #include "cuda_bf16.h"
 
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_ALLOC_FAILED = 3, CUBLAS_STATUS_INVALID_VALUE = 7,
-                      CUBLAS_STATUS_ARCH_MISMATCH = 8, CUBLAS_STATUS_EXECUTION_FAILED = 13, CUBLAS_STATUS_INTERNAL_ERROR = 14, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
-enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };   // TF32 computes in fp32 here
+enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_ALLOC_FAILED = 3, CUBLAS_STATUS_INVALID_VALUE = 7,
+    CUBLAS_STATUS_ARCH_MISMATCH = 8, CUBLAS_STATUS_EXECUTION_FAILED = 13, CUBLAS_STATUS_INTERNAL_ERROR = 14,
+    CUBLAS_STATUS_NOT_SUPPORTED = 15
+};
+enum cublasComputeType_t {      // TF32 computes in fp32 here
+    CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77
+};
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
 enum cublasLtOrder_t { CUBLASLT_ORDER_COL = 0, CUBLASLT_ORDER_ROW = 1 };
 enum cublasLtPointerMode_t { CUBLASLT_POINTER_MODE_HOST = 0, CUBLASLT_POINTER_MODE_DEVICE = 1 };
 enum cublasLtReductionScheme_t { CUBLASLT_REDUCTION_SCHEME_NONE = 0, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
 enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 };
-enum cublasLtMatmulDescAttributes_t { CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0, CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1, CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,
-    CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_MATMUL_DESC_TRANSB = 4, CUBLASLT_MATMUL_DESC_EPILOGUE = 7, CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,
-    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26 };
-enum cublasLtMatrixLayoutAttribute_t { CUBLASLT_MATRIX_LAYOUT_TYPE = 0, CUBLASLT_MATRIX_LAYOUT_ORDER = 1, CUBLASLT_MATRIX_LAYOUT_ROWS = 2, CUBLASLT_MATRIX_LAYOUT_COLS = 3,
-    CUBLASLT_MATRIX_LAYOUT_LD = 4, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6 };
-enum cublasLtMatmulPreferenceAttributes_t { CUBLASLT_MATMUL_PREF_SEARCH_MODE = 0, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
-    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8 };
+enum cublasLtMatmulDescAttributes_t {
+    CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0, CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1, CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,
+    CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_MATMUL_DESC_TRANSB = 4, CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26
+};
+enum cublasLtMatrixLayoutAttribute_t {
+    CUBLASLT_MATRIX_LAYOUT_TYPE = 0, CUBLASLT_MATRIX_LAYOUT_ORDER = 1, CUBLASLT_MATRIX_LAYOUT_ROWS = 2,
+    CUBLASLT_MATRIX_LAYOUT_COLS = 3, CUBLASLT_MATRIX_LAYOUT_LD = 4, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5,
+    CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6
+};
+enum cublasLtMatmulPreferenceAttributes_t {
+    CUBLASLT_MATMUL_PREF_SEARCH_MODE = 0, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8
+};
 
-struct cublasLtMatmulDescOpaque_t { cublasComputeType_t compute; cudaDataType_t scale; int32_t pointer_mode, transa, transb; uint32_t epilogue; const void *bias; int32_t bias_type; };
-struct cublasLtMatrixLayoutOpaque_t { cudaDataType_t type; uint64_t rows, cols; int64_t ld; int32_t order, batch; int64_t stride; };
+struct cublasLtMatmulDescOpaque_t {
+    cublasComputeType_t compute;
+    cudaDataType_t scale;
+    int32_t pointer_mode, transa, transb;
+    uint32_t epilogue;
+    const void *bias;
+    int32_t bias_type;
+};
+struct cublasLtMatrixLayoutOpaque_t {
+    cudaDataType_t type;
+    uint64_t rows, cols;
+    int64_t ld;
+    int32_t order, batch;
+    int64_t stride;
+};
 struct cublasLtMatmulPreferenceOpaque_t { uint64_t workspace; };
 struct cublasLtContext { int version; };
 typedef cublasLtContext *cublasLtHandle_t;
@@ -30,7 +57,13 @@ typedef cublasLtMatmulDescOpaque_t *cublasLtMatmulDesc_t;
 typedef cublasLtMatrixLayoutOpaque_t *cublasLtMatrixLayout_t;
 typedef cublasLtMatmulPreferenceOpaque_t *cublasLtMatmulPreference_t;
 struct cublasLtMatmulAlgo_t { uint64_t data[8]; };            // data: shape and workspace it was made for
-struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; size_t workspaceSize; cublasStatus_t state; float wavesCount; int reserved[4]; };
+struct cublasLtMatmulHeuristicResult_t {
+    cublasLtMatmulAlgo_t algo;
+    size_t workspaceSize;
+    cublasStatus_t state;
+    float wavesCount;
+    int reserved[4];
+};
 
 inline const char *cublasGetStatusString(cublasStatus_t s) {
     return s == 0 ? "CUBLAS_STATUS_SUCCESS" : s == 7 ? "CUBLAS_STATUS_INVALID_VALUE" : s == 13 ?
@@ -45,12 +78,16 @@ inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasCo
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { delete d; return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType_t t, uint64_t rows, uint64_t cols, int64_t ld) {
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType_t t, uint64_t rows, uint64_t cols,
+                                                 int64_t ld) {
     *l = new cublasLtMatrixLayoutOpaque_t{t, rows, cols, ld, CUBLASLT_ORDER_COL, 1, 0};
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { delete l; return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *p) { *p = new cublasLtMatmulPreferenceOpaque_t{0}; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *p) {
+    *p = new cublasLtMatmulPreferenceOpaque_t{0};
+    return CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { delete p; return CUBLAS_STATUS_SUCCESS; }
 namespace emu {
 template <typename T> inline cublasStatus_t set_attribute(T *field, const void *v, size_t n) {
@@ -62,7 +99,8 @@ template <typename T> inline cublasStatus_t set_attribute(T *field, const void *
     return CUBLAS_STATUS_SUCCESS;
 }
 }  // namespace emu
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t a, const void *v, size_t n) {
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t a, const void *v,
+                                                     size_t n) {
     switch (a) {
     case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return emu::set_attribute(&d->compute, v, n);
     case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return emu::set_attribute(&d->scale, v, n);
@@ -96,8 +134,9 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
 
 namespace emu {
 struct Gemm { int m, n, k, batch; };
-inline const char *gemm_shape(Gemm *g, const cublasLtMatmulDescOpaque_t &d, const cublasLtMatrixLayoutOpaque_t &a, const cublasLtMatrixLayoutOpaque_t &b,
-                              const cublasLtMatrixLayoutOpaque_t &c, const cublasLtMatrixLayoutOpaque_t &o) {   // null, or what is wrong
+typedef cublasLtMatrixLayoutOpaque_t Layout;
+inline const char *gemm_shape(Gemm *g, const cublasLtMatmulDescOpaque_t &d, const Layout &a, const Layout &b, const Layout &c,
+                              const Layout &o) {   // null, or what is wrong
     const cublasLtMatrixLayoutOpaque_t *all[4] = {&a, &b, &c, &o};
     for (const cublasLtMatrixLayoutOpaque_t *l : all) {
         if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF) return "a matrix type other than CUDA_R_32F or CUDA_R_16BF";
@@ -105,9 +144,12 @@ inline const char *gemm_shape(Gemm *g, const cublasLtMatmulDescOpaque_t &d, cons
         if (!l->rows || !l->cols || l->ld < (int64_t)l->rows) return "an empty matrix, or ld smaller than the rows";
         if (l->batch != o.batch) return "different batch counts";
     }
-    if (d.scale != CUDA_R_32F || d.pointer_mode != CUBLASLT_POINTER_MODE_HOST) return "alpha and beta other than fp32 on the host";
-    if (d.epilogue != CUBLASLT_EPILOGUE_DEFAULT && d.epilogue != CUBLASLT_EPILOGUE_BIAS) return "an epilogue other than DEFAULT or BIAS";
-    if (a.type != b.type || c.type != o.type || (a.type == CUDA_R_32F && o.type == CUDA_R_16BF)) return "this combination of types";
+    if (d.scale != CUDA_R_32F || d.pointer_mode != CUBLASLT_POINTER_MODE_HOST)
+        return "alpha and beta other than fp32 on the host";
+    if (d.epilogue != CUBLASLT_EPILOGUE_DEFAULT && d.epilogue != CUBLASLT_EPILOGUE_BIAS)
+        return "an epilogue other than DEFAULT or BIAS";
+    if (a.type != b.type || c.type != o.type || (a.type == CUDA_R_32F && o.type == CUDA_R_16BF))
+        return "this combination of types";
     *g = Gemm{(int)o.rows, (int)o.cols, (int)(d.transa ? a.rows : a.cols), o.batch};
     if ((int)(d.transa ? a.cols : a.rows) != g->m || (int)(d.transb ? b.rows : b.cols) != g->n || (int)(d.transb ?
         b.cols : b.rows) != g->k || c.rows != o.rows || c.cols != o.cols)
@@ -153,8 +195,8 @@ inline void gemm_tile(float out[NR][MR], const float *a, const float *b, int k) 
     }
     memcpy(out, total, sizeof total);
 }
-inline void gemm_run(const Gemm &g, const cublasLtMatmulDescOpaque_t &d, float alpha, float beta, const void *A, const cublasLtMatrixLayoutOpaque_t &a, const void *B,
-                     const cublasLtMatrixLayoutOpaque_t &b, const void *C, const cublasLtMatrixLayoutOpaque_t &c, void *D, const cublasLtMatrixLayoutOpaque_t &o) {
+inline void gemm_run(const Gemm &g, const cublasLtMatmulDescOpaque_t &d, float alpha, float beta, const void *A, const Layout &a,
+                     const void *B, const Layout &b, const void *C, const Layout &c, void *D, const Layout &o) {
     const int mt = (g.m + MR - 1) / MR, nt = (g.n + NR - 1) / NR;
     std::unique_ptr<float[]> pa(new float[(size_t)mt * MR * g.k]), pb(new float[(size_t)nt * NR * g.k]);
     for (int batch = 0; batch < g.batch; batch++) {
@@ -167,10 +209,12 @@ inline void gemm_run(const Gemm &g, const cublasLtMatmulDescOpaque_t &d, float a
                 gemm_tile(t, pa.get() + (size_t)tile * MR * g.k, pb.get() + (size_t)nb * NR * g.k, g.k);
                 for (int j = 0; j < NR && nb * NR + j < g.n; j++)
                     for (int i = 0; i < MR && tile * MR + i < g.m; i++) {
-                        const size_t m = (size_t)tile * MR + i, n = (size_t)nb * NR + j, at = (size_t)o.stride * batch + n * o.ld + m;
+                        const size_t m = (size_t)tile * MR + i, n = (size_t)nb * NR + j;
+                        const size_t at = (size_t)o.stride * batch + n * o.ld + m;
                         float v = alpha * t[j][i];
                         if (beta != 0) v += beta * element(C, c.type, (size_t)c.stride * batch + n * c.ld + m);
-                        if (d.epilogue == CUBLASLT_EPILOGUE_BIAS) v += element(d.bias, d.bias_type < 0 ? o.type : (cudaDataType_t)d.bias_type, m);
+                        if (d.epilogue == CUBLASLT_EPILOGUE_BIAS)
+                            v += element(d.bias, d.bias_type < 0 ? o.type : (cudaDataType_t)d.bias_type, m);
                         if (o.type == CUDA_R_32F) ((float *)D)[at] = v;
                         else ((uint16_t *)D)[at] = __float2bfloat16_rn(v).bits;
                     }
@@ -179,8 +223,10 @@ inline void gemm_run(const Gemm &g, const cublasLtMatmulDescOpaque_t &d, float a
 }
 }  // namespace emu
 
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
-                                                     cublasLtMatrixLayout_t o, cublasLtMatmulPreference_t p, int want, cublasLtMatmulHeuristicResult_t *r, int *found) {
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
+                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t o,
+                                                     cublasLtMatmulPreference_t p, int want, cublasLtMatmulHeuristicResult_t *r,
+                                                     int *found) {
     emu::Gemm g;
     *found = 0;
     const char *wrong = emu::gemm_shape(&g, *d, *a, *b, *c, *o);
@@ -191,15 +237,17 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     if (want < 1) return CUBLAS_STATUS_INVALID_VALUE;
     memset(r, 0, sizeof *r);
     r->workspaceSize = p->workspace < (1 << 20) ? p->workspace : 1 << 20;
-    const uint64_t key[8] = {(uint64_t)g.m, (uint64_t)g.n, (uint64_t)g.k, (uint64_t)(d->transa * 2 + d->transb), (uint64_t)a->type,
-        (uint64_t)o->type, r->workspaceSize, 0x6c74};
+    const uint64_t key[8] = {(uint64_t)g.m, (uint64_t)g.n, (uint64_t)g.k, (uint64_t)(d->transa * 2 + d->transb),
+        (uint64_t)a->type, (uint64_t)o->type, r->workspaceSize, 0x6c74};
     memcpy(r->algo.data, key, sizeof key);
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void *alpha, const void *A, cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b,
-                                     const void *beta, const void *C, cublasLtMatrixLayout_t c, void *D, cublasLtMatrixLayout_t o, const cublasLtMatmulAlgo_t *algo,
-                                     void *workspace, size_t workspace_bytes, cudaStream_t stream) {
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void *alpha, const void *A,
+                                     cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b, const void *beta,
+                                     const void *C, cublasLtMatrixLayout_t c, void *D, cublasLtMatrixLayout_t o,
+                                     const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
+                                     cudaStream_t stream) {
     emu::Gemm g;
     const char *wrong = emu::gemm_shape(&g, *d, *a, *b, *c, *o);
     const float alpha_v = *(const float *)alpha, beta_v = *(const float *)beta;
@@ -208,11 +256,15 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
                            algo->data[5] != (uint64_t)o->type || algo->data[3] != (uint64_t)(d->transa * 2 + d->transb)))
         wrong = "an algorithm found for another problem";
     if (!wrong && algo && algo->data[6] > workspace_bytes) wrong = "a workspace smaller than the algorithm needs";
-    if (wrong) { emu::host_error(cudaErrorInvalidValue, "cublasLtMatmul: not supported: %s", wrong); return CUBLAS_STATUS_NOT_SUPPORTED; }
+    if (wrong) {
+        emu::host_error(cudaErrorInvalidValue, "cublasLtMatmul: not supported: %s", wrong);
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
     struct { const char *name; const void *p; size_t bytes; bool used; } operands[6] = {
-        {"A", A, emu::extent(*a), true}, {"B", B, emu::extent(*b), true}, {"C", C, emu::extent(*c), beta_v != 0}, {"D", D, emu::extent(*o), true},
-        {"bias", d->bias, (size_t)g.m * (o->type == CUDA_R_32F ? 4 : 2), d->epilogue == CUBLASLT_EPILOGUE_BIAS}, {"workspace",
-            workspace, workspace_bytes, workspace_bytes > 0}};
+        {"A", A, emu::extent(*a), true}, {"B", B, emu::extent(*b), true}, {"C", C, emu::extent(*c), beta_v != 0},
+        {"D", D, emu::extent(*o), true},
+        {"bias", d->bias, (size_t)g.m * (o->type == CUDA_R_32F ? 4 : 2), d->epilogue == CUBLASLT_EPILOGUE_BIAS},
+        {"workspace", workspace, workspace_bytes, workspace_bytes > 0}};
     for (const auto &x : operands) {
         if (!x.used) continue;
         if (!emu::operand_ok("cublasLtMatmul", x.name, x.p, x.bytes, 1)) return CUBLAS_STATUS_INVALID_VALUE;

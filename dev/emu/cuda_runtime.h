@@ -49,11 +49,13 @@ struct dim3 {
 };
 
 enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInitializationError = 3, cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidDevicePointer = 17, cudaErrorInvalidMemcpyDirection = 21, cudaErrorInsufficientDriver = 35, cudaErrorInvalidDeviceFunction = 98,
-    cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101, cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorIllegalAddress = 700,
-    cudaErrorLaunchOutOfResources = 701, cudaErrorAssert = 710, cudaErrorHostMemoryAlreadyRegistered = 712, cudaErrorHostMemoryNotRegistered = 713,
-    cudaErrorMisalignedAddress = 716, cudaErrorLaunchFailure = 719, cudaErrorNotSupported = 801, cudaErrorUnknown = 999
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInitializationError = 3,
+    cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevicePointer = 17, cudaErrorInvalidMemcpyDirection = 21,
+    cudaErrorInsufficientDriver = 35, cudaErrorInvalidDeviceFunction = 98, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
+    cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchOutOfResources = 701, cudaErrorAssert = 710, cudaErrorHostMemoryAlreadyRegistered = 712,
+    cudaErrorHostMemoryNotRegistered = 713, cudaErrorMisalignedAddress = 716, cudaErrorLaunchFailure = 719,
+    cudaErrorNotSupported = 801, cudaErrorUnknown = 999
 };
 inline thread_local uint3 threadIdx, blockIdx;               // of the running thread: emu.h sets them at every switch
 inline thread_local dim3 blockDim, gridDim;
@@ -71,9 +73,15 @@ EMU_INLINE int sync_threads(int value, int line, const char *name) {
 EMU_INLINE void warp_sync(const Verb *verb, uint32_t mask, void *args) { warp_op(verb, mask, args); asm volatile(""); }
 }
 EMU_INLINE void __syncthreads(int line = __builtin_LINE()) { emu::sync_threads(0, line, "__syncthreads"); }
-EMU_INLINE int __syncthreads_count(int p, int line = __builtin_LINE()) { return emu::sync_threads(p != 0, line, "__syncthreads_count"); }
-EMU_INLINE int __syncthreads_or(int p, int line = __builtin_LINE()) { return emu::sync_threads(p != 0, line, "__syncthreads_or") != 0; }
-EMU_INLINE int __syncthreads_and(int p, int line = __builtin_LINE()) { return emu::sync_threads(p == 0, line, "__syncthreads_and") == 0; }
+EMU_INLINE int __syncthreads_count(int p, int line = __builtin_LINE()) {
+    return emu::sync_threads(p != 0, line, "__syncthreads_count");
+}
+EMU_INLINE int __syncthreads_or(int p, int line = __builtin_LINE()) {
+    return emu::sync_threads(p != 0, line, "__syncthreads_or") != 0;
+}
+EMU_INLINE int __syncthreads_and(int p, int line = __builtin_LINE()) {
+    return emu::sync_threads(p == 0, line, "__syncthreads_and") == 0;
+}
 
 namespace emu {
 template <typename T> struct Shuffle { T value; int source; T result; };
@@ -143,7 +151,10 @@ EMU_WARP __shfl_up_sync(unsigned mask, T v, unsigned d, int width = 32) {
     int lane = emu::me->lane, s = lane - (int)d;
     return emu::shuffle(mask, v, s >= (lane & ~(width - 1)) ? s : lane);
 }
-EMU_INLINE void __syncwarp(unsigned mask = ~0u) { static constexpr emu::Verb verb = {"__syncwarp", emu::nothing}; emu::warp_sync(&verb, mask, nullptr); }
+EMU_INLINE void __syncwarp(unsigned mask = ~0u) {
+    static constexpr emu::Verb verb = {"__syncwarp", emu::nothing};
+    emu::warp_sync(&verb, mask, nullptr);
+}
 EMU_INLINE unsigned __ballot_sync(unsigned mask, int p) { return (unsigned)emu::vote<emu::BALLOT>(mask, p != 0); }
 EMU_INLINE int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 EMU_INLINE int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
@@ -176,7 +187,10 @@ template <typename T, typename F> EMU_INLINE T emu_atomic(T *p, F next) {
     } while (!__atomic_compare_exchange_n((U *)p, &old, want, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
     return value;
 }
-#define EMU_ATOMIC(name, expr) template <typename T> EMU_INLINE T name(T *p, std::common_type_t<T> v) { return emu_atomic(p, [=](T old) -> T { return expr; }); }
+#define EMU_ATOMIC(name, expr) \
+    template <typename T> EMU_INLINE T name(T *p, std::common_type_t<T> v) { \
+        return emu_atomic(p, [=](T old) -> T { return expr; }); \
+    }
 EMU_ATOMIC(atomicAdd, old + v)
 EMU_ATOMIC(atomicSub, old - v)
 EMU_ATOMIC(atomicMax, old > v ? old : v)
@@ -272,31 +286,46 @@ template <typename T> EMU_INLINE void __stcs(T *p, std::common_type_t<T> v) { em
 template <typename T> EMU_INLINE void __stcg(T *p, std::common_type_t<T> v) { emu_store("__stcg", p, v); }
 template <typename T> EMU_INLINE void __stwt(T *p, std::common_type_t<T> v) { emu_store("__stwt", p, v); }
 inline size_t __cvta_generic_to_shared(const void *p) { return (size_t)((const char *)p - emu::me->worker->smem); }
-namespace emu { [[noreturn]] EMU_NOINLINE inline void trap() { me->where = __builtin_return_address(0); fail(cudaErrorLaunchFailure, "__trap"); } }
+namespace emu {
+[[noreturn]] EMU_NOINLINE inline void trap() {
+    me->where = __builtin_return_address(0);
+    fail(cudaErrorLaunchFailure, "__trap");
+}
+}
 [[noreturn]] EMU_INLINE void __trap() { emu::trap(); }
 inline void __nanosleep(unsigned) { emu::me->worker->yield(); }
 inline long long clock64() { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000ll + t.tv_nsec; }
 
 // ---- runtime API: device ------------------------------------------------------------------------------------------------
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+};
 enum cudaDeviceAttr {
-    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrWarpSize = 10, cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16,
-    cudaDevAttrMemoryClockRate = 36, cudaDevAttrGlobalMemoryBusWidth = 37, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxThreadsPerMultiProcessor = 39,
-    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
-    cudaDevAttrCooperativeLaunch = 95, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrWarpSize = 10,
+    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36,
+    cudaDevAttrGlobalMemoryBusWidth = 37, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81, cudaDevAttrCooperativeLaunch = 95,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 struct cudaDeviceProp {
     char name[256]; unsigned char uuid[16]; size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin,
         sharedMemPerMultiprocessor, totalConstMem;
-    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, maxBlocksPerMultiProcessor, regsPerBlock, regsPerMultiprocessor,
-        memoryBusWidth, l2CacheSize, persistingL2CacheMaxSize, pciBusID, pciDeviceID, pciDomainID, integrated, concurrentKernels, asyncEngineCount, ECCEnabled;
+    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, maxBlocksPerMultiProcessor,
+        regsPerBlock, regsPerMultiprocessor, memoryBusWidth, l2CacheSize, persistingL2CacheMaxSize, pciBusID, pciDeviceID,
+        pciDomainID, integrated, concurrentKernels, asyncEngineCount, ECCEnabled;
     int maxThreadsDim[3], maxGridSize[3];
 };
 namespace emu {
-inline int smem_optin() { return (settings.cc == 80 || settings.cc == 87 ? 163 : settings.cc >= 90 && settings.cc < 120 ? 227 : 99) << 10; }
+inline int smem_optin() {
+    return (settings.cc == 80 || settings.cc == 87 ? 163 : settings.cc >= 90 && settings.cc < 120 ? 227 : 99) << 10;
+}
 inline cudaError_t done() { return (cudaError_t)(sticky ? (int)(last_error = sticky) : 0); }   // what a successful call returns
 }
-inline cudaError_t cudaGetDeviceCount(int *n) { *n = (int)emu::setting("EMU_DEVICES", 8); return *n ? cudaSuccess : cudaErrorNoDevice; }
+inline cudaError_t cudaGetDeviceCount(int *n) {
+    *n = (int)emu::setting("EMU_DEVICES", 8);
+    return *n ? cudaSuccess : cudaErrorNoDevice;
+}
 inline cudaError_t cudaSetDevice(int d) {
     int n;
     cudaGetDeviceCount(&n);
@@ -361,10 +390,12 @@ inline cudaError_t cudaGetLastError() { cudaError_t e = cudaPeekAtLastError(); e
 inline const char *cudaGetErrorName(cudaError_t e) {
     switch (e) {
 #define EMU_NAME(x) case x: return #x;
-    EMU_NAME(cudaSuccess) EMU_NAME(cudaErrorInvalidValue) EMU_NAME(cudaErrorMemoryAllocation) EMU_NAME(cudaErrorInitializationError) EMU_NAME(cudaErrorInvalidConfiguration)
-    EMU_NAME(cudaErrorInvalidDevicePointer) EMU_NAME(cudaErrorInvalidMemcpyDirection) EMU_NAME(cudaErrorNoDevice) EMU_NAME(cudaErrorInvalidDevice)
-    EMU_NAME(cudaErrorInvalidResourceHandle) EMU_NAME(cudaErrorNotReady) EMU_NAME(cudaErrorIllegalAddress) EMU_NAME(cudaErrorLaunchOutOfResources) EMU_NAME(cudaErrorAssert)
-    EMU_NAME(cudaErrorMisalignedAddress) EMU_NAME(cudaErrorLaunchFailure) EMU_NAME(cudaErrorNotSupported)
+    EMU_NAME(cudaSuccess) EMU_NAME(cudaErrorInvalidValue) EMU_NAME(cudaErrorMemoryAllocation)
+    EMU_NAME(cudaErrorInitializationError) EMU_NAME(cudaErrorInvalidConfiguration) EMU_NAME(cudaErrorInvalidDevicePointer)
+    EMU_NAME(cudaErrorInvalidMemcpyDirection) EMU_NAME(cudaErrorNoDevice) EMU_NAME(cudaErrorInvalidDevice)
+    EMU_NAME(cudaErrorInvalidResourceHandle) EMU_NAME(cudaErrorNotReady) EMU_NAME(cudaErrorIllegalAddress)
+    EMU_NAME(cudaErrorLaunchOutOfResources) EMU_NAME(cudaErrorAssert) EMU_NAME(cudaErrorMisalignedAddress)
+    EMU_NAME(cudaErrorLaunchFailure) EMU_NAME(cudaErrorNotSupported)
 #undef EMU_NAME
     default: return "cudaErrorUnknown";
     }
@@ -375,16 +406,22 @@ inline const char *cudaGetErrorString(cudaError_t e) {
 }
 
 // ---- streams and events: in order and at once, or with EMU_ASYNC=seed queued and run at random allowed moments ------------
-struct CUevent_st { struct CUstream_st *stream = nullptr; uint64_t recorded = 0, reached = 0; double time = 0; bool live = true; };
+struct CUevent_st {
+    struct CUstream_st *stream = nullptr;
+    uint64_t recorded = 0, reached = 0;
+    double time = 0;
+    bool live = true;
+};
 struct EmuWork { std::function<void()> run; CUevent_st *wait = nullptr; uint64_t generation = 0; };
 struct CUstream_st { std::deque<EmuWork> queue; bool blocking = true, live = true; };
 typedef CUstream_st *cudaStream_t;
 typedef CUevent_st *cudaEvent_t;
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
+enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
+enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
 #define cudaStreamLegacy ((cudaStream_t)1)
 #define cudaStreamPerThread ((cudaStream_t)2)
 namespace emu {
-inline std::vector<CUstream_st *> &streams = *new std::vector<CUstream_st *>;   // handles are never freed: queued work may name them
+inline std::vector<CUstream_st *> &streams = *new std::vector<CUstream_st *>;   // never freed: queued work may name handles
 inline std::vector<CUevent_st *> &events = *new std::vector<CUevent_st *>;
 inline uint64_t async_rng = settings.async;
 inline void run_one(CUstream_st *s);
@@ -434,7 +471,9 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
     return emu::done();
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, 0); }
-inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int) { return cudaStreamCreateWithFlags(s, flags); }
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int) {
+    return cudaStreamCreateWithFlags(s, flags);
+}
 inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     if (!emu::valid(s)) return emu::host_error(cudaErrorInvalidResourceHandle, "cudaStreamSynchronize of a destroyed stream");
@@ -447,13 +486,17 @@ inline cudaError_t cudaStreamQuery(cudaStream_t s) {
     return !emu::is_default(s) && !s->queue.empty() ? (emu::run_one(s), cudaErrorNotReady) : emu::done();
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
-    if (emu::is_default(s) || !s->live) return emu::host_error(cudaErrorInvalidResourceHandle, "cudaStreamDestroy of no live stream");
+    if (emu::is_default(s) || !s->live)
+        return emu::host_error(cudaErrorInvalidResourceHandle, "cudaStreamDestroy of no live stream");
     emu::drain(s);
     s->live = false;
     return emu::done();
 }
 inline cudaError_t cudaDeviceSynchronize() { for (CUstream_st *s : emu::streams) emu::drain(s); return emu::done(); }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { emu::events.push_back(*e = new CUevent_st()); return emu::done(); }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    emu::events.push_back(*e = new CUevent_st());
+    return emu::done();
+}
 inline cudaError_t cudaEventCreate(cudaEvent_t *e, unsigned = 0) { return cudaEventCreateWithFlags(e, 0); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
     if (!e || !e->live) return emu::host_error(cudaErrorInvalidResourceHandle, "cudaEventDestroy of no live event");
@@ -474,7 +517,8 @@ inline cudaError_t cudaEventQuery(cudaEvent_t e) {
     return cudaErrorNotReady;
 }
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
-    if (!a->recorded || !b->recorded) return emu::host_error(cudaErrorInvalidResourceHandle, "cudaEventElapsedTime: event never recorded");
+    if (!a->recorded || !b->recorded)
+        return emu::host_error(cudaErrorInvalidResourceHandle, "cudaEventElapsedTime: event never recorded");
     if (a->reached < a->recorded || b->reached < b->recorded) return cudaErrorNotReady;
     *ms = (float)(b->time - a->time);
     return emu::done();
@@ -503,8 +547,16 @@ template <typename T> EMU_API cudaHostAlloc(T **p, size_t n, unsigned) {
     cudaError_t e = emu::allocate((void **)p, n, 'h', __builtin_return_address(0));
     return e ? e : emu::done();
 }
-inline cudaError_t cudaFree(void *p) { cudaDeviceSynchronize(); cudaError_t e = emu::release(p, 'd'); return e ? e : emu::done(); }
-inline cudaError_t cudaFreeHost(void *p) { cudaDeviceSynchronize(); cudaError_t e = emu::release(p, 'h'); return e ? e : emu::done(); }
+inline cudaError_t cudaFree(void *p) {
+    cudaDeviceSynchronize();
+    cudaError_t e = emu::release(p, 'd');
+    return e ? e : emu::done();
+}
+inline cudaError_t cudaFreeHost(void *p) {
+    cudaDeviceSynchronize();
+    cudaError_t e = emu::release(p, 'h');
+    return e ? e : emu::done();
+}
 template <typename T> EMU_API cudaMallocAsync(T **p, size_t n, cudaStream_t) { return cudaMalloc(p, n); }
 inline cudaError_t cudaFreeAsync(void *p, cudaStream_t s) { return emu::submit(s, [=] { emu::release(p, 'd'); }); }
 enum { cudaHostRegisterDefault = 0, cudaHostAllocDefault = 0 };
@@ -531,7 +583,8 @@ inline bool operand_ok(const char *call, const char *which, const void *p, size_
         return false;
     }
     if (device == 0 && is_device) {
-        host_error(cudaErrorInvalidValue, "%s: %s is device memory, the direction says host: %s", call, which, describe_address(p));
+        host_error(cudaErrorInvalidValue, "%s: %s is device memory, the direction says host: %s", call, which,
+                   describe_address(p));
         return false;
     }
     if (a && !in_range(p, n, a->base, a->bytes)) {
@@ -544,12 +597,15 @@ inline cudaError_t copy(const char *call, void *dst, size_t dpitch, const void *
     cudaMemcpyKind kind, cudaStream_t s, bool wait) {
     if (!width || !rows) return done();
     if (kind < 0 || kind > 4) return host_error(cudaErrorInvalidMemcpyDirection, "%s: direction %d", call, (int)kind);
-    if (rows > 1 && (dpitch < width || spitch < width)) return host_error(cudaErrorInvalidValue, "%s: pitch smaller than width", call);
+    if (rows > 1 && (dpitch < width || spitch < width))
+        return host_error(cudaErrorInvalidValue, "%s: pitch smaller than width", call);
     int dd = kind == cudaMemcpyDefault ? -1 : kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     int sd = kind == cudaMemcpyDefault ? -1 : kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     if (!operand_ok(call, "destination", dst, dpitch * (rows - 1) + width, dd) || !operand_ok(call, "source", src,
         spitch * (rows - 1) + width, sd)) return cudaErrorInvalidValue;
-    cudaError_t e = submit(s, [=] { for (size_t r = 0; r < rows; r++) memmove((char *)dst + r * dpitch, (const char *)src + r * spitch, width); });
+    cudaError_t e = submit(s, [=] {
+        for (size_t r = 0; r < rows; r++) memmove((char *)dst + r * dpitch, (const char *)src + r * spitch, width);
+    });
     return e ? e : wait ? cudaStreamSynchronize(s) : done();
 }
 inline cudaError_t fill(const char *call, void *p, int v, size_t n, cudaStream_t s, bool wait) {
@@ -573,7 +629,9 @@ inline cudaError_t cudaMemcpy2DAsync(void *d, size_t dp, const void *s, size_t s
     return emu::copy("cudaMemcpy2DAsync", d, dp, s, sp, w, h, k, st, false);
 }
 inline cudaError_t cudaMemset(void *p, int v, size_t n) { return emu::fill("cudaMemset", p, v, n, 0, true); }
-inline cudaError_t cudaMemsetAsync(void *p, int v, size_t n, cudaStream_t s = 0) { return emu::fill("cudaMemsetAsync", p, v, n, s, false); }
+inline cudaError_t cudaMemsetAsync(void *p, int v, size_t n, cudaStream_t s = 0) {
+    return emu::fill("cudaMemsetAsync", p, v, n, s, false);
+}
 template <typename T> inline cudaError_t cudaMemcpyToSymbol(T &symbol, const void *s, size_t n, size_t offset = 0,
     cudaMemcpyKind k = cudaMemcpyHostToDevice) {
     return cudaMemcpy((char *)&symbol + offset, s, n, k);
@@ -584,12 +642,30 @@ template <typename T> inline cudaError_t cudaMemcpyFromSymbol(void *d, T &symbol
 }
 
 // ---- kernels ------------------------------------------------------------------------------------------------------------
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9, cudaFuncAttributeNonPortableClusterSizeAllowed = 14 };
-struct cudaFuncAttributes { size_t sharedSizeBytes, constSizeBytes, localSizeBytes; int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, maxDynamicSharedSizeBytes; };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
-union cudaLaunchAttributeValue { struct { unsigned x, y, z; } clusterDim; int cooperative, programmaticStreamSerializationAllowed; };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+    cudaFuncAttributeNonPortableClusterSizeAllowed = 14
+};
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
+    int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, maxDynamicSharedSizeBytes;
+};
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4,
+    cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
+union cudaLaunchAttributeValue {
+    struct { unsigned x, y, z; } clusterDim;
+    int cooperative, programmaticStreamSerializationAllowed;
+};
 struct cudaLaunchAttribute { cudaLaunchAttributeID id; cudaLaunchAttributeValue val; };
-struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute *attrs; unsigned numAttrs; };
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
 namespace emu {
 inline std::map<const void *, int> smem_allowed;              // kernel -> opt-in limit of dynamic shared memory
 inline std::atomic<uint64_t> launch_count{0};
@@ -611,7 +687,8 @@ inline cudaError_t launch(const void *kernel, const cudaLaunchConfig_t &c, std::
             return host_error(cudaErrorNotSupported, "%s: clusters and cooperative launches are not emulated", name);
     }
     Launch *l = new Launch();
-    l->kernel = kernel; l->grid = g; l->block = b; l->smem = c.dynamicSmemBytes; l->number = launch_count++; l->body = std::move(body);
+    l->kernel = kernel; l->grid = g; l->block = b; l->smem = c.dynamicSmemBytes; l->number = launch_count++;
+    l->body = std::move(body);
     std::shared_ptr<Launch> owner(l);
     return submit(c.stream, [owner] { run_launch(*owner); });
 }
@@ -632,7 +709,8 @@ template <typename... P> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttrib
     *a = cudaFuncAttributes{};                               // registers and static shared memory are unknown here
     a->maxThreadsPerBlock = 1024;
     a->binaryVersion = a->ptxVersion = emu::settings.cc;
-    a->maxDynamicSharedSizeBytes = emu::smem_allowed.count((const void *)kernel) ? emu::smem_allowed[(const void *)kernel] : 48 << 10;
+    auto allowed = emu::smem_allowed.find((const void *)kernel);
+    a->maxDynamicSharedSizeBytes = allowed != emu::smem_allowed.end() ? allowed->second : 48 << 10;
     return emu::done();
 }
 template <typename... P> inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void (*)(P...), int threads,

@@ -56,7 +56,10 @@ inline size_t parse_size(const char *s) {                     // "8G", "512M", "
     int shift = *end == 'G' ? 30 : *end == 'M' ? 20 : *end == 'K' ? 10 : 0;
     return (size_t)(v * (double)((size_t)1 << shift));
 }
-inline size_t setting(const char *name, size_t fallback) { const char *s = getenv(name); return s && *s ? parse_size(s) : fallback; }
+inline size_t setting(const char *name, size_t fallback) {
+    const char *s = getenv(name);
+    return s && *s ? parse_size(s) : fallback;
+}
 inline int default_threads() {
 #ifdef _OPENMP
     return omp_get_max_threads() < 16 ? omp_get_max_threads() : 16;
@@ -131,8 +134,9 @@ inline const char *function_name(const void *f) {             // demangled, with
     if (s.empty()) {
         std::map<uintptr_t, std::string>::iterator it = symbols().functions.find((uintptr_t)f);
         int status = 1;
-        char *text = it == symbols().functions.end() ? nullptr : abi::__cxa_demangle(it->second.c_str(), nullptr, nullptr, &status);
-        s = text ? text : it == symbols().functions.end() ? "kernel" : it->second;
+        const bool known = it != symbols().functions.end();
+        char *text = known ? abi::__cxa_demangle(it->second.c_str(), nullptr, nullptr, &status) : nullptr;
+        s = text ? text : known ? it->second : "kernel";
         free(text);
         for (size_t i = s.size(), depth = 0; i-- > 0;) {      // cut at the parenthesis that matches the last one
             if (s[i] == ')') depth++;
@@ -153,7 +157,8 @@ inline std::string source_line(const void *where) {
     while (f && fgets(line, sizeof line, f)) {
         line[strcspn(line, "\n")] = 0;
         if (inner.empty() && !strstr(line, "??")) inner = line;
-        if (strstr(line, "emu.h:") || strstr(line, "emu_verbs.h:") || strstr(line, "cuda_runtime.h:") || strstr(line, "??")) continue;
+        if (strstr(line, "emu.h:") || strstr(line, "emu_verbs.h:") || strstr(line, "cuda_runtime.h:") || strstr(line, "??"))
+            continue;
         const char *text = strstr(line, "(inlined by) ");
         out += (out.empty() ? "" : " < ") + std::string(text ? text + 13 : line);
     }
@@ -175,7 +180,14 @@ inline const char *keep(const std::string &text) {
 inline std::atomic<int> sticky{0};                            // first device-side error; only cudaDeviceReset clears it
 inline thread_local int last_error = 0;
 inline std::mutex report_lock;
-struct ExitStatus { ~ExitStatus() { if (sticky) { fprintf(stderr, "emu: exit with a device error\n"); fflush(nullptr); _exit(86); } } };
+struct ExitStatus {
+    ~ExitStatus() {
+        if (!sticky) return;
+        fprintf(stderr, "emu: exit with a device error\n");
+        fflush(nullptr);
+        _exit(86);
+    }
+};
 inline ExitStatus exit_status;
 
 // Host-side misuse: one line, and the CUDA error code.
@@ -222,7 +234,8 @@ inline const char *describe_address(const void *p) {
     else if ((size_t)off >= a->bytes) snprintf(text, sizeof text, "%p: %ld bytes after the end of", p, off - (long)a->bytes);
     else snprintf(text, sizeof text, "%p: byte %ld of", p, off);
     std::string s = text;
-    snprintf(text, sizeof text, " %s #%d (%zu bytes, allocated at ", a->live ? "allocation" : "FREED allocation", a->id, a->bytes);
+    snprintf(text, sizeof text, " %s #%d (%zu bytes, allocated at ", a->live ? "allocation" : "FREED allocation", a->id,
+             a->bytes);
     return keep(s + text + source_line(a->site) + ")");
 }
 // With EMU_HOSTCHECK device memory is accessible only while device work runs.
@@ -231,7 +244,8 @@ struct DeviceAccess {
     DeviceAccess() { if (settings.hostcheck && access_depth++ == 0) protect(PROT_READ | PROT_WRITE); }
     ~DeviceAccess() { if (settings.hostcheck && --access_depth == 0) protect(PROT_NONE); }
     static void protect(int mode) {
-        for (auto &it : allocations) if (it.second.live && it.second.kind == 'd') mprotect(it.second.pages, it.second.page_bytes, mode);
+        for (auto &it : allocations)
+            if (it.second.live && it.second.kind == 'd') mprotect(it.second.pages, it.second.page_bytes, mode);
     }
 };
 inline cudaError_t allocate(void **out, size_t bytes, char kind, const void *site) {
@@ -431,7 +445,7 @@ inline void Worker::resume(Thread *next) {
         next->stack = free_stacks.back();
         free_stacks.pop_back();
         size_t stagger = (next->lane * 5 + next->warp * 3) % 32 * 64;      // keep stack tops out of the same cache set
-        ASAN_UNPOISON_MEMORY_REGION(next->stack + settings.stack - 8192, 8192);   // the last user's outermost frames never returned
+        ASAN_UNPOISON_MEMORY_REGION(next->stack + settings.stack - 8192, 8192); // the last user's outermost frames never returned
         next->sp = first_frame(next->stack + settings.stack - stagger, fiber_main);
     }
     me = next;
@@ -475,8 +489,8 @@ inline Thread *Worker::finish(Thread *t) {                   // t returned from 
         fail(cudaErrorLaunchFailure, "the thread left the kernel while others wait at __syncthreads\n%s", waiting_list());
     for (uint32_t m = w.waiting; m; m &= m - 1)
         if (w.mask[__builtin_ctz(m)] >> t->lane & 1)
-            fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s", t->lane, __builtin_ctz(m),
-                 w.verb[__builtin_ctz(m)]->name, w.mask[__builtin_ctz(m)], waiting_list());
+            fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s", t->lane,
+                 __builtin_ctz(m), w.verb[__builtin_ctz(m)]->name, w.mask[__builtin_ctz(m)], waiting_list());
     if (!alive) return nullptr;
     Thread *next = pick();
     if (!next) deadlock();
@@ -514,7 +528,8 @@ inline void fiber_main() {
 }
 inline void Worker::run_block(Launch *l, uint64_t number) {
     launch = l;
-    block = uint3{(unsigned)(number % l->grid.x), (unsigned)(number / l->grid.x % l->grid.y), (unsigned)(number / l->grid.x / l->grid.y)};
+    block = uint3{(unsigned)(number % l->grid.x), (unsigned)(number / l->grid.x % l->grid.y),
+                  (unsigned)(number / l->grid.x / l->grid.y)};
     blockIdx = block;
     blockDim = l->block;
     gridDim = l->grid;
@@ -552,8 +567,8 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
 #ifndef EMU_ASAN
     for (char *p = smem + smem_bytes; p < top && !l->failed; p++)
         if ((unsigned char)*p != POISON) {
-            host_error(cudaErrorIllegalAddress, "%s block (%u,%u,%u): shared memory written %d bytes past its %zu bytes", function_name(l->kernel),
-                       block.x, block.y, block.z, (int)(p - smem - smem_bytes), smem_bytes);
+            host_error(cudaErrorIllegalAddress, "%s block (%u,%u,%u): shared memory written %d bytes past its %zu bytes",
+                       function_name(l->kernel), block.x, block.y, block.z, (int)(p - smem - smem_bytes), smem_bytes);
             sticky = cudaErrorIllegalAddress;
             l->failed = true;
         }
@@ -567,10 +582,10 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
 // ---- reports from inside a kernel -------------------------------------------------------------------------------------
 inline void print_where(const Thread *t) {
     const Worker *w = t->worker;
-    fprintf(stderr, "emu: %s block (%u,%u,%u) thread (%u,%u,%u): ", function_name(w->launch->kernel), w->block.x, w->block.y, w->block.z,
-            t->idx.x, t->idx.y, t->idx.z);
+    fprintf(stderr, "emu: %s block (%u,%u,%u) thread (%u,%u,%u): ", function_name(w->launch->kernel),
+            w->block.x, w->block.y, w->block.z, t->idx.x, t->idx.y, t->idx.z);
 }
-// Prints one report, makes the error sticky and gives the block up. The first report of a launch is printed, the rest are its echo.
+// Prints one report, makes the error sticky and gives the block up. The first report of a launch is printed, the rest are echo.
 [[noreturn]] inline void fail_at(const void *where, cudaError_t code, const char *text) {
     Worker *w = me->worker;
     {
@@ -622,7 +637,10 @@ inline void Worker::deadlock() { fail(cudaErrorLaunchFailure, "deadlock: no thre
 inline void on_fault(int sig, siginfo_t *info, void *context) {
     if (!me || !me->worker) {
         if (sig == SIGSEGV || sig == SIGBUS) fprintf(stderr, "emu: host code touched %s\n", describe_address(info->si_addr));
-        if (sig == SIGALRM) { fprintf(stderr, "emu: a kernel is still running after %u s (EMU_TIMEOUT)\n", settings.timeout); _exit(86); }
+        if (sig == SIGALRM) {
+            fprintf(stderr, "emu: a kernel is still running after %u s (EMU_TIMEOUT)\n", settings.timeout);
+            _exit(86);
+        }
         signal(sig, SIG_DFL);
         raise(sig);
         return;
@@ -667,9 +685,10 @@ EMU_NOINLINE inline int barrier(int id, int expected, int line, int value, bool 
     else if (expected % 32 || expected > w->n_threads) fail(cudaErrorLaunchFailure,
         "%s(%d, %d): the count must be a multiple of 32 within the block", name, id, expected);
     if (line && w->alive < w->n_threads)
-        fail(cudaErrorLaunchFailure, "__syncthreads after %d threads left the kernel\n%s", w->n_threads - w->alive, w->waiting_list());
-    if (b.arrived && b.expected != expected) fail(cudaErrorLaunchFailure, "%s(%d, %d): others wait there for %d threads", name, id,
-        expected, b.expected);
+        fail(cudaErrorLaunchFailure, "__syncthreads after %d threads left the kernel\n%s", w->n_threads - w->alive,
+             w->waiting_list());
+    if (b.arrived && b.expected != expected)
+        fail(cudaErrorLaunchFailure, "%s(%d, %d): others wait there for %d threads", name, id, expected, b.expected);
     if (b.arrived && b.line != line) {
         t->waits_at = name;
         fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line, w->waiting_list());
@@ -754,9 +773,11 @@ inline __attribute__((always_inline)) void check_access(const char *name, const 
 }
 EMU_NOINLINE inline void check_shared(const char *name, const void *p, size_t n, size_t align) {
     me->where = __builtin_return_address(0);
-    if ((uintptr_t)p % align) fail(cudaErrorMisalignedAddress, "%s: shared address %p is not aligned to %zu bytes", name, p, align);
-    if (!in_shared(p, n)) fail(cudaErrorIllegalAddress, "%s: not shared memory: %ld bytes from the start of the block's %zu bytes", name,
-                               (long)((const char *)p - me->worker->smem), me->worker->smem_bytes);
+    if ((uintptr_t)p % align)
+        fail(cudaErrorMisalignedAddress, "%s: shared address %p is not aligned to %zu bytes", name, p, align);
+    if (!in_shared(p, n))
+        fail(cudaErrorIllegalAddress, "%s: not shared memory: %ld bytes from the start of the block's %zu bytes", name,
+             (long)((const char *)p - me->worker->smem), me->worker->smem_bytes);
 }
 
 // ---- launch -----------------------------------------------------------------------------------------------------------
@@ -778,7 +799,8 @@ inline void run_launch(Launch &l) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (!my_worker) my_worker = new Worker();             // lives as long as its OS thread
-        for (uint64_t i; !l.failed && (i = l.next++) < n;) my_worker->run_block(&l, (uint64_t)(((unsigned __int128)i * step + first) % n));
+        for (uint64_t i; !l.failed && (i = l.next++) < n;)
+            my_worker->run_block(&l, (uint64_t)(((unsigned __int128)i * step + first) % n));
     }
     if (settings.timeout) alarm(0);
     for (const auto &it : allocations)

@@ -19,9 +19,10 @@ inline void mma_complete(void **args, uint32_t) {
         const MmaArgs *x = (const MmaArgs *)args[lane];
         const int g = lane / 4, t = lane % 4 * 2;
         float (*a)[16] = &A[g], (*b)[8] = &B[t], (*d)[8] = &D[g];
-        a[0][t] = bf16_low(x->a[0]), a[0][t + 1] = bf16_high(x->a[0]), a[8][t] = bf16_low(x->a[1]), a[8][t + 1] = bf16_high(x->a[1]);
-        a[0][t + 8] = bf16_low(x->a[2]), a[0][t + 9] = bf16_high(x->a[2]), a[8][t + 8] = bf16_low(x->a[3]),
-            a[8][t + 9] = bf16_high(x->a[3]);
+        a[0][t] = bf16_low(x->a[0]), a[0][t + 1] = bf16_high(x->a[0]);
+        a[8][t] = bf16_low(x->a[1]), a[8][t + 1] = bf16_high(x->a[1]);
+        a[0][t + 8] = bf16_low(x->a[2]), a[0][t + 9] = bf16_high(x->a[2]);
+        a[8][t + 8] = bf16_low(x->a[3]), a[8][t + 9] = bf16_high(x->a[3]);
         b[0][g] = bf16_low(x->b[0]), b[1][g] = bf16_high(x->b[0]), b[8][g] = bf16_low(x->b[1]), b[9][g] = bf16_high(x->b[1]);
         d[0][t] = x->d[0], d[0][t + 1] = x->d[1], d[8][t] = x->d[2], d[8][t + 1] = x->d[3];
     }
@@ -67,8 +68,8 @@ inline void land(const Copy &c) {
     memset((char *)c.dst + c.valid, 0, c.size - c.valid);
 }
 
-// cp.async [dst], [src], size, valid: bytes from `valid` on are zero. The destination is poison until the wait that makes it visible; with
-// EMU_SEED some copies land at once and some destinations keep their old contents until then.
+// cp.async [dst], [src], size, valid: bytes from `valid` on are zero. The destination is poison until the wait that makes it
+// visible; with EMU_SEED some copies land at once and some destinations keep their old contents until then.
 EMU_INLINE void cp_async(void *dst, const void *src, int size, int valid) {
     emu::Thread *t = emu::me;
     emu::check_shared("cp.async destination", dst, size, size);
@@ -82,7 +83,7 @@ EMU_INLINE void cp_async(void *dst, const void *src, int size, int valid) {
 }
 }  // namespace emu
 
-template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; }   // aligned to 128 bytes
+template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; } // aligned to 128 bytes
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b
 EMU_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
@@ -99,7 +100,7 @@ EMU_INLINE void ldmatrix_x2_trans(uint32_t r[2], const void *row) { emu::ldmatri
 EMU_INLINE void ldmatrix_x4_trans(uint32_t r[4], const void *row) { emu::ldmatrix<4, true>(r, row); }
 
 EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) { emu::cp_async(dst, src, 16, valid); }     // cp.async.cg
-EMU_INLINE void cp_async_4(void *dst, const void *src, int valid = 4) { emu::cp_async(dst, src, 4, valid); }         // cp.async.ca
+EMU_INLINE void cp_async_4(void *dst, const void *src, int valid = 4) { emu::cp_async(dst, src, 4, valid); }        // cp.async.ca
 inline void cp_async_commit() { emu::me->groups.push_back(emu::me->copies.size()); }   // cp.async.commit_group
 template <int n> inline void cp_async_wait() {               // cp.async.wait_group n: at most n groups stay in flight
     emu::Thread *t = emu::me;

@@ -1,6 +1,6 @@
 // nccl.h of dev/emu: the collectives a trainer uses, over MPI when built with -DUSE_MPI, else for one rank. Device memory is host
 // memory here, so buffers go to MPI as they are. Sums run in rank order in fp32 (bf16 is rounded once, at the end), so results
-// do not depend on timing. Every call first compares operation, count and type over the ranks: a mismatch is a report, not a hang.
+// do not depend on timing. Every call first compares operation, count and type over the ranks: a mismatch is a report, no hang.
 // Collectives run when the stream runs them (at once, without EMU_ASYNC) and block the host until all ranks are there.
 #pragma once
 #include "cuda_bf16.h"
@@ -13,9 +13,14 @@
 #define NCCL_PATCH 0
 #define NCCL_VERSION_CODE 22700
 #define NCCL_UNIQUE_ID_BYTES 128
-enum ncclResult_t { ncclSuccess = 0, ncclUnhandledCudaError = 1, ncclSystemError = 2, ncclInternalError = 3, ncclInvalidArgument = 4, ncclInvalidUsage = 5, ncclRemoteError = 6, ncclInProgress = 7 };
-enum ncclDataType_t { ncclInt8 = 0, ncclChar = 0, ncclUint8 = 1, ncclInt32 = 2, ncclInt = 2, ncclUint32 = 3, ncclInt64 = 4, ncclUint64 = 5, ncclFloat16 = 6, ncclHalf = 6,
-                      ncclFloat32 = 7, ncclFloat = 7, ncclFloat64 = 8, ncclDouble = 8, ncclBfloat16 = 9 };
+enum ncclResult_t {
+    ncclSuccess = 0, ncclUnhandledCudaError = 1, ncclSystemError = 2, ncclInternalError = 3, ncclInvalidArgument = 4,
+    ncclInvalidUsage = 5, ncclRemoteError = 6, ncclInProgress = 7
+};
+enum ncclDataType_t {
+    ncclInt8 = 0, ncclChar = 0, ncclUint8 = 1, ncclInt32 = 2, ncclInt = 2, ncclUint32 = 3, ncclInt64 = 4, ncclUint64 = 5,
+    ncclFloat16 = 6, ncclHalf = 6, ncclFloat32 = 7, ncclFloat = 7, ncclFloat64 = 8, ncclDouble = 8, ncclBfloat16 = 9
+};
 enum ncclRedOp_t { ncclSum = 0, ncclProd = 1, ncclMax = 2, ncclMin = 3, ncclAvg = 4 };
 struct ncclUniqueId { char internal[NCCL_UNIQUE_ID_BYTES]; };
 struct ncclConfig_t { int blocking; };
@@ -143,7 +148,8 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t *c, int size, ncclUniqueId id, i
             MPI_Recv(other, 2, MPI_INT, MPI_ANY_SOURCE, tag, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
             members[other[0]] = other[1];
         }
-        for (int r = 0; r < size; r++) if (r != rank) MPI_Send(members.data(), size, MPI_INT, members[r], tag + 10000, MPI_COMM_WORLD);
+        for (int r = 0; r < size; r++)
+            if (r != rank) MPI_Send(members.data(), size, MPI_INT, members[r], tag + 10000, MPI_COMM_WORLD);
     }
     MPI_Group world, group;
     MPI_Comm_group(MPI_COMM_WORLD, &world);
@@ -153,7 +159,10 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t *c, int size, ncclUniqueId id, i
     MPI_Group_free(&world);
 #else
     (void)id;
-    if (size > 1) { emu::host_error(cudaErrorNotSupported, "nccl: %d ranks need a build with -DUSE_MPI", size); return ncclInvalidUsage; }
+    if (size > 1) {
+        emu::host_error(cudaErrorNotSupported, "nccl: %d ranks need a build with -DUSE_MPI", size);
+        return ncclInvalidUsage;
+    }
 #endif
     return ncclSuccess;
 }
@@ -182,7 +191,7 @@ inline ncclResult_t ncclCommDestroy(ncclComm_t c) {
     return ncclSuccess;
 }
 inline ncclResult_t ncclCommFinalize(ncclComm_t) { return ncclSuccess; }
-inline ncclResult_t ncclCommAbort(ncclComm_t c) { delete c; return ncclSuccess; }     // leaves MPI's side alone: peers may be dead
+inline ncclResult_t ncclCommAbort(ncclComm_t c) { delete c; return ncclSuccess; }     // MPI's side stays: peers may be dead
 inline ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t *r) { *r = ncclSuccess; return ncclSuccess; }
 inline ncclResult_t ncclCommCount(ncclComm_t c, int *n) { *n = c->size; return ncclSuccess; }
 inline ncclResult_t ncclCommUserRank(ncclComm_t c, int *r) { *r = c->rank; return ncclSuccess; }
@@ -204,7 +213,8 @@ inline ncclResult_t ncclAllGather(const void *send, void *recv, size_t n, ncclDa
         emu::nccl_gather_now((const char *)send, (char *)recv, bytes, c);
     });
 }
-inline ncclResult_t ncclAllReduce(const void *send, void *recv, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t s) {
+inline ncclResult_t ncclAllReduce(const void *send, void *recv, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c,
+                                  cudaStream_t s) {
     const size_t e = emu::nccl_size(t);
     return emu::nccl_submit("ncclAllReduce", send, n * e, recv, n * e, s, [=] {
         const size_t chunk = (n + c->size - 1) / c->size;     // reduce-scatter of equal chunks, then gather
@@ -216,7 +226,8 @@ inline ncclResult_t ncclAllReduce(const void *send, void *recv, size_t n, ncclDa
         memcpy(recv, padded.data(), n * e);
     });
 }
-inline ncclResult_t ncclBroadcast(const void *send, void *recv, size_t n, ncclDataType_t t, int root, ncclComm_t c, cudaStream_t s) {
+inline ncclResult_t ncclBroadcast(const void *send, void *recv, size_t n, ncclDataType_t t, int root, ncclComm_t c,
+                                  cudaStream_t s) {
     const size_t bytes = n * emu::nccl_size(t);
     return emu::nccl_submit("ncclBroadcast", c->rank == root ? send : recv, bytes, recv, bytes, s, [=] {
         emu::nccl_agree(c, "Broadcast", n, t, root);
