@@ -1124,7 +1124,7 @@ static const struct { const char *key, *only; } config_fixed[] = {
 static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, rope_theta, init_std,
                       rope_factor; int sliding_window, bos, eos; } config_presets[] = {
 //   name            family          V   L     C   H   K    D      F   max_T  tie   eps  theta   init  fac   win     bos     eos
-    {"tiny",         "llama",      640,  4,  128,  4,  2,  32,   384,    256,   1, 1e-5,   1e4,  0.10,   0,    0,     -1,     -1},
+    {"tiny",         "qwen3",      640,  2,  192,  6,  6,  32,   512,    256,   1, 1e-6,   1e4,  0.10,   0,    0,     -1,     -1},
     {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
     {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
     {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
