@@ -4179,12 +4179,12 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
 // FLOPs   4·N·(T+1)·H·D (four products) = 275 G at T 2048        floor 278 us (tensor; mma.sync: 448 us)
 // idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and no sum crosses
 //         warps. A pair of warps shares 16*MT keys: one computes P and owns dV, the other computes dP and owns dK, so each holds
-//         one accumulator of twice the rows, and an operand from shared memory serves twice the products: 216 bytes per mma at
+//         one accumulator of twice the rows, and an operand from shared memory serves twice the products: 227 bytes per mma at
 //         D 128 instead of 348 with a warp for both (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so
 //         that dS is rounded once, and a named barrier of the pair says when
-// limits  as the forward. 173,056 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs and 100,096
+// limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs and 100,096
 template <int WIDTH, int PAIRS> struct DkdvTile {
-    static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : PAIRS == 4 ? 8 : 6;
+    static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : 6;
     static constexpr int ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT;
     static constexpr int THREADS = 64 * PAIRS, EXCHANGE = MT * NT * 32;     // float4s of a pair's P
     static constexpr int SMEM = (2 * KEYS + 4 * QUERIES) * (WIDTH + 8) * 2 + PAIRS * EXCHANGE * 16 + 4 * QUERIES * 4;
@@ -4468,7 +4468,7 @@ template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, 
 }
 
 // ---- swiglu_backward_kernel1 -----------------------------------------------------------------------------------------------
-// gate_up (N,2F) becomes its gradient, h (N,F) =
+// gate_up (N,2F) becomes its gradient, h (N,F) =; dh (N,F) may be h
 // bytes   2·3·N·F in + 2·3·N·F out = 2.16 GB for N 16384, F 11008       floor 646 us (memory)
 template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, const X *dh, int F) {
     constexpr int E = 16 / sizeof(X);
@@ -4495,13 +4495,13 @@ template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N,
 // forward    gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up; h may be NULL
 // backward   dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F) =
 // bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out:
-//         without the passes above, which read and write 2·3·N·F and 2·6·N·F beside the products' 2·2·N·F and 2·N·F
-//         (N 16384, C 2048, F 11008: 3.2 GB less)
+//         of 2·5·N·F and 2·7·N·F with the passes above 4·N·F less each way (N 16384, F 11008: 1.44 GB less in all)
 // FLOPs   4·N·C·F = 1.48 T forward, 2·N·C·F backward: 4.7 and 2.4 ms at the 312 TFLOP/s of an A100
-// idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 128 bytes of shared memory per mma, half
-//         of what its tensor cores leave time for. Three stages of 32 columns are in flight (cp.async). A warp's 64 columns are
-//         32 of gate and the same 32 of up, so that both meet in one warp. The numbers are rounded where the passes round them
-// limits  C % 8 == 0, F % 8 == 0
+// idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 192 bytes of shared memory per mma, 64 of
+//         them the copies', where an A100 leaves time for 256. Two stages of 32 columns are in flight (cp.async) while one is used. A
+//         warp's 64 columns are 32 of gate and the same 32 of up, so that both meet in one warp. The numbers are rounded where the
+//         passes round them
+// limits  C % 8 == 0, F % 8 == 0; 61,440 bytes of shared memory: two blocks per SM on sm_80 and sm_90, one with 99 KiB
 enum { MLP_ROWS = 128, MLP_COLS = 128, MLP_DEPTH = 32, MLP_STAGES = 3, MLP_STAGE = (MLP_ROWS + MLP_COLS) * (MLP_DEPTH + 8),
        MLP_WARP = 64, MLP_SMEM = MLP_STAGES * MLP_STAGE * 2, MLP_GROUP = 16 };
 
@@ -4639,18 +4639,17 @@ void mlp_forward(const Gpu *gpu, floatX *h, floatX *gate_up, const floatX *x, co
     if (h) swiglu_forward(h, gate_up, N, F, gpu->stream);
 }
 
-// gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F); dh (N,F): scratch
+// gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F)
 template <typename floatX>
-void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, floatX *dh, const floatX *dx, const floatX *w,
-                          int N, int C, int F) {
+void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, const floatX *dx, const floatX *w, int N, int C, int F) {
     if constexpr (sizeof(floatX) == 2) if (gpu->kernels->fused_mlp) {
         assert(C % 8 == 0 && F % 8 == 0);
         launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, gpu->stream,
                gate_up, h, dx, w, N, C, F);
         return;
     }
-    matmul_backward_x(gpu, dh, dx, w, N, F, C);
-    swiglu_backward(gate_up, h, dh, N, F, gpu->stream);
+    matmul_backward_x(gpu, h, dx, w, N, F, C);              // dh, in h's place
+    swiglu_backward(gate_up, h, (const floatX *)h, N, F, gpu->stream);
 }
 
 // ---- cross_entropy_kernel1: a block per row, the row stays in shared memory ------------------------------------------------
@@ -4894,7 +4893,7 @@ template <typename floatX> struct ModelOf : Model {
     float *rstd_last;                   // (N)
     floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
     floatX *dnorm;                      // (N,C)        gradient of a norm's output
-    floatX *h, *dh;                     // (N,F)        SwiGLU's product
+    floatX *h;                          // (N,F)        SwiGLU's product
     floatX *dx;                         // (N,C)        gradient of the residual stream
     floatX *datt, *dqkv;
     floatX *logits;                     // (chunk,Vp)
@@ -4964,7 +4963,6 @@ template <typename floatX> static void layout(ModelOf<floatX> *m, Arena *a) {
     take(w, &m->norm, padded * c->C);
     take(w, &m->dnorm, padded * c->C);
     take(w, &m->h, N * c->F);
-    take(w, &m->dh, N * c->F);
     take(w, &m->dx, N * c->C);
     take(w, &m->datt, N * HD);
     take(w, &m->dqkv, N * (HD + 2 * KD));
@@ -5221,7 +5219,7 @@ void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int
 
         // x' = x_mid + (silu(g) * u) Wdown^T
         floatX *dgate_up = y->gate_up;          // in place; h is rebuilt in the same pass
-        mlp_backward_gate_up(gpu, dgate_up, m->h, m->dh, m->dx, w.down, N, C, F);
+        mlp_backward_gate_up(gpu, dgate_up, m->h, m->dx, w.down, N, C, F);
         matmul_backward_w(gpu, dw.down, m->dx, m->h, N, F, C);
         // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, so the weight gradient follows that
         matmul_backward_x(gpu, m->dnorm, dgate_up, w.gate_up, N, C, 2 * F);
@@ -5685,6 +5683,7 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
 enum { ENERGY_SECONDS = 2 };
 static void window_open(Trainer *tr) {
     gpu_wait(&tr->gpu);
+    comm_barrier();                                         // rank 0 alone may have been sampling
     tr->window.start = now_seconds();
     tr->window.joules = energy_read(&tr->energy);
     tr->window.tokens = tr->state.tokens;
