@@ -4498,9 +4498,9 @@ template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N,
 //         of 2·5·N·F and 2·7·N·F with the passes above 4·N·F less each way (N 16384, F 11008: 1.44 GB less in all)
 // FLOPs   4·N·C·F = 1.48 T forward, 2·N·C·F backward: 4.7 and 2.4 ms at the 312 TFLOP/s of an A100
 // idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 192 bytes of shared memory per mma, 64 of
-//         them the copies', where an A100 leaves time for 256. Two stages of 32 columns are in flight (cp.async) while one is used. A
-//         warp's 64 columns are 32 of gate and the same 32 of up, so that both meet in one warp. The numbers are rounded where the
-//         passes round them
+//         them the copies', where an A100 leaves time for 256. Two stages of 32 columns are in flight (cp.async) while one is
+//         used. A warp's 64 columns are 32 of gate and the same 32 of up, so that both meet in one warp. The numbers are rounded
+//         where the passes round them
 // limits  C % 8 == 0, F % 8 == 0; 61,440 bytes of shared memory: two blocks per SM on sm_80 and sm_90, one with 99 KiB
 enum { MLP_ROWS = 128, MLP_COLS = 128, MLP_DEPTH = 32, MLP_STAGES = 3, MLP_STAGE = (MLP_ROWS + MLP_COLS) * (MLP_DEPTH + 8),
        MLP_WARP = 64, MLP_SMEM = MLP_STAGES * MLP_STAGE * 2, MLP_GROUP = 16 };
