@@ -37,7 +37,7 @@ endif
 help:
 	@echo 'make run      build, make the default data, train on all cores (OUT=$(OUT))'
 	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
-	@echo 'make test     all tests; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
+	@echo 'make test     all tests that need no GPU; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-data   the preparation of data (python3)      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make check    facts that must hold of the sources     make sync   the shared region into the CUDA trainer'
@@ -163,8 +163,10 @@ build/test_litespark build/test_litespark_double: test_litespark.c train_litespa
 	$(CC) $(TEST_ALL) -DfloatX=$(FORM) $< -o $@ -lm
 
 # T='word word': only tests with such names. With SAN=1 the planted errors, a property of the tests, are left to the plain run.
+# Without T and SAN the CUDA trainer follows, emulated.
+TEST_CPU  = CC='$(CC)' build/test_litespark --also build/test_litespark_double $(if $(filter 1,$(SAN)),--without planted) $(T)
 test: build/test_litespark build/test_litespark_double build/train_litespark
-	@CC='$(CC)' build/test_litespark --also build/test_litespark_double $(if $(filter 1,$(SAN)),--without planted) $(T)
+	@dev/test.sh "$(TEST_CPU)" $(if $(T)$(filter 1,$(SAN)),,"$(MAKE) --no-print-directory test-cuda")
 
 # The CUDA trainer against the twin: over dev/emu (g++ alone; minutes), the nvcc binary under ptxcpu, every shape and schedule (hours).
 build/test_cuda: dev/test_cuda.c train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
