@@ -40,7 +40,7 @@ help:
 	@echo 'make test     all tests that need no GPU; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-data   the preparation of data (python3)      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
-	@echo 'make check    facts that must hold of the sources     make sync   the shared region into the CUDA trainer'
+	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
 	@echo 'make ptxas   registers and spills of the CUDA kernels     make clean'
@@ -168,7 +168,8 @@ TEST_CPU  = CC='$(CC)' build/test_litespark --also build/test_litespark_double $
 test: build/test_litespark build/test_litespark_double build/train_litespark
 	@dev/test.sh "$(TEST_CPU)" $(if $(T)$(filter 1,$(SAN)),,"$(MAKE) --no-print-directory test-cuda")
 
-# The CUDA trainer against the twin: over dev/emu (g++ alone; minutes), the nvcc binary under ptxcpu, every shape and schedule (hours).
+# The CUDA trainer against the twin: over dev/emu (g++ alone; minutes), the nvcc binary under ptxcpu, every shape and
+# several schedules (test-long: five minutes).
 build/test_cuda: dev/test_cuda.c train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
 	$(CC) $(TEST_ALL) $< -o $@ -lm
 build/train_litespark_double: train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)

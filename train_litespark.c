@@ -3637,6 +3637,7 @@ static void gate_up_forward(Model *m, const LayerParams *w, LayerActs *y, int N)
 }
 
 // Runs all layers on batch->inputs; leaves the final norm's output (N,C) in m->norm.
+// (In the CUDA trainer the product adds the residual; here the norm's pass does.)
 void llama_forward(Model *m, const Batch *batch) {
     const Config *c = &m->c;
     int N = batch->B * batch->T;
@@ -3725,14 +3726,15 @@ double llama_forward_backward(Model *m, const Batch *batch, double dscale, int64
     for (int l = c->L - 1; l >= 0; l--) {
         LayerParams w = layer_params(m->weights, &m->p, l), dw = layer_params(m->grads, &m->p, l);
         LayerActs *y = &m->acts[l];
-        if (m->recompute == RECOMPUTE_BLOCK) {
+        int again = l == c->L - 1 ? RECOMPUTE_NONE : m->recompute;      // the last layer's activations are still there
+        if (again == RECOMPUTE_BLOCK) {
             residual_rmsnorm_forward(NULL, m->norm, y->rstd1, y->x, NULL, w.norm1, c->eps, N, C, m->bf16);
             attention_block_forward(m, &w, y, batch);
             residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, c->eps, N, C, m->bf16);
         } else {
             rmsnorm_rebuild(m->norm, y->x_mid, y->rstd2, w.norm2, N, C, m->bf16);
         }
-        if (m->recompute != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);
+        if (again != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);
 
         // x' = x_mid + (silu(g) * u) Wdown^T
         swiglu_forward(m->h, y->gate_up, N, F, m->bf16);

@@ -5148,6 +5148,7 @@ static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX
 }
 
 // Runs all layers on f's inputs (B,T); leaves the final norm's output (N,C) in m->norm.
+// (The twin adds the residual in the norm's pass, after rounding it; here the product adds it.)
 template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
@@ -5207,7 +5208,7 @@ void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerParams<float> dw = layer_params(m->grads, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
-        const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->recompute;        // the last layer's activations are still there
+        int again = l == c->L - 1 ? RECOMPUTE_NONE : m->recompute;      // the last layer's activations are still there
         if (again == RECOMPUTE_BLOCK) {
             rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, C, stream);
             attention_block_forward(m, &w, y, doc_start, B, T);

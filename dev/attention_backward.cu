@@ -8,7 +8,7 @@
 //         rebuild P twice
 // limits  D % 8 == 0, D <= 128
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733 and
-//         2607 (all caches missed); 2 6.4 and 22; 1 4.3 and 27. Shared memory limits the last two, in few blocks: 1 has the larger
+//         2607 (all caches missed); 2 6.4 and 22; 1 4.3 and 29. Shared memory limits the last two, in few blocks: 1 has the larger
 //         tiles, and the model knows no latency, which they are for. Measured: not yet
 #include "bench.cuh"
 #include <type_traits>

@@ -5,7 +5,7 @@ say() { echo "check: $*"; bad=1; }
 cc=${CC:-cc} cxx=${CXX:-g++}
 tracked() { git ls-files "$@" 2>/dev/null; }
 
-# the trainer is C11 and, for the benches that include it, C++17
+# the trainer is C11 and, as half of it is the .cu too, C++17
 warn="-Wall -Wextra -Wno-unknown-pragmas -fsyntax-only"
 $cc -std=c11 $warn -Werror train_litespark.c || say "train_litespark.c does not compile as C11"
 if command -v "$cxx" >/dev/null; then

@@ -7,7 +7,7 @@
 //         by token on the host
 // limits  C % 8 == 0 (fp32: 4)
 // result  modelled (H100; N 1024, C 512, V 2000, skewed), MB in sectors and us:  forward (1.6 MB compulsory) kernel 0 2.6 and 0.78;
-//         2 2.2 and 0.65; 1 2.1 and 0.64.  backward (3.1 MB) 0 5.8 and 3.5; 2 3.7 and 1.1; 3 3.4 and 1.0; 1 3.1 and 0.93.
+//         2 and 3 2.2 and 0.65; 1 1.6 and 1.0 (4 blocks).  backward (3.1 MB) 0 5.8 and 3.5; 2 3.7 and 1.1; 3 3.4 and 1.0; 1 3.1 and 0.93.
 //         Queues at one address and warps left alone are not in the model. Measured: not yet
 #include "bench.cuh"
 

@@ -70,10 +70,10 @@ def write_tokens(path, n, V):
         x = (x * 6364136223846793005 + 1442695040888963407) % (1 << 64)
         ids.append(min(V - 1, int(V ** ((x >> 11) / (1 << 53))) - 1))
     with open(path, "wb") as f:
-        f.write(struct.pack("<256i", 20240520, 1, n, V, *[0] * 252) + struct.pack(f"<{n}H", *ids))
+        f.write(struct.pack("<256i", 20240520, 1, n, *[0] * 253) + struct.pack(f"<{n}H", *ids))
 
 
-def train(trainer, preset, seconds, tmp, more=(), fused=None):
+def train(trainer, preset, seconds, tmp, more, fused=None):
     """One run: medians of its steps, or what it said instead."""
     out = os.path.join(tmp, "out")
     shutil.rmtree(out, ignore_errors=True)
@@ -101,18 +101,17 @@ def train(trainer, preset, seconds, tmp, more=(), fused=None):
     return row
 
 
-def training(trainer, presets, seconds):
+def training(trainer, presets, seconds, options):
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
+        write_tokens(f"{tmp}/tokens.bin", 4_000_000, 32000)     # a shard of unknown vocabulary: any preset of 32000 and more takes it
         for preset in presets:
-            write_tokens(f"{tmp}/tokens.bin", 4_000_000, 912 if preset == "tiny" else 32000)
             for fused in (0, 1):
-                rows.append(train(trainer, preset, seconds, tmp, fused=fused))
+                rows.append(train(trainer, preset, seconds, tmp, options, fused))
                 print(f"gpu-report: {json.dumps(rows[-1])[:300]}", flush=True)
-        write_tokens(f"{tmp}/tokens.bin", 4_000_000, 32000)
         largest = next((r["preset"] for r in reversed(rows) if "says" not in r), None)
         for recompute in ("mlp", "block") if largest else ():
-            rows.append(train(trainer, largest, seconds, tmp, ["--recompute", recompute]))
+            rows.append(train(trainer, largest, seconds, tmp, [*options, "--recompute", recompute]))
             print(f"gpu-report: {json.dumps(rows[-1])[:300]}", flush=True)
     return rows
 
@@ -148,6 +147,7 @@ def main():
     p.add_argument("--seconds", type=float, default=20)
     p.add_argument("--out", default=os.path.join(HERE, "results"))
     p.add_argument("--parts", default="proof kernels training")
+    p.add_argument("--options", default="", help="more options of the trainer, such as '--batch-size 8'")
     p.add_argument("--pretend", metavar="NAME", help="to test this script where no GPU answers: the name written into the report")
     o = p.parse_args()
     facts = gpu_facts()
@@ -158,7 +158,7 @@ def main():
         return 0
     report = {"gpu": facts}
     name = os.path.join(o.out, re.sub(r"[^A-Za-z0-9]+", "_", facts["name"]).strip("_"))
-    for part, make in (("proof", lambda: proof(o.trainer)), ("training", lambda: training(o.trainer, o.presets.split(), o.seconds)), ("kernels", kernels)):
+    for part, make in (("proof", lambda: proof(o.trainer)), ("training", lambda: training(o.trainer, o.presets.split(), o.seconds, o.options.split())), ("kernels", kernels)):
         if part not in o.parts.split(): continue
         report[part] = make()
         with open(name + ".json", "w") as f: json.dump(report, f, indent=1)         # after each part: a machine may be lost

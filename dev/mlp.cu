@@ -8,8 +8,8 @@
 //         and from shared memory must meet as many multiplications as possible: large tiles, sums in registers
 // limits  bf16, C % 8 == 0, F % 8 == 0
 // result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0 2182 and 651
-//         (all caches missed); 2 13.4 and 15; 3 7.3 and 2.2; 1 2.9 and 2.2 (16 blocks).  backward (1.7 MB) 0 102 and 30; 2 9.7 and
-//         10; 1 2.4 and 2.4. Measured: not yet
+//         (all caches missed); 2 13.4 and 15; 3 7.3 and 2.2; 1 2.9 and 2.0 (16 blocks).  backward (1.7 MB) 0 102 and 30; 2 9.7 and
+//         10; 1 2.4 and 2.5. Measured: not yet
 #include "bench.cuh"
 
 // ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ----
