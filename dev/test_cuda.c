@@ -535,6 +535,43 @@ static void check_resume(void) {
     }
 }
 
+// A stand-in for NVML whose counter rises by 100 W: the log must say 100 W with one rank and 200 W with two, each on a GPU of its own.
+static void check_energy(void) {
+    if (!wanted("energy")) return;
+    if (!is_emu()) { skip("energy", "tested in the emulation, with a stand-in for NVML"); return; }
+    const char *cxx = getenv("CXX") && *getenv("CXX") ? getenv("CXX") : "g++";
+    char *source = path_text("%s/nvml.cpp", top);
+    const char *text = "#include <time.h>\n"
+        "extern \"C\" int nvmlInit_v2() { return 0; }\n"
+        "extern \"C\" int nvmlDeviceGetHandleByPciBusId_v2(const char *, void **d) { *d = 0; return 0; }\n"
+        "extern \"C\" int nvmlDeviceGetTotalEnergyConsumption(void *, unsigned long long *mj) {\n"
+        "    timespec t;\n    clock_gettime(CLOCK_MONOTONIC, &t);\n    *mj = t.tv_sec * 100000ull + t.tv_nsec / 10000;\n    return 0;\n}\n";
+    write_text(source, text, strlen(text));
+    Run lib = start("exec %s -shared -fPIC %s -o %s/libnvidia-ml.so.1", cxx, source, top);
+    if (finish(&lib)) { result("energy", 0, "%s", complaint(&lib)); return; }
+    Run probe = start("mpirun -np 2 --oversubscribe %s --help", cuda);
+    int most_ranks = finish(&probe) ? 1 : 2;
+    for (int ranks = 1; ranks <= most_ranks; ranks++) {
+        char *out = path_text("%s/energy%d", top, ranks), name[40];
+        char *command = path_text("%s env LD_LIBRARY_PATH=%s:$LD_LIBRARY_PATH %s", ranks == 2 ? "mpirun -np 2 --oversubscribe" : "", top, cuda);
+        double watts[2000], joules[2000];
+        int n = 0;
+        snprintf(name, sizeof name, "energy of %d", ranks);
+        for (int steps = 40; steps <= 1280; steps *= 2) {   // until a window of 2 s has closed
+            Run rm = start("rm -rf %s", out);
+            finish(&rm);
+            Run r = start_training(command, out, "bf16", steps, "--checkpoint-every 0");
+            if (finish(&r)) { result(name, 0, "%s", complaint(&r)); return; }
+            n = log_values(out, "step", "watts", watts, 2000);
+            log_values(out, "step", "joules_per_token", joules, 2000);
+            if (n && !isnan(watts[n - 1])) break;
+        }
+        // the counter's window and the wall clock's agree but for the time of a reading
+        int ok = n && fabs(watts[n - 1] / (100 * ranks) - 1) < 0.02 && joules[n - 1] > 0;
+        result(name, ok, "%.1f W, %.3g J/token after %d steps", n ? watts[n - 1] : NAN, n ? joules[n - 1] : NAN, n);
+    }
+}
+
 // What the host reads must be finished: the work of streams runs at any moment that the program allows.
 static void check_order(void) {
     const char *const files[2] = {"model.safetensors", "optimizer-00000-of-00001.safetensors"};
@@ -813,6 +850,7 @@ int main(int argc, char **argv) {
     check_training();
     check_resume();
     check_order();
+    check_energy();
     check_evaluation();
     check_generation();
     check_memory();
