@@ -535,7 +535,8 @@ static void check_resume(void) {
     }
 }
 
-// A stand-in for NVML whose counter rises by 100 W: the log must say 100 W with one rank and 200 W with two, each on a GPU of its own.
+// A stand-in for NVML whose counter rises by 100 W: the log must say 100 W with one rank and 200 W with two, each on a GPU of
+// its own.
 static void check_energy(void) {
     if (!wanted("energy")) return;
     if (!is_emu()) { skip("energy", "tested in the emulation, with a stand-in for NVML"); return; }
@@ -545,7 +546,8 @@ static void check_energy(void) {
         "extern \"C\" int nvmlInit_v2() { return 0; }\n"
         "extern \"C\" int nvmlDeviceGetHandleByPciBusId_v2(const char *, void **d) { *d = 0; return 0; }\n"
         "extern \"C\" int nvmlDeviceGetTotalEnergyConsumption(void *, unsigned long long *mj) {\n"
-        "    timespec t;\n    clock_gettime(CLOCK_MONOTONIC, &t);\n    *mj = t.tv_sec * 100000ull + t.tv_nsec / 10000;\n    return 0;\n}\n";
+        "    timespec t;\n    clock_gettime(CLOCK_MONOTONIC, &t);\n"
+        "    *mj = t.tv_sec * 100000ull + t.tv_nsec / 10000;\n    return 0;\n}\n";
     write_text(source, text, strlen(text));
     Run lib = start("exec %s -shared -fPIC %s -o %s/libnvidia-ml.so.1", cxx, source, top);
     if (finish(&lib)) { result("energy", 0, "%s", complaint(&lib)); return; }
