@@ -734,7 +734,7 @@ static void test_safetensors_index_agrees_with_its_files(void) {
         {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"c\":\"m2\"}}", 0},
         {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m3\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"../m2\"}}", 0},
         {"{\"weight_map\":{\"a\":\"m1\",\"b\":3}}", 0},
-        {"{\"weight_map\":[]}", 0}, {"{}", 0}, {"[]", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"\"}}", 0},
+        {"{\"weight_map\":[]}", 0}, {"{\"weight_map\":{}}", 0}, {"{}", 0}, {"[]", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"\"}}", 0},
         {"{\"weight_map\":{\"x\":\"m4\",\"y\":\"m4\"}}", 1},
         {"{\"weight_map\":{\"x\":\"m4\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"x\":\"m5\"}}", 0}};
     write_st(file_at("m1"), "{" ST_ENTRY("a", "1", "0", "4") "}", 4);

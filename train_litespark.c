@@ -885,6 +885,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         if (f < 0) st_add_file(s, path);
         free(path);
     }
+    if (!s->n_files) die("%s: \"weight_map\" names no file", index_path);
     st_sort_names(s);
     for (const Json *e = map->child; e; e = e->next) {
         const StTensor *t = st_find(s, e->key);
