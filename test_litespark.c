@@ -734,7 +734,8 @@ static void test_safetensors_index_agrees_with_its_files(void) {
         {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"c\":\"m2\"}}", 0},
         {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m3\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"../m2\"}}", 0},
         {"{\"weight_map\":{\"a\":\"m1\",\"b\":3}}", 0},
-        {"{\"weight_map\":[]}", 0}, {"{\"weight_map\":{}}", 0}, {"{}", 0}, {"[]", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"\"}}", 0},
+        {"{\"weight_map\":[]}", 0}, {"{\"weight_map\":{}}", 0}, {"{}", 0}, {"[]", 0},
+        {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"\"}}", 0},
         {"{\"weight_map\":{\"x\":\"m4\",\"y\":\"m4\"}}", 1},
         {"{\"weight_map\":{\"x\":\"m4\"}}", 0}, {"{\"weight_map\":{\"a\":\"m1\",\"b\":\"m2\",\"x\":\"m5\"}}", 0}};
     write_st(file_at("m1"), "{" ST_ENTRY("a", "1", "0", "4") "}", 4);
@@ -1840,7 +1841,7 @@ static void test_adamw_matches_double_reference(void) {
     for (int i = 0; i < N; i++) W[i] = w[i];
     for (int step = 1; step <= STEPS; step++) {
         for (int i = 0; i < N; i++) g[i] = (floatX)(noise() * (i % 10 ? 1 : 1e-3));
-        adamw_update(w, w, m, v, g, N, lr, b1, b2, eps, decay, scale, step, 0, 0);
+        adamw_update(w, w, m, v, g, N, lr, b1, b2, eps, decay, scale, step, 0, 0, 0, 0);
         for (int i = 0; i < N; i++) {
             double grad = (double)g[i] * scale;
             M[i] = b1 * M[i] + (1 - b1) * grad;
@@ -1852,6 +1853,32 @@ static void test_adamw_matches_double_reference(void) {
     CHECK_ERROR("m", rel_l2_double(m, M, N), 8 * EPS_X);                    // a few roundings, those of old steps fade
     CHECK_ERROR("v", rel_l2_double(v, S, N), 16 * EPS_X);
     free(w); free(m); free(v); free(g);
+}
+
+// m and v in bf16 follow, in the mean over N elements, what they are in more: with gradients 0 they decay by beta a step, each
+// step far below half a bf16 unit of v. An element's bits depend on its place in the model, not on how the update is sliced.
+static void test_adamw_rounds_bf16_state_at_random(void) {
+    enum { N = 4096, STEPS = 1000, CUT = 1001 };
+    floatX *w = zeros(N), *m = zeros(N), *v = zeros(N), *g = zeros(N), *m2 = zeros(N), *v2 = zeros(N), *w2 = zeros(N);
+    for (int i = 0; i < N; i++) m[i] = m2[i] = v[i] = v2[i] = 1;
+    for (int step = 1; step <= STEPS; step++) {
+        uint32_t key = (uint32_t)random_bits(1, 2, (uint64_t)step);
+        adamw_update(w, w, m, v, g, N, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 0, 1, key, 7);
+        adamw_update(w2, w2, m2, v2, g, CUT, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 0, 1, key, 7);
+        adamw_update(w2 + CUT, w2 + CUT, m2 + CUT, v2 + CUT, g, N - CUT, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 0, 1, key,
+                     7 + CUT);
+    }
+    double mean[2] = {0, 0}, want[2] = {pow(0.999, STEPS), pow(0.9995, STEPS)};
+    for (int i = 0; i < N; i++) mean[0] += m[i] / N, mean[1] += v[i] / N;
+    // a step's rounding error is at most a unit, 2^-8 of the value: of STEPS of them at most 2^-9 sqrt(STEPS) = 6% an element,
+    // and 1/sqrt(N) of that for the mean: 0.1%
+    CHECK_ERROR("mean of m", fabs(mean[0] / want[0] - 1), 5e-3);
+    CHECK_ERROR("mean of v", fabs(mean[1] / want[1] - 1), 5e-3);
+    CHECK(!memcmp(m, m2, N * sizeof *m) && !memcmp(v, v2, N * sizeof *v) && !memcmp(w, w2, N * sizeof *w), "slices differ");
+    int equal = 0;
+    for (int i = 1; i < N; i++) equal += v[i] == v[0];
+    CHECK(equal < N / 4, "all elements were rounded alike");
+    free(w); free(m); free(v); free(g); free(m2); free(v2); free(w2);
 }
 
 static void test_adamw_decays_matrices_only(void) {
@@ -2977,6 +3004,7 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     "fixture_qwen3", 0},
     {"AdamW without bias correction of v", "vscale = (floatX)(1 / (1 - pow(beta2, (double)step)))",
     "vscale = (floatX)(1 / (1 - pow(beta2, 1e9)))", "fixture_llama adamw", 0},
+    {"m and v in bf16 rounded to the nearest", "round_bf16_randomly(vi, random >> 16)", "round_bf16(vi)", "adamw_rounds", 0},
     {"decay of norms", "t->decay = cols > 0;", "t->decay = 1;", "adamw fixture_llama", 0},
     {"causal mask off by one", "last = t0 + i - s0;", "last = t0 + i - s0 - (t0 + i > 0);", "attention fixture_llama", 0},
     {"document mask ignored", "int first = doc_start ? doc_start[t0 + i] - s0 : 0,", "int first = 0,", "document attention", 0},
@@ -3121,6 +3149,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(document_mask_equals_separate_documents, F32 | F64),
     TEST(packed_documents_equal_separate_ones, F32 | F64),
     TEST(adamw_matches_double_reference, F32 | F64),
+    TEST(adamw_rounds_bf16_state_at_random, F32),
     TEST(adamw_decays_matrices_only, F32),
     TEST(bf16_mode_is_close_to_fp32, F32),
     TEST(arenas_hold_what_the_tensors_need, F32),

@@ -603,7 +603,8 @@ enum { RUN = 1 };           // the option is part of what a run is: saved with a
     X(REAL, "--eps", eps, RUN, "1e-8", 1e-30, 1, "AdamW") \
     X(REAL, "--weight-decay", weight_decay, RUN, "0.01", 0, 1e3, "AdamW, on matrices") \
     X(REAL, "--grad-clip", grad_clip, RUN, "1", 0, 1e9, "largest global gradient norm, 0 = no clipping") \
-    X(CHOICE, "--optimizer-dtype", optimizer_dtype, RUN, "fp32", 0, 0, "fp32|bf16: storage of m and v") \
+    X(CHOICE, "--optimizer-dtype", optimizer_dtype, RUN, "fp32", 0, 0, \
+      "fp32|bf16: storage of m and v (bf16: with stochastic rounding)") \
     X(REAL, "--skip-spikes", skip_spikes, RUN, "0", 0, 1e6, \
       "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
     X(INT, "--val-every", val_every, RUN, "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10") \
@@ -2687,6 +2688,22 @@ static inline floatX round_bf16(floatX x) {
     return bits.f;
 }
 
+// x rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
+static inline floatX round_bf16_randomly(floatX x, uint32_t random) {
+    union { float f; uint32_t u; } bits;
+    bits.f = (float)x;
+    bits.u = (bits.u + (random & 0xffff)) & 0xffff0000u;
+    return bits.f;
+}
+
+// 32 random bits for element `index` of an update; the mixer is a 32-bit one by C. Wellons (hash-prospector).
+static inline uint32_t update_bits(uint32_t key, uint64_t index) {
+    uint32_t h = ((uint32_t)index ^ (uint32_t)(index >> 32) * 0x9E3779B9u) ^ key;
+    h = (h ^ h >> 16) * 0x21F0AAADu;
+    h = (h ^ h >> 15) * 0x735A2D97u;
+    return h ^ h >> 15;
+}
+
 void store_bf16(floatX *x, size_t n) {
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) x[i] = round_bf16(x[i]);
@@ -3385,9 +3402,11 @@ double sum_of_squares(const floatX *x, size_t n) {
 
 // AdamW (Loshchilov & Hutter 2019), decoupled decay. master, m, v (n) are updated; w (n) is the compute copy of master, or
 // master itself.
-// g is grad * grad_scale (clipping and the mean over targets). bf16_state: m and v are stored rounded to bf16.
+// g is grad * grad_scale (clipping and the mean over targets). bf16_state: m and v are stored in bf16, rounded at random with
+// the bits of (key, first + i): to the nearest, v would stand still where 1 - beta2 is below half a unit in the last place.
 void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX *grad, size_t n, double lr, double beta1,
-                  double beta2, double eps, double decay, double grad_scale, int64_t step, int bf16, int bf16_state) {
+                  double beta2, double eps, double decay, double grad_scale, int64_t step, int bf16, int bf16_state,
+                  uint32_t key, size_t first) {
     floatX b1 = (floatX)beta1, b2 = (floatX)beta2, shrink = (floatX)(1 - lr * decay), gscale = (floatX)grad_scale;
     floatX rate = (floatX)(lr / (1 - pow(beta1, (double)step))), e = (floatX)eps;
     floatX vscale = (floatX)(1 / (1 - pow(beta2, (double)step)));
@@ -3396,8 +3415,9 @@ void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX 
         floatX g = grad[i] * gscale;
         floatX mi = b1 * m[i] + (1 - b1) * g, vi = b2 * v[i] + (1 - b2) * g * g;
         master[i] = master[i] * shrink - rate * mi / (sqrt_x(vi * vscale) + e);
-        m[i] = bf16_state ? round_bf16(mi) : mi;
-        v[i] = bf16_state ? round_bf16(vi) : vi;
+        uint32_t random = bf16_state ? update_bits(key, first + i) : 0;
+        m[i] = bf16_state ? round_bf16_randomly(mi, random) : mi;
+        v[i] = bf16_state ? round_bf16_randomly(vi, random >> 16) : vi;
         w[i] = bf16 ? round_bf16(master[i]) : master[i];
     }
 }
@@ -3793,6 +3813,7 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
 // One AdamW update with gradients * grad_scale; step counts from 1. ZeRO 1: each rank updates its slices, then all gather the
 // weights.
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
+    uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
     for (int u = 0; u < m->p.n_units; u++) {
         const Unit *unit = &m->p.units[u];
         size_t first, n, at;
@@ -3804,7 +3825,8 @@ void model_update(Model *m, double lr, double grad_scale, int64_t step, const Op
             size_t s = at + (begin - first);
             floatX *master = m->bf16 ? m->master + s : m->weights + begin;
             adamw_update(m->weights + begin, master, m->m + s, m->v + s, m->grads + begin, end - begin, lr, o->beta1,
-                         o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step, m->bf16, m->bf16_state);
+                         o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step, m->bf16, m->bf16_state,
+                         key, begin);
         }
         if (m->zero) comm_allgather(m->weights + unit->at, n);
     }

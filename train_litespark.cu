@@ -593,7 +593,8 @@ enum { RUN = 1 };           // the option is part of what a run is: saved with a
     X(REAL, "--eps", eps, RUN, "1e-8", 1e-30, 1, "AdamW") \
     X(REAL, "--weight-decay", weight_decay, RUN, "0.01", 0, 1e3, "AdamW, on matrices") \
     X(REAL, "--grad-clip", grad_clip, RUN, "1", 0, 1e9, "largest global gradient norm, 0 = no clipping") \
-    X(CHOICE, "--optimizer-dtype", optimizer_dtype, RUN, "fp32", 0, 0, "fp32|bf16: storage of m and v") \
+    X(CHOICE, "--optimizer-dtype", optimizer_dtype, RUN, "fp32", 0, 0, \
+      "fp32|bf16: storage of m and v (bf16: with stochastic rounding)") \
     X(REAL, "--skip-spikes", skip_spikes, RUN, "0", 0, 1e6, \
       "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
     X(INT, "--val-every", val_every, RUN, "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10") \
@@ -4767,15 +4768,36 @@ static void sum_of_squares(double *out, const float *x, size_t n, float *scratch
 // AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 // master = master shrink - rate m / (sqrt(v vscale) + eps),
 //     with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
-// master, m, v (n) are updated, w (n) = master rounded to X (fp32: may be master itself). M = float or bf16 stores m and v.
+// master, m, v (n) are updated, w (n) = master rounded to X (fp32: may be master itself). M = float or bf16 stores m and v; bf16
+// ones are rounded at random with the bits of (key, first + i), i in the n: to the nearest, v would stand still where 1 - b2 is
+// below half a unit in the last place.
 // bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms (6.6 ms)
-typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; } AdamW;
+typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; uint32_t key; size_t first; } AdamW;
 
-__device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float grad, const AdamW &a) {
+// x rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
+__device__ __forceinline__ float round_bf16_randomly(float x, uint32_t random) {
+    return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000u);
+}
+
+// 32 random bits for element `index` of an update; the mixer is a 32-bit one by C. Wellons (hash-prospector).
+__device__ __forceinline__ uint32_t update_bits(uint32_t key, uint64_t index) {
+    uint32_t h = ((uint32_t)index ^ (uint32_t)(index >> 32) * 0x9E3779B9u) ^ key;
+    h = (h ^ h >> 16) * 0x21F0AAADu;
+    h = (h ^ h >> 15) * 0x735A2D97u;
+    return h ^ h >> 15;
+}
+
+// Parameter i of the n. m and v come back as numbers that M holds exactly.
+template <typename M>
+__device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float grad, const AdamW &a, size_t i) {
     const float g = grad * a.gscale;
     m = a.b1 * m + (1 - a.b1) * g;
     v = a.b2 * v + (1 - a.b2) * g * g;
     p = p * a.shrink - a.rate * m / (sqrtf(v * a.vscale) + a.eps);
+    if constexpr (sizeof(M) == 2) {
+        const uint32_t random = update_bits(a.key, a.first + i);
+        m = round_bf16_randomly(m, random), v = round_bf16_randomly(v, random >> 16);
+    }
 }
 
 template <typename X, typename M>
@@ -4787,7 +4809,7 @@ __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const floa
         widen(p, load<4>(master + i));
         widen(m_i, load<4>(m + i));
         widen(v_i, load<4>(v + i));
-        for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
+        for (int k = 0; k < 4; k++) adamw_step<M>(p[k], m_i[k], v_i[k], g[k], a, i + k);
         store(master + i, narrow<float>(p));
         store(m + i, narrow<M>(m_i));
         store(v + i, narrow<M>(v_i));
@@ -4795,7 +4817,7 @@ __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const floa
     } else {
         for (size_t j = i; j < n; j++) {
             float m_j = to_float(m[j]), v_j = to_float(v[j]);
-            adamw_step(master[j], m_j, v_j, grad[j], a);
+            adamw_step<M>(master[j], m_j, v_j, grad[j], a, j);
             m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
         }
     }
@@ -4803,9 +4825,9 @@ __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const floa
 
 template <typename X, typename M>
 void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, double lr, double beta1, double beta2, double eps,
-                  double decay, double grad_scale, int64_t step, cudaStream_t stream) {
+                  double decay, double grad_scale, int64_t step, uint32_t key, size_t first, cudaStream_t stream) {
     const AdamW a = {(float)beta1, (float)beta2, (float)eps, (float)(lr / (1 - pow(beta1, (double)step))),
-                     (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale};
+                     (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale, key, first};
     assert(((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
     assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
     if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
@@ -5341,9 +5363,10 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
 
 template <typename floatX, typename State>
 static void update_tensor(ModelOf<floatX> *m, const Tensor *t, double lr, double grad_scale, int64_t step, const Options *o) {
+    const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
     adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at, t->n,
                  (float)lr, (float)o->beta1, (float)o->beta2, (float)o->eps, t->decay ? (float)o->weight_decay : 0.0f,
-                 (float)grad_scale, step, m->gpu.stream);
+                 (float)grad_scale, step, key, t->at, m->gpu.stream);
 }
 
 // One AdamW update with gradients * grad_scale; step counts from 1.

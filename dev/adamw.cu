@@ -1,6 +1,6 @@
 // adamw_update, AdamW with decoupled decay (Loshchilov & Hutter 2019):
 //   g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,  master = master shrink - rate m / (sqrt(v vscale) + eps);
-//   w (n) = master rounded to X (fp32: is master itself).  m, v are stored as M: fp32 or bf16
+//   w (n) = master rounded to X (fp32: is master itself).  m, v are stored as M: fp32, or bf16 rounded at random
 // bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22)        FLOPs 15
 // floor   1 G parameters: 9.0 ms (6.6 ms) (memory)
 // idea    elementwise: wide accesses, enough of them in flight
@@ -16,7 +16,10 @@ __global__ void adamw_update_kernel0(X *w, float *master, M *m, M *v, const floa
     const float g = grad[i] * a.gscale, m_i = a.b1 * to_float(m[i]) + (1 - a.b1) * g,
         v_i = a.b2 * to_float(v[i]) + (1 - a.b2) * g * g;
     const float p = master[i] * a.shrink - a.rate * m_i / (sqrtf(v_i * a.vscale) + a.eps);
-    m[i] = from_float<M>(m_i), v[i] = from_float<M>(v_i), master[i] = p, w[i] = from_float<X>(p);
+    const uint32_t random = update_bits(a.key, a.first + i);
+    m[i] = from_float<M>(sizeof(M) == 2 ? round_bf16_randomly(m_i, random) : m_i);
+    v[i] = from_float<M>(sizeof(M) == 2 ? round_bf16_randomly(v_i, random >> 16) : v_i);
+    master[i] = p, w[i] = from_float<X>(p);
 }
 
 // ---- kernel 1, shipped: four parameters per thread: 16 bytes of fp32, 8 of bf16 per access ----
@@ -29,7 +32,7 @@ __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const floa
         widen(p, load<4>(master + i));
         widen(m_i, load<4>(m + i));
         widen(v_i, load<4>(v + i));
-        for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
+        for (int k = 0; k < 4; k++) adamw_step<M>(p[k], m_i[k], v_i[k], g[k], a, i + k);
         store(master + i, narrow<float>(p));
         store(m + i, narrow<M>(m_i));
         store(v + i, narrow<M>(v_i));
@@ -37,7 +40,7 @@ __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const floa
     } else {
         for (size_t j = i; j < n; j++) {
             float m_j = to_float(m[j]), v_j = to_float(v[j]);
-            adamw_step(master[j], m_j, v_j, grad[j], a);
+            adamw_step<M>(master[j], m_j, v_j, grad[j], a, j);
             m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
         }
     }
@@ -60,7 +63,7 @@ __global__ void adamw_update_kernel2(X *w, float *master, M *m, M *v, const floa
         }
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            for (int k = 0; k < 4; k++) adamw_step(p[j][k], m_i[j][k], v_i[j][k], g[j][k], a);
+            for (int k = 0; k < 4; k++) adamw_step<M>(p[j][k], m_i[j][k], v_i[j][k], g[j][k], a, i + 4 * j + k);
             store(master + i + 4 * j, narrow<float>(p[j]));
             store(m + i + 4 * j, narrow<M>(m_i[j]));
             store(v + i + 4 * j, narrow<M>(v_i[j]));
@@ -69,7 +72,7 @@ __global__ void adamw_update_kernel2(X *w, float *master, M *m, M *v, const floa
     } else {
         for (size_t j = i; j < n; j++) {
             float m_j = to_float(m[j]), v_j = to_float(v[j]);
-            adamw_step(master[j], m_j, v_j, grad[j], a);
+            adamw_step<M>(master[j], m_j, v_j, grad[j], a, j);
             m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
         }
     }
@@ -81,24 +84,26 @@ template <typename X, typename M> static void shape(int when, size_t n) {
                         is_bf16<M>() ? "bf16" : "fp32")) return;
     const double lr = 1e-2, b1 = 0.9, b2 = 0.95, eps = 1e-8, decay = 0.1, scale = 0.5;
     const int step = 2;
+    const uint32_t key = 12345;
+    const size_t first = (size_t)7 << 30;          // beyond 32 bits, as in large models
     Tensor<float> master("master", n), grad("grad", n);
     Tensor<X> w("w", is_bf16<X>() ? n : 1);
     Tensor<M> m("m", n), v("v", n);
     master.normal(1), grad.normal(1), m.normal(0.1f), v.normal(0.1f), w.set(0);
     for (size_t i = 0; i < n; i++) v.host[i] = fabsf(v.host[i]);
     twin::adamw_update(is_bf16<X>() ? (float *)w.twin(0) : master.twin(0), master.twin(0), m.twin(0), v.twin(0), grad.host, n,
-                       lr, b1, b2, eps, decay, scale, step, is_bf16<X>(), is_bf16<M>());
+                       lr, b1, b2, eps, decay, scale, step, is_bf16<X>(), is_bf16<M>(), key, first);
     w.allow(2e-4);                          // a value beside a rounding boundary may round the other way: one ulp on few elements
     if (is_bf16<M>()) m.allow(2e-4), v.allow(2e-4);
     X *w_out = is_bf16<X>() ? (X *)w : (X *)(void *)(float *)master;
     const AdamW a = {(float)b1, (float)b2, (float)eps, (float)(lr / (1 - pow(b1, step))), (float)(1 / (1 - pow(b2, step))),
-                     (float)(1 - lr * decay), (float)scale};
+                     (float)(1 - lr * decay), (float)scale, key, first};
     const Variant variants[] = {
         {0, "one thread per parameter", [&] {
             launch(adamw_update_kernel0<X, M>, CEIL_DIV(n, 256), 256, 0, 0, w_out, master, m, v, grad, n, a);
         }},
         {1, "four parameters per thread", [&] {
-            adamw_update<X, M>(w_out, master, m, v, grad, n, lr, b1, b2, eps, decay, scale, step, 0);
+            adamw_update<X, M>(w_out, master, m, v, grad, n, lr, b1, b2, eps, decay, scale, step, key, first, 0);
         }, SHIPPED},
         {2, "eight parameters per thread", [&] {
             launch(adamw_update_kernel2<X, M>, CEIL_DIV(n, 8 * 256), 256, 0, 0, w_out, master, m, v, grad, n, a);

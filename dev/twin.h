@@ -26,6 +26,7 @@ void swiglu_backward(float *dgate_up, const float *dh, const float *gate_up, int
 void cross_entropy(double *nll, float *logits, const int *targets, double dscale, int N, int V, int bf16);
 double sum_of_squares(const float *x, size_t n);
 void adamw_update(float *w, float *master, float *m, float *v, const float *grad, size_t n, double lr, double beta1, double beta2,
-                  double eps, double decay, double grad_scale, int64_t step, int bf16, int bf16_state);
+                  double eps, double decay, double grad_scale, int64_t step, int bf16, int bf16_state, uint32_t key,
+                  size_t first);
 }
 }
