@@ -3413,15 +3413,15 @@ typedef struct LayerParams {
 } LayerParams;
 
 LayerParams layer_params(floatX *flat, const ParamTable *p, int l) {
-    struct { const char *suffix; floatX *at; } row[9] = {
-        {"input_layernorm.weight", NULL}, {"q_proj.weight", NULL}, {"q_proj.bias", NULL}, {"q_norm.weight", NULL},
-        {"k_norm.weight", NULL}, {"o_proj.weight", NULL}, {"post_attention_layernorm.weight", NULL}, {"gate_proj.weight", NULL},
-        {"down_proj.weight", NULL}};
+    static const char *const suffix[9] = {
+        "input_layernorm.weight", "q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight",
+        "o_proj.weight", "post_attention_layernorm.weight", "gate_proj.weight", "down_proj.weight"};
+    floatX *at[9];
     for (int i = 0; i < 9; i++) {
-        const Tensor *t = table_find(p, 1 + l, row[i].suffix);
-        if (t) row[i].at = flat + t->at;
+        const Tensor *t = table_find(p, 1 + l, suffix[i]);
+        at[i] = t ? flat + t->at : NULL;
     }
-    LayerParams w = {row[0].at, row[1].at, row[2].at, row[3].at, row[4].at, row[5].at, row[6].at, row[7].at, row[8].at};
+    LayerParams w = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
     return w;
 }
 
@@ -3442,6 +3442,8 @@ typedef struct LayerActs {
     floatX *gate_up;                    // (N,2F)
 } LayerActs;
 
+typedef struct Arena { floatX *base; size_t used; } Arena;     // used: elements
+
 struct Model {
     Config c;
     ParamTable p;
@@ -3461,27 +3463,14 @@ struct Model {
     floatX *logits;                     // (chunk,V)
     double *nll;                        // (N)          loss of each target
     floatX *cosine, *sine;              // (T,D/2)
-    floatX *arena[2];                   // state, activations: what the pointers above point into
-    size_t arena_n[2];
+    Arena arena[2];                     // state, activations: what the pointers above point into
 };
 
-// An arena is laid out by the same calls twice: first with base NULL to learn its size, then to hand out the pointers.
-typedef struct Arena { floatX *base; size_t used; } Arena;
-
+// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand out the pointers.
 static floatX *take(Arena *a, size_t n) {
     floatX *at = a->base ? a->base + a->used : NULL;
     a->used += CEIL_DIV(n, 16) * 16;
     return at;
-}
-
-static void layout_state(Model *m, Arena *a) {
-    size_t n = m->p.n, shard = m->zero ? n / m->world : n;
-    m->n_state = shard;
-    m->weights = take(a, n);
-    m->grads = take(a, n);
-    m->m = take(a, shard);
-    m->v = take(a, shard);
-    m->master = m->bf16 ? take(a, shard) : m->weights;
 }
 
 static void layout_layer(Model *m, LayerActs *y, Arena *a, int keep_block, int keep_mlp) {
@@ -3500,9 +3489,16 @@ static void layout_layer(Model *m, LayerActs *y, Arena *a, int keep_block, int k
     if (keep_mlp) y->gate_up = take(a, N * 2 * c->F);
 }
 
-static void layout_acts(Model *m, Arena *a) {
+static void layout(Model *m) {
     const Config *c = &m->c;
-    size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    size_t n = m->p.n, N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    Arena *s = &m->arena[0], *a = &m->arena[1];
+    m->n_state = m->zero ? n / m->world : n;
+    m->weights = take(s, n);
+    m->grads = take(s, n);
+    m->m = take(s, m->n_state);
+    m->v = take(s, m->n_state);
+    m->master = m->bf16 ? take(s, m->n_state) : m->weights;
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
     layout_layer(m, &shared, a, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
@@ -3528,7 +3524,7 @@ static void layout_acts(Model *m, Arena *a) {
     m->nll = (double *)take(a, N * sizeof(double) / sizeof(floatX));
 }
 
-// Sizes only: fills m->p and m->arena_n from the sizes in m; no memory is taken (--dry-run).
+// Sizes only: fills m->p and the arenas' sizes from the sizes in m; no memory is taken (--dry-run).
 void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
     m->c = *c;
     m->B = B;
@@ -3537,41 +3533,34 @@ void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
     m->chunk = chunk < m->N ? chunk : m->N;
     param_table_build(&m->p, c, m->world);
     m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
-    Arena state = {NULL, 0}, acts = {NULL, 0};
-    layout_state(m, &state);
-    layout_acts(m, &acts);
-    m->arena_n[0] = state.used;
-    m->arena_n[1] = acts.used;
+    layout(m);
 }
 
-double model_bytes(const Model *m) { return (double)(m->arena_n[0] + m->arena_n[1]) * sizeof(floatX); }
+double model_bytes(const Model *m) { return (double)(m->arena[0].used + m->arena[1].used) * sizeof(floatX); }
 
 void model_alloc(Model *m) {
     for (int i = 0; i < 2; i++) {
-        void *at = NULL;
-        size_t bytes = m->arena_n[i] * sizeof(floatX);
-        if (posix_memalign(&at, 4096, bytes))
+        Arena *a = &m->arena[i];
+        size_t bytes = a->used * sizeof(floatX);
+        if (posix_memalign((void **)&a->base, 4096, bytes))
             die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block", bytes / 1048576.0,
                 i ? "activations" : "parameters");
-        m->arena[i] = (floatX *)at;
-        memset(at, 0, bytes);
+        memset(a->base, 0, bytes);
+        a->used = 0;
     }
-    Arena state = {m->arena[0], 0}, acts = {m->arena[1], 0};
-    layout_state(m, &state);
-    layout_acts(m, &acts);
+    layout(m);
     rope_table(m->cosine, m->sine, &m->c, m->T);
 }
 
 void print_memory(const Model *m) {
-    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
+    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n, state = (double)m->arena[0].used, acts = (double)m->arena[1].used;
     printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n",
-           n * unit, n * unit, ((double)m->arena_n[0] - 2 * n) * unit, (double)m->arena_n[1] * unit,
-           (double)(m->arena_n[0] + m->arena_n[1]) * unit);
+           n * unit, n * unit, (state - 2 * n) * unit, acts * unit, (state + acts) * unit);
 }
 
 void model_free(Model *m) {
-    free(m->arena[0]);
-    free(m->arena[1]);
+    free(m->arena[0].base);
+    free(m->arena[1].base);
     free(m->acts);
     free(m->p.tensors);
     free(m->p.units);
@@ -4143,10 +4132,9 @@ static void generate(Trainer *tr) {
     for (int i = 0; i < n_prompt; i++) {
         if (prompt[i] >= tr->c.V)
             die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
-    int start = n - n_prompt;
-    for (int i = start; i < n; i++) tokenizer_print(tok, i ? ids[i - 1] : -1, ids[i], stdout);
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         int window = n < room ? n : room;
         double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
@@ -4302,11 +4290,10 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
-    int has_val = opt.val_data != NULL;
     while (tr->state.step < opt.steps) {
         if (!train_step(tr)) break;
         int last = tr->state.step == opt.steps;
-        if (has_val && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
+        if (opt.val_data && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
         if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
         if (opt.sample_every && tr->state.step % opt.sample_every == 0 && !last) generate(tr);
     }

@@ -51,6 +51,7 @@ Read: 13 (ops, each forward with its backward below), 14 (the model), 15 (main).
 #include <unistd.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <algorithm>
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -2755,17 +2756,15 @@ double comm_max(double x) {
 
 #else
 void comm_abort(void) {}
-void comm_init(int *argc, char ***argv) {
-    (void)argc;
-    (void)argv;
+void comm_init(int *, char ***) {
     const char *size = getenv("OMPI_COMM_WORLD_SIZE");
     if (size && strcmp(size, "1"))
         die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
 }
 void comm_finish(void) {}
 void comm_barrier(void) {}
-void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
-void comm_sum(double *x, int n) { (void)x; (void)n; }
+void comm_broadcast(void *, size_t) {}
+void comm_sum(double *, int) {}
 double comm_max(double x) { return x; }
 #endif
 #define cublasCheck(call) do { \
@@ -2840,10 +2839,9 @@ void energy_open(Energy *e) {
     e->joules = NAN;
     void *lib = dlopen("libnvidia-ml.so.1", RTLD_NOW);
     if (!lib) return;
-    int (*init)(void) = (int (*)(void))dlsym(lib, "nvmlInit_v2");
-    int (*by_bus)(const char *, void **) = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
-    int (*total)(void *, unsigned long long *) = (int (*)(void *, unsigned long long *))dlsym(
-        lib, "nvmlDeviceGetTotalEnergyConsumption");
+    auto init = (int (*)(void))dlsym(lib, "nvmlInit_v2");
+    auto by_bus = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
+    auto total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
     char bus[32];
     if (!init || !by_bus || !total || init()) return;
     if (cudaDeviceGetPCIBusId(bus, sizeof bus, comm.local_rank) != cudaSuccess || by_bus(bus, &e->device)) return;
@@ -2859,7 +2857,6 @@ void comm_reduce_start(const Gpu *gpu, float *x, size_t n) {
     cudaCheck(cudaStreamWaitEvent(gpu->comm_stream, gpu->ready, 0));
     ncclCheck(ncclAllReduce(x, x, n, ncclFloat32, ncclSum, (ncclComm_t)gpu->nccl, gpu->comm_stream));
 #endif
-    (void)gpu, (void)x, (void)n;
 }
 
 // Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not come, ends the job.
@@ -4862,6 +4859,7 @@ struct Model {                          // what does not depend on the precision
     float *nll, *scratch;               // (N_chunks*chunk) loss of each target; partial sums of kernels
     float *cosine, *sine;               // (T,D/2)
     double *sums;                       // (n_tensors + 1) on the device: loss of the update, squares of gradients
+    int64_t n_targets;                  // that sums[0] is of
     int *feed_host, *feed_device;       // (6N+1)       what feed_batch copies, the same on both
     cudaEvent_t fed;                    // the last copy has left the host
     Gpu gpu;
@@ -4910,14 +4908,6 @@ static void layout_layer(ModelOf<floatX> *m, LayerActs<floatX> *y, Arena *a, int
     if (keep_mlp) take(a, &y->gate_up, N * 2 * c->F);
 }
 
-// Floats of scratch that the largest user needs: partial sums, or attention_backward's row sums.
-static size_t kernel_scratch_size(const Config *c, int N) {
-    size_t sizes[] = {rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D),
-                      bias_backward_scratch((c->H + 2 * c->K) * c->D), sum_of_squares_scratch(), (size_t)N * c->H}, most = 0;
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) most = sizes[i] > most ? sizes[i] : most;
-    return most;
-}
-
 template <typename floatX> static void layout(ModelOf<floatX> *m) {
     const Config *c = &m->c;
     size_t n = m->p.n, N = m->N, padded = (size_t)m->chunk * m->N_chunks, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
@@ -4952,7 +4942,9 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     take(w, &m->nll, padded);
     take(w, &m->cosine, (size_t)m->T * c->D / 2);
     take(w, &m->sine, (size_t)m->T * c->D / 2);
-    take(w, &m->scratch, kernel_scratch_size(c, m->N));
+    take(w, &m->scratch, std::max({rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D),
+                                   bias_backward_scratch((int)(HD + 2 * KD)), sum_of_squares_scratch(),
+                                   N * c->H}));         // partial sums, or attention_backward's row sums
     take(w, &m->sums, (size_t)m->p.n_tensors + 1);
     take(w, (char **)&m->gpu.workspace, LT_WORKSPACE);
     take(w, &m->feed_device, 6 * N + 1);
@@ -5085,13 +5077,14 @@ static Feed feed_batch(Model *m, const Batch *batch) {
 }
 
 // ---- forward and backward ----------------------------------------------------------------------------------------------------
-// Attention block: y->qkv, att, lse, and y->x_mid = x + attention(norm1(x)). m->norm holds norm1(x).
+// Attention block: y->rstd1, qkv, att, lse, and y->x_mid = x + attention(norm1(x)).
 template <typename floatX>
 static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const Feed *f) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     int N = f->B * f->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     const floatX *none = NULL;
+    rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, (float)c->eps, N, c->C, gpu->stream);
     matmul_forward(gpu, y->qkv, m->norm, w->qkv, none, w->qkv_bias, N, c->C, W);
     qkv_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps,
                           c->H, c->K, c->D, N, f->T, gpu->stream);
@@ -5111,7 +5104,6 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f)
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
         floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
-        rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, c->C, gpu->stream);
         attention_block_forward(m, &w, y, f);
         rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, c->C, gpu->stream);
         mlp_forward(gpu, m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
@@ -5161,10 +5153,7 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
         LayerParams<float> dw = layer_params(m->grads, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
         int again = l == c->L - 1 ? RECOMPUTE_NONE : m->recompute;      // the last layer's activations are still there
-        if (again == RECOMPUTE_BLOCK) {
-            rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, C, stream);
-            attention_block_forward(m, &w, y, f);
-        }
+        if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, f);
         if (again != RECOMPUTE_NONE) {
             rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, C, stream);
             mlp_forward(gpu, none, y->gate_up, m->norm, w.gate_up, N, C, F);
@@ -5197,16 +5186,11 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
     if (unit_done) unit_done(m, 0);
 }
 
-static int64_t count_targets(const Batch *batch) {
-    int64_t n = 0;
-    for (int i = 0; i < batch->B * batch->T; i++) n += batch->targets[i] != IGNORED;
-    return n;
-}
-
 // Adds the losses of the batch's targets to what model_loss will return. dscale != 0: also gradients of dscale * (sum of those
 // losses), += into m->grads. Nothing here waits for the GPU.
 void llama_forward_backward(Model *model, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
     const Feed f = feed_batch(model, batch);
+    for (int i = 0; i < f.B * f.T; i++) model->n_targets += batch->targets[i] != IGNORED;
     with_precision(model, [&](auto *m) {
         llama_forward(m, &f);
         head_and_loss(m, &f, dscale);
@@ -5225,10 +5209,12 @@ static void take_sums(const Model *m, int first, int n, double *host) {
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
 }
 
-// Sum of the losses since the last call.
-double model_loss(const Model *m) {
+// Sum of the losses since the last call, and the number of their targets.
+double model_loss(Model *m, double *n_targets) {
     double sum;
     take_sums(m, 0, 1, &sum);
+    *n_targets = (double)m->n_targets;
+    m->n_targets = 0;
     return sum;
 }
 
@@ -5472,10 +5458,9 @@ static void evaluate(Trainer *tr) {
         if (stop_requested()) return;
         loader_next(dl, &tr->val_batch);
         llama_loss(&tr->m, &tr->val_batch);
-        sums[1] += (double)count_targets(&tr->val_batch);
         for (int j = 0; tr->val_batch.floor && j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
     }
-    sums[0] = model_loss(&tr->m);
+    sums[0] = model_loss(&tr->m, &sums[1]);
     comm_sum(sums, 3);
     tr->val_loss = sums[0] / sums[1];
     if (dl->has_floor) tr->floor = sums[2] / sums[1];
@@ -5516,10 +5501,9 @@ static void generate(Trainer *tr) {
     for (int i = 0; i < n_prompt; i++) {
         if (prompt[i] >= tr->c.V)
             die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
-    int start = n - n_prompt;
-    for (int i = start; i < n; i++) tokenizer_print(tok, i ? ids[i - 1] : -1, ids[i], stdout);
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         int window = n < room ? n : room;
         double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
@@ -5553,10 +5537,9 @@ static int update_gradients(Trainer *tr, double *loss, double *mean) {
         loader_next(&tr->train, &tr->batch);
         llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens,
                                i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
-        sums[1] += (double)count_targets(&tr->batch);
     }
     comm_reduce_finish(&tr->m.gpu);
-    sums[0] = model_loss(&tr->m);
+    sums[0] = model_loss(&tr->m, &sums[1]);
     comm_sum(sums, 2);
     *loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
     *mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
@@ -5613,24 +5596,22 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     log_record(&r);
 }
 
-// Energy is read over windows of at least 2 s of updates, with the GPU idle at both ends. All ranks open and close together.
+// Energy is read over windows of at least 2 s, with the GPU idle at both ends. This ends one, which counts if it was of updates,
+// and begins the next. All ranks call it together.
 enum { ENERGY_SECONDS = 2 };
-static void window_open(Trainer *tr) {
+static void window_turn(Trainer *tr, int of_updates) {
     gpu_wait(&tr->m.gpu);
     comm_barrier();                                         // rank 0 alone may have been sampling
-    tr->window.start = now_seconds();
-    tr->window.joules = energy_read(&tr->energy);
-    tr->window.tokens = tr->state.tokens;
-}
-
-static void window_close(Trainer *tr) {
-    gpu_wait(&tr->m.gpu);
-    double joules = energy_read(&tr->energy) - tr->window.joules, seconds = now_seconds() - tr->window.start;
+    double now = now_seconds(), energy = energy_read(&tr->energy), joules = energy - tr->window.joules;
     comm_sum(&joules, 1);                                   // each rank reads its own GPU's counter
-    tr->state.joules += joules;
-    if (seconds < ENERGY_SECONDS) return;                   // cut short by an evaluation or the end: too coarse to show
-    tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
-    tr->window.watts = joules / seconds;
+    if (of_updates) tr->state.joules += joules;
+    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {   // shorter, cut by an evaluation or the end: too coarse to show
+        tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
+        tr->window.watts = joules / (now - tr->window.start);
+    }
+    tr->window.start = now;
+    tr->window.joules = energy;
+    tr->window.tokens = tr->state.tokens;
 }
 
 enum { MOST_BAD_IN_A_ROW = 5 };
@@ -5657,7 +5638,7 @@ static int train_step(Trainer *tr) {
         s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
     }
     tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
-    if (facts[2] > ENERGY_SECONDS) window_close(tr), window_open(tr);
+    if (facts[2] > ENERGY_SECONDS) window_turn(tr, /*of_updates=*/1);
     double seconds = now_seconds() - start;
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, skipped);
@@ -5695,22 +5676,21 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
-    int has_val = opt.val_data != NULL;
-    window_open(tr);
+    window_turn(tr, /*of_updates=*/0);
     while (tr->state.step < opt.steps) {
         if (!train_step(tr)) break;
         int64_t step = tr->state.step;
-        int last = step == opt.steps, evaluating = has_val && opt.val_every && (step % opt.val_every == 0 || last);
+        int last = step == opt.steps, evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
         int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
         int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
-        window_close(tr);                                   // energy per token is that of updates
+        window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate(tr);
         if (saving) save(tr);
         if (sampling) generate(tr);
-        window_open(tr);
+        window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
-    window_close(tr);
+    window_turn(tr, /*of_updates=*/1);
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
     if (stopped) {
