@@ -2583,7 +2583,8 @@ void comm_init(int *argc, char ***argv) {
     MPI_Comm_rank(local, &comm.local_rank);
     MPI_Comm_size(local, &comm.local_ranks);
     MPI_Comm_free(&local);
-    if (comm.rank && !freopen("/dev/null", "w", stdout)) die("cannot write to /dev/null: %s", strerror(errno));    // rank 0 speaks
+    if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
+        die("cannot write to /dev/null: %s", strerror(errno));
 }
 
 void comm_finish(void) { MPI_Finalize(); }
@@ -2596,16 +2597,10 @@ static void comm_wait(MPI_Request *requests, int n, const char *what) {
         if (done) return;
         double waited = now_seconds() - start;
         if (waited > (double)opt.timeout)
-            die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto (or raise --timeout)",
-                waited, what);
+            die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
+                "(or raise --timeout)", waited, what);
         usleep(50);
     }
-}
-
-void comm_barrier(void) {
-    MPI_Request r;
-    MPI_Ibarrier(MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a barrier");
 }
 
 void comm_broadcast(void *data, size_t bytes) {     // from rank 0
@@ -2667,7 +2662,6 @@ void comm_init(int *argc, char ***argv) {
         die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
 }
 void comm_finish(void) {}
-void comm_barrier(void) {}
 void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
 void comm_sum(double *x, int n) { (void)x; (void)n; }
 double comm_max(double x) { return x; }
@@ -2676,6 +2670,7 @@ void comm_progress(void) {}
 void comm_reduce_finish(void) {}
 void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
 #endif
+void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
 // ==== 12. Ops, in forward order, each backward below its forward =======================================================
 // x (n) rounded to bf16 in place, ties to even: the twin's stand-in for storing it in bf16.
 static inline floatX round_bf16(floatX x) {
@@ -3553,7 +3548,8 @@ void model_alloc(Model *m) {
 }
 
 void print_memory(const Model *m) {
-    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n, state = (double)m->arena[0].used, acts = (double)m->arena[1].used;
+    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
+    double state = (double)m->arena[0].used, acts = (double)m->arena[1].used;
     printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n",
            n * unit, n * unit, (state - 2 * n) * unit, acts * unit, (state + acts) * unit);
 }
@@ -3879,7 +3875,7 @@ double energy_read(Energy *e) {
 enum { ENOUGH_ROWS = 4096 };            // of a micro-step: more are no faster here
 
 // Bytes that a rank may plan with: 70% of its share of the machine's memory.
-double memory_of_rank(void) { return 0.7 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / comm.local_ranks; }
+double memory_of_rank(void) { return 0.7 * (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / comm.local_ranks; }
 
 // FMA peak of all threads: twelve independent chains of vectors that stay in registers, the best of a few short runs.
 double measure_peak(void) {
@@ -3972,8 +3968,7 @@ static Config choose_config(const char *resume_dir) {
         if (strcmp(a, b))
             die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
                 resume_dir, opt.preset ? "--preset" : "--config");
-        free(a);
-        free(b);
+        free(a), free(b);
     }
     return saved;
 }
@@ -3985,7 +3980,8 @@ static char *folder_of(const char *path) {
 
 // Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it.
 static void setup_tokenizer(Trainer *tr, const char *model_dir) {
-    char *data = folder_of(opt.train_data), *above = path_text("%s/..", data), *path = opt.tokenizer ? xstrdup(opt.tokenizer) : NULL;
+    char *data = folder_of(opt.train_data), *above = path_text("%s/..", data);
+    char *path = opt.tokenizer ? xstrdup(opt.tokenizer) : NULL;
     const char *folders[3] = {model_dir, data, above};
     for (int i = 0; i < 3 && !path; i++) if (folders[i]) {
         path = path_text("%s/tokenizer.bin", folders[i]);
@@ -4034,10 +4030,8 @@ static void resolve_options(Trainer *tr) {
     if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
     if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
     int64_t row = opt.seq_len * comm_world();
-    if (!opt.total_batch_tokens) {
-        int64_t wanted = small ? 2048 : 524288;
-        opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
-    }
+    int64_t wanted = opt.batch_size ? opt.batch_size * row : small ? 2048 : 524288;
+    if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
     if (opt.total_batch_tokens % row)
         die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
             opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
@@ -4048,8 +4042,7 @@ static void resolve_options(Trainer *tr) {
     }
     if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
         double memory = memory_of_rank();
-        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) {
-            if (rows % b) continue;
+        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) if (rows % b == 0) {
             Model plan = tr->m;
             model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
             if (b == 1 || model_bytes(&plan) < memory) opt.batch_size = b;
@@ -4154,8 +4147,8 @@ static void generate(Trainer *tr) {
 
 // ---- one update ------------------------------------------------------------------------------------------------------------
 // Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between
-// micro-steps (nothing has changed then, the data position neither). *loss is the mean over targets; *mean scales the gradients
-// to that of it.
+// micro-steps (nothing has changed then, the data position neither). *loss is the mean over targets, *mean the factor that
+// makes the gradients those of it.
 static int update_gradients(Trainer *tr, double *loss, double *mean) {
     double sums[2] = {0, 0};                // loss, targets
     LoaderState before = tr->train.state;
@@ -4259,8 +4252,7 @@ static int train_step(Trainer *tr) {
     log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
         die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr "
-            "or look at the data, then --resume auto",
-            s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
+            "or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
     return 1;
 }
 
@@ -4290,8 +4282,7 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
-    while (tr->state.step < opt.steps) {
-        if (!train_step(tr)) break;
+    while (tr->state.step < opt.steps && train_step(tr)) {
         int last = tr->state.step == opt.steps;
         if (opt.val_data && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
         if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
@@ -4299,12 +4290,10 @@ static void train(Trainer *tr) {
     }
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
-    if (stopped) {
+    if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
-        return;
-    }
-    report_end(tr);
-    if (opt.sample_every) generate(tr);
+    else report_end(tr);
+    if (!stopped && opt.sample_every) generate(tr);
 }
 
 static void dump_grads(Trainer *tr) {
@@ -4368,8 +4357,7 @@ static void setup(Trainer *tr) {
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    if (opt.resume && !resume_dir)
-        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (opt.resume && !resume_dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
@@ -4433,7 +4421,8 @@ static void setup(Trainer *tr) {
     signal(SIGUSR1, on_signal);
     if (!training && !opt.eval_only) return;
     // after all checks: a refused run leaves nothing behind
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
+        die("cannot make --out %s: %s", opt.out, strerror(errno));
     comm_barrier();
     if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
     log_open(opt.out);
@@ -4461,8 +4450,7 @@ int main(int argc, char **argv) {
     refuse_what_the_cpu_cannot();
     int cores = omp_get_num_procs() / comm.local_ranks;
     omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 0 ? cores : 1);
-    static Trainer trainer;
-    Trainer *tr = &trainer;
+    static Trainer trainer, *tr = &trainer;
     setup(tr);
     if (opt.dry_run) print_model(tr);
     else if (opt.eval_only) evaluate(tr);

@@ -2712,7 +2712,8 @@ void comm_init(int *argc, char ***argv) {
     MPI_Comm_rank(local, &comm.local_rank);
     MPI_Comm_size(local, &comm.local_ranks);
     MPI_Comm_free(&local);
-    if (comm.rank && !freopen("/dev/null", "w", stdout)) die("cannot write to /dev/null: %s", strerror(errno));    // rank 0 speaks
+    if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
+        die("cannot write to /dev/null: %s", strerror(errno));
 }
 
 void comm_finish(void) { MPI_Finalize(); }
@@ -2725,12 +2726,6 @@ static void comm_wait(MPI_Request *request, const char *what) {
         comm_check_time(start, what);
         usleep(50);
     }
-}
-
-void comm_barrier(void) {
-    MPI_Request r;
-    MPI_Ibarrier(MPI_COMM_WORLD, &r);
-    comm_wait(&r, "a barrier");
 }
 
 void comm_broadcast(void *data, size_t bytes) {     // from rank 0
@@ -2762,11 +2757,12 @@ void comm_init(int *, char ***) {
         die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
 }
 void comm_finish(void) {}
-void comm_barrier(void) {}
 void comm_broadcast(void *, size_t) {}
 void comm_sum(double *, int) {}
 double comm_max(double x) { return x; }
 #endif
+void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
+
 #define cublasCheck(call) do { \
     cublasStatus_t s_ = (call); \
     if (s_ != CUBLAS_STATUS_SUCCESS) die("%s:%d: %s: cuBLAS status %d", __FILE__, __LINE__, #call, (int)s_); \
@@ -2835,8 +2831,7 @@ double energy_read(Energy *e) {
 }
 
 void energy_open(Energy *e) {
-    memset(e, 0, sizeof *e);
-    e->joules = NAN;
+    *e = {NULL, NULL, NAN};
     void *lib = dlopen("libnvidia-ml.so.1", RTLD_NOW);
     if (!lib) return;
     auto init = (int (*)(void))dlsym(lib, "nvmlInit_v2");
@@ -2893,9 +2888,9 @@ void gpu_open(Gpu *gpu) {
     cudaCheck(cudaGetDeviceProperties(device, comm.local_rank));
     if (device->major < 8)
         die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device->name, device->major, device->minor);
-    // Products of our own run on mma.sync: all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0, where cuBLASLt
-    // and a pass over its result are faster (dev/SPEED.md 6). LITESPARK_FUSED_MLP=0 or 1 decides, to measure one form against
-    // the other.
+    // Products of our own run on mma.sync: all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0, where
+    // cuBLASLt and a pass over its result are faster (dev/SPEED.md 6). LITESPARK_FUSED_MLP=0 or 1 decides, to measure one
+    // form against the other.
     const char *fused = getenv("LITESPARK_FUSED_MLP");
     gpu->fused_mlp = fused ? !strcmp(fused, "1") : device->major < 9 || device->major >= 12;
     cudaCheck(cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking));
@@ -2908,11 +2903,9 @@ void gpu_open(Gpu *gpu) {
     cudaCheck(cudaEventCreateWithFlags(&gpu->summed, cudaEventDisableTiming));
 #ifdef USE_MPI
     ncclUniqueId id;
-    ncclComm_t nccl;
     if (comm.rank == 0) ncclCheck(ncclGetUniqueId(&id));
     comm_broadcast(&id, sizeof id);
-    ncclCheck(ncclCommInitRank(&nccl, comm.world, id, comm.rank));
-    gpu->nccl = nccl;
+    ncclCheck(ncclCommInitRank((ncclComm_t *)&gpu->nccl, comm.world, id, comm.rank));
 #endif
 }
 
@@ -4921,8 +4914,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     take(o, (char **)&m->v, state_bytes);
     Arena *x = &m->arena[ARENA_ACTIVATIONS];
     if (!m->acts) m->acts = (LayerActs<floatX> *)xcalloc((size_t)c->L, sizeof *m->acts);
-    LayerActs<floatX> shared;
-    memset(&shared, 0, sizeof shared);
+    LayerActs<floatX> shared = {};
     layout_layer(m, &shared, x, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
     for (int l = 0; l < c->L; l++) {
         m->acts[l] = shared;
@@ -5061,8 +5053,8 @@ void model_init(Model *m, uint64_t seed) {
 }
 
 // ---- data to the device ----------------------------------------------------------------------------------------------------
-// Copies a batch to the device and sorts its rows by token (for the embedding). The host may go on to the next batch at once: it
-// waits here for this copy, which is done while the device still computes with it.
+// Copies a batch to the device and sorts its rows by token (for the embedding). The next call waits for this copy alone, so
+// the device computes with one batch while the host reads the next.
 static Feed feed_batch(Model *m, const Batch *batch) {
     size_t N = m->N, bytes = (size_t)batch->B * batch->T * sizeof(int);
     int *host = m->feed_host, *x = m->feed_device, n_distinct;
@@ -5186,8 +5178,8 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f
     if (unit_done) unit_done(m, 0);
 }
 
-// Adds the losses of the batch's targets to what model_loss will return. dscale != 0: also gradients of dscale * (sum of those
-// losses), += into m->grads. Nothing here waits for the GPU.
+// Adds the losses of the batch's targets to what model_loss will return. dscale != 0: also gradients of dscale * (sum of
+// those losses), += into m->grads. Nothing here waits for the GPU.
 void llama_forward_backward(Model *model, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
     const Feed f = feed_batch(model, batch);
     for (int i = 0; i < f.B * f.T; i++) model->n_targets += batch->targets[i] != IGNORED;
@@ -5221,9 +5213,8 @@ double model_loss(Model *m, double *n_targets) {
 // Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does not matter, so a
 // power of two of rows runs: few shapes of matrix products.
 void next_logits(Model *model, const int *ids, int n, float *logits) {
-    const int room = model->N < model->T ? model->N : model->T, row = (n - 1) % model->chunk;   // of the chunk with the last id
-    Batch b;
-    memset(&b, 0, sizeof b);
+    const int room = model->N < model->T ? model->N : model->T, row = (n - 1) % model->chunk;   // row: in the chunk
+    Batch b = {};
     b.B = 1;
     for (b.T = 16; b.T < n; b.T *= 2) {}
     if (b.T > room) b.T = room;
@@ -5233,8 +5224,9 @@ void next_logits(Model *model, const int *ids, int n, float *logits) {
     free(b.inputs);
     with_precision(model, [&](auto *m) {
         auto *head = head_param(m->weights, &m->p), *none = (decltype(head))NULL;
+        auto *norm = m->norm + (size_t)(n - 1 - row) * m->c.C;
         llama_forward(m, &f);
-        matmul_forward(&m->gpu, m->logits, m->norm + (size_t)(n - 1 - row) * m->c.C, head, none, none, m->chunk, m->c.C, m->c.Vp);
+        matmul_forward(&m->gpu, m->logits, norm, head, none, none, m->chunk, m->c.C, m->c.Vp);
         copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, logits);
     });
 }
@@ -5267,9 +5259,9 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
 template <typename State, typename floatX>
 static void update_tensors(ModelOf<floatX> *m, double lr, double grad_scale, int64_t step, const Options *o) {
     for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++)
-        adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at, t->n,
-                     (float)lr, (float)o->beta1, (float)o->beta2, (float)o->eps, t->decay ? (float)o->weight_decay : 0.0f,
-                     (float)grad_scale, step, m->gpu.stream);
+        adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at,
+                     t->n, (float)lr, (float)o->beta1, (float)o->beta2, (float)o->eps,
+                     t->decay ? (float)o->weight_decay : 0.0f, (float)grad_scale, step, m->gpu.stream);
 }
 
 // One AdamW update with gradients * grad_scale; step counts from 1.
@@ -5345,8 +5337,7 @@ static Config choose_config(const char *resume_dir) {
         if (strcmp(a, b))
             die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
                 resume_dir, opt.preset ? "--preset" : "--config");
-        free(a);
-        free(b);
+        free(a), free(b);
     }
     return saved;
 }
@@ -5358,7 +5349,8 @@ static char *folder_of(const char *path) {
 
 // Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it.
 static void setup_tokenizer(Trainer *tr, const char *model_dir) {
-    char *data = folder_of(opt.train_data), *above = path_text("%s/..", data), *path = opt.tokenizer ? xstrdup(opt.tokenizer) : NULL;
+    char *data = folder_of(opt.train_data), *above = path_text("%s/..", data);
+    char *path = opt.tokenizer ? xstrdup(opt.tokenizer) : NULL;
     const char *folders[3] = {model_dir, data, above};
     for (int i = 0; i < 3 && !path; i++) if (folders[i]) {
         path = path_text("%s/tokenizer.bin", folders[i]);
@@ -5407,10 +5399,8 @@ static void resolve_options(Trainer *tr) {
     if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
     if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
     int64_t row = opt.seq_len * comm_world();
-    if (!opt.total_batch_tokens) {
-        int64_t wanted = small ? 2048 : 524288;
-        opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
-    }
+    int64_t wanted = opt.batch_size ? opt.batch_size * row : small ? 2048 : 524288;
+    if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
     if (opt.total_batch_tokens % row)
         die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
             opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
@@ -5418,8 +5408,7 @@ static void resolve_options(Trainer *tr) {
     if (!opt.logits_chunk) opt.logits_chunk = 2048;     // smaller ones read and write the head's gradient too often
     if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
         double memory = memory_of_rank();
-        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) {
-            if (rows % b) continue;
+        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) if (rows % b == 0) {
             ModelOf<float> plan = tr->m;
             model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
             if (b == 1 || model_bytes(&plan) < memory) opt.batch_size = b;
@@ -5523,8 +5512,8 @@ static void generate(Trainer *tr) {
 
 // ---- one update ------------------------------------------------------------------------------------------------------------
 // Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between
-// micro-steps (nothing has changed then, the data position neither). *loss is the mean over targets; *mean scales the gradients
-// to that of it.
+// micro-steps (nothing has changed then, the data position neither). *loss is the mean over targets, *mean the factor that
+// makes the gradients those of it.
 static int update_gradients(Trainer *tr, double *loss, double *mean) {
     double sums[2] = {0, 0};                // loss, targets
     LoaderState before = tr->train.state;
@@ -5596,8 +5585,8 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     log_record(&r);
 }
 
-// Energy is read over windows of at least 2 s, with the GPU idle at both ends. This ends one, which counts if it was of updates,
-// and begins the next. All ranks call it together.
+// Energy is read over windows of at least 2 s, with the GPU idle at both ends. This ends one, which counts if it was of
+// updates, and begins the next. All ranks call it together.
 enum { ENERGY_SECONDS = 2 };
 static void window_turn(Trainer *tr, int of_updates) {
     gpu_wait(&tr->m.gpu);
@@ -5605,7 +5594,7 @@ static void window_turn(Trainer *tr, int of_updates) {
     double now = now_seconds(), energy = energy_read(&tr->energy), joules = energy - tr->window.joules;
     comm_sum(&joules, 1);                                   // each rank reads its own GPU's counter
     if (of_updates) tr->state.joules += joules;
-    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {   // shorter, cut by an evaluation or the end: too coarse to show
+    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {   // cut short by an evaluation or the end: too coarse
         tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
         tr->window.watts = joules / (now - tr->window.start);
     }
@@ -5623,8 +5612,7 @@ static int train_step(Trainer *tr) {
     TrainState *s = &tr->state;
     const char *bad;
     int n_bad;
-    double facts[3] = {loss, gradient_norm(&tr->m, &bad, &n_bad) * mean,
-                       now_seconds() - tr->window.start};
+    double facts[3] = {loss, gradient_norm(&tr->m, &bad, &n_bad) * mean, now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
     loss = facts[0];
     double norm = facts[1], lr = learning_rate(&opt, s->step);
@@ -5644,8 +5632,7 @@ static int train_step(Trainer *tr) {
     log_step(tr, loss, lr, norm, seconds, skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
         die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr "
-            "or look at the data, then --resume auto",
-            s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
+            "or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
     return 1;
 }
 
@@ -5677,8 +5664,7 @@ static void report_end(const Trainer *tr) {
 
 static void train(Trainer *tr) {
     window_turn(tr, /*of_updates=*/0);
-    while (tr->state.step < opt.steps) {
-        if (!train_step(tr)) break;
+    while (tr->state.step < opt.steps && train_step(tr)) {
         int64_t step = tr->state.step;
         int last = step == opt.steps, evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
         int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
@@ -5693,12 +5679,10 @@ static void train(Trainer *tr) {
     window_turn(tr, /*of_updates=*/1);
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
-    if (stopped) {
+    if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
-        return;
-    }
-    report_end(tr);
-    if (opt.sample_every) generate(tr);
+    else report_end(tr);
+    if (!stopped && opt.sample_every) generate(tr);
 }
 
 static void dump_grads(Trainer *tr) {
@@ -5757,8 +5741,7 @@ static void setup(Trainer *tr) {
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    if (opt.resume && !resume_dir)
-        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (opt.resume && !resume_dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
@@ -5822,7 +5805,8 @@ static void setup(Trainer *tr) {
     signal(SIGUSR1, on_signal);
     if (!training && !opt.eval_only) return;
     // after all checks: a refused run leaves nothing behind
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
+        die("cannot make --out %s: %s", opt.out, strerror(errno));
     comm_barrier();
     if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
     log_open(opt.out);
@@ -5848,8 +5832,7 @@ int main(int argc, char **argv) {
     }
     options_check();
     refuse_what_is_not_here();
-    static Trainer trainer;
-    Trainer *tr = &trainer;
+    static Trainer trainer, *tr = &trainer;
     setup(tr);
     if (opt.dry_run) print_model(tr);
     else if (opt.eval_only) evaluate(tr);
