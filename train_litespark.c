@@ -2554,8 +2554,7 @@ void weights_read(const char *dir, Model *m, const Config *c) {
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop
 // of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number
 // of ranks.
-typedef struct Comm { int rank, world, local_rank, local_ranks; } Comm;     // local: on this machine
-static Comm comm = {0, 1, 0, 1};
+static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }

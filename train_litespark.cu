@@ -2672,8 +2672,7 @@ template <typename T> __device__ T block_sum(T x) {
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI,
 // always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a
 // dead or stuck peer ends the job with a message.
-typedef struct Comm { int rank, world, local_rank, local_ranks; } Comm;     // local: on this machine
-static Comm comm = {0, 1, 0, 1};
+static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
