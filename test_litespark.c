@@ -1947,8 +1947,8 @@ static void test_arenas_hold_what_the_tensors_need(void) {
         m.world = world, m.rank = world - 1, m.zero = zero, m.bf16 = bf16;
         model_plan(&m, &c, 3, 37, 50);
         size_t share = zero ? m.p.n / (size_t)world : m.p.n, need = 2 * m.p.n + (bf16 ? 3 : 2) * share;
-        CHECK(m.arena_n[0] >= need && m.arena_n[0] <= need + 5 * 16, "state arena has %zu elements, %zu are needed",
-            m.arena_n[0], need);
+        CHECK(m.arena[0].used >= need && m.arena[0].used <= need + 5 * 16, "state arena has %zu elements, %zu are needed",
+            m.arena[0].used, need);
         size_t covered = 0, first, n, slice_at;
         for (int u = 0; u < m.p.n_units; u++) {             // slices are in range and as long as the arrays
             state_slice(&m, u, &first, &n, &slice_at);
@@ -2307,7 +2307,7 @@ static void test_dry_run_prints_what_the_run_takes(void) {
         memset(&m, 0, sizeof m);
         m.world = 1, m.bf16 = i == 1, m.recompute = i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : 0;
         model_plan(&m, &c, 3, TINY_T, i == 3 ? 7 : 1 << 20);
-        want = (double)(m.arena_n[0] + m.arena_n[1]) * 4 / 1048576.0;
+        want = (double)(m.arena[0].used + m.arena[1].used) * 4 / 1048576.0;
         CHECK(a && strstr(a, "total ") && sscanf(strstr(a, "total ") + 6, "%lf", &total) == 1 && fabs(total - want) <= 0.051,
             "it prints %.1f MiB, the arenas have %.3f", total, want);
         model_free(&m);

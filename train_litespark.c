@@ -2555,14 +2555,10 @@ void weights_read(const char *dir, Model *m, const Config *c) {
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop
 // of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number
 // of ranks.
-typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
-static Comm comm = {0, 1, 0, 1, 600};
+static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
-int comm_local_ranks(void) { return comm.local_ranks; }             // on this machine
-int comm_is_local_leader(void) { return comm.local_rank == 0; }     // one rank of each machine
-void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
 
 #ifdef USE_MPI
 #include <mpi.h>
@@ -2587,34 +2583,30 @@ void comm_init(int *argc, char ***argv) {
     MPI_Comm_rank(local, &comm.local_rank);
     MPI_Comm_size(local, &comm.local_ranks);
     MPI_Comm_free(&local);
+    if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
+        die("cannot write to /dev/null: %s", strerror(errno));
 }
 
 void comm_finish(void) { MPI_Finalize(); }
 
-// Waits for n requests; after `timeout` seconds without progress the job ends.
+// Waits for n requests; after --timeout seconds the job ends.
 static void comm_wait(MPI_Request *requests, int n, const char *what) {
     double start = now_seconds();
     for (int done = 0; !done;) {
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
-        if (!done && now_seconds() - start > (double)comm.timeout) {
-            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; "
-                    "resume with --resume auto (or raise --timeout)\n", comm.rank, now_seconds() - start, what);
-            comm_abort();
-        }
-        if (!done) usleep(50);
+        if (done) return;
+        double waited = now_seconds() - start;
+        if (waited > (double)opt.timeout)
+            die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
+                "(or raise --timeout)", waited, what);
+        usleep(50);
     }
-}
-
-void comm_barrier(void) {
-    MPI_Request r;
-    MPI_Ibarrier(MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a barrier");
 }
 
 void comm_broadcast(void *data, size_t bytes) {     // from rank 0
     for (size_t at = 0; at < bytes; at += BUCKET) {
         MPI_Request r;
-        MPI_Ibcast((char *)data + at, (int)(bytes - at < BUCKET ? bytes - at : BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
+        MPI_Ibcast((char *)data + at, (int)min_size(bytes - at, BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
         comm_wait(&r, 1, "a broadcast");
     }
 }
@@ -2642,7 +2634,7 @@ void comm_reduce_start(floatX *x, size_t n) {
     if (comm.world == 1) return;
     for (size_t at = 0; at < n; at += BUCKET) {
         if (n_pending == MAX_PENDING) comm_reduce_finish();
-        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)(n - at < BUCKET ? n - at : BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD,
+        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)min_size(n - at, BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD,
                        &pending[n_pending++]);
     }
 }
@@ -2670,7 +2662,6 @@ void comm_init(int *argc, char ***argv) {
         die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
 }
 void comm_finish(void) {}
-void comm_barrier(void) {}
 void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
 void comm_sum(double *x, int n) { (void)x; (void)n; }
 double comm_max(double x) { return x; }
@@ -2679,6 +2670,7 @@ void comm_progress(void) {}
 void comm_reduce_finish(void) {}
 void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
 #endif
+void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
 // ==== 12. Ops, in forward order, each backward below its forward =======================================================
 // x (n) rounded to bf16 in place, ties to even: the twin's stand-in for storing it in bf16.
 static inline floatX round_bf16(floatX x) {
@@ -3435,15 +3427,15 @@ typedef struct LayerParams {
 } LayerParams;
 
 LayerParams layer_params(floatX *flat, const ParamTable *p, int l) {
-    struct { const char *suffix; floatX *at; } row[9] = {
-        {"input_layernorm.weight", NULL}, {"q_proj.weight", NULL}, {"q_proj.bias", NULL}, {"q_norm.weight", NULL},
-        {"k_norm.weight", NULL}, {"o_proj.weight", NULL}, {"post_attention_layernorm.weight", NULL}, {"gate_proj.weight", NULL},
-        {"down_proj.weight", NULL}};
+    static const char *const suffix[9] = {
+        "input_layernorm.weight", "q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight",
+        "o_proj.weight", "post_attention_layernorm.weight", "gate_proj.weight", "down_proj.weight"};
+    floatX *at[9];
     for (int i = 0; i < 9; i++) {
-        const Tensor *t = table_find(p, 1 + l, row[i].suffix);
-        if (t) row[i].at = flat + t->at;
+        const Tensor *t = table_find(p, 1 + l, suffix[i]);
+        at[i] = t ? flat + t->at : NULL;
     }
-    LayerParams w = {row[0].at, row[1].at, row[2].at, row[3].at, row[4].at, row[5].at, row[6].at, row[7].at, row[8].at};
+    LayerParams w = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
     return w;
 }
 
@@ -3464,6 +3456,8 @@ typedef struct LayerActs {
     floatX *gate_up;                    // (N,2F)
 } LayerActs;
 
+typedef struct Arena { floatX *base; size_t used; } Arena;     // used: elements
+
 struct Model {
     Config c;
     ParamTable p;
@@ -3483,27 +3477,14 @@ struct Model {
     floatX *logits;                     // (chunk,V)
     double *nll;                        // (N)          loss of each target
     floatX *cosine, *sine;              // (T,D/2)
-    floatX *arena[2];                   // state, activations: what the pointers above point into
-    size_t arena_n[2];
+    Arena arena[2];                     // state, activations: what the pointers above point into
 };
 
-// An arena is laid out by the same calls twice: first with base NULL to learn its size, then to hand out the pointers.
-typedef struct Arena { floatX *base; size_t used; } Arena;
-
+// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand out the pointers.
 static floatX *take(Arena *a, size_t n) {
     floatX *at = a->base ? a->base + a->used : NULL;
     a->used += CEIL_DIV(n, 16) * 16;
     return at;
-}
-
-static void layout_state(Model *m, Arena *a) {
-    size_t n = m->p.n, shard = m->zero ? n / m->world : n;
-    m->n_state = shard;
-    m->weights = take(a, n);
-    m->grads = take(a, n);
-    m->m = take(a, shard);
-    m->v = take(a, shard);
-    m->master = m->bf16 ? take(a, shard) : m->weights;
 }
 
 static void layout_layer(Model *m, LayerActs *y, Arena *a, int keep_block, int keep_mlp) {
@@ -3522,9 +3503,16 @@ static void layout_layer(Model *m, LayerActs *y, Arena *a, int keep_block, int k
     if (keep_mlp) y->gate_up = take(a, N * 2 * c->F);
 }
 
-static void layout_acts(Model *m, Arena *a) {
+static void layout(Model *m) {
     const Config *c = &m->c;
-    size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    size_t n = m->p.n, N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    Arena *s = &m->arena[0], *a = &m->arena[1];
+    m->n_state = m->zero ? n / m->world : n;
+    m->weights = take(s, n);
+    m->grads = take(s, n);
+    m->m = take(s, m->n_state);
+    m->v = take(s, m->n_state);
+    m->master = m->bf16 ? take(s, m->n_state) : m->weights;
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
     layout_layer(m, &shared, a, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
@@ -3550,7 +3538,7 @@ static void layout_acts(Model *m, Arena *a) {
     m->nll = (double *)take(a, N * sizeof(double) / sizeof(floatX));
 }
 
-// Sizes only: fills m->p and m->arena_n from the sizes in m; no memory is taken (--dry-run).
+// Sizes only: fills m->p and the arenas' sizes from the sizes in m; no memory is taken (--dry-run).
 void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
     m->c = *c;
     m->B = B;
@@ -3559,41 +3547,35 @@ void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
     m->chunk = chunk < m->N ? chunk : m->N;
     param_table_build(&m->p, c, m->world);
     m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
-    Arena state = {NULL, 0}, acts = {NULL, 0};
-    layout_state(m, &state);
-    layout_acts(m, &acts);
-    m->arena_n[0] = state.used;
-    m->arena_n[1] = acts.used;
+    layout(m);
 }
 
-double model_bytes(const Model *m) { return (double)(m->arena_n[0] + m->arena_n[1]) * sizeof(floatX); }
+double model_bytes(const Model *m) { return (double)(m->arena[0].used + m->arena[1].used) * sizeof(floatX); }
 
 void model_alloc(Model *m) {
     for (int i = 0; i < 2; i++) {
-        void *at = NULL;
-        size_t bytes = m->arena_n[i] * sizeof(floatX);
-        if (posix_memalign(&at, 4096, bytes))
+        Arena *a = &m->arena[i];
+        size_t bytes = a->used * sizeof(floatX);
+        if (posix_memalign((void **)&a->base, 4096, bytes))
             die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block", bytes / 1048576.0,
                 i ? "activations" : "parameters");
-        m->arena[i] = (floatX *)at;
-        memset(at, 0, bytes);
+        memset(a->base, 0, bytes);
+        a->used = 0;
     }
-    Arena state = {m->arena[0], 0}, acts = {m->arena[1], 0};
-    layout_state(m, &state);
-    layout_acts(m, &acts);
+    layout(m);
     rope_table(m->cosine, m->sine, &m->c, m->T);
 }
 
 void print_memory(const Model *m) {
     double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
+    double state = (double)m->arena[0].used, acts = (double)m->arena[1].used;
     printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n",
-           n * unit, n * unit, ((double)m->arena_n[0] - 2 * n) * unit, (double)m->arena_n[1] * unit,
-           (double)(m->arena_n[0] + m->arena_n[1]) * unit);
+           n * unit, n * unit, (state - 2 * n) * unit, acts * unit, (state + acts) * unit);
 }
 
 void model_free(Model *m) {
-    free(m->arena[0]);
-    free(m->arena[1]);
+    free(m->arena[0].base);
+    free(m->arena[1].base);
     free(m->acts);
     free(m->p.tensors);
     free(m->p.units);
@@ -3914,7 +3896,7 @@ double energy_read(Energy *e) {
 enum { ENOUGH_ROWS = 4096 };            // of a micro-step: more are no faster here
 
 // Bytes that a rank may plan with: 70% of its share of the machine's memory.
-double memory_of_rank(void) { return 0.7 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / comm_local_ranks(); }
+double memory_of_rank(void) { return 0.7 * (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / comm.local_ranks; }
 
 // FMA peak of all threads: twelve independent chains of vectors that stay in registers, the best of a few short runs.
 double measure_peak(void) {
@@ -3959,7 +3941,7 @@ typedef struct Trainer {
     DataLoader train, val;
     Batch batch, val_batch;
     Tokenizer *tokenizer;
-    char *side_folder;                      // where tokenizer files are copied from
+    const char *side_folder;                // where tokenizer files are copied from, or NULL
     TrainState state;
     Energy energy;
     double peak;                            // FLOP/s of this rank's threads, measured
@@ -4007,8 +3989,7 @@ static Config choose_config(const char *resume_dir) {
         if (strcmp(a, b))
             die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
                 resume_dir, opt.preset ? "--preset" : "--config");
-        free(a);
-        free(b);
+        free(a), free(b);
     }
     return saved;
 }
@@ -4018,44 +3999,45 @@ static char *folder_of(const char *path) {
     return slash ? path_text("%.*s", (int)(slash - path), path) : xstrdup(".");
 }
 
-// --tokenizer, or tokenizer.bin beside the model or in the folder of the data or above it. NULL if there is none.
-static char *find_tokenizer(const char *model_dir) {
-    if (opt.tokenizer) return xstrdup(opt.tokenizer);
-    char *data = folder_of(opt.train_data);
-    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data),
-                       path_text("%s/../tokenizer.bin", data)};
-    char *found = NULL;
-    for (int i = 0; i < 3; i++) {
-        if (places[i] && !found && !access(places[i], R_OK)) found = places[i];
-        else free(places[i]);
+// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it.
+static void setup_tokenizer(Trainer *tr, const char *model_dir) {
+    char *data = folder_of(opt.train_data), *above = path_text("%s/..", data);
+    char *path = opt.tokenizer ? xstrdup(opt.tokenizer) : NULL;
+    const char *folders[3] = {model_dir, data, above};
+    for (int i = 0; i < 3 && !path; i++) if (folders[i]) {
+        path = path_text("%s/tokenizer.bin", folders[i]);
+        if (access(path, R_OK)) free(path), path = NULL;
     }
-    free(data);
-    return found;
+    free(data), free(above);
+    if (path) {
+        tr->tokenizer = tokenizer_open(path);
+        int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
+        int fits = !tr->c.V || (spare >= 0 && spare <= tr->c.V / 100);
+        if (!fits && opt.tokenizer)
+            die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
+        if (!fits) tokenizer_free(tr->tokenizer), tr->tokenizer = NULL;     // beside the data by chance
+    }
+    tr->side_folder = model_dir ? model_dir : tr->tokenizer ? folder_of(path) : NULL;
+    free(path);
 }
 
 static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
 
-static int data_exists(const char *pattern) {
+// Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
+static int data_vocabulary(const char *pattern) {
     glob_t found;
-    int none = glob(pattern, 0, NULL, &found);
-    if (!none) globfree(&found);
-    return !none;
-}
-
-// Options of this process -> the fields of a Model that model_plan reads.
-static void model_options(Model *m) {
-    memset(m, 0, sizeof *m);
-    m->bf16 = opt.precision == BF16;
-    m->bf16_state = opt.optimizer_dtype == BF16;
-    m->recompute = (int)opt.recompute;
-    m->zero = (int)opt.zero;
-    m->world = comm_world();
-    m->rank = comm_rank();
+    if (glob(pattern, 0, NULL, &found)) return -1;
+    int words[4] = {0, 0, 0, 0};
+    FILE *f = fopen(found.gl_pathv[0], "rb");
+    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
+    if (f) fclose(f);
+    globfree(&found);
+    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
 }
 
 // Numbers that the user left open. Small models (below 5 M parameters) get the defaults of `tiny`.
 static void resolve_options(Trainer *tr) {
-    int small = config_params(&tr->c) < 5e6, world = comm_world();
+    int small = config_params(&tr->c) < 5e6;
     if (!opt.seq_len) opt.seq_len = tr->c.max_T < 1024 ? tr->c.max_T : 1024;
     if (opt.seq_len > tr->c.max_T)
         die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
@@ -4068,11 +4050,9 @@ static void resolve_options(Trainer *tr) {
     if (opt.warmup_steps < 0) opt.warmup_steps = opt.steps / 10 < 100 ? opt.steps / 10 : 100;
     if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
     if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
-    int64_t row = opt.seq_len * world;
-    if (!opt.total_batch_tokens) {
-        int64_t wanted = small ? 2048 : 524288;
-        opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
-    }
+    int64_t row = opt.seq_len * comm_world();
+    int64_t wanted = opt.batch_size ? opt.batch_size * row : small ? 2048 : 524288;
+    if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
     if (opt.total_batch_tokens % row)
         die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
             opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
@@ -4083,10 +4063,8 @@ static void resolve_options(Trainer *tr) {
     }
     if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
         double memory = memory_of_rank();
-        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) {
-            if (rows % b) continue;
-            Model plan;
-            model_options(&plan);
+        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) if (rows % b == 0) {
+            Model plan = tr->m;
             model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
             if (b == 1 || model_bytes(&plan) < memory) opt.batch_size = b;
             model_free(&plan);
@@ -4107,7 +4085,7 @@ static void print_model(const Trainer *tr) {
            (double)tr->m.p.n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
     printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | "
            "recompute %s\n", opt.total_batch_tokens, tr->m.B, tr->m.T, comm_world(), tr->micro_steps,
-           opt.precision == BF16 ? "bf16" : "fp32", (const char *[]){"none", "mlp", "block"}[opt.recompute]);
+           opt.precision == BF16 ? "bf16" : "fp32", choice_name(option_find("--recompute")));
     print_memory(&tr->m);
 }
 
@@ -4131,7 +4109,6 @@ static void evaluate(Trainer *tr) {
     comm_sum(sums, 3);
     tr->val_loss = sums[0] / sums[1];
     if (dl->has_floor) tr->floor = sums[2] / sums[1];
-    if (comm_rank()) return;
     printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
     if (dl->has_floor) printf(", floor %.4f", tr->floor);
     printf(" nats/token | %.0f targets\n", sums[1]);
@@ -4169,10 +4146,9 @@ static void generate(Trainer *tr) {
     for (int i = 0; i < n_prompt; i++) {
         if (prompt[i] >= tr->c.V)
             die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
-    int start = n - n_prompt;
-    for (int i = start; i < n; i++) tokenizer_print(tok, i ? ids[i - 1] : -1, ids[i], stdout);
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         int window = n < room ? n : room;
         double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
@@ -4192,11 +4168,12 @@ static void generate(Trainer *tr) {
 
 // ---- one update ------------------------------------------------------------------------------------------------------------
 // Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between
-// micro-steps (nothing has changed then, the data position neither). sums = loss, targets.
-static int update_gradients(Trainer *tr, double *sums) {
+// micro-steps (nothing has changed then, the data position neither). *loss is the mean over targets, *mean the factor that
+// makes the gradients those of it.
+static int update_gradients(Trainer *tr, double *loss, double *mean) {
+    double sums[2] = {0, 0};                // loss, targets
     LoaderState before = tr->train.state;
     model_zero_grads(&tr->m);
-    sums[0] = sums[1] = 0;
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) {
             tr->train.state = before;
@@ -4210,6 +4187,8 @@ static int update_gradients(Trainer *tr, double *sums) {
     }
     comm_reduce_finish();
     comm_sum(sums, 2);
+    *loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
+    *mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
     return 1;
 }
 
@@ -4225,23 +4204,19 @@ static double z_score(const double *window, int64_t n, double x) {
 // NULL: healthy. Otherwise why this update must not reach the weights.
 static const char *update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
     static char text[256];
-    if (!isfinite(loss) || !isfinite(norm)) {
-        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
-                 tr->m.p.n_tensors, bad ? bad : "none");
-        return text;
-    }
     double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss);
     double z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
-    if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes)) {
+    if (!isfinite(loss) || !isfinite(norm))
+        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
+                 tr->m.p.n_tensors, bad ? bad : "none");
+    else if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
         snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
                  z_norm);
-        return text;
-    }
-    return NULL;
+    else return NULL;
+    return text;
 }
 
 static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, double joules, const char *skipped) {
-    if (comm_rank()) return;
     int64_t step = tr->state.step;
     double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
     double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world;
@@ -4249,9 +4224,9 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     if (skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
     if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
         double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
-        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %.1f%% "
-               "(causal %.1f%%) | %s J/token | eta %s\n",
-               step, opt.steps, loss, lr, norm, seconds * 1e3, speed, 100 * report / tr->peak, 100 * causal / tr->peak,
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s "
+               "(causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3, speed,
+               measured_text(100 * report / tr->peak, "%.1f%%"), measured_text(100 * causal / tr->peak, "%.1f%%"),
                measured_text(joules / tokens, "%.3g"), duration_text(left));
         fflush(stdout);
     }
@@ -4271,15 +4246,15 @@ enum { MOST_BAD_IN_A_ROW = 5 };
 
 // One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
 static int train_step(Trainer *tr) {
-    double start = now_seconds(), joules = energy_read(&tr->energy), sums[2];
-    if (!update_gradients(tr, sums)) return 0;
+    double start = now_seconds(), joules = energy_read(&tr->energy), loss, mean;
+    if (!update_gradients(tr, &loss, &mean)) return 0;
     TrainState *s = &tr->state;
     const char *bad;
     int n_bad;
-    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
-    double facts[2] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean};
+    double facts[2] = {loss, gradient_norm(&tr->m, &bad, &n_bad) * mean};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
-    double loss = facts[0], norm = facts[1], lr = learning_rate(&opt, s->step);
+    loss = facts[0];
+    double norm = facts[1], lr = learning_rate(&opt, s->step);
     const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
     s->step++;
     s->tokens += opt.total_batch_tokens;
@@ -4291,15 +4266,14 @@ static int train_step(Trainer *tr) {
     }
     tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
     double spent[2] = {energy_read(&tr->energy) - joules, 0}, seconds = now_seconds() - start;
-    if (!comm_is_local_leader()) spent[0] = 0;              // one rank per machine counts
+    if (comm.local_rank) spent[0] = 0;              // one rank per machine counts
     comm_sum(spent, 1);
     s->joules += spent[0];
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
         die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr "
-            "or look at the data, then --resume auto",
-            s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
+            "or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
     return 1;
 }
 
@@ -4309,14 +4283,13 @@ static void save(Trainer *tr) {
     tr->state.loader = tr->train.state;
     checkpoint_save(&tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
     tr->saved_step = tr->state.step;
-    if (comm_rank() == 0)
-        printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
-               now_seconds() - start);
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
+           now_seconds() - start);
 }
 
 static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
-    if (comm_rank() || !s->step || s->seconds <= 0) return;
+    if (!s->step || s->seconds <= 0) return;
     double speed = (double)s->tokens / s->seconds, world = comm_world();
     printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %.1f%% of %.1f GFLOP/s per rank "
            "(measured FMA peak) | energy %s kWh, %s W, %s J/token\n",
@@ -4330,32 +4303,26 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
-    int has_val = opt.val_data != NULL;
-    while (tr->state.step < opt.steps) {
-        if (!train_step(tr)) break;
+    while (tr->state.step < opt.steps && train_step(tr)) {
         int last = tr->state.step == opt.steps;
-        if (has_val && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
+        if (opt.val_data && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
         if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
         if (opt.sample_every && tr->state.step % opt.sample_every == 0 && !last) generate(tr);
     }
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
-    if (stopped) {
-        if (comm_rank() == 0)
-            printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
-        return;
-    }
-    report_end(tr);
-    if (opt.sample_every) generate(tr);
+    if (stopped)
+        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+    else report_end(tr);
+    if (!stopped && opt.sample_every) generate(tr);
 }
 
 static void dump_grads(Trainer *tr) {
-    double sums[2];
-    if (!update_gradients(tr, sums)) die("--dump-grads: stopped by a signal");
+    double mean_loss, mean;
+    if (!update_gradients(tr, &mean_loss, &mean)) die("--dump-grads: stopped by a signal");
     if (comm_rank()) return;
     const ParamTable *p = &tr->m.p;
-    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;
-    float loss = (float)(sums[1] > 0 ? sums[0] / sums[1] : 0), *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    float loss = (float)mean_loss, *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
     int64_t one = 1;
     st_declare(w, "loss", ST_F32, 1, &one);
@@ -4402,51 +4369,7 @@ static void log_header(const Trainer *tr) {
     log_record(&r);
 }
 
-// OUT must be free of a checkpoint that this run does not continue.
-static void check_out(const char *resume_dir) {
-    int64_t *steps;
-    int n = checkpoint_list(opt.out, &steps);
-    if (n && !resume_dir)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
-    free(steps);
-}
-
-// Makes OUT, after everything else has been checked: a refused run leaves nothing behind.
-static void make_out(void) {
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
-    comm_barrier();
-    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
-}
-
 // ---- putting it together ---------------------------------------------------------------------------------------------------
-// Vocabulary that the first shard of `pattern` declares; 0: it says nothing.
-static int data_vocabulary(const char *pattern) {
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return 0;
-    int words[4] = {0, 0, 0, 0};
-    FILE *f = fopen(found.gl_pathv[0], "rb");
-    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
-    if (f) fclose(f);
-    globfree(&found);
-    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
-}
-
-static void setup_tokenizer(Trainer *tr, const char *model_dir) {
-    char *path = find_tokenizer(model_dir);
-    if (path) {
-        tr->tokenizer = tokenizer_open(path);
-        int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
-        if (tr->c.V && (spare < 0 || spare > tr->c.V / 100)) {
-            if (opt.tokenizer)
-                die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
-            tokenizer_free(tr->tokenizer);          // beside the data by chance
-            tr->tokenizer = NULL;
-        }
-    }
-    tr->side_folder = model_dir ? xstrdup(model_dir) : tr->tokenizer ? folder_of(path) : NULL;
-    free(path);
-}
-
 // Everything that can go wrong goes wrong here, before any work.
 static void setup(Trainer *tr) {
     int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
@@ -4455,30 +4378,37 @@ static void setup(Trainer *tr) {
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    if (opt.resume && !resume_dir && comm_rank() == 0)
-        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (opt.resume && !resume_dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (!data_exists(opt.train_data) && !strcmp(opt.train_data, DEFAULT_TRAIN) && (training || opt.dump_grads))
+    if ((training || opt.dump_grads) && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
         die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
 
     tr->c = choose_config(resume_dir);
     setup_tokenizer(tr, model_dir);
     if (!tr->c.V) {                         // `tiny` takes its vocabulary from the data
         tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
-        if (!tr->c.V && opt.dry_run) tr->c.V = 1024;
-        if (!tr->c.V)
+        if (tr->c.V <= 0 && opt.dry_run) tr->c.V = 1024;
+        if (tr->c.V <= 0)
             die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
                 opt.train_data);
         config_set_vocab(&tr->c, tr->c.V);
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
     }
+    tr->m.bf16 = opt.precision == BF16;
+    tr->m.bf16_state = opt.optimizer_dtype == BF16;
+    tr->m.recompute = (int)opt.recompute;
+    tr->m.zero = (int)opt.zero;
+    tr->m.world = comm_world();
+    tr->m.rank = comm_rank();
     resolve_options(tr);
     options_check();
-    if (training) check_out(resume_dir);
-    model_options(&tr->m);
+    int64_t *steps;
+    int n_steps = training && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
+    if (n_steps)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n_steps - 1]);
     model_plan(&tr->m, &tr->c, (int)opt.batch_size, (int)opt.seq_len, (int)opt.logits_chunk);
     if (opt.dry_run) return;
 
@@ -4491,16 +4421,16 @@ static void setup(Trainer *tr) {
             tr->train.state = tr->state.loader;
             tr->train.state.position %= tr->train.n_windows;
         }
-        if (comm_rank() == 0) loader_log(&tr->train, "train", stdout);
+        loader_log(&tr->train, "train", stdout);
     }
     if (opt.val_data && (training || opt.eval_only)) {
         loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
         batch_alloc(&tr->val_batch, B, T, masked);
-        if (comm_rank() == 0) loader_log(&tr->val, "val", stdout);
+        loader_log(&tr->val, "val", stdout);
     } else if (opt.eval_only) {
         die("--eval-only needs --val-data");
     }
-    if (comm_rank() == 0 && !opt.generate) print_model(tr);
+    if (!opt.generate) print_model(tr);
     model_alloc(&tr->m);
     if (resume_dir) checkpoint_read_model(resume_dir, &tr->m);
     else if (opt.init_from) weights_read(opt.init_from, &tr->m, &tr->c);
@@ -4511,20 +4441,21 @@ static void setup(Trainer *tr) {
     signal(SIGTERM, on_signal);
     signal(SIGUSR1, on_signal);
     if (!training && !opt.eval_only) return;
-    make_out();
+    // after all checks: a refused run leaves nothing behind
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
+        die("cannot make --out %s: %s", opt.out, strerror(errno));
+    comm_barrier();
+    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
     log_open(opt.out);
     if (!training) return;
     energy_open(&tr->energy, RAPL_FOLDER);
-    if (!resume_dir) tr->state.joules = tr->energy.joules;
     tr->peak = measure_peak();
-    if (comm_rank() == 0)
-        printf("device | %d threads per rank | %.1f GFLOP/s measured FMA peak | energy counters %s\n", omp_get_max_threads(),
-               tr->peak * 1e-9, tr->energy.n ? "of the processor" : "unavailable");
+    printf("device | %d threads per rank | %.1f GFLOP/s measured FMA peak | energy counters %s\n", omp_get_max_threads(),
+           tr->peak * 1e-9, tr->energy.n ? "of the processor" : "unavailable");
     log_header(tr);
-    if (resume_dir && comm_rank() == 0)
+    if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
                tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
-    free(resume_dir);
 }
 
 #ifndef LITESPARK_NO_MAIN
@@ -4538,11 +4469,9 @@ int main(int argc, char **argv) {
     }
     options_check();
     refuse_what_the_cpu_cannot();
-    comm_set_timeout(opt.timeout);
-    int cores = omp_get_num_procs() / comm_local_ranks();
+    int cores = omp_get_num_procs() / comm.local_ranks;
     omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 0 ? cores : 1);
-    static Trainer trainer;
-    Trainer *tr = &trainer;
+    static Trainer trainer, *tr = &trainer;
     setup(tr);
     if (opt.dry_run) print_model(tr);
     else if (opt.eval_only) evaluate(tr);

@@ -51,6 +51,7 @@ Read: 13 (ops, each forward with its backward below), 14 (the model), 15 (main).
 #include <unistd.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <algorithm>
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -2672,19 +2673,24 @@ template <typename T> __device__ T block_sum(T x) {
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI,
 // always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a
 // dead or stuck peer ends the job with a message.
-typedef struct Comm { int rank, world, local_rank, local_ranks; int64_t timeout; } Comm;
-static Comm comm = {0, 1, 0, 1, 600};
+static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
-int comm_local_ranks(void) { return comm.local_ranks; }             // on this machine
-void comm_set_timeout(int64_t seconds) { comm.timeout = seconds; }
+
+// Loops that wait for other ranks call it: after --timeout seconds the job ends.
+static void comm_check_time(double start, const char *what) {
+    double waited = now_seconds() - start;
+    if (waited > (double)opt.timeout)
+        die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto (or raise --timeout)",
+            waited, what);
+}
 
 #ifdef USE_MPI
-#define OMPI_SKIP_MPICXX 1           // the C interface is enough
+#define OMPI_SKIP_MPICXX 1          // the C interface is enough
 #include <mpi.h>
-enum { BUCKET = 1 << 22 };            // bytes of one broadcast
 #include <nccl.h>
+enum { BUCKET = 1 << 22 };          // bytes of one broadcast
 #define ncclCheck(call) do { \
     ncclResult_t r_ = (call); \
     if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); \
@@ -2706,66 +2712,57 @@ void comm_init(int *argc, char ***argv) {
     MPI_Comm_rank(local, &comm.local_rank);
     MPI_Comm_size(local, &comm.local_ranks);
     MPI_Comm_free(&local);
+    if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
+        die("cannot write to /dev/null: %s", strerror(errno));
 }
 
 void comm_finish(void) { MPI_Finalize(); }
 
-// Waits for n requests; after `timeout` seconds without progress the job ends.
-static void comm_wait(MPI_Request *requests, int n, const char *what) {
+static void comm_wait(MPI_Request *request, const char *what) {
     double start = now_seconds();
     for (int done = 0; !done;) {
-        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
-        if (!done && now_seconds() - start > (double)comm.timeout) {
-            fprintf(stderr, "error: rank %d waited %.0f s for the other ranks in %s: one is dead or stuck; "
-                    "resume with --resume auto (or raise --timeout)\n", comm.rank, now_seconds() - start, what);
-            comm_abort();
-        }
-        if (!done) usleep(50);
+        MPI_Test(request, &done, MPI_STATUS_IGNORE);
+        if (done) return;
+        comm_check_time(start, what);
+        usleep(50);
     }
-}
-
-void comm_barrier(void) {
-    MPI_Request r;
-    MPI_Ibarrier(MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a barrier");
 }
 
 void comm_broadcast(void *data, size_t bytes) {     // from rank 0
     for (size_t at = 0; at < bytes; at += BUCKET) {
         MPI_Request r;
-        MPI_Ibcast((char *)data + at, (int)(bytes - at < BUCKET ? bytes - at : BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
-        comm_wait(&r, 1, "a broadcast");
+        MPI_Ibcast((char *)data + at, (int)min_size(bytes - at, BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
+        comm_wait(&r, "a broadcast");
     }
 }
 
 void comm_sum(double *x, int n) {
     MPI_Request r;
     MPI_Iallreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a sum");
+    comm_wait(&r, "a sum");
 }
 
 double comm_max(double x) {
     MPI_Request r;
     MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a maximum");
+    comm_wait(&r, "a maximum");
     return x;
 }
 
 #else
 void comm_abort(void) {}
-void comm_init(int *argc, char ***argv) {
-    (void)argc;
-    (void)argv;
+void comm_init(int *, char ***) {
     const char *size = getenv("OMPI_COMM_WORLD_SIZE");
     if (size && strcmp(size, "1"))
         die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
 }
 void comm_finish(void) {}
-void comm_barrier(void) {}
-void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
-void comm_sum(double *x, int n) { (void)x; (void)n; }
+void comm_broadcast(void *, size_t) {}
+void comm_sum(double *, int) {}
 double comm_max(double x) { return x; }
 #endif
+void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
+
 #define cublasCheck(call) do { \
     cublasStatus_t s_ = (call); \
     if (s_ != CUBLAS_STATUS_SUCCESS) die("%s:%d: %s: cuBLAS status %d", __FILE__, __LINE__, #call, (int)s_); \
@@ -2776,22 +2773,13 @@ enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA contex
 
 // The kernels that a device gets: by compute capability, the last row that is not above it. Products of our own run on mma.sync:
 // all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0, where cuBLASLt and a pass over its result are faster
-// (dev/SPEED.md 6).
+// (dev/SPEED.md 6). LITESPARK_FUSED_MLP=0 or 1 overrides the table, to measure one form against the other.
 typedef struct Kernels { int capability, fused_mlp; } Kernels;
 static const Kernels kernel_table[] = {{80, 1}, {90, 0}, {120, 1}};
 
-// LITESPARK_FUSED_MLP=0 or 1 overrides the table, to measure one form against the other.
-static const Kernels *choose_kernels(int capability) {
-    static Kernels chosen;
-    for (size_t i = 0; i < sizeof kernel_table / sizeof *kernel_table; i++)
-        if (kernel_table[i].capability <= capability) chosen = kernel_table[i];
-    const char *fused = getenv("LITESPARK_FUSED_MLP");
-    if (fused) chosen.fused_mlp = !strcmp(fused, "1");
-    return &chosen;
-}
-
 typedef struct Gpu {
-    const Kernels *kernels;
+    cudaDeviceProp device;
+    Kernels kernels;
     cudaStream_t stream;                // everything but communication
     cublasLtHandle_t lt;
     void *workspace;                    // cuBLASLt's
@@ -2838,37 +2826,28 @@ double memory_of_rank(void) {
 typedef struct Energy {
     void *device;
     int (*total)(void *device, unsigned long long *mj);
-    double first, joules;               // since energy_open; NAN: unavailable
-    int n;
+    double joules;                      // as last read; NAN: unavailable
 } Energy;
-static const char RAPL_FOLDER[] = "";   // the twin's counters; unused here
 
-void energy_open(Energy *e, const char *folder) {
-    (void)folder;
-    memset(e, 0, sizeof *e);
-    e->joules = NAN;
-    void *lib = dlopen("libnvidia-ml.so.1", RTLD_NOW);
-    if (!lib) return;
-    int (*init)(void) = (int (*)(void))dlsym(lib, "nvmlInit_v2");
-    int (*by_bus)(const char *, void **) = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
-    e->total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
-    int device = 0;
-    char bus[32];
-    unsigned long long mj;
-    if (!init || !by_bus || !e->total || init()) return;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetPCIBusId(bus, sizeof bus, device) != cudaSuccess) return;
-    if (by_bus(bus, &e->device) || e->total(e->device, &mj)) return;
-    e->first = (double)mj;
-    e->joules = 0;
-    e->n = 1;
-}
-
-// Joules since energy_open. The counter moves every ~100 ms: main reads it over windows of seconds, with the device idle at
-// both ends.
+// The counter moves every ~100 ms: main takes differences over windows of seconds, with the device idle at both ends.
 double energy_read(Energy *e) {
     unsigned long long mj;
-    if (e->n && !e->total(e->device, &mj)) e->joules = ((double)mj - e->first) * 1e-3;
+    if (e->total && !e->total(e->device, &mj)) e->joules = (double)mj * 1e-3;
     return e->joules;
+}
+
+void energy_open(Energy *e) {
+    *e = {NULL, NULL, NAN};
+    void *lib = dlopen("libnvidia-ml.so.1", RTLD_NOW);
+    if (!lib) return;
+    auto init = (int (*)(void))dlsym(lib, "nvmlInit_v2");
+    auto by_bus = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
+    auto total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
+    char bus[32];
+    if (!init || !by_bus || !total || init()) return;
+    if (cudaDeviceGetPCIBusId(bus, sizeof bus, comm.local_rank) != cudaSuccess || by_bus(bus, &e->device)) return;
+    e->total = total;
+    energy_read(e);
 }
 
 // x (n) of all ranks is summed on the communication stream once the compute stream has come this far.
@@ -2879,7 +2858,6 @@ void comm_reduce_start(const Gpu *gpu, float *x, size_t n) {
     cudaCheck(cudaStreamWaitEvent(gpu->comm_stream, gpu->ready, 0));
     ncclCheck(ncclAllReduce(x, x, n, ncclFloat32, ncclSum, (ncclComm_t)gpu->nccl, gpu->comm_stream));
 #endif
-    (void)gpu, (void)x, (void)n;
 }
 
 // Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not come, ends the job.
@@ -2893,11 +2871,7 @@ void gpu_wait(const Gpu *gpu) {
         if (state != ncclSuccess && state != ncclInProgress)
             die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
 #endif
-        if (comm.world > 1 && now_seconds() - start > (double)comm.timeout) {
-            fprintf(stderr, "error: rank %d waited %.0f s for the sums of gradients: another rank is dead or stuck; "
-                    "resume with --resume auto (or raise --timeout)\n", comm.rank, now_seconds() - start);
-            comm_abort();
-        }
+        if (comm.world > 1) comm_check_time(start, "the sums of gradients");
     }
 }
 
@@ -2916,6 +2890,14 @@ void gpu_open(Gpu *gpu) {
         die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer", cudaGetErrorString(e));
     if (comm.local_ranks > n) die("%d ranks on a machine with %d GPUs; start one rank per GPU", comm.local_ranks, n);
     cudaCheck(cudaSetDevice(comm.local_rank));
+    cudaDeviceProp *device = &gpu->device;
+    cudaCheck(cudaGetDeviceProperties(device, comm.local_rank));
+    if (device->major < 8)
+        die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device->name, device->major, device->minor);
+    for (const Kernels &row : kernel_table)
+        if (row.capability <= device->major * 10 + device->minor) gpu->kernels = row;
+    const char *fused = getenv("LITESPARK_FUSED_MLP");
+    if (fused) gpu->kernels.fused_mlp = !strcmp(fused, "1");
     cudaCheck(cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking));
     cublasCheck(cublasLtCreate(&gpu->lt));
     if (comm.world == 1) return;
@@ -2926,11 +2908,9 @@ void gpu_open(Gpu *gpu) {
     cudaCheck(cudaEventCreateWithFlags(&gpu->summed, cudaEventDisableTiming));
 #ifdef USE_MPI
     ncclUniqueId id;
-    ncclComm_t nccl;
     if (comm.rank == 0) ncclCheck(ncclGetUniqueId(&id));
     comm_broadcast(&id, sizeof id);
-    ncclCheck(ncclCommInitRank(&nccl, comm.world, id, comm.rank));
-    gpu->nccl = nccl;
+    ncclCheck(ncclCommInitRank((ncclComm_t *)&gpu->nccl, comm.world, id, comm.rank));
 #endif
 }
 
@@ -4631,7 +4611,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
 // gate_up (N,2F), h (N,F) = of x (N,C), w (2F,C); h may be NULL
 template <typename floatX>
 void mlp_forward(const Gpu *gpu, floatX *h, floatX *gate_up, const floatX *x, const floatX *w, int N, int C, int F) {
-    if constexpr (sizeof(floatX) == 2) if (gpu->kernels->fused_mlp) {
+    if constexpr (sizeof(floatX) == 2) if (gpu->kernels.fused_mlp) {
         assert(C % 8 == 0 && F % 8 == 0);
         launch(gate_up_swiglu_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS / 2), ATT_THREADS, MLP_SMEM, gpu->stream,
                h, gate_up, x, w, N, C, F);
@@ -4644,7 +4624,7 @@ void mlp_forward(const Gpu *gpu, floatX *h, floatX *gate_up, const floatX *x, co
 // gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F)
 template <typename floatX>
 void mlp_backward_gate_up(const Gpu *gpu, floatX *gate_up, floatX *h, const floatX *dx, const floatX *w, int N, int C, int F) {
-    if constexpr (sizeof(floatX) == 2) if (gpu->kernels->fused_mlp) {
+    if constexpr (sizeof(floatX) == 2) if (gpu->kernels.fused_mlp) {
         assert(C % 8 == 0 && F % 8 == 0);
         launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, gpu->stream,
                gate_up, h, dx, w, N, C, F);
@@ -4847,16 +4827,12 @@ template <typename T> struct LayerParams {
 };
 
 template <typename T> LayerParams<T> layer_params(T *flat, const ParamTable *p, int l) {
-    static const char *const suffix[9] = {
-        "input_layernorm.weight", "q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight",
-        "o_proj.weight", "post_attention_layernorm.weight", "gate_proj.weight", "down_proj.weight"};
-    T *at[9];
-    for (int i = 0; i < 9; i++) {
-        const Tensor *t = table_find(p, 1 + l, suffix[i]);
-        at[i] = t ? flat + t->at : NULL;
-    }
-    LayerParams<T> w = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
-    return w;
+    auto at = [&](const char *suffix) {
+        const Tensor *t = table_find(p, 1 + l, suffix);
+        return t ? flat + t->at : NULL;
+    };
+    return {at("input_layernorm.weight"), at("q_proj.weight"), at("q_proj.bias"), at("q_norm.weight"), at("k_norm.weight"),
+            at("o_proj.weight"), at("post_attention_layernorm.weight"), at("gate_proj.weight"), at("down_proj.weight")};
 }
 
 template <typename T> T *embed_param(T *flat, const ParamTable *p) { return flat + p->units[0].at; }                     // (Vp,C)
@@ -4879,35 +4855,35 @@ template <typename floatX> struct LayerActs {
     floatX *gate_up;                    // (N,2F)       backward overwrites it with its gradient
 };
 
-// What a micro-step needs of the data, on the device; two of them, so that the next one is read while this one computes.
+// A batch on the device, and its rows sorted by token.
 typedef struct Feed {
-    int *host, *device;                 // one block each: inputs (N), targets (N), order (N), starts (N+1), tokens (N),
-                                        // doc_start (N)
-    int *inputs, *targets, *order, *starts, *tokens, *doc_start;     // in `device`
-    int n_distinct;
-    cudaEvent_t copied;
+    int B, T, n_distinct;
+    const int *inputs, *targets;        // (N)
+    const int *doc_start;               // (N), NULL: one document
+    const int *order, *tokens, *starts; // (N), (N), (N+1)      of sort_rows
 } Feed;
+
+typedef struct Arena { char *base; size_t used; } Arena;
+enum { ARENA_WEIGHTS, ARENA_GRADIENTS, ARENA_OPTIMIZER, ARENA_ACTIVATIONS, ARENA_WORKSPACE, N_ARENAS };
+static const char *const arena_names[] = {"weights", "gradients", "optimizer", "activations", "workspace"};
 
 struct Model {                          // what does not depend on the precision
     Config c;
     ParamTable p;
     int B, T, N;                        // micro-step: N = B*T rows
-    int bf16, bf16_state, recompute, world, rank, zero;
+    int bf16, bf16_state, recompute;
     int chunk, N_chunks;                // rows of logits that exist at a time; N_chunks*chunk >= N rows of norm and nll
     float *grads, *master;              // flat, (p.n); in fp32 the weights are their own master
     void *m, *v;                        // flat, float or bf16
     float *nll, *scratch;               // (N_chunks*chunk) loss of each target; partial sums of kernels
     float *cosine, *sine;               // (T,D/2)
     double *sums;                       // (n_tensors + 1) on the device: loss of the update, squares of gradients
-    size_t scratch_n;
-    Feed feed[2];
-    int next_feed;
+    int64_t n_targets;                  // that sums[0] is of
+    int *feed_host, *feed_device;       // (6N+1)       what feed_batch copies, the same on both
+    cudaEvent_t fed;                    // the last copy has left the host
     Gpu gpu;
-    char *arena[5];
-    size_t arena_bytes[5];
+    Arena arena[N_ARENAS];
 };
-enum { ARENA_WEIGHTS, ARENA_GRADIENTS, ARENA_OPTIMIZER, ARENA_ACTIVATIONS, ARENA_WORKSPACE };
-static const char *const arena_names[5] = {"weights", "gradients", "optimizer", "activations", "workspace"};
 
 template <typename floatX> struct ModelOf : Model {
     floatX *weights;                    // flat, (p.n)
@@ -4922,10 +4898,13 @@ template <typename floatX> struct ModelOf : Model {
     floatX *logits;                     // (chunk,Vp)
 };
 
+// f(m) with m of its precision
+template <typename F> static void with_precision(Model *m, F f) {
+    if (m->bf16) f((ModelOf<bf16> *)m);
+    else f((ModelOf<float> *)m);
+}
 
-// An arena is laid out by the same calls twice: first with base NULL to learn its size, then to hand out the pointers.
-typedef struct Arena { char *base; size_t used; } Arena;
-
+// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand out the pointers.
 template <typename T> static void take(Arena *a, T **at, size_t n) {
     *at = a->base ? (T *)(a->base + a->used) : NULL;
     a->used += CEIL_DIV(n * sizeof(T), 256) * 256;
@@ -4948,32 +4927,20 @@ static void layout_layer(ModelOf<floatX> *m, LayerActs<floatX> *y, Arena *a, int
     if (keep_mlp) take(a, &y->gate_up, N * 2 * c->F);
 }
 
-static void layout_feed(Model *m, Feed *f, Arena *a) {
-    size_t N = m->N;
-    take(a, &f->device, 6 * N + 1);
-    f->inputs = f->device;
-    f->targets = f->inputs + N;
-    f->order = f->targets + N;
-    f->tokens = f->order + N;
-    f->doc_start = f->tokens + N;
-    f->starts = f->doc_start + N;
-}
-
-template <typename floatX> static void layout(ModelOf<floatX> *m, Arena *a) {
+template <typename floatX> static void layout(ModelOf<floatX> *m) {
     const Config *c = &m->c;
     size_t n = m->p.n, N = m->N, padded = (size_t)m->chunk * m->N_chunks, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
-    take(&a[ARENA_WEIGHTS], &m->weights, n);
-    take(&a[ARENA_GRADIENTS], &m->grads, n);
-    if (m->bf16) take(&a[ARENA_OPTIMIZER], &m->master, n);
+    size_t state_bytes = n * (m->bf16_state ? sizeof(bf16) : sizeof(float));
+    take(&m->arena[ARENA_WEIGHTS], &m->weights, n);
+    take(&m->arena[ARENA_GRADIENTS], &m->grads, n);
+    Arena *o = &m->arena[ARENA_OPTIMIZER];
+    if (m->bf16) take(o, &m->master, n);
     else m->master = (float *)m->weights;
-    for (int i = 0; i < 2; i++) {
-        void **state = i ? &m->v : &m->m;
-        if (m->bf16_state) take(&a[ARENA_OPTIMIZER], (bf16 **)state, n);
-        else take(&a[ARENA_OPTIMIZER], (float **)state, n);
-    }
-    Arena *x = &a[ARENA_ACTIVATIONS];
-    LayerActs<floatX> shared;
-    memset(&shared, 0, sizeof shared);
+    take(o, (char **)&m->m, state_bytes);
+    take(o, (char **)&m->v, state_bytes);
+    Arena *x = &m->arena[ARENA_ACTIVATIONS];
+    if (!m->acts) m->acts = (LayerActs<floatX> *)xcalloc((size_t)c->L, sizeof *m->acts);
+    LayerActs<floatX> shared = {};
     layout_layer(m, &shared, x, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
     for (int l = 0; l < c->L; l++) {
         m->acts[l] = shared;
@@ -4982,7 +4949,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m, Arena *a) {
     }
     take(x, &m->x_last, N * c->C);
     take(x, &m->rstd_last, N);
-    Arena *w = &a[ARENA_WORKSPACE];
+    Arena *w = &m->arena[ARENA_WORKSPACE];
     take(w, &m->norm, padded * c->C);
     take(w, &m->dnorm, padded * c->C);
     take(w, &m->h, N * c->F);
@@ -4993,26 +4960,15 @@ template <typename floatX> static void layout(ModelOf<floatX> *m, Arena *a) {
     take(w, &m->nll, padded);
     take(w, &m->cosine, (size_t)m->T * c->D / 2);
     take(w, &m->sine, (size_t)m->T * c->D / 2);
-    take(w, &m->scratch, m->scratch_n);
+    take(w, &m->scratch, std::max({rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D),
+                                   bias_backward_scratch((int)(HD + 2 * KD)), sum_of_squares_scratch(),
+                                   N * c->H}));         // partial sums, or attention_backward's row sums
     take(w, &m->sums, (size_t)m->p.n_tensors + 1);
     take(w, (char **)&m->gpu.workspace, LT_WORKSPACE);
-    for (int i = 0; i < 2; i++) layout_feed(m, &m->feed[i], w);
+    take(w, &m->feed_device, 6 * N + 1);
 }
 
-static void layout_any(Model *m, Arena *a) {
-    if (m->bf16) layout((ModelOf<bf16> *)m, a);
-    else layout((ModelOf<float> *)m, a);
-}
-
-// Floats of scratch that the largest user needs: partial sums, or attention_backward's row sums.
-static size_t kernel_scratch_size(const Config *c, int N) {
-    size_t sizes[] = {rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D),
-                      bias_backward_scratch((c->H + 2 * c->K) * c->D), sum_of_squares_scratch(), (size_t)N * c->H}, most = 0;
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) most = sizes[i] > most ? sizes[i] : most;
-    return most;
-}
-
-// Sizes only: fills m->p and m->arena_bytes from the sizes in m; no memory is taken (--dry-run).
+// Sizes only: fills m->p and the arenas' sizes from the sizes in m; no memory is taken (--dry-run).
 void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
     m->c = *c;
     m->B = B;
@@ -5020,55 +4976,43 @@ void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
     m->N = B * T;
     m->chunk = chunk < m->N ? chunk : m->N;
     m->N_chunks = CEIL_DIV(m->N, m->chunk);
-    param_table_build(&m->p, c, m->world);
-    m->scratch_n = kernel_scratch_size(c, m->N);
-    void *acts = xcalloc((size_t)c->L, sizeof(LayerActs<float>));
-    if (m->bf16) ((ModelOf<bf16> *)m)->acts = (LayerActs<bf16> *)acts;
-    else ((ModelOf<float> *)m)->acts = (LayerActs<float> *)acts;
-    Arena arenas[5];
-    memset(arenas, 0, sizeof arenas);
-    layout_any(m, arenas);
-    for (int i = 0; i < 5; i++) m->arena_bytes[i] = arenas[i].used;
+    param_table_build(&m->p, c, comm_world());
+    with_precision(m, [](auto *m) { layout(m); });
 }
 
 double model_bytes(const Model *m) {
     double sum = 0;
-    for (int i = 0; i < 5; i++) sum += (double)m->arena_bytes[i];
+    for (int i = 0; i < N_ARENAS; i++) sum += (double)m->arena[i].used;
     return sum;
 }
 
 void model_alloc(Model *m) {
-    Arena arenas[5];
-    for (int i = 0; i < 5; i++) {
-        if (cudaMalloc((void **)&m->arena[i], m->arena_bytes[i]) != cudaSuccess)
+    for (int i = 0; i < N_ARENAS; i++) {
+        Arena *a = &m->arena[i];
+        if (cudaMalloc((void **)&a->base, a->used) != cudaSuccess)
             die("out of GPU memory for %.0f MiB of %s; use a smaller --batch-size or --logits-chunk, --recompute block, or "
-                "--optimizer-dtype bf16", (double)m->arena_bytes[i] / 1048576, arena_names[i]);
-        cudaCheck(cudaMemset(m->arena[i], 0, m->arena_bytes[i]));
-        arenas[i].base = m->arena[i];
-        arenas[i].used = 0;
+                "--optimizer-dtype bf16", (double)a->used / 1048576, arena_names[i]);
+        cudaCheck(cudaMemset(a->base, 0, a->used));
+        a->used = 0;
     }
-    layout_any(m, arenas);
-    for (int i = 0; i < 2; i++) {
-        cudaCheck(cudaMallocHost((void **)&m->feed[i].host, ((size_t)6 * m->N + 1) * sizeof(int)));
-        cudaCheck(cudaEventCreateWithFlags(&m->feed[i].copied, cudaEventDisableTiming));
-    }
+    with_precision(m, [](auto *m) { layout(m); });
+    cudaCheck(cudaMallocHost((void **)&m->feed_host, ((size_t)6 * m->N + 1) * sizeof(int)));
+    cudaCheck(cudaEventCreateWithFlags(&m->fed, cudaEventDisableTiming));
     rope_table(m->cosine, m->sine, &m->c, m->T);
 }
 
 void print_memory(const Model *m) {
     printf("memory |");
-    for (int i = 0; i < 5; i++) printf(" %s %.1f MiB |", arena_names[i], (double)m->arena_bytes[i] / 1048576);
+    for (int i = 0; i < N_ARENAS; i++) printf(" %s %.1f MiB |", arena_names[i], (double)m->arena[i].used / 1048576);
     printf(" total %.1f MiB per rank, and about %.0f MiB for context, cuBLASLt and NCCL\n", model_bytes(m) / 1048576,
            GPU_ALLOWANCE / 1048576.0);
 }
 
+// Frees what model_plan took.
 void model_free(Model *m) {
-    for (int i = 0; i < 5; i++) cudaFree(m->arena[i]);
-    for (int i = 0; i < 2; i++) if (m->feed[i].host) cudaFreeHost(m->feed[i].host);
-    free(m->bf16 ? (void *)((ModelOf<bf16> *)m)->acts : (void *)((ModelOf<float> *)m)->acts);
+    with_precision(m, [](auto *m) { free(m->acts); });
     free(m->p.tensors);
     free(m->p.units);
-    memset(m, 0, sizeof(ModelOf<bf16>));
 }
 
 // The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v
@@ -5091,36 +5035,33 @@ template <typename T> static void copy_from_host(T *x, size_t n, const float *ho
     T *raw = (T *)xmalloc(n * sizeof(T));
     for (size_t i = 0; i < n; i++) raw[i] = (T)host[i];
     cudaCheck(cudaMemcpy(x, raw, n * sizeof(T), cudaMemcpyHostToDevice));
+    cudaCheck(cudaDeviceSynchronize());         // nor would they wait for it
     free(raw);
 }
 
-// Weights are written to the master (and, rounded, to the weights), so that nothing is lost on the way through bf16.
-void model_read(const Model *m, int what, size_t at, size_t n, float *host) {
-    void *state = what == STATE_M ? m->m : m->v;
-    if (what == STATE_WEIGHTS && m->bf16) copy_to_host(((ModelOf<bf16> *)m)->weights + at, n, host);
-    else if (what == STATE_WEIGHTS || what == STATE_MASTER) copy_to_host(m->master + at, n, host);
-    else if (what == STATE_GRADS) copy_to_host(m->grads + at, n, host);
-    else if (m->bf16_state) copy_to_host((bf16 *)state + at, n, host);
-    else copy_to_host((float *)state + at, n, host);
+// One kind of state: a flat buffer of floats or of bf16.
+typedef struct State { void *x; int bf16; } State;
+static State state_of(const Model *m, int what) {
+    const State by_kind[] = {{((const ModelOf<float> *)m)->weights, m->bf16}, {m->master, 0}, {m->m, m->bf16_state},
+                             {m->v, m->bf16_state}, {m->grads, 0}};
+    return by_kind[what];
 }
 
+void model_read(const Model *m, int what, size_t at, size_t n, float *host) {
+    State s = state_of(m, what);
+    if (s.bf16) copy_to_host((bf16 *)s.x + at, n, host);
+    else copy_to_host((float *)s.x + at, n, host);
+}
+
+// Weights go to the master too, so that nothing is lost on the way through bf16.
 void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
-    void *state = what == STATE_M ? m->m : m->v;
-    if (what == STATE_WEIGHTS || what == STATE_MASTER) {
-        copy_from_host(m->master + at, n, host);
-        if (m->bf16) copy_from_host(((ModelOf<bf16> *)m)->weights + at, n, host);
-    } else if (m->bf16_state) {
-        copy_from_host((bf16 *)state + at, n, host);
-    } else {
-        copy_from_host((float *)state + at, n, host);
-    }
+    State s = state_of(m, what);
+    if (s.bf16) copy_from_host((bf16 *)s.x + at, n, host);
+    else copy_from_host((float *)s.x + at, n, host);
+    if (what == STATE_WEIGHTS && m->bf16) copy_from_host(m->master + at, n, host);
 }
 
 const ParamTable *model_table(const Model *m) { return &m->p; }
-void model_set_master(Model *m) {       // model_write has done both; its last copies arrive before the non-blocking streams start
-    (void)m;
-    cudaCheck(cudaDeviceSynchronize());
-}
 
 // Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
 void model_init(Model *m, uint64_t seed) {
@@ -5138,52 +5079,50 @@ void model_init(Model *m, uint64_t seed) {
 }
 
 // ---- data to the device ----------------------------------------------------------------------------------------------------
-// Copies a batch to the device and sorts its rows by token (for the embedding). The host may go on to the next batch at once.
-static const Feed *feed_batch(Model *m, const Batch *batch) {
-    Feed *f = &m->feed[m->next_feed];
-    m->next_feed ^= 1;
-    cudaCheck(cudaEventSynchronize(f->copied));         // its last copy has left the host block
-    int N = batch->B * batch->T, *host = f->host, *order = host + (f->order - f->device);
-    int *tokens = host + (f->tokens - f->device), *starts = host + (f->starts - f->device);
-    memcpy(host, batch->inputs, (size_t)N * sizeof(int));
-    if (batch->targets) memcpy(host + (f->targets - f->device), batch->targets, (size_t)N * sizeof(int));
-    if (batch->doc_start) memcpy(host + (f->doc_start - f->device), batch->doc_start, (size_t)N * sizeof(int));
-    sort_rows(order, starts, tokens, &f->n_distinct, batch->inputs, N, m->c.V);
-    cudaCheck(cudaMemcpyAsync(f->device, host, ((size_t)6 * m->N + 1) * sizeof(int), cudaMemcpyHostToDevice, m->gpu.stream));
-    cudaCheck(cudaEventRecord(f->copied, m->gpu.stream));
-    return f;
+// Copies a batch to the device and sorts its rows by token (for the embedding). The next call waits for this copy alone, so
+// the device computes with one batch while the host reads the next.
+static Feed feed_batch(Model *m, const Batch *batch) {
+    size_t N = m->N, bytes = (size_t)batch->B * batch->T * sizeof(int);
+    int *host = m->feed_host, *x = m->feed_device, n_distinct;
+    cudaCheck(cudaEventSynchronize(m->fed));
+    memcpy(host, batch->inputs, bytes);
+    if (batch->targets) memcpy(host + N, batch->targets, bytes);
+    if (batch->doc_start) memcpy(host + 2 * N, batch->doc_start, bytes);
+    sort_rows(host + 3 * N, host + 5 * N, host + 4 * N, &n_distinct, batch->inputs, batch->B * batch->T, m->c.V);
+    cudaCheck(cudaMemcpyAsync(x, host, (6 * N + 1) * sizeof(int), cudaMemcpyHostToDevice, m->gpu.stream));
+    cudaCheck(cudaEventRecord(m->fed, m->gpu.stream));
+    return {batch->B, batch->T, n_distinct, x, x + N, batch->doc_start ? x + 2 * N : NULL, x + 3 * N, x + 4 * N, x + 5 * N};
 }
 
 // ---- forward and backward ----------------------------------------------------------------------------------------------------
-// Attention block: y->qkv, att, lse, and y->x_mid = x + attention(norm1(x)). m->norm holds norm1(x).
+// Attention block: y->rstd1, qkv, att, lse, and y->x_mid = x + attention(norm1(x)).
 template <typename floatX>
-static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const int *doc_start,
-                                    int B, int T) {
+static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const Feed *f) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
-    int N = B * T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    int N = f->B * f->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     const floatX *none = NULL;
+    rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, (float)c->eps, N, c->C, gpu->stream);
     matmul_forward(gpu, y->qkv, m->norm, w->qkv, none, w->qkv_bias, N, c->C, W);
     qkv_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps,
-                          c->H, c->K, c->D, N, T, gpu->stream);
-    attention_forward(y->att, y->lse, y->qkv, doc_start, B, T, c->H, c->K, c->D, gpu->stream);
+                          c->H, c->K, c->D, N, f->T, gpu->stream);
+    attention_forward(y->att, y->lse, y->qkv, f->doc_start, f->B, f->T, c->H, c->K, c->D, gpu->stream);
     matmul_forward(gpu, y->x_mid, y->att, w->o, y->x, none, N, HD, c->C);
 }
 
 // Runs all layers on f's inputs (B,T); leaves the final norm's output (N,C) in m->norm.
 // (The twin adds the residual in the norm's pass, after rounding it; here the product adds it.)
-template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T) {
+template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     const floatX *none = NULL;
-    int N = B * T;
+    int N = f->B * f->T;
     embedding_forward(m->acts[0].x, f->inputs, f->order, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
     for (int l = 0; l < c->L; l++) {
         LayerParams<floatX> w = layer_params(m->weights, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
         floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
-        rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, c->C, gpu->stream);
-        attention_block_forward(m, &w, y, doc_start, B, T);
+        attention_block_forward(m, &w, y, f);
         rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, c->C, gpu->stream);
         mlp_forward(gpu, m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
         matmul_forward(gpu, x_next, m->h, w.down, y->x_mid, none, N, c->F, c->C);
@@ -5194,9 +5133,10 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f,
 // Loss of each target into m->nll. dscale != 0: also m->dnorm = gradient of the final norm's output and dhead (Vp,C) +=, both
 // scaled by dscale. Logits exist for `chunk` rows at a time; rows beyond N have gradient zero, so that one shape of matmul serves
 // every chunk.
-template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const Feed *f, int N, double dscale) {
+template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const Feed *f, double dscale) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
+    const int N = f->B * f->T;
     const floatX *head = head_param(m->weights, &m->p), *none = NULL;
     for (int n = 0; n < N; n += m->chunk) {
         const floatX *norm = m->norm + (size_t)n * c->C;
@@ -5216,12 +5156,11 @@ template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const F
 
 // Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when the work of unit u is
 // enqueued.
-template <typename floatX>
-void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int B, int T, void (*unit_done)(Model *, int)) {
+template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *f, void (*unit_done)(Model *, int)) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     cudaStream_t stream = gpu->stream;
-    int N = B * T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    int N = f->B * f->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     floatX *none = NULL;
     cudaCheck(cudaMemsetAsync(m->dx, 0, (size_t)N * C * sizeof(floatX), stream));
     rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), none, m->dnorm, m->x_last, m->rstd_last,
@@ -5232,10 +5171,7 @@ void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int
         LayerParams<float> dw = layer_params(m->grads, &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
         int again = l == c->L - 1 ? RECOMPUTE_NONE : m->recompute;      // the last layer's activations are still there
-        if (again == RECOMPUTE_BLOCK) {
-            rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, (float)c->eps, N, C, stream);
-            attention_block_forward(m, &w, y, doc_start, B, T);
-        }
+        if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, f);
         if (again != RECOMPUTE_NONE) {
             rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, C, stream);
             mlp_forward(gpu, none, y->gate_up, m->norm, w.gate_up, N, C, F);
@@ -5253,9 +5189,10 @@ void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int
         // x_mid = x + attention(q, k, v) Wo^T
         matmul_backward_w(gpu, dw.o, m->dx, y->att, N, HD, C);
         matmul_backward_x(gpu, m->datt, m->dx, w.o, N, HD, C);
-        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, doc_start, m->scratch, B, T, c->H, c->K, c->D, stream);
+        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, f->doc_start, m->scratch, f->B, f->T, c->H, c->K, c->D,
+                           stream);
         qkv_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine,
-                               m->scratch, c->H, c->K, c->D, N, T, stream);
+                               m->scratch, c->H, c->K, c->D, N, f->T, stream);
         if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);
         // q | k | v = norm1(x) Wqkv^T
         matmul_backward_x(gpu, m->dnorm, m->dqkv, w.qkv, N, C, W);
@@ -5267,67 +5204,57 @@ void llama_backward(ModelOf<floatX> *m, const Feed *f, const int *doc_start, int
     if (unit_done) unit_done(m, 0);
 }
 
-template <typename floatX>
-static void run_batch(ModelOf<floatX> *m, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
-    const Feed *f = feed_batch(m, batch);
-    const int *doc_start = batch->doc_start ? f->doc_start : NULL;
-    llama_forward(m, f, doc_start, batch->B, batch->T);
-    head_and_loss(m, f, batch->B * batch->T, dscale);
-    if (dscale != 0) llama_backward(m, f, doc_start, batch->B, batch->T, unit_done);
+// Adds the losses of the batch's targets to what model_loss will return. dscale != 0: also gradients of dscale * (sum of
+// those losses), += into m->grads. Nothing here waits for the GPU.
+void llama_forward_backward(Model *model, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
+    const Feed f = feed_batch(model, batch);
+    for (int i = 0; i < f.B * f.T; i++) model->n_targets += batch->targets[i] != IGNORED;
+    with_precision(model, [&](auto *m) {
+        llama_forward(m, &f);
+        head_and_loss(m, &f, dscale);
+        if (dscale != 0) llama_backward(m, &f, unit_done);
+    });
 }
 
-static int64_t count_targets(const Batch *batch) {
-    int64_t n = 0;
-    for (int i = 0; i < batch->B * batch->T; i++) n += batch->targets[i] != IGNORED;
-    return n;
-}
+void llama_loss(Model *m, const Batch *batch) { llama_forward_backward(m, batch, 0, NULL); }
 
-// Adds the losses of the batch's targets to what model_loss will return. Nothing here waits for the GPU.
-void llama_loss(Model *m, const Batch *batch) {
-    if (m->bf16) run_batch((ModelOf<bf16> *)m, batch, 0, NULL);
-    else run_batch((ModelOf<float> *)m, batch, 0, NULL);
-}
-
-// The same, and the gradients of dscale * (sum of those losses), += into m->grads.
-void llama_forward_backward(Model *m, const Batch *batch, double dscale, void (*unit_done)(Model *, int)) {
-    if (m->bf16) run_batch((ModelOf<bf16> *)m, batch, dscale, unit_done);
-    else run_batch((ModelOf<float> *)m, batch, dscale, unit_done);
-}
-
-// Sum of the losses since the last call; waits for the GPU.
-double model_loss(Model *m) {
-    double sum;
+// m->sums[first .. first+n) to the host, and zero on the device; waits for the GPU.
+static void take_sums(const Model *m, int first, int n, double *host) {
+    const size_t bytes = (size_t)n * sizeof(double);
     gpu_wait(&m->gpu);
-    cudaCheck(cudaMemcpyAsync(&sum, m->sums, sizeof sum, cudaMemcpyDeviceToHost, m->gpu.stream));
-    cudaCheck(cudaMemsetAsync(m->sums, 0, sizeof sum, m->gpu.stream));
+    cudaCheck(cudaMemcpyAsync(host, m->sums + first, bytes, cudaMemcpyDeviceToHost, m->gpu.stream));
+    cudaCheck(cudaMemsetAsync(m->sums + first, 0, bytes, m->gpu.stream));
     cudaCheck(cudaStreamSynchronize(m->gpu.stream));
-    return sum;
 }
 
-template <typename floatX> static void logits_of_row(ModelOf<floatX> *m, const Batch *batch, int last, float *host) {
-    const Feed *f = feed_batch(m, batch);
-    const floatX *none = NULL;
-    llama_forward(m, f, NULL, batch->B, batch->T);
-    int row = last % m->chunk, first = last - row;          // the chunk that holds the last row
-    const floatX *norm = m->norm + (size_t)first * m->c.C;
-    matmul_forward(&m->gpu, m->logits, norm, head_param(m->weights, &m->p), none, none, m->chunk, m->c.C, m->c.Vp);
-    copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, host);
+// Sum of the losses since the last call, and the number of their targets.
+double model_loss(Model *m, double *n_targets) {
+    double sum;
+    take_sums(m, 0, 1, &sum);
+    *n_targets = (double)m->n_targets;
+    m->n_targets = 0;
+    return sum;
 }
 
 // Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does not matter, so a
 // power of two of rows runs: few shapes of matrix products.
-void next_logits(Model *m, const int *ids, int n, float *logits) {
-    const int room = m->N < m->T ? m->N : m->T;
-    Batch b;
-    memset(&b, 0, sizeof b);
+void next_logits(Model *model, const int *ids, int n, float *logits) {
+    const int room = model->N < model->T ? model->N : model->T, row = (n - 1) % model->chunk;   // row: in the chunk
+    Batch b = {};
     b.B = 1;
     for (b.T = 16; b.T < n; b.T *= 2) {}
     if (b.T > room) b.T = room;
     b.inputs = (int *)xcalloc((size_t)b.T, sizeof(int));
     memcpy(b.inputs, ids, (size_t)n * sizeof(int));
-    if (m->bf16) logits_of_row((ModelOf<bf16> *)m, &b, n - 1, logits);
-    else logits_of_row((ModelOf<float> *)m, &b, n - 1, logits);
+    const Feed f = feed_batch(model, &b);
     free(b.inputs);
+    with_precision(model, [&](auto *m) {
+        auto *head = head_param(m->weights, &m->p), *none = (decltype(head))NULL;
+        auto *norm = m->norm + (size_t)(n - 1 - row) * m->c.C;
+        llama_forward(m, &f);
+        matmul_forward(&m->gpu, m->logits, norm, head, none, none, m->chunk, m->c.C, m->c.Vp);
+        copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, logits);
+    });
 }
 
 // ---- update ----------------------------------------------------------------------------------------------------------------
@@ -5336,21 +5263,15 @@ void model_zero_grads(Model *m) { cudaCheck(cudaMemsetAsync(m->grads, 0, m->p.n 
 // Starts to add up unit u's gradients over the ranks; comm_reduce_finish waits for it.
 void model_reduce_unit(Model *m, int u) { comm_reduce_start(&m->gpu, m->grads + m->p.units[u].at, m->p.units[u].n_padded); }
 
-// Makes the compute stream wait for the sums that model_reduce_unit started.
-void model_reduce_finish(Model *m) { comm_reduce_finish(&m->gpu); }
-
 // Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
 double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     int n = m->p.n_tensors;
     double total = 0, *squares = (double *)xmalloc((size_t)n * sizeof(double));
-    cudaCheck(cudaMemsetAsync(m->sums + 1, 0, (size_t)n * sizeof(double), m->gpu.stream));
     for (int i = 0; i < n; i++) {
         const Tensor *t = &m->p.tensors[i];
         sum_of_squares(m->sums + 1 + i, m->grads + t->at, t->n, m->scratch, m->gpu.stream);
     }
-    gpu_wait(&m->gpu);
-    cudaCheck(cudaMemcpyAsync(squares, m->sums + 1, (size_t)n * sizeof(double), cudaMemcpyDeviceToHost, m->gpu.stream));
-    cudaCheck(cudaStreamSynchronize(m->gpu.stream));
+    take_sums(m, 1, n, squares);
     *bad = NULL;
     *n_bad = 0;
     for (int i = 0; i < n; i++) {
@@ -5361,23 +5282,21 @@ double gradient_norm(const Model *m, const char **bad, int *n_bad) {
     return sqrt(total);
 }
 
-template <typename floatX, typename State>
-static void update_tensor(ModelOf<floatX> *m, const Tensor *t, double lr, double grad_scale, int64_t step, const Options *o) {
+template <typename State, typename floatX>
+static void update_tensors(ModelOf<floatX> *m, double lr, double grad_scale, int64_t step, const Options *o) {
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
-    adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at, t->n,
-                 (float)lr, (float)o->beta1, (float)o->beta2, (float)o->eps, t->decay ? (float)o->weight_decay : 0.0f,
-                 (float)grad_scale, step, key, t->at, m->gpu.stream);
+    for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++)
+        adamw_update(m->weights + t->at, m->master + t->at, (State *)m->m + t->at, (State *)m->v + t->at, m->grads + t->at,
+                     t->n, lr, o->beta1, o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step, key, t->at,
+                     m->gpu.stream);
 }
 
 // One AdamW update with gradients * grad_scale; step counts from 1.
-void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
-    for (int i = 0; i < m->p.n_tensors; i++) {
-        const Tensor *t = &m->p.tensors[i];
-        if (m->bf16 && m->bf16_state) update_tensor<bf16, bf16>((ModelOf<bf16> *)m, t, lr, grad_scale, step, o);
-        else if (m->bf16) update_tensor<bf16, float>((ModelOf<bf16> *)m, t, lr, grad_scale, step, o);
-        else if (m->bf16_state) update_tensor<float, bf16>((ModelOf<float> *)m, t, lr, grad_scale, step, o);
-        else update_tensor<float, float>((ModelOf<float> *)m, t, lr, grad_scale, step, o);
-    }
+void model_update(Model *model, double lr, double grad_scale, int64_t step, const Options *o) {
+    with_precision(model, [&](auto *m) {
+        if (m->bf16_state) update_tensors<bf16>(m, lr, grad_scale, step, o);
+        else update_tensors<float>(m, lr, grad_scale, step, o);
+    });
 }
 // ==== 15. main ==========================================================================================================
 static volatile sig_atomic_t signals;       // how many arrived
@@ -5392,15 +5311,13 @@ static int stop_requested(void) { return comm_max((double)signals) > 0; }
 typedef struct Trainer {
     ModelOf<float> m;                       // or ModelOf<bf16>, of the same size: see `bf16` in it
     Config c;
-    Gpu gpu;
     DataLoader train, val;
     Batch batch, val_batch;
     Tokenizer *tokenizer;
-    char *side_folder;                      // where tokenizer files are copied from
+    const char *side_folder;                // where tokenizer files are copied from, or NULL
     TrainState state;
     Energy energy;
     double peak;                            // FLOP/s of this rank's GPU, of its datasheet; NAN: unknown
-    char device[256];
     int64_t micro_steps;                    // per update
     int64_t bad_in_a_row, saved_step;
     double val_loss, floor;                 // of the last evaluation, NAN: none
@@ -5447,8 +5364,7 @@ static Config choose_config(const char *resume_dir) {
         if (strcmp(a, b))
             die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
                 resume_dir, opt.preset ? "--preset" : "--config");
-        free(a);
-        free(b);
+        free(a), free(b);
     }
     return saved;
 }
@@ -5458,44 +5374,45 @@ static char *folder_of(const char *path) {
     return slash ? path_text("%.*s", (int)(slash - path), path) : xstrdup(".");
 }
 
-// --tokenizer, or tokenizer.bin beside the model or in the folder of the data or above it. NULL if there is none.
-static char *find_tokenizer(const char *model_dir) {
-    if (opt.tokenizer) return xstrdup(opt.tokenizer);
-    char *data = folder_of(opt.train_data);
-    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data),
-                       path_text("%s/../tokenizer.bin", data)};
-    char *found = NULL;
-    for (int i = 0; i < 3; i++) {
-        if (places[i] && !found && !access(places[i], R_OK)) found = places[i];
-        else free(places[i]);
+// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it.
+static void setup_tokenizer(Trainer *tr, const char *model_dir) {
+    char *data = folder_of(opt.train_data), *above = path_text("%s/..", data);
+    char *path = opt.tokenizer ? xstrdup(opt.tokenizer) : NULL;
+    const char *folders[3] = {model_dir, data, above};
+    for (int i = 0; i < 3 && !path; i++) if (folders[i]) {
+        path = path_text("%s/tokenizer.bin", folders[i]);
+        if (access(path, R_OK)) free(path), path = NULL;
     }
-    free(data);
-    return found;
+    free(data), free(above);
+    if (path) {
+        tr->tokenizer = tokenizer_open(path);
+        int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
+        int fits = !tr->c.V || (spare >= 0 && spare <= tr->c.V / 100);
+        if (!fits && opt.tokenizer)
+            die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
+        if (!fits) tokenizer_free(tr->tokenizer), tr->tokenizer = NULL;     // beside the data by chance
+    }
+    tr->side_folder = model_dir ? model_dir : tr->tokenizer ? folder_of(path) : NULL;
+    free(path);
 }
 
 static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
 
-static int data_exists(const char *pattern) {
+// Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
+static int data_vocabulary(const char *pattern) {
     glob_t found;
-    int none = glob(pattern, 0, NULL, &found);
-    if (!none) globfree(&found);
-    return !none;
-}
-
-// Options of this process -> the fields of a Model that model_plan reads.
-static void model_options(Model *m) {
-    memset(m, 0, sizeof(ModelOf<float>));
-    m->bf16 = opt.precision == BF16;
-    m->bf16_state = opt.optimizer_dtype == BF16;
-    m->recompute = (int)opt.recompute;
-    m->zero = (int)opt.zero;
-    m->world = comm_world();
-    m->rank = comm_rank();
+    if (glob(pattern, 0, NULL, &found)) return -1;
+    int words[4] = {0, 0, 0, 0};
+    FILE *f = fopen(found.gl_pathv[0], "rb");
+    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
+    if (f) fclose(f);
+    globfree(&found);
+    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
 }
 
 // Numbers that the user left open. Small models (below 5 M parameters) get the defaults of `tiny`.
 static void resolve_options(Trainer *tr) {
-    int small = config_params(&tr->c) < 5e6, world = comm_world();
+    int small = config_params(&tr->c) < 5e6;
     if (!opt.seq_len) opt.seq_len = tr->c.max_T < 1024 ? tr->c.max_T : 1024;
     if (opt.seq_len > tr->c.max_T)
         die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
@@ -5508,11 +5425,9 @@ static void resolve_options(Trainer *tr) {
     if (opt.warmup_steps < 0) opt.warmup_steps = opt.steps / 10 < 100 ? opt.steps / 10 : 100;
     if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
     if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
-    int64_t row = opt.seq_len * world;
-    if (!opt.total_batch_tokens) {
-        int64_t wanted = small ? 2048 : 524288;
-        opt.total_batch_tokens = opt.batch_size ? opt.batch_size * row : CEIL_DIV(wanted, row) * row;
-    }
+    int64_t row = opt.seq_len * comm_world();
+    int64_t wanted = opt.batch_size ? opt.batch_size * row : small ? 2048 : 524288;
+    if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
     if (opt.total_batch_tokens % row)
         die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
             opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
@@ -5520,10 +5435,8 @@ static void resolve_options(Trainer *tr) {
     if (!opt.logits_chunk) opt.logits_chunk = 2048;     // smaller ones read and write the head's gradient too often
     if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
         double memory = memory_of_rank();
-        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) {
-            if (rows % b) continue;
-            ModelOf<float> plan;
-            model_options(&plan);
+        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) if (rows % b == 0) {
+            ModelOf<float> plan = tr->m;
             model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
             if (b == 1 || model_bytes(&plan) < memory) opt.batch_size = b;
             model_free(&plan);
@@ -5561,14 +5474,12 @@ static void evaluate(Trainer *tr) {
         if (stop_requested()) return;
         loader_next(dl, &tr->val_batch);
         llama_loss(&tr->m, &tr->val_batch);
-        sums[1] += (double)count_targets(&tr->val_batch);
         for (int j = 0; tr->val_batch.floor && j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
     }
-    sums[0] = model_loss(&tr->m);
+    sums[0] = model_loss(&tr->m, &sums[1]);
     comm_sum(sums, 3);
     tr->val_loss = sums[0] / sums[1];
     if (dl->has_floor) tr->floor = sums[2] / sums[1];
-    if (comm_rank()) return;
     printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
     if (dl->has_floor) printf(", floor %.4f", tr->floor);
     printf(" nats/token | %.0f targets\n", sums[1]);
@@ -5606,10 +5517,9 @@ static void generate(Trainer *tr) {
     for (int i = 0; i < n_prompt; i++) {
         if (prompt[i] >= tr->c.V)
             die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
+        tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
-    int start = n - n_prompt;
-    for (int i = start; i < n; i++) tokenizer_print(tok, i ? ids[i - 1] : -1, ids[i], stdout);
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         int window = n < room ? n : room;
         double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
@@ -5629,11 +5539,12 @@ static void generate(Trainer *tr) {
 
 // ---- one update ------------------------------------------------------------------------------------------------------------
 // Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between
-// micro-steps (nothing has changed then, the data position neither). sums = loss, targets.
-static int update_gradients(Trainer *tr, double *sums) {
+// micro-steps (nothing has changed then, the data position neither). *loss is the mean over targets, *mean the factor that
+// makes the gradients those of it.
+static int update_gradients(Trainer *tr, double *loss, double *mean) {
+    double sums[2] = {0, 0};                // loss, targets
     LoaderState before = tr->train.state;
     model_zero_grads(&tr->m);
-    sums[0] = sums[1] = 0;
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) {
             tr->train.state = before;
@@ -5642,11 +5553,12 @@ static int update_gradients(Trainer *tr, double *sums) {
         loader_next(&tr->train, &tr->batch);
         llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens,
                                i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
-        sums[1] += (double)count_targets(&tr->batch);
     }
-    model_reduce_finish(&tr->m);
-    sums[0] = model_loss(&tr->m);
+    comm_reduce_finish(&tr->m.gpu);
+    sums[0] = model_loss(&tr->m, &sums[1]);
     comm_sum(sums, 2);
+    *loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
+    *mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
     return 1;
 }
 
@@ -5662,23 +5574,19 @@ static double z_score(const double *window, int64_t n, double x) {
 // NULL: healthy. Otherwise why this update must not reach the weights.
 static const char *update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
     static char text[256];
-    if (!isfinite(loss) || !isfinite(norm)) {
-        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
-                 tr->m.p.n_tensors, bad ? bad : "none");
-        return text;
-    }
     double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss);
     double z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
-    if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes)) {
+    if (!isfinite(loss) || !isfinite(norm))
+        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
+                 tr->m.p.n_tensors, bad ? bad : "none");
+    else if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
         snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
                  z_norm);
-        return text;
-    }
-    return NULL;
+    else return NULL;
+    return text;
 }
 
 static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, const char *skipped) {
-    if (comm_rank()) return;
     int64_t step = tr->state.step;
     double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
     double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world;
@@ -5704,40 +5612,37 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     log_record(&r);
 }
 
-// Energy is read over windows of at least 2 s of updates, with the GPU idle at both ends. All ranks open and close together.
+// Energy is read over windows of at least 2 s, with the GPU idle at both ends. This ends one, which counts if it was of
+// updates, and begins the next. All ranks call it together.
 enum { ENERGY_SECONDS = 2 };
-static void window_open(Trainer *tr) {
-    gpu_wait(&tr->gpu);
+static void window_turn(Trainer *tr, int of_updates) {
+    gpu_wait(&tr->m.gpu);
     comm_barrier();                                         // rank 0 alone may have been sampling
-    tr->window.start = now_seconds();
-    tr->window.joules = energy_read(&tr->energy);
-    tr->window.tokens = tr->state.tokens;
-}
-
-static void window_close(Trainer *tr) {
-    gpu_wait(&tr->gpu);
-    double joules = energy_read(&tr->energy) - tr->window.joules, seconds = now_seconds() - tr->window.start;
+    double now = now_seconds(), energy = energy_read(&tr->energy), joules = energy - tr->window.joules;
     comm_sum(&joules, 1);                                   // each rank reads its own GPU's counter
-    tr->state.joules += joules;
-    if (seconds < ENERGY_SECONDS) return;                   // cut short by an evaluation or the end: too coarse to show
-    tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
-    tr->window.watts = joules / seconds;
+    if (of_updates) tr->state.joules += joules;
+    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {   // cut short by an evaluation or the end: too coarse
+        tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
+        tr->window.watts = joules / (now - tr->window.start);
+    }
+    tr->window.start = now;
+    tr->window.joules = energy;
+    tr->window.tokens = tr->state.tokens;
 }
 
 enum { MOST_BAD_IN_A_ROW = 5 };
 
 // One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
 static int train_step(Trainer *tr) {
-    double start = now_seconds(), sums[2];
-    if (!update_gradients(tr, sums)) return 0;
+    double start = now_seconds(), loss, mean;
+    if (!update_gradients(tr, &loss, &mean)) return 0;
     TrainState *s = &tr->state;
     const char *bad;
     int n_bad;
-    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
-    double facts[3] = {sums[1] > 0 ? sums[0] / sums[1] : 0, gradient_norm(&tr->m, &bad, &n_bad) * mean,
-                       now_seconds() - tr->window.start};
+    double facts[3] = {loss, gradient_norm(&tr->m, &bad, &n_bad) * mean, now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
-    double loss = facts[0], norm = facts[1], lr = learning_rate(&opt, s->step);
+    loss = facts[0];
+    double norm = facts[1], lr = learning_rate(&opt, s->step);
     const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
     s->step++;
     s->tokens += opt.total_batch_tokens;
@@ -5748,14 +5653,13 @@ static int train_step(Trainer *tr) {
         s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
     }
     tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
-    if (facts[2] > ENERGY_SECONDS) window_close(tr), window_open(tr);
+    if (facts[2] > ENERGY_SECONDS) window_turn(tr, /*of_updates=*/1);
     double seconds = now_seconds() - start;
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, skipped);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
         die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr "
-            "or look at the data, then --resume auto",
-            s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
+            "or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
     return 1;
 }
 
@@ -5765,14 +5669,13 @@ static void save(Trainer *tr) {
     tr->state.loader = tr->train.state;
     checkpoint_save(&tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
     tr->saved_step = tr->state.step;
-    if (comm_rank() == 0)
-        printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
-               now_seconds() - start);
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
+           now_seconds() - start);
 }
 
 static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
-    if (comm_rank() || !s->step || s->seconds <= 0) return;
+    if (!s->step || s->seconds <= 0) return;
     double speed = (double)s->tokens / s->seconds, world = comm_world();
     printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of the peak of %s TFLOP/s per GPU "
            "(datasheet, dense) | energy %s kWh, %s W, %s J/token\n",
@@ -5787,40 +5690,34 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
-    int has_val = opt.val_data != NULL;
-    window_open(tr);
-    while (tr->state.step < opt.steps) {
-        if (!train_step(tr)) break;
+    window_turn(tr, /*of_updates=*/0);
+    while (tr->state.step < opt.steps && train_step(tr)) {
         int64_t step = tr->state.step;
-        int last = step == opt.steps, evaluating = has_val && opt.val_every && (step % opt.val_every == 0 || last);
+        int last = step == opt.steps, evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
         int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
         int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
-        window_close(tr);                                   // energy per token is that of updates
+        window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate(tr);
         if (saving) save(tr);
         if (sampling) generate(tr);
-        window_open(tr);
+        window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
-    window_close(tr);
+    window_turn(tr, /*of_updates=*/1);
     int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
-    if (stopped) {
-        if (comm_rank() == 0)
-            printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
-        return;
-    }
-    report_end(tr);
-    if (opt.sample_every) generate(tr);
+    if (stopped)
+        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+    else report_end(tr);
+    if (!stopped && opt.sample_every) generate(tr);
 }
 
 static void dump_grads(Trainer *tr) {
-    double sums[2];
-    if (!update_gradients(tr, sums)) die("--dump-grads: stopped by a signal");
+    double mean_loss, mean;
+    if (!update_gradients(tr, &mean_loss, &mean)) die("--dump-grads: stopped by a signal");
     if (comm_rank()) return;
     const ParamTable *p = &tr->m.p;
-    double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;
-    float loss = (float)(sums[1] > 0 ? sums[0] / sums[1] : 0), *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    float loss = (float)mean_loss, *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
     int64_t one = 1;
     st_declare(w, "loss", ST_F32, 1, &one);
@@ -5850,7 +5747,7 @@ static void log_header(const Trainer *tr) {
     gethostname(host, sizeof host - 1);
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
-    text_add_string(&r, tr->device);
+    text_add_string(&r, tr->m.gpu.device.name);
     text_add(&r, ", \"host\": ");
     text_add_string(&r, host);
     text_add(&r, ", \"ranks\": %d, \"parameters\": %zu", comm_world(), tr->m.p.n_params);
@@ -5860,83 +5757,30 @@ static void log_header(const Trainer *tr) {
     log_record(&r);
 }
 
-// OUT must be free of a checkpoint that this run does not continue.
-static void check_out(const char *resume_dir) {
-    int64_t *steps;
-    int n = checkpoint_list(opt.out, &steps);
-    if (n && !resume_dir)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n - 1]);
-    free(steps);
-}
-
-// Makes OUT, after everything else has been checked: a refused run leaves nothing behind.
-static void make_out(void) {
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", opt.out, strerror(errno));
-    comm_barrier();
-    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
-}
-
 // ---- putting it together ---------------------------------------------------------------------------------------------------
-// Vocabulary that the first shard of `pattern` declares; 0: it says nothing.
-static int data_vocabulary(const char *pattern) {
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return 0;
-    int words[4] = {0, 0, 0, 0};
-    FILE *f = fopen(found.gl_pathv[0], "rb");
-    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
-    if (f) fclose(f);
-    globfree(&found);
-    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
-}
-
-static void setup_tokenizer(Trainer *tr, const char *model_dir) {
-    char *path = find_tokenizer(model_dir);
-    if (path) {
-        tr->tokenizer = tokenizer_open(path);
-        int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
-        if (tr->c.V && (spare < 0 || spare > tr->c.V / 100)) {
-            if (opt.tokenizer)
-                die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
-            tokenizer_free(tr->tokenizer);          // beside the data by chance
-            tr->tokenizer = NULL;
-        }
-    }
-    tr->side_folder = model_dir ? xstrdup(model_dir) : tr->tokenizer ? folder_of(path) : NULL;
-    free(path);
-}
-
 // Everything that can go wrong goes wrong here, before any work.
 static void setup(Trainer *tr) {
-    if (!opt.dry_run) {
-        cudaDeviceProp device;
-        gpu_open(&tr->gpu);
-        cudaCheck(cudaGetDeviceProperties(&device, comm.local_rank));
-        snprintf(tr->device, sizeof tr->device, "%s", device.name);
-        if (device.major < 8)
-            die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device.name, device.major, device.minor);
-        tr->gpu.kernels = choose_kernels(device.major * 10 + device.minor);
-        tr->peak = device_peak(device.name, opt.precision == BF16);
-    }
     int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads, pack = opt.precision == BF16 ? 8 : 4;
+    if (!opt.dry_run) gpu_open(&tr->m.gpu);
+    tr->peak = device_peak(tr->m.gpu.device.name, opt.precision == BF16);
     tr->saved_step = -1;                    // nothing yet
     tr->val_loss = tr->floor = tr->window.joules_per_token = tr->window.watts = NAN;
     char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
     if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
     if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    if (opt.resume && !resume_dir && comm_rank() == 0)
-        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (opt.resume && !resume_dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (!data_exists(opt.train_data) && !strcmp(opt.train_data, DEFAULT_TRAIN) && (training || opt.dump_grads))
+    if ((training || opt.dump_grads) && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
         die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
 
     tr->c = choose_config(resume_dir);
     setup_tokenizer(tr, model_dir);
     if (!tr->c.V) {                         // `tiny` takes its vocabulary from the data
         tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
-        if (!tr->c.V && opt.dry_run) tr->c.V = 1024;
-        if (!tr->c.V)
+        if (tr->c.V <= 0 && opt.dry_run) tr->c.V = 1024;
+        if (tr->c.V <= 0)
             die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
                 opt.train_data);
         config_set_vocab(&tr->c, tr->c.V);
@@ -5947,13 +5791,17 @@ static void setup(Trainer *tr) {
     if (tr->c.C % pack || tr->c.F % pack || tr->c.C > 16384)
         die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most "
             "16384", tr->c.C, tr->c.F, pack, pack == 8 ? "bf16" : "fp32");
+    tr->m.bf16 = opt.precision == BF16;
+    tr->m.bf16_state = opt.optimizer_dtype == BF16;
+    tr->m.recompute = (int)opt.recompute;
     resolve_options(tr);
     options_check();
-    if (training) check_out(resume_dir);
-    model_options(&tr->m);
+    int64_t *steps;
+    int n_steps = training && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
+    if (n_steps)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n_steps - 1]);
     model_plan(&tr->m, &tr->c, (int)opt.batch_size, (int)opt.seq_len, (int)opt.logits_chunk);
     if (opt.dry_run) return;
-    tr->m.gpu = tr->gpu;
 
     int B = tr->m.B, T = tr->m.T, masked = (int)opt.document_mask;
     if (training || opt.dump_grads) {
@@ -5964,40 +5812,40 @@ static void setup(Trainer *tr) {
             tr->train.state = tr->state.loader;
             tr->train.state.position %= tr->train.n_windows;
         }
-        if (comm_rank() == 0) loader_log(&tr->train, "train", stdout);
+        loader_log(&tr->train, "train", stdout);
     }
     if (opt.val_data && (training || opt.eval_only)) {
         loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
         batch_alloc(&tr->val_batch, B, T, masked);
-        if (comm_rank() == 0) loader_log(&tr->val, "val", stdout);
+        loader_log(&tr->val, "val", stdout);
     } else if (opt.eval_only) {
         die("--eval-only needs --val-data");
     }
-    if (comm_rank() == 0 && !opt.generate) print_model(tr);
+    if (!opt.generate) print_model(tr);
     model_alloc(&tr->m);
     if (resume_dir) checkpoint_read_model(resume_dir, &tr->m);
     else if (opt.init_from) weights_read(opt.init_from, &tr->m, &tr->c);
     else model_init(&tr->m, (uint64_t)opt.seed);
-    model_set_master(&tr->m);
 
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     signal(SIGUSR1, on_signal);
     if (!training && !opt.eval_only) return;
-    make_out();
+    // after all checks: a refused run leaves nothing behind
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
+        die("cannot make --out %s: %s", opt.out, strerror(errno));
+    comm_barrier();
+    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
     log_open(opt.out);
     if (!training) return;
-    energy_open(&tr->energy, RAPL_FOLDER);
-    if (!resume_dir) tr->state.joules = tr->energy.joules;
-    if (comm_rank() == 0)
-        printf("device | %s | peak %s TFLOP/s (datasheet, dense %s) | energy counter %s\n", tr->device,
-               measured_text(tr->peak * 1e-12, "%.1f"), opt.precision == BF16 ? "bf16" : "fp32",
-               tr->energy.n ? "of the GPU" : "unavailable");
+    energy_open(&tr->energy);
+    printf("device | %s | peak %s TFLOP/s (datasheet, dense %s) | energy counter %s\n", tr->m.gpu.device.name,
+           measured_text(tr->peak * 1e-12, "%.1f"), opt.precision == BF16 ? "bf16" : "fp32",
+           isfinite(tr->energy.joules) ? "of the GPU" : "unavailable");
     log_header(tr);
-    if (resume_dir && comm_rank() == 0)
+    if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
                tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
-    free(resume_dir);
 }
 
 #ifndef LITESPARK_NO_MAIN
@@ -6011,9 +5859,7 @@ int main(int argc, char **argv) {
     }
     options_check();
     refuse_what_is_not_here();
-    comm_set_timeout(opt.timeout);
-    static Trainer trainer;
-    Trainer *tr = &trainer;
+    static Trainer trainer, *tr = &trainer;
     setup(tr);
     if (opt.dry_run) print_model(tr);
     else if (opt.eval_only) evaluate(tr);

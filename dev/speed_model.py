@@ -110,7 +110,7 @@ def arenas(c, B, T, recompute, chunk, state_bytes=4):
     scratch = max(MAX_PARTIALS * c.C, MAX_PARTIALS * 2 * c.D, MAX_PARTIALS * c.W, 2 * SQUARES_BLOCKS, N * c.H)
     tensors = c.L * 9 + 2 + (0 if c.tied else 1)
     work = [(padded * c.C, 2)] * 2 + [(N * c.F, 2)] + [(N * c.C, 2), (N * c.HD, 2), (N * c.W, 2), (chunk * c.Vp, 2), (padded, 4),
-            (T * c.D // 2, 4), (T * c.D // 2, 4), (scratch, 4), (tensors + 1, 8), (32 * MIB, 1), (6 * N + 1, 4), (6 * N + 1, 4)]
+            (T * c.D // 2, 4), (T * c.D // 2, 4), (scratch, 4), (tensors + 1, 8), (32 * MIB, 1), (6 * N + 1, 4)]
     return [up(n, 2), up(n, 4), up(n, 4) + 2 * up(n, state_bytes), acts, sum(up(*x) for x in work)]
 
 
