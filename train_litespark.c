@@ -1565,68 +1565,48 @@ static int tokenizer_byte(const Tokenizer *t, char byte) {
     return id;
 }
 
-// One symbol of the text being joined, and one possible join in a heap ordered by score, then from the left.
-typedef struct Symbol { int start, bytes, id, previous, next; } Symbol;         // bytes = 0: joined to its left
-typedef struct Join { float score; int left, bytes, id; } Join;
+// A symbol of the text being joined, at the index of its first byte. bytes 0: no symbol begins here (any more).
+typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;   // join: it and its right neighbour, -1 = no piece
 
-static int join_before(const Join *a, const Join *b) {
-    return a->score > b->score || (!(a->score < b->score) && a->left < b->left);
-}
-
-static Join heap_pop(Join *heap, int *n) {
-    Join top = heap[0], last = heap[--*n];
-    int i = 0, child = 1;
-    for (; child < *n; i = child, child = 2*i + 1) {
-        if (child + 1 < *n && join_before(&heap[child + 1], &heap[child])) child++;
-        if (!join_before(&heap[child], &last)) break;
-        heap[i] = heap[child];
+// Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above 2k and 2k+1,
+// node n + i is symbol i, and best[k] is the symbol below k whose join has the highest score, the leftmost of equals.
+static void propose_join(const Tokenizer *t, const char *text, int n, Symbol *s, int *best, int i) {
+    int right = i + s[i].bytes;
+    s[i].join = s[i].bytes && right < n ? *tokenizer_slot(t, text + i, (size_t)(s[i].bytes + s[right].bytes)) : -1;
+    s[i].score = s[i].join < 0 ? -INFINITY : t->score[s[i].join];
+    for (int k = (n + i) / 2; k > 0; k /= 2) {
+        int a = best[2*k], b = best[2*k + 1];
+        best[k] = s[a].score > s[b].score || (!(s[a].score < s[b].score) && a < b) ? a : b;
     }
-    heap[i] = last;
-    return top;
 }
 
-// Puts the join of a symbol with its right neighbour on the heap, if that is a piece.
-static void propose_join(const Tokenizer *t, const char *text, const Symbol *symbol, int left, Join *heap, int *n) {
-    if (left < 0 || symbol[left].next < 0) return;
-    Join join = {0, left, symbol[left].bytes + symbol[symbol[left].next].bytes, -1};
-    join.id = *tokenizer_slot(t, text + symbol[left].start, (size_t)join.bytes);
-    if (join.id < 0) return;
-    join.score = t->score[join.id];
-    int i = (*n)++;
-    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-    heap[i] = join;
-}
-
-// Kind 0. Every join removes a symbol and proposes at most two others: at most 3n entries, O(n log n) time.
-static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) {
-    Symbol *symbol = (Symbol *)xmalloc(n * sizeof(Symbol));
-    Join *heap = (Join *)xmalloc(3 * n * sizeof(Join));
-    int n_symbols = 0, n_heap = 0, count = 0;
-    for (size_t at = 0; at < n; ) {
-        int k = utf8_length(text + at, n - at), bytes = k ? k : 1;       // a stray byte stands for itself
-        int id = *tokenizer_slot(t, text + at, (size_t)bytes), parts = id < 0 ? bytes : 1;
-        for (int i = 0; i < parts; i++, n_symbols++) {
-            Symbol s = {(int)at, bytes / parts, id < 0 ? tokenizer_byte(t, text[at]) : id, n_symbols - 1, n_symbols + 1};
-            symbol[n_symbols] = s;
-            at += (size_t)s.bytes;
+// Kind 0. At most n joins, each with at most three walks up the tree: O(n log n) time.
+static int encode_bpe(const Tokenizer *t, const char *text, int n, int *ids) {
+    Symbol *s = (Symbol *)xcalloc((size_t)n, sizeof(Symbol));
+    int *best = (int *)xcalloc(2 * (size_t)n, sizeof(int)), previous = -1, count = 0;
+    for (int at = 0; at < n; ) {
+        int k = utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;    // a stray byte stands for itself
+        int id = *tokenizer_slot(t, text + at, (size_t)bytes);
+        for (int end = at + bytes; at < end; at += s[at].bytes) {
+            Symbol symbol = {id < 0 ? 1 : bytes, id < 0 ? tokenizer_byte(t, text[at]) : id, previous, -1, 0};
+            s[at] = symbol;
+            previous = at;
         }
     }
-    if (n_symbols) symbol[n_symbols - 1].next = -1;
-    for (int i = 0; i < n_symbols; i++) propose_join(t, text, symbol, i, heap, &n_heap);
-    while (n_heap) {
-        Join join = heap_pop(heap, &n_heap);
-        Symbol *left = &symbol[join.left], *right = &symbol[left->next < 0 ? join.left : left->next];
-        if (left == right || left->bytes + right->bytes != join.bytes || !left->bytes) continue;   // one has grown since
-        left->id = join.id;
-        left->bytes = join.bytes;
-        left->next = right->next;
-        right->bytes = 0;
-        if (left->next >= 0) symbol[left->next].previous = join.left;
-        propose_join(t, text, symbol, left->previous, heap, &n_heap);
-        propose_join(t, text, symbol, join.left, heap, &n_heap);
+    for (int i = 0; i < n; i++) best[n + i] = i;
+    for (int i = 0; i < n; i++) propose_join(t, text, n, s, best, i);
+    while (n && s[best[1]].join >= 0) {
+        int left = best[1], right = left + s[left].bytes, next = right + s[right].bytes;
+        s[left].id = s[left].join;
+        s[left].bytes = next - left;
+        s[right].bytes = 0;
+        if (next < n) s[next].previous = left;
+        propose_join(t, text, n, s, best, right);
+        propose_join(t, text, n, s, best, left);
+        if (s[left].previous >= 0) propose_join(t, text, n, s, best, s[left].previous);
     }
-    for (int i = n_symbols ? 0 : -1; i >= 0; i = symbol[i].next) ids[count++] = symbol[i].id;
-    free(symbol); free(heap);
+    for (int i = 0; i < n; i += s[i].bytes) ids[count++] = s[i].id;
+    free(s); free(best);
     return count;
 }
 
@@ -1647,15 +1627,14 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
 // The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies if a byte has no piece.
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
     if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
-    char *spaced = NULL;
-    if (t->prefix_space && n > 0) {
-        spaced = (char *)xmalloc(n + 1);
-        spaced[0] = ' ';
-        memcpy(spaced + 1, text, n++);
-        text = spaced;
-    }
+    int space = t->prefix_space && n > 0;
+    char *spaced = (char *)xmalloc(n + 1);
+    spaced[0] = ' ';
+    memcpy(spaced + 1, text, n);
+    text = spaced + 1 - space;
+    n += (size_t)space;
     *ids = (int *)xmalloc(n * sizeof(int));                 // a token is at least one byte
-    int count = t->kind == 0 ? encode_bpe(t, text, n, *ids) : encode_greedy(t, text, n, *ids);
+    int count = t->kind == 0 ? encode_bpe(t, text, (int)n, *ids) : encode_greedy(t, text, n, *ids);
     free(spaced);
     return count;
 }
