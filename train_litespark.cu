@@ -70,6 +70,7 @@ void comm_barrier(void);
 void comm_broadcast(void *data, size_t bytes);      // from rank 0
 void comm_sum(double *x, int n);                    // over ranks, in place
 
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 static void (*die_hook)(const char *message);   // tests leave die() through it
@@ -107,14 +108,15 @@ char *xstrdup(const char *s) {
     return (char *)memcpy(xmalloc(n), s, n);
 }
 
-// path = printf(...), in a fresh string
-__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
-    char *s = NULL;
+typedef struct Path { char s[4096]; } Path;     // a value, nothing to free; the system takes no longer ones
+
+__attribute__((format(printf, 1, 2))) static Path path_of(const char *fmt, ...) {
+    Path path;
     va_list args;
     va_start(args, fmt);
-    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
+    if (vsnprintf(path.s, sizeof path.s, fmt, args) >= (int)sizeof path.s) die("the path %.80s... is too long", path.s);
     va_end(args);
-    return s;
+    return path;
 }
 
 double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
@@ -649,7 +651,7 @@ typedef struct Option {
 #define ROW(type, name, field, kind, initial, lo, hi, help) {name, OPT_##type, kind, &opt.field, initial, lo, hi, help, 0},
 static Option option_table[] = {OPTIONS(ROW)};
 #undef ROW
-enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
+enum { N_OPTIONS = COUNT(option_table) };
 
 // Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
 static const char *choice_word(const Option *o, int64_t index) {
@@ -761,7 +763,6 @@ enum { ST_F32, ST_BF16, ST_F16, ST_I32 };   // the first rows:
 static const struct { const char *name; size_t bytes; } st_dtypes[] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_DTYPES = sizeof st_dtypes / sizeof *st_dtypes };
 enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
 
 typedef struct StTensor {
@@ -785,8 +786,8 @@ static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data
     StTensor t = {e->key, 0, 0, s->n_files - 1, {0}, 0, 0, 1};
     if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
         die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
-    while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
-    if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
+    while (t.dtype < COUNT(st_dtypes) && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
+    if (t.dtype == COUNT(st_dtypes)) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
     if (shape->n > ST_MAX_DIMS)
         die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
     for (const Json *d = shape->child; d; d = d->next) {
@@ -870,10 +871,9 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         int f = s->n_files - 1;
         if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
-        char *path = path_text("%s/%s", folder, e->str);
-        while (f >= 0 && strcmp(s->paths[f], path)) f--;
-        if (f < 0) st_add_file(s, path);
-        free(path);
+        Path path = path_of("%s/%s", folder, e->str);
+        while (f >= 0 && strcmp(s->paths[f], path.s)) f--;
+        if (f < 0) st_add_file(s, path.s);
     }
     if (!s->n_files) die("%s: \"weight_map\" names no file", index_path);
     st_sort_names(s);
@@ -903,14 +903,13 @@ static StSet *st_open_all(const char *pattern) {
 StSet *st_open(const char *dir_or_file) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     struct stat info;
-    char *one = path_text("%s/model.safetensors", dir_or_file), *index = path_text("%s.index.json", one);
+    Path one = path_of("%s/model.safetensors", dir_or_file), index = path_of("%s.index.json", one.s);
     if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
-    else if (!access(one, F_OK)) st_add_file(s, one);
-    else if (!access(index, F_OK)) st_open_index(s, dir_or_file, index);
+    else if (!access(one.s, F_OK)) st_add_file(s, one.s);
+    else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
     else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
     st_sort_names(s);
-    free(one); free(index);
     return s;
 }
 
@@ -957,18 +956,13 @@ void st_close(StSet *s) {
     free(s);
 }
 
-// Writes one file front to back in constant memory: create, declare every tensor, begin, write the values in that order,
-// finish. A failing disk does not end the program: the first error is kept, later writes do nothing, and the caller asks
-// st_error after st_finish (or earlier), removes its temporary directory and keeps the old checkpoint.
-typedef struct StPart { size_t n; int dtype; } StPart;
+// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin, write the values in
+// that order, finish. A failing disk does not end the program: later writes do nothing, and the caller, who learns the error
+// from st_finish, removes its temporary directory and keeps the old checkpoint.
 typedef struct StWriter {
-    char *path;
     FILE *file;
-    int failed;                      // the first errno
-    Text header, message;
-    StPart *parts;                   // the declared tensors
-    int n_parts, max_parts, part;    // the part being written, and
-    size_t done;                     // how many of its elements have come
+    int failed, dtype;               // failed: the first errno
+    Text header;
     size_t data_bytes, file_bytes;   // declared and not yet written; written
     uint32_t crc;
 } StWriter;
@@ -982,7 +976,6 @@ static void st_put(StWriter *w, const void *bytes, size_t n) {
 // Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
 StWriter *st_create(const char *path, const char *metadata) {
     StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
-    w->path = xstrdup(path);
     w->file = fopen(path, "wbe");
     if (!w->file) w->failed = errno;
     text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
@@ -991,20 +984,18 @@ StWriter *st_create(const char *path, const char *metadata) {
 
 // Announces the next tensor: dtype ST_F32 or ST_BF16.
 void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape) {
-    StPart part = {1, dtype};
-    assert((dtype == ST_F32 || dtype == ST_BF16) && n_dims <= ST_MAX_DIMS);
+    size_t begin = w->data_bytes, n = 1;
+    assert((dtype == ST_F32 || dtype == ST_BF16) && (!begin || dtype == w->dtype) && n_dims <= ST_MAX_DIMS);
+    w->dtype = dtype;
     text_add(&w->header, w->header.n > 1 ? "," : "");
     text_add_string(&w->header, name);
     text_add(&w->header, ":{\"dtype\":\"%s\",\"shape\":[", st_dtypes[dtype].name);
     for (int d = 0; d < n_dims; d++) {
         text_add(&w->header, d ? ",%" PRId64 : "%" PRId64, shape[d]);
-        part.n *= (size_t)shape[d];
+        n *= (size_t)shape[d];
     }
-    size_t end = w->data_bytes + part.n * st_dtypes[dtype].bytes;
-    text_add(&w->header, "],\"data_offsets\":[%zu,%zu]}", w->data_bytes, end);
-    w->data_bytes = end;
-    w->parts = (StPart *)array_room(w->parts, w->n_parts + 1, &w->max_parts, sizeof part);
-    w->parts[w->n_parts++] = part;
+    w->data_bytes += n * st_dtypes[dtype].bytes;
+    text_add(&w->header, "],\"data_offsets\":[%zu,%zu]}", begin, w->data_bytes);
 }
 
 // Writes the header; no st_declare after it. Spaces bring the data to a multiple of 8, as the library does.
@@ -1027,41 +1018,26 @@ static uint16_t st_float_to_bf16(float x) {
 // The next elements, in the order of declaration; one call may span several tensors.
 void st_write(StWriter *w, const float *values, size_t count) {
     uint16_t half[8192];
-    for (size_t take; count; count -= take, values += take) {
-        while (w->part < w->n_parts && w->done == w->parts[w->part].n) {    // the next one; empty tensors have no elements
-            w->part++;
-            w->done = 0;
-        }
-        assert(w->part < w->n_parts);
-        const StPart *part = w->parts + w->part;
-        const size_t size = st_dtypes[part->dtype].bytes;
-        take = min_size(min_size(count, part->n - w->done), sizeof half / sizeof *half);
-        if (size == 2) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
-        st_put(w, size == 2 ? (const void *)half : values, take * size);
-        w->done += take;
-        w->data_bytes -= take * size;
+    w->data_bytes -= count * st_dtypes[w->dtype].bytes;
+    if (w->dtype == ST_F32) st_put(w, values, count * sizeof(float));
+    else for (size_t take; count; count -= take, values += take) {
+        take = min_size(count, COUNT(half));
+        for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
+        st_put(w, half, take * sizeof *half);
     }
 }
 
-// Flushes, fsyncs, closes; all declared values must have come. Returns the CRC-32 of the whole file and its size; both
-// mean something only when st_error(w) is NULL.
-uint32_t st_finish(StWriter *w, size_t *file_bytes) {
+// Flushes, fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first failure. With 0,
+// *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
+int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     assert(!w->data_bytes);
     if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
     if (w->file && fclose(w->file) && !w->failed) w->failed = errno;
+    int failed = w->failed;
+    if (crc) *crc = w->crc;
     if (file_bytes) *file_bytes = w->file_bytes;
-    return w->crc;
-}
-
-// NULL while all is well, else "PATH: why"; valid until st_free.
-const char *st_error(StWriter *w) {
-    if (w->failed && !w->message.n) text_add(&w->message, "%s: cannot write: %s", w->path, strerror(w->failed));
-    return w->message.s;
-}
-
-void st_free(StWriter *w) {
-    free(w->path); free(w->header.s); free(w->parts); free(w->message.s);
-    free(w);
+    free(w->header.s); free(w);
+    return failed;
 }
 
 // ==== 6. Model configuration: Hugging Face's config.json and the presets ========================
@@ -1102,7 +1078,6 @@ static const struct { const char *name, *class_name; int qkv_bias, qk_norm, wind
     {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
     {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
 };
-enum { N_FAMILIES = sizeof config_families / sizeof *config_families };
 
 // Keys that would change the computation, and the one value that we compute.
 static const struct { const char *key, *only; } config_fixed[] = {
@@ -1128,13 +1103,12 @@ static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T,
     {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   1e4,  0.02,   0, 4096,      1,      2},
     {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,   1e5, 1./24,   0,    0,      0,      0},
 };
-enum { N_PRESETS = sizeof config_presets / sizeof *config_presets };
 
-// The row of a family, N_FAMILIES for an unknown one; sets what depends on the family.
+// The row of a family, COUNT(config_families) for an unknown one; sets what depends on the family.
 static int config_set_family(Config *c, const char *name) {
     int i = 0;
-    while (i < N_FAMILIES && strcmp(name, config_families[i].name)) i++;
-    if (i == N_FAMILIES) return i;
+    while (i < COUNT(config_families) && strcmp(name, config_families[i].name)) i++;
+    if (i == COUNT(config_families)) return i;
     snprintf(c->family, sizeof c->family, "%s", name);
     c->qkv_bias = config_families[i].qkv_bias;
     c->qk_norm = config_families[i].qk_norm;
@@ -1218,8 +1192,8 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     memset(c, 0, sizeof *c);
     if (j->type != 'o') die("%s: expected a JSON object", where);
     int family = config_set_family(c, json_string(j, "model_type", where, NULL));
-    if (family == N_FAMILIES) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
-    for (size_t i = 0; i < sizeof config_fixed / sizeof *config_fixed; i++) {
+    if (family == COUNT(config_families)) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    for (int i = 0; i < COUNT(config_fixed); i++) {
         const Json *v = json_get(j, config_fixed[i].key);
         const char *only = config_fixed[i].only;
         int same = !v || (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
@@ -1253,15 +1227,15 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
 const char *config_preset_names(void) {
     static char names[512];
     names[0] = 0;
-    for (int i = 0; i < N_PRESETS; i++) strcat(strcat(names, " "), config_presets[i].name);
+    for (int i = 0; i < COUNT(config_presets); i++) strcat(strcat(names, " "), config_presets[i].name);
     return names;
 }
 
 // Fills c from the preset table; 0 when the name is unknown.
 int config_preset(Config *c, const char *name) {
     int i = 0;
-    while (i < N_PRESETS && strcmp(name, config_presets[i].name)) i++;
-    if (i == N_PRESETS) return 0;
+    while (i < COUNT(config_presets) && strcmp(name, config_presets[i].name)) i++;
+    if (i == COUNT(config_presets)) return 0;
     memset(c, 0, sizeof *c);
     config_set_family(c, config_presets[i].family);
 #define COPY(field, ...) c->field = config_presets[i].field;
@@ -1730,8 +1704,8 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     const char *slash = strrchr(s->path, '/');
     const int folder = slash ? (int)(slash + 1 - s->path) : 0;
-    char *here = path_text("%.*smetadata.json", folder, s->path), *above = path_text("%.*s../metadata.json", folder, s->path);
-    const char *where = access(here, F_OK) ? above : here;
+    Path here = path_of("%.*smetadata.json", folder, s->path), above = path_of("%.*s../metadata.json", folder, s->path);
+    const char *where = access(here.s, F_OK) ? above.s : here.s;
     if (access(where, F_OK))
         die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
             "or write the shard again", s->path);
@@ -1748,7 +1722,6 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
             "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     json_free(meta);
-    free(here); free(above);
 }
 
 // The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
@@ -1756,12 +1729,12 @@ static void shard_find_floor(Shard *s) {
     const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
     size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
     size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
-    char *path = path_text("%.*s.nll", (int)stem, s->path);
-    if (access(path, F_OK) != 0) { free(path); return; }
-    close(open_regular(path, "true loss", &bytes));
+    Path path = path_of("%.*s.nll", (int)stem, s->path);
+    if (access(path.s, F_OK)) return;
+    close(open_regular(path.s, "true loss", &bytes));
     if (bytes != expected)
-        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path, expected);
-    s->floor_path = path;
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path.s, bytes, s->path, expected);
+    s->floor_path = xstrdup(path.s);
 }
 
 static void shard_open(DataLoader *dl, Shard *s) {
@@ -2020,10 +1993,9 @@ static FILE *log_file;
 
 void log_open(const char *out) {
     if (comm_rank() != 0) return;
-    char path[4096];
-    snprintf(path, sizeof path, "%s/log.jsonl", out);
-    log_file = fopen(path, "a");
-    if (!log_file) die("cannot write %s: %s; choose another --out", path, strerror(errno));
+    Path path = path_of("%s/log.jsonl", out);
+    log_file = fopen(path.s, "a");
+    if (!log_file) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
@@ -2084,7 +2056,8 @@ void model_write(Model *m, int what, size_t at, size_t n, const float *host);
 void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at);
 const ParamTable *model_table(const Model *m);
 
-#define IO_CHUNK ((size_t)1 << 20)      // elements that pass through the host at a time
+#define IO_CHUNK ((size_t)1 << 20)
+static float io_values[IO_CHUNK];       // what passes between disk and model at a time
 enum { SPIKE_WINDOW = 128 };
 
 typedef struct TrainState {             // with the weights and the optimizer: all that a run is
@@ -2098,15 +2071,11 @@ typedef struct TrainState {             // with the weights and the optimizer: a
 
 static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                                          "special_tokens_map.json"};
-enum { N_SIDE_FILES = (int)(sizeof side_files / sizeof *side_files) };
 
 static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
     DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));) {
-        char *path = path_text("%s/%s", dir, e->d_name);
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(path);
-        free(path);
-    }
+    for (struct dirent *e; d && (e = readdir(d));)
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(path_of("%s/%s", dir, e->d_name).s);
     if (d) closedir(d);
     rmdir(dir);
 }
@@ -2135,7 +2104,7 @@ int checkpoint_list(const char *out, int64_t **steps) {
     return n;
 }
 
-char *checkpoint_path(const char *out, int64_t step) { return path_text("%s/step_%08" PRId64, out, step); }
+static Path checkpoint_path(const char *out, int64_t step) { return path_of("%s/step_%08" PRId64, out, step); }
 
 // ---- writing -------------------------------------------------------------------------------------------------------------
 typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
@@ -2143,30 +2112,22 @@ typedef struct Saving {                 // the first failure ends the saving; no
     Text checksums;
     uint32_t crc;                       // of the file that was written last, and
     size_t bytes;                       // its size
-    char error[512];
+    Text error;                         // empty while all is well
 } Saving;
 
-static void saving_failed(Saving *s, const char *path, int error) {
-    if (!s->error[0]) snprintf(s->error, sizeof s->error, "%s: %s", path, strerror(error));
-}
-
 static StWriter *save_begin(const Saving *s, const char *name, const char *metadata) {
-    char *path = path_text("%s/%s", s->dir, name);
-    StWriter *w = st_create(path, metadata);
-    free(path);
-    return w;
+    return st_create(path_of("%s/%s", s->dir, name).s, metadata);
 }
 
 // Ends w: its file joins the checksums, its error becomes the saving's.
 static void save_end(Saving *s, StWriter *w, const char *name) {
-    s->crc = st_finish(w, &s->bytes);
-    if (st_error(w) && !s->error[0]) snprintf(s->error, sizeof s->error, "%s", st_error(w));
+    int failed = st_finish(w, &s->crc, &s->bytes);
+    if (failed && !s->error.n) text_add(&s->error, "%s/%s: cannot write: %s", s->dir, name, strerror(failed));
     text_add(&s->checksums, "%08x %zu %s\n", s->crc, s->bytes, name);
-    st_free(w);
 }
 
 static void save_file(Saving *s, const char *name, const void *data, size_t n) {
-    if (s->error[0]) return;
+    if (s->error.n) return;
     StWriter *w = save_begin(s, name, NULL);
     st_put(w, data, n);
     save_end(s, w, name);
@@ -2174,13 +2135,11 @@ static void save_file(Saving *s, const char *name, const void *data, size_t n) {
 
 // Elements [at, at+n) of one kind of state are the next values of w.
 static void save_values(StWriter *w, const Model *m, int kind, size_t at, size_t n) {
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
-        model_read(m, kind, at + done, k, host);
-        st_write(w, host, k);
+        model_read(m, kind, at + done, k, io_values);
+        st_write(w, io_values, k);
     }
-    free(host);
 }
 
 static void save_weights(Saving *s, const Model *m, int dtype) {
@@ -2258,63 +2217,57 @@ static void save_side_files(Saving *s, const Config *c, const Options *o, const 
     text_add(&g, "\"do_sample\": true}\n");
     save_file(s, "generation_config.json", g.s, (size_t)g.n);
     free(g.s);
-    for (int i = 0; from && i < N_SIDE_FILES; i++) {
-        char *path = path_text("%s/%s", from, side_files[i]);
+    for (int i = 0; from && i < COUNT(side_files); i++) {
+        Path path = path_of("%s/%s", from, side_files[i]);
+        if (access(path.s, R_OK)) continue;
         size_t n;
-        if (!access(path, R_OK)) {
-            char *data = read_text_file(path, (size_t)1 << 30, &n);
-            save_file(s, side_files[i], data, n);
-            free(data);
-        }
-        free(path);
+        char *data = read_text_file(path.s, (size_t)1 << 30, &n);
+        save_file(s, side_files[i], data, n);
+        free(data);
     }
 }
 
 static void checkpoint_prune(const char *out, int64_t keep) {
     int64_t *steps;
     int n = checkpoint_list(out, &steps);
-    for (int i = 0; i < n - keep; i++) {
-        char *old = checkpoint_path(out, steps[i]), *gone = path_text("%s/tmp.old", out);
-        if (!rename(old, gone)) remove_folder(gone);    // renamed first: a kill in between leaves no half checkpoint behind
-        free(old); free(gone);
-    }
+    Path gone = path_of("%s/tmp.old", out);
+    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint behind
+        if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
     free(steps);
 }
 
 static void remove_leftovers(const char *out) {         // of a killed run
     DIR *d = opendir(out);
-    for (struct dirent *e; d && (e = readdir(d));) if (!strncmp(e->d_name, "tmp.", 4)) {
-        char *path = path_text("%s/%s", out, e->d_name);
-        remove_folder(path);
-        free(path);
-    }
+    for (struct dirent *e; d && (e = readdir(d));)
+        if (!strncmp(e->d_name, "tmp.", 4)) remove_folder(path_of("%s/%s", out, e->d_name).s);
     if (d) closedir(d);
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
-    char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Saving s = {tmp, {NULL, 0, 0}, 0, 0, ""};
+    Path final = checkpoint_path(o->out, t->step), tmp = path_of("%s/tmp.step_%08" PRId64, o->out, t->step);
+    Path old = path_of("%s/tmp.old", o->out);
+    Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
     if (rank == 0) {
         remove_leftovers(o->out);
-        if (mkdir(tmp, 0777)) saving_failed(&s, tmp, errno);
+        if (mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
     }
     comm_barrier();
-    if (rank < parts && !s.error[0]) {
+    if (rank < parts && !s.error.n) {
         char name[64];
         snprintf(name, sizeof name, "optimizer-%05d-of-%05d.safetensors", rank, parts);
         save_optimizer(&s, m, name);
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
-    if (rank == 0 && !s.error[0]) {
+    if (rank == 0 && !s.error.n) {
         save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
         save_side_files(&s, c, o, side_folder);
         save_trainer_state(&s, t);
     }
-    sums[2 * parts] = s.error[0] != 0;
+    sums[2 * parts] = s.error.n != 0;
     comm_sum(sums, 2 * parts + 1);
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
@@ -2323,49 +2276,46 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
                      i, parts);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
         save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
-        sync_folder(tmp);
-        char *old = path_text("%s/tmp.old", o->out);
-        rename(final, old);                             // a damaged one of the same step
-        if (!s.error[0] && rename(tmp, final)) saving_failed(&s, final, errno);
-        remove_folder(old);
-        free(old);
+        sync_folder(tmp.s);
+        rename(final.s, old.s);                         // a damaged one of the same step
+        if (!s.error.n && rename(tmp.s, final.s)) text_add(&s.error, "%s: %s", final.s, strerror(errno));
+        remove_folder(old.s);
         sync_folder(o->out);
-        if (!s.error[0]) checkpoint_prune(o->out, o->keep);
+        if (!s.error.n) checkpoint_prune(o->out, o->keep);
     }
-    if (s.error[0]) {
-        if (rank == 0) remove_folder(tmp);
-        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step, s.error);
+    if (s.error.n) {
+        if (rank == 0) remove_folder(tmp.s);
+        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step, s.error.s);
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
-    free(s.checksums.s); free(sums); free(tmp); free(final);
+    free(s.checksums.s); free(sums);
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------------
 static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
     FILE *f = fopen(path, "rb");
-    char *buffer = (char *)xmalloc(IO_CHUNK);
     *crc = 0;
     *bytes = 0;
-    for (size_t n; f && (n = fread(buffer, 1, IO_CHUNK, f)) > 0; *bytes += n) *crc = crc32_update(*crc, buffer, n);
+    for (size_t n; f && (n = fread(io_values, 1, sizeof io_values, f)) > 0; *bytes += n) *crc = crc32_update(*crc, io_values, n);
     int ok = f && !ferror(f);
     if (f) fclose(f);
-    free(buffer);
     return ok;
 }
 
 // 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
 int checkpoint_whole(const char *dir, char *why, size_t n) {
-    char *path = path_text("%s/checksums.txt", dir), *text = NULL;
+    Path path = path_of("%s/checksums.txt", dir);
+    char *text = NULL;
     struct stat info;
     size_t size;
     why[0] = 0;
-    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) snprintf(why, n, "%s is missing or empty", path);
+    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24) snprintf(why, n, "%s is missing or empty", path.s);
     else {
         char self[16];
-        text = read_text_file(path, 1 << 24, &size);
+        text = read_text_file(path.s, 1 << 24, &size);
         snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
-        if (strcmp(text + size - 9, self)) snprintf(why, n, "%s does not match its own checksum", path);
+        if (strcmp(text + size - 9, self)) snprintf(why, n, "%s does not match its own checksum", path.s);
         text[size - 9] = 0;
     }
     for (char *line = text, *next; !why[0] && *line; line = next) {
@@ -2375,14 +2325,13 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
         next = line + strcspn(line, "\n");
         if (*next) *next++ = 0;
         int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
-        char *file = path_text("%s/%s", dir, line + name);
-        if (fields != 2 || !name) snprintf(why, n, "%s has a bad line", path);
-        else if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
-        else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file, found, bytes);
-        else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
-        free(file);
+        Path file = path_of("%s/%s", dir, line + name);
+        if (fields != 2 || !name) snprintf(why, n, "%s has a bad line", path.s);
+        else if (!file_crc(file.s, &found_crc, &found)) snprintf(why, n, "%s is missing", file.s);
+        else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file.s, found, bytes);
+        else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file.s);
     }
-    free(text); free(path);
+    free(text);
     return !why[0];
 }
 
@@ -2397,16 +2346,14 @@ char *checkpoint_choose(const char *resume, const char *out) {
     int64_t *steps, chosen = -1;
     int n = checkpoint_list(out, &steps);
     for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
-        char *dir = checkpoint_path(out, steps[i]);
-        if (checkpoint_whole(dir, why, sizeof why)) chosen = steps[i];
+        if (checkpoint_whole(checkpoint_path(out, steps[i]).s, why, sizeof why)) chosen = steps[i];
         else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why);
-        free(dir);
     }
     free(steps);
     if (n && chosen < 0 && comm_rank() == 0)
         die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
     comm_broadcast(&chosen, sizeof chosen);
-    return chosen < 0 ? NULL : checkpoint_path(out, chosen);
+    return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
 
 static void read_series(const Json *root, const char *key, const char *where, double *x) {
@@ -2418,7 +2365,8 @@ static void read_series(const Json *root, const char *key, const char *where, do
 
 // trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
 void checkpoint_read_state(const char *dir, TrainState *t) {
-    char *where = path_text("%s/trainer_state.json", dir);
+    Path path = path_of("%s/trainer_state.json", dir);
+    const char *where = path.s;
     Json *root = json_read_file(where, 1 << 24);
     const int64_t MOST = INT64_C(1) << 53;
     memset(t, 0, sizeof *t);
@@ -2447,18 +2395,15 @@ void checkpoint_read_state(const char *dir, TrainState *t) {
             printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
     }
     json_free(root);
-    free(where);
 }
 
 // Elements [first, first+n) of a tensor become elements at, at+1, ... of one kind of state.
 static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, size_t at) {
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
-        st_read(s, t, first + done, k, host);
-        model_write(m, kind, at + done, k, host);
+        st_read(s, t, first + done, k, io_values);
+        model_write(m, kind, at + done, k, io_values);
     }
-    free(host);
 }
 
 // Elements [first, first+n) of what a unit has of one kind, from whichever tensors hold them; dies if any is missing.
@@ -2482,8 +2427,7 @@ static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t fi
 // Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
 void checkpoint_read_model(const char *dir, Model *m) {
     const ParamTable *p = model_table(m);
-    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
-    StSet *s = st_open_all(pattern);
+    StSet *s = st_open_all(path_of("%s/optimizer-*-of-*.safetensors", dir).s);
     if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
         const Unit *unit = &p->units[u];
@@ -2493,7 +2437,6 @@ void checkpoint_read_model(const char *dir, Model *m) {
         for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(s, unit, kind, begin, n, m, kind, at);
     }
     st_close(s);
-    free(pattern);
 }
 
 // Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
@@ -5377,13 +5320,12 @@ static void refuse_what_is_not_here(void) {
 
 static Config read_config(const char *dir_or_file, int is_dir) {
     Config c;
-    char *path = is_dir ? path_text("%s/config.json", dir_or_file) : xstrdup(dir_or_file);
+    Path path = path_of(is_dir ? "%s/config.json" : "%s", dir_or_file);
     size_t n;
-    char *text = read_text_file(path, 1 << 24, &n);
-    config_from_json(&c, text, n, path);
-    config_check(&c, path);
+    char *text = read_text_file(path.s, 1 << 24, &n);
+    config_from_json(&c, text, n, path.s);
+    config_check(&c, path.s);
     free(text);
-    free(path);
     return c;
 }
 
@@ -5409,24 +5351,18 @@ static Config choose_config(const char *resume_dir) {
     return saved;
 }
 
-static char *folder_of(const char *path) {
+static Path folder_of(const char *path) {
     const char *slash = strrchr(path, '/');
-    return slash ? path_text("%.*s", (int)(slash - path), path) : xstrdup(".");
+    return path_of("%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
 }
 
 // --tokenizer, or tokenizer.bin beside the model or in the folder of the data or above it. NULL if there is none.
 static char *find_tokenizer(const char *model_dir) {
     if (opt.tokenizer) return xstrdup(opt.tokenizer);
-    char *data = folder_of(opt.train_data);
-    char *places[3] = {model_dir ? path_text("%s/tokenizer.bin", model_dir) : NULL, path_text("%s/tokenizer.bin", data),
-                       path_text("%s/../tokenizer.bin", data)};
-    char *found = NULL;
-    for (int i = 0; i < 3; i++) {
-        if (places[i] && !found && !access(places[i], R_OK)) found = places[i];
-        else free(places[i]);
-    }
-    free(data);
-    return found;
+    Path data = folder_of(opt.train_data), places[3] = {path_of("%s/tokenizer.bin", model_dir ? model_dir : data.s),
+        path_of("%s/tokenizer.bin", data.s), path_of("%s/../tokenizer.bin", data.s)};
+    for (int i = 0; i < 3; i++) if (!access(places[i].s, R_OK)) return xstrdup(places[i].s);
+    return NULL;
 }
 
 static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
@@ -5776,7 +5712,7 @@ static void dump_grads(Trainer *tr) {
     if (comm_rank()) return;
     const ParamTable *p = &tr->m.p;
     double mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;
-    float loss = (float)(sums[1] > 0 ? sums[0] / sums[1] : 0), *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    float loss = (float)(sums[1] > 0 ? sums[0] / sums[1] : 0);
     StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
     int64_t one = 1;
     st_declare(w, "loss", ST_F32, 1, &one);
@@ -5788,15 +5724,12 @@ static void dump_grads(Trainer *tr) {
     st_write(w, &loss, 1);
     for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {
         n = min_size(p->tensors[i].n - at, IO_CHUNK);
-        model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, host);
-        for (size_t j = 0; j < n; j++) host[j] = (float)(host[j] * mean);
-        st_write(w, host, n);
+        model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, io_values);
+        for (size_t j = 0; j < n; j++) io_values[j] = (float)(io_values[j] * mean);
+        st_write(w, io_values, n);
     }
-    size_t bytes;
-    st_finish(w, &bytes);
-    if (st_error(w)) die("--dump-grads: %s", st_error(w));
-    st_free(w);
-    free(host);
+    int failed = st_finish(w, NULL, NULL);
+    if (failed) die("--dump-grads: %s: cannot write: %s", opt.dump_grads, strerror(failed));
     printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
 }
 
@@ -5857,7 +5790,7 @@ static void setup_tokenizer(Trainer *tr, const char *model_dir) {
             tr->tokenizer = NULL;
         }
     }
-    tr->side_folder = model_dir ? xstrdup(model_dir) : tr->tokenizer ? folder_of(path) : NULL;
+    tr->side_folder = model_dir ? xstrdup(model_dir) : tr->tokenizer ? xstrdup(folder_of(path).s) : NULL;
     free(path);
 }
 
