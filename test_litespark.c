@@ -427,13 +427,13 @@ static int log_values(const char *out, const char *type, const char *key, double
     char *path = path_text("%s/log.jsonl", out), *text = slurp(path, NULL);
     int n = 0;
     for (char *line = strtok(text, "\n"); line && n < most; line = strtok(NULL, "\n")) {
-        if (DIES(json_free(json_parse(line, strlen(line), "log.jsonl")))) {
+        if (DIES(free(json_parse(line, strlen(line), "log.jsonl")))) {
             bad(__LINE__, "log.jsonl is no JSON: %s", died);
             break;
         }
         Json *j = json_parse(line, strlen(line), "log.jsonl");
         if (!strcmp(json_string(j, "type", "log.jsonl", NULL), type)) x[n++] = json_get(j, key) ? json_get(j, key)->num : NAN;
-        json_free(j);
+        free(j);
     }
     free(text);
     free(path);
@@ -562,15 +562,15 @@ static void test_json_accepts_and_refuses(void) {
         "\"\xed\xa0\x80\"", "\"\xf4\x90\x80\x80\"",
         "\"\xe2\x82\"", "\xef\xbb\xbf{}", "'a'", "{\"a\":1,\"a\":2}", "{\"a\":1,\"\\u0061\":2}", "{\"a\\u0000\":1}", "[1 2]",
         "{\"a\" 1}", "1e400", "//\n1", "[1]]"};
-    for (int i = 0; i < COUNT(good); i++) CHECK(!DIES(json_free(json_parse(good[i], strlen(good[i]), "t"))),
+    for (int i = 0; i < COUNT(good); i++) CHECK(!DIES(free(json_parse(good[i], strlen(good[i]), "t"))),
         "%s is refused: %s", good[i], died);
-    for (int i = 0; i < COUNT(wrong); i++) CHECK(DIES(json_free(json_parse(wrong[i], strlen(wrong[i]), "t")))
+    for (int i = 0; i < COUNT(wrong); i++) CHECK(DIES(free(json_parse(wrong[i], strlen(wrong[i]), "t")))
         && !strchr(died, '\n'), "%s is taken for JSON", wrong[i]);
     for (int depth = 63; depth <= 66; depth++) {
         char s[140];
         memset(s, '[', (size_t)depth);
         memset(s + depth, ']', (size_t)depth);
-        CHECK(DIES(json_free(json_parse(s, 2 * (size_t)depth, "t"))) == (depth > 64), "%d levels", depth);
+        CHECK(DIES(free(json_parse(s, 2 * (size_t)depth, "t"))) == (depth > 64), "%d levels", depth);
     }
     const char *text = "{\"s\":\"a\\u20ac\\ud834\\udd1e\\n\\/\\u00e9\",\"i\":-9223372036854775808,"
                        "\"j\":9223372036854775808,\"n\":null,\"l\":[1,2,3]}";
@@ -581,14 +581,14 @@ static void test_json_accepts_and_refuses(void) {
     CHECK_DIES(json_int(j, "none", "t", 0, 9, JSON_REQUIRED), "none", "missing");
     CHECK_DIES(json_int(j, "l", "t", 0, 9, 0), "\"l\"", "a list");
     CHECK_DIES(json_string(j, "i", "t", NULL), "\"i\"", "a string");
-    json_free(j);
+    free(j);
     const double numbers[] = {0, 1, -8, 1e-5, 0.1, 1.0 / 3, 1e300, 5e-324, 123456789.123, 0x1p53 + 2};
     for (int i = 0; i < COUNT(numbers); i++) {
         Text t = {NULL, 0, 0};
         text_add(&t, "%s", json_decimal(numbers[i]));
         j = json_parse(t.s, (size_t)t.n, "t");
         CHECK(j->num == numbers[i] && !j->is_int, "%.17g is written as %s", numbers[i], t.s);
-        json_free(j);
+        free(j);
         free(t.s);
     }
 }
@@ -2167,7 +2167,7 @@ static void test_stories260K_has_known_loss_gradients_and_greedy_text(void) {
     }
     batch_free(&batch);
     model_free(&m);
-    json_free(oracle);
+    free(oracle);
     free(dir);
 }
 
@@ -2194,7 +2194,7 @@ static void test_stories260K_tells_its_story_end_to_end(void) {
     free(path);
     free(prompt);
     tokenizer_free(t);
-    json_free(oracle);
+    free(oracle);
 }
 
 // ==== 11. The program: runs, logs, ranks ================================================================================

@@ -177,11 +177,13 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t index) {      // B
     return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
 }
 
-uint64_t hash_string(const char *s) {           // FNV-1a, then mixed: a stream number for random_bits
+static uint64_t hash_bytes(const char *s, size_t n) {       // FNV-1a, then mixed
     uint64_t h = 0xCBF29CE484222325u;
-    while (*s) h = (h ^ (unsigned char)*s++) * 0x100000001B3u;
+    while (n--) h = (h ^ (unsigned char)*s++) * 0x100000001B3u;
     return mix64(h);
 }
+
+uint64_t hash_string(const char *s) { return hash_bytes(s, strlen(s)); }    // a stream number for random_bits
 
 // Strict numbers: 1 and *out when the whole of s is one decimal number that fits, else 0 and *out as it was.
 int parse_int(const char *s, int64_t *out) {
@@ -284,7 +286,8 @@ static void json_fail(const JsonParser *p, const char *expected) {
 
 static void json_space(JsonParser *p) { p->at += strspn(p->at, " \n\r\t"); }
 
-static void json_digits(JsonParser *p) {
+static void json_digits(JsonParser *p, int skip) {      // at least one, after `skip` other bytes
+    p->at += skip;
     size_t n = strspn(p->at, "0123456789");
     if (!n) json_fail(p, "a digit");
     p->at += n;
@@ -350,17 +353,12 @@ static char *json_chars(JsonParser *p, size_t *length) {
 static void json_scan_number(JsonParser *p, Json *v) {
     char *start = p->at;
     v->type = 'n';
-    v->is_int = 1;
     if (*p->at == '-') p->at++;
     if (*p->at == '0') p->at++; // no further digit may follow a leading zero
-    else json_digits(p);
-    for (int part = 0; part < 2; part++) { // fraction, exponent
-        if (part ? (*p->at | 32) != 'e' : *p->at != '.') continue;
-        p->at++;
-        if (part && (*p->at == '+' || *p->at == '-')) p->at++;
-        json_digits(p);
-        v->is_int = 0;
-    }
+    else json_digits(p, 0);
+    v->is_int = *p->at != '.' && (*p->at | 32) != 'e';
+    if (*p->at == '.') json_digits(p, 1);
+    if ((*p->at | 32) == 'e') json_digits(p, p->at[1] == '+' || p->at[1] == '-' ? 2 : 1);
     v->str = start;
     v->str_len = (size_t)(p->at - start);
     v->num = strtod(start, NULL);
@@ -438,7 +436,7 @@ static void json_value(JsonParser *p, Json *v, int depth) {
 }
 
 // Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory holds every node and behind
-// them the text: json_free(root) releases it.
+// them the text: free(root) releases it.
 Json *json_parse(const char *text, size_t n, const char *where) {
     if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
     size_t n_nodes = 1;                 // at most: all but the root come after one of these
@@ -451,8 +449,6 @@ Json *json_parse(const char *text, size_t n, const char *where) {
     if (p.at != p.end) json_fail(&p, "the end of the text");
     return root;
 }
-
-void json_free(Json *root) { free(root); }
 
 Json *json_read_file(const char *path, size_t max_bytes) {
     size_t n;
@@ -484,7 +480,7 @@ static void json_refuse(const Json *v, const char *key, const char *where, const
 }
 
 // Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`, the key,
-// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), -1 (bool), NULL (string).
+// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), NULL (string).
 int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi, int64_t fallback) {
     const Json *v = json_get(obj, key);
     char expected[80];
@@ -505,9 +501,8 @@ double json_number(const Json *obj, const char *key, const char *where, double l
 
 static int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
     const Json *v = json_get(obj, key);
-    if (!v && fallback >= 0) return fallback;
-    if (!v || (v->type != 't' && v->type != 'f')) json_refuse(v, key, where, "true or false");
-    return v->type == 't';
+    if (v && v->type != 't' && v->type != 'f') json_refuse(v, key, where, "true or false");
+    return v ? v->type == 't' : fallback;
 }
 
 const char *json_string(const Json *obj, const char *key, const char *where, const char *fallback) {
@@ -884,7 +879,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
     }
     for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
         if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
-    json_free(index);
+    free(index);
 }
 
 // Opens all files that match the pattern as one set; NULL when none does.
@@ -950,7 +945,7 @@ void st_close(StSet *s) {
     for (int f = 0; f < s->n_files; f++) {
         close(s->fds[f]);
         free(s->paths[f]);
-        json_free(s->headers[f]);
+        free(s->headers[f]);
     }
     free(s->tensors);
     free(s);
@@ -1219,7 +1214,7 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
             json_refuse(eos->child, "eos_token_id", where, "token ids");
         c->eos = (int)eos->child->inum;
     } else c->eos = (int)json_int(j, "eos_token_id", where, -1, INT_MAX, -1);
-    json_free(j);
+    free(j);
     config_check(c, where);
 }
 
@@ -1415,31 +1410,29 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
 #define TOKENIZER_MAGIC 20251002
 #define NO_MERGE (-1e30f)
 
+typedef struct Piece { const char *s; int n; float score; } Piece;     // n bytes in the file, may be 0
+
 typedef struct Tokenizer {
     int kind, V, bos, eos, prefix_space;    // bos and eos: -1 = none
-    float *score;                           // (V)
-    char **piece;                           // (V) into `file`, not NUL-terminated
-    int *length;                            // (V) bytes of each piece, may be 0
+    Piece *piece;                           // (V)
     int byte_id[256];                       // the piece that stands for a byte: "<0xHH>", else the byte itself, else -1
     uint32_t slots;                         // power of two >= 2V
     int *slot;                              // (slots) hash table of the ids that text can become; -1 = empty
     char *path, *file;
 } Tokenizer;
 
-// The slot where the piece with these bytes is, or where it would go (FNV-1a; its low bits alone mix badly).
+// The slot where the piece with these bytes is, or where it would go.
 static int *tokenizer_slot(const Tokenizer *t, const char *s, size_t n) {
-    uint32_t h = 2166136261u;
-    for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 16777619u;
-    for (h ^= h >> 15; ; h++) {
+    for (uint64_t h = hash_bytes(s, n); ; h++) {
         int *id = &t->slot[h & (t->slots - 1)];
-        if (*id < 0 || ((size_t)t->length[*id] == n && memcmp(t->piece[*id], s, n) == 0)) return id;
+        if (*id < 0 || ((size_t)t->piece[*id].n == n && memcmp(t->piece[*id].s, s, n) == 0)) return id;
     }
 }
 
 // The byte that a piece of the form <0xHH> stands for, else -1.
-static int piece_byte(const char *s, int n) {
-    const char *hex = "0123456789ABCDEF";
-    if (n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
+static int piece_byte(const Piece *piece) {
+    const char *hex = "0123456789ABCDEF", *s = piece->s;
+    if (piece->n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
     const char *high = strchr(hex, s[3]), *low = strchr(hex, s[4]);
     return high && low ? (int)(high - hex) * 16 + (int)(low - hex) : -1;
 }
@@ -1448,17 +1441,16 @@ static int piece_byte(const char *s, int n) {
 static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
     size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;    // a record has at least 8 bytes
     if (n > room) die("tokenizer '%s' is truncated: its %zu pieces do not fit; make it again", t->path, n);
-    t->score = (float *)xmalloc(n * sizeof(float));
-    t->length = (int *)xmalloc(n * sizeof(int));
-    t->piece = (char **)xmalloc(n * sizeof(char *));
+    t->piece = (Piece *)xmalloc(n * sizeof(Piece));
     for (; id < n && file_bytes - at >= 8; id++) {
-        memcpy(&t->score[id], t->file + at, 4);
-        memcpy(&t->length[id], t->file + at + 4, 4);
-        t->piece[id] = t->file + (at += 8);
-        if (t->length[id] < 0 || (size_t)t->length[id] > file_bytes - at || !(fabsf(t->score[id]) < 1e38f))
-            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again",
-                t->path, id, t->length[id], (double)t->score[id]);
-        at += (size_t)t->length[id];
+        Piece *p = &t->piece[id];
+        memcpy(&p->score, t->file + at, 4);
+        memcpy(&p->n, t->file + at + 4, 4);
+        p->s = t->file + (at += 8);
+        if (p->n < 0 || (size_t)p->n > file_bytes - at || !(fabsf(p->score) < 1e38f))
+            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again", t->path, id, p->n,
+                (double)p->score);
+        at += (size_t)p->n;
     }
     if (at < file_bytes || id == 0 || (t->V && id < n))
         die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again", t->path, id, at,
@@ -1473,14 +1465,14 @@ static void tokenizer_index(Tokenizer *t) {
     t->slot = (int *)xmalloc(t->slots * sizeof(int));
     memset(t->slot, 255, t->slots * sizeof(int));
     for (int id = 0; id < t->V; id++) {
-        const char *s = t->piece[id];
-        int n = t->length[id], byte = piece_byte(s, n);
-        if (n == 0 || id == t->bos || id == t->eos) continue;
+        const Piece *p = &t->piece[id];
+        int byte = piece_byte(p);
+        if (p->n == 0 || id == t->bos || id == t->eos) continue;
         if (byte >= 0) t->byte_id[byte] = id;
-        else if (n == 1 && t->byte_id[(unsigned char)*s] < 0) t->byte_id[(unsigned char)*s] = id;
-        if (byte >= 0 || t->score[id] <= NO_MERGE) continue;
-        int *slot = tokenizer_slot(t, s, (size_t)n);
-        if (*slot < 0 || t->score[id] > t->score[*slot]) *slot = id;        // the better one of two equal pieces
+        else if (p->n == 1 && t->byte_id[(unsigned char)*p->s] < 0) t->byte_id[(unsigned char)*p->s] = id;
+        if (byte >= 0 || p->score <= NO_MERGE) continue;
+        int *slot = tokenizer_slot(t, p->s, (size_t)p->n);
+        if (*slot < 0 || p->score > t->piece[*slot].score) *slot = id;      // the better one of two equal pieces
     }
 }
 
@@ -1507,9 +1499,9 @@ Tokenizer *tokenizer_open(const char *path) {
         t->bos = 1; t->eos = 2; t->prefix_space = 1;
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
-            if (id >= t->V || t->length[id] > h[0] || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
+            if (id >= t->V || t->piece[id].n > h[0] || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
                 die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
-        t->score[0] = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
+        t->piece[0].score = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
     tokenizer_index(t);
     return t;
@@ -1517,7 +1509,7 @@ Tokenizer *tokenizer_open(const char *path) {
 
 void tokenizer_free(Tokenizer *t) {
     if (!t) return;
-    free(t->score); free(t->piece); free(t->length); free(t->slot); free(t->path); free(t->file);
+    free(t->piece); free(t->slot); free(t->path); free(t->file);
     free(t);
 }
 
@@ -1537,7 +1529,7 @@ typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;   
 static void propose_join(const Tokenizer *t, const char *text, int n, Symbol *s, int *best, int i) {
     int right = i + s[i].bytes;
     s[i].join = s[i].bytes && right < n ? *tokenizer_slot(t, text + i, (size_t)(s[i].bytes + s[right].bytes)) : -1;
-    s[i].score = s[i].join < 0 ? -INFINITY : t->score[s[i].join];
+    s[i].score = s[i].join < 0 ? -INFINITY : t->piece[s[i].join].score;
     for (int k = (n + i) / 2; k > 0; k /= 2) {
         int a = best[2*k], b = best[2*k + 1];
         best[k] = s[a].score > s[b].score || (!(s[a].score < s[b].score) && a < b) ? a : b;
@@ -1578,7 +1570,7 @@ static int encode_bpe(const Tokenizer *t, const char *text, int n, int *ids) {
 static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *ids) {
     size_t longest = 1;
     int count = 0;
-    for (int id = 0; id < t->V; id++) if ((size_t)t->length[id] > longest) longest = (size_t)t->length[id];
+    for (int id = 0; id < t->V; id++) if ((size_t)t->piece[id].n > longest) longest = (size_t)t->piece[id].n;
     for (size_t at = 0, k; at < n; at += k) {
         int id = -1;
         for (k = min_size(n - at, longest); k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
@@ -1607,11 +1599,10 @@ int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) 
 // at the start of the text is BOS (-1 where there is none): there the space that encoding put in front is dropped.
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     if (id < 0 || id >= t->V || id == t->bos || id == t->eos) return;
-    const char *s = t->piece[id];
-    int n = t->length[id], byte = piece_byte(s, n);
-    if (byte >= 0) { fputc(byte, f); return; }
-    if (t->prefix_space && previous_id == t->bos && n > 0 && s[0] == ' ') { s++; n--; }
-    fwrite(s, 1, (size_t)n, f);
+    const Piece *p = &t->piece[id];
+    int byte = piece_byte(p), skip = t->prefix_space && previous_id == t->bos && p->n > 0 && p->s[0] == ' ';
+    if (byte >= 0) fputc(byte, f);
+    else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }
 
 // ==== 8. Token shards and the DataLoader =============================================================================
@@ -1637,6 +1628,7 @@ typedef struct Shard {
     char *path;
     int fd;                             // -1 = closed at the moment
     size_t n_tokens, n_windows, header_bytes;
+    int64_t first_window;               // number of its first window among those of all shards
     int width;                          // bytes per token: 2 or 4
     int row;                            // .ds: S+1 tokens per row; .bin: 0
     int eod;                            // id of the end-of-document token, -1 = unknown
@@ -1656,10 +1648,8 @@ typedef struct DataLoader {
     int B, T, rank, world, shuffle, vocab_size, document_mask;
     int has_floor;                      // evaluation: every shard has its .nll
     LoaderState state;
-    int64_t *first_window;              // (n_shards + 1) running sums of n_windows
-    unsigned char *buffer;              // one window as it lies in the file
-    int open_shard[MAX_OPEN_SHARDS];    // which shard has a descriptor in this place, -1 = none
-    int next_open;                      // the place that is given up next
+    void *buffer;                       // one window as it lies in the file
+    Shard *open_shard[MAX_OPEN_SHARDS]; // who has the descriptor of this place, NULL = none
 } DataLoader;
 
 typedef struct Batch {
@@ -1721,7 +1711,7 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
         die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes "
             "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
-    json_free(meta);
+    free(meta);
 }
 
 // The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
@@ -1754,6 +1744,7 @@ static void shard_open(DataLoader *dl, Shard *s) {
         die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
     s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)dl->T;
     size_t used = s->row ? s->n_windows * ((size_t)dl->T + 1) : s->n_windows ? s->n_windows * (size_t)dl->T + 1 : 0;
+    dl->n_windows += (int64_t)s->n_windows;
     dl->n_tokens += (int64_t)s->n_tokens;
     dl->n_dropped += (int64_t)(s->n_tokens - used);
     close(s->fd);
@@ -1762,23 +1753,18 @@ static void shard_open(DataLoader *dl, Shard *s) {
 }
 
 // Token i of n packed tokens.
-static uint32_t packed_token(const unsigned char *data, int width, size_t i) {
-    uint16_t narrow;
-    uint32_t wide;
-    if (width == 2) { memcpy(&narrow, data + 2*i, 2); return narrow; }
-    memcpy(&wide, data + 4*i, 4);
-    return wide;
+static uint32_t packed_token(const void *data, int width, size_t i) {
+    return width == 2 ? ((const uint16_t *)data)[i] : ((const uint32_t *)data)[i];
 }
 
-// The descriptor of a shard; the one that has been open longest gives up its place.
+// The descriptor of a shard, which it keeps until another one needs its place.
 static int shard_fd(DataLoader *dl, int index) {
-    Shard *s = &dl->shards[index];
+    Shard *s = &dl->shards[index], **place = &dl->open_shard[index % MAX_OPEN_SHARDS];
     if (s->fd >= 0) return s->fd;
-    int *place = &dl->open_shard[dl->next_open++ % MAX_OPEN_SHARDS];
-    if (*place >= 0) { close(dl->shards[*place].fd); dl->shards[*place].fd = -1; }
-    *place = -1;
+    if (*place) { close((*place)->fd); (*place)->fd = -1; }
+    *place = NULL;
     s->fd = open_regular(s->path, "token shard", NULL);
-    *place = index;
+    *place = s;
     return s->fd;
 }
 
@@ -1786,7 +1772,7 @@ static int shard_fd(DataLoader *dl, int index) {
 static void shard_scan(DataLoader *dl, int index) {
     Shard *s = &dl->shards[index];
     const size_t block = (size_t)1 << 20;
-    unsigned char *data = (unsigned char *)xmalloc(block);
+    void *data = xmalloc(block);
     uint32_t crc = 0, largest = 0;
     size_t bytes = s->n_tokens * (size_t)s->width;
     int fd = shard_fd(dl, index);
@@ -1818,28 +1804,25 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     memset(dl, 0, sizeof *dl);
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
-    memset(dl->open_shard, 255, sizeof dl->open_shard);
     if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
         die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others", pattern);
     dl->n_shards = (int)found.gl_pathc;
     dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
-    dl->first_window = (int64_t *)xcalloc(found.gl_pathc + 1, sizeof(int64_t));
     for (int i = 0; i < dl->n_shards; i++) {
         Shard *s = &dl->shards[i];
         s->path = xstrdup(found.gl_pathv[i]);
+        s->first_window = dl->n_windows;
         shard_open(dl, s);
-        dl->first_window[i + 1] = dl->first_window[i] + (int64_t)s->n_windows;
         bytes += s->n_tokens * (size_t)s->width;
         n_floors += s->floor_path != NULL;
     }
     globfree(&found);
-    dl->n_windows = dl->first_window[dl->n_shards];
     if (dl->n_windows == 0)
         die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
             "smaller --seq-len", pattern, dl->n_tokens, T);
     for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
     dl->has_floor = n_floors == dl->n_shards;
-    dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
+    dl->buffer = xmalloc(((size_t)T + 1) * 4);
 }
 
 // One line for the log; name: "train" or "val".
@@ -1857,7 +1840,7 @@ void loader_close(DataLoader *dl) {
         free(dl->shards[i].path);
         free(dl->shards[i].floor_path);
     }
-    free(dl->shards); free(dl->first_window); free(dl->buffer);
+    free(dl->shards); free(dl->buffer);
     memset(dl, 0, sizeof *dl);
 }
 
@@ -1912,13 +1895,13 @@ static void read_floor(const Shard *s, size_t first_target, int T, float *floor)
 
 // Window `window` of all shards into row b.
 static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
-    int low = 0, high = dl->n_shards, T = dl->T;            // its shard has first_window[low] <= window < first_window[high]
+    int low = 0, high = dl->n_shards, T = dl->T;            // its shard is the last one with first_window <= window
     while (high - low > 1) {
         int middle = low + (high - low) / 2;
-        if (dl->first_window[middle] <= window) low = middle; else high = middle;
+        if (dl->shards[middle].first_window <= window) low = middle; else high = middle;
     }
     const Shard *s = &dl->shards[low];
-    size_t w = (size_t)(window - dl->first_window[low]), width = (size_t)s->width, n = (size_t)T + 1;
+    size_t w = (size_t)(window - s->first_window), width = (size_t)s->width, n = (size_t)T + 1;
     size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
     if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
@@ -2394,7 +2377,7 @@ void checkpoint_read_state(const char *dir, TrainState *t) {
         else if (comm_rank() == 0 && strcmp(option_text(o), e->str))
             printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
     }
-    json_free(root);
+    free(root);
 }
 
 // Elements [first, first+n) of a tensor become elements at, at+1, ... of one kind of state.

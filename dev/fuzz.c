@@ -76,7 +76,7 @@ static void put_two(const char *a, const char *b, const uint8_t *data, size_t n)
 static void fuzz_json(const uint8_t *data, size_t n) {
     Json *j = json_parse((const char *)data, n, "fuzz");
     json_get(j, "a");
-    json_free(j);
+    tracked_free(j);
 }
 
 static void fuzz_config(const uint8_t *data, size_t n) {        // what is accepted survives a round trip
@@ -157,7 +157,7 @@ static void fuzz_tokenizer(const uint8_t *data, size_t n) {
     int *ids, count = tokenizer_encode(t, (const char *)data + n - text, text, &ids);
     for (int i = 0; i < count; i++) {
         if (ids[i] < 0 || ids[i] >= t->V) abort();
-        bytes += piece_byte(t->piece[ids[i]], t->length[ids[i]]) >= 0 ? 1 : (size_t)t->length[ids[i]];
+        bytes += piece_byte(&t->piece[ids[i]]) >= 0 ? 1 : (size_t)t->piece[ids[i]].n;
     }
     if (bytes != text + (t->prefix_space && text ? 1 : 0)) abort();     // the pieces cover the text exactly
     tracked_free(ids);

@@ -474,7 +474,7 @@ static int log_values(const char *out, const char *type, const char *key, double
         Json *j = json_parse(line, strlen(line), "log.jsonl");
         const Json *value = json_get(j, key);
         if (!strcmp(json_string(j, "type", "log.jsonl", ""), type)) x[n++] = value && value->type == 'n' ? value->num : NAN;
-        json_free(j);
+        free(j);
     }
     free(text);
     free(path);
