@@ -28,7 +28,7 @@ Reading order: 1 harness, 2 makers of small models and files, 3 running the trai
 #endif
 enum { IS_DOUBLE = sizeof(floatX) == sizeof(double) };
 #define EPS_X (IS_DOUBLE ? 0x1p-53 : 0x1p-24)   // unit roundoff of floatX
-#define path_text(...) xstrdup(path_of(__VA_ARGS__).s)      // a path that is kept
+#define path_text(...) xstrdup(str(__VA_ARGS__).s)      // a path that is kept
 
 // ==== 1. Harness ========================================================================================================
 static int n_bad;                       // failed checks of the current test
@@ -2983,8 +2983,8 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"resume without v", "for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(",
     "for (int kind = STATE_M; kind < STATE_V; kind++) optimizer_read(", "resume_is_bit_exact", 1},
     {"resume from the first window", "tr->train.state = tr->state.loader;", "", "resume_is_bit_exact", 1},
-    {"saving in place", "path_of(\"%s/tmp.step_%08\" PRId64, o->out, t->step);",
-    "path_of(\"%s/step_%08\" PRId64, o->out, t->step);", "kill", 1},
+    {"saving in place", "str(\"%s/tmp.step_%08\" PRId64, o->out, t->step);",
+    "str(\"%s/step_%08\" PRId64, o->out, t->step);", "kill", 1},
 };
 
 // The trainer's text with mutant i (-1: none) in a file; 0 when its `from` is not there exactly once.

@@ -108,15 +108,16 @@ char *xstrdup(const char *s) {
     return (char *)memcpy(xmalloc(n), s, n);
 }
 
-typedef struct Path { char s[4096]; } Path;     // a value, nothing to free; the system takes no longer ones
+// A short text as a value, with nothing to free: a path (the system takes no longer ones), a name, a message.
+typedef struct Str { char s[4096]; } Str;
 
-__attribute__((format(printf, 1, 2))) static Path path_of(const char *fmt, ...) {
-    Path path;
+__attribute__((format(printf, 1, 2))) static Str str(const char *fmt, ...) {
+    Str text;
     va_list args;
     va_start(args, fmt);
-    if (vsnprintf(path.s, sizeof path.s, fmt, args) >= (int)sizeof path.s) die("the path %.80s... is too long", path.s);
+    if (vsnprintf(text.s, sizeof text.s, fmt, args) >= (int)sizeof text.s) die("%.80s... is too long", text.s);
     va_end(args);
-    return path;
+    return text;
 }
 
 double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
@@ -277,11 +278,9 @@ static void *array_room(void *p, int need, int *max, size_t size) {
 }
 
 static void json_fail(const JsonParser *p, const char *expected) {
-    char found[32];
     unsigned char c = (unsigned char)*p->at;
-    if (p->at == p->end) snprintf(found, sizeof found, "the end of the text");
-    else snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found);
+    Str found = p->at == p->end ? str("the end of the text") : str(c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found.s);
 }
 
 static void json_space(JsonParser *p) { p->at += strspn(p->at, " \n\r\t"); }
@@ -469,33 +468,29 @@ const Json *json_get(const Json *obj, const char *key) {
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
 static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
     static const char *const types = "oatf0", *const words[] = {"an object", "a list", "true", "false", "null"};
-    char shown[64];
-    if (v && strchr("sn", v->type))
-        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str,
-                 v->str_len > 40 ? "..." : "");
-    else snprintf(shown, sizeof shown, "%s", v ? words[strchr(types, v->type) - types] : "missing");
-    for (char *c = shown; *c; c++)
+    Str shown = v && strchr("sn", v->type)
+        ? str(v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str, v->str_len > 40 ? "..." : "")
+        : str("%s", v ? words[strchr(types, v->type) - types] : "missing");
+    for (char *c = shown.s; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
-    die("%s: \"%s\" is %s; expected %s", where, key, shown, expected);
+    die("%s: \"%s\" is %s; expected %s", where, key, shown.s, expected);
 }
 
 // Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`, the key,
 // the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), NULL (string).
 int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi, int64_t fallback) {
     const Json *v = json_get(obj, key);
-    char expected[80];
     if (!v && fallback != JSON_REQUIRED) return fallback;
-    snprintf(expected, sizeof expected, "an integer from %" PRId64 " to %" PRId64, lo, hi);
-    if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi) json_refuse(v, key, where, expected);
+    if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi)
+        json_refuse(v, key, where, str("an integer from %" PRId64 " to %" PRId64, lo, hi).s);
     return v->inum;
 }
 
 double json_number(const Json *obj, const char *key, const char *where, double lo, double hi, double fallback) {
     const Json *v = json_get(obj, key);
-    char expected[80];
     if (!v && !isnan(fallback)) return fallback;
-    snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
-    if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi)) json_refuse(v, key, where, expected);
+    if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi))
+        json_refuse(v, key, where, str("a number from %g to %g", lo, hi).s);
     return v->num;
 }
 
@@ -711,9 +706,7 @@ void options_help(void) {
     printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
     static const char *const wants[] = {" TEXT", " N", " N", " WORD", ""};      // by type
     for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
-        char left[64];
-        snprintf(left, sizeof left, "%s%s", o->name, wants[o->type]);
-        printf("  %-24s %s", left, o->help);
+        printf("  %-24s %s", str("%s%s", o->name, wants[o->type]).s, o->help);
         printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
     }
 }
@@ -866,7 +859,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         int f = s->n_files - 1;
         if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
-        Path path = path_of("%s/%s", folder, e->str);
+        Str path = str("%s/%s", folder, e->str);
         while (f >= 0 && strcmp(s->paths[f], path.s)) f--;
         if (f < 0) st_add_file(s, path.s);
     }
@@ -898,7 +891,7 @@ static StSet *st_open_all(const char *pattern) {
 StSet *st_open(const char *dir_or_file) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     struct stat info;
-    Path one = path_of("%s/model.safetensors", dir_or_file), index = path_of("%s.index.json", one.s);
+    Str one = str("%s/model.safetensors", dir_or_file), index = str("%s.index.json", one.s);
     if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
     else if (!access(one.s, F_OK)) st_add_file(s, one.s);
@@ -1694,7 +1687,7 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     const char *slash = strrchr(s->path, '/');
     const int folder = slash ? (int)(slash + 1 - s->path) : 0;
-    Path here = path_of("%.*smetadata.json", folder, s->path), above = path_of("%.*s../metadata.json", folder, s->path);
+    Str here = str("%.*smetadata.json", folder, s->path), above = str("%.*s../metadata.json", folder, s->path);
     const char *where = access(here.s, F_OK) ? above.s : here.s;
     if (access(where, F_OK))
         die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
@@ -1719,7 +1712,7 @@ static void shard_find_floor(Shard *s) {
     const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
     size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
     size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
-    Path path = path_of("%.*s.nll", (int)stem, s->path);
+    Str path = str("%.*s.nll", (int)stem, s->path);
     if (access(path.s, F_OK)) return;
     close(open_regular(path.s, "true loss", &bytes));
     if (bytes != expected)
@@ -1976,7 +1969,7 @@ static FILE *log_file;
 
 void log_open(const char *out) {
     if (comm_rank() != 0) return;
-    Path path = path_of("%s/log.jsonl", out);
+    Str path = str("%s/log.jsonl", out);
     log_file = fopen(path.s, "a");
     if (!log_file) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
 }
@@ -2058,7 +2051,7 @@ static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tok
 static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
     DIR *d = opendir(dir);
     for (struct dirent *e; d && (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(path_of("%s/%s", dir, e->d_name).s);
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(str("%s/%s", dir, e->d_name).s);
     if (d) closedir(d);
     rmdir(dir);
 }
@@ -2087,7 +2080,7 @@ int checkpoint_list(const char *out, int64_t **steps) {
     return n;
 }
 
-static Path checkpoint_path(const char *out, int64_t step) { return path_of("%s/step_%08" PRId64, out, step); }
+static Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
 
 // ---- writing -------------------------------------------------------------------------------------------------------------
 typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
@@ -2099,7 +2092,7 @@ typedef struct Saving {                 // the first failure ends the saving; no
 } Saving;
 
 static StWriter *save_begin(const Saving *s, const char *name, const char *metadata) {
-    return st_create(path_of("%s/%s", s->dir, name).s, metadata);
+    return st_create(str("%s/%s", s->dir, name).s, metadata);
 }
 
 // Ends w: its file joins the checksums, its error becomes the saving's.
@@ -2152,13 +2145,11 @@ static void save_optimizer(Saving *s, const Model *m, const char *name) {
     StWriter *w = save_begin(s, name, NULL);
     for (int pass = 0; pass < 2; pass++) {          // declare, then write
         for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
-            char tensor[64];
             size_t begin, n, at;
             unit_share(m, u, &begin, &n, &at);
             int64_t shape = (int64_t)n;
-            snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
             if (pass) save_values(w, m, kind, at, n);
-            else if (n) st_declare(w, tensor, ST_F32, 1, &shape);
+            else if (n) st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], begin).s, ST_F32, 1, &shape);
         }
         if (pass == 0) st_begin(w);
     }
@@ -2201,7 +2192,7 @@ static void save_side_files(Saving *s, const Config *c, const Options *o, const 
     save_file(s, "generation_config.json", g.s, (size_t)g.n);
     free(g.s);
     for (int i = 0; from && i < COUNT(side_files); i++) {
-        Path path = path_of("%s/%s", from, side_files[i]);
+        Str path = str("%s/%s", from, side_files[i]);
         if (access(path.s, R_OK)) continue;
         size_t n;
         char *data = read_text_file(path.s, (size_t)1 << 30, &n);
@@ -2213,7 +2204,7 @@ static void save_side_files(Saving *s, const Config *c, const Options *o, const 
 static void checkpoint_prune(const char *out, int64_t keep) {
     int64_t *steps;
     int n = checkpoint_list(out, &steps);
-    Path gone = path_of("%s/tmp.old", out);
+    Str gone = str("%s/tmp.old", out);
     for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint behind
         if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
     free(steps);
@@ -2222,15 +2213,15 @@ static void checkpoint_prune(const char *out, int64_t keep) {
 static void remove_leftovers(const char *out) {         // of a killed run
     DIR *d = opendir(out);
     for (struct dirent *e; d && (e = readdir(d));)
-        if (!strncmp(e->d_name, "tmp.", 4)) remove_folder(path_of("%s/%s", out, e->d_name).s);
+        if (!strncmp(e->d_name, "tmp.", 4)) remove_folder(str("%s/%s", out, e->d_name).s);
     if (d) closedir(d);
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
-    Path final = checkpoint_path(o->out, t->step), tmp = path_of("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Path old = path_of("%s/tmp.old", o->out);
+    Str final = checkpoint_path(o->out, t->step), tmp = str("%s/tmp.step_%08" PRId64, o->out, t->step);
+    Str old = str("%s/tmp.old", o->out);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
     if (rank == 0) {
@@ -2239,9 +2230,7 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     comm_barrier();
     if (rank < parts && !s.error.n) {
-        char name[64];
-        snprintf(name, sizeof name, "optimizer-%05d-of-%05d.safetensors", rank, parts);
-        save_optimizer(&s, m, name);
+        save_optimizer(&s, m, str("optimizer-%05d-of-%05d.safetensors", rank, parts).s);
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
@@ -2288,17 +2277,16 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
 
 // 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
 int checkpoint_whole(const char *dir, char *why, size_t n) {
-    Path path = path_of("%s/checksums.txt", dir);
+    Str path = str("%s/checksums.txt", dir);
     char *text = NULL;
     struct stat info;
     size_t size;
     why[0] = 0;
     if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24) snprintf(why, n, "%s is missing or empty", path.s);
     else {
-        char self[16];
         text = read_text_file(path.s, 1 << 24, &size);
-        snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
-        if (strcmp(text + size - 9, self)) snprintf(why, n, "%s does not match its own checksum", path.s);
+        if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
+            snprintf(why, n, "%s does not match its own checksum", path.s);
         text[size - 9] = 0;
     }
     for (char *line = text, *next; !why[0] && *line; line = next) {
@@ -2308,7 +2296,7 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
         next = line + strcspn(line, "\n");
         if (*next) *next++ = 0;
         int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
-        Path file = path_of("%s/%s", dir, line + name);
+        Str file = str("%s/%.255s", dir, line + name);
         if (fields != 2 || !name) snprintf(why, n, "%s has a bad line", path.s);
         else if (!file_crc(file.s, &found_crc, &found)) snprintf(why, n, "%s is missing", file.s);
         else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file.s, found, bytes);
@@ -2348,7 +2336,7 @@ static void read_series(const Json *root, const char *key, const char *where, do
 
 // trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
 void checkpoint_read_state(const char *dir, TrainState *t) {
-    Path path = path_of("%s/trainer_state.json", dir);
+    Str path = str("%s/trainer_state.json", dir);
     const char *where = path.s;
     Json *root = json_read_file(where, 1 << 24);
     const int64_t MOST = INT64_C(1) << 53;
@@ -2368,14 +2356,12 @@ void checkpoint_read_state(const char *dir, TrainState *t) {
     t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
     const Json *options = json_get(root, "options");
     for (const Json *e = options ? options->child : NULL; e; e = e->next) {
-        char name[64];
-        snprintf(name, sizeof name, "--%s", e->key);
-        Option *o = option_find(name);
+        Option *o = option_find(str("--%s", e->key).s);
         if (!o || !(o->kind & RUN) || e->type != 's')
             die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (!o->given) option_set(o, e->str);
         else if (comm_rank() == 0 && strcmp(option_text(o), e->str))
-            printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
+            printf("resume: %s was %s, is now %s\n", o->name, e->str, option_text(o));
     }
     free(root);
 }
@@ -2391,9 +2377,9 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
 
 // Elements [first, first+n) of what a unit has of one kind, from whichever tensors hold them; dies if any is missing.
 static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at) {
-    char prefix[64];
+    Str text = str("%s.%s.", unit->name, state_kinds[kind]);
+    const char *prefix = text.s;
     size_t found = 0;
-    snprintf(prefix, sizeof prefix, "%s.%s.", unit->name, state_kinds[kind]);
     for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++) {
         int64_t offset;
         if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
@@ -2410,7 +2396,7 @@ static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t fi
 // Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
 void checkpoint_read_model(const char *dir, Model *m) {
     const ParamTable *p = model_table(m);
-    StSet *s = st_open_all(path_of("%s/optimizer-*-of-*.safetensors", dir).s);
+    StSet *s = st_open_all(str("%s/optimizer-*-of-*.safetensors", dir).s);
     if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
         const Unit *unit = &p->units[u];
@@ -5303,7 +5289,7 @@ static void refuse_what_is_not_here(void) {
 
 static Config read_config(const char *dir_or_file, int is_dir) {
     Config c;
-    Path path = path_of(is_dir ? "%s/config.json" : "%s", dir_or_file);
+    Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
     size_t n;
     char *text = read_text_file(path.s, 1 << 24, &n);
     config_from_json(&c, text, n, path.s);
@@ -5334,16 +5320,16 @@ static Config choose_config(const char *resume_dir) {
     return saved;
 }
 
-static Path folder_of(const char *path) {
+static Str folder_of(const char *path) {
     const char *slash = strrchr(path, '/');
-    return path_of("%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
+    return str("%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
 }
 
 // --tokenizer, or tokenizer.bin beside the model or in the folder of the data or above it. NULL if there is none.
 static char *find_tokenizer(const char *model_dir) {
     if (opt.tokenizer) return xstrdup(opt.tokenizer);
-    Path data = folder_of(opt.train_data), places[3] = {path_of("%s/tokenizer.bin", model_dir ? model_dir : data.s),
-        path_of("%s/tokenizer.bin", data.s), path_of("%s/../tokenizer.bin", data.s)};
+    Str data = folder_of(opt.train_data), places[3] = {str("%s/tokenizer.bin", model_dir ? model_dir : data.s),
+        str("%s/tokenizer.bin", data.s), str("%s/../tokenizer.bin", data.s)};
     for (int i = 0; i < 3; i++) if (!access(places[i].s, R_OK)) return xstrdup(places[i].s);
     return NULL;
 }
