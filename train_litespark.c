@@ -954,9 +954,9 @@ void st_close(StSet *s) {
     free(s);
 }
 
-// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin, write the values in
-// that order, finish. A failing disk does not end the program: later writes do nothing, and the caller, who learns the error
-// from st_finish, removes its temporary directory and keeps the old checkpoint.
+// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin, write the
+// values in that order, finish. A failing disk does not end the program: later writes do nothing, and the caller, who
+// learns the error from st_finish, removes its temporary directory and keeps the old checkpoint.
 typedef struct StWriter {
     FILE *file;
     int failed, dtype;               // failed: the first errno
@@ -1054,28 +1054,29 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
     X(init_std, "initializer_range", 0, 1, 0.02)
 
+typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
+static const Family config_families[] = {
+    {"llama",   "LlamaForCausalLM",   0, 0, 0},
+    {"mistral", "MistralForCausalLM", 0, 0, 0},
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
+    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
+};
+
 typedef struct Config {
-    char family[16];          // "llama", "mistral", "qwen2", "qwen3"
+    const Family *family;
     int V, Vp;                // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
     int L, C, H, K, D, F;     // layers, hidden size, query heads, key/value heads, head_dim, MLP width
     int max_T;                // positions the model is made for
     int tied;                 // lm_head is the embedding
     int qkv_bias, qk_norm;    // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
     double eps, rope_theta, init_std;
-    int rope_llama3;          // rope type "llama3": long wavelengths are stretched by rope_factor; its parameters:
-    double rope_factor, rope_low, rope_high;
+    double rope_factor;       // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
+    double rope_low, rope_high;
     int rope_original_T;
     int sliding_window;       // 0 = none, else how far layers >= window_layer look back; the caller refuses a longer seq-len
     int window_layer;         // Qwen's max_window_layers
     int bos, eos;             // token ids, -1 = none
 } Config;
-
-static const struct { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } config_families[] = {
-    {"llama",   "LlamaForCausalLM",   0, 0, 0},
-    {"mistral", "MistralForCausalLM", 0, 0, 0},
-    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
-    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
-};
 
 // Keys that would change the computation, and the one value that we compute.
 static const struct { const char *key, *only; } config_fixed[] = {
@@ -1102,15 +1103,15 @@ static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T,
     {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,   1e5, 1./24,   0,    0,      0,      0},
 };
 
-// The row of a family, COUNT(config_families) for an unknown one; sets what depends on the family.
+// Sets the family and what depends on it; 0 when the name is unknown.
 static int config_set_family(Config *c, const char *name) {
     int i = 0;
     while (i < COUNT(config_families) && strcmp(name, config_families[i].name)) i++;
-    if (i == COUNT(config_families)) return i;
-    snprintf(c->family, sizeof c->family, "%s", name);
-    c->qkv_bias = config_families[i].qkv_bias;
-    c->qk_norm = config_families[i].qk_norm;
-    return i;
+    if (i == COUNT(config_families)) return 0;
+    c->family = &config_families[i];
+    c->qkv_bias = c->family->qkv_bias;
+    c->qk_norm = c->family->qk_norm;
+    return 1;
 }
 
 // Sets V and with it Vp: GEMMs and shards like the padded size.
@@ -1137,7 +1138,7 @@ void config_check(const Config *c, const char *where) {
     if (c->H % c->K)
         die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
     if (c->D % 8 || c->D > 128) die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
-    if (c->rope_llama3 && !(c->rope_low < c->rope_high))
+    if (c->rope_factor > 0 && !(c->rope_low < c->rope_high))
         die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
     if (c->bos >= c->V || c->eos >= c->V)
         die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
@@ -1162,7 +1163,6 @@ static void config_read_rope(Config *c, const Json *j, const char *where) {
         if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
     c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
     if (strcmp(type, "llama3")) return;
-    c->rope_llama3 = 1;
     c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
     c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
     c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
@@ -1170,13 +1170,13 @@ static void config_read_rope(Config *c, const Json *j, const char *where) {
 }
 
 // Sliding windows: Qwen's count only when switched on, and only from layer max_window_layers on.
-static void config_read_window(Config *c, const Json *j, const char *where, int has_switch) {
+static void config_read_window(Config *c, const Json *j, const char *where) {
+    int has_switch = c->family->window_switch, l = 0;
     const Json *types = has_switch ? json_get(j, "layer_types") : NULL;
     c->sliding_window = (int)json_int(j, "sliding_window", where, 0, INT_MAX, 0);
     if (!json_bool(j, "use_sliding_window", where, !has_switch)) c->sliding_window = 0;
     c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
     if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
-    int l = 0;
     for (const Json *e = types ? types->child : NULL; e; e = e->next) {
         const char *want = c->sliding_window && l++ >= c->window_layer ? "sliding_attention" : "full_attention";
         if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
@@ -1189,8 +1189,8 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     Json *j = json_parse(text, n, where);
     memset(c, 0, sizeof *c);
     if (j->type != 'o') die("%s: expected a JSON object", where);
-    int family = config_set_family(c, json_string(j, "model_type", where, NULL));
-    if (family == COUNT(config_families)) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    if (!config_set_family(c, json_string(j, "model_type", where, NULL)))
+        json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
     for (int i = 0; i < COUNT(config_fixed); i++) {
         const Json *v = json_get(j, config_fixed[i].key);
         const char *only = config_fixed[i].only;
@@ -1209,7 +1209,7 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     if (!c->D) c->D = c->C / c->H;
     c->tied = json_bool(j, "tie_word_embeddings", where, 0);
     config_read_rope(c, j, where);
-    config_read_window(c, j, where, config_families[family].window_switch);
+    config_read_window(c, j, where);
     c->bos = (int)json_int(j, "bos_token_id", where, -1, INT_MAX, -1);
     const Json *eos = json_get(j, "eos_token_id");       // chat models list several: the first
     if (eos && eos->type == 'a') {
@@ -1241,8 +1241,7 @@ int config_preset(Config *c, const char *name) {
     COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos) COPY(eos)
 #undef COPY
     config_set_vocab(c, c->V);
-    c->rope_llama3 = c->rope_factor > 0;
-    if (c->rope_llama3) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
+    if (c->rope_factor > 0) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
     config_check(c, name);
     return 1;
 }
@@ -1253,9 +1252,9 @@ static void config_add_id(Text *t, const char *key, int id) {
 
 // The members of rope_scaling, and with rope_theta those of rope_parameters.
 static void config_add_rope(Text *t, const Config *c, int with_theta) {
-    text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_llama3 ? "llama3" : "default");
+    text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_factor > 0 ? "llama3" : "default");
     if (with_theta) text_add(t, ",\n    \"rope_theta\": %s", json_decimal(c->rope_theta));
-    if (c->rope_llama3)
+    if (c->rope_factor > 0)
         text_add(t, ",\n    \"factor\": %s,\n    \"low_freq_factor\": %s,\n    \"high_freq_factor\": %s"
                  ",\n    \"original_max_position_embeddings\": %d", json_decimal(c->rope_factor), json_decimal(c->rope_low),
                  json_decimal(c->rope_high), c->rope_original_T);
@@ -1265,22 +1264,20 @@ static void config_add_rope(Text *t, const Config *c, int with_theta) {
 // config.json with the keys of transformers 4 and of 5; dtype: "float32" or "bfloat16". The caller frees it.
 char *config_to_json(const Config *c, const char *dtype) {
     Text t = {NULL, 0, 0};
-    int family = 0;
-    while (strcmp(config_families[family].name, c->family)) family++;
-    text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", config_families[family].class_name);
-    text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family);
+    int llama = !strcmp(c->family->name, "llama");
+    text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", c->family->class_name);
+    text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family->name);
 #define WRITE_INT(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
 #define WRITE_NUMBER(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
     CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
-    if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    if (config_families[family].window_switch)
+    if (llama) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    if (c->family->window_switch)
         text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false",
                  c->window_layer);
-    if (c->sliding_window || strcmp(c->family, "llama"))
-        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+    if (c->sliding_window || !llama) config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
     text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
-    if (c->rope_llama3) config_add_rope(&t, c, /*with_theta=*/0);
+    if (c->rope_factor > 0) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
     text_add(&t, ",\n  \"rope_parameters\": ");
     config_add_rope(&t, c, /*with_theta=*/1);
@@ -1309,6 +1306,7 @@ typedef struct Tensor {
 typedef struct Unit {
     char name[24];          // "embed", "layers.7", "head"
     size_t at, n, n_padded; // n_padded: a multiple of UNIT_ALIGN * ranks, vocabulary padding included
+    size_t vocab_padding;   // elements, for the rows V .. Vp-1
     int first_tensor, n_tensors;
 } Unit;
 
@@ -1317,12 +1315,14 @@ typedef struct ParamTable {
     Unit *units;
     int n_tensors, n_units;
     size_t n, n_params;     // elements of a flat buffer; parameters without padding
+    size_t unit_align;
 } ParamTable;
 
-static void table_unit(ParamTable *p, const char *name) {
+static void table_unit(ParamTable *p, const char *name, size_t vocab_padding) {
     Unit *u = &p->units[p->n_units++];
     snprintf(u->name, sizeof u->name, "%s", name);
     u->at = p->n;
+    u->vocab_padding = vocab_padding;
     u->first_tensor = p->n_tensors;
 }
 
@@ -1341,14 +1341,9 @@ static void table_tensor(ParamTable *p, const char *prefix, const char *name, in
     t->decay = cols > 0;    // matrices decay, norms and biases do not
     u->n += t->n;
     u->n_tensors++;
+    u->n_padded = CEIL_DIV(u->n + u->vocab_padding, p->unit_align) * p->unit_align;
+    p->n = u->at + u->n_padded;
     p->n_params += t->n;
-}
-
-static void table_unit_end(ParamTable *p, size_t vocab_padding, int world) {
-    Unit *u = &p->units[p->n_units - 1];
-    size_t align = (size_t)UNIT_ALIGN * world;
-    u->n_padded = CEIL_DIV(u->n + vocab_padding, align) * align;
-    p->n += u->n_padded;
 }
 
 // The table of a model; unit sizes are divisible by the number of ranks.
@@ -1356,15 +1351,15 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
     memset(p, 0, sizeof *p);
     p->units = (Unit *)xcalloc((size_t)c->L + 2, sizeof(Unit));
     p->tensors = (Tensor *)xcalloc(((size_t)c->L + 2) * MAX_TENSORS_PER_UNIT, sizeof(Tensor));
+    p->unit_align = (size_t)UNIT_ALIGN * world;
     size_t vocab_padding = (size_t)(c->Vp - c->V) * c->C;
-    table_unit(p, "embed");
+    table_unit(p, "embed", vocab_padding);
     table_tensor(p, "model.", "embed_tokens.weight", c->V, c->C, INIT_NORMAL, 0);
-    table_unit_end(p, vocab_padding, world);
     for (int l = 0; l < c->L; l++) {
         char unit[24], x[40];
         snprintf(unit, sizeof unit, "layers.%d", l);
         snprintf(x, sizeof x, "model.layers.%d.", l);
-        table_unit(p, unit);
+        table_unit(p, unit, 0);
         table_tensor(p, x, "input_layernorm.weight", c->C, 0, INIT_ONE, 0);
         table_tensor(p, x, "self_attn.q_proj.weight", c->H * c->D, c->C, INIT_NORMAL, 0);
         table_tensor(p, x, "self_attn.k_proj.weight", c->K * c->D, c->C, INIT_NORMAL, 1);
@@ -1383,12 +1378,10 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
         table_tensor(p, x, "mlp.gate_proj.weight", c->F, c->C, INIT_NORMAL, 0);
         table_tensor(p, x, "mlp.up_proj.weight", c->F, c->C, INIT_NORMAL, 1);
         table_tensor(p, x, "mlp.down_proj.weight", c->C, c->F, INIT_NORMAL, 0);
-        table_unit_end(p, 0, world);
     }
-    table_unit(p, "head");
+    table_unit(p, "head", c->tied ? 0 : vocab_padding);
     table_tensor(p, "model.", "norm.weight", c->C, 0, INIT_ONE, 0);
     if (!c->tied) table_tensor(p, "", "lm_head.weight", c->V, c->C, INIT_NORMAL, 0);
-    table_unit_end(p, c->tied ? 0 : vocab_padding, world);
 }
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
@@ -1451,8 +1444,8 @@ static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
         memcpy(&p->n, t->file + at + 4, 4);
         p->s = t->file + (at += 8);
         if (p->n < 0 || (size_t)p->n > file_bytes - at || !(fabsf(p->score) < 1e38f))
-            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again", t->path, id, p->n,
-                (double)p->score);
+            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again", t->path, id,
+                p->n, (double)p->score);
         at += (size_t)p->n;
     }
     if (at < file_bytes || id == 0 || (t->V && id < n))
@@ -1504,7 +1497,7 @@ Tokenizer *tokenizer_open(const char *path) {
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
             if (id >= t->V || t->piece[id].n > h[0] || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
                 die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
-        t->piece[0].score = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
+        t->piece[0].score = NO_MERGE;                       // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
     tokenizer_index(t);
     return t;
@@ -1525,7 +1518,7 @@ static int tokenizer_byte(const Tokenizer *t, char byte) {
 }
 
 // A symbol of the text being joined, at the index of its first byte. bytes 0: no symbol begins here (any more).
-typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;   // join: it and its right neighbour, -1 = no piece
+typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;   // join: the piece it and the next one make, or -1
 
 // Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above 2k and 2k+1,
 // node n + i is symbol i, and best[k] is the symbol below k whose join has the highest score, the leftmost of equals.
@@ -2010,23 +2003,15 @@ static void log_record(Text *t) {
 }
 
 // "1.5 s" .. "3 h 20 min": for people
-const char *duration_text(double s) {
-    static char text[32];
-    if (s < 60) snprintf(text, sizeof text, "%.0f s", s);
-    else if (s < 3600) snprintf(text, sizeof text, "%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
-    else snprintf(text, sizeof text, "%.0f h %02.0f min", floor(s / 3600), fmod(s / 60, 60));
-    return text;
+Str duration_text(double s) {
+    if (s < 60) return str("%.0f s", s);
+    if (s < 3600) return str("%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
+    return str("%.0f h %02.0f min", floor(s / 3600), fmod(s / 60, 60));
 }
 
 // "unavailable" rather than a wrong number
-const char *measured_text(double x, const char *format) {
-    static char text[4][48];
-    static int next;
-    char *t = text[next++ % 4];
-    if (isfinite(x)) snprintf(t, sizeof text[0], format, x);
-    else snprintf(t, sizeof text[0], "unavailable");
-    return t;
-}
+Str measured_text(double x, const char *format) { return isfinite(x) ? str(format, x) : str("unavailable"); }
+
 // ==== 10. Checkpoints: Hugging Face directories =========================================================================
 // OUT/step_00000120/
 //   config.json, model.safetensors, generation_config.json, tokenizer files   what Hugging Face loads, in the compute precision
@@ -2267,7 +2252,8 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     if (s.error.n) {
         if (rank == 0) remove_folder(tmp.s);
-        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step, s.error.s);
+        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step,
+            s.error.s);
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
@@ -2279,7 +2265,8 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
     FILE *f = fopen(path, "rb");
     *crc = 0;
     *bytes = 0;
-    for (size_t n; f && (n = fread(io_values, 1, sizeof io_values, f)) > 0; *bytes += n) *crc = crc32_update(*crc, io_values, n);
+    for (size_t n; f && (n = fread(io_values, 1, sizeof io_values, f)) > 0; *bytes += n)
+        *crc = crc32_update(*crc, io_values, n);
     int ok = f && !ferror(f);
     if (f) fclose(f);
     return ok;
@@ -2292,7 +2279,8 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
     struct stat info;
     size_t size;
     why[0] = 0;
-    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24) snprintf(why, n, "%s is missing or empty", path.s);
+    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24)
+        snprintf(why, n, "%s is missing or empty", path.s);
     else {
         text = read_text_file(path.s, 1 << 24, &size);
         if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
@@ -2436,7 +2424,8 @@ void weights_read(const char *dir, Model *m, const Config *c) {
         int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
         for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
         if (!known)
-            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
+            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name,
+                c->family->name);
     }
     st_close(s);
 }
@@ -2994,7 +2983,7 @@ void rope_table(floatX *cosine, floatX *sine, const Config *c, int T) {     // (
     const double PI = 3.14159265358979323846;
     for (int i = 0; i < c->D / 2; i++) {
         double freq = pow(c->rope_theta, -2.0 * i / c->D);
-        if (c->rope_llama3) {
+        if (c->rope_factor > 0) {
             double turns = c->rope_original_T * freq / (2 * PI);
             double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
             freq *= keep + (1 - keep) / c->rope_factor;
@@ -3965,7 +3954,7 @@ static void resolve_options(Trainer *tr) {
 
 static void print_model(const Trainer *tr) {
     const Config *c = &tr->c;
-    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family,
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family->name,
            (double)tr->m.p.n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
     printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | "
            "recompute %s\n", opt.total_batch_tokens, tr->m.B, tr->m.T, comm_world(), tr->micro_steps,
@@ -4114,7 +4103,7 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
         printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %.1f%% "
                "(causal %.1f%%) | %s J/token | eta %s\n",
                step, opt.steps, loss, lr, norm, seconds * 1e3, speed, 100 * report / tr->peak, 100 * causal / tr->peak,
-               measured_text(joules / tokens, "%.3g"), duration_text(left));
+               measured_text(joules / tokens, "%.3g").s, duration_text(left).s);
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
@@ -4182,10 +4171,10 @@ static void report_end(const Trainer *tr) {
     double speed = (double)s->tokens / s->seconds, world = comm_world();
     printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %.1f%% of %.1f GFLOP/s per rank "
            "(measured FMA peak) | energy %s kWh, %s W, %s J/token\n",
-           s->step, s->tokens, duration_text(s->seconds), speed,
+           s->step, s->tokens, duration_text(s->seconds).s, speed,
            100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, tr->peak * 1e-9,
-           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"),
-           measured_text(s->joules / (double)s->tokens, "%.3g"));
+           measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
+           measured_text(s->joules / (double)s->tokens, "%.3g").s);
     if (isfinite(tr->val_loss) && isfinite(tr->floor))
         printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
                tr->val_loss - tr->floor);
