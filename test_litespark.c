@@ -251,6 +251,22 @@ static void write_bin(const char *path, const int *tokens, int n, int width, int
     free(d);
 }
 
+// The trainer keeps its loaders and batches to the end; a test gives them back.
+static void loader_close(DataLoader *dl) {
+    for (int i = 0; i < dl->n_shards; i++) {
+        if (dl->shards[i].fd >= 0) close(dl->shards[i].fd);
+        free(dl->shards[i].path);
+        free(dl->shards[i].floor_path);
+    }
+    free(dl->shards); free(dl->buffer);
+    memset(dl, 0, sizeof *dl);
+}
+
+static void batch_free(Batch *batch) {
+    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor_memory);
+    memset(batch, 0, sizeof *batch);
+}
+
 // ==== 3. Running the trainer ============================================================================================
 typedef struct Process {
     pid_t pid;
@@ -2580,8 +2596,8 @@ static void test_signal_to_mpirun_saves(void) {
     Result r = finish(&p, TIMEOUT);
     int64_t newest = 0;
     CHECK(r.code == 0 && count_checkpoints(out, &newest) == 1, "exit status %d; %s", r.code, last_line(r.err));
-    char why[300];
-    CHECK(checkpoint_whole(file_at("out/step_%08d", (int)newest), why, sizeof why), "%s", why);
+    Str why;
+    CHECK(!(why = checkpoint_whole(file_at("out/step_%08d", (int)newest))).s[0], "%s", why.s);
 }
 
 // kill -9 at random moments of a run that saves at every update: what is left is always enough to go on with, bit for bit.
@@ -2589,7 +2605,8 @@ static void test_kill_at_random_moments_loses_nothing(void) {
     if (!have_binary()) return;
     enum { KILLS = 20, STEPS = 400 };
     const char *out = file_at("killed");
-    char options[2000], why[600];
+    char options[2000];
+    Str why;
     snprintf(options, sizeof options, "%s --batch-size 1 --log-every 1000 --lr 1e-3 --steps %d", tiny(), STEPS);
     CHECK_RAN(trainer(0, "%s --checkpoint-every %d --out %s", options, STEPS, file_at("whole")));
     int killed = 0, warned = 0, leftovers = 0;
@@ -2606,8 +2623,8 @@ static void test_kill_at_random_moments_loses_nothing(void) {
         DIR *d = opendir(out);
         for (struct dirent *e; d && (e = readdir(d));) {
             leftovers += !strncmp(e->d_name, "tmp.", 4);
-            if (!strncmp(e->d_name, "step_", 5)) CHECK(checkpoint_whole(file_at("killed/%s", e->d_name), why, sizeof why),
-                "kill %d left %s", i, why);
+            if (!strncmp(e->d_name, "step_", 5)) CHECK(!(why = checkpoint_whole(file_at("killed/%s", e->d_name))).s[0],
+                "kill %d left %s", i, why.s);
         }
         if (d) closedir(d);
     }
@@ -2699,9 +2716,9 @@ static void test_non_finite_gradients_never_reach_the_weights(void) {
         "step 4 | skipped | loss -nan, gradient not finite in") == 1
           && strstr(r.out, "step 8 | skipped"), "the skipped updates are not named: %s", r.out);
     int64_t newest;
-    char why[600];
+    Str why = {""};
     CHECK(count_checkpoints(file_at("out"), &newest) == 1 && newest == 3, "the newest checkpoint is of step %d", (int)newest);
-    CHECK(checkpoint_whole(file_at("out/step_00000003"), why, sizeof why), "%s", why);
+    CHECK(!(why = checkpoint_whole(file_at("out/step_00000003"))).s[0], "%s", why.s);
     // one bad window among eight: skipped each time it comes, the rest trains
     for (int i = 0; i < 8 * T + 1; i++) if (i != 2 * T + 3) poison[i] = good[i];
     write_bin(file_at("poison.bin"), poison, 8 * T + 1, 2, TINY_V, 1, -1);
@@ -2748,7 +2765,7 @@ static void test_skip_spikes_skips_an_outlier(void) {
 // A disk that fills up while saving: the old checkpoint survives, nothing half-written stays.
 static void test_full_disk_keeps_the_old_checkpoint(void) {
     if (!have_binary()) return;
-    char why[600];
+    Str why = {""};
     int64_t newest;
     CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 2 --out %s", tiny(), file_at("small")));
     struct stat info;
@@ -2759,7 +2776,7 @@ static void test_full_disk_keeps_the_old_checkpoint(void) {
     file_size_limit = 0;
     CHECK_REFUSED(r, "cannot save step 4", "older checkpoints are whole");
     CHECK(count_checkpoints(file_at("small"), &newest) == 1 && newest == 2
-        && checkpoint_whole(file_at("small/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
+        && !(why = checkpoint_whole(file_at("small/step_00000002"))).s[0], "newest %d %s", (int)newest, why.s);
     CHECK(access(file_at("small/tmp.step_00000004"), F_OK), "a half-written folder stays");
     CHECK_RAN(trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("small")));
     const char *disk = folder("disk");                      // a real full disk, where this process may mount one
@@ -2771,7 +2788,7 @@ static void test_full_disk_keeps_the_old_checkpoint(void) {
     r = trainer(0, "--resume auto --steps 4 --threads 1 --out %s", file_at("disk/out"));
     CHECK_REFUSED(r, "cannot save step 4", "No space left");
     CHECK(count_checkpoints(file_at("disk/out"), &newest) == 1 && newest == 2
-        && checkpoint_whole(file_at("disk/out/step_00000002"), why, sizeof why), "newest %d %s", (int)newest, why);
+        && !(why = checkpoint_whole(file_at("disk/out/step_00000002"))).s[0], "newest %d %s", (int)newest, why.s);
     umount(disk);
 }
 

@@ -91,16 +91,22 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
     exit(EXIT_FAILURE);
 }
 
-void *xmalloc(size_t bytes) {
-    void *p = malloc(bytes ? bytes : 1);
-    if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
+static void *memory_or_die(void *p, size_t n, size_t size) {
+    if (!p) die("out of memory: %zu x %zu bytes more are needed; use a smaller batch or model", n, size);
     return p;
 }
 
+void *xmalloc(size_t bytes) { return memory_or_die(malloc(bytes ? bytes : 1), 1, bytes); }
+
 void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * size that overflows
-    void *p = calloc(n ? n : 1, size ? size : 1);
-    if (!p) die("out of memory: %zu x %zu bytes more are needed; use a smaller batch or model", n, size);
-    return p;
+    return memory_or_die(calloc(n ? n : 1, size ? size : 1), n, size);
+}
+
+// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
+static void *array_room(void *p, int need, int *max, size_t size) {
+    if (need <= *max) return p;
+    *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
+    return memory_or_die(realloc(p, (size_t)*max * size), (size_t)*max, size);
 }
 
 char *xstrdup(const char *s) {
@@ -267,15 +273,6 @@ typedef struct JsonParser {
     Json *unused;          // the next free node
     const char *where;
 } JsonParser;
-
-// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
-static void *array_room(void *p, int need, int *max, size_t size) {
-    if (need <= *max) return p;
-    *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
-    p = realloc(p, (size_t)*max * size);
-    if (!p) die("out of memory: an array of %d items of %zu bytes", *max, size);
-    return p;
-}
 
 static void json_fail(const JsonParser *p, const char *expected) {
     unsigned char c = (unsigned char)*p->at;
@@ -1820,16 +1817,6 @@ void loader_log(const DataLoader *dl, const char *name, FILE *f) {
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
 
-void loader_close(DataLoader *dl) {
-    for (int i = 0; i < dl->n_shards; i++) {
-        if (dl->shards[i].fd >= 0) close(dl->shards[i].fd);
-        free(dl->shards[i].path);
-        free(dl->shards[i].floor_path);
-    }
-    free(dl->shards); free(dl->buffer);
-    memset(dl, 0, sizeof *dl);
-}
-
 // Micro-steps that show each window of an evaluation once.
 int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
 
@@ -1841,11 +1828,6 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask) {
     batch->targets = (int *)xcalloc(n, sizeof(int));
     batch->doc_start = document_mask ? (int *)xcalloc(n, sizeof(int)) : NULL;
     batch->floor_memory = (float *)xcalloc(n, sizeof(float));
-}
-
-void batch_free(Batch *batch) {
-    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor_memory);
-    memset(batch, 0, sizeof *batch);
 }
 
 // A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
@@ -2262,22 +2244,17 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
     return ok;
 }
 
-// 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
-int checkpoint_whole(const char *dir, char *why, size_t n) {
-    Str path = str("%s/checksums.txt", dir);
-    char *text = NULL;
+// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong.
+Str checkpoint_whole(const char *dir) {
+    Str path = str("%s/checksums.txt", dir), why = {""};
     struct stat info;
     size_t size;
-    why[0] = 0;
-    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24)
-        snprintf(why, n, "%s is missing or empty", path.s);
-    else {
-        text = read_text_file(path.s, 1 << 24, &size);
-        if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
-            snprintf(why, n, "%s does not match its own checksum", path.s);
-        text[size - 9] = 0;
-    }
-    for (char *line = text, *next; !why[0] && *line; line = next) {
+    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24) return str("%s is missing or empty", path.s);
+    char *text = read_text_file(path.s, 1 << 24, &size);
+    if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
+        why = str("%s does not match its own checksum", path.s);
+    text[size - 9] = 0;
+    for (char *line = text, *next; !why.s[0] && *line; line = next) {
         uint32_t crc, found_crc;
         size_t bytes, found;
         int name = 0;
@@ -2285,32 +2262,33 @@ int checkpoint_whole(const char *dir, char *why, size_t n) {
         if (*next) *next++ = 0;
         int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
         Str file = str("%s/%.255s", dir, line + name);
-        if (fields != 2 || !name) snprintf(why, n, "%s has a bad line", path.s);
-        else if (!file_crc(file.s, &found_crc, &found)) snprintf(why, n, "%s is missing", file.s);
-        else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file.s, found, bytes);
-        else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file.s);
+        if (fields != 2 || !name) why = str("%s has a bad line", path.s);
+        else if (!file_crc(file.s, &found_crc, &found)) why = str("%s is missing", file.s);
+        else if (found != bytes) why = str("%s has %zu bytes, not %zu", file.s, found, bytes);
+        else if (found_crc != crc) why = str("%s is damaged (checksum differs)", file.s);
     }
     free(text);
-    return !why[0];
+    return why;
 }
 
 // --resume: the folder to continue, whole; NULL: `auto` found none. Damaged ones are named; auto then takes an older one.
 char *checkpoint_choose(const char *resume, const char *out) {
-    char why[1024] = "";
+    Str why = {""};
     if (strcmp(resume, "auto")) {
-        if (!comm_rank() && !checkpoint_whole(resume, why, sizeof why))
-            die("--resume %s: %s; resume an older checkpoint", resume, why);
+        if (!comm_rank()) why = checkpoint_whole(resume);
+        if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
     int n = checkpoint_list(out, &steps);
     for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
-        if (checkpoint_whole(checkpoint_path(out, steps[i]).s, why, sizeof why)) chosen = steps[i];
-        else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why);
+        why = checkpoint_whole(checkpoint_path(out, steps[i]).s);
+        if (!why.s[0]) chosen = steps[i];
+        else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why.s);
     }
     free(steps);
     if (n && chosen < 0 && comm_rank() == 0)
-        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
+        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why.s);
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
