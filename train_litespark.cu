@@ -109,6 +109,9 @@ static void *array_room(void *p, int need, int *max, size_t size) {
     return memory_or_die(realloc(p, (size_t)*max * size), (size_t)*max, size);
 }
 
+// For qsort and bsearch: compares two strings, or two structs by the string that each begins with.
+static int compare_names(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+
 char *xstrdup(const char *s) {
     size_t n = strlen(s) + 1;
     return (char *)memcpy(xmalloc(n), s, n);
@@ -364,18 +367,14 @@ static void json_scan_number(JsonParser *p, Json *v) {
     if (errno) v->is_int = 0;
 }
 
-static int json_compare_keys(const void *a, const void *b) {
-    return strcmp((*(const Json *const *)a)->key, (*(const Json *const *)b)->key);
-}
-
 // Dies when two children have one key: readers disagree on which of them counts.
 static void json_check_keys(const JsonParser *p, const Json *object) {
-    const Json **keys = (const Json **)xmalloc((size_t)object->n * sizeof *keys);
+    const char **keys = (const char **)xmalloc((size_t)object->n * sizeof *keys);
     int n = 0;
-    for (const Json *e = object->child; e; e = e->next) keys[n++] = e;
-    qsort(keys, (size_t)n, sizeof *keys, json_compare_keys);
+    for (const Json *e = object->child; e; e = e->next) keys[n++] = e->key;
+    qsort(keys, (size_t)n, sizeof *keys, compare_names);
     for (int i = 1; i < n; i++)
-        if (!json_compare_keys(&keys[i - 1], &keys[i])) die("%s: the key \"%s\" appears twice", p->where, keys[i]->key);
+        if (!strcmp(keys[i - 1], keys[i])) die("%s: the key \"%s\" appears twice", p->where, keys[i]);
     free(keys);
 }
 
@@ -638,7 +637,6 @@ typedef struct Option {
 #define ROW(type, name, field, kind, initial, lo, hi, help) {name, OPT_##type, kind, &opt.field, initial, lo, hi, help, 0},
 static Option option_table[] = {OPTIONS(ROW)};
 #undef ROW
-enum { N_OPTIONS = COUNT(option_table) };
 
 // Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
 static const char *choice_word(const Option *o, int64_t index) {
@@ -652,7 +650,7 @@ static const char *choice_word(const Option *o, int64_t index) {
 static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
 
 Option *option_find(const char *name) {
-    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) if (!strcmp(o->name, name)) return o;
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) if (!strcmp(o->name, name)) return o;
     return NULL;
 }
 
@@ -693,7 +691,7 @@ const char *option_text(const Option *o) {
 
 void options_default(void) {
     memset(&opt, 0, sizeof opt);
-    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) {
         o->given = 0;
         if (o->initial) option_set(o, o->initial);
     }
@@ -702,7 +700,7 @@ void options_default(void) {
 void options_help(void) {
     printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
     static const char *const wants[] = {" TEXT", " N", " N", " WORD", ""};      // by type
-    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
         printf("  %-24s %s", str("%s%s", o->name, wants[o->type]).s, o->help);
         printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
     }
@@ -799,10 +797,6 @@ static int st_compare_offsets(const void *a, const void *b) {
     return (x->n_bytes > y->n_bytes) - (x->n_bytes < y->n_bytes); // empty tensors first
 }
 
-static int st_compare_names(const void *a, const void *b) {
-    return strcmp(((const StTensor *)a)->name, ((const StTensor *)b)->name);
-}
-
 // Opens a file, takes over its header and adds its tensors.
 static void st_add_file(StSet *s, const char *path) {
     size_t size;
@@ -835,13 +829,11 @@ static void st_add_file(StSet *s, const char *path) {
 
 // The tensor of that name, or NULL.
 const StTensor *st_find(const StSet *s, const char *name) {
-    StTensor key;
-    key.name = name;
-    return (const StTensor *)bsearch(&key, s->tensors, (size_t)s->n_tensors, sizeof key, st_compare_names);
+    return (const StTensor *)bsearch(&name, s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, compare_names);
 }
 
 static void st_sort_names(StSet *s) {
-    qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, st_compare_names);
+    qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, compare_names);
     for (const StTensor *t = s->tensors; t + 1 < s->tensors + s->n_tensors; t++)
         if (!strcmp(t[0].name, t[1].name))
             die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
@@ -1955,7 +1947,7 @@ static void text_add_field(Text *t, const char *key, double x) { text_add(t, ", 
 // Appends the options as an object of strings; kind RUN: only what a run is made of.
 static void text_add_options(Text *t, int kind) {
     const char *before = "{";
-    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
         const char *value = option_text(o);
         if ((kind && !(o->kind & kind)) || !value || o->type == OPT_FLAG) continue;
         text_add(t, "%s\"%s\": ", before, o->name + 2);

@@ -179,7 +179,7 @@ static void fuzz_options(const uint8_t *data, size_t n) {       // a word per li
     }
     options_parse(argc, argv);
     options_check();
-    for (int i = 0; i < N_OPTIONS; i++) {                       // the text of a value reads back as that value
+    for (int i = 0; i < COUNT(option_table); i++) {                       // the text of a value reads back as that value
         Option *o = &option_table[i];
         const char *value = option_text(o);
         if (!value || o->type == OPT_FLAG || o->type == OPT_TEXT) continue;
