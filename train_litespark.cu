@@ -1496,8 +1496,9 @@ static int tokenizer_byte(const Tokenizer *t, char byte) {
     return id;
 }
 
-// A symbol of the text being joined, at the index of its first byte. bytes 0: no symbol begins here (any more).
-typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;   // join: the piece it and the next one make, or -1
+// A symbol of the text being joined, at the index of its first byte. bytes 0: no symbol begins here (any more). join: the
+// piece that it and the next symbol make, -1 = none.
+typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;
 
 // Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above 2k and 2k+1,
 // node n + i is symbol i, and best[k] is the symbol below k whose join has the highest score, the leftmost of equals.
