@@ -550,7 +550,6 @@ enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
 enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
 enum { FP32, BF16 };
 enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
-enum { AUTO = -1 };         // decided at start from model, data and machine
 
 enum { RUN = 1 };           // the option is part of what a run is: saved with a checkpoint and taken up again by --resume
 
