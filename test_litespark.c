@@ -263,7 +263,7 @@ static void loader_close(DataLoader *dl) {
 }
 
 static void batch_free(Batch *batch) {
-    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor_memory);
+    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor);
     memset(batch, 0, sizeof *batch);
 }
 
@@ -1094,7 +1094,7 @@ static void test_loader_reads_ds_rows_documents_and_true_losses(void) {
             for (int b = 0; b < 2; b++) for (int t = 0; t < T; t++) {
                 int row = 2 * s + b;
                 CHECK(batch.inputs[b*T+t] == row*9 + t && batch.targets[b*T+t] == row*9 + t + 1, "row %d", row);
-                CHECK(batch.floor && batch.floor[b*T+t] == (float)(row*8 + t), "true loss of row %d", row);
+                CHECK(dl.has_floor && batch.floor[b*T+t] == (float)(row*8 + t), "true loss of row %d", row);
                 CHECK(batch.doc_start[b*T+t] == (row == 1 && t >= 3 ? 3 : 0), "document of row %d, t %d", row, t);
             }
         }

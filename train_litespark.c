@@ -1642,8 +1642,7 @@ typedef struct Batch {
     int n_rows;                         // rows with data; the others are padding: inputs 0, targets -100
     int *inputs, *targets;              // (B, T)
     int *doc_start;                     // (B, T) first position of the document of t; NULL without document mask
-    float *floor;                       // (B, T) true -ln p of each target; NULL when the data has none
-    float *floor_memory;
+    float *floor;                       // (B, T) true -ln p of each target; 0 when the data has none
 } Batch;
 
 // The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
@@ -1829,7 +1828,7 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask) {
     batch->inputs = (int *)xcalloc(n, sizeof(int));
     batch->targets = (int *)xcalloc(n, sizeof(int));
     batch->doc_start = document_mask ? (int *)xcalloc(n, sizeof(int)) : NULL;
-    batch->floor_memory = (float *)xcalloc(n, sizeof(float));
+    batch->floor = (float *)xcalloc(n, sizeof(float));
 }
 
 // A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
@@ -1887,7 +1886,7 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
         if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
         if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
-    if (batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
+    if (dl->has_floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
 }
 
 // The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
@@ -1896,7 +1895,6 @@ void loader_next(DataLoader *dl, Batch *batch) {
     assert(batch->B == dl->B && batch->T == dl->T && (!dl->document_mask || batch->doc_start));
     LoaderState *state = &dl->state;
     batch->n_rows = 0;
-    batch->floor = dl->has_floor ? batch->floor_memory : NULL;
     for (int b = 0; b < dl->B; b++) {
         int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch + p / dl->n_windows;
         if (dl->shuffle) p = permute(state->seed, epoch, p % dl->n_windows, dl->n_windows);
@@ -1908,7 +1906,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
         for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
             batch->inputs[i] = 0;
             batch->targets[i] = IGNORED;
-            batch->floor_memory[i] = 0;
+            batch->floor[i] = 0;
             if (batch->doc_start) batch->doc_start[i] = 0;
         }
     }
@@ -2087,13 +2085,18 @@ static void save_values(StWriter *w, const Model *m, int kind, size_t at, size_t
     }
 }
 
+// Announces every tensor of the table.
+static void st_declare_table(StWriter *w, const ParamTable *p, int dtype) {
+    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
+        int64_t shape[2] = {t->rows, t->cols};
+        st_declare(w, t->name, dtype, t->cols ? 2 : 1, shape);
+    }
+}
+
 static void save_weights(Saving *s, const Model *m, int dtype) {
     const ParamTable *p = model_table(m);
     StWriter *w = save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
-    for (int i = 0; i < p->n_tensors; i++) {
-        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
-        st_declare(w, p->tensors[i].name, dtype, p->tensors[i].cols ? 2 : 1, shape);
-    }
+    st_declare_table(w, p, dtype);
     st_begin(w);
     for (int i = 0; i < p->n_tensors; i++) save_values(w, m, STATE_WEIGHTS, p->tensors[i].at, p->tensors[i].n);
     save_end(s, w, "model.safetensors");
@@ -3947,7 +3950,7 @@ static void evaluate(Trainer *tr) {
         int64_t n;
         sums[0] += llama_loss(&tr->m, &tr->val_batch, &n);
         sums[1] += (double)n;
-        for (int j = 0; tr->val_batch.floor && j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
+        for (int j = 0; j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
     }
     comm_sum(sums, 3);
     tr->val_loss = sums[0] / sums[1];
@@ -4180,10 +4183,7 @@ static void dump_grads(Trainer *tr) {
     StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
     int64_t one = 1;
     st_declare(w, "loss", ST_F32, 1, &one);
-    for (int i = 0; i < p->n_tensors; i++) {
-        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
-        st_declare(w, p->tensors[i].name, ST_F32, p->tensors[i].cols ? 2 : 1, shape);
-    }
+    st_declare_table(w, p, ST_F32);
     st_begin(w);
     st_write(w, &loss, 1);
     for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {

@@ -227,10 +227,7 @@ static const char *case_folder(const Case *c) {
         config_from_json(&config, text, strlen(text), c->name);
         param_table_build(&p, &config, 1);
         StWriter *w = st_create(path_text("%s/model.safetensors", dir), "{\"format\":\"pt\"}");
-        for (int i = 0; i < p.n_tensors; i++) {
-            int64_t shape[2] = {p.tensors[i].rows, p.tensors[i].cols};
-            st_declare(w, p.tensors[i].name, ST_BF16, shape[1] ? 2 : 1, shape);
-        }
+        st_declare_table(w, &p, ST_BF16);
         st_begin(w);
         for (int i = 0; i < p.n_tensors; i++) {
             const Tensor *t = &p.tensors[i];
