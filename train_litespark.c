@@ -80,6 +80,7 @@ void comm_barrier(void);
 void comm_broadcast(void *data, size_t bytes);      // from rank 0
 void comm_sum(double *x, int n);                    // over ranks, in place
 
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 static void (*die_hook)(const char *message);   // tests leave die() through it
@@ -100,31 +101,42 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
     exit(EXIT_FAILURE);
 }
 
-void *xmalloc(size_t bytes) {
-    void *p = malloc(bytes ? bytes : 1);
-    if (!p) die("out of memory: %zu bytes more are needed; use a smaller batch or model", bytes);
-    return p;
-}
-
-void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * size that overflows
-    void *p = calloc(n ? n : 1, size ? size : 1);
+static void *memory_or_die(void *p, size_t n, size_t size) {
     if (!p) die("out of memory: %zu x %zu bytes more are needed; use a smaller batch or model", n, size);
     return p;
 }
+
+void *xmalloc(size_t bytes) { return memory_or_die(malloc(bytes ? bytes : 1), 1, bytes); }
+
+void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * size that overflows
+    return memory_or_die(calloc(n ? n : 1, size ? size : 1), n, size);
+}
+
+// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
+static void *array_room(void *p, int need, int *max, size_t size) {
+    if (need <= *max) return p;
+    *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
+    return memory_or_die(realloc(p, (size_t)*max * size), (size_t)*max, size);
+}
+
+// For qsort and bsearch: compares two strings, or two structs by the string that each begins with.
+static int compare_names(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
 char *xstrdup(const char *s) {
     size_t n = strlen(s) + 1;
     return (char *)memcpy(xmalloc(n), s, n);
 }
 
-// path = printf(...), in a fresh string
-__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
-    char *s = NULL;
+// A short text as a value, with nothing to free: a path (the system takes no longer ones), a name, a message.
+typedef struct Str { char s[4096]; } Str;
+
+__attribute__((format(printf, 1, 2))) static Str str(const char *fmt, ...) {
+    Str text;
     va_list args;
     va_start(args, fmt);
-    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
+    if (vsnprintf(text.s, sizeof text.s, fmt, args) >= (int)sizeof text.s) die("%.80s... is too long", text.s);
     va_end(args);
-    return s;
+    return text;
 }
 
 double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
@@ -185,11 +197,13 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t index) {      // B
     return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
 }
 
-uint64_t hash_string(const char *s) {           // FNV-1a, then mixed: a stream number for random_bits
+static uint64_t hash_bytes(const char *s, size_t n) {       // FNV-1a, then mixed
     uint64_t h = 0xCBF29CE484222325u;
-    while (*s) h = (h ^ (unsigned char)*s++) * 0x100000001B3u;
+    while (n--) h = (h ^ (unsigned char)*s++) * 0x100000001B3u;
     return mix64(h);
 }
+
+uint64_t hash_string(const char *s) { return hash_bytes(s, strlen(s)); }    // a stream number for random_bits
 
 // Strict numbers: 1 and *out when the whole of s is one decimal number that fits, else 0 and *out as it was.
 int parse_int(const char *s, int64_t *out) {
@@ -273,26 +287,16 @@ typedef struct JsonParser {
     const char *where;
 } JsonParser;
 
-// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
-static void *array_room(void *p, int need, int *max, size_t size) {
-    if (need <= *max) return p;
-    *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
-    p = realloc(p, (size_t)*max * size);
-    if (!p) die("out of memory: an array of %d items of %zu bytes", *max, size);
-    return p;
-}
-
 static void json_fail(const JsonParser *p, const char *expected) {
-    char found[32];
     unsigned char c = (unsigned char)*p->at;
-    if (p->at == p->end) snprintf(found, sizeof found, "the end of the text");
-    else snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found);
+    Str found = p->at == p->end ? str("the end of the text") : str(c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found.s);
 }
 
 static void json_space(JsonParser *p) { p->at += strspn(p->at, " \n\r\t"); }
 
-static void json_digits(JsonParser *p) {
+static void json_digits(JsonParser *p, int skip) {      // at least one, after `skip` other bytes
+    p->at += skip;
     size_t n = strspn(p->at, "0123456789");
     if (!n) json_fail(p, "a digit");
     p->at += n;
@@ -358,17 +362,12 @@ static char *json_chars(JsonParser *p, size_t *length) {
 static void json_scan_number(JsonParser *p, Json *v) {
     char *start = p->at;
     v->type = 'n';
-    v->is_int = 1;
     if (*p->at == '-') p->at++;
     if (*p->at == '0') p->at++; // no further digit may follow a leading zero
-    else json_digits(p);
-    for (int part = 0; part < 2; part++) { // fraction, exponent
-        if (part ? (*p->at | 32) != 'e' : *p->at != '.') continue;
-        p->at++;
-        if (part && (*p->at == '+' || *p->at == '-')) p->at++;
-        json_digits(p);
-        v->is_int = 0;
-    }
+    else json_digits(p, 0);
+    v->is_int = *p->at != '.' && (*p->at | 32) != 'e';
+    if (*p->at == '.') json_digits(p, 1);
+    if ((*p->at | 32) == 'e') json_digits(p, p->at[1] == '+' || p->at[1] == '-' ? 2 : 1);
     v->str = start;
     v->str_len = (size_t)(p->at - start);
     v->num = strtod(start, NULL);
@@ -378,18 +377,14 @@ static void json_scan_number(JsonParser *p, Json *v) {
     if (errno) v->is_int = 0;
 }
 
-static int json_compare_keys(const void *a, const void *b) {
-    return strcmp((*(const Json *const *)a)->key, (*(const Json *const *)b)->key);
-}
-
 // Dies when two children have one key: readers disagree on which of them counts.
 static void json_check_keys(const JsonParser *p, const Json *object) {
-    const Json **keys = (const Json **)xmalloc((size_t)object->n * sizeof *keys);
+    const char **keys = (const char **)xmalloc((size_t)object->n * sizeof *keys);
     int n = 0;
-    for (const Json *e = object->child; e; e = e->next) keys[n++] = e;
-    qsort(keys, (size_t)n, sizeof *keys, json_compare_keys);
+    for (const Json *e = object->child; e; e = e->next) keys[n++] = e->key;
+    qsort(keys, (size_t)n, sizeof *keys, compare_names);
     for (int i = 1; i < n; i++)
-        if (!json_compare_keys(&keys[i - 1], &keys[i])) die("%s: the key \"%s\" appears twice", p->where, keys[i]->key);
+        if (!strcmp(keys[i - 1], keys[i])) die("%s: the key \"%s\" appears twice", p->where, keys[i]);
     free(keys);
 }
 
@@ -446,7 +441,7 @@ static void json_value(JsonParser *p, Json *v, int depth) {
 }
 
 // Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory holds every node and behind
-// them the text: json_free(root) releases it.
+// them the text: free(root) releases it.
 Json *json_parse(const char *text, size_t n, const char *where) {
     if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
     size_t n_nodes = 1;                 // at most: all but the root come after one of these
@@ -459,8 +454,6 @@ Json *json_parse(const char *text, size_t n, const char *where) {
     if (p.at != p.end) json_fail(&p, "the end of the text");
     return root;
 }
-
-void json_free(Json *root) { free(root); }
 
 Json *json_read_file(const char *path, size_t max_bytes) {
     size_t n;
@@ -481,41 +474,36 @@ const Json *json_get(const Json *obj, const char *key) {
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
 static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
     static const char *const types = "oatf0", *const words[] = {"an object", "a list", "true", "false", "null"};
-    char shown[64];
-    if (v && strchr("sn", v->type))
-        snprintf(shown, sizeof shown, v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str,
-                 v->str_len > 40 ? "..." : "");
-    else snprintf(shown, sizeof shown, "%s", v ? words[strchr(types, v->type) - types] : "missing");
-    for (char *c = shown; *c; c++)
+    Str shown = v && strchr("sn", v->type)
+        ? str(v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str, v->str_len > 40 ? "..." : "")
+        : str("%s", v ? words[strchr(types, v->type) - types] : "missing");
+    for (char *c = shown.s; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
-    die("%s: \"%s\" is %s; expected %s", where, key, shown, expected);
+    die("%s: \"%s\" is %s; expected %s", where, key, shown.s, expected);
 }
 
 // Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`, the key,
-// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), -1 (bool), NULL (string).
+// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), NULL (string).
 int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi, int64_t fallback) {
     const Json *v = json_get(obj, key);
-    char expected[80];
     if (!v && fallback != JSON_REQUIRED) return fallback;
-    snprintf(expected, sizeof expected, "an integer from %" PRId64 " to %" PRId64, lo, hi);
-    if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi) json_refuse(v, key, where, expected);
+    if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi)
+        json_refuse(v, key, where, str("an integer from %" PRId64 " to %" PRId64, lo, hi).s);
     return v->inum;
 }
 
 double json_number(const Json *obj, const char *key, const char *where, double lo, double hi, double fallback) {
     const Json *v = json_get(obj, key);
-    char expected[80];
     if (!v && !isnan(fallback)) return fallback;
-    snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
-    if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi)) json_refuse(v, key, where, expected);
+    if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi))
+        json_refuse(v, key, where, str("a number from %g to %g", lo, hi).s);
     return v->num;
 }
 
 static int json_bool(const Json *obj, const char *key, const char *where, int fallback) {
     const Json *v = json_get(obj, key);
-    if (!v && fallback >= 0) return fallback;
-    if (!v || (v->type != 't' && v->type != 'f')) json_refuse(v, key, where, "true or false");
-    return v->type == 't';
+    if (v && v->type != 't' && v->type != 'f') json_refuse(v, key, where, "true or false");
+    return v ? v->type == 't' : fallback;
 }
 
 const char *json_string(const Json *obj, const char *key, const char *where, const char *fallback) {
@@ -572,7 +560,6 @@ enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
 enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
 enum { FP32, BF16 };
 enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
-enum { AUTO = -1 };         // decided at start from model, data and machine
 
 enum { RUN = 1 };           // the option is part of what a run is: saved with a checkpoint and taken up again by --resume
 
@@ -660,7 +647,6 @@ typedef struct Option {
 #define ROW(type, name, field, kind, initial, lo, hi, help) {name, OPT_##type, kind, &opt.field, initial, lo, hi, help, 0},
 static Option option_table[] = {OPTIONS(ROW)};
 #undef ROW
-enum { N_OPTIONS = (int)(sizeof option_table / sizeof *option_table) };
 
 // Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
 static const char *choice_word(const Option *o, int64_t index) {
@@ -674,7 +660,7 @@ static const char *choice_word(const Option *o, int64_t index) {
 static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
 
 Option *option_find(const char *name) {
-    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) if (!strcmp(o->name, name)) return o;
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) if (!strcmp(o->name, name)) return o;
     return NULL;
 }
 
@@ -715,7 +701,7 @@ const char *option_text(const Option *o) {
 
 void options_default(void) {
     memset(&opt, 0, sizeof opt);
-    for (Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) {
         o->given = 0;
         if (o->initial) option_set(o, o->initial);
     }
@@ -724,10 +710,8 @@ void options_default(void) {
 void options_help(void) {
     printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
     static const char *const wants[] = {" TEXT", " N", " N", " WORD", ""};      // by type
-    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
-        char left[64];
-        snprintf(left, sizeof left, "%s%s", o->name, wants[o->type]);
-        printf("  %-24s %s", left, o->help);
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
+        printf("  %-24s %s", str("%s%s", o->name, wants[o->type]).s, o->help);
         printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
     }
 }
@@ -772,7 +756,6 @@ enum { ST_F32, ST_BF16, ST_F16, ST_I32 };   // the first rows:
 static const struct { const char *name; size_t bytes; } st_dtypes[] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_DTYPES = sizeof st_dtypes / sizeof *st_dtypes };
 enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
 
 typedef struct StTensor {
@@ -796,8 +779,8 @@ static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data
     StTensor t = {e->key, 0, 0, s->n_files - 1, {0}, 0, 0, 1};
     if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
         die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
-    while (t.dtype < ST_DTYPES && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
-    if (t.dtype == ST_DTYPES) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
+    while (t.dtype < COUNT(st_dtypes) && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
+    if (t.dtype == COUNT(st_dtypes)) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
     if (shape->n > ST_MAX_DIMS)
         die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
     for (const Json *d = shape->child; d; d = d->next) {
@@ -822,10 +805,6 @@ static int st_compare_offsets(const void *a, const void *b) {
     const StTensor *x = (const StTensor *)a, *y = (const StTensor *)b;
     if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
     return (x->n_bytes > y->n_bytes) - (x->n_bytes < y->n_bytes); // empty tensors first
-}
-
-static int st_compare_names(const void *a, const void *b) {
-    return strcmp(((const StTensor *)a)->name, ((const StTensor *)b)->name);
 }
 
 // Opens a file, takes over its header and adds its tensors.
@@ -860,13 +839,11 @@ static void st_add_file(StSet *s, const char *path) {
 
 // The tensor of that name, or NULL.
 const StTensor *st_find(const StSet *s, const char *name) {
-    StTensor key;
-    key.name = name;
-    return (const StTensor *)bsearch(&key, s->tensors, (size_t)s->n_tensors, sizeof key, st_compare_names);
+    return (const StTensor *)bsearch(&name, s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, compare_names);
 }
 
 static void st_sort_names(StSet *s) {
-    qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, st_compare_names);
+    qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, compare_names);
     for (const StTensor *t = s->tensors; t + 1 < s->tensors + s->n_tensors; t++)
         if (!strcmp(t[0].name, t[1].name))
             die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
@@ -881,10 +858,9 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         int f = s->n_files - 1;
         if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
-        char *path = path_text("%s/%s", folder, e->str);
-        while (f >= 0 && strcmp(s->paths[f], path)) f--;
-        if (f < 0) st_add_file(s, path);
-        free(path);
+        Str path = str("%s/%s", folder, e->str);
+        while (f >= 0 && strcmp(s->paths[f], path.s)) f--;
+        if (f < 0) st_add_file(s, path.s);
     }
     if (!s->n_files) die("%s: \"weight_map\" names no file", index_path);
     st_sort_names(s);
@@ -895,7 +871,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
     }
     for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
         if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
-    json_free(index);
+    free(index);
 }
 
 // Opens all files that match the pattern as one set; NULL when none does.
@@ -914,14 +890,13 @@ static StSet *st_open_all(const char *pattern) {
 StSet *st_open(const char *dir_or_file) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     struct stat info;
-    char *one = path_text("%s/model.safetensors", dir_or_file), *index = path_text("%s.index.json", one);
+    Str one = str("%s/model.safetensors", dir_or_file), index = str("%s.index.json", one.s);
     if (stat(dir_or_file, &info)) die("%s: %s", dir_or_file, strerror(errno));
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
-    else if (!access(one, F_OK)) st_add_file(s, one);
-    else if (!access(index, F_OK)) st_open_index(s, dir_or_file, index);
+    else if (!access(one.s, F_OK)) st_add_file(s, one.s);
+    else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
     else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
     st_sort_names(s);
-    free(one); free(index);
     return s;
 }
 
@@ -962,24 +937,19 @@ void st_close(StSet *s) {
     for (int f = 0; f < s->n_files; f++) {
         close(s->fds[f]);
         free(s->paths[f]);
-        json_free(s->headers[f]);
+        free(s->headers[f]);
     }
     free(s->tensors);
     free(s);
 }
 
-// Writes one file front to back in constant memory: create, declare every tensor, begin, write the values in that order,
-// finish. A failing disk does not end the program: the first error is kept, later writes do nothing, and the caller asks
-// st_error after st_finish (or earlier), removes its temporary directory and keeps the old checkpoint.
-typedef struct StPart { size_t n; int dtype; } StPart;
+// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin, write the
+// values in that order, finish. A failing disk does not end the program: later writes do nothing, and the caller, who
+// learns the error from st_finish, removes its temporary directory and keeps the old checkpoint.
 typedef struct StWriter {
-    char *path;
     FILE *file;
-    int failed;                      // the first errno
-    Text header, message;
-    StPart *parts;                   // the declared tensors
-    int n_parts, max_parts, part;    // the part being written, and
-    size_t done;                     // how many of its elements have come
+    int failed, dtype;               // failed: the first errno
+    Text header;
     size_t data_bytes, file_bytes;   // declared and not yet written; written
     uint32_t crc;
 } StWriter;
@@ -993,7 +963,6 @@ static void st_put(StWriter *w, const void *bytes, size_t n) {
 // Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
 StWriter *st_create(const char *path, const char *metadata) {
     StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
-    w->path = xstrdup(path);
     w->file = fopen(path, "wbe");
     if (!w->file) w->failed = errno;
     text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
@@ -1002,20 +971,18 @@ StWriter *st_create(const char *path, const char *metadata) {
 
 // Announces the next tensor: dtype ST_F32 or ST_BF16.
 void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape) {
-    StPart part = {1, dtype};
-    assert((dtype == ST_F32 || dtype == ST_BF16) && n_dims <= ST_MAX_DIMS);
+    size_t begin = w->data_bytes, n = 1;
+    assert((dtype == ST_F32 || dtype == ST_BF16) && (!begin || dtype == w->dtype) && n_dims <= ST_MAX_DIMS);
+    w->dtype = dtype;
     text_add(&w->header, w->header.n > 1 ? "," : "");
     text_add_string(&w->header, name);
     text_add(&w->header, ":{\"dtype\":\"%s\",\"shape\":[", st_dtypes[dtype].name);
     for (int d = 0; d < n_dims; d++) {
         text_add(&w->header, d ? ",%" PRId64 : "%" PRId64, shape[d]);
-        part.n *= (size_t)shape[d];
+        n *= (size_t)shape[d];
     }
-    size_t end = w->data_bytes + part.n * st_dtypes[dtype].bytes;
-    text_add(&w->header, "],\"data_offsets\":[%zu,%zu]}", w->data_bytes, end);
-    w->data_bytes = end;
-    w->parts = (StPart *)array_room(w->parts, w->n_parts + 1, &w->max_parts, sizeof part);
-    w->parts[w->n_parts++] = part;
+    w->data_bytes += n * st_dtypes[dtype].bytes;
+    text_add(&w->header, "],\"data_offsets\":[%zu,%zu]}", begin, w->data_bytes);
 }
 
 // Writes the header; no st_declare after it. Spaces bring the data to a multiple of 8, as the library does.
@@ -1038,41 +1005,26 @@ static uint16_t st_float_to_bf16(float x) {
 // The next elements, in the order of declaration; one call may span several tensors.
 void st_write(StWriter *w, const float *values, size_t count) {
     uint16_t half[8192];
-    for (size_t take; count; count -= take, values += take) {
-        while (w->part < w->n_parts && w->done == w->parts[w->part].n) {    // the next one; empty tensors have no elements
-            w->part++;
-            w->done = 0;
-        }
-        assert(w->part < w->n_parts);
-        const StPart *part = w->parts + w->part;
-        const size_t size = st_dtypes[part->dtype].bytes;
-        take = min_size(min_size(count, part->n - w->done), sizeof half / sizeof *half);
-        if (size == 2) for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
-        st_put(w, size == 2 ? (const void *)half : values, take * size);
-        w->done += take;
-        w->data_bytes -= take * size;
+    w->data_bytes -= count * st_dtypes[w->dtype].bytes;
+    if (w->dtype == ST_F32) st_put(w, values, count * sizeof(float));
+    else for (size_t take; count; count -= take, values += take) {
+        take = min_size(count, COUNT(half));
+        for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
+        st_put(w, half, take * sizeof *half);
     }
 }
 
-// Flushes, fsyncs, closes; all declared values must have come. Returns the CRC-32 of the whole file and its size; both
-// mean something only when st_error(w) is NULL.
-uint32_t st_finish(StWriter *w, size_t *file_bytes) {
+// Flushes, fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first failure. With 0,
+// *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
+int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     assert(!w->data_bytes);
     if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
     if (w->file && fclose(w->file) && !w->failed) w->failed = errno;
+    int failed = w->failed;
+    if (crc) *crc = w->crc;
     if (file_bytes) *file_bytes = w->file_bytes;
-    return w->crc;
-}
-
-// NULL while all is well, else "PATH: why"; valid until st_free.
-const char *st_error(StWriter *w) {
-    if (w->failed && !w->message.n) text_add(&w->message, "%s: cannot write: %s", w->path, strerror(w->failed));
-    return w->message.s;
-}
-
-void st_free(StWriter *w) {
-    free(w->path); free(w->header.s); free(w->parts); free(w->message.s);
-    free(w);
+    free(w->header.s); free(w);
+    return failed;
 }
 
 // ==== 6. Model configuration: Hugging Face's config.json and the presets ========================
@@ -1091,29 +1043,29 @@ void st_free(StWriter *w) {
     X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
     X(init_std, "initializer_range", 0, 1, 0.02)
 
+typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
+static const Family config_families[] = {
+    {"llama",   "LlamaForCausalLM",   0, 0, 0},
+    {"mistral", "MistralForCausalLM", 0, 0, 0},
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
+    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
+};
+
 typedef struct Config {
-    char family[16];          // "llama", "mistral", "qwen2", "qwen3"
+    const Family *family;
     int V, Vp;                // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
     int L, C, H, K, D, F;     // layers, hidden size, query heads, key/value heads, head_dim, MLP width
     int max_T;                // positions the model is made for
     int tied;                 // lm_head is the embedding
     int qkv_bias, qk_norm;    // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
     double eps, rope_theta, init_std;
-    int rope_llama3;          // rope type "llama3": long wavelengths are stretched by rope_factor; its parameters:
-    double rope_factor, rope_low, rope_high;
+    double rope_factor;       // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
+    double rope_low, rope_high;
     int rope_original_T;
     int sliding_window;       // 0 = none, else how far layers >= window_layer look back; the caller refuses a longer seq-len
     int window_layer;         // Qwen's max_window_layers
     int bos, eos;             // token ids, -1 = none
 } Config;
-
-static const struct { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } config_families[] = {
-    {"llama",   "LlamaForCausalLM",   0, 0, 0},
-    {"mistral", "MistralForCausalLM", 0, 0, 0},
-    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
-    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
-};
-enum { N_FAMILIES = sizeof config_families / sizeof *config_families };
 
 // Keys that would change the computation, and the one value that we compute.
 static const struct { const char *key, *only; } config_fixed[] = {
@@ -1139,17 +1091,16 @@ static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T,
     {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   1e4,  0.02,   0, 4096,      1,      2},
     {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,   1e5, 1./24,   0,    0,      0,      0},
 };
-enum { N_PRESETS = sizeof config_presets / sizeof *config_presets };
 
-// The row of a family, N_FAMILIES for an unknown one; sets what depends on the family.
+// Sets the family and what depends on it; 0 when the name is unknown.
 static int config_set_family(Config *c, const char *name) {
     int i = 0;
-    while (i < N_FAMILIES && strcmp(name, config_families[i].name)) i++;
-    if (i == N_FAMILIES) return i;
-    snprintf(c->family, sizeof c->family, "%s", name);
-    c->qkv_bias = config_families[i].qkv_bias;
-    c->qk_norm = config_families[i].qk_norm;
-    return i;
+    while (i < COUNT(config_families) && strcmp(name, config_families[i].name)) i++;
+    if (i == COUNT(config_families)) return 0;
+    c->family = &config_families[i];
+    c->qkv_bias = c->family->qkv_bias;
+    c->qk_norm = c->family->qk_norm;
+    return 1;
 }
 
 // Sets V and with it Vp: GEMMs and shards like the padded size.
@@ -1176,7 +1127,7 @@ void config_check(const Config *c, const char *where) {
     if (c->H % c->K)
         die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
     if (c->D % 8 || c->D > 128) die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
-    if (c->rope_llama3 && !(c->rope_low < c->rope_high))
+    if (c->rope_factor > 0 && !(c->rope_low < c->rope_high))
         die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
     if (c->bos >= c->V || c->eos >= c->V)
         die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
@@ -1201,7 +1152,6 @@ static void config_read_rope(Config *c, const Json *j, const char *where) {
         if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
     c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
     if (strcmp(type, "llama3")) return;
-    c->rope_llama3 = 1;
     c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
     c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
     c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
@@ -1209,13 +1159,13 @@ static void config_read_rope(Config *c, const Json *j, const char *where) {
 }
 
 // Sliding windows: Qwen's count only when switched on, and only from layer max_window_layers on.
-static void config_read_window(Config *c, const Json *j, const char *where, int has_switch) {
+static void config_read_window(Config *c, const Json *j, const char *where) {
+    int has_switch = c->family->window_switch, l = 0;
     const Json *types = has_switch ? json_get(j, "layer_types") : NULL;
     c->sliding_window = (int)json_int(j, "sliding_window", where, 0, INT_MAX, 0);
     if (!json_bool(j, "use_sliding_window", where, !has_switch)) c->sliding_window = 0;
     c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
     if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
-    int l = 0;
     for (const Json *e = types ? types->child : NULL; e; e = e->next) {
         const char *want = c->sliding_window && l++ >= c->window_layer ? "sliding_attention" : "full_attention";
         if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
@@ -1228,9 +1178,9 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     Json *j = json_parse(text, n, where);
     memset(c, 0, sizeof *c);
     if (j->type != 'o') die("%s: expected a JSON object", where);
-    int family = config_set_family(c, json_string(j, "model_type", where, NULL));
-    if (family == N_FAMILIES) json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
-    for (size_t i = 0; i < sizeof config_fixed / sizeof *config_fixed; i++) {
+    if (!config_set_family(c, json_string(j, "model_type", where, NULL)))
+        json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    for (int i = 0; i < COUNT(config_fixed); i++) {
         const Json *v = json_get(j, config_fixed[i].key);
         const char *only = config_fixed[i].only;
         int same = !v || (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
@@ -1248,7 +1198,7 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     if (!c->D) c->D = c->C / c->H;
     c->tied = json_bool(j, "tie_word_embeddings", where, 0);
     config_read_rope(c, j, where);
-    config_read_window(c, j, where, config_families[family].window_switch);
+    config_read_window(c, j, where);
     c->bos = (int)json_int(j, "bos_token_id", where, -1, INT_MAX, -1);
     const Json *eos = json_get(j, "eos_token_id");       // chat models list several: the first
     if (eos && eos->type == 'a') {
@@ -1256,7 +1206,7 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
             json_refuse(eos->child, "eos_token_id", where, "token ids");
         c->eos = (int)eos->child->inum;
     } else c->eos = (int)json_int(j, "eos_token_id", where, -1, INT_MAX, -1);
-    json_free(j);
+    free(j);
     config_check(c, where);
 }
 
@@ -1264,15 +1214,15 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
 const char *config_preset_names(void) {
     static char names[512];
     names[0] = 0;
-    for (int i = 0; i < N_PRESETS; i++) strcat(strcat(names, " "), config_presets[i].name);
+    for (int i = 0; i < COUNT(config_presets); i++) strcat(strcat(names, " "), config_presets[i].name);
     return names;
 }
 
 // Fills c from the preset table; 0 when the name is unknown.
 int config_preset(Config *c, const char *name) {
     int i = 0;
-    while (i < N_PRESETS && strcmp(name, config_presets[i].name)) i++;
-    if (i == N_PRESETS) return 0;
+    while (i < COUNT(config_presets) && strcmp(name, config_presets[i].name)) i++;
+    if (i == COUNT(config_presets)) return 0;
     memset(c, 0, sizeof *c);
     config_set_family(c, config_presets[i].family);
 #define COPY(field, ...) c->field = config_presets[i].field;
@@ -1280,8 +1230,7 @@ int config_preset(Config *c, const char *name) {
     COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos) COPY(eos)
 #undef COPY
     config_set_vocab(c, c->V);
-    c->rope_llama3 = c->rope_factor > 0;
-    if (c->rope_llama3) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
+    if (c->rope_factor > 0) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
     config_check(c, name);
     return 1;
 }
@@ -1292,9 +1241,9 @@ static void config_add_id(Text *t, const char *key, int id) {
 
 // The members of rope_scaling, and with rope_theta those of rope_parameters.
 static void config_add_rope(Text *t, const Config *c, int with_theta) {
-    text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_llama3 ? "llama3" : "default");
+    text_add(t, "{\n    \"rope_type\": \"%s\"", c->rope_factor > 0 ? "llama3" : "default");
     if (with_theta) text_add(t, ",\n    \"rope_theta\": %s", json_decimal(c->rope_theta));
-    if (c->rope_llama3)
+    if (c->rope_factor > 0)
         text_add(t, ",\n    \"factor\": %s,\n    \"low_freq_factor\": %s,\n    \"high_freq_factor\": %s"
                  ",\n    \"original_max_position_embeddings\": %d", json_decimal(c->rope_factor), json_decimal(c->rope_low),
                  json_decimal(c->rope_high), c->rope_original_T);
@@ -1304,22 +1253,20 @@ static void config_add_rope(Text *t, const Config *c, int with_theta) {
 // config.json with the keys of transformers 4 and of 5; dtype: "float32" or "bfloat16". The caller frees it.
 char *config_to_json(const Config *c, const char *dtype) {
     Text t = {NULL, 0, 0};
-    int family = 0;
-    while (strcmp(config_families[family].name, c->family)) family++;
-    text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", config_families[family].class_name);
-    text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family);
+    int llama = !strcmp(c->family->name, "llama");
+    text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", c->family->class_name);
+    text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family->name);
 #define WRITE_INT(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
 #define WRITE_NUMBER(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
     CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
-    if (!strcmp(c->family, "llama")) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    if (config_families[family].window_switch)
+    if (llama) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    if (c->family->window_switch)
         text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false",
                  c->window_layer);
-    if (c->sliding_window || strcmp(c->family, "llama"))
-        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+    if (c->sliding_window || !llama) config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
     text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
-    if (c->rope_llama3) config_add_rope(&t, c, /*with_theta=*/0);
+    if (c->rope_factor > 0) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
     text_add(&t, ",\n  \"rope_parameters\": ");
     config_add_rope(&t, c, /*with_theta=*/1);
@@ -1348,6 +1295,7 @@ typedef struct Tensor {
 typedef struct Unit {
     char name[24];          // "embed", "layers.7", "head"
     size_t at, n, n_padded; // n_padded: a multiple of UNIT_ALIGN * ranks, vocabulary padding included
+    size_t vocab_padding;   // elements, for the rows V .. Vp-1
     int first_tensor, n_tensors;
 } Unit;
 
@@ -1356,12 +1304,14 @@ typedef struct ParamTable {
     Unit *units;
     int n_tensors, n_units;
     size_t n, n_params;     // elements of a flat buffer; parameters without padding
+    size_t unit_align;
 } ParamTable;
 
-static void table_unit(ParamTable *p, const char *name) {
+static void table_unit(ParamTable *p, const char *name, size_t vocab_padding) {
     Unit *u = &p->units[p->n_units++];
     snprintf(u->name, sizeof u->name, "%s", name);
     u->at = p->n;
+    u->vocab_padding = vocab_padding;
     u->first_tensor = p->n_tensors;
 }
 
@@ -1380,14 +1330,9 @@ static void table_tensor(ParamTable *p, const char *prefix, const char *name, in
     t->decay = cols > 0;    // matrices decay, norms and biases do not
     u->n += t->n;
     u->n_tensors++;
+    u->n_padded = CEIL_DIV(u->n + u->vocab_padding, p->unit_align) * p->unit_align;
+    p->n = u->at + u->n_padded;
     p->n_params += t->n;
-}
-
-static void table_unit_end(ParamTable *p, size_t vocab_padding, int world) {
-    Unit *u = &p->units[p->n_units - 1];
-    size_t align = (size_t)UNIT_ALIGN * world;
-    u->n_padded = CEIL_DIV(u->n + vocab_padding, align) * align;
-    p->n += u->n_padded;
 }
 
 // The table of a model; unit sizes are divisible by the number of ranks.
@@ -1395,15 +1340,15 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
     memset(p, 0, sizeof *p);
     p->units = (Unit *)xcalloc((size_t)c->L + 2, sizeof(Unit));
     p->tensors = (Tensor *)xcalloc(((size_t)c->L + 2) * MAX_TENSORS_PER_UNIT, sizeof(Tensor));
+    p->unit_align = (size_t)UNIT_ALIGN * world;
     size_t vocab_padding = (size_t)(c->Vp - c->V) * c->C;
-    table_unit(p, "embed");
+    table_unit(p, "embed", vocab_padding);
     table_tensor(p, "model.", "embed_tokens.weight", c->V, c->C, INIT_NORMAL, 0);
-    table_unit_end(p, vocab_padding, world);
     for (int l = 0; l < c->L; l++) {
         char unit[24], x[40];
         snprintf(unit, sizeof unit, "layers.%d", l);
         snprintf(x, sizeof x, "model.layers.%d.", l);
-        table_unit(p, unit);
+        table_unit(p, unit, 0);
         table_tensor(p, x, "input_layernorm.weight", c->C, 0, INIT_ONE, 0);
         table_tensor(p, x, "self_attn.q_proj.weight", c->H * c->D, c->C, INIT_NORMAL, 0);
         table_tensor(p, x, "self_attn.k_proj.weight", c->K * c->D, c->C, INIT_NORMAL, 1);
@@ -1422,12 +1367,10 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
         table_tensor(p, x, "mlp.gate_proj.weight", c->F, c->C, INIT_NORMAL, 0);
         table_tensor(p, x, "mlp.up_proj.weight", c->F, c->C, INIT_NORMAL, 1);
         table_tensor(p, x, "mlp.down_proj.weight", c->C, c->F, INIT_NORMAL, 0);
-        table_unit_end(p, 0, world);
     }
-    table_unit(p, "head");
+    table_unit(p, "head", c->tied ? 0 : vocab_padding);
     table_tensor(p, "model.", "norm.weight", c->C, 0, INIT_ONE, 0);
     if (!c->tied) table_tensor(p, "", "lm_head.weight", c->V, c->C, INIT_NORMAL, 0);
-    table_unit_end(p, c->tied ? 0 : vocab_padding, world);
 }
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
@@ -1452,31 +1395,29 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
 #define TOKENIZER_MAGIC 20251002
 #define NO_MERGE (-1e30f)
 
+typedef struct Piece { const char *s; int n; float score; } Piece;     // n bytes in the file, may be 0
+
 typedef struct Tokenizer {
     int kind, V, bos, eos, prefix_space;    // bos and eos: -1 = none
-    float *score;                           // (V)
-    char **piece;                           // (V) into `file`, not NUL-terminated
-    int *length;                            // (V) bytes of each piece, may be 0
+    Piece *piece;                           // (V)
     int byte_id[256];                       // the piece that stands for a byte: "<0xHH>", else the byte itself, else -1
     uint32_t slots;                         // power of two >= 2V
     int *slot;                              // (slots) hash table of the ids that text can become; -1 = empty
     char *path, *file;
 } Tokenizer;
 
-// The slot where the piece with these bytes is, or where it would go (FNV-1a; its low bits alone mix badly).
+// The slot where the piece with these bytes is, or where it would go.
 static int *tokenizer_slot(const Tokenizer *t, const char *s, size_t n) {
-    uint32_t h = 2166136261u;
-    for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 16777619u;
-    for (h ^= h >> 15; ; h++) {
+    for (uint64_t h = hash_bytes(s, n); ; h++) {
         int *id = &t->slot[h & (t->slots - 1)];
-        if (*id < 0 || ((size_t)t->length[*id] == n && memcmp(t->piece[*id], s, n) == 0)) return id;
+        if (*id < 0 || ((size_t)t->piece[*id].n == n && memcmp(t->piece[*id].s, s, n) == 0)) return id;
     }
 }
 
 // The byte that a piece of the form <0xHH> stands for, else -1.
-static int piece_byte(const char *s, int n) {
-    const char *hex = "0123456789ABCDEF";
-    if (n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
+static int piece_byte(const Piece *piece) {
+    const char *hex = "0123456789ABCDEF", *s = piece->s;
+    if (piece->n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
     const char *high = strchr(hex, s[3]), *low = strchr(hex, s[4]);
     return high && low ? (int)(high - hex) * 16 + (int)(low - hex) : -1;
 }
@@ -1485,17 +1426,16 @@ static int piece_byte(const char *s, int n) {
 static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
     size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;    // a record has at least 8 bytes
     if (n > room) die("tokenizer '%s' is truncated: its %zu pieces do not fit; make it again", t->path, n);
-    t->score = (float *)xmalloc(n * sizeof(float));
-    t->length = (int *)xmalloc(n * sizeof(int));
-    t->piece = (char **)xmalloc(n * sizeof(char *));
+    t->piece = (Piece *)xmalloc(n * sizeof(Piece));
     for (; id < n && file_bytes - at >= 8; id++) {
-        memcpy(&t->score[id], t->file + at, 4);
-        memcpy(&t->length[id], t->file + at + 4, 4);
-        t->piece[id] = t->file + (at += 8);
-        if (t->length[id] < 0 || (size_t)t->length[id] > file_bytes - at || !(fabsf(t->score[id]) < 1e38f))
-            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again",
-                t->path, id, t->length[id], (double)t->score[id]);
-        at += (size_t)t->length[id];
+        Piece *p = &t->piece[id];
+        memcpy(&p->score, t->file + at, 4);
+        memcpy(&p->n, t->file + at + 4, 4);
+        p->s = t->file + (at += 8);
+        if (p->n < 0 || (size_t)p->n > file_bytes - at || !(fabsf(p->score) < 1e38f))
+            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again", t->path, id,
+                p->n, (double)p->score);
+        at += (size_t)p->n;
     }
     if (at < file_bytes || id == 0 || (t->V && id < n))
         die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again", t->path, id, at,
@@ -1510,14 +1450,14 @@ static void tokenizer_index(Tokenizer *t) {
     t->slot = (int *)xmalloc(t->slots * sizeof(int));
     memset(t->slot, 255, t->slots * sizeof(int));
     for (int id = 0; id < t->V; id++) {
-        const char *s = t->piece[id];
-        int n = t->length[id], byte = piece_byte(s, n);
-        if (n == 0 || id == t->bos || id == t->eos) continue;
+        const Piece *p = &t->piece[id];
+        int byte = piece_byte(p);
+        if (p->n == 0 || id == t->bos || id == t->eos) continue;
         if (byte >= 0) t->byte_id[byte] = id;
-        else if (n == 1 && t->byte_id[(unsigned char)*s] < 0) t->byte_id[(unsigned char)*s] = id;
-        if (byte >= 0 || t->score[id] <= NO_MERGE) continue;
-        int *slot = tokenizer_slot(t, s, (size_t)n);
-        if (*slot < 0 || t->score[id] > t->score[*slot]) *slot = id;        // the better one of two equal pieces
+        else if (p->n == 1 && t->byte_id[(unsigned char)*p->s] < 0) t->byte_id[(unsigned char)*p->s] = id;
+        if (byte >= 0 || p->score <= NO_MERGE) continue;
+        int *slot = tokenizer_slot(t, p->s, (size_t)p->n);
+        if (*slot < 0 || p->score > t->piece[*slot].score) *slot = id;      // the better one of two equal pieces
     }
 }
 
@@ -1544,9 +1484,9 @@ Tokenizer *tokenizer_open(const char *path) {
         t->bos = 1; t->eos = 2; t->prefix_space = 1;
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
-            if (id >= t->V || t->length[id] > h[0] || (id >= 3 && id < 259 && piece_byte(t->piece[id], t->length[id]) != id - 3))
+            if (id >= t->V || t->piece[id].n > h[0] || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
                 die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
-        t->score[0] = NO_MERGE;                             // <unk> is not text; bytes, BOS and EOS are left out anyway
+        t->piece[0].score = NO_MERGE;                       // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
     tokenizer_index(t);
     return t;
@@ -1554,7 +1494,7 @@ Tokenizer *tokenizer_open(const char *path) {
 
 void tokenizer_free(Tokenizer *t) {
     if (!t) return;
-    free(t->score); free(t->piece); free(t->length); free(t->slot); free(t->path); free(t->file);
+    free(t->piece); free(t->slot); free(t->path); free(t->file);
     free(t);
 }
 
@@ -1566,68 +1506,49 @@ static int tokenizer_byte(const Tokenizer *t, char byte) {
     return id;
 }
 
-// One symbol of the text being joined, and one possible join in a heap ordered by score, then from the left.
-typedef struct Symbol { int start, bytes, id, previous, next; } Symbol;         // bytes = 0: joined to its left
-typedef struct Join { float score; int left, bytes, id; } Join;
+// A symbol of the text being joined, at the index of its first byte. bytes 0: no symbol begins here (any more). join: the
+// piece that it and the next symbol make, -1 = none.
+typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;
 
-static int join_before(const Join *a, const Join *b) {
-    return a->score > b->score || (!(a->score < b->score) && a->left < b->left);
-}
-
-static Join heap_pop(Join *heap, int *n) {
-    Join top = heap[0], last = heap[--*n];
-    int i = 0, child = 1;
-    for (; child < *n; i = child, child = 2*i + 1) {
-        if (child + 1 < *n && join_before(&heap[child + 1], &heap[child])) child++;
-        if (!join_before(&heap[child], &last)) break;
-        heap[i] = heap[child];
+// Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above 2k and 2k+1,
+// node n + i is symbol i, and best[k] is the symbol below k whose join has the highest score, the leftmost of equals.
+static void propose_join(const Tokenizer *t, const char *text, int n, Symbol *s, int *best, int i) {
+    int right = i + s[i].bytes;
+    s[i].join = s[i].bytes && right < n ? *tokenizer_slot(t, text + i, (size_t)(s[i].bytes + s[right].bytes)) : -1;
+    s[i].score = s[i].join < 0 ? -INFINITY : t->piece[s[i].join].score;
+    for (int k = (n + i) / 2; k > 0; k /= 2) {
+        int a = best[2*k], b = best[2*k + 1];
+        best[k] = s[a].score > s[b].score || (!(s[a].score < s[b].score) && a < b) ? a : b;
     }
-    heap[i] = last;
-    return top;
 }
 
-// Puts the join of a symbol with its right neighbour on the heap, if that is a piece.
-static void propose_join(const Tokenizer *t, const char *text, const Symbol *symbol, int left, Join *heap, int *n) {
-    if (left < 0 || symbol[left].next < 0) return;
-    Join join = {0, left, symbol[left].bytes + symbol[symbol[left].next].bytes, -1};
-    join.id = *tokenizer_slot(t, text + symbol[left].start, (size_t)join.bytes);
-    if (join.id < 0) return;
-    join.score = t->score[join.id];
-    int i = (*n)++;
-    for (; i > 0 && join_before(&join, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-    heap[i] = join;
-}
-
-// Kind 0. Every join removes a symbol and proposes at most two others: at most 3n entries, O(n log n) time.
-static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) {
-    Symbol *symbol = (Symbol *)xmalloc(n * sizeof(Symbol));
-    Join *heap = (Join *)xmalloc(3 * n * sizeof(Join));
-    int n_symbols = 0, n_heap = 0, count = 0;
-    for (size_t at = 0; at < n; ) {
-        int k = utf8_length(text + at, n - at), bytes = k ? k : 1;       // a stray byte stands for itself
-        int id = *tokenizer_slot(t, text + at, (size_t)bytes), parts = id < 0 ? bytes : 1;
-        for (int i = 0; i < parts; i++, n_symbols++) {
-            Symbol s = {(int)at, bytes / parts, id < 0 ? tokenizer_byte(t, text[at]) : id, n_symbols - 1, n_symbols + 1};
-            symbol[n_symbols] = s;
-            at += (size_t)s.bytes;
+// Kind 0. At most n joins, each with at most three walks up the tree: O(n log n) time.
+static int encode_bpe(const Tokenizer *t, const char *text, int n, int *ids) {
+    Symbol *s = (Symbol *)xcalloc((size_t)n, sizeof(Symbol));
+    int *best = (int *)xcalloc(2 * (size_t)n, sizeof(int)), previous = -1, count = 0;
+    for (int at = 0; at < n; ) {
+        int k = utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;    // a stray byte stands for itself
+        int id = *tokenizer_slot(t, text + at, (size_t)bytes);
+        for (int end = at + bytes; at < end; at += s[at].bytes) {
+            Symbol symbol = {id < 0 ? 1 : bytes, id < 0 ? tokenizer_byte(t, text[at]) : id, previous, -1, 0};
+            s[at] = symbol;
+            previous = at;
         }
     }
-    if (n_symbols) symbol[n_symbols - 1].next = -1;
-    for (int i = 0; i < n_symbols; i++) propose_join(t, text, symbol, i, heap, &n_heap);
-    while (n_heap) {
-        Join join = heap_pop(heap, &n_heap);
-        Symbol *left = &symbol[join.left], *right = &symbol[left->next < 0 ? join.left : left->next];
-        if (left == right || left->bytes + right->bytes != join.bytes || !left->bytes) continue;   // one has grown since
-        left->id = join.id;
-        left->bytes = join.bytes;
-        left->next = right->next;
-        right->bytes = 0;
-        if (left->next >= 0) symbol[left->next].previous = join.left;
-        propose_join(t, text, symbol, left->previous, heap, &n_heap);
-        propose_join(t, text, symbol, join.left, heap, &n_heap);
+    for (int i = 0; i < n; i++) best[n + i] = i;
+    for (int i = 0; i < n; i++) propose_join(t, text, n, s, best, i);
+    while (n && s[best[1]].join >= 0) {
+        int left = best[1], right = left + s[left].bytes, next = right + s[right].bytes;
+        s[left].id = s[left].join;
+        s[left].bytes = next - left;
+        s[right].bytes = 0;
+        if (next < n) s[next].previous = left;
+        propose_join(t, text, n, s, best, right);
+        propose_join(t, text, n, s, best, left);
+        if (s[left].previous >= 0) propose_join(t, text, n, s, best, s[left].previous);
     }
-    for (int i = n_symbols ? 0 : -1; i >= 0; i = symbol[i].next) ids[count++] = symbol[i].id;
-    free(symbol); free(heap);
+    for (int i = 0; i < n; i += s[i].bytes) ids[count++] = s[i].id;
+    free(s); free(best);
     return count;
 }
 
@@ -1635,7 +1556,7 @@ static int encode_bpe(const Tokenizer *t, const char *text, size_t n, int *ids) 
 static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *ids) {
     size_t longest = 1;
     int count = 0;
-    for (int id = 0; id < t->V; id++) if ((size_t)t->length[id] > longest) longest = (size_t)t->length[id];
+    for (int id = 0; id < t->V; id++) if ((size_t)t->piece[id].n > longest) longest = (size_t)t->piece[id].n;
     for (size_t at = 0, k; at < n; at += k) {
         int id = -1;
         for (k = min_size(n - at, longest); k > 0 && (id = *tokenizer_slot(t, text + at, k)) < 0; ) k--;
@@ -1648,15 +1569,14 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
 // The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies if a byte has no piece.
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
     if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
-    char *spaced = NULL;
-    if (t->prefix_space && n > 0) {
-        spaced = (char *)xmalloc(n + 1);
-        spaced[0] = ' ';
-        memcpy(spaced + 1, text, n++);
-        text = spaced;
-    }
+    int space = t->prefix_space && n > 0;
+    char *spaced = (char *)xmalloc(n + 1);
+    spaced[0] = ' ';
+    memcpy(spaced + 1, text, n);
+    text = spaced + 1 - space;
+    n += (size_t)space;
     *ids = (int *)xmalloc(n * sizeof(int));                 // a token is at least one byte
-    int count = t->kind == 0 ? encode_bpe(t, text, n, *ids) : encode_greedy(t, text, n, *ids);
+    int count = t->kind == 0 ? encode_bpe(t, text, (int)n, *ids) : encode_greedy(t, text, n, *ids);
     free(spaced);
     return count;
 }
@@ -1665,11 +1585,10 @@ int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) 
 // at the start of the text is BOS (-1 where there is none): there the space that encoding put in front is dropped.
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     if (id < 0 || id >= t->V || id == t->bos || id == t->eos) return;
-    const char *s = t->piece[id];
-    int n = t->length[id], byte = piece_byte(s, n);
-    if (byte >= 0) { fputc(byte, f); return; }
-    if (t->prefix_space && previous_id == t->bos && n > 0 && s[0] == ' ') { s++; n--; }
-    fwrite(s, 1, (size_t)n, f);
+    const Piece *p = &t->piece[id];
+    int byte = piece_byte(p), skip = t->prefix_space && previous_id == t->bos && p->n > 0 && p->s[0] == ' ';
+    if (byte >= 0) fputc(byte, f);
+    else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }
 
 // ==== 8. Token shards and the DataLoader =============================================================================
@@ -1695,6 +1614,7 @@ typedef struct Shard {
     char *path;
     int fd;                             // -1 = closed at the moment
     size_t n_tokens, n_windows, header_bytes;
+    int64_t first_window;               // number of its first window among those of all shards
     int width;                          // bytes per token: 2 or 4
     int row;                            // .ds: S+1 tokens per row; .bin: 0
     int eod;                            // id of the end-of-document token, -1 = unknown
@@ -1714,10 +1634,8 @@ typedef struct DataLoader {
     int B, T, rank, world, shuffle, vocab_size, document_mask;
     int has_floor;                      // evaluation: every shard has its .nll
     LoaderState state;
-    int64_t *first_window;              // (n_shards + 1) running sums of n_windows
-    unsigned char *buffer;              // one window as it lies in the file
-    int open_shard[MAX_OPEN_SHARDS];    // which shard has a descriptor in this place, -1 = none
-    int next_open;                      // the place that is given up next
+    void *buffer;                       // one window as it lies in the file
+    Shard *open_shard[MAX_OPEN_SHARDS]; // who has the descriptor of this place, NULL = none
 } DataLoader;
 
 typedef struct Batch {
@@ -1725,8 +1643,7 @@ typedef struct Batch {
     int n_rows;                         // rows with data; the others are padding: inputs 0, targets -100
     int *inputs, *targets;              // (B, T)
     int *doc_start;                     // (B, T) first position of the document of t; NULL without document mask
-    float *floor;                       // (B, T) true -ln p of each target; NULL when the data has none
-    float *floor_memory;
+    float *floor;                       // (B, T) true -ln p of each target; 0 when the data has none
 } Batch;
 
 // The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
@@ -1762,8 +1679,8 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     const char *slash = strrchr(s->path, '/');
     const int folder = slash ? (int)(slash + 1 - s->path) : 0;
-    char *here = path_text("%.*smetadata.json", folder, s->path), *above = path_text("%.*s../metadata.json", folder, s->path);
-    const char *where = access(here, F_OK) ? above : here;
+    Str here = str("%.*smetadata.json", folder, s->path), above = str("%.*s../metadata.json", folder, s->path);
+    const char *where = access(here.s, F_OK) ? above.s : here.s;
     if (access(where, F_OK))
         die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
             "or write the shard again", s->path);
@@ -1779,8 +1696,7 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
         die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes "
             "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
-    json_free(meta);
-    free(here); free(above);
+    free(meta);
 }
 
 // The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
@@ -1788,12 +1704,12 @@ static void shard_find_floor(Shard *s) {
     const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
     size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
     size_t bytes, expected = 4 * (s->n_tokens - (s->row ? s->n_windows : 1));
-    char *path = path_text("%.*s.nll", (int)stem, s->path);
-    if (access(path, F_OK) != 0) { free(path); return; }
-    close(open_regular(path, "true loss", &bytes));
+    Str path = str("%.*s.nll", (int)stem, s->path);
+    if (access(path.s, F_OK)) return;
+    close(open_regular(path.s, "true loss", &bytes));
     if (bytes != expected)
-        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path, bytes, s->path, expected);
-    s->floor_path = path;
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path.s, bytes, s->path, expected);
+    s->floor_path = xstrdup(path.s);
 }
 
 static void shard_open(DataLoader *dl, Shard *s) {
@@ -1813,6 +1729,7 @@ static void shard_open(DataLoader *dl, Shard *s) {
         die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
     s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)dl->T;
     size_t used = s->row ? s->n_windows * ((size_t)dl->T + 1) : s->n_windows ? s->n_windows * (size_t)dl->T + 1 : 0;
+    dl->n_windows += (int64_t)s->n_windows;
     dl->n_tokens += (int64_t)s->n_tokens;
     dl->n_dropped += (int64_t)(s->n_tokens - used);
     close(s->fd);
@@ -1821,23 +1738,18 @@ static void shard_open(DataLoader *dl, Shard *s) {
 }
 
 // Token i of n packed tokens.
-static uint32_t packed_token(const unsigned char *data, int width, size_t i) {
-    uint16_t narrow;
-    uint32_t wide;
-    if (width == 2) { memcpy(&narrow, data + 2*i, 2); return narrow; }
-    memcpy(&wide, data + 4*i, 4);
-    return wide;
+static uint32_t packed_token(const void *data, int width, size_t i) {
+    return width == 2 ? ((const uint16_t *)data)[i] : ((const uint32_t *)data)[i];
 }
 
-// The descriptor of a shard; the one that has been open longest gives up its place.
+// The descriptor of a shard, which it keeps until another one needs its place.
 static int shard_fd(DataLoader *dl, int index) {
-    Shard *s = &dl->shards[index];
+    Shard *s = &dl->shards[index], **place = &dl->open_shard[index % MAX_OPEN_SHARDS];
     if (s->fd >= 0) return s->fd;
-    int *place = &dl->open_shard[dl->next_open++ % MAX_OPEN_SHARDS];
-    if (*place >= 0) { close(dl->shards[*place].fd); dl->shards[*place].fd = -1; }
-    *place = -1;
+    if (*place) { close((*place)->fd); (*place)->fd = -1; }
+    *place = NULL;
     s->fd = open_regular(s->path, "token shard", NULL);
-    *place = index;
+    *place = s;
     return s->fd;
 }
 
@@ -1845,7 +1757,7 @@ static int shard_fd(DataLoader *dl, int index) {
 static void shard_scan(DataLoader *dl, int index) {
     Shard *s = &dl->shards[index];
     const size_t block = (size_t)1 << 20;
-    unsigned char *data = (unsigned char *)xmalloc(block);
+    void *data = xmalloc(block);
     uint32_t crc = 0, largest = 0;
     size_t bytes = s->n_tokens * (size_t)s->width;
     int fd = shard_fd(dl, index);
@@ -1877,28 +1789,25 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     memset(dl, 0, sizeof *dl);
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
-    memset(dl->open_shard, 255, sizeof dl->open_shard);
     if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
         die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others", pattern);
     dl->n_shards = (int)found.gl_pathc;
     dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
-    dl->first_window = (int64_t *)xcalloc(found.gl_pathc + 1, sizeof(int64_t));
     for (int i = 0; i < dl->n_shards; i++) {
         Shard *s = &dl->shards[i];
         s->path = xstrdup(found.gl_pathv[i]);
+        s->first_window = dl->n_windows;
         shard_open(dl, s);
-        dl->first_window[i + 1] = dl->first_window[i] + (int64_t)s->n_windows;
         bytes += s->n_tokens * (size_t)s->width;
         n_floors += s->floor_path != NULL;
     }
     globfree(&found);
-    dl->n_windows = dl->first_window[dl->n_shards];
     if (dl->n_windows == 0)
         die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
             "smaller --seq-len", pattern, dl->n_tokens, T);
     for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
     dl->has_floor = n_floors == dl->n_shards;
-    dl->buffer = (unsigned char *)xmalloc(((size_t)T + 1) * 4);
+    dl->buffer = xmalloc(((size_t)T + 1) * 4);
 }
 
 // One line for the log; name: "train" or "val".
@@ -1910,16 +1819,6 @@ void loader_log(const DataLoader *dl, const char *name, FILE *f) {
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
 
-void loader_close(DataLoader *dl) {
-    for (int i = 0; i < dl->n_shards; i++) {
-        if (dl->shards[i].fd >= 0) close(dl->shards[i].fd);
-        free(dl->shards[i].path);
-        free(dl->shards[i].floor_path);
-    }
-    free(dl->shards); free(dl->first_window); free(dl->buffer);
-    memset(dl, 0, sizeof *dl);
-}
-
 // Micro-steps that show each window of an evaluation once.
 int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
 
@@ -1930,12 +1829,7 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask) {
     batch->inputs = (int *)xcalloc(n, sizeof(int));
     batch->targets = (int *)xcalloc(n, sizeof(int));
     batch->doc_start = document_mask ? (int *)xcalloc(n, sizeof(int)) : NULL;
-    batch->floor_memory = (float *)xcalloc(n, sizeof(float));
-}
-
-void batch_free(Batch *batch) {
-    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor_memory);
-    memset(batch, 0, sizeof *batch);
+    batch->floor = (float *)xcalloc(n, sizeof(float));
 }
 
 // A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
@@ -1971,13 +1865,13 @@ static void read_floor(const Shard *s, size_t first_target, int T, float *floor)
 
 // Window `window` of all shards into row b.
 static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
-    int low = 0, high = dl->n_shards, T = dl->T;            // its shard has first_window[low] <= window < first_window[high]
+    int low = 0, high = dl->n_shards, T = dl->T;            // its shard is the last one with first_window <= window
     while (high - low > 1) {
         int middle = low + (high - low) / 2;
-        if (dl->first_window[middle] <= window) low = middle; else high = middle;
+        if (dl->shards[middle].first_window <= window) low = middle; else high = middle;
     }
     const Shard *s = &dl->shards[low];
-    size_t w = (size_t)(window - dl->first_window[low]), width = (size_t)s->width, n = (size_t)T + 1;
+    size_t w = (size_t)(window - s->first_window), width = (size_t)s->width, n = (size_t)T + 1;
     size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
     if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
@@ -1993,7 +1887,7 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
         if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
         if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
-    if (batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
+    if (dl->has_floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
 }
 
 // The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
@@ -2002,7 +1896,6 @@ void loader_next(DataLoader *dl, Batch *batch) {
     assert(batch->B == dl->B && batch->T == dl->T && (!dl->document_mask || batch->doc_start));
     LoaderState *state = &dl->state;
     batch->n_rows = 0;
-    batch->floor = dl->has_floor ? batch->floor_memory : NULL;
     for (int b = 0; b < dl->B; b++) {
         int64_t p = state->position + (int64_t)dl->rank * dl->B + b, epoch = state->epoch + p / dl->n_windows;
         if (dl->shuffle) p = permute(state->seed, epoch, p % dl->n_windows, dl->n_windows);
@@ -2014,7 +1907,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
         for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
             batch->inputs[i] = 0;
             batch->targets[i] = IGNORED;
-            batch->floor_memory[i] = 0;
+            batch->floor[i] = 0;
             if (batch->doc_start) batch->doc_start[i] = 0;
         }
     }
@@ -2052,10 +1945,9 @@ static FILE *log_file;
 
 void log_open(const char *out) {
     if (comm_rank() != 0) return;
-    char path[4096];
-    snprintf(path, sizeof path, "%s/log.jsonl", out);
-    log_file = fopen(path, "a");
-    if (!log_file) die("cannot write %s: %s; choose another --out", path, strerror(errno));
+    Str path = str("%s/log.jsonl", out);
+    log_file = fopen(path.s, "a");
+    if (!log_file) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
@@ -2064,7 +1956,7 @@ static void text_add_field(Text *t, const char *key, double x) { text_add(t, ", 
 // Appends the options as an object of strings; kind RUN: only what a run is made of.
 static void text_add_options(Text *t, int kind) {
     const char *before = "{";
-    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
         const char *value = option_text(o);
         if ((kind && !(o->kind & kind)) || !value || o->type == OPT_FLAG) continue;
         text_add(t, "%s\"%s\": ", before, o->name + 2);
@@ -2084,23 +1976,15 @@ static void log_record(Text *t) {
 }
 
 // "1.5 s" .. "3 h 20 min": for people
-const char *duration_text(double s) {
-    static char text[32];
-    if (s < 60) snprintf(text, sizeof text, "%.0f s", s);
-    else if (s < 3600) snprintf(text, sizeof text, "%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
-    else snprintf(text, sizeof text, "%.0f h %02.0f min", floor(s / 3600), fmod(s / 60, 60));
-    return text;
+Str duration_text(double s) {
+    if (s < 60) return str("%.0f s", s);
+    if (s < 3600) return str("%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
+    return str("%.0f h %02.0f min", floor(s / 3600), fmod(s / 60, 60));
 }
 
 // "unavailable" rather than a wrong number
-const char *measured_text(double x, const char *format) {
-    static char text[4][48];
-    static int next;
-    char *t = text[next++ % 4];
-    if (isfinite(x)) snprintf(t, sizeof text[0], format, x);
-    else snprintf(t, sizeof text[0], "unavailable");
-    return t;
-}
+Str measured_text(double x, const char *format) { return isfinite(x) ? str(format, x) : str("unavailable"); }
+
 // ==== 10. Checkpoints: Hugging Face directories =========================================================================
 // OUT/step_00000120/
 //   config.json, model.safetensors, generation_config.json, tokenizer files   what Hugging Face loads, in the compute precision
@@ -2116,7 +2000,8 @@ void model_write(Model *m, int what, size_t at, size_t n, const float *host);
 void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at);
 const ParamTable *model_table(const Model *m);
 
-#define IO_CHUNK ((size_t)1 << 20)      // elements that pass through the host at a time
+#define IO_CHUNK ((size_t)1 << 20)
+static float io_values[IO_CHUNK];       // what passes between disk and model at a time
 enum { SPIKE_WINDOW = 128 };
 
 typedef struct TrainState {             // with the weights and the optimizer: all that a run is
@@ -2130,15 +2015,11 @@ typedef struct TrainState {             // with the weights and the optimizer: a
 
 static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                                          "special_tokens_map.json"};
-enum { N_SIDE_FILES = (int)(sizeof side_files / sizeof *side_files) };
 
 static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
     DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));) {
-        char *path = path_text("%s/%s", dir, e->d_name);
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(path);
-        free(path);
-    }
+    for (struct dirent *e; d && (e = readdir(d));)
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(str("%s/%s", dir, e->d_name).s);
     if (d) closedir(d);
     rmdir(dir);
 }
@@ -2167,7 +2048,7 @@ int checkpoint_list(const char *out, int64_t **steps) {
     return n;
 }
 
-char *checkpoint_path(const char *out, int64_t step) { return path_text("%s/step_%08" PRId64, out, step); }
+static Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
 
 // ---- writing -------------------------------------------------------------------------------------------------------------
 typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
@@ -2175,30 +2056,22 @@ typedef struct Saving {                 // the first failure ends the saving; no
     Text checksums;
     uint32_t crc;                       // of the file that was written last, and
     size_t bytes;                       // its size
-    char error[512];
+    Text error;                         // empty while all is well
 } Saving;
 
-static void saving_failed(Saving *s, const char *path, int error) {
-    if (!s->error[0]) snprintf(s->error, sizeof s->error, "%s: %s", path, strerror(error));
-}
-
 static StWriter *save_begin(const Saving *s, const char *name, const char *metadata) {
-    char *path = path_text("%s/%s", s->dir, name);
-    StWriter *w = st_create(path, metadata);
-    free(path);
-    return w;
+    return st_create(str("%s/%s", s->dir, name).s, metadata);
 }
 
 // Ends w: its file joins the checksums, its error becomes the saving's.
 static void save_end(Saving *s, StWriter *w, const char *name) {
-    s->crc = st_finish(w, &s->bytes);
-    if (st_error(w) && !s->error[0]) snprintf(s->error, sizeof s->error, "%s", st_error(w));
+    int failed = st_finish(w, &s->crc, &s->bytes);
+    if (failed && !s->error.n) text_add(&s->error, "%s/%s: cannot write: %s", s->dir, name, strerror(failed));
     text_add(&s->checksums, "%08x %zu %s\n", s->crc, s->bytes, name);
-    st_free(w);
 }
 
 static void save_file(Saving *s, const char *name, const void *data, size_t n) {
-    if (s->error[0]) return;
+    if (s->error.n) return;
     StWriter *w = save_begin(s, name, NULL);
     st_put(w, data, n);
     save_end(s, w, name);
@@ -2206,22 +2079,25 @@ static void save_file(Saving *s, const char *name, const void *data, size_t n) {
 
 // Elements [at, at+n) of one kind of state are the next values of w.
 static void save_values(StWriter *w, const Model *m, int kind, size_t at, size_t n) {
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
-        model_read(m, kind, at + done, k, host);
-        st_write(w, host, k);
+        model_read(m, kind, at + done, k, io_values);
+        st_write(w, io_values, k);
     }
-    free(host);
+}
+
+// Announces every tensor of the table.
+static void st_declare_table(StWriter *w, const ParamTable *p, int dtype) {
+    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
+        int64_t shape[2] = {t->rows, t->cols};
+        st_declare(w, t->name, dtype, t->cols ? 2 : 1, shape);
+    }
 }
 
 static void save_weights(Saving *s, const Model *m, int dtype) {
     const ParamTable *p = model_table(m);
     StWriter *w = save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
-    for (int i = 0; i < p->n_tensors; i++) {
-        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
-        st_declare(w, p->tensors[i].name, dtype, p->tensors[i].cols ? 2 : 1, shape);
-    }
+    st_declare_table(w, p, dtype);
     st_begin(w);
     for (int i = 0; i < p->n_tensors; i++) save_values(w, m, STATE_WEIGHTS, p->tensors[i].at, p->tensors[i].n);
     save_end(s, w, "model.safetensors");
@@ -2242,13 +2118,11 @@ static void save_optimizer(Saving *s, const Model *m, const char *name) {
     StWriter *w = save_begin(s, name, NULL);
     for (int pass = 0; pass < 2; pass++) {          // declare, then write
         for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
-            char tensor[64];
             size_t begin, n, at;
             unit_share(m, u, &begin, &n, &at);
             int64_t shape = (int64_t)n;
-            snprintf(tensor, sizeof tensor, "%s.%s.%zu", p->units[u].name, state_kinds[kind], begin);
             if (pass) save_values(w, m, kind, at, n);
-            else if (n) st_declare(w, tensor, ST_F32, 1, &shape);
+            else if (n) st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], begin).s, ST_F32, 1, &shape);
         }
         if (pass == 0) st_begin(w);
     }
@@ -2290,63 +2164,55 @@ static void save_side_files(Saving *s, const Config *c, const Options *o, const 
     text_add(&g, "\"do_sample\": true}\n");
     save_file(s, "generation_config.json", g.s, (size_t)g.n);
     free(g.s);
-    for (int i = 0; from && i < N_SIDE_FILES; i++) {
-        char *path = path_text("%s/%s", from, side_files[i]);
+    for (int i = 0; from && i < COUNT(side_files); i++) {
+        Str path = str("%s/%s", from, side_files[i]);
+        if (access(path.s, R_OK)) continue;
         size_t n;
-        if (!access(path, R_OK)) {
-            char *data = read_text_file(path, (size_t)1 << 30, &n);
-            save_file(s, side_files[i], data, n);
-            free(data);
-        }
-        free(path);
+        char *data = read_text_file(path.s, (size_t)1 << 30, &n);
+        save_file(s, side_files[i], data, n);
+        free(data);
     }
 }
 
 static void checkpoint_prune(const char *out, int64_t keep) {
     int64_t *steps;
     int n = checkpoint_list(out, &steps);
-    for (int i = 0; i < n - keep; i++) {
-        char *old = checkpoint_path(out, steps[i]), *gone = path_text("%s/tmp.old", out);
-        if (!rename(old, gone)) remove_folder(gone);    // renamed first: a kill in between leaves no half checkpoint behind
-        free(old); free(gone);
-    }
+    Str gone = str("%s/tmp.old", out);
+    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint behind
+        if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
     free(steps);
 }
 
 static void remove_leftovers(const char *out) {         // of a killed run
     DIR *d = opendir(out);
-    for (struct dirent *e; d && (e = readdir(d));) if (!strncmp(e->d_name, "tmp.", 4)) {
-        char *path = path_text("%s/%s", out, e->d_name);
-        remove_folder(path);
-        free(path);
-    }
+    for (struct dirent *e; d && (e = readdir(d));)
+        if (!strncmp(e->d_name, "tmp.", 4)) remove_folder(str("%s/%s", out, e->d_name).s);
     if (d) closedir(d);
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
-    char *final = checkpoint_path(o->out, t->step), *tmp = path_text("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Saving s = {tmp, {NULL, 0, 0}, 0, 0, ""};
+    Str final = checkpoint_path(o->out, t->step), tmp = str("%s/tmp.step_%08" PRId64, o->out, t->step);
+    Str old = str("%s/tmp.old", o->out);
+    Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
     if (rank == 0) {
         remove_leftovers(o->out);
-        if (mkdir(tmp, 0777)) saving_failed(&s, tmp, errno);
+        if (mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
     }
     comm_barrier();
-    if (rank < parts && !s.error[0]) {
-        char name[64];
-        snprintf(name, sizeof name, "optimizer-%05d-of-%05d.safetensors", rank, parts);
-        save_optimizer(&s, m, name);
+    if (rank < parts && !s.error.n) {
+        save_optimizer(&s, m, str("optimizer-%05d-of-%05d.safetensors", rank, parts).s);
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
-    if (rank == 0 && !s.error[0]) {
+    if (rank == 0 && !s.error.n) {
         save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
         save_side_files(&s, c, o, side_folder);
         save_trainer_state(&s, t);
     }
-    sums[2 * parts] = s.error[0] != 0;
+    sums[2 * parts] = s.error.n != 0;
     comm_sum(sums, 2 * parts + 1);
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
@@ -2355,90 +2221,82 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
                      i, parts);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
         save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
-        sync_folder(tmp);
-        char *old = path_text("%s/tmp.old", o->out);
-        rename(final, old);                             // a damaged one of the same step
-        if (!s.error[0] && rename(tmp, final)) saving_failed(&s, final, errno);
-        remove_folder(old);
-        free(old);
+        sync_folder(tmp.s);
+        rename(final.s, old.s);                         // a damaged one of the same step
+        if (!s.error.n && rename(tmp.s, final.s)) text_add(&s.error, "%s: %s", final.s, strerror(errno));
+        remove_folder(old.s);
         sync_folder(o->out);
-        if (!s.error[0]) checkpoint_prune(o->out, o->keep);
+        if (!s.error.n) checkpoint_prune(o->out, o->keep);
     }
-    if (s.error[0]) {
-        if (rank == 0) remove_folder(tmp);
-        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step, s.error);
+    if (s.error.n) {
+        if (rank == 0) remove_folder(tmp.s);
+        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step,
+            s.error.s);
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
-    free(s.checksums.s); free(sums); free(tmp); free(final);
+    free(s.checksums.s); free(sums);
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------------
 static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
     FILE *f = fopen(path, "rb");
-    char *buffer = (char *)xmalloc(IO_CHUNK);
     *crc = 0;
     *bytes = 0;
-    for (size_t n; f && (n = fread(buffer, 1, IO_CHUNK, f)) > 0; *bytes += n) *crc = crc32_update(*crc, buffer, n);
+    for (size_t n; f && (n = fread(io_values, 1, sizeof io_values, f)) > 0; *bytes += n)
+        *crc = crc32_update(*crc, io_values, n);
     int ok = f && !ferror(f);
     if (f) fclose(f);
-    free(buffer);
     return ok;
 }
 
-// 1 if every file of the checkpoint is there with the recorded bytes; otherwise `why` (size n) says what is wrong.
-int checkpoint_whole(const char *dir, char *why, size_t n) {
-    char *path = path_text("%s/checksums.txt", dir), *text = NULL;
+// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong.
+Str checkpoint_whole(const char *dir) {
+    Str path = str("%s/checksums.txt", dir), why = {""};
     struct stat info;
     size_t size;
-    why[0] = 0;
-    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 24) snprintf(why, n, "%s is missing or empty", path);
-    else {
-        char self[16];
-        text = read_text_file(path, 1 << 24, &size);
-        snprintf(self, sizeof self, "%08x\n", crc32_update(0, text, size - 9));
-        if (strcmp(text + size - 9, self)) snprintf(why, n, "%s does not match its own checksum", path);
-        text[size - 9] = 0;
-    }
-    for (char *line = text, *next; !why[0] && *line; line = next) {
+    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24) return str("%s is missing or empty", path.s);
+    char *text = read_text_file(path.s, 1 << 24, &size);
+    if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
+        why = str("%s does not match its own checksum", path.s);
+    text[size - 9] = 0;
+    for (char *line = text, *next; !why.s[0] && *line; line = next) {
         uint32_t crc, found_crc;
         size_t bytes, found;
         int name = 0;
         next = line + strcspn(line, "\n");
         if (*next) *next++ = 0;
         int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
-        char *file = path_text("%s/%s", dir, line + name);
-        if (fields != 2 || !name) snprintf(why, n, "%s has a bad line", path);
-        else if (!file_crc(file, &found_crc, &found)) snprintf(why, n, "%s is missing", file);
-        else if (found != bytes) snprintf(why, n, "%s has %zu bytes, not %zu", file, found, bytes);
-        else if (found_crc != crc) snprintf(why, n, "%s is damaged (checksum differs)", file);
-        free(file);
+        Str file = str("%s/%.255s", dir, line + name);
+        if (fields != 2 || !name) why = str("%s has a bad line", path.s);
+        else if (!file_crc(file.s, &found_crc, &found)) why = str("%s is missing", file.s);
+        else if (found != bytes) why = str("%s has %zu bytes, not %zu", file.s, found, bytes);
+        else if (found_crc != crc) why = str("%s is damaged (checksum differs)", file.s);
     }
-    free(text); free(path);
-    return !why[0];
+    free(text);
+    return why;
 }
 
 // --resume: the folder to continue, whole; NULL: `auto` found none. Damaged ones are named; auto then takes an older one.
 char *checkpoint_choose(const char *resume, const char *out) {
-    char why[1024] = "";
+    Str why = {""};
     if (strcmp(resume, "auto")) {
-        if (!comm_rank() && !checkpoint_whole(resume, why, sizeof why))
-            die("--resume %s: %s; resume an older checkpoint", resume, why);
+        if (!comm_rank()) why = checkpoint_whole(resume);
+        if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
     int n = checkpoint_list(out, &steps);
     for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
-        char *dir = checkpoint_path(out, steps[i]);
-        if (checkpoint_whole(dir, why, sizeof why)) chosen = steps[i];
-        else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why);
-        free(dir);
+        why = checkpoint_whole(checkpoint_path(out, steps[i]).s);
+        if (!why.s[0]) chosen = steps[i];
+        else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why.s);
     }
     free(steps);
     if (n && chosen < 0 && comm_rank() == 0)
-        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why);
+        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why.s);
     comm_broadcast(&chosen, sizeof chosen);
-    return chosen < 0 ? NULL : checkpoint_path(out, chosen);
+    return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
 
 static void read_series(const Json *root, const char *key, const char *where, double *x) {
@@ -2450,7 +2308,8 @@ static void read_series(const Json *root, const char *key, const char *where, do
 
 // trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
 void checkpoint_read_state(const char *dir, TrainState *t) {
-    char *where = path_text("%s/trainer_state.json", dir);
+    Str path = str("%s/trainer_state.json", dir);
+    const char *where = path.s;
     Json *root = json_read_file(where, 1 << 24);
     const int64_t MOST = INT64_C(1) << 53;
     memset(t, 0, sizeof *t);
@@ -2469,35 +2328,30 @@ void checkpoint_read_state(const char *dir, TrainState *t) {
     t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
     const Json *options = json_get(root, "options");
     for (const Json *e = options ? options->child : NULL; e; e = e->next) {
-        char name[64];
-        snprintf(name, sizeof name, "--%s", e->key);
-        Option *o = option_find(name);
+        Option *o = option_find(str("--%s", e->key).s);
         if (!o || !(o->kind & RUN) || e->type != 's')
             die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (!o->given) option_set(o, e->str);
         else if (comm_rank() == 0 && strcmp(option_text(o), e->str))
-            printf("resume: %s was %s, is now %s\n", name, e->str, option_text(o));
+            printf("resume: %s was %s, is now %s\n", o->name, e->str, option_text(o));
     }
-    json_free(root);
-    free(where);
+    free(root);
 }
 
 // Elements [first, first+n) of a tensor become elements at, at+1, ... of one kind of state.
 static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, size_t at) {
-    float *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
-        st_read(s, t, first + done, k, host);
-        model_write(m, kind, at + done, k, host);
+        st_read(s, t, first + done, k, io_values);
+        model_write(m, kind, at + done, k, io_values);
     }
-    free(host);
 }
 
 // Elements [first, first+n) of what a unit has of one kind, from whichever tensors hold them; dies if any is missing.
 static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at) {
-    char prefix[64];
+    Str text = str("%s.%s.", unit->name, state_kinds[kind]);
+    const char *prefix = text.s;
     size_t found = 0;
-    snprintf(prefix, sizeof prefix, "%s.%s.", unit->name, state_kinds[kind]);
     for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++) {
         int64_t offset;
         if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
@@ -2514,8 +2368,7 @@ static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t fi
 // Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
 void checkpoint_read_model(const char *dir, Model *m) {
     const ParamTable *p = model_table(m);
-    char *pattern = path_text("%s/optimizer-*-of-*.safetensors", dir);
-    StSet *s = st_open_all(pattern);
+    StSet *s = st_open_all(str("%s/optimizer-*-of-*.safetensors", dir).s);
     if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
         const Unit *unit = &p->units[u];
@@ -2525,7 +2378,6 @@ void checkpoint_read_model(const char *dir, Model *m) {
         for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(s, unit, kind, begin, n, m, kind, at);
     }
     st_close(s);
-    free(pattern);
 }
 
 // Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
@@ -2546,7 +2398,8 @@ void weights_read(const char *dir, Model *m, const Config *c) {
         int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
         for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
         if (!known)
-            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name, c->family);
+            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name,
+                c->family->name);
     }
     st_close(s);
 }
@@ -3112,7 +2965,7 @@ void rope_table(floatX *cosine, floatX *sine, const Config *c, int T) {     // (
     const double PI = 3.14159265358979323846;
     for (int i = 0; i < c->D / 2; i++) {
         double freq = pow(c->rope_theta, -2.0 * i / c->D);
-        if (c->rope_llama3) {
+        if (c->rope_factor > 0) {
             double turns = c->rope_original_T * freq / (2 * PI);
             double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
             freq *= keep + (1 - keep) / c->rope_factor;
@@ -3963,13 +3816,12 @@ static void refuse_what_the_cpu_cannot(void) {
 
 static Config read_config(const char *dir_or_file, int is_dir) {
     Config c;
-    char *path = is_dir ? path_text("%s/config.json", dir_or_file) : xstrdup(dir_or_file);
+    Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
     size_t n;
-    char *text = read_text_file(path, 1 << 24, &n);
-    config_from_json(&c, text, n, path);
-    config_check(&c, path);
+    char *text = read_text_file(path.s, 1 << 24, &n);
+    config_from_json(&c, text, n, path.s);
+    config_check(&c, path.s);
     free(text);
-    free(path);
     return c;
 }
 
@@ -3994,31 +3846,28 @@ static Config choose_config(const char *resume_dir) {
     return saved;
 }
 
-static char *folder_of(const char *path) {
+static Str folder_of(const char *path) {
     const char *slash = strrchr(path, '/');
-    return slash ? path_text("%.*s", (int)(slash - path), path) : xstrdup(".");
+    return str("%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
 }
 
 // Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it.
 static void setup_tokenizer(Trainer *tr, const char *model_dir) {
-    char *data = folder_of(opt.train_data), *above = path_text("%s/..", data);
-    char *path = opt.tokenizer ? xstrdup(opt.tokenizer) : NULL;
-    const char *folders[3] = {model_dir, data, above};
-    for (int i = 0; i < 3 && !path; i++) if (folders[i]) {
-        path = path_text("%s/tokenizer.bin", folders[i]);
-        if (access(path, R_OK)) free(path), path = NULL;
+    Str data = folder_of(opt.train_data), above = str("%s/..", data.s), path;
+    const char *folders[3] = {model_dir, data.s, above.s}, *found = opt.tokenizer;
+    for (int i = 0; i < 3 && !found; i++) if (folders[i]) {
+        path = str("%s/tokenizer.bin", folders[i]);
+        if (!access(path.s, R_OK)) found = path.s;
     }
-    free(data), free(above);
-    if (path) {
-        tr->tokenizer = tokenizer_open(path);
+    if (found) {
+        tr->tokenizer = tokenizer_open(found);
         int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
         int fits = !tr->c.V || (spare >= 0 && spare <= tr->c.V / 100);
         if (!fits && opt.tokenizer)
-            die("--tokenizer %s has %d tokens, the model %d; name the model's own", path, tr->tokenizer->V, tr->c.V);
+            die("--tokenizer %s has %d tokens, the model %d; name the model's own", found, tr->tokenizer->V, tr->c.V);
         if (!fits) tokenizer_free(tr->tokenizer), tr->tokenizer = NULL;     // beside the data by chance
     }
-    tr->side_folder = model_dir ? model_dir : tr->tokenizer ? folder_of(path) : NULL;
-    free(path);
+    tr->side_folder = model_dir ? model_dir : tr->tokenizer ? xstrdup(folder_of(found).s) : NULL;
 }
 
 static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
@@ -4081,7 +3930,7 @@ static void resolve_options(Trainer *tr) {
 
 static void print_model(const Trainer *tr) {
     const Config *c = &tr->c;
-    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family,
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family->name,
            (double)tr->m.p.n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
     printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | "
            "recompute %s\n", opt.total_batch_tokens, tr->m.B, tr->m.T, comm_world(), tr->micro_steps,
@@ -4104,7 +3953,7 @@ static void evaluate(Trainer *tr) {
         int64_t n;
         sums[0] += llama_loss(&tr->m, &tr->val_batch, &n);
         sums[1] += (double)n;
-        for (int j = 0; tr->val_batch.floor && j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
+        for (int j = 0; j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
     }
     comm_sum(sums, 3);
     tr->val_loss = sums[0] / sums[1];
@@ -4226,8 +4075,8 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
         double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
         printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s "
                "(causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3, speed,
-               measured_text(100 * report / tr->peak, "%.1f%%"), measured_text(100 * causal / tr->peak, "%.1f%%"),
-               measured_text(joules / tokens, "%.3g"), duration_text(left));
+               measured_text(100 * report / tr->peak, "%.1f%%").s, measured_text(100 * causal / tr->peak, "%.1f%%").s,
+               measured_text(joules / tokens, "%.3g").s, duration_text(left).s);
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
@@ -4293,10 +4142,10 @@ static void report_end(const Trainer *tr) {
     double speed = (double)s->tokens / s->seconds, world = comm_world();
     printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %.1f%% of %.1f GFLOP/s per rank "
            "(measured FMA peak) | energy %s kWh, %s W, %s J/token\n",
-           s->step, s->tokens, duration_text(s->seconds), speed,
+           s->step, s->tokens, duration_text(s->seconds).s, speed,
            100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, tr->peak * 1e-9,
-           measured_text(s->joules / 3.6e6, "%.3g"), measured_text(s->joules / s->seconds, "%.1f"),
-           measured_text(s->joules / (double)s->tokens, "%.3g"));
+           measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
+           measured_text(s->joules / (double)s->tokens, "%.3g").s);
     if (isfinite(tr->val_loss) && isfinite(tr->floor))
         printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
                tr->val_loss - tr->floor);
@@ -4322,27 +4171,21 @@ static void dump_grads(Trainer *tr) {
     if (!update_gradients(tr, &mean_loss, &mean)) die("--dump-grads: stopped by a signal");
     if (comm_rank()) return;
     const ParamTable *p = &tr->m.p;
-    float loss = (float)mean_loss, *host = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    float loss = (float)mean_loss;
     StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
     int64_t one = 1;
     st_declare(w, "loss", ST_F32, 1, &one);
-    for (int i = 0; i < p->n_tensors; i++) {
-        int64_t shape[2] = {p->tensors[i].rows, p->tensors[i].cols};
-        st_declare(w, p->tensors[i].name, ST_F32, p->tensors[i].cols ? 2 : 1, shape);
-    }
+    st_declare_table(w, p, ST_F32);
     st_begin(w);
     st_write(w, &loss, 1);
     for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {
         n = min_size(p->tensors[i].n - at, IO_CHUNK);
-        model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, host);
-        for (size_t j = 0; j < n; j++) host[j] = (float)(host[j] * mean);
-        st_write(w, host, n);
+        model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, io_values);
+        for (size_t j = 0; j < n; j++) io_values[j] = (float)(io_values[j] * mean);
+        st_write(w, io_values, n);
     }
-    size_t bytes;
-    st_finish(w, &bytes);
-    if (st_error(w)) die("--dump-grads: %s", st_error(w));
-    st_free(w);
-    free(host);
+    int failed = st_finish(w, NULL, NULL);
+    if (failed) die("--dump-grads: %s: cannot write: %s", opt.dump_grads, strerror(failed));
     printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
 }
 

@@ -76,7 +76,7 @@ static void put_two(const char *a, const char *b, const uint8_t *data, size_t n)
 static void fuzz_json(const uint8_t *data, size_t n) {
     Json *j = json_parse((const char *)data, n, "fuzz");
     json_get(j, "a");
-    json_free(j);
+    tracked_free(j);
 }
 
 static void fuzz_config(const uint8_t *data, size_t n) {        // what is accepted survives a round trip
@@ -140,8 +140,8 @@ static void fuzz_shard(const uint8_t *data, size_t n) {
             if (masked && (batch.doc_start[i] < 0 || batch.doc_start[i] > i % T)) abort();
         }
     }
-    batch_free(&batch);
-    loader_close(&dl);
+    tracking = 0;                                               // loader and batch are kept on purpose
+    while (n_tracked) free(tracked[--n_tracked]);
 }
 
 // The first byte says how many of the last bytes are a text to encode; the rest is a tokenizer file.
@@ -157,7 +157,7 @@ static void fuzz_tokenizer(const uint8_t *data, size_t n) {
     int *ids, count = tokenizer_encode(t, (const char *)data + n - text, text, &ids);
     for (int i = 0; i < count; i++) {
         if (ids[i] < 0 || ids[i] >= t->V) abort();
-        bytes += piece_byte(t->piece[ids[i]], t->length[ids[i]]) >= 0 ? 1 : (size_t)t->length[ids[i]];
+        bytes += piece_byte(&t->piece[ids[i]]) >= 0 ? 1 : (size_t)t->piece[ids[i]].n;
     }
     if (bytes != text + (t->prefix_space && text ? 1 : 0)) abort();     // the pieces cover the text exactly
     tracked_free(ids);
@@ -179,7 +179,7 @@ static void fuzz_options(const uint8_t *data, size_t n) {       // a word per li
     }
     options_parse(argc, argv);
     options_check();
-    for (int i = 0; i < N_OPTIONS; i++) {                       // the text of a value reads back as that value
+    for (int i = 0; i < COUNT(option_table); i++) {                       // the text of a value reads back as that value
         Option *o = &option_table[i];
         const char *value = option_text(o);
         if (!value || o->type == OPT_FLAG || o->type == OPT_TEXT) continue;
@@ -194,10 +194,8 @@ static void fuzz_options(const uint8_t *data, size_t n) {       // a word per li
 
 static void fuzz_state(const uint8_t *data, size_t n) {         // trainer_state.json, then checksums.txt
     TrainState t;
-    char why[300];
     put_two("checksums.txt", "trainer_state.json", data, n);
-    checkpoint_whole(dir, why, sizeof why);
-    if (strchr(why, '\n')) abort();
+    if (strchr(checkpoint_whole(dir).s, '\n')) abort();
     options_default();
     checkpoint_read_state(dir, &t);
     if (t.step < 0 || t.updates > t.step || t.loader.position < 0) abort();

@@ -18,7 +18,16 @@ reported.
 #include "../train_litespark.c"
 #include <ftw.h>
 #include <sys/wait.h>
-#define COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
+
+// printf into a fresh string
+__attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
+    char *s = NULL;
+    va_list args;
+    va_start(args, fmt);
+    if (vasprintf(&s, fmt, args) < 0) die("out of memory");
+    va_end(args);
+    return s;
+}
 
 enum { QUICK = 1, PTX = 2, LONG = 4, ALL_LEVELS = 7 };
 static int level = QUICK;
@@ -218,10 +227,7 @@ static const char *case_folder(const Case *c) {
         config_from_json(&config, text, strlen(text), c->name);
         param_table_build(&p, &config, 1);
         StWriter *w = st_create(path_text("%s/model.safetensors", dir), "{\"format\":\"pt\"}");
-        for (int i = 0; i < p.n_tensors; i++) {
-            int64_t shape[2] = {p.tensors[i].rows, p.tensors[i].cols};
-            st_declare(w, p.tensors[i].name, ST_BF16, shape[1] ? 2 : 1, shape);
-        }
+        st_declare_table(w, &p, ST_BF16);
         st_begin(w);
         for (int i = 0; i < p.n_tensors; i++) {
             const Tensor *t = &p.tensors[i];
@@ -232,9 +238,8 @@ static const char *case_folder(const Case *c) {
             st_write(w, x, t->n);
             free(x);
         }
-        st_finish(w, NULL);
-        if (st_error(w)) die("test: %s", st_error(w));
-        st_free(w);
+        int error = st_finish(w, NULL, NULL);
+        if (error) die("test: cannot write %s/model.safetensors: %s", dir, strerror(error));
         write_shard(path_text("%s/train.bin", dir), 8 * c->B * c->T + 1, c->V, c->document, seed ^ hash_string(c->name));
         write_shard(path_text("%s/val.bin", dir), (3 * c->B + 1) * c->T + 1, c->V, c->document, ~seed ^ hash_string(c->name));
         free(path);
@@ -466,7 +471,7 @@ static int log_values(const char *out, const char *type, const char *key, double
         Json *j = json_parse(line, strlen(line), "log.jsonl");
         const Json *value = json_get(j, key);
         if (!strcmp(json_string(j, "type", "log.jsonl", ""), type)) x[n++] = value && value->type == 'n' ? value->num : NAN;
-        json_free(j);
+        free(j);
     }
     free(text);
     free(path);
