@@ -1,12 +1,13 @@
-// cublasLt.h of dev/emu: the part of cuBLASLt a trainer uses. D = alpha op(A) op(B) + beta C (+ bias), column-major, fp32 or bf16
-// matrices, fp32 sums, bias epilogue. Deterministic: sums of 256 terms in order, then in order.
+// cublasLt.h of dev/emu: the part of cuBLASLt a trainer uses. D = alpha op(A) op(B) + beta C (+ bias), column-major, fp32 or
+// bf16 matrices, fp32 sums. Deterministic: sums of 256 terms in order, then in order.
 // Checked: shapes, types, 16-byte alignment, every operand inside one live allocation, D not overlapping A or B.
 // The workspace is filled with poison, as the contents after a call are undefined.
 #pragma once
 #include "cuda_bf16.h"
 
 enum cublasStatus_t {
-    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_EXECUTION_FAILED = 13, CUBLAS_STATUS_NOT_SUPPORTED = 15
+    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_EXECUTION_FAILED = 13,
+    CUBLAS_STATUS_NOT_SUPPORTED = 15
 };
 enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
@@ -55,8 +56,8 @@ inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasCo
     return emu::create(d, scale, CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr);
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { return emu::destroy(d); }
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType_t type, uint64_t rows, uint64_t cols,
-                                                 int64_t ld) {
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType_t type, uint64_t rows,
+                                                 uint64_t cols, int64_t ld) {
     return emu::create(l, type, rows, cols, ld);
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { return emu::destroy(l); }
@@ -72,8 +73,8 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cub
     }
     return CUBLAS_STATUS_NOT_SUPPORTED;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t a,
-                                                           const void *v, size_t n) {
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                           cublasLtMatmulPreferenceAttributes_t a, const void *v, size_t n) {
     // the others are hints
     return a == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? emu::set_attribute(&p->workspace, v, n) : CUBLAS_STATUS_SUCCESS;
 }
@@ -82,8 +83,10 @@ namespace emu {
 struct Gemm { int m, n, k; };
 typedef cublasLtMatmulDescOpaque_t MatmulDesc;
 typedef cublasLtMatrixLayoutOpaque_t Layout;
-inline const char *gemm_shape(Gemm *g, const MatmulDesc &d, const Layout &a, const Layout &b, const Layout &c, const Layout &o) {
-    for (const Layout *l : {&a, &b, &c, &o}) {                // returns null, or what is wrong
+// Returns null, or what is wrong.
+inline const char *gemm_shape(Gemm *g, const MatmulDesc &d, const Layout &a, const Layout &b, const Layout &c,
+                              const Layout &o) {
+    for (const Layout *l : {&a, &b, &c, &o}) {
         if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF) return "a matrix type other than CUDA_R_32F or CUDA_R_16BF";
         if (!l->rows || !l->cols || l->ld < (int64_t)l->rows) return "an empty matrix, or ld smaller than the rows";
     }
@@ -102,9 +105,10 @@ inline cublasStatus_t not_supported(const char *call, const char *what) {
     host_error(cudaErrorInvalidValue, "%s: not supported: %s", call, what);
     return CUBLAS_STATUS_NOT_SUPPORTED;
 }
-inline cublasLtMatmulAlgo_t algorithm(const Gemm &g, const MatmulDesc &d, const Layout &a, const Layout &o, uint64_t workspace) {
-    return {{(uint64_t)g.m, (uint64_t)g.n, (uint64_t)g.k, (uint64_t)(d.transa * 2 + d.transb), (uint64_t)a.type, (uint64_t)o.type,
-             workspace}};
+inline cublasLtMatmulAlgo_t algorithm(const Gemm &g, const MatmulDesc &d, const Layout &a, const Layout &o,
+                                      size_t workspace) {
+    return {{(uint64_t)g.m, (uint64_t)g.n, (uint64_t)g.k, (uint64_t)(d.transa * 2 + d.transb), (uint64_t)a.type,
+             (uint64_t)o.type, workspace}};
 }
 inline size_t element_bytes(cudaDataType_t t) { return t == CUDA_R_32F ? 4 : 2; }
 inline size_t extent(const Layout &l) { return ((size_t)l.ld * (l.cols - 1) + l.rows) * element_bytes(l.type); }
@@ -121,8 +125,10 @@ inline void pack(float *out, const void *p, const Layout &l, bool k_is_contiguou
         for (int r = 0; r < width; r++) {
             const size_t row = (size_t)panel * width + r;
             const bool inside = row < (size_t)outer;
-            for (int j = 0; j < k; j++)
-                o[(size_t)j * width + r] = inside ? element(p, l.type, k_is_contiguous ? row * l.ld + j : (size_t)j * l.ld + row) : 0;
+            for (int j = 0; j < k; j++) {
+                const size_t at = k_is_contiguous ? row * l.ld + j : (size_t)j * l.ld + row;
+                o[(size_t)j * width + r] = inside ? element(p, l.type, at) : 0;
+            }
         }
     }
 }
@@ -135,14 +141,14 @@ inline void gemm_tile(float out[NR][MR], const float *a, const float *b, int k) 
         for (int j = k0; j < (k0 + KB < k ? k0 + KB : k); j++) {
             const Four *row = (const Four *)(a + (size_t)j * MR), lo = row[0], hi = row[1];
 #pragma GCC unroll 4
-            for (int n = 0; n < NR; n++) { sum[n][0] += lo * b[(size_t)j * NR + n]; sum[n][1] += hi * b[(size_t)j * NR + n]; }
+            for (int n = 0; n < NR; n++) sum[n][0] += lo * b[(size_t)j * NR + n], sum[n][1] += hi * b[(size_t)j * NR + n];
         }
-        for (int n = 0; n < NR; n++) { total[n][0] += sum[n][0]; total[n][1] += sum[n][1]; }
+        for (int n = 0; n < NR; n++) total[n][0] += sum[n][0], total[n][1] += sum[n][1];
     }
     memcpy(out, total, sizeof total);
 }
-inline void gemm_run(const Gemm &g, const MatmulDesc &d, float alpha, float beta, const void *A, const Layout &a, const void *B,
-                     const Layout &b, const void *C, const Layout &c, void *D, const Layout &o) {
+inline void gemm_run(const Gemm &g, const MatmulDesc &d, float alpha, float beta, const void *A, const Layout &a,
+                     const void *B, const Layout &b, const void *C, const Layout &c, void *D, const Layout &o) {
     const int mt = (g.m + MR - 1) / MR, nt = (g.n + NR - 1) / NR;
     std::unique_ptr<float[]> pa(new float[(size_t)mt * MR * g.k]), pb(new float[(size_t)nt * NR * g.k]);
     pack(pa.get(), A, a, d.transa, g.m, g.k, MR);
@@ -165,10 +171,9 @@ inline void gemm_run(const Gemm &g, const MatmulDesc &d, float alpha, float beta
 }
 }  // namespace emu
 
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
-                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t o,
-                                                     cublasLtMatmulPreference_t p, int want, cublasLtMatmulHeuristicResult_t *r,
-                                                     int *found) {
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
+    cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+    cublasLtMatrixLayout_t o, cublasLtMatmulPreference_t p, int want, cublasLtMatmulHeuristicResult_t *r, int *found) {
     emu::Gemm g;
     *found = 0;
     const char *wrong = emu::gemm_shape(&g, *d, *a, *b, *c, *o);
@@ -180,11 +185,10 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void *alpha_p, const void *A,
-                                     cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b, const void *beta_p,
-                                     const void *C, cublasLtMatrixLayout_t c, void *D, cublasLtMatrixLayout_t o,
-                                     const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
-                                     cudaStream_t stream) {
+inline cublasStatus_t cublasLtMatmul(
+    cublasLtHandle_t, cublasLtMatmulDesc_t d, const void *alpha_p, const void *A, cublasLtMatrixLayout_t a, const void *B,
+    cublasLtMatrixLayout_t b, const void *beta_p, const void *C, cublasLtMatrixLayout_t c, void *D, cublasLtMatrixLayout_t o,
+    const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
     emu::Gemm g;
     const char *wrong = emu::gemm_shape(&g, *d, *a, *b, *c, *o);
     const float alpha = *(const float *)alpha_p, beta = *(const float *)beta_p;

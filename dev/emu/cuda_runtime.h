@@ -56,8 +56,9 @@ inline thread_local dim3 blockDim, gridDim;
 #include "emu.h"
 
 // ---- barriers, warp operations, atomics ---------------------------------------------------------------------------------
-#define EMU_INLINE inline __attribute__((always_inline))     // with asm after a call: no tail call, the return address must lie
-EMU_INLINE int __syncthreads_count(int p, int line = __builtin_LINE()) {                                     // in the kernel
+// asm after a call keeps it from being a tail call: the return address must lie in the kernel.
+#define EMU_INLINE inline __attribute__((always_inline))
+EMU_INLINE int __syncthreads_count(int p, int line = __builtin_LINE()) {
     const int sum = emu::barrier(0, 0, line, p != 0, true, "__syncthreads_count");
     asm volatile("");
     return sum;
@@ -135,7 +136,7 @@ template <typename T> EMU_INLINE T atomicAdd(T *p, std::common_type_t<T> v) {   
 }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
-// ---- arithmetic: more accurate than the hardware's ------------------------------------------------------------------------
+// ---- arithmetic: more accurate than the hardware's ----------------------------------------------------------------------
 #define __expf(x) expf(x)                                    // a macro, as glibc declares this reserved name
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -187,7 +188,10 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     *v = a == cudaDevAttrMultiProcessorCount ? 4 : a == cudaDevAttrL2CacheSize ? 4 << 20 : emu::smem_optin();
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetPCIBusId(char *id, int n, int) { snprintf(id, (size_t)n, "0000:00:00.0"); return cudaSuccess; }
+inline cudaError_t cudaDeviceGetPCIBusId(char *id, int n, int) {
+    snprintf(id, (size_t)n, "0000:00:00.0");
+    return cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int *v) { *v = 13000; return cudaSuccess; }
 inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *total = emu::settings.memory;
@@ -200,7 +204,7 @@ inline cudaError_t cudaGetLastError() {
     return (cudaError_t)e;
 }
 
-// ---- streams and events: in order and at once, or with EMU_ASYNC=seed queued and run at random allowed moments ------------
+// ---- streams and events: in order and at once, or with EMU_ASYNC=seed queued and run at random allowed moments ----------
 struct CUevent_st {
     struct CUstream_st *stream = nullptr;
     uint64_t recorded = 0, reached = 0;
@@ -264,7 +268,11 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
 inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int) {
     return cudaStreamCreateWithFlags(s, flags);
 }
-inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return cudaSuccess; }
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    *least = 0;
+    *greatest = -5;
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     if (s && !s->live) return emu::dead_handle("cudaStreamSynchronize");
     if (s) emu::drain(s);
@@ -321,7 +329,8 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned =
 }
 
 // ---- memory -------------------------------------------------------------------------------------------------------------
-template <typename T> EMU_NOINLINE inline cudaError_t cudaMalloc(T **p, size_t n) {  // the return address is the caller's line
+// Not inlined: the return address is the caller's line.
+template <typename T> EMU_NOINLINE inline cudaError_t cudaMalloc(T **p, size_t n) {
     return emu::allocate((void **)p, n, 'd', __builtin_return_address(0));
 }
 template <typename T> EMU_NOINLINE inline cudaError_t cudaMallocHost(T **p, size_t n) {
@@ -331,7 +340,7 @@ inline cudaError_t cudaFree(void *p) { cudaDeviceSynchronize(); return emu::rele
 inline cudaError_t cudaFreeHost(void *p) { cudaDeviceSynchronize(); return emu::release(p, 'h'); }
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 namespace emu {
-enum Side { HOST, DEVICE };                                  // cudaMemcpyKind = 2 * side of the source + side of the destination
+enum Side { HOST, DEVICE };                                  // cudaMemcpyKind = 2 * side of source + side of destination
 // A device operand must lie in one live allocation (or be a __device__ variable), a host operand must not be device memory.
 inline bool operand_ok(const char *call, const char *which, const void *p, size_t n, Side side) {
     const Allocation *a = find_allocation(p);
@@ -387,18 +396,18 @@ inline cudaError_t launch(const void *kernel, const cudaLaunchConfig_t &c, std::
     return submit(c.stream, [l] { run_launch(*l); });
 }
 }  // namespace emu
-template <typename... P, typename... A> inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(P...),
-    A &&...args) {
+template <typename... P, typename... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(P...), A &&...args) {
     std::tuple<std::decay_t<P>...> values(std::forward<A>(args)...);
     return emu::launch((const void *)kernel, *c, [=] { std::apply(kernel, values); });
 }
-template <typename... P> inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int v) {
+template <typename... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int v) {
     if (v < 0 || v > emu::smem_optin()) return emu::host_error(cudaErrorInvalidValue,
         "cudaFuncSetAttribute: %d bytes of shared memory, the device has %d", v, emu::smem_optin());
     emu::smem_allowed[(const void *)kernel] = v;
     return emu::done();
 }
-template <typename... P> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, void (*)(P...)) {
+template <typename... P> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, void (*)(P...)) {
     *a = cudaFuncAttributes{};                               // registers and static shared memory are unknown here
     return emu::done();
 }

@@ -3,7 +3,8 @@
 // A block runs on one OS thread; its CUDA threads are fibers that switch only at barriers and warp operations, so every
 // other instruction sequence is atomic and a missing barrier shows as an order of execution no device would forbid.
 // Blocks are spread over OS threads (OpenMP). EMU_SEED shuffles the order of blocks, warps and lanes at every switch.
-// Contents: settings, symbols, errors, device memory, fibers, one block, reports, barriers and warp operations, checks, launch.
+// Contents: settings, symbols, errors, device memory, fibers, one block, reports, barriers and warp operations, address
+// checks, launch.
 #pragma once
 #include <cxxabi.h>
 #include <elf.h>
@@ -165,7 +166,8 @@ struct ExitStatus {
 };
 inline ExitStatus exit_status;
 
-inline cudaError_t done() { return (cudaError_t)(sticky ? (int)(last_error = sticky) : 0); }   // what a successful call returns
+// What a successful call returns.
+inline cudaError_t done() { return (cudaError_t)(sticky ? (int)(last_error = sticky) : 0); }
 
 // Host-side misuse: one line, and the CUDA error code.
 EMU_NOINLINE inline cudaError_t host_error(cudaError_t code, const char *fmt, ...) {
@@ -190,7 +192,8 @@ inline const char *keep(const std::string &text) {
 
 // ---- device memory: page mapping with guard pages, 0xFF at first, never reused after cudaFree --------------------------
 struct Allocation {
-    char *base; size_t bytes; char *pages; size_t page_bytes; const void *site; int id; char kind; bool live; // 'd'evice 'h'ost
+    char *base; size_t bytes; char *pages; size_t page_bytes;
+    const void *site; int id; char kind; bool live;           // kind: 'd'evice, 'h'ost pinned
 };
 enum { PAGE = 4096, GUARD = 4 * PAGE, ALIGN = 256, FENCE = 64, POISON = 0xFF };  // cudaMalloc aligns to 256 bytes
 inline std::map<uintptr_t, Allocation> allocations;           // by base; freed ones stay, their pages inaccessible
@@ -220,8 +223,8 @@ inline const char *describe_address(const void *p) {          // by its place in
     if ((char *)p < a->base) snprintf(place, sizeof place, "%ld bytes before", (long)distance(a));
     else if (beyond(a) >= 0) snprintf(place, sizeof place, "%ld bytes after the end of", (long)beyond(a));
     else snprintf(place, sizeof place, "byte %ld of", (long)((char *)p - a->base));
-    snprintf(text, sizeof text, "%p: %s %sallocation #%d (%zu bytes, allocated at ", p, place, a->live ? "" : "FREED ", a->id,
-             a->bytes);
+    snprintf(text, sizeof text, "%p: %s %sallocation #%d (%zu bytes, allocated at ", p, place, a->live ? "" : "FREED ",
+             a->id, a->bytes);
     return keep(text + source_line(a->site) + ")");
 }
 // With EMU_HOSTCHECK device memory is accessible only while device work runs.
@@ -323,7 +326,8 @@ struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); }
 
 struct Worker;
 struct Thread {
-    void *sp; char *stack; void *fake; Worker *worker;        // stack is null before the first run and after the last; fake: ASan's
+    void *sp; char *stack; Worker *worker;                    // stack is null before the first run and after the last
+    void *fake;                                               // of ASan
     uint3 idx; int warp, lane;
     const char *waits_at; const void *where;                  // for reports; waits_at is null while not waiting
     std::vector<Copy> copies;                                 // cp.async not landed yet, oldest first
@@ -343,7 +347,7 @@ struct Launch {
 struct Worker {                                              // one per OS thread
     Launch *launch; uint3 block; int n_threads, alive;
     uint64_t rng; uint32_t ready_warps; int last_warp, last_lane;
-    Thread host{}; size_t host_bytes;                         // the stack that run_block was called on (its place: only with ASan)
+    Thread host{}; size_t host_bytes;                  // the stack that run_block was called on; its place: for ASan
     char *smem; size_t smem_bytes;
     Warp warps[MAX_WARPS]; Barrier barriers[BARRIERS]; Thread threads[MAX_THREADS];
     char *stacks, *smem_pages, *fault_stack; std::vector<char *> free_stacks;
@@ -423,8 +427,9 @@ inline Thread *Worker::pick() {
 }
 inline void Worker::switch_to(Thread *next, bool for_good) {
     Thread *prev = me;
+    const size_t stack_bytes = next == &host ? host_bytes : settings.stack;
     run_as(next);
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &prev->fake, next->stack, next == &host ? host_bytes : settings.stack);
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &prev->fake, next->stack, stack_bytes);
     emu_switch(&prev->sp, next->sp);
     __sanitizer_finish_switch_fiber(prev->fake, nullptr, nullptr);
 }
@@ -434,7 +439,8 @@ inline void Worker::resume(Thread *next) {
         next->stack = free_stacks.back();
         free_stacks.pop_back();
         size_t stagger = (next->lane * 5 + next->warp * 3) % 32 * 64;      // keep stack tops out of the same cache set
-        ASAN_UNPOISON_MEMORY_REGION(next->stack + settings.stack - 8192, 8192); // the last user's outermost frames never returned
+        // the last user's outermost frames never returned
+        ASAN_UNPOISON_MEMORY_REGION(next->stack + settings.stack - 8192, 8192);
         next->sp = first_frame(next->stack + settings.stack - stagger, fiber_main);
     }
     switch_to(next, false);
@@ -451,7 +457,8 @@ inline void Worker::yield() {
     wake(me->warp, 1u << me->lane);
     resume(pick());
 }
-inline Thread *Worker::finish(Thread *t) {                   // t returned from the kernel: who runs next? `host` when all are done
+// t returned from the kernel: who runs next? `host` when all are done.
+inline Thread *Worker::finish(Thread *t) {
     Warp &w = warps[t->warp];
     w.alive &= ~(1u << t->lane);
     alive--;
@@ -462,8 +469,8 @@ inline Thread *Worker::finish(Thread *t) {                   // t returned from 
     for (uint32_t m = w.waiting; m; m &= m - 1) {
         const int other = __builtin_ctz(m);
         if (w.mask[other] >> t->lane & 1)
-            fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s", t->lane,
-                 other, w.verb[other]->name, w.mask[other], waiting_list());
+            fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s",
+                 t->lane, other, w.verb[other]->name, w.mask[other], waiting_list());
     }
     return alive ? pick() : &host;
 }
@@ -539,7 +546,7 @@ inline void print_where(const Thread *t) {
     fprintf(stderr, "emu: %s block (%u,%u,%u) thread (%u,%u,%u): ", function_name(w->launch->kernel).c_str(),
             w->block.x, w->block.y, w->block.z, t->idx.x, t->idx.y, t->idx.z);
 }
-// Prints one report, makes the error sticky and gives the block up. The first report of a launch is printed, the rest are echo.
+// Prints a report, the first of a launch (the rest are echo), makes the error sticky and gives the block up.
 [[noreturn]] inline void fail(cudaError_t code, const char *fmt, ...) {
     {
         std::lock_guard<std::mutex> guard(report_lock);
@@ -636,7 +643,8 @@ EMU_NOINLINE inline int barrier(int id, int expected, int line, int value, bool 
         fail(cudaErrorLaunchFailure, "%s(%d, %d): others wait there for %d threads", name, id, expected, b.expected);
     if (b.arrived && b.line != line) {
         t->waits_at = name;
-        fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line, w->waiting_list());
+        fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line,
+             w->waiting_list());
     }
     b.expected = expected;
     b.line = line;
@@ -669,8 +677,8 @@ EMU_NOINLINE inline void warp_op(const Verb *verb, uint32_t mask, void *args) {
         int other = __builtin_ctz(there);
         if ((warp.mask[other] & bit) && (warp.mask[other] != mask || warp.verb[other] != verb)) {
             t->waits_at = verb->name;
-            fail(cudaErrorLaunchFailure, "%s with mask %08x, but lane %d waits at %s with mask %08x\n%s", verb->name, mask, other,
-                 warp.verb[other]->name, warp.mask[other], w->waiting_list());
+            fail(cudaErrorLaunchFailure, "%s with mask %08x, but lane %d waits at %s with mask %08x\n%s", verb->name, mask,
+                 other, warp.verb[other]->name, warp.mask[other], w->waiting_list());
         }
     }
     warp.verb[t->lane] = verb;

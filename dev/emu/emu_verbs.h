@@ -77,7 +77,8 @@ EMU_INLINE void cp_async(void *dst, const void *src, int size, int valid) {
 }
 }  // namespace emu
 
-template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; } // aligned to 128 bytes
+// aligned to 128 bytes
+template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b
 EMU_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
@@ -89,8 +90,9 @@ EMU_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 EMU_INLINE void ldmatrix_x4(uint32_t r[4], const void *row) { emu::ldmatrix<false>(r, row); }
 EMU_INLINE void ldmatrix_x4_trans(uint32_t r[4], const void *row) { emu::ldmatrix<true>(r, row); }
 
-EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) { emu::cp_async(dst, src, 16, valid); }     // cp.async.cg
-EMU_INLINE void cp_async_4(void *dst, const void *src, int valid = 4) { emu::cp_async(dst, src, 4, valid); }        // cp.async.ca
+// cp.async.cg, cp.async.ca
+EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) { emu::cp_async(dst, src, 16, valid); }
+EMU_INLINE void cp_async_4(void *dst, const void *src, int valid = 4) { emu::cp_async(dst, src, 4, valid); }
 inline void cp_async_commit() { emu::me->groups.push_back(emu::me->copies.size()); }   // cp.async.commit_group
 template <int n> inline void cp_async_wait() {               // cp.async.wait_group n: at most n groups stay in flight
     emu::Thread *t = emu::me;
@@ -103,8 +105,14 @@ template <int n> inline void cp_async_wait() {               // cp.async.wait_gr
     t->worker->yield();
 }
 // bar.sync id, threads; bar.arrive id, threads: named barriers 1..15 for a multiple of 32 threads
-EMU_INLINE void barrier_sync(int id, int threads) { emu::barrier(id, threads, 0, 0, true, "bar.sync"); asm volatile(""); }
-EMU_INLINE void barrier_arrive(int id, int threads) { emu::barrier(id, threads, 0, 0, false, "bar.arrive"); asm volatile(""); }
+EMU_INLINE void barrier_sync(int id, int threads) {
+    emu::barrier(id, threads, 0, 0, true, "bar.sync");
+    asm volatile("");
+}
+EMU_INLINE void barrier_arrive(int id, int threads) {
+    emu::barrier(id, threads, 0, 0, false, "bar.arrive");
+    asm volatile("");
+}
 
 inline float exp2_approx(float x) {                           // ex2.approx.ftz.f32
     const float y = exp2f(x);

@@ -1,7 +1,7 @@
-// nccl.h of dev/emu: the all-reduce a trainer uses, over MPI when built with -DUSE_MPI, else for one rank. Device memory is host
-// memory here, so buffers go to MPI as they are. Sums run in rank order, so results do not depend on timing. Every call first
-// compares the number of elements over the ranks: a mismatch is a report, no hang. A collective runs when its stream does (at
-// once, without EMU_ASYNC) and blocks the host until all ranks are there.
+// nccl.h of dev/emu: the all-reduce a trainer uses, over MPI when built with -DUSE_MPI, else for one rank. Device memory is
+// host memory here, so buffers go to MPI as they are. Sums run in rank order, so results do not depend on timing. Every call
+// first compares the number of elements over the ranks: a mismatch is a report, no hang. A collective runs when its stream
+// does (at once, without EMU_ASYNC) and blocks the host until all ranks are there.
 #pragma once
 #include "cuda_runtime.h"
 #ifdef USE_MPI
@@ -44,8 +44,8 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t *c, int size, ncclUniqueId id, i
 #endif
     (*c)->size = ranks;
     if (ranks == size) return ncclSuccess;
-    emu::host_error(cudaErrorNotSupported, "nccl: %d ranks expected, %d have this id (several need a build with -DUSE_MPI)", size,
-        ranks);
+    emu::host_error(cudaErrorNotSupported, "nccl: %d ranks expected, %d have this id (several need a build with -DUSE_MPI)",
+                    size, ranks);
     return ncclInvalidUsage;
 }
 inline ncclResult_t ncclCommDestroy(ncclComm_t c) {
@@ -66,7 +66,7 @@ inline void all_reduce(const float *send, float *recv, size_t n, ncclComm *c) {
     MPI_Allgather(&mine, 1, MPI_UNSIGNED_LONG_LONG, counts.data(), 1, MPI_UNSIGNED_LONG_LONG, c->mpi);
     for (int r = 0; r < c->size; r++)
         if (counts[r] != n) {
-            host_error(cudaErrorUnknown, "nccl: this rank calls ncclAllReduce of %zu elements, rank %d of %llu", n, r, counts[r]);
+            host_error(cudaErrorUnknown, "nccl: ncclAllReduce of %zu elements here, of %llu in rank %d", n, counts[r], r);
             MPI_Abort(MPI_COMM_WORLD, 86);
         }
     const size_t segment = 1 << 20;                           // elements per MPI message
@@ -87,8 +87,9 @@ inline void all_reduce(const float *send, float *recv, size_t n, ncclComm *) { m
 }  // namespace emu
 inline ncclResult_t ncclAllReduce(const void *send, void *recv, size_t n, ncclDataType_t, ncclRedOp_t, ncclComm_t c,
                                   cudaStream_t s) {
-    if (!emu::operand_ok("ncclAllReduce", "send buffer", send, n * sizeof(float), emu::DEVICE) ||
-        !emu::operand_ok("ncclAllReduce", "receive buffer", recv, n * sizeof(float), emu::DEVICE)) return ncclInvalidArgument;
+    const size_t bytes = n * sizeof(float);
+    if (!emu::operand_ok("ncclAllReduce", "send buffer", send, bytes, emu::DEVICE) ||
+        !emu::operand_ok("ncclAllReduce", "receive buffer", recv, bytes, emu::DEVICE)) return ncclInvalidArgument;
     const cudaError_t e = emu::submit(s, [=] { emu::all_reduce((const float *)send, (float *)recv, n, c); });
     return e ? ncclUnhandledCudaError : ncclSuccess;
 }

@@ -1,7 +1,7 @@
 // test_emu.cpp: tests of dev/emu. One line per test, then `N passed, N failed`; exit 1 on a failure.
 //   g++ -x c++ -std=c++17 -O2 -g -fopenmp -Idev/emu dev/emu/test_emu.cpp -o test_emu && ./test_emu
-// The kernels above "planted bugs" also compile with nvcc (-DVERBS='"file"' names section 7 of the trainer): `--bits` prints a
-// hash of each result, to be compared with a device or ptxcpu.
+// The kernels above "planted bugs" also compile with nvcc (-DVERBS='"file"' names section 7 of the trainer): `--bits` prints
+// a hash of each result, to be compared with a device or ptxcpu.
 #include <math.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -25,7 +25,8 @@ static void die(const char *fmt, ...) {
 #endif
 typedef __nv_bfloat16 bf16;
 
-template <typename... P, typename... A> cudaError_t start(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A... args) {
+template <typename... P, typename... A>
+cudaError_t start(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A... args) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
@@ -34,7 +35,7 @@ template <typename... P, typename... A> cudaError_t start(void (*kernel)(P...), 
     return e != cudaSuccess ? e : cudaDeviceSynchronize();
 }
 
-// ---- kernels --------------------------------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------------------------------
 __global__ void vector_add(float *out, const float *a, const float *b, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = a[i] + b[i];
@@ -56,13 +57,15 @@ template <int bug> __global__ void reduce_rows(float *out, const float *x, int n
     if (bug == EARLY_REFILL) out[blockIdx.x] += part[31];    // unwritten shared memory when there are fewer than 32 warps
 }
 
-// c (M,N) fp32 = a (M,K) b (N,K)^T, or b (K,N) when kn. 64x64 tiles, 4 warps of 32x32, two stages of 32 in k, swizzled chunks.
-__device__ inline int swizzle(int row, int chunk, int chunks) { return row * chunks + (chunk ^ (chunks == 4 ? row / 2 % 4 : row % 8)); }
+// c (M,N) fp32 = a (M,K) b (N,K)^T, or b (K,N) when kn. 64x64 tiles, 4 warps of 32x32, two stages of 32 in k, swizzled.
+__device__ inline int swizzle(int row, int chunk, int chunks) {
+    return row * chunks + (chunk ^ (chunks == 4 ? row / 2 % 4 : row % 8));
+}
 template <int bug, bool kn> __global__ void gemm(float *c, const bf16 *a, const bf16 *b, int M, int N, int K) {
     enum { BM = 64, BN = 64, BK = 32, STAGE = (BM + BN) * BK };
     bf16 *smem = shared_memory<bf16>();                      // [2][(BM + BN) * BK]
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, wm = warp / 2 * 32,
-        wn = warp % 2 * 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / 2 * 32, wn = warp % 2 * 32;
+    const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN;
     float acc[2][4][4] = {};
     const int tiles = (K + BK - 1) / BK;
     auto load = [&](int tile) {
@@ -87,8 +90,7 @@ template <int bug, bool kn> __global__ void gemm(float *c, const bf16 *a, const 
     };
     load(0);
     for (int t = 0; t < tiles; t++) {
-        if (bug == EARLY_REFILL && t + 1 < tiles) load(t + 1);
-        if (bug != EARLY_REFILL && t + 1 < tiles) load(t + 1);
+        if (t + 1 < tiles) load(t + 1);
         else if (bug != EARLY_REFILL) cp_async_commit();     // an empty group keeps the count
         if (bug != NO_WAIT) cp_async_wait<1>();
         if (bug != NO_BARRIER) __syncthreads();
@@ -151,7 +153,8 @@ __global__ void warp_functions(uint32_t *out) {
     out[i] = h;
 }
 
-__global__ void pipeline(int *out, int n) {                  // warp 0 produces, warp 1 consumes: named barriers 1 (full), 2 (empty)
+// Warp 0 produces, warp 1 consumes: named barriers 1 (full), 2 (empty).
+__global__ void pipeline(int *out, int n) {
     __shared__ int slot[32];
     const int lane = threadIdx.x % 32;
     int sum = 0;
@@ -169,7 +172,8 @@ __global__ void pipeline(int *out, int n) {                  // warp 0 produces,
     if (threadIdx.x >= 32) out[lane] = sum;
 }
 
-__global__ void last_block(float *out, float *partial, unsigned *counter) {   // the last block to finish adds the partial sums
+// The last block to finish adds the partial sums.
+__global__ void last_block(float *out, float *partial, unsigned *counter) {
     __shared__ bool last;
     if (threadIdx.x == 0) {
         partial[blockIdx.x] = (float)(blockIdx.x + 1);
@@ -184,7 +188,7 @@ __global__ void last_block(float *out, float *partial, unsigned *counter) {   //
     }
 }
 
-// ---- host side of the tests -------------------------------------------------------------------------------------------------
+// ---- host side of the tests ---------------------------------------------------------------------------------------------
 static uint32_t random_state = 1;
 static float random_float() {
     random_state = random_state * 1664525u + 1013904223u;
@@ -193,7 +197,9 @@ static float random_float() {
 template <typename T> struct Buffer {                        // device memory with a host copy
     T *d, *h;
     size_t n;
-    explicit Buffer(size_t n_) : n(n_) { h = (T *)calloc(n, sizeof(T)); if (cudaMalloc(&d, n * sizeof(T)) != cudaSuccess) exit(2); }
+    explicit Buffer(size_t n_) : h((T *)calloc(n_, sizeof(T))), n(n_) {
+        if (cudaMalloc(&d, n * sizeof(T)) != cudaSuccess) exit(2);
+    }
     ~Buffer() { cudaFree(d); free(h); }
     void up() { cudaMemcpy(d, h, n * sizeof(T), cudaMemcpyHostToDevice); }
     void down() { cudaMemcpy(h, d, n * sizeof(T), cudaMemcpyDeviceToHost); }
@@ -220,8 +226,8 @@ template <int bug, bool kn> double gemm_error(int M, int N, int K, uint64_t *has
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
             double s = 0;
-            for (int k = 0; k < K; k++) s += (double)(float)a.h[(size_t)m * K + k] * (double)(float)b.h[kn ?
-                (size_t)k * N + n : (size_t)n * K + k];
+            for (int k = 0; k < K; k++)
+                s += (double)(float)a.h[(size_t)m * K + k] * (float)b.h[kn ? (size_t)k * N + n : (size_t)n * K + k];
             const double d = fabs(s - c.h[(size_t)m * N + n]);
             if (!(d <= worst)) worst = d == d ? d : INFINITY;
         }
@@ -251,7 +257,7 @@ static void print_bits() {                                   // the same program
 #ifdef __CUDACC__
 int main() { print_bits(); return cudaDeviceSynchronize() != cudaSuccess; }
 #else
-// ---- planted bugs: each must be reported, or give a wrong result ------------------------------------------------------------
+// ---- planted bugs: each must be reported, or give a wrong result --------------------------------------------------------
 #include <assert.h>
 #include <sys/wait.h>
 #include "cublasLt.h"
@@ -267,7 +273,7 @@ __global__ void wrong_mask(int *out) { out[threadIdx.x] = __shfl_sync(0x0000FFFF
 __global__ void mixed_masks() { if (threadIdx.x % 2) __syncwarp(0xFFFFFFFFu); else (void)__ballot_sync(0xFFFFFFFFu, 1); }
 __global__ void whole_warp() { __syncwarp(); }
 __global__ void dead_lane() { if (threadIdx.x == 5) return; __syncwarp(); }
-__global__ void half_warp() { if (threadIdx.x < 16) __syncwarp(); else while (false) {} if (threadIdx.x >= 16) __syncthreads(); }
+__global__ void half_warp() { if (threadIdx.x < 16) __syncwarp(); else __syncthreads(); }
 __global__ void outside_source(int *out) { out[threadIdx.x] = threadIdx.x < 16 ? __shfl_sync(0xFFFFu, 1, 20) : 0; }
 __global__ void write_at(char *p, long i) { p[i] = 1; }
 __global__ void read_at(float *out, const float *p, long i) { *out = p[i]; }
@@ -314,8 +320,9 @@ static void check(const char *name, bool ok) {
     ok ? passed++ : failed++;
     report[0] = 0;
 }
-// Runs f, which must return `code` with a report that contains `text`, and the source line if it names a thread; then resets the device.
-static int *ints;                                            // 4096 bytes each, but `floats` 4000: fresh for every test of a report
+// Runs f, which must return `code` with a report that contains `text`, and the source line if it names a thread; then resets
+// the device and allocates anew: 4096, 4000 and 4096 bytes.
+static int *ints;
 static float *floats;
 static char *bytes;
 static void reset() { cudaDeviceReset(); cudaMalloc(&ints, 4096); cudaMalloc(&floats, 4000); cudaMalloc(&bytes, 4096); }
@@ -329,14 +336,20 @@ template <typename F> void expect(const char *name, cudaError_t code, const char
     check(name, e == code && strstr(report, text) && (code < 700 || sticky) && (!strstr(report, "thread (") ||
         code == cudaErrorAssert || strstr(report, "     at test_emu.cpp:") || strstr(report, "     at emu_verbs.h:")));
 }
-template <typename... P, typename... A> void expect(const char *name, cudaError_t code, const char *text, void (*kernel)(P...),
-    dim3 grid, dim3 block, size_t smem, A... args) {
+template <typename... P, typename... A>
+void expect(const char *name, cudaError_t code, const char *text, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem,
+            A... args) {
     expect(name, code, text, [=] { return start(kernel, grid, block, smem, args...); });
 }
-template <typename F> bool some_seed_fails(F error, double tol) {   // is the bug visible in the natural order or under a few seeds?
+// Is the bug visible in the natural order or under a few seeds?
+template <typename F> bool some_seed_fails(F error, double tol) {
     bool found = false;
     capture_begin();
-    for (uint64_t seed = 0; seed < 6 && !found; seed++) { emu::settings.seed = seed; found = !(error() <= tol); cudaDeviceReset(); }
+    for (uint64_t seed = 0; seed < 6 && !found; seed++) {
+        emu::settings.seed = seed;
+        found = !(error() <= tol);
+        cudaDeviceReset();
+    }
     capture_end();
     emu::settings.seed = 0;
     return found;
@@ -378,8 +391,9 @@ static void test_results() {
     }
     emu::settings.seed = 0;
     const char *const names[6] = {"vector add, seeds 0-3", "block reduction, seeds 0-3",
-        "mma GEMM a b^T, ragged, the same bits under seeds 0-3", "mma GEMM a b with ldmatrix.trans, the same bits under seeds 0-3",
-        "named barriers: producer and consumer", "atomics: the last block adds"};
+        "mma GEMM a b^T, ragged, the same bits under seeds 0-3",
+        "mma GEMM a b with ldmatrix.trans, the same bits under seeds 0-3", "named barriers: producer and consumer",
+        "atomics: the last block adds"};
     for (int i = 0; i < 6; i++) check(names[i], good[i]);
 }
 static void test_fragments() {                               // against the definition in the PTX manual
@@ -396,10 +410,11 @@ static void test_fragments() {                               // against the defi
             const bf16 *m = x.h + i % 4 * 64, *p = i < 4 ? m + g * 8 + t : m + t * 8 + g, *q = i < 4 ? p + 1 : p + 8;
             loads &= r[i] == (__bfloat16_as_ushort(*p) | (uint32_t)__bfloat16_as_ushort(*q) << 16);
         }
-        for (int e = 0; e < 4; e++) {                        // a fragments of x4: matrices are row blocks 0 1 of k 0-7, then k 8-15
+        for (int e = 0; e < 4; e++) {                        // a of mma: row blocks 0 1 of k 0-7, then of k 8-15
             const int m = g + e / 2 * 8, n = t + e % 2;
             float s = e < 3 ? (float)(e + 1) : (float)lane;
-            for (int k = 0; k < 16; k++) s += (float)x.h[(m / 8 + k / 8 * 2) * 64 + m % 8 * 8 + k % 8] * (float)x.h[k * 8 + n];
+            for (int k = 0; k < 16; k++)
+                s += (float)x.h[(m / 8 + k / 8 * 2) * 64 + m % 8 * 8 + k % 8] * (float)x.h[k * 8 + n];
             mma &= s == __uint_as_float(r[8 + e]);
         }
     }
@@ -434,7 +449,8 @@ static void test_bugs() {
     found("bug found: GEMM with swapped b registers", gemm64(gemm_error<WRONG_FRAGMENT, true>));
 }
 static void test_reports() {
-    const cudaError_t launch = cudaErrorLaunchFailure, address = cudaErrorIllegalAddress, misaligned = cudaErrorMisalignedAddress;
+    const cudaError_t launch = cudaErrorLaunchFailure, address = cudaErrorIllegalAddress;
+    const cudaError_t misaligned = cudaErrorMisalignedAddress;
     reset();
     expect("barrier divergence", launch, "barrier divergence", divergence, 1, 64, 0, 32);
     expect("a thread leaves before the barrier of others", launch, "left the kernel", early_exit, 1, 64, 0, 50);
@@ -446,7 +462,7 @@ static void test_reports() {
     expect("full mask in a partial warp", launch, "never existed", whole_warp, 1, 48, 0);
     expect("shuffle reads a lane outside the mask", launch, "reads lane 20", outside_source, 1, 32, 0, ints);
     expect("16-byte load misaligned", misaligned, "not aligned", load_at, 1, 1, 0, (uint4 *)ints, bytes + 8);
-    expect("16-byte load over the end", address, "bytes after the end", load_at, 1, 1, 0, (uint4 *)bytes, (char *)floats + 4000);
+    expect("16-byte load over the end", address, "bytes after the end", load_at, 1, 1, 0, (uint4 *)ints, bytes + 4096);
     expect("16-byte load of host memory", address, "16-byte load", [] {
         void *heap = aligned_alloc(16, 64);
         const cudaError_t e = start(load_at, 1, 1, 0, (uint4 *)bytes, (const char *)heap);
@@ -458,7 +474,7 @@ static void test_reports() {
     expect("cp.async beyond shared memory", address, "cp.async destination", copy_misaligned, 1, 1, 64, bytes, 64, 0);
     expect("ldmatrix misaligned", misaligned, "ldmatrix", ldmatrix_at, 1, 32, 1024, 2);
     expect("ldmatrix beyond shared memory", address, "ldmatrix", ldmatrix_at, 1, 32, 512, 16);
-#if !EMU_ASAN                                                 // with sanitizers these end the process with the sanitizer's report
+#if !EMU_ASAN                                                 // with ASan these end the process with its report
     expect("null pointer", address, "illegal access", read_at, 1, 1, 0, floats, nullptr, 0);
     expect("write just past an allocation", address, "wrote outside its memory", write_at, 1, 1, 0, (char *)floats, 4000);
     expect("shared memory written past its end", address, "past its 100 bytes", shared_write, 1, 1, 100, 100);
@@ -490,7 +506,7 @@ static void test_reports() {
 static void test_api() {
     const cudaError_t invalid = cudaErrorInvalidValue;
     const int limit = emu::smem_optin();
-    auto opt_in = [=](int smem) { return cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem); };
+    auto opt_in = [](int n) { return cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n); };
     expect("shared memory above 48 KB without opting in", invalid, "dynamic shared memory", empty_kernel, 1, 1, 49153);
     expect("shared memory above the device", invalid, "the device has", [=] { return opt_in(limit + 1); });
     opt_in(limit);
@@ -617,7 +633,8 @@ static void test_matmul() {
     check("cublasLt refuses operands outside their allocation, misaligned, or overlapping", range && align && alias &&
         strstr(report, "leaves its allocation"));
 }
-static void test_nccl(int rank, int world) {                 // one rank in this process; with USE_MPI under mpirun, all of them
+// One rank in this process; with USE_MPI under mpirun, all of them.
+static void test_nccl(int rank, int world) {
     ncclUniqueId id = {};
     ncclComm_t c = nullptr;
     if (rank == 0) ncclGetUniqueId(&id);
@@ -629,7 +646,8 @@ static void test_nccl(int rank, int world) {                 // one rank in this
     Buffer<float> x(n), sum(n);
     for (int i = 0; i < n; i++) x.h[i] = (float)(i + rank);
     x.up();
-    ok &= !ncclAllReduce(x.d, sum.d, n, ncclFloat32, ncclSum, c, 0) && !ncclAllReduce(x.d, x.d, n, ncclFloat32, ncclSum, c, 0);
+    ok &= !ncclAllReduce(x.d, sum.d, n, ncclFloat32, ncclSum, c, 0);
+    ok &= !ncclAllReduce(x.d, x.d, n, ncclFloat32, ncclSum, c, 0);
     x.down(), sum.down();
     for (int i = 0; i < n; i++) ok &= x.h[i] == (float)(i * world + world * (world - 1) / 2) && sum.h[i] == x.h[i];
     check("nccl: all-reduce, in place and not", ok && !ncclCommDestroy(c));
