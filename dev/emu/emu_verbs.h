@@ -18,13 +18,15 @@ inline void mma_complete(void **args, uint32_t) {
     for (int lane = 0; lane < 32; lane++) {
         const MmaArgs *x = (const MmaArgs *)args[lane];
         const int g = lane / 4, t = lane % 4 * 2;
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             float *row = &A[g + i % 2 * 8][t + i / 2 * 8];
             row[0] = bf16_low(x->a[i]), row[1] = bf16_high(x->a[i]);
         }
+#pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             B[t + i * 8][g] = bf16_low(x->b[i]), B[t + i * 8 + 1][g] = bf16_high(x->b[i]);
-            memcpy(&D[g + i * 8][t], x->d + i * 2, 8);
+            D[g + i * 8][t] = x->d[i * 2], D[g + i * 8][t + 1] = x->d[i * 2 + 1];
         }
     }
     for (int m = 0; m < 16; m++) {                            // products of bf16 are exact in fp32; sums in order of k
@@ -35,8 +37,11 @@ inline void mma_complete(void **args, uint32_t) {
         }
         d[0] = left, d[1] = right;
     }
-    for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 2; i++) memcpy(((const MmaArgs *)args[lane])->d + i * 2, &D[lane / 4 + i * 8][lane % 4 * 2], 8);
+    for (int lane = 0; lane < 32; lane++) {
+        float *d = ((const MmaArgs *)args[lane])->d;
+        memcpy(d, &D[lane / 4][lane % 4 * 2], 8);
+        memcpy(d + 2, &D[lane / 4 + 8][lane % 4 * 2], 8);
+    }
 }
 struct LdmatrixArgs { const void *row; uint32_t *r; };
 // Lane 8i+j holds the address of row j of matrix i (8 rows of 8 bf16). r[i] of a lane = M[g][2t, 2t+1], or transposed
