@@ -3,12 +3,12 @@
 // A block runs on one OS thread; its CUDA threads are fibers that switch only at barriers and warp operations, so every
 // other instruction sequence is atomic and a missing barrier shows as an order of execution no device would forbid.
 // Blocks are spread over OS threads (OpenMP). EMU_SEED shuffles the order of blocks, warps and lanes at every switch.
-// Contents: settings, symbols, errors, device memory, fibers, one block, reports, barriers and warp operations, checks, launch.
+// Contents: settings, symbols, errors, device memory, fibers, one block, reports, barriers and warp operations, address
+// checks, launch.
 #pragma once
 #include <cxxabi.h>
 #include <elf.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <sys/mman.h>
@@ -24,10 +24,13 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+inline int omp_get_max_threads() { return 1; }
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #define EMU_ASAN 1
@@ -40,8 +43,11 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #else
+#define EMU_ASAN 0
 #define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
 #define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+inline void __sanitizer_start_switch_fiber(void **, const void *, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void *, const void **, size_t *) {}
 #endif
 #define EMU_NOINLINE __attribute__((noinline))
 
@@ -50,37 +56,23 @@ extern "C" void emu_switch(void **save_sp, void *load_sp);   // in assembly belo
 namespace emu {
 
 // ---- settings (environment) ---------------------------------------------------------------------------------------
-inline size_t parse_size(const char *s) {                     // "8G", "512M", "64K" or bytes
-    char *end;
-    double v = strtod(s, &end);
-    int shift = *end == 'G' ? 30 : *end == 'M' ? 20 : *end == 'K' ? 10 : 0;
-    return (size_t)(v * (double)((size_t)1 << shift));
-}
-inline size_t setting(const char *name, size_t fallback) {
+inline size_t setting(const char *name, size_t fallback) {    // "8G", "512M", "64K" or a number
     const char *s = getenv(name);
-    return s && *s ? parse_size(s) : fallback;
-}
-inline int default_threads() {
-#ifdef _OPENMP
-    return omp_get_max_threads() < 16 ? omp_get_max_threads() : 16;
-#else
-    return 1;
-#endif
+    if (!s || !*s) return fallback;
+    char *end;
+    const double v = strtod(s, &end);
+    return (size_t)(v * (*end == 'G' ? 0x1p30 : *end == 'M' ? 0x1p20 : *end == 'K' ? 0x1p10 : 1));
 }
 struct Settings {
     uint64_t seed = setting("EMU_SEED", 0);                   // 0: natural order
     uint64_t async = setting("EMU_ASYNC", 0);                 // 0: streams run at once; else a seed for their interleaving
-    int threads = (int)setting("EMU_THREADS", default_threads());
+    int threads = (int)setting("EMU_THREADS", omp_get_max_threads() < 16 ? omp_get_max_threads() : 16);
     size_t memory = setting("EMU_MEM", (size_t)8 << 30);      // bytes of the virtual device
     int cc = getenv("EMU_CC") ? (int)(atof(getenv("EMU_CC")) * 10 + 0.5) : 80;
     int hostcheck = (int)setting("EMU_HOSTCHECK", 0);         // 1: host code that touches device memory faults
     unsigned timeout = (unsigned)setting("EMU_TIMEOUT", 0);   // seconds one launch may take; 0: no limit
     int poison = (int)setting("EMU_POISON", 1);               // 0: do not touch fresh memory (large runs)
-#ifdef EMU_ASAN
-    size_t stack = setting("EMU_STACK", 256 << 10);
-#else
-    size_t stack = setting("EMU_STACK", 128 << 10);           // bytes of stack per CUDA thread
-#endif
+    size_t stack = setting("EMU_STACK", (EMU_ASAN ? 256 : 128) << 10);   // bytes of stack per CUDA thread
 };
 inline Settings settings;
 
@@ -91,7 +83,7 @@ inline thread_local Thread *me = nullptr;                     // the running CUD
 // A static __shared__ variable is a function-local thread_local, i.e. a TLS symbol whose mangled name starts with _ZZ.
 struct TlsRange { size_t offset, bytes; };
 struct Symbols {
-    std::map<uintptr_t, std::string> functions;
+    std::map<uintptr_t, std::string> functions;             // by link address
     std::vector<TlsRange> shared;
     size_t tls_bytes = 0, tls_me = 0;                         // size of the program's TLS block, offset of emu::me in it
     uintptr_t bias = 0;                                       // load address minus link address
@@ -111,40 +103,32 @@ struct Symbols {
     }
     void read(const char *p, const Elf64_Shdr *sections, const Elf64_Shdr &table) {
         const Elf64_Sym *sym = (const Elf64_Sym *)(p + table.sh_offset);
-        const char *names = p + sections[table.sh_link].sh_offset;
         for (size_t i = 0; i < table.sh_size / sizeof *sym; i++) {
-            const char *name = names + sym[i].st_name;
-            int type = ELF64_ST_TYPE(sym[i].st_info);
+            const char *name = p + sections[table.sh_link].sh_offset + sym[i].st_name;
+            const int type = ELF64_ST_TYPE(sym[i].st_info);
+            if (type == STT_FUNC) functions[sym[i].st_value] = name;
             if (type == STT_FUNC && !strcmp(name, "emu_switch")) bias = (uintptr_t)&emu_switch - sym[i].st_value;
             if (type == STT_TLS && !strcmp(name, "_ZN3emu2meE")) tls_me = sym[i].st_value;
             if (type == STT_TLS && !strncmp(name, "_ZZ", 3)) shared.push_back(TlsRange{sym[i].st_value, sym[i].st_size});
         }
-        for (size_t i = 0; i < table.sh_size / sizeof *sym; i++)
-            if (ELF64_ST_TYPE(sym[i].st_info) == STT_FUNC) functions[sym[i].st_value + bias] = names + sym[i].st_name;
     }
     char *tls_base() const { return (char *)&me - tls_me; }  // of the calling OS thread
 };
 inline Symbols &symbols() { static Symbols s; return s; }
 
-inline const char *function_name(const void *f) {             // demangled, without the parameter list; lives forever
-    static std::map<const void *, std::string> cache;
-    static std::mutex lock;
-    std::lock_guard<std::mutex> guard(lock);
-    std::string &s = cache[f];
-    if (s.empty()) {
-        std::map<uintptr_t, std::string>::iterator it = symbols().functions.find((uintptr_t)f);
-        int status = 1;
-        const bool known = it != symbols().functions.end();
-        char *text = known ? abi::__cxa_demangle(it->second.c_str(), nullptr, nullptr, &status) : nullptr;
-        s = text ? text : known ? it->second : "kernel";
-        free(text);
-        for (size_t i = s.size(), depth = 0; i-- > 0;) {      // cut at the parenthesis that matches the last one
-            if (s[i] == ')') depth++;
-            if (s[i] == '(' && --depth == 0) { s.resize(i); break; }
-        }
-        if (!s.compare(0, 5, "void ")) s.erase(0, 5);
+inline std::string function_name(const void *f) {            // demangled, without the parameter list
+    const auto it = symbols().functions.find((uintptr_t)f - symbols().bias);
+    if (it == symbols().functions.end()) return "kernel";
+    int status;
+    char *text = abi::__cxa_demangle(it->second.c_str(), nullptr, nullptr, &status);
+    std::string s = text ? text : it->second;
+    free(text);
+    for (size_t i = s.size(), depth = 0; i-- > 0;) {          // cut at the parenthesis that matches the last one
+        if (s[i] == ')') depth++;
+        if (s[i] == '(' && --depth == 0) { s.resize(i); break; }
     }
-    return s.c_str();
+    if (!s.compare(0, 5, "void ")) s.erase(0, 5);
+    return s;
 }
 
 // Source lines of a return address through addr2line (binutils), frames inside dev/emu left out.
@@ -167,15 +151,6 @@ inline std::string source_line(const void *where) {
     return !out.empty() ? out : !inner.empty() ? inner : line;
 }
 
-// Text of a report; an abandoned fiber cannot free it.
-inline const char *keep(const std::string &text) {
-    static std::mutex lock;
-    static std::deque<std::string> &kept = *new std::deque<std::string>;
-    std::lock_guard<std::mutex> guard(lock);
-    kept.push_back(text);
-    return kept.back().c_str();
-}
-
 // ---- errors ---------------------------------------------------------------------------------------------------------
 inline std::atomic<int> sticky{0};                            // first device-side error; only cudaDeviceReset clears it
 inline thread_local int last_error = 0;
@@ -190,6 +165,9 @@ struct ExitStatus {
 };
 inline ExitStatus exit_status;
 
+// What a successful call returns.
+inline cudaError_t done() { return (cudaError_t)(sticky ? (int)(last_error = sticky) : 0); }
+
 // Host-side misuse: one line, and the CUDA error code.
 EMU_NOINLINE inline cudaError_t host_error(cudaError_t code, const char *fmt, ...) {
     va_list ap;
@@ -202,41 +180,51 @@ EMU_NOINLINE inline cudaError_t host_error(cudaError_t code, const char *fmt, ..
     last_error = code;
     return code;
 }
-[[noreturn]] inline void fail(cudaError_t code, const char *fmt, ...);
+[[noreturn]] inline void fail(cudaError_t code, const char *fmt, ...);   // the same from inside a kernel
+
+// Text of a report; an abandoned fiber cannot free it.
+inline std::deque<std::string> &kept = *new std::deque<std::string>;
+inline const char *keep(const std::string &text) {
+    std::lock_guard<std::mutex> guard(report_lock);
+    return kept.emplace_back(text).c_str();
+}
 
 // ---- device memory: page mapping with guard pages, 0xFF at first, never reused after cudaFree --------------------------
 struct Allocation {
-    char *base; size_t bytes; char *pages; size_t page_bytes; const void *site; int id; char kind;  // 'd'evice 'h'ost pinned
-    bool live;                                                                                      // 'r'egistered host
+    char *base; size_t bytes; char *pages; size_t page_bytes;
+    const void *site; int id; char kind; bool live;           // kind: 'd'evice, 'h'ost pinned
 };
 enum { PAGE = 4096, GUARD = 4 * PAGE, ALIGN = 256, FENCE = 64, POISON = 0xFF };  // cudaMalloc aligns to 256 bytes
 inline std::map<uintptr_t, Allocation> allocations;           // by base; freed ones stay, their pages inaccessible
 inline std::recursive_mutex memory_lock;
 inline size_t memory_used = 0;
+extern "C" char __executable_start, _end;                     // bounds of the program
 
+inline bool in_range(const void *p, size_t n, const void *base, size_t bytes) {
+    return (const char *)p >= (const char *)base && (const char *)p + n <= (const char *)base + bytes;
+}
+inline bool in_program(const void *p, size_t n) {             // where __device__ variables are
+    return in_range(p, n, &__executable_start, &_end - &__executable_start);
+}
 inline Allocation *find_allocation(const void *p) {           // the live allocation that holds p, or null
     std::map<uintptr_t, Allocation>::iterator it = allocations.upper_bound((uintptr_t)p);
     if (it == allocations.begin()) return nullptr;
     Allocation &a = (--it)->second;
     return a.live && (char *)p < a.base + a.bytes ? &a : nullptr;
 }
-inline const char *describe_address(const void *p) {
-    char text[256];
-    std::map<uintptr_t, Allocation>::iterator it = allocations.upper_bound((uintptr_t)p);
-    const Allocation *below = it == allocations.begin() ? nullptr : &std::prev(it)->second;
-    const Allocation *above = it == allocations.end() ? nullptr : &it->second;
-    const Allocation *a = below;
-    if (!a || (above && (size_t)((char *)p - (below->base + below->bytes)) > (size_t)(above->base - (char *)p) &&
-               (char *)p >= below->base + below->bytes)) a = above;
+inline const char *describe_address(const void *p) {          // by its place in or near the nearest allocation
+    auto beyond = [p](const Allocation *a) { return (char *)p - (a->base + a->bytes); };
+    auto distance = [&](const Allocation *a) { return (char *)p < a->base ? a->base - (char *)p : beyond(a); };
+    const Allocation *a = nullptr;
+    for (const auto &it : allocations) if (!a || distance(&it.second) < distance(a)) a = &it.second;
+    char place[80], text[120];
     if (!a) { snprintf(text, sizeof text, "%p (no device allocation near)", p); return keep(text); }
-    long off = (char *)p - a->base;
-    if (off < 0) snprintf(text, sizeof text, "%p: %ld bytes before", p, -off);
-    else if ((size_t)off >= a->bytes) snprintf(text, sizeof text, "%p: %ld bytes after the end of", p, off - (long)a->bytes);
-    else snprintf(text, sizeof text, "%p: byte %ld of", p, off);
-    std::string s = text;
-    snprintf(text, sizeof text, " %s #%d (%zu bytes, allocated at ", a->live ? "allocation" : "FREED allocation", a->id,
-             a->bytes);
-    return keep(s + text + source_line(a->site) + ")");
+    if ((char *)p < a->base) snprintf(place, sizeof place, "%ld bytes before", (long)distance(a));
+    else if (beyond(a) >= 0) snprintf(place, sizeof place, "%ld bytes after the end of", (long)beyond(a));
+    else snprintf(place, sizeof place, "byte %ld of", (long)((char *)p - a->base));
+    snprintf(text, sizeof text, "%p: %s %sallocation #%d (%zu bytes, allocated at ", p, place, a->live ? "" : "FREED ",
+             a->id, a->bytes);
+    return keep(text + source_line(a->site) + ")");
 }
 // With EMU_HOSTCHECK device memory is accessible only while device work runs.
 inline int access_depth = 0;
@@ -253,49 +241,49 @@ inline cudaError_t allocate(void **out, size_t bytes, char kind, const void *sit
     DeviceAccess access;
     if (!out) return host_error(cudaErrorInvalidValue, "cudaMalloc: null pointer");
     *out = nullptr;
-    if (!bytes) return cudaSuccess;
-    if (kind == 'd' && memory_used + bytes > settings.memory) return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
-    size_t n = (bytes + ALIGN - 1) / ALIGN * ALIGN, page_bytes = (n + PAGE - 1) / PAGE * PAGE;
-    char *map = (char *)mmap(nullptr, page_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (map == MAP_FAILED || mprotect(map + PAGE, page_bytes,
-        PROT_READ | PROT_WRITE)) return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
+    if (!bytes) return done();
+    const size_t n = (bytes + ALIGN - 1) / ALIGN * ALIGN, page_bytes = (n + PAGE - 1) / PAGE * PAGE;
+    void *map = MAP_FAILED;
+    if (kind != 'd' || memory_used + bytes <= settings.memory)
+        map = mmap(nullptr, page_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED || mprotect((char *)map + PAGE, page_bytes, PROT_READ | PROT_WRITE))
+        return (cudaError_t)(last_error = cudaErrorMemoryAllocation);
+    char *pages = (char *)map + PAGE;
     static int count = 0;
-    Allocation a = {map + PAGE + page_bytes - n, bytes, map + PAGE, page_bytes, site, ++count, kind, true};
-    if (settings.poison) memset(a.pages, POISON, page_bytes);
-    else { memset(a.pages, POISON, a.base - a.pages); memset(a.base + bytes, POISON, n - bytes); }
-    ASAN_POISON_MEMORY_REGION(a.pages, a.base - a.pages);
+    const Allocation a = {pages + page_bytes - n, bytes, pages, page_bytes, site, ++count, kind, true};
+    if (settings.poison) memset(pages, POISON, page_bytes);
+    else { memset(pages, POISON, a.base - pages); memset(a.base + bytes, POISON, n - bytes); }
+    ASAN_POISON_MEMORY_REGION(pages, a.base - pages);
     ASAN_POISON_MEMORY_REGION(a.base + bytes, n - bytes);
     allocations[(uintptr_t)a.base] = a;
     if (kind == 'd') memory_used += bytes;
     *out = a.base;
-    return cudaSuccess;
+    return done();
 }
-// The padding around an allocation must still hold the poison; false names it.
-inline bool fences_intact(const Allocation &a) {
-    (void)a;
-#ifndef EMU_ASAN                                              // ASan watches them itself
-    const char *end = a.pages + a.page_bytes, *start = a.base - a.pages < FENCE ? a.pages : a.base - FENCE;
-    for (const char *p = start; p < a.base; p++) if ((unsigned char)*p != POISON) return false;
-    for (const char *p = a.base + a.bytes; p < end; p++) if ((unsigned char)*p != POISON) return false;
-#endif
-    return true;
+// The first byte of a range that no longer holds the poison, or null. ASan watches poisoned ranges itself.
+inline const char *overwritten(const char *p, const char *end) {
+    while (!EMU_ASAN && p < end) if ((unsigned char)*p++ != POISON) return p - 1;
+    return nullptr;
+}
+inline bool fences_intact(const Allocation &a) {              // the padding around an allocation
+    const char *start = a.base - a.pages < FENCE ? a.pages : a.base - FENCE;
+    return !overwritten(start, a.base) && !overwritten(a.base + a.bytes, a.pages + a.page_bytes);
 }
 inline cudaError_t release(void *p, char kind) {
     std::lock_guard<std::recursive_mutex> guard(memory_lock);
     DeviceAccess access;
-    if (!p) return cudaSuccess;
-    std::map<uintptr_t, Allocation>::iterator it = allocations.find((uintptr_t)p);
-    if (it == allocations.end() || !it->second.live || it->second.kind != kind)
+    if (!p) return done();
+    Allocation *a = find_allocation(p);
+    if (!a || a->base != p || a->kind != kind)
         return host_error(cudaErrorInvalidValue, "free of %s, which is not the start of a live allocation of that kind",
             describe_address(p));
-    Allocation &a = it->second;
-    if (!fences_intact(a)) host_error(cudaErrorIllegalAddress, "written past the bounds: %s", describe_address(p));
-    ASAN_UNPOISON_MEMORY_REGION(a.pages, a.page_bytes);
-    mprotect(a.pages, a.page_bytes, PROT_NONE);
-    madvise(a.pages, a.page_bytes, MADV_DONTNEED);
-    a.live = false;
-    if (kind == 'd') memory_used -= a.bytes;
-    return cudaSuccess;
+    if (!fences_intact(*a)) host_error(cudaErrorIllegalAddress, "written past the bounds: %s", describe_address(p));
+    ASAN_UNPOISON_MEMORY_REGION(a->pages, a->page_bytes);
+    mprotect(a->pages, a->page_bytes, PROT_NONE);
+    madvise(a->pages, a->page_bytes, MADV_DONTNEED);
+    a->live = false;
+    if (kind == 'd') memory_used -= a->bytes;
+    return done();
 }
 
 // ---- fibers -----------------------------------------------------------------------------------------------------------
@@ -338,13 +326,11 @@ struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); }
 struct Worker;
 struct Thread {
     void *sp; char *stack; Worker *worker;                    // stack is null before the first run and after the last
+    void *fake;                                               // of ASan
     uint3 idx; int warp, lane;
     const char *waits_at; const void *where;                  // for reports; waits_at is null while not waiting
     std::vector<Copy> copies;                                 // cp.async not landed yet, oldest first
     std::vector<size_t> groups;                               // copies.size() at each commit not waited for yet
-#ifdef EMU_ASAN
-    void *fake;
-#endif
 };
 struct Warp {
     uint32_t alive, ready, waiting;                           // lane masks: not exited; can run; inside a warp operation
@@ -360,25 +346,23 @@ struct Launch {
 struct Worker {                                              // one per OS thread
     Launch *launch; uint3 block; int n_threads, alive;
     uint64_t rng; uint32_t ready_warps; int last_warp, last_lane;
-    Thread host; char *smem; size_t smem_bytes;                            // host: the stack that run_block was called on
+    Thread host{}; size_t host_bytes;                  // the stack that run_block was called on; its place: for ASan
+    char *smem; size_t smem_bytes;
     Warp warps[MAX_WARPS]; Barrier barriers[BARRIERS]; Thread threads[MAX_THREADS];
     char *stacks, *smem_pages, *fault_stack; std::vector<char *> free_stacks;
-#ifdef EMU_ASAN
-    void *main_fake; const void *main_bottom; size_t main_size;
-#endif
     Worker();
     size_t stack_stride() const { return settings.stack + GUARD; }        // inaccessible pages below each stack
     uint64_t random() { rng ^= rng << 13; rng ^= rng >> 7; rng ^= rng << 17; return rng >> 11; }
     void wake(int warp, uint32_t lanes) { warps[warp].ready |= lanes; if (lanes) ready_warps |= 1u << warp; }
     Thread *pick();
+    void run_as(Thread *next) { me = next; threadIdx = next->idx; }
+    void switch_to(Thread *next, bool for_good);
     void resume(Thread *next);
     void sleep(const char *waits_at, const void *where);     // until somebody wakes this thread
     void yield();                                            // with EMU_SEED: perhaps let others run first
     Thread *finish(Thread *t);
-    void leave();
     void run_block(Launch *l, uint64_t number);
     void reset_stacks();
-    [[noreturn]] void deadlock();
     const char *waiting_list();
 };
 inline thread_local Worker *my_worker = nullptr;
@@ -386,23 +370,25 @@ inline thread_local Worker *my_worker = nullptr;
 inline void fiber_main();
 inline void on_fault(int sig, siginfo_t *info, void *context);
 
+inline char *map_pages(size_t n) {
+    void *p = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) { perror("emu: stacks"); _exit(86); }
+    return (char *)p;
+}
 inline Worker::Worker() {
-    size_t n = stack_stride() * MAX_THREADS;
-    stacks = (char *)mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    smem_pages = (char *)mmap(nullptr, SMEM_MAX + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    stack_t alt = {};
-    alt.ss_size = FAULT_STACK;
-    alt.ss_sp = fault_stack = (char *)mmap(nullptr, FAULT_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (stacks == MAP_FAILED || smem_pages == MAP_FAILED || fault_stack == MAP_FAILED) { perror("emu: stacks"); _exit(86); }
+    stacks = map_pages(stack_stride() * MAX_THREADS);
     for (int i = 0; i < MAX_THREADS; i++) mprotect(stacks + i * stack_stride(), GUARD, PROT_NONE);
+    smem_pages = map_pages(SMEM_MAX + 2 * PAGE);
     mprotect(smem_pages, PAGE, PROT_NONE);
     mprotect(smem_pages + PAGE + SMEM_MAX, PAGE, PROT_NONE);
+    stack_t alt = {};
+    alt.ss_size = FAULT_STACK;
+    alt.ss_sp = fault_stack = map_pages(FAULT_STACK);
     sigaltstack(&alt, nullptr);
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGALRM};
-    for (int s : signals) sigaction(s, &action, nullptr);
+    for (int s : {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGALRM}) sigaction(s, &action, nullptr);
     reset_stacks();
 }
 inline void Worker::reset_stacks() {                         // the next stack to use is the last of the list
@@ -410,7 +396,7 @@ inline void Worker::reset_stacks() {                         // the next stack t
     for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(stacks + i * stack_stride() + GUARD);
     ASAN_UNPOISON_MEMORY_REGION(stacks, stack_stride() * MAX_THREADS);
     ASAN_UNPOISON_MEMORY_REGION(fault_stack, FAULT_STACK);
-    for (Thread &t : threads) t.stack = nullptr;
+    for (Thread &t : threads) { t.stack = nullptr; t.copies.clear(); t.groups.clear(); }
 }
 
 inline int next_bit(uint32_t m, int after) {                 // the first set bit above `after`, else the lowest
@@ -423,7 +409,7 @@ inline int random_bit(uint32_t m, uint64_t r) {
 }
 // Natural order: the other lanes of the same warp, then the next warp.
 inline Thread *Worker::pick() {
-    if (!ready_warps) return nullptr;
+    if (!ready_warps) fail(cudaErrorLaunchFailure, "deadlock: no thread of the block can run\n%s", waiting_list());
     int w, lane;
     if (settings.seed) {
         w = random_bit(ready_warps, random());
@@ -438,32 +424,31 @@ inline Thread *Worker::pick() {
     last_lane = lane;
     return &threads[w * 32 + lane];
 }
-inline void Worker::resume(Thread *next) {
+inline void Worker::switch_to(Thread *next, bool for_good) {
     Thread *prev = me;
-    if (next == prev) return;
+    const size_t stack_bytes = next == &host ? host_bytes : settings.stack;
+    run_as(next);
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &prev->fake, next->stack, stack_bytes);
+    emu_switch(&prev->sp, next->sp);
+    __sanitizer_finish_switch_fiber(prev->fake, nullptr, nullptr);
+}
+inline void Worker::resume(Thread *next) {
+    if (next == me) return;
     if (!next->stack) {
         next->stack = free_stacks.back();
         free_stacks.pop_back();
         size_t stagger = (next->lane * 5 + next->warp * 3) % 32 * 64;      // keep stack tops out of the same cache set
-        ASAN_UNPOISON_MEMORY_REGION(next->stack + settings.stack - 8192, 8192); // the last user's outermost frames never returned
+        // the last user's outermost frames never returned
+        ASAN_UNPOISON_MEMORY_REGION(next->stack + settings.stack - 8192, 8192);
         next->sp = first_frame(next->stack + settings.stack - stagger, fiber_main);
     }
-    me = next;
-    threadIdx = next->idx;
-#ifdef EMU_ASAN
-    __sanitizer_start_switch_fiber(&prev->fake, next->stack, settings.stack);
-    emu_switch(&prev->sp, next->sp);
-    __sanitizer_finish_switch_fiber(prev->fake, nullptr, nullptr);
-#else
-    emu_switch(&prev->sp, next->sp);
-#endif
+    switch_to(next, false);
 }
 inline void Worker::sleep(const char *waits_at, const void *where) {
-    me->waits_at = waits_at;
-    me->where = where;
-    Thread *self = me, *next = pick();
-    if (!next) deadlock();
-    resume(next);
+    Thread *self = me;
+    self->waits_at = waits_at;
+    self->where = where;
+    resume(pick());
     self->waits_at = nullptr;
 }
 inline void Worker::yield() {
@@ -471,15 +456,8 @@ inline void Worker::yield() {
     wake(me->warp, 1u << me->lane);
     resume(pick());
 }
-inline void Worker::leave() {                                // back to run_block; the fiber is abandoned
-    me = nullptr;
-    void *dead;
-#ifdef EMU_ASAN
-    __sanitizer_start_switch_fiber(nullptr, main_bottom, main_size);
-#endif
-    emu_switch(&dead, host.sp);
-}
-inline Thread *Worker::finish(Thread *t) {                   // t returned from the kernel: who runs next? null: all are done
+// t returned from the kernel: who runs next? `host` when all are done.
+inline Thread *Worker::finish(Thread *t) {
     Warp &w = warps[t->warp];
     w.alive &= ~(1u << t->lane);
     alive--;
@@ -487,43 +465,33 @@ inline Thread *Worker::finish(Thread *t) {                   // t returned from 
     t->groups.clear();
     if (barriers[0].arrived)
         fail(cudaErrorLaunchFailure, "the thread left the kernel while others wait at __syncthreads\n%s", waiting_list());
-    for (uint32_t m = w.waiting; m; m &= m - 1)
-        if (w.mask[__builtin_ctz(m)] >> t->lane & 1)
-            fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s", t->lane,
-                 __builtin_ctz(m), w.verb[__builtin_ctz(m)]->name, w.mask[__builtin_ctz(m)], waiting_list());
-    if (!alive) return nullptr;
-    Thread *next = pick();
-    if (!next) deadlock();
-    return next;
+    for (uint32_t m = w.waiting; m; m &= m - 1) {
+        const int other = __builtin_ctz(m);
+        if (w.mask[other] >> t->lane & 1)
+            fail(cudaErrorLaunchFailure, "lane %d left the kernel, but lane %d waits for it at %s with mask %08x\n%s",
+                 t->lane, other, w.verb[other]->name, w.mask[other], waiting_list());
+    }
+    return alive ? pick() : &host;
 }
 inline void fiber_main() {
-#ifdef EMU_ASAN
-    const void *bottom; size_t size;
-    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-    if (!my_worker->main_bottom) { my_worker->main_bottom = bottom; my_worker->main_size = size; }
-#endif
+    Worker *w = me->worker;
+    const void *from = nullptr;
+    size_t from_bytes = 0;
+    __sanitizer_finish_switch_fiber(nullptr, &from, &from_bytes);
+    if (!w->host.stack) { w->host.stack = (char *)from; w->host_bytes = from_bytes; }     // the first fiber comes from there
     for (;;) {
         Thread *t = me;
-        Worker *w = t->worker;
         w->launch->body();
         Thread *next = w->finish(t);
-        if (next && !next->stack) {                          // not started yet: it runs on this very stack
+        if (next == &w->host || next->stack) {
+            w->free_stacks.push_back(t->stack);
+            t->stack = nullptr;
+            w->switch_to(next, true);
+        } else {                                             // not started yet: it runs on this very stack
             next->stack = t->stack;
             t->stack = nullptr;
-            me = next;
-            threadIdx = next->idx;
-            continue;
+            w->run_as(next);
         }
-        w->free_stacks.push_back(t->stack);
-        t->stack = nullptr;
-        if (!next) w->leave();
-#ifdef EMU_ASAN
-        __sanitizer_start_switch_fiber(nullptr, next->stack, settings.stack);
-#endif
-        me = next;
-        threadIdx = next->idx;
-        void *dead;
-        emu_switch(&dead, next->sp);
     }
 }
 inline void Worker::run_block(Launch *l, uint64_t number) {
@@ -559,65 +527,51 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
     ASAN_POISON_MEMORY_REGION(smem + smem_bytes, top - smem - smem_bytes);
     for (const TlsRange &r : symbols().shared) memset(symbols().tls_base() + r.offset, POISON, r.bytes);
     me = &host;
-#ifdef EMU_ASAN
-    main_bottom = nullptr;
-#endif
     resume(pick());
     me = nullptr;
-#ifndef EMU_ASAN
-    for (char *p = smem + smem_bytes; p < top && !l->failed; p++)
-        if ((unsigned char)*p != POISON) {
-            host_error(cudaErrorIllegalAddress, "%s block (%u,%u,%u): shared memory written %d bytes past its %zu bytes",
-                       function_name(l->kernel), block.x, block.y, block.z, (int)(p - smem - smem_bytes), smem_bytes);
-            sticky = cudaErrorIllegalAddress;
-            l->failed = true;
-        }
-#endif
-    if (l->failed) {
-        for (Thread &t : threads) { t.copies.clear(); t.groups.clear(); }
-        reset_stacks();
+    const char *past = l->failed ? nullptr : overwritten(smem + smem_bytes, top);
+    if (past) {
+        host_error(cudaErrorIllegalAddress, "%s block (%u,%u,%u): shared memory written %d bytes past its %zu bytes",
+                   function_name(l->kernel).c_str(), block.x, block.y, block.z, (int)(past - smem - smem_bytes), smem_bytes);
+        sticky = cudaErrorIllegalAddress;
+        l->failed = true;
     }
+    if (l->failed) reset_stacks();
 }
 
 // ---- reports from inside a kernel -------------------------------------------------------------------------------------
 inline void print_where(const Thread *t) {
     const Worker *w = t->worker;
-    fprintf(stderr, "emu: %s block (%u,%u,%u) thread (%u,%u,%u): ", function_name(w->launch->kernel),
+    fprintf(stderr, "emu: %s block (%u,%u,%u) thread (%u,%u,%u): ", function_name(w->launch->kernel).c_str(),
             w->block.x, w->block.y, w->block.z, t->idx.x, t->idx.y, t->idx.z);
 }
-// Prints one report, makes the error sticky and gives the block up. The first report of a launch is printed, the rest are echo.
-[[noreturn]] inline void fail_at(const void *where, cudaError_t code, const char *text) {
-    Worker *w = me->worker;
+// Prints a report, the first of a launch (the rest are echo), makes the error sticky and gives the block up.
+[[noreturn]] inline void fail(cudaError_t code, const char *fmt, ...) {
     {
         std::lock_guard<std::mutex> guard(report_lock);
         int none = 0;
         if (sticky.compare_exchange_strong(none, code)) {
             fflush(stdout);
             print_where(me);
-            fprintf(stderr, "%s\n", text);
-            if (where) fprintf(stderr, "     at %s\n", source_line(where).c_str());
+            va_list ap;
+            va_start(ap, fmt);
+            vfprintf(stderr, fmt, ap);
+            va_end(ap);
+            fprintf(stderr, "\n");
+            if (me->where) fprintf(stderr, "     at %s\n", source_line(me->where).c_str());
             if (settings.seed) fprintf(stderr, "     with EMU_SEED=%llu\n", (unsigned long long)settings.seed);
         }
     }
-    w->launch->failed = true;
-    w->leave();
+    me->worker->launch->failed = true;
+    me->worker->switch_to(&me->worker->host, true);          // back to run_block; the fiber is abandoned
     __builtin_unreachable();
-}
-[[noreturn]] inline void fail(cudaError_t code, const char *fmt, ...) {
-    char text[8192];
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    fail_at(me->where, code, text);
 }
 inline const char *Worker::waiting_list() {                  // threads that wait, grouped by what and where
     std::map<std::pair<std::string, const void *>, std::vector<int> > groups;
     for (int i = 0; i < n_threads; i++) {
         Thread &t = threads[i];
-        if (t.waits_at) groups[std::make_pair(std::string(t.waits_at), t.where)].push_back(i);
-        else if (!(warps[t.warp].alive >> t.lane & 1)) groups[std::make_pair(std::string("left the kernel"),
-            (const void *)nullptr)].push_back(i);
+        if (t.waits_at) groups[{t.waits_at, t.where}].push_back(i);
+        else if (!(warps[t.warp].alive >> t.lane & 1)) groups[{"left the kernel", nullptr}].push_back(i);
     }
     std::string out;
     for (const auto &g : groups) {
@@ -631,12 +585,12 @@ inline const char *Worker::waiting_list() {                  // threads that wai
     }
     return keep(out);
 }
-inline void Worker::deadlock() { fail(cudaErrorLaunchFailure, "deadlock: no thread of the block can run\n%s", waiting_list()); }
 
 // SIGSEGV and friends: inside a kernel a report and a sticky error; in host code the default action.
 inline void on_fault(int sig, siginfo_t *info, void *context) {
+    const char *p = (const char *)info->si_addr;
     if (!me || !me->worker) {
-        if (sig == SIGSEGV || sig == SIGBUS) fprintf(stderr, "emu: host code touched %s\n", describe_address(info->si_addr));
+        if (sig == SIGSEGV || sig == SIGBUS) fprintf(stderr, "emu: host code touched %s\n", describe_address(p));
         if (sig == SIGALRM) {
             fprintf(stderr, "emu: a kernel is still running after %u s (EMU_TIMEOUT)\n", settings.timeout);
             _exit(86);
@@ -646,30 +600,27 @@ inline void on_fault(int sig, siginfo_t *info, void *context) {
         return;
     }
 #if defined(__x86_64__)
-    const void *pc = (const void *)(((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP] + 1);
+    me->where = (const void *)(((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP] + 1);
 #else
-    const void *pc = (const void *)(((ucontext_t *)context)->uc_mcontext.pc + 1);
+    me->where = (const void *)(((ucontext_t *)context)->uc_mcontext.pc + 1);
 #endif
     const Worker *w = me->worker;
-    const char *p = (const char *)info->si_addr;
-    char text[512];
-    if (sig == SIGABRT) snprintf(text, sizeof text, "abort or assert");
-    else if (sig == SIGALRM) snprintf(text, sizeof text, "still running after %u s (EMU_TIMEOUT)", settings.timeout);
-    else if (sig == SIGFPE) snprintf(text, sizeof text, "integer division by zero");
-    else if (p >= w->stacks && p < w->stacks + w->stack_stride() * MAX_THREADS) snprintf(text, sizeof text,
-        "stack overflow (EMU_STACK sets the bytes per thread)");
-    else if (p >= w->smem_pages && p < w->smem_pages + SMEM_MAX + 2 * PAGE)
-        snprintf(text, sizeof text, "access %ld bytes from the start of the block's %zu bytes of shared memory",
-            (long)(p - w->smem), w->smem_bytes);
-    else snprintf(text, sizeof text, "illegal access to %s", describe_address(p));
-    fail_at(sig == SIGABRT ? nullptr : pc, sig == SIGABRT ? cudaErrorAssert : sig == SIGALRM ?
-        cudaErrorLaunchFailure : cudaErrorIllegalAddress, text);
+    if (sig == SIGABRT) me->where = nullptr;
+    if (sig == SIGABRT) fail(cudaErrorAssert, "abort or assert");
+    if (sig == SIGALRM) fail(cudaErrorLaunchFailure, "still running after %u s (EMU_TIMEOUT)", settings.timeout);
+    if (sig == SIGFPE) fail(cudaErrorIllegalAddress, "integer division by zero");
+    if (in_range(p, 1, w->stacks, w->stack_stride() * MAX_THREADS))
+        fail(cudaErrorIllegalAddress, "stack overflow (EMU_STACK sets the bytes per thread)");
+    if (in_range(p, 1, w->smem_pages, SMEM_MAX + 2 * PAGE))
+        fail(cudaErrorIllegalAddress, "access %ld bytes from the start of the block's %zu bytes of shared memory",
+             (long)(p - w->smem), w->smem_bytes);
+    fail(cudaErrorIllegalAddress, "illegal access to %s", describe_address(p));
 }
-#ifdef EMU_ASAN
-extern "C" inline __attribute__((used)) void __asan_on_error() { if (me && me->worker) {
+#if EMU_ASAN
+extern "C" inline __attribute__((used)) void __asan_on_error() {
+    if (!me || !me->worker) return;
     print_where(me);
     fprintf(stderr, "AddressSanitizer report follows\n");
-    };
 }
 #endif
 
@@ -682,8 +633,8 @@ EMU_NOINLINE inline int barrier(int id, int expected, int line, int value, bool 
     if (id < 0 || id >= BARRIERS) fail(cudaErrorLaunchFailure, "%s: barrier %d, there are %d", name, id, BARRIERS);
     Barrier &b = w->barriers[id];
     if (!expected) expected = w->n_threads;
-    else if (expected % 32 || expected > w->n_threads) fail(cudaErrorLaunchFailure,
-        "%s(%d, %d): the count must be a multiple of 32 within the block", name, id, expected);
+    else if (expected % 32 || expected > w->n_threads)
+        fail(cudaErrorLaunchFailure, "%s(%d, %d): the count must be a multiple of 32 within the block", name, id, expected);
     if (line && w->alive < w->n_threads)
         fail(cudaErrorLaunchFailure, "__syncthreads after %d threads left the kernel\n%s", w->n_threads - w->alive,
              w->waiting_list());
@@ -691,16 +642,16 @@ EMU_NOINLINE inline int barrier(int id, int expected, int line, int value, bool 
         fail(cudaErrorLaunchFailure, "%s(%d, %d): others wait there for %d threads", name, id, expected, b.expected);
     if (b.arrived && b.line != line) {
         t->waits_at = name;
-        fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line, w->waiting_list());
+        fail(cudaErrorLaunchFailure, "barrier divergence: __syncthreads on lines %d and %d\n%s", b.line, line,
+             w->waiting_list());
     }
     b.expected = expected;
     b.line = line;
     b.sum += value;
     if (++b.arrived == expected) {
         for (int i = 0; i < MAX_WARPS; i++) { w->wake(i, b.waiting[i]); b.waiting[i] = 0; }
-        b.result = b.sum;
+        const int result = b.result = b.sum;
         b.arrived = b.sum = 0;
-        int result = b.result;
         w->yield();
         return result;
     }
@@ -725,8 +676,8 @@ EMU_NOINLINE inline void warp_op(const Verb *verb, uint32_t mask, void *args) {
         int other = __builtin_ctz(there);
         if ((warp.mask[other] & bit) && (warp.mask[other] != mask || warp.verb[other] != verb)) {
             t->waits_at = verb->name;
-            fail(cudaErrorLaunchFailure, "%s with mask %08x, but lane %d waits at %s with mask %08x\n%s", verb->name, mask, other,
-                 warp.verb[other]->name, warp.mask[other], w->waiting_list());
+            fail(cudaErrorLaunchFailure, "%s with mask %08x, but lane %d waits at %s with mask %08x\n%s", verb->name, mask,
+                 other, warp.verb[other]->name, warp.mask[other], w->waiting_list());
         }
     }
     warp.verb[t->lane] = verb;
@@ -734,8 +685,8 @@ EMU_NOINLINE inline void warp_op(const Verb *verb, uint32_t mask, void *args) {
     warp.args[t->lane] = args;
     warp.waiting |= bit;
     bool complete = (warp.waiting & mask) == mask;
-    for (uint32_t m = mask; complete && m; m &= m - 1) complete = warp.verb[__builtin_ctz(m)] == verb &&
-        warp.mask[__builtin_ctz(m)] == mask;
+    for (uint32_t m = mask; complete && m; m &= m - 1)
+        complete = warp.verb[__builtin_ctz(m)] == verb && warp.mask[__builtin_ctz(m)] == mask;
     if (!complete) return w->sleep(verb->name, t->where);
     verb->complete(warp.args, mask);
     warp.waiting &= ~mask;
@@ -744,40 +695,22 @@ EMU_NOINLINE inline void warp_op(const Verb *verb, uint32_t mask, void *args) {
 }
 
 // ---- address checks of the verbs --------------------------------------------------------------------------------------
-inline bool in_range(const void *p, size_t n, const void *base, size_t bytes) {
-    return (const char *)p >= (const char *)base && (const char *)p + n <= (const char *)base + bytes;
-}
-inline bool in_shared(const void *p, size_t n) {
+enum Space { GLOBAL, SHARED, ANYWHERE };
+EMU_NOINLINE inline void check_address(const char *name, const void *p, size_t n, size_t align, Space space) {
     const Worker *w = me->worker;
-    return in_range(p, n, w->smem, w->smem_bytes) || in_range(p, n, symbols().tls_base(), symbols().tls_bytes);
-}
-extern "C" char __executable_start, _end;                     // bounds of the program: __device__ and __constant__ variables
-EMU_NOINLINE inline void check_slow(const char *name, const void *p, size_t n, size_t align, bool global_only) {
     me->where = __builtin_return_address(0);
     if ((uintptr_t)p % align) fail(cudaErrorMisalignedAddress, "%s: address %p is not aligned to %zu bytes", name, p, align);
-    const Allocation *a = find_allocation(p);
-    if (a && in_range(p, n, a->base, a->bytes)) return;
-    if (in_range(p, n, &__executable_start, &_end - &__executable_start)) return;
-    const Worker *w = me->worker;
-    if (!global_only && (in_shared(p, n) || in_range(p, n, w->stacks, w->stack_stride() * MAX_THREADS))) return;
-    if (in_range(p, 1, w->smem_pages, SMEM_MAX + 2 * PAGE))
-        fail(cudaErrorIllegalAddress, "%s: %ld bytes from the start of the block's %zu bytes of shared memory", name,
-            (long)((const char *)p - w->smem), w->smem_bytes);
+    if (space != SHARED) {
+        const Allocation *a = find_allocation(p);
+        if ((a && in_range(p, n, a->base, a->bytes)) || in_program(p, n)) return;
+    }
+    if (space != GLOBAL && (in_range(p, n, w->smem, w->smem_bytes) ||
+                            in_range(p, n, symbols().tls_base(), symbols().tls_bytes))) return;
+    if (space == ANYWHERE && in_range(p, n, w->stacks, w->stack_stride() * MAX_THREADS)) return;
+    if (space == SHARED || in_range(p, 1, w->smem_pages, SMEM_MAX + 2 * PAGE))
+        fail(cudaErrorIllegalAddress, "%s: %s%ld bytes from the start of the block's %zu bytes of shared memory", name,
+             space == SHARED ? "not shared memory: " : "", (long)((const char *)p - w->smem), w->smem_bytes);
     fail(cudaErrorIllegalAddress, "%s of %zu bytes: %s", name, n, describe_address(p));
-}
-inline __attribute__((always_inline)) void check_global(const char *name, const void *p, size_t n, size_t align) {
-    check_slow(name, p, n, align, true);
-}
-inline __attribute__((always_inline)) void check_access(const char *name, const void *p, size_t n, size_t align) {
-    check_slow(name, p, n, align, false);
-}
-EMU_NOINLINE inline void check_shared(const char *name, const void *p, size_t n, size_t align) {
-    me->where = __builtin_return_address(0);
-    if ((uintptr_t)p % align)
-        fail(cudaErrorMisalignedAddress, "%s: shared address %p is not aligned to %zu bytes", name, p, align);
-    if (!in_shared(p, n))
-        fail(cudaErrorIllegalAddress, "%s: not shared memory: %ld bytes from the start of the block's %zu bytes", name,
-             (long)((const char *)p - me->worker->smem), me->worker->smem_bytes);
 }
 
 // ---- launch -----------------------------------------------------------------------------------------------------------
@@ -786,15 +719,10 @@ inline void run_launch(Launch &l) {
     uint64_t n = (uint64_t)l.grid.x * l.grid.y * l.grid.z, step = 1, first = 0;
     if (settings.seed && n > 2) {                             // an affine permutation of the blocks
         step = (settings.seed * 0x9E3779B97F4A7C15ull + l.number) % n | 1;
-        for (uint64_t a = step, b = n; ; a = step, b = n) {
-            while (b) { uint64_t r = a % b; a = b; b = r; }
-            if (a == 1) break;
-            step += 2;
-        }
+        while (std::gcd(step, n) != 1) step += 2;
         first = (settings.seed ^ l.number * 0xD1342543DE82EF95ull) % n;
     }
-    int threads = (uint64_t)settings.threads < n ? settings.threads : (int)n;
-    (void)threads;
+    [[maybe_unused]] int threads = (uint64_t)settings.threads < n ? settings.threads : (int)n;
     if (settings.timeout) alarm(settings.timeout);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -805,8 +733,8 @@ inline void run_launch(Launch &l) {
     if (settings.timeout) alarm(0);
     for (const auto &it : allocations)
         if (it.second.live && it.second.kind == 'd' && !fences_intact(it.second)) {
-            host_error(cudaErrorIllegalAddress, "%s wrote outside its memory, beside allocation %s", function_name(l.kernel),
-                describe_address(it.second.base));
+            host_error(cudaErrorIllegalAddress, "%s wrote outside its memory, beside allocation %s",
+                       function_name(l.kernel).c_str(), describe_address(it.second.base));
             int none = 0;
             sticky.compare_exchange_strong(none, cudaErrorIllegalAddress);
         }

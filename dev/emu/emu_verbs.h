@@ -13,53 +13,53 @@ struct MmaArgs { float *d; const uint32_t *a, *b; };
 // a[3] = A[g+8][2t+8..]; b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, 2t+9][g]; d = D[g][2t], D[g][2t+1], D[g+8][2t], D[g+8][2t+1].
 inline void mma_complete(void **args, uint32_t) {
     typedef float Four __attribute__((vector_size(16)));
-    float A[16][16], D[16][8];
-    alignas(16) float B[16][8];
+    float A[16][16];
+    alignas(16) float B[16][8], D[16][8];
     for (int lane = 0; lane < 32; lane++) {
         const MmaArgs *x = (const MmaArgs *)args[lane];
         const int g = lane / 4, t = lane % 4 * 2;
-        float (*a)[16] = &A[g], (*b)[8] = &B[t], (*d)[8] = &D[g];
-        a[0][t] = bf16_low(x->a[0]), a[0][t + 1] = bf16_high(x->a[0]);
-        a[8][t] = bf16_low(x->a[1]), a[8][t + 1] = bf16_high(x->a[1]);
-        a[0][t + 8] = bf16_low(x->a[2]), a[0][t + 9] = bf16_high(x->a[2]);
-        a[8][t + 8] = bf16_low(x->a[3]), a[8][t + 9] = bf16_high(x->a[3]);
-        b[0][g] = bf16_low(x->b[0]), b[1][g] = bf16_high(x->b[0]), b[8][g] = bf16_low(x->b[1]), b[9][g] = bf16_high(x->b[1]);
-        d[0][t] = x->d[0], d[0][t + 1] = x->d[1], d[8][t] = x->d[2], d[8][t + 1] = x->d[3];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            float *row = &A[g + i % 2 * 8][t + i / 2 * 8];
+            row[0] = bf16_low(x->a[i]), row[1] = bf16_high(x->a[i]);
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            B[t + i * 8][g] = bf16_low(x->b[i]), B[t + i * 8 + 1][g] = bf16_high(x->b[i]);
+            D[g + i * 8][t] = x->d[i * 2], D[g + i * 8][t + 1] = x->d[i * 2 + 1];
+        }
     }
     for (int m = 0; m < 16; m++) {                            // products of bf16 are exact in fp32; sums in order of k
-        Four left, right;
-        memcpy(&left, D[m], 16);
-        memcpy(&right, D[m] + 4, 16);
+        Four *d = (Four *)D[m], left = d[0], right = d[1];
         for (int k = 0; k < 16; k++) {
             left += A[m][k] * *(const Four *)B[k];
             right += A[m][k] * *(const Four *)(B[k] + 4);
         }
-        memcpy(D[m], &left, 16);
-        memcpy(D[m] + 4, &right, 16);
+        d[0] = left, d[1] = right;
     }
     for (int lane = 0; lane < 32; lane++) {
         float *d = ((const MmaArgs *)args[lane])->d;
-        const int g = lane / 4, t = lane % 4 * 2;
-        d[0] = D[g][t], d[1] = D[g][t + 1], d[2] = D[g + 8][t], d[3] = D[g + 8][t + 1];
+        memcpy(d, &D[lane / 4][lane % 4 * 2], 8);
+        memcpy(d + 2, &D[lane / 4 + 8][lane % 4 * 2], 8);
     }
 }
 struct LdmatrixArgs { const void *row; uint32_t *r; };
 // Lane 8i+j holds the address of row j of matrix i (8 rows of 8 bf16). r[i] of a lane = M[g][2t, 2t+1], or transposed
 // M[2t][g], M[2t+1][g].
-template <int n, bool trans> void ldmatrix_complete(void **args, uint32_t) {
-    for (int i = 0; i < n; i++) {
+template <bool trans> void ldmatrix_complete(void **args, uint32_t) {
+    for (int i = 0; i < 4; i++) {
         uint16_t m[8][8];
         for (int j = 0; j < 8; j++) memcpy(m[j], ((const LdmatrixArgs *)args[8 * i + j])->row, 16);
         for (int lane = 0; lane < 32; lane++) {
             const int g = lane / 4, t = lane % 4 * 2;
-            ((const LdmatrixArgs *)args[lane])->r[i] = trans ? m[t][g] | (uint32_t)m[t + 1][g] <<
-                16 : m[g][t] | (uint32_t)m[g][t + 1] << 16;
+            const uint32_t low = trans ? m[t][g] : m[g][t], high = trans ? m[t + 1][g] : m[g][t + 1];
+            ((const LdmatrixArgs *)args[lane])->r[i] = low | high << 16;
         }
     }
 }
-template <int n, bool trans> EMU_INLINE void ldmatrix(uint32_t *r, const void *row) {
-    static constexpr Verb verb = {trans ? "ldmatrix.trans" : "ldmatrix", ldmatrix_complete<n, trans>};
-    if (me->lane < 8 * n) check_shared(verb.name, row, 16, 16);
+template <bool trans> EMU_INLINE void ldmatrix(uint32_t *r, const void *row) {
+    static constexpr Verb verb = {trans ? "ldmatrix.trans" : "ldmatrix", ldmatrix_complete<trans>};
+    check_address(verb.name, row, 16, 16, SHARED);
     LdmatrixArgs args = {row, r};
     warp_sync(&verb, ~0u, &args);
 }
@@ -71,19 +71,19 @@ inline void land(const Copy &c) {
 // cp.async [dst], [src], size, valid: bytes from `valid` on are zero. The destination is poison until the wait that makes it
 // visible; with EMU_SEED some copies land at once and some destinations keep their old contents until then.
 EMU_INLINE void cp_async(void *dst, const void *src, int size, int valid) {
-    emu::Thread *t = emu::me;
-    emu::check_shared("cp.async destination", dst, size, size);
-    if (valid < 0 || valid > size) emu::fail(cudaErrorLaunchFailure, "cp.async: %d valid bytes of %d", valid, size);
-    if (valid) emu::check_global("cp.async source", src, valid, size);
-    const emu::Copy c = {dst, src, valid, size};
-    const int early = emu::settings.seed ? (int)(t->worker->random() % 4) : 1;
-    if (early == 0) return emu::land(c);
-    if (early < 3) memset(dst, emu::POISON, size);
-    t->copies.push_back(c);
+    check_address("cp.async destination", dst, size, size, SHARED);
+    if (valid < 0 || valid > size) fail(cudaErrorLaunchFailure, "cp.async: %d valid bytes of %d", valid, size);
+    if (valid) check_address("cp.async source", src, valid, size, GLOBAL);
+    const Copy c = {dst, src, valid, size};
+    const int early = settings.seed ? (int)(me->worker->random() % 4) : 1;
+    if (early == 0) return land(c);
+    if (early < 3) memset(dst, POISON, size);
+    me->copies.push_back(c);
 }
 }  // namespace emu
 
-template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; } // aligned to 128 bytes
+// aligned to 128 bytes
+template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b
 EMU_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
@@ -91,16 +91,13 @@ EMU_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     emu::MmaArgs args = {d, a, b};
     emu::warp_sync(&verb, ~0u, &args);
 }
-// ldmatrix.sync.aligned.m8n8.x{1,2,4}{.trans}.shared.b16
-EMU_INLINE void ldmatrix_x1(uint32_t r[1], const void *row) { emu::ldmatrix<1, false>(r, row); }
-EMU_INLINE void ldmatrix_x2(uint32_t r[2], const void *row) { emu::ldmatrix<2, false>(r, row); }
-EMU_INLINE void ldmatrix_x4(uint32_t r[4], const void *row) { emu::ldmatrix<4, false>(r, row); }
-EMU_INLINE void ldmatrix_x1_trans(uint32_t r[1], const void *row) { emu::ldmatrix<1, true>(r, row); }
-EMU_INLINE void ldmatrix_x2_trans(uint32_t r[2], const void *row) { emu::ldmatrix<2, true>(r, row); }
-EMU_INLINE void ldmatrix_x4_trans(uint32_t r[4], const void *row) { emu::ldmatrix<4, true>(r, row); }
+// ldmatrix.sync.aligned.m8n8.x4{.trans}.shared.b16
+EMU_INLINE void ldmatrix_x4(uint32_t r[4], const void *row) { emu::ldmatrix<false>(r, row); }
+EMU_INLINE void ldmatrix_x4_trans(uint32_t r[4], const void *row) { emu::ldmatrix<true>(r, row); }
 
-EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) { emu::cp_async(dst, src, 16, valid); }     // cp.async.cg
-EMU_INLINE void cp_async_4(void *dst, const void *src, int valid = 4) { emu::cp_async(dst, src, 4, valid); }        // cp.async.ca
+// cp.async.cg, cp.async.ca
+EMU_INLINE void cp_async_16(void *dst, const void *src, int valid = 16) { emu::cp_async(dst, src, 16, valid); }
+EMU_INLINE void cp_async_4(void *dst, const void *src, int valid = 4) { emu::cp_async(dst, src, 4, valid); }
 inline void cp_async_commit() { emu::me->groups.push_back(emu::me->copies.size()); }   // cp.async.commit_group
 template <int n> inline void cp_async_wait() {               // cp.async.wait_group n: at most n groups stay in flight
     emu::Thread *t = emu::me;
@@ -113,18 +110,26 @@ template <int n> inline void cp_async_wait() {               // cp.async.wait_gr
     t->worker->yield();
 }
 // bar.sync id, threads; bar.arrive id, threads: named barriers 1..15 for a multiple of 32 threads
-EMU_INLINE void barrier_sync(int id, int threads) { emu::barrier(id, threads, 0, 0, true, "bar.sync"); asm volatile(""); }
-EMU_INLINE void barrier_arrive(int id, int threads) { emu::barrier(id, threads, 0, 0, false, "bar.arrive"); asm volatile(""); }
+EMU_INLINE void barrier_sync(int id, int threads) {
+    emu::barrier(id, threads, 0, 0, true, "bar.sync");
+    asm volatile("");
+}
+EMU_INLINE void barrier_arrive(int id, int threads) {
+    emu::barrier(id, threads, 0, 0, false, "bar.arrive");
+    asm volatile("");
+}
 
 inline float exp2_approx(float x) {                           // ex2.approx.ftz.f32
     const float y = exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y;                    // results below the normal range flush to zero
 }
-// 16-byte accesses: default, streaming (.cs), L2 only (.cg), and read-only (.nc)
-EMU_INLINE uint4 load_16B(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
-EMU_INLINE uint4 load_16B_streaming(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
-EMU_INLINE uint4 load_16B_l2(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
-EMU_INLINE uint4 load_16B_const(const void *p) { return emu_load("16-byte load", (const uint4 *)p); }
-EMU_INLINE void store_16B(void *p, uint4 v) { emu_store("16-byte store", (uint4 *)p, v); }
-EMU_INLINE void store_16B_streaming(void *p, uint4 v) { emu_store("16-byte store", (uint4 *)p, v); }
-EMU_INLINE void store_16B_l2(void *p, uint4 v) { emu_store("16-byte store", (uint4 *)p, v); }
+EMU_INLINE uint4 load_16B(const void *p) {
+    emu::check_address("16-byte load", p, 16, 16, emu::ANYWHERE);
+    emu::me->worker->yield();
+    return *(const uint4 *)p;
+}
+EMU_INLINE void store_16B(void *p, uint4 v) {
+    emu::check_address("16-byte store", p, 16, 16, emu::ANYWHERE);
+    emu::me->worker->yield();
+    *(uint4 *)p = v;
+}
