@@ -843,7 +843,7 @@ int main(int argc, char **argv) {
     const char *const settings[][2] = {
         {"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMPI_MCA_hwloc_base_binding_policy", "none"},
         {"OMP_WAIT_POLICY", "passive"}, {"OMPI_MCA_mpi_yield_when_idle", "1"}, {"OMPI_MCA_ess_singleton_isolated", "1"},
-        {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}, {"EMU_THREADS", "1"}};
+        {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}, {"EMU_THREADS", "1"}, {"ASAN_OPTIONS", "detect_leaks=0"}};
     for (int i = 0; i < COUNT(settings); i++) setenv(settings[i][0], settings[i][1], 0);
     snprintf(top, sizeof top, "%s/litespark_cuda.XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
     if (!mkdtemp(top)) die("cannot make %s: %s", top, strerror(errno));
