@@ -51,6 +51,7 @@ Read: 13 (ops, each forward with its backward below), 14 (the model), 15 (main).
 #include <unistd.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <type_traits>
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -3984,102 +3985,66 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
 }
 
-// ---- fp32: the same sums by plain loops, for proof rather than speed. One warp per row; its 32 lanes are 32 columns while
-// scores are made, then D/32 dimensions each while rows are summed. A row of D + 1 floats keeps both walks free of bank
-// conflicts. Two 4-byte loads from shared memory per FMA: at most an eighth of the fp32 peak.
-enum { F32_ROWS = 16, F32_COLS = 32, F32_MINE = F32_ROWS / ATT_WARPS };
+// ---- fp32: the formulas by plain loops, for proof rather than speed ---------------------------------------------------------
+// One warp per row and head, the mask is the range of its loop. Lane l has elements 4l..4l+3 of every row of D, so a dot product
+// is a sum over the warp. The warps of a block have neighbouring rows of one head: most of what one reads, others have left in L1.
+enum { F32_WARPS = 16 };
 
-__device__ __forceinline__ void load_rows(float *tile, const float *src, size_t stride, int rows, int rows_valid, int D) {
-    for (int i = threadIdx.x; i < rows * D; i += ATT_THREADS)
-        tile[i / D * (D + 1) + i % D] = i / D < rows_valid ? src[i / D * stride + i % D] : 0;
+__device__ __forceinline__ void load_row(float (&x)[4], const float *row, int D) {          // zeros past D
+    widen(x, load_if<4>((int)threadIdx.x * 4 < D, row + threadIdx.x * 4));
 }
-__device__ __forceinline__ float dot_rows(const float *a, const float *b, int D) {
-    float sum = 0;
-    for (int d = 0; d < D; d++) sum += a[d] * b[d];
-    return sum;
+__device__ __forceinline__ void store_row(float *row, const float (&x)[4], int D) {
+    if ((int)threadIdx.x * 4 < D) store(row + threadIdx.x * 4, narrow<float>(x));
 }
-// sum[j] += weight of lane c * tile[c][lane + 32 j] over the 32 rows c of the tile
-__device__ __forceinline__ void add_rows(float sum[4], float weight, const float *tile, int D) {
-    for (int c = 0; c < F32_COLS; c++) {
-        const float w = __shfl_sync(~0u, weight, c);
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int d = threadIdx.x % 32 + j * 32;
-            if (d < D) sum[j] += w * tile[c * (D + 1) + d];
-        }
+__device__ __forceinline__ float dot(const float (&a)[4], const float (&b)[4]) {
+    return warp_sum(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]);
+}
+
+// out (N,H*D) =, lse (N,H) =, the softmax running: when a larger score appears, what was summed shrinks
+__global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse, const float *__restrict__ qkv,
+                                              const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (t >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
+    const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
+    float q[4], k_s[4], v_s[4], o[4] = {}, top = -INFINITY, sum = 0;
+    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
+        load_row(k_s, k + (size_t)s * W, D);
+        load_row(v_s, v + (size_t)s * W, D);
+        const float score = dot(q, k_s) * scale, higher = fmaxf(top, score);
+        const float shrink = expf(top - higher), p = expf(score - higher);
+        top = higher;
+        sum = sum * shrink + p;
+        for (int j = 0; j < 4; j++) o[j] = o[j] * shrink + p * v_s[j];
     }
+    for (int j = 0; j < 4; j++) o[j] /= sum;
+    store_row(out + at * D, o, D);
+    if (threadIdx.x == 0) lse[at] = top + logf(sum);
 }
 
-// out (N,H*D) =, lse (N,H) =
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
-        const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *q_tile = shared_memory<float>(), *k_tile = q_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / H) * T;
-    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float top[F32_MINE], sum[F32_MINE], o[F32_MINE][4] = {};
-    for (int i = 0; i < F32_MINE; i++) top[i] = -INFINITY, sum[i] = 0;
-    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
-    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
-        __syncthreads();
-        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        __syncthreads();
-        #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
-            const int t = t0 + warp_row + i, key = s0 + lane, first = doc && t < T ? doc[t] : 0;
-            const bool visible = first <= key && key <= t;
-            const float *q = q_tile + (warp_row + i) * (D + 1);
-            const float score = visible ? dot_rows(q, k_tile + lane * (D + 1), D) * scale : -INFINITY;
-            const float highest = fmaxf(top[i], warp_max(score));
-            if (highest == -INFINITY) continue;             // nothing to see yet (the same for the whole warp)
-            const float p = expf(score - highest), shrink = expf(top[i] - highest);
-            top[i] = highest;
-            sum[i] = sum[i] * shrink + warp_sum(p);
-            for (int j = 0; j < 4; j++) o[i][j] *= shrink;
-            add_rows(o[i], p, v_tile, D);
-        }
-    }
-    for (int i = 0; i < F32_MINE; i++) {
-        const int t = t0 + warp_row + i;
-        if (t >= T) break;
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) out[((row0 + t) * H + h) * D + lane + j * 32] = o[i][j] / sum[i];
-        if (lane == 0) lse[(row0 + t) * H + h] = top[i] + logf(sum[i]);
-    }
+// f(std::integral_constant<int, WIDTH>()) with the narrowest compiled WIDTH that holds D
+template <typename F> static void with_width(int D, F f) {
+    if (D <= 32) f(std::integral_constant<int, 32>());
+    else if (D <= 64) f(std::integral_constant<int, 64>());
+    else if (D <= 96) f(std::integral_constant<int, 96>());
+    else if (D <= 112) f(std::integral_constant<int, 112>());
+    else f(std::integral_constant<int, 128>());
 }
 
-// The compiled width that holds D.
-static int attention_width(int D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 96 ? 96 : D <= 112 ? 112 : 128; }
-
-template <int WIDTH>
-static void attention_forward_width(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T,
-                                    int H, int K, int D, cudaStream_t stream) {
-    const size_t smem = (128 + 2 * 64) * (WIDTH + 8) * sizeof(__nv_bfloat16);
-    launch(attention_forward_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), smem, stream,
-           out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
-}
-
-static void attention_forward(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T,
-                              int H, int K, int D, cudaStream_t stream) {
+template <typename X>
+void attention_forward(X *out, float *lse, const X *qkv, const int *doc_start, int B, int T, int H, int K, int D,
+                       cudaStream_t stream) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    switch (attention_width(D)) {
-    case 32: attention_forward_width<32>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    case 64: attention_forward_width<64>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    case 96: attention_forward_width<96>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    case 112: attention_forward_width<112>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    default: attention_forward_width<128>(out, lse, qkv, doc_start, B, T, H, K, D, stream);
-    }
-}
-
-static void attention_forward(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T, int H, int K, int D,
-                              cudaStream_t stream) {
-    assert(D <= 128 && H % K == 0);
-    const size_t smem = (F32_ROWS + 2 * F32_COLS) * (D + 1) * sizeof(float);
-    launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
-           out, lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
+    if constexpr (sizeof(X) == 4)
+        launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, stream,
+               out, lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
+    else with_width(D, [&](auto width) {
+        constexpr int WIDTH = decltype(width)::value;
+        launch(attention_forward_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+               (128 + 2 * 64) * (WIDTH + 8) * sizeof(X), stream,
+               out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
+    });
 }
 
 // ---- attention backward ------------------------------------------------------------------------------------------------------
@@ -4298,132 +4263,74 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     store_rows<WIDTH>(out, W, sum, scales, left, T - key, D);
 }
 
-template <int WIDTH>
-static void attention_backward_width(__nv_bfloat16 *dqkv, float *delta, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv,
-                                     const __nv_bfloat16 *out, const float *lse, const int *doc_start, int B, int T, int H,
-                                     int K, int D, cudaStream_t stream) {
-    typedef DkdvTile<WIDTH, WIDTH <= 64 ? 2 : 4> Tile;
-    typedef DkdvTile<WIDTH, 2> SmallTile;
-    static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    const float scale = (float)(1 / sqrt((double)D));
-    launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS),
-           (2 * 128 + 3 * 32) * (WIDTH + 8) * 2, stream, dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-    if (Tile::SMEM <= smem_limit)
-        launch(attention_backward_dkdv_kernel1<WIDTH, WIDTH <= 64 ? 2 : 4>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)),
-               dim3(Tile::THREADS), Tile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
-    else
-        launch(attention_backward_dkdv_kernel1<WIDTH, 2>, dim3(B * K, CEIL_DIV(T, SmallTile::KEYS)), dim3(SmallTile::THREADS),
-               SmallTile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
-}
-
-static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out,
-                               const float *lse, const int *doc_start, float *delta, int B, int T, int H, int K, int D,
-                               cudaStream_t stream) {
-    assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    switch (attention_width(D)) {
-    case 32: attention_backward_width<32>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    case 64: attention_backward_width<64>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    case 96: attention_backward_width<96>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    case 112: attention_backward_width<112>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    default: attention_backward_width<128>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream);
-    }
-}
-
-// dq and delta in fp32: rows are queries, columns keys.
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv,
-        float *__restrict__ delta, const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
+// ---- fp32: a warp per query, then a warp per key ----------------------------------------------------------------------------
+__global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
         const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
-    float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / H) * T;
-    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dq[F32_MINE][4] = {}, row_delta[F32_MINE] = {};
-    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
-    load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_ROWS, T - t0, D);
-    __syncthreads();
-    for (int i = 0; i < F32_MINE; i++) {
-        const int row = warp_row + i;
-        if (t0 + row >= T) break;
-        const size_t at = (row0 + t0 + row) * H + h;
-        for (int d = lane; d < D; d += 32) row_delta[i] += do_tile[row * (D + 1) + d] * out[at * D + d];
-        row_delta[i] = warp_sum(row_delta[i]);
-        if (lane == 0) delta[at] = row_delta[i];
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (t >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
+    const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
+    float q[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq[4] = {};
+    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    load_row(dout_t, dout + at * D, D);
+    load_row(out_t, out + at * D, D);
+    const float delta_t = dot(dout_t, out_t), lse_t = lse[at];
+    for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
+        load_row(k_s, k + (size_t)s * W, D);
+        load_row(v_s, v + (size_t)s * W, D);
+        const float p = expf(dot(q, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
+        for (int j = 0; j < 4; j++) dq[j] += ds * scale * k_s[j];
     }
-    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
-        __syncthreads();
-        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        __syncthreads();
-        #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
-            const int row = warp_row + i, t = t0 + row, key = s0 + lane;
-            float ds = 0;
-            if (t < T && key <= t && (!doc || key >= doc[t])) {
-                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale -
-                                     lse[(row0 + t) * H + h]);
-                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
-            }
-            add_rows(dq[i], ds, k_tile, D);
-        }
-    }
-    for (int i = 0; i < F32_MINE && t0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) dqkv[(row0 + t0 + warp_row + i) * W + h * D + lane + j * 32] = dq[i][j] * scale;
+    store_row(dqkv + (row0 + t) * W + h * D, dq, D);
+    if (threadIdx.x == 0) delta[at] = delta_t;
 }
 
-// dk, dv in fp32: rows are keys, columns queries of each head of the group in turn.
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv,
-        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
-    float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / K) * T;
-    const float *k = qkv + (row0 + s0) * W + (size_t)(H + kv) * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dk[F32_MINE][4] = {}, dv[F32_MINE][4] = {};
-    load_rows(k_tile, k, W, F32_ROWS, T - s0, D);
-    load_rows(v_tile, k + K * D, W, F32_ROWS, T - s0, D);
+__global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    const int kv = blockIdx.x % K, s = blockIdx.y * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (s >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / K) * T, at_k = (row0 + s) * W + (H + kv) * D;
+    float k[4], v[4], q_t[4], dout_t[4], dk[4] = {}, dv[4] = {};
+    load_row(k, qkv + at_k, D);
+    load_row(v, qkv + at_k + K * D, D);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
-        for (int t0 = s0; t0 < T && (!doc || doc[t0] < s0 + F32_ROWS); t0 += F32_COLS) {
-            __syncthreads();
-            load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_COLS, T - t0, D);
-            load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_COLS, T - t0, D);
-            __syncthreads();
-            #pragma unroll
-            for (int i = 0; i < F32_MINE; i++) {
-                const int row = warp_row + i, key = s0 + row, t = t0 + lane;
-                float p = 0, ds = 0;
-                if (t < T && key <= t && (!doc || key >= doc[t])) {
-                    p = expf(dot_rows(k_tile + row * (D + 1), q_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
-                    ds = p * (dot_rows(v_tile + row * (D + 1), do_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
-                }
-                add_rows(dv[i], p, do_tile, D);
-                add_rows(dk[i], ds, q_tile, D);
-            }
+        for (int t = s; t < T && (!doc_start || doc_start[row0 + t] <= s); t++) {
+            const size_t at = (row0 + t) * H + h;
+            load_row(q_t, qkv + (row0 + t) * W + h * D, D);
+            load_row(dout_t, dout + at * D, D);
+            const float p = expf(dot(q_t, k) * scale - lse[at]), ds = p * (dot(dout_t, v) - delta[at]);
+            for (int j = 0; j < 4; j++) dk[j] += ds * scale * q_t[j], dv[j] += p * dout_t[j];
         }
-    for (int i = 0; i < F32_MINE && s0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) {
-                float *dk_out = dqkv + (row0 + s0 + warp_row + i) * W + (H + kv) * D + lane + j * 32;
-                dk_out[0] = dk[i][j] * scale;
-                dk_out[K * D] = dv[i][j];
-            }
+    store_row(dqkv + at_k, dk, D);
+    store_row(dqkv + at_k + K * D, dv, D);
 }
 
-static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                               const int *doc_start, float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
-    assert(D % 4 == 0 && D <= 128 && H % K == 0);
+template <typename X>
+void attention_backward(X *dqkv, const X *dout, const X *qkv, const X *out, const float *lse, const int *doc_start, float *delta,
+                        int B, int T, int H, int K, int D, cudaStream_t stream) {
     const float scale = (float)(1 / sqrt((double)D));
-    const size_t smem = 2 * (F32_ROWS + F32_COLS) * (D + 1) * sizeof(float);
-    launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
-           dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-    launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
-           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    if constexpr (sizeof(X) == 4) {
+        launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, stream,
+               dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+        launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, stream,
+               dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    } else with_width(D, [&](auto width) {
+        constexpr int WIDTH = decltype(width)::value, PAIRS = WIDTH <= 64 ? 2 : 4;
+        static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+               (2 * 128 + 3 * 32) * (WIDTH + 8) * sizeof(X), stream,
+               dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+        const auto dkdv = [&](auto pairs) {
+            typedef DkdvTile<WIDTH, decltype(pairs)::value> Tile;
+            launch(attention_backward_dkdv_kernel1<WIDTH, decltype(pairs)::value>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)),
+                   Tile::THREADS, Tile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+        };
+        if (DkdvTile<WIDTH, PAIRS>::SMEM <= smem_limit) dkdv(std::integral_constant<int, PAIRS>());
+        else dkdv(std::integral_constant<int, 2>());
+    });
 }
 
 // ---- MLP: h = silu(gate) up ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@
 //         2607 (all caches missed); 2 6.4 and 22; 1 4.3 and 29. Shared memory limits the last two, in few blocks: 1 has the larger
 //         tiles, and the model knows no latency, which they are for. Measured: not yet
 #include "bench.cuh"
-#include <type_traits>
 
 // ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv ----
 template <typename X>
@@ -354,99 +353,47 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
 }
 
 // ---- fp32, shipped: for proof rather than speed ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv,
-        float *__restrict__ delta, const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
+__global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
         const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
-    float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / H) * T;
-    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dq[F32_MINE][4] = {}, row_delta[F32_MINE] = {};
-    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
-    load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_ROWS, T - t0, D);
-    __syncthreads();
-    for (int i = 0; i < F32_MINE; i++) {
-        const int row = warp_row + i;
-        if (t0 + row >= T) break;
-        const size_t at = (row0 + t0 + row) * H + h;
-        for (int d = lane; d < D; d += 32) row_delta[i] += do_tile[row * (D + 1) + d] * out[at * D + d];
-        row_delta[i] = warp_sum(row_delta[i]);
-        if (lane == 0) delta[at] = row_delta[i];
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (t >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
+    const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
+    float q[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq[4] = {};
+    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    load_row(dout_t, dout + at * D, D);
+    load_row(out_t, out + at * D, D);
+    const float delta_t = dot(dout_t, out_t), lse_t = lse[at];
+    for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
+        load_row(k_s, k + (size_t)s * W, D);
+        load_row(v_s, v + (size_t)s * W, D);
+        const float p = expf(dot(q, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
+        for (int j = 0; j < 4; j++) dq[j] += ds * scale * k_s[j];
     }
-    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
-        __syncthreads();
-        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        __syncthreads();
-        #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
-            const int row = warp_row + i, t = t0 + row, key = s0 + lane;
-            float ds = 0;
-            if (t < T && key <= t && (!doc || key >= doc[t])) {
-                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale -
-                                     lse[(row0 + t) * H + h]);
-                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
-            }
-            add_rows(dq[i], ds, k_tile, D);
-        }
-    }
-    for (int i = 0; i < F32_MINE && t0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) dqkv[(row0 + t0 + warp_row + i) * W + h * D + lane + j * 32] = dq[i][j] * scale;
+    store_row(dqkv + (row0 + t) * W + h * D, dq, D);
+    if (threadIdx.x == 0) delta[at] = delta_t;
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv,
-        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
-    float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / K) * T;
-    const float *k = qkv + (row0 + s0) * W + (size_t)(H + kv) * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dk[F32_MINE][4] = {}, dv[F32_MINE][4] = {};
-    load_rows(k_tile, k, W, F32_ROWS, T - s0, D);
-    load_rows(v_tile, k + K * D, W, F32_ROWS, T - s0, D);
+__global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    const int kv = blockIdx.x % K, s = blockIdx.y * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (s >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / K) * T, at_k = (row0 + s) * W + (H + kv) * D;
+    float k[4], v[4], q_t[4], dout_t[4], dk[4] = {}, dv[4] = {};
+    load_row(k, qkv + at_k, D);
+    load_row(v, qkv + at_k + K * D, D);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
-        for (int t0 = s0; t0 < T && (!doc || doc[t0] < s0 + F32_ROWS); t0 += F32_COLS) {
-            __syncthreads();
-            load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_COLS, T - t0, D);
-            load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_COLS, T - t0, D);
-            __syncthreads();
-            #pragma unroll
-            for (int i = 0; i < F32_MINE; i++) {
-                const int row = warp_row + i, key = s0 + row, t = t0 + lane;
-                float p = 0, ds = 0;
-                if (t < T && key <= t && (!doc || key >= doc[t])) {
-                    p = expf(dot_rows(k_tile + row * (D + 1), q_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
-                    ds = p * (dot_rows(v_tile + row * (D + 1), do_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
-                }
-                add_rows(dv[i], p, do_tile, D);
-                add_rows(dk[i], ds, q_tile, D);
-            }
+        for (int t = s; t < T && (!doc_start || doc_start[row0 + t] <= s); t++) {
+            const size_t at = (row0 + t) * H + h;
+            load_row(q_t, qkv + (row0 + t) * W + h * D, D);
+            load_row(dout_t, dout + at * D, D);
+            const float p = expf(dot(q_t, k) * scale - lse[at]), ds = p * (dot(dout_t, v) - delta[at]);
+            for (int j = 0; j < 4; j++) dk[j] += ds * scale * q_t[j], dv[j] += p * dout_t[j];
         }
-    for (int i = 0; i < F32_MINE && s0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) {
-                float *dk_out = dqkv + (row0 + s0 + warp_row + i) * W + (H + kv) * D + lane + j * 32;
-                dk_out[0] = dk[i][j] * scale;
-                dk_out[K * D] = dv[i][j];
-            }
-}
-
-// f(width as a compile-time constant) for the compiled width that holds D
-template <typename F> static void with_width(int D, F f) {
-    switch (attention_width(D)) {
-    case 32: f(std::integral_constant<int, 32>()); break;
-    case 64: f(std::integral_constant<int, 64>()); break;
-    case 96: f(std::integral_constant<int, 96>()); break;
-    case 112: f(std::integral_constant<int, 112>()); break;
-    default: f(std::integral_constant<int, 128>());
-    }
+    store_row(dqkv + at_k, dk, D);
+    store_row(dqkv + at_k + K * D, dv, D);
 }
 
 enum { NO_DOCS, SOME_DOCS, OWN_DOCS, TILE_DOCS };       // documents: none, random, one per token, at tile borders
@@ -499,7 +446,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
                    N, T, H, K, D, scale);
         }},
         {2, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
-        {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, 16 rows per block", [&] {
+        {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, a warp per row", [&] {
             attention_backward((X *)dqkv, (X *)dout, (X *)qkv, (X *)out, lse, doc_start, delta, B, T, H, K, D, 0);
         }, SHIPPED},
     };

@@ -726,7 +726,7 @@ static const struct Planted {
      "mma_bf16(s[m][n + 1], a[m], b + 2);", "mma_bf16(s[m][n + 1], a[m], b);", 1, "llama", "bf16", LONG},
     {"no cp.async wait", "attention_backward_dkdv_kernel1(",
      "cp_async_wait<0>();", "", 1, "llama", "bf16", LONG},
-    {"wrong scale in attention backward", "static void attention_backward_width(",
+    {"wrong scale in attention backward", "void attention_backward(X *dqkv",
      "(float)(1 / sqrt((double)D))", "(float)(1 / sqrt((double)D + 4))", 0, "llama", "bf16", QUICK | LONG},
     {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel1(X *dx",
      "(d[k] * w_j[k] - v[k] * mean)", "(d[k] * w_j[k])", 0, "llama", "fp32", LONG},
