@@ -3708,6 +3708,22 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat
     }
 }
 
+// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b in shared memory, rows STRIDE apart; b^T's if TRANSPOSED.
+template <int STRIDE, bool TRANSPOSED, int MT, int NT>
+__device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const __nv_bfloat16 *B) {
+    uint32_t b[4];
+    #pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+        if (TRANSPOSED) ldmatrix_x4(b, B + n * 8 * STRIDE);
+        else ldmatrix_x4_trans(b, B + n * 8);
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            mma_bf16(s[m][n], a[m], b);
+            mma_bf16(s[m][n + 1], a[m], b + 2);
+        }
+    }
+}
+
 // s (16*MT, 8*NT) += A B^T: A holds this warp's 16*MT rows, B 8*NT rows, both WIDTH long in shared memory.
 // UNROLL steps of 16 are scheduled together: more hide more latency, until fetching ahead costs registers that the sums need.
 template <int WIDTH, int UNROLL, int MT, int NT>
@@ -3717,18 +3733,10 @@ __device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_
     B += (lane / 16 * 8 + lane % 8) * (WIDTH + 8) + lane / 8 % 2 * 8;       // 16 rows x 16: right, then down
     #pragma unroll UNROLL
     for (int k = 0; k < WIDTH; k += 16) {
-        uint32_t a[MT][4], b[4];
+        uint32_t a[MT][4];
         #pragma unroll
         for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (WIDTH + 8) + k);
-        #pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-            ldmatrix_x4(b, B + n * 8 * (WIDTH + 8) + k);
-            #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(s[m][n], a[m], b);
-                mma_bf16(s[m][n + 1], a[m], b + 2);
-            }
-        }
+        multiply_step<WIDTH + 8, true>(s, a, B + k);
     }
 }
 
@@ -3740,18 +3748,10 @@ __device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const __
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
     #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
-        uint32_t a[MT][4], b[4];
+        uint32_t a[MT][4];
         #pragma unroll
         for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (DEPTH + 8) + k);
-        #pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-            ldmatrix_x4_trans(b, B + k * (WIDTH + 8) + n * 8);
-            #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(s[m][n], a[m], b);
-                mma_bf16(s[m][n + 1], a[m], b + 2);
-            }
-        }
+        multiply_step<WIDTH + 8, false>(s, a, B + k * (WIDTH + 8));
     }
 }
 
@@ -3763,20 +3763,12 @@ __device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8]
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
     #pragma unroll
     for (int k = 0; k < NT; k += 2) {                                       // 16 columns of p, 16 rows of B
-        uint32_t a[MT][4], b[4];
+        uint32_t a[MT][4];
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int i = 0; i < 4; i++) a[m][i] = pack_bf16(p[m][k + i / 2][i % 2 * 2], p[m][k + i / 2][i % 2 * 2 + 1]);
-        #pragma unroll
-        for (int n = 0; n < WIDTH / 8; n += 2) {
-            ldmatrix_x4_trans(b, B + k * 8 * (WIDTH + 8) + n * 8);
-            #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(o[m][n], a[m], b);
-                mma_bf16(o[m][n + 1], a[m], b + 2);
-            }
-        }
+        multiply_step<WIDTH + 8, false>(o, a, B + k * 8 * (WIDTH + 8));
     }
 }
 
@@ -3785,15 +3777,11 @@ __device__ __forceinline__ void fill(float (&x)[MT][NT][4], float value) {
     #pragma unroll
     for (int i = 0; i < MT * NT * 4; i++) x[i / 4 / NT][i / 4 % NT][i % 4] = value;
 }
-template <int MT> __device__ __forceinline__ void fill_scale(float (&x)[MT][2], float value) {
-    for (int i = 0; i < MT * 2; i++) x[i / 2][i % 2] = value;
-}
 
-// tile (16*MT, 8*NT) = o * row_scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only
-// this warp still uses, so that what follows can move 16 bytes at a time.
+// tile (16*MT, 8*NT) = o * scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only this
+// warp still uses, so that what follows can move 16 bytes at a time.
 template <int MT, int NT>
-__device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const float (&o)[MT][NT][4],
-                                                  const float (&row_scale)[MT][2]) {
+__device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const float (&o)[MT][NT][4], float scale) {
     const int lane = threadIdx.x % 32;
     __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
     #pragma unroll
@@ -3803,16 +3791,16 @@ __device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const flo
             #pragma unroll
             for (int r = 0; r < 2; r++)
                 *(uint32_t *)(tile + (m * 16 + r * 8 + lane / 4) * (8 * NT + 8) + n * 8 + lane % 4 * 2) =
-                    pack_bf16(o[m][n][r * 2] * row_scale[m][r], o[m][n][r * 2 + 1] * row_scale[m][r]);
+                    pack_bf16(o[m][n][r * 2] * scale, o[m][n][r * 2 + 1] * scale);
     __syncwarp();
 }
 
-// The first `rows` of 16*MT rows and D columns of o * row_scale, to memory.
+// The first `rows` of 16*MT rows and D columns of o * scale, to memory.
 template <int WIDTH, int MT>
-__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4],
-                                           const float (&row_scale)[MT][2], __nv_bfloat16 *tile, int rows, int D) {
+__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], float scale,
+                                           __nv_bfloat16 *tile, int rows, int D) {
     const int lane = threadIdx.x % 32;
-    fragments_to_rows(tile, o, row_scale);
+    fragments_to_rows(tile, o, scale);
     constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8;
     const int col = lane % LANES * 8;
     if (col >= D) return;
@@ -3820,43 +3808,22 @@ __device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, co
         store_16B(out + row * stride + col, load_16B(tile + row * (WIDTH + 8) + col));
 }
 
-// Scores that the mask hides become `hidden`. Query t sees keys first..t; the tile's corner is (t0, s0).
-template <int MT, int NT>
+// Scores that the mask hides become -inf: query t sees keys first..t. The tile's corner is (t0, s0), its rows are queries, or keys
+// if it lies ON_SIDE.
+template <bool ON_SIDE, int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s0, const int *doc_start, int row0, int T) {
     const int lane = threadIdx.x % 32;
+    auto row = [=](int i) { return i * 8 + lane / 4; };                     // of the lane's 2*MT rows and 2*NT columns
+    auto col = [=](int i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; };
     #pragma unroll
-    for (int m = 0; m < MT; m++)
+    for (int i = 0; i < 2 * (ON_SIDE ? NT : MT); i++) {
+        const int t = t0 + (ON_SIDE ? col(i) : row(i)), first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
         #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int t = t0 + m * 16 + r * 8 + lane / 4, first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const int key = s0 + n * 8 + lane % 4 * 2 + c;
-                    if (key > t || key < first) s[m][n][r * 2 + c] = -INFINITY;
-                }
+        for (int j = 0; j < 2 * (ON_SIDE ? MT : NT); j++) {
+            const int key = s0 + (ON_SIDE ? row(j) : col(j)), r = ON_SIDE ? j : i, c = ON_SIDE ? i : j;
+            if (key > t || key < first) s[r / 2][c / 2][r % 2 * 2 + c % 2] = -INFINITY;
         }
-}
-
-// The same for a tile on its side: rows are keys from s0, columns queries from t0.
-template <int MT, int NT>
-__device__ __forceinline__ void mask_scores_transposed(float (&s)[MT][NT][4], int s0, int t0, const int *doc_start, int row0,
-                                                       int T) {
-    const int lane = threadIdx.x % 32;
-    #pragma unroll
-    for (int n = 0; n < NT; n++)
-        #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            const int t = t0 + n * 8 + lane % 4 * 2 + c, first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
-            #pragma unroll
-            for (int m = 0; m < MT; m++)
-                #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const int key = s0 + m * 16 + r * 8 + lane / 4;
-                    if (key > t || key < first) s[m][n][r * 2 + c] = -INFINITY;
-                }
-        }
+    }
 }
 
 // The softmax of a row while its scores pass by tile after tile: p = 2^(c*score - base), sum = all p so far. Any base gives the
@@ -3908,13 +3875,16 @@ template <int MT> struct Softmax {
                     sum[m][i / 2] += s[m][n][i];
                 }
     }
-    // The whole row's sum in every lane of the row.
-    __device__ __forceinline__ void finish() {
+    // sum becomes the whole row's, in every lane of the row, and o the means.
+    template <int OT> __device__ __forceinline__ void finish(float (&o)[MT][OT][4]) {
         #pragma unroll
         for (int i = 0; i < MT * 2; i++) {
             float &x = sum[i / 2][i % 2];
             x += __shfl_xor_sync(~0u, x, 1);
             x += __shfl_xor_sync(~0u, x, 2);
+            const float inverse = 1 / x;
+            #pragma unroll
+            for (int n = 0; n < OT; n++) o[i / 2][n][i % 2 * 2] *= inverse, o[i / 2][n][i % 2 * 2 + 1] *= inverse;
         }
     }
 };
@@ -3967,22 +3937,19 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         if (s0 + KEYS < end) load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0 - KEYS, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             softmax.update(s, o, c);
             multiply_probabilities<WIDTH>(o, s, v_tile);
         }
     }
-    softmax.finish();
-    float inverse[MT][2];
+    softmax.finish(o);
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
-        inverse[i / 2][i % 2] = 1 / sum;
         if (lane % 4 == 0 && row < T)
-            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2])) * (float)M_LN2;
     }
-    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- fp32: the formulas by plain loops, for proof rather than speed ---------------------------------------------------------
@@ -4123,7 +4090,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
                 #pragma unroll
@@ -4133,9 +4100,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
             multiply_probabilities<WIDTH>(dq, ds, k_tile);
         }
     }
-    float scales[MT][2];
-    fill_scale(scales, scale);
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- attention_backward_dkdv_kernel1: a block has up to 128 keys and walks all queries that see them, head after head --------
@@ -4232,7 +4197,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
         if (!owns_dk) {
             if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
-                mask_scores_transposed(s, key, t0, doc_start, row0, T);
+                mask_scores<true>(s, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
@@ -4257,10 +4222,8 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         }
         multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
     }
-    float scales[MT][2];
-    fill_scale(scales, owns_dk ? scale : 1);
     __nv_bfloat16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows<WIDTH>(out, W, sum, scales, left, T - key, D);
+    store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
 // ---- fp32: a warp per query, then a warp per key ----------------------------------------------------------------------------
@@ -4470,9 +4433,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
         multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
     });
     __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    float one[MLP_WARP / 16][2];
-    fill_scale(one, 1);
-    fragments_to_rows(rows, s, one);
+    fragments_to_rows(rows, s, 1);
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
     for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
@@ -4516,9 +4477,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
         multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
     });
     __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    float one[MLP_WARP / 16][2];
-    fill_scale(one, 1);
-    fragments_to_rows(rows, s, one);
+    fragments_to_rows(rows, s, 1);
     const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
     if (out_f >= F) return;
     for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {

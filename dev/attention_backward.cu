@@ -81,14 +81,13 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
     const float c = scale * (float)M_LOG2E;
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4], scales[MT][2];
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
         // past the end p = 0
         row_lse[i / 2][i % 2] = row < T ? lse[(size_t)(row0 + row) * H + h] * (float)M_LOG2E : INFINITY;
         row_delta[i / 2][i % 2] = row < T ? delta[(size_t)(row0 + row) * H + h] : 0;
-        scales[i / 2][i % 2] = scale;
     }
     fill(dq, 0);
     for (int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0; s0 < end; s0 += KEYS) {
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
         if (s0 >= t + ROWS || t >= T) continue;
         fill(s, 0);
         multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
-        mask_scores(s, t, s0, doc_start, row0, T);
+        mask_scores<false>(s, t, s0, doc_start, row0, T);
         #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
         multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
                 - row_lse[i / 4 / NT][i % 4 / 2]);
         multiply_probabilities<WIDTH>(dq, ds, k_tile);
     }
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 template <int WIDTH>
@@ -130,8 +129,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
     const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
-    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4], one[MT][2], scales[MT][2];
-    for (int i = 0; i < MT * 2; i++) one[i / 2][i % 2] = 1, scales[i / 2][i % 2] = scale;
+    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
     fill(dk, 0);
     fill(dv, 0);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
@@ -146,7 +144,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
             if (t0 + QUERIES <= key || key >= T) continue;
             fill(p, 0);
             multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
-            mask_scores_transposed(p, key, t0, doc_start, row0, T);
+            mask_scores<true>(p, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int j = 0; j < NT * 4; j++) {
                 const int t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
@@ -162,8 +160,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
         }
     __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
     __syncthreads();
-    store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
-    store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
+    store_rows<WIDTH>(dk_out, W, dk, scale, k_tile + warp_row * STRIDE, T - key, D);
+    store_rows<WIDTH>(dk_out + K * D, W, dv, 1, v_tile + warp_row * STRIDE, T - key, D);
 }
 
 // ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from
@@ -230,7 +228,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
                 #pragma unroll
@@ -240,9 +238,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
             multiply_probabilities<WIDTH>(dq, ds, k_tile);
         }
     }
-    float scales[MT][2];
-    fill_scale(scales, scale);
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 template <int WIDTH, int PAIRS>
@@ -321,7 +317,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
         if (!owns_dk) {
             if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
-                mask_scores_transposed(s, key, t0, doc_start, row0, T);
+                mask_scores<true>(s, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
@@ -346,10 +342,8 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         }
         multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
     }
-    float scales[MT][2];
-    fill_scale(scales, owns_dk ? scale : 1);
     __nv_bfloat16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows<WIDTH>(out, W, sum, scales, left, T - key, D);
+    store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
 // ---- fp32, shipped: for proof rather than speed ----

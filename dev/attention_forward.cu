@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(__nv_bf
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0, end = min(t0 + QUERIES, T);
 
-    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4], inverse[MT][2];
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
     Softmax<MT> softmax;
     softmax.init();
     fill(o, 0);
@@ -120,20 +120,18 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(__nv_bf
         if (s0 >= t + ROWS || t >= T) continue;             // the tile lies above this warp's part of the diagonal
         fill(s, 0);
         multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
-        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
         softmax.update(s, o, c);
         multiply_probabilities<WIDTH>(o, s, v_tile);
     }
-    softmax.finish();
+    softmax.finish(o);
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
-        inverse[i / 2][i % 2] = 1 / sum;
-        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(sum);
-        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
+        if (lane % 4 == 0 && row < T)
+            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2])) * (float)M_LN2;
     }
-    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- kernel 1, shipped: K and V take turns: one lands while the other is computed with ----
@@ -174,22 +172,19 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         if (s0 + KEYS < end) load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0 - KEYS, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             softmax.update(s, o, c);
             multiply_probabilities<WIDTH>(o, s, v_tile);
         }
     }
-    softmax.finish();
-    float inverse[MT][2];
+    softmax.finish(o);
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
-        inverse[i / 2][i % 2] = 1 / sum;
         if (lane % 4 == 0 && row < T)
-            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2])) * (float)M_LN2;
     }
-    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- fp32, shipped: for proof rather than speed ----
