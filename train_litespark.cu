@@ -2994,7 +2994,8 @@ static void sum_losses(double *sum, const float *nll, int N, cudaStream_t stream
 
 // ---- what the kernels of this section share -----------------------------------------------------------------------------
 // floatX (here X) is bf16 or fp32; every sum is fp32 (double for the global norm). Sums over rows go through partial sums of
-// blocks, added by a second kernel in a fixed order: no atomics, two runs give the same bits.
+// blocks, added by a second kernel in a fixed order: no atomics, two runs give the same bits. Arrays of constant size live in
+// registers if every loop over them unrolls: the compiler unrolls short ones itself, the pragma stands at long and outer ones.
 
 // N neighbouring elements as they lie in memory: one 16-byte (8 bf16, 4 fp32) or 8-byte (4 bf16) access. Kernels where fp32 sums
 // lie beside bf16 values take 4 elements per lane: both sides of the access are then contiguous over the warp.
@@ -3101,10 +3102,8 @@ __global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, con
         const int n = order[j], token = ids[n];
         if (token != held) {
             held = token;
-            #pragma unroll
             for (int i = 0; i < PACKS; i++) row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
         }
-        #pragma unroll
         for (int i = 0; i < PACKS; i++) if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
     }
 }
@@ -3138,7 +3137,6 @@ __device__ __forceinline__ void add_rows(float sum[EMBED_QUADS][4], const X *dx,
     #pragma unroll 2
     for (int j = first; j < last; j += step) {
         const X *dx_n = dx + (size_t)order[j] * C;
-        #pragma unroll
         for (int q = 0; q < EMBED_QUADS; q++) {
             if (c0 + q * 128 >= C) continue;
             float d[4];
@@ -3162,7 +3160,6 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
     if (rows > 0 && rows <= EMBED_LONG) {
         float *dw_i = dw + (size_t)tokens[token0 + warp] * C;
         add_rows(sum, dx, order, first[warp], first[warp + 1], 1, c0, C);
-        #pragma unroll
         for (int q = 0; q < EMBED_QUADS; q++) {
             int c = c0 + q * 128;
             if (c >= C) continue;
@@ -3172,7 +3169,6 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
     for (int i = 0; i < EMBED_WARPS; i++) {
         if (first[i + 1] - first[i] <= EMBED_LONG) continue;    // the same for the whole block
         add_rows(sum, dx, order, first[i] + warp, first[i + 1], EMBED_WARPS, c0, C);
-        #pragma unroll
         for (int q = 0; q < EMBED_QUADS; q++) store(part[warp][q][lane], narrow<float>(sum[q]));
         __syncthreads();
         int c = c0 + warp * 128;
@@ -3218,7 +3214,6 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *r
         const int n = n0 + threadIdx.y, end = n < N ? C : 0;
         const size_t at = (size_t)n * C + c0;
         Vec<X, E> row[ROW_PACKS];
-        #pragma unroll
         for (int j = 0; j < ROW_PACKS; j++) row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
         float squares = 0;
         #pragma unroll
@@ -3716,7 +3711,6 @@ __device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint3
     for (int n = 0; n < NT; n += 2) {
         if (TRANSPOSED) ldmatrix_x4(b, B + n * 8 * STRIDE);
         else ldmatrix_x4_trans(b, B + n * 8);
-        #pragma unroll
         for (int m = 0; m < MT; m++) {
             mma_bf16(s[m][n], a[m], b);
             mma_bf16(s[m][n + 1], a[m], b + 2);
@@ -3734,7 +3728,6 @@ __device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_
     #pragma unroll UNROLL
     for (int k = 0; k < WIDTH; k += 16) {
         uint32_t a[MT][4];
-        #pragma unroll
         for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (WIDTH + 8) + k);
         multiply_step<WIDTH + 8, true>(s, a, B + k);
     }
@@ -3749,7 +3742,6 @@ __device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const __
     #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
         uint32_t a[MT][4];
-        #pragma unroll
         for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (DEPTH + 8) + k);
         multiply_step<WIDTH + 8, false>(s, a, B + k * (WIDTH + 8));
     }
@@ -3764,9 +3756,7 @@ __device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8]
     #pragma unroll
     for (int k = 0; k < NT; k += 2) {                                       // 16 columns of p, 16 rows of B
         uint32_t a[MT][4];
-        #pragma unroll
         for (int m = 0; m < MT; m++)
-            #pragma unroll
             for (int i = 0; i < 4; i++) a[m][i] = pack_bf16(p[m][k + i / 2][i % 2 * 2], p[m][k + i / 2][i % 2 * 2 + 1]);
         multiply_step<WIDTH + 8, false>(o, a, B + k * 8 * (WIDTH + 8));
     }
@@ -3786,9 +3776,7 @@ __device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const flo
     __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
     #pragma unroll
     for (int m = 0; m < MT; m++)
-        #pragma unroll
         for (int n = 0; n < NT; n++)
-            #pragma unroll
             for (int r = 0; r < 2; r++)
                 *(uint32_t *)(tile + (m * 16 + r * 8 + lane / 4) * (8 * NT + 8) + n * 8 + lane % 4 * 2) =
                     pack_bf16(o[m][n][r * 2] * scale, o[m][n][r * 2 + 1] * scale);
@@ -3818,7 +3806,6 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s
     #pragma unroll
     for (int i = 0; i < 2 * (ON_SIDE ? NT : MT); i++) {
         const int t = t0 + (ON_SIDE ? col(i) : row(i)), first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
-        #pragma unroll
         for (int j = 0; j < 2 * (ON_SIDE ? MT : NT); j++) {
             const int key = s0 + (ON_SIDE ? row(j) : col(j)), r = ON_SIDE ? j : i, c = ON_SIDE ? i : j;
             if (key > t || key < first) s[r / 2][c / 2][r % 2 * 2 + c % 2] = -INFINITY;
@@ -3833,7 +3820,6 @@ template <int MT> struct Softmax {
     float base[MT][2], sum[MT][2];      // rows lane/4 and lane/4 + 8 of each 16; sum: this lane's columns only, until finish()
 
     __device__ __forceinline__ void init() {
-        #pragma unroll
         for (int i = 0; i < MT * 2; i++) base[i / 2][i % 2] = -1e30f, sum[i / 2][i % 2] = 0;     // not -inf: -inf - -inf is NaN
     }
     // s: scores -> probabilities; o: what was accumulated so far. c = log2(e) / sqrt(D): one FFMA and one 2^x per score.
@@ -3843,17 +3829,14 @@ template <int MT> struct Softmax {
         bool move = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
-            #pragma unroll
             for (int r = 0; r < 2; r++) {
                 top[m][r] = -INFINITY;
-                #pragma unroll
                 for (int n = 0; n < NT; n++) top[m][r] = fmaxf(top[m][r], fmaxf(s[m][n][r * 2], s[m][n][r * 2 + 1]));
                 move |= top[m][r] * c > base[m][r] + 8;
             }
         if (__any_sync(~0u, move)) {
             #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     float x = top[m][r];
                     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));               // the four lanes of a row agree on its base
@@ -3861,15 +3844,12 @@ template <int MT> struct Softmax {
                     const float higher = fmaxf(base[m][r], x * c), shrink = exp2_approx(base[m][r] - higher);
                     base[m][r] = higher;
                     sum[m][r] *= shrink;
-                    #pragma unroll
                     for (int n = 0; n < OT; n++) o[m][n][r * 2] *= shrink, o[m][n][r * 2 + 1] *= shrink;
                 }
         }
         #pragma unroll
         for (int m = 0; m < MT; m++)
-            #pragma unroll
             for (int n = 0; n < NT; n++)
-                #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     s[m][n][i] = exp2_approx(s[m][n][i] * c - base[m][i / 2]);
                     sum[m][i / 2] += s[m][n][i];
@@ -3883,7 +3863,6 @@ template <int MT> struct Softmax {
             x += __shfl_xor_sync(~0u, x, 1);
             x += __shfl_xor_sync(~0u, x, 2);
             const float inverse = 1 / x;
-            #pragma unroll
             for (int n = 0; n < OT; n++) o[i / 2][n][i % 2 * 2] *= inverse, o[i / 2][n][i % 2 * 2 + 1] *= inverse;
         }
     }
@@ -4093,9 +4072,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
             if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int n = 0; n < NT; n++)
-                    #pragma unroll
                     for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
             multiply_probabilities<WIDTH>(dq, ds, k_tile);
         }
@@ -4189,9 +4166,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         #pragma unroll
         for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
-            #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
         }
         multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
@@ -4202,9 +4177,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
                 const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
-                #pragma unroll
                 for (int m = 0; m < MT; m++)
-                    #pragma unroll
                     for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
             }
             #pragma unroll
@@ -4216,7 +4189,6 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
             for (int i = 0; i < MT * NT; i++) {
                 float p[4];
                 widen(p, load<4>((const float *)(exchange + i * 32)));
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
             }
         }
@@ -4462,7 +4434,6 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
     fill(s, 0);
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
     const __nv_bfloat16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
-    #pragma unroll
     for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
     auto load_stage = [&](int i, __nv_bfloat16 *stage) {
         const int c = i * MLP_DEPTH;
@@ -4605,9 +4576,7 @@ __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t 
     double sum = 0;
     for (size_t i0 = (size_t)blockIdx.x * SQUARES_THREADS * 4 + threadIdx.x; i0 < quads; i0 += step) {
         float squares = 0, q[4][4];
-        #pragma unroll
         for (int j = 0; j < 4; j++) widen(q[j], load_if<4>(i0 + j * SQUARES_THREADS < quads, x + 4 * (i0 + j * SQUARES_THREADS)));
-        #pragma unroll
         for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
         sum += squares;
     }

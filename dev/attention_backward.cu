@@ -231,9 +231,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
             if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int n = 0; n < NT; n++)
-                    #pragma unroll
                     for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
             multiply_probabilities<WIDTH>(dq, ds, k_tile);
         }
@@ -309,9 +307,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         #pragma unroll
         for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
-            #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
         }
         multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
@@ -322,9 +318,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
                 const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
-                #pragma unroll
                 for (int m = 0; m < MT; m++)
-                    #pragma unroll
                     for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
             }
             #pragma unroll
@@ -336,7 +330,6 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
             for (int i = 0; i < MT * NT; i++) {
                 float p[4];
                 widen(p, load<4>((const float *)(exchange + i * 32)));
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
             }
         }

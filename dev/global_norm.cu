@@ -28,9 +28,7 @@ __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t 
     double sum = 0;
     for (size_t i0 = (size_t)blockIdx.x * SQUARES_THREADS * 4 + threadIdx.x; i0 < quads; i0 += step) {
         float squares = 0, q[4][4];
-        #pragma unroll
         for (int j = 0; j < 4; j++) widen(q[j], load_if<4>(i0 + j * SQUARES_THREADS < quads, x + 4 * (i0 + j * SQUARES_THREADS)));
-        #pragma unroll
         for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
         sum += squares;
     }

@@ -177,7 +177,6 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
     fill(s, 0);
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
     const __nv_bfloat16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
-    #pragma unroll
     for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
     auto load_stage = [&](int i, __nv_bfloat16 *stage) {
         const int c = i * MLP_DEPTH;
