@@ -2637,9 +2637,6 @@ __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.
 // ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two values as one mma operand register
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     uint32_t bits;
@@ -2980,16 +2977,16 @@ static void rope_table(float *cosine, float *sine, const Config *c, int T) {
     free(host);
 }
 
-// *sum += nll (N), in double and in a fixed order. One block: N floats are nothing beside a step.
-__global__ void sum_losses_kernel1(double *sum, const float *nll, int N) {
+// *sum += x (n), in double and in a fixed order. One block: what is summed so is little beside a step.
+template <typename T> __global__ void add_sum_kernel1(double *sum, const T *x, int n) {
     double mine = 0;
-    for (int n = threadIdx.x; n < N; n += blockDim.x) mine += nll[n];
+    for (int i = threadIdx.x; i < n; i += blockDim.x) mine += x[i];
     mine = block_sum(mine);
     if (threadIdx.x == 0) *sum += mine;
 }
 
-static void sum_losses(double *sum, const float *nll, int N, cudaStream_t stream) {
-    launch(sum_losses_kernel1, dim3(1), dim3(1024), 0, stream, sum, nll, N);
+template <typename T> void add_sum(double *sum, const T *x, int n, cudaStream_t stream) {
+    launch(add_sum_kernel1<T>, 1, 1024, 0, stream, sum, x, n);
 }
 
 // ---- what the kernels of this section share -----------------------------------------------------------------------------
@@ -3032,13 +3029,19 @@ template <typename T, int N> __device__ __forceinline__ Vec<T, N> narrow(const f
     return v;
 }
 
+template <int N, typename T> __device__ __forceinline__ void accumulate(float (&sum)[N], const T *p) {      // sum += p[0..N-1]
+    float x[N];
+    widen(x, load<N>(p));
+    for (int k = 0; k < N; k++) sum[k] += x[k];
+}
+
 // Hides from the compiler where the bits of a row came from. Else it keeps the fp32 copies that a first pass over the row made,
 // twice the registers of the bf16 values, for the second pass after the reduction.
 template <typename T, int N, int n> __device__ __forceinline__ void keep_packed(Vec<T, N> (&row)[n]) {
     for (int j = 0; j < n; j++) for (uint32_t &word : row[j].word) asm volatile("" : "+r"(word));
 }
 
-enum { MAX_PARTIALS = 264 };        // blocks that write partial sums: two on each of an H100's 132 SMs
+enum { MAX_PARTIALS = 264 };        // blocks that write partial sums, each a row of `scratch`: two on each of an H100's 132 SMs
 
 static int device_attribute(cudaDeviceAttr attribute) {
     int device, value;
@@ -3050,8 +3053,7 @@ static int device_attribute(cudaDeviceAttr attribute) {
 // Blocks for kernels that keep partial sums in registers over many rows: each handles about two groups of `rows` rows or more.
 static int partial_blocks(int N, int rows) {
     static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
-    int most = 2 * sm_count < MAX_PARTIALS ? 2 * sm_count : MAX_PARTIALS, blocks = CEIL_DIV(N, 2 * rows);
-    return blocks < most ? blocks : most;
+    return min(CEIL_DIV(N, 2 * rows), min(2 * sm_count, (int)MAX_PARTIALS));
 }
 
 // out (cols) += column sums of x (rows, stride)       one warp row of 32 columns, 32 warps share out the rows
@@ -3074,8 +3076,8 @@ void column_sums(float *out, const float *x, int rows, int cols, int stride, cud
 
 // Sum over the threads with this threadIdx.y (whole warps); all of them get it. The one barrier inside is enough if calls
 // alternate `turn` between 0 and 1: a warp can be at most one call ahead of another.
-template <typename T = float> __device__ __forceinline__ T row_sum(T x, int turn) {
-    __shared__ T part[2][32];
+__device__ __forceinline__ float row_sum(float x, int turn) {
+    __shared__ float part[2][32];
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.y * warps;
     x = warp_sum(x);
     if (lane == 0) part[turn][first + threadIdx.x / 32] = x;
@@ -3123,26 +3125,14 @@ void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N
 // limits  C % 4 == 0
 enum { EMBED_LONG = 16 };
 
-__device__ __forceinline__ void add_to(float *p, const float (&sum)[4]) {
-    float x[4];
-    widen(x, load<4>(p));
-    for (int k = 0; k < 4; k++) x[k] += sum[k];
-    store(p, narrow<float>(x));
-}
-
 template <typename X>
-__device__ __forceinline__ void add_rows(float sum[EMBED_QUADS][4], const X *dx, const int *order, int first, int last, int step,
+__device__ __forceinline__ void add_rows(float (&sum)[EMBED_QUADS][4], const X *dx, const int *order, int first, int last, int step,
                                          int c0, int C) {
     for (int q = 0; q < EMBED_QUADS; q++) for (int k = 0; k < 4; k++) sum[q][k] = 0;
     #pragma unroll 2
     for (int j = first; j < last; j += step) {
         const X *dx_n = dx + (size_t)order[j] * C;
-        for (int q = 0; q < EMBED_QUADS; q++) {
-            if (c0 + q * 128 >= C) continue;
-            float d[4];
-            widen(d, load<4>(dx_n + c0 + q * 128));
-            for (int k = 0; k < 4; k++) sum[q][k] += d[k];
-        }
+        for (int q = 0; q < EMBED_QUADS; q++) if (c0 + q * 128 < C) accumulate(sum[q], dx_n + c0 + q * 128);
     }
 }
 
@@ -3161,9 +3151,9 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
         float *dw_i = dw + (size_t)tokens[token0 + warp] * C;
         add_rows(sum, dx, order, first[warp], first[warp + 1], 1, c0, C);
         for (int q = 0; q < EMBED_QUADS; q++) {
-            int c = c0 + q * 128;
-            if (c >= C) continue;
-            add_to(dw_i + c, sum[q]);
+            if (c0 + q * 128 >= C) continue;
+            accumulate(sum[q], dw_i + c0 + q * 128);
+            store(dw_i + c0 + q * 128, narrow<float>(sum[q]));
         }
     }
     for (int i = 0; i < EMBED_WARPS; i++) {
@@ -3173,12 +3163,10 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
         __syncthreads();
         int c = c0 + warp * 128;
         if (warp < EMBED_QUADS && c < C) {
-            float total[4] = {}, d[4];
-            for (int w = 0; w < EMBED_WARPS; w++) {
-                widen(d, load<4>(part[w][warp][lane]));
-                for (int k = 0; k < 4; k++) total[k] += d[k];
-            }
-            add_to(dw + (size_t)tokens[token0 + i] * C + c, total);
+            float *dw_i = dw + (size_t)tokens[token0 + i] * C + c, total[4] = {};
+            for (int w = 0; w < EMBED_WARPS; w++) accumulate(total, part[w][warp][lane]);
+            accumulate(total, dw_i);
+            store(dw_i, narrow<float>(total));
         }
         __syncthreads();
     }
@@ -3241,7 +3229,7 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *r
 template <typename X>
 void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C, cudaStream_t stream) {
     const int E = 16 / sizeof(X), threads = CEIL_DIV(C, 32 * ROW_PACKS * E) * 32;
-    const int rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1, turns = CEIL_DIV(8, rows);
+    const int rows = max(ROW_THREADS / threads, 1), turns = CEIL_DIV(8, rows);
     assert(C % E == 0 && threads <= 1024);
     launch(rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), stream,
            out, rstd, x, w, eps, N, C);
@@ -3316,22 +3304,16 @@ __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *p
     }
     __syncthreads();
     for (int c = thread_in_block() * 4; c < C; c += threads_in_block() * 4) {
-        float total[4], row[4];
-        widen(total, load<4>(sums + c));
-        for (int y = 1; y < (int)blockDim.y; y++) {
-            widen(row, load<4>(sums + y * C + c));
-            for (int k = 0; k < 4; k++) total[k] += row[k];
-        }
+        float total[4] = {};
+        for (int y = 0; y < (int)blockDim.y; y++) accumulate(total, sums + y * C + c);
         store(partials + (size_t)blockIdx.x * C + c, narrow<float>(total));
     }
 }
 
-static size_t rmsnorm_backward_scratch(int C) { return (size_t)MAX_PARTIALS * C; }      // floats
-
 template <typename X>
 void rmsnorm_backward(X *dx, float *dw, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w, float *scratch,
                       int N, int C, cudaStream_t stream) {
-    const int threads = CEIL_DIV(C, 32 * 4 * ROW_QUADS) * 32, rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1;
+    const int threads = CEIL_DIV(C, 32 * 4 * ROW_QUADS) * 32, rows = max(ROW_THREADS / threads, 1);
     const int blocks = partial_blocks(N, rows);
     assert(C % 4 == 0 && threads <= 1024);
     launch(rmsnorm_backward_kernel1<X>, blocks, dim3(threads, rows), C * (rows * sizeof(float) + sizeof(X)), stream,
@@ -3522,8 +3504,6 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
     }
 }
 
-static size_t qkv_norm_rope_backward_scratch(int D) { return (size_t)MAX_PARTIALS * 2 * D; }    // floats; only used with norm
-
 template <typename X>
 void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk_raw, const float *qk_rstd, const X *q_norm,
                             const X *k_norm, const float *cosine, const float *sine, float *scratch, int H, int K, int D,
@@ -3545,31 +3525,20 @@ enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has a
 template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
     __shared__ __align__(16) float part[BIAS_WARPS][32][4];
     const int c = (blockIdx.x * 32 + threadIdx.x) * 4;
-    float sum[4] = {}, d[4];
-    if (c < OC) {
-        #pragma unroll 8
-        for (int n = blockIdx.y * BIAS_WARPS + threadIdx.y; n < N; n += gridDim.y * BIAS_WARPS) {
-            widen(d, load<4>(dqkv + (size_t)n * OC + c));
-            for (int k = 0; k < 4; k++) sum[k] += d[k];
-        }
-    }
+    float sum[4] = {};
+    #pragma unroll 8
+    for (int n = blockIdx.y * BIAS_WARPS + threadIdx.y; c < OC && n < N; n += gridDim.y * BIAS_WARPS)
+        accumulate(sum, dqkv + (size_t)n * OC + c);
     store(part[threadIdx.y][threadIdx.x], narrow<float>(sum));
     __syncthreads();
     if (threadIdx.y > 0 || c >= OC) return;
-    for (int w = 1; w < BIAS_WARPS; w++) {
-        widen(d, load<4>(part[w][threadIdx.x]));
-        for (int k = 0; k < 4; k++) sum[k] += d[k];
-    }
+    for (int w = 1; w < BIAS_WARPS; w++) accumulate(sum, part[w][threadIdx.x]);
     store(partials + (size_t)blockIdx.y * OC + c, narrow<float>(sum));
 }
 
-static size_t bias_backward_scratch(int OC) { return (size_t)MAX_PARTIALS * OC; }       // floats
-
 template <typename X> void bias_backward(float *dbias, const X *dqkv, float *scratch, int N, int OC, cudaStream_t stream) {
-    const int columns = CEIL_DIV(OC, 128), most = CEIL_DIV(4 * MAX_PARTIALS, columns);  // enough blocks to fill the device
-    int chunks = CEIL_DIV(N, BIAS_ROWS);
-    if (chunks > most) chunks = most;
-    if (chunks > MAX_PARTIALS) chunks = MAX_PARTIALS;
+    const int columns = CEIL_DIV(OC, 128), most = min(CEIL_DIV(4 * MAX_PARTIALS, columns), (int)MAX_PARTIALS);
+    const int chunks = min(CEIL_DIV(N, BIAS_ROWS), most);               // `most` blocks fill the device
     assert(OC % 4 == 0);
     launch(bias_backward_kernel1<X>, dim3(columns, chunks), dim3(32, BIAS_WARPS), 0, stream, scratch, dqkv, N, OC);
     column_sums(dbias, scratch, chunks, OC, OC, stream);
@@ -4302,12 +4271,10 @@ template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate
     }
 }
 
-static int row_threads(int packs) { return packs < 256 ? CEIL_DIV(packs, 32) * 32 : 256; }
-
 template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, cudaStream_t stream) {
     const int E = 16 / sizeof(X);
     assert(F % E == 0);
-    launch(swiglu_forward_kernel1<X>, N, row_threads(F / E), 0, stream, h, gate_up, F);
+    launch(swiglu_forward_kernel1<X>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, stream, h, gate_up, F);
 }
 
 // ---- swiglu_backward_kernel1 -----------------------------------------------------------------------------------------------
@@ -4331,7 +4298,7 @@ template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, 
 template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N, int F, cudaStream_t stream) {
     const int E = 16 / sizeof(X);
     assert(F % E == 0);
-    launch(swiglu_backward_kernel1<X>, N, row_threads(F / E), 0, stream, gate_up, h, dh, F);
+    launch(swiglu_backward_kernel1<X>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, stream, gate_up, h, dh, F);
 }
 
 // ---- gate_up_swiglu_kernel1, swiglu_down_backward_kernel1: products with SwiGLU as their epilogue -----------------------------
@@ -4559,17 +4526,16 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(
 template <typename X>
 void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp, cudaStream_t stream) {
     static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
-    const int E = 16 / sizeof(X), fit = smem_limit / 16 * E, cached = Vp < fit ? Vp : fit;
-    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS * (cached < Vp ? 2 : 1);
+    const int E = 16 / sizeof(X), cached = min(Vp, smem_limit / 16 * E);
+    const int threads = min(CEIL_DIV(Vp, 32 * E) * 32, CLASSIFIER_THREADS * (cached < Vp ? 2 : 1));
     assert(Vp % E == 0 && V <= Vp);
     launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
 }
 
-// ---- sum_of_squares_kernel1, 2: global norm ----------------------------------------------------------------------------------
-// out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19).
+// ---- sum_of_squares_kernel1: global norm -------------------------------------------------------------------------------------
+// out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19). scratch: a double per block.
 // bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory). 16 products are added in fp32, then in double
 enum { SQUARES_BLOCKS = 1024, SQUARES_THREADS = 256 };
-static size_t sum_of_squares_scratch(void) { return 2 * SQUARES_BLOCKS; }                // floats
 
 __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t n) {
     const size_t quads = n / 4, step = (size_t)gridDim.x * SQUARES_THREADS * 4;
@@ -4580,22 +4546,15 @@ __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t 
         for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
         sum += squares;
     }
-    if (blockIdx.x == 0 && threadIdx.x < n % 4) sum += (double)x[4 * quads + threadIdx.x] * x[4 * quads + threadIdx.x];
     sum = block_sum(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-__global__ void sum_of_squares_kernel2(double *out, const double *partials, int n) {    // one block of 1024 threads
-    double sum = block_sum((int)threadIdx.x < n ? partials[threadIdx.x] : 0.0);
-    if (threadIdx.x == 0) *out += sum;
-}
-
 static void sum_of_squares(double *out, const float *x, size_t n, float *scratch, cudaStream_t stream) {
-    const size_t chunks = CEIL_DIV(n, (size_t)SQUARES_THREADS * 16);
-    const int blocks = chunks < 1 ? 1 : chunks > SQUARES_BLOCKS ? SQUARES_BLOCKS : (int)chunks;
-    assert((uintptr_t)x % 16 == 0 && (uintptr_t)scratch % 8 == 0);
+    const int blocks = (int)min(CEIL_DIV(n, (size_t)SQUARES_THREADS * 16), (size_t)SQUARES_BLOCKS);
+    assert(n % 4 == 0 && (uintptr_t)x % 16 == 0 && (uintptr_t)scratch % 8 == 0);
     launch(sum_of_squares_kernel1, blocks, SQUARES_THREADS, 0, stream, (double *)scratch, x, n);
-    launch(sum_of_squares_kernel2, 1, SQUARES_BLOCKS, 0, stream, out, (const double *)scratch, blocks);
+    add_sum(out, (const double *)scratch, blocks, stream);
 }
 
 // ---- adamw_update_kernel1 ----------------------------------------------------------------------------------------------------
@@ -4616,24 +4575,17 @@ __device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float g
 template <typename X, typename M>
 __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 <= n) {
-        float g[4], p[4], m_i[4], v_i[4];
-        widen(g, load<4>(grad + i));
-        widen(p, load<4>(master + i));
-        widen(m_i, load<4>(m + i));
-        widen(v_i, load<4>(v + i));
-        for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
-        store(master + i, narrow<float>(p));
-        store(m + i, narrow<M>(m_i));
-        store(v + i, narrow<M>(v_i));
-        if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
-    } else {
-        for (size_t j = i; j < n; j++) {
-            float m_j = to_float(m[j]), v_j = to_float(v[j]);
-            adamw_step(master[j], m_j, v_j, grad[j], a);
-            m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
-        }
-    }
+    if (i >= n) return;
+    float g[4], p[4], m_i[4], v_i[4];
+    widen(g, load<4>(grad + i));
+    widen(p, load<4>(master + i));
+    widen(m_i, load<4>(m + i));
+    widen(v_i, load<4>(v + i));
+    for (int k = 0; k < 4; k++) adamw_step(p[k], m_i[k], v_i[k], g[k], a);
+    store(master + i, narrow<float>(p));
+    store(m + i, narrow<M>(m_i));
+    store(v + i, narrow<M>(v_i));
+    if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
 }
 
 template <typename X, typename M>
@@ -4641,9 +4593,9 @@ void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, 
                   double decay, double grad_scale, int64_t step, cudaStream_t stream) {
     const AdamW a = {(float)beta1, (float)beta2, (float)eps, (float)(lr / (1 - pow(beta1, (double)step))),
                      (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale};
-    assert(((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
+    assert(n % 4 == 0 && ((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
     assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
-    if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
+    launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
 }
 
 // ==== 14. The model =====================================================================================================
@@ -4819,8 +4771,8 @@ static void layout_any(Model *m, Arena *a) {
 
 // Floats of scratch that the largest user needs: partial sums, or attention_backward's row sums.
 static size_t kernel_scratch_size(const Config *c, int N) {
-    size_t sizes[] = {rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D),
-                      bias_backward_scratch((c->H + 2 * c->K) * c->D), sum_of_squares_scratch(), (size_t)N * c->H}, most = 0;
+    size_t sizes[] = {(size_t)MAX_PARTIALS * c->C, (size_t)MAX_PARTIALS * (c->H + 2 * c->K) * c->D, 2 * SQUARES_BLOCKS,
+                      (size_t)N * c->H}, most = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) most = sizes[i] > most ? sizes[i] : most;
     return most;
 }
@@ -5024,7 +4976,7 @@ template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const F
         matmul_backward_x(gpu, m->dnorm + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
         matmul_backward_w(gpu, head_param(m->grads, &m->p), m->logits, norm, m->chunk, c->C, c->Vp);
     }
-    sum_losses(m->sums, m->nll, N, gpu->stream);
+    add_sum(m->sums, m->nll, N, gpu->stream);
 }
 
 // Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when the work of unit u is

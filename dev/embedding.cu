@@ -99,9 +99,9 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
         float *dw_i = dw + (size_t)tokens[token0 + warp] * C;
         add_rows(sum, dx, order, first[warp], first[warp + 1], 1, c0, C);
         for (int q = 0; q < EMBED_QUADS; q++) {
-            int c = c0 + q * 128;
-            if (c >= C) continue;
-            add_to(dw_i + c, sum[q]);
+            if (c0 + q * 128 >= C) continue;
+            accumulate(sum[q], dw_i + c0 + q * 128);
+            store(dw_i + c0 + q * 128, narrow<float>(sum[q]));
         }
     }
     for (int i = 0; i < EMBED_WARPS; i++) {
@@ -111,12 +111,10 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
         __syncthreads();
         int c = c0 + warp * 128;
         if (warp < EMBED_QUADS && c < C) {
-            float total[4] = {}, d[4];
-            for (int w = 0; w < EMBED_WARPS; w++) {
-                widen(d, load<4>(part[w][warp][lane]));
-                for (int k = 0; k < 4; k++) total[k] += d[k];
-            }
-            add_to(dw + (size_t)tokens[token0 + i] * C + c, total);
+            float *dw_i = dw + (size_t)tokens[token0 + i] * C + c, total[4] = {};
+            for (int w = 0; w < EMBED_WARPS; w++) accumulate(total, part[w][warp][lane]);
+            accumulate(total, dw_i);
+            store(dw_i, narrow<float>(total));
         }
         __syncthreads();
     }

@@ -320,7 +320,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
                        norm ? " norm" : "")) {
         Tensor<X> dqkv("dqkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
         Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size()),
-            dq_norm("dq_norm", D), dk_norm("dk_norm", D), scratch("scratch", qkv_norm_rope_backward_scratch(D));
+            dq_norm("dq_norm", D), dk_norm("dk_norm", D), scratch("scratch", (size_t)MAX_PARTIALS * 2 * D);
         dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D},
                              {"dv", (size_t)(H + K) * D, (size_t)W}});
         dqkv.normal(1), raw.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1), dq_norm.normal(1), dk_norm.normal(1);
