@@ -15,7 +15,7 @@ Precision map (--precision bf16; with fp32 every floatX is a float)
     master weights, m, v, gradients of parameters, rstd, LSE              fp32
     sums inside kernels, matmuls                                          fp32      loss, norms of gradients   double
 Rules
-- floatX is a template parameter: __nv_bfloat16 or float. Gradients of parameters are += (fp32, over micro-steps), of
+- floatX is a template parameter: bf16 or float. Gradients of parameters are += (fp32, over micro-steps), of
   activations =, except the residual stream dx. Every op says which.
 - Every sum has a fixed order: no float atomics, so two runs give the same bits.
 - Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is
@@ -2636,7 +2636,7 @@ __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.
 
 // ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two values as one mma operand register
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     uint32_t bits;
@@ -2645,12 +2645,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two v
 }
 
 // ---- reductions: every lane or thread gets the result, in an order that depends only on the block size ---------------------
-template <typename T> __device__ __forceinline__ T warp_sum(T x) {      // float or double; all 32 lanes
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+template <typename T> __device__ __forceinline__ T warp_sum(T x, int lanes = 32) {  // of each group of `lanes`, a power of two
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
     return x;
 }
-__device__ __forceinline__ float warp_max(float x) {
-    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+__device__ __forceinline__ float warp_max(float x, int lanes = 32) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
     return x;
 }
 __device__ __forceinline__ int thread_in_block() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
@@ -3016,7 +3016,7 @@ template <int N, typename T> __device__ __forceinline__ Vec<T, N> load_if(bool c
 template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<float, N> &v) {
     for (int k = 0; k < N; k++) x[k] = __uint_as_float(v.word[k]);
 }
-template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<__nv_bfloat16, N> &v) {
+template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<bf16, N> &v) {
     for (int k = 0; k < N; k += 2) {
         x[k] = __uint_as_float(v.word[k / 2] << 16);
         x[k + 1] = __uint_as_float(v.word[k / 2] & 0xFFFF0000u);
@@ -3340,11 +3340,6 @@ static int lanes_per_head(int D) {                              // a power of tw
     return lanes;
 }
 
-__device__ __forceinline__ float lanes_sum(float x, int lanes) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
-    return x;
-}
-
 template <typename X, bool NORM>
 __global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
                                               const float *cosine, const float *sine, float eps, int H, int K, int D, int lanes,
@@ -3382,7 +3377,7 @@ __global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd,
                 if (NORM) {
                     float squares = 0;
                     for (int k = 0; k < 4; k++) squares += a[k] * a[k] + b[k] * b[k];
-                    const float r = rsqrtf(lanes_sum(squares, lanes) / D + eps);
+                    const float r = rsqrtf(warp_sum(squares, lanes) / D + eps);
                     if (here) {
                         const size_t at = (size_t)n * (H + K) + h;
                         const X *w = w_shared + (h < H ? 0 : D) + i;
@@ -3479,7 +3474,7 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
                             a[k] *= w_lo[k], b[k] *= w_hi[k];
                             gn += a[k] * norm_a[k] + b[k] * norm_b[k];
                         }
-                        const float mean = lanes_sum(gn, lanes) / D;
+                        const float mean = warp_sum(gn, lanes) / D;
                         for (int k = 0; k < 4; k++) a[k] = r * (a[k] - norm_a[k] * mean), b[k] = r * (b[k] - norm_b[k] * mean);
                     }
                     if (!active || h >= count) continue;
@@ -3572,29 +3567,30 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     if (n_matmul_plans == MAX_PLANS) die("more than %d shapes of matrix products", MAX_PLANS);
     MatmulPlan *p = &matmul_plans[n_matmul_plans++];
     *p = *key;
+    cublasLtMatmulPreference_t preference;
+    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->op, attribute, &value, sizeof value));
+    };
+    const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value));
+    };
     cublasCheck(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublasOperation_t first = p->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, second = p->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
-    cublasLtEpilogue_t epilogue = p->has_bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    set(CUBLASLT_MATMUL_DESC_TRANSA, p->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, p->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, p->has_bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT);
     p->a = p->trans_a ? matrix_layout(p->in_bf16, p->K, p->M) : matrix_layout(p->in_bf16, p->M, p->K);
     p->b = p->trans_b ? matrix_layout(p->in_bf16, p->N, p->K) : matrix_layout(p->in_bf16, p->K, p->N);
     p->out = matrix_layout(p->out_bf16, p->M, p->N);
-    cublasLtMatmulPreference_t preference;
-    cublasLtMatmulHeuristicResult_t found;
-    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;       // if it splits K: partial sums in fp32
-    uint32_t alignment = 16;                                            // what every operand has; cuBLASLt would assume 256
-    int n_found = 0;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &LT_WORKSPACE,
-                                                     sizeof LT_WORKSPACE));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
-                                                     sizeof reductions));
-    for (cublasLtMatmulPreferenceAttributes_t a : {
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, LT_WORKSPACE);
+    // if it splits K: partial sums in fp32
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    for (cublasLtMatmulPreferenceAttributes_t operand : {
              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, a, &alignment, sizeof alignment));
+        prefer(operand, (uint32_t)16);                                  // what every one has; cuBLASLt would assume 256
+    cublasLtMatmulHeuristicResult_t found;
+    int n_found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found,
                                                            &n_found);
     if (status != CUBLAS_STATUS_SUCCESS || !n_found || found.state != CUBLAS_STATUS_SUCCESS)
@@ -3609,11 +3605,8 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
 // a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
 template <typename Out, typename In>
 void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K,
-            const Out *add, const Out *bias) {
-    MatmulPlan key;
-    memset(&key, 0, sizeof key);
-    key.M = M, key.N = N, key.K = K, key.trans_a = trans_a, key.trans_b = trans_b;
-    key.in_bf16 = sizeof(In) == 2, key.out_bf16 = sizeof(Out) == 2, key.has_bias = bias != NULL;
+            const Out *add = NULL, const Out *bias = NULL) {
+    const MatmulPlan key = {M, N, K, trans_a, trans_b, sizeof(In) == 2, sizeof(Out) == 2, bias != NULL};
     const MatmulPlan *p = matmul_plan(gpu->lt, &key);
     if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     float alpha = 1, beta = add ? 1.0f : 0.0f;
@@ -3631,13 +3624,13 @@ void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *
 // dx (N,C) = dout (N,OC) w (OC,C)
 template <typename floatX>
 void matmul_backward_x(const Gpu *gpu, floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC) {
-    matmul(gpu, dx, dout, 0, w, 0, N, C, OC, (const floatX *)NULL, (const floatX *)NULL);
+    matmul(gpu, dx, dout, 0, w, 0, N, C, OC);
 }
 
 // dw (OC,C), fp32 += dout (N,OC)^T x (N,C)
 template <typename floatX>
 void matmul_backward_w(const Gpu *gpu, float *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
-    matmul(gpu, dw, dout, 1, x, 0, OC, C, N, (const float *)dw, (const float *)NULL);
+    matmul(gpu, dw, dout, 1, x, 0, OC, C, N, dw);
 }
 
 // ---- causal attention with grouped heads, O(T) memory (Dao et al. 2022; Dao 2023) -----------------------------------------
@@ -3654,7 +3647,7 @@ enum { ATT_THREADS = 128, ATT_WARPS = 4 };
 // Starts copying rows of D elements, `stride` apart in memory, to a tile. Rows past `rows` and columns past D become zero:
 // a zero adds nothing to a product, where stale bits (perhaps NaN) times a zero probability would.
 template <int WIDTH, int ROWS, int THREADS = ATT_THREADS>
-__device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat16 *src, size_t stride, int rows, int D) {
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *src, size_t stride, int rows, int D) {
     constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = THREADS / LANES;      // 16 bytes per thread, LANES threads per row
     const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * 8, valid = col < D ? 16 : 0;
     if (col >= WIDTH) return;
@@ -3674,7 +3667,7 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat
 
 // s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b in shared memory, rows STRIDE apart; b^T's if TRANSPOSED.
 template <int STRIDE, bool TRANSPOSED, int MT, int NT>
-__device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const __nv_bfloat16 *B) {
+__device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const bf16 *B) {
     uint32_t b[4];
     #pragma unroll
     for (int n = 0; n < NT; n += 2) {
@@ -3690,7 +3683,7 @@ __device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint3
 // s (16*MT, 8*NT) += A B^T: A holds this warp's 16*MT rows, B 8*NT rows, both WIDTH long in shared memory.
 // UNROLL steps of 16 are scheduled together: more hide more latency, until fetching ahead costs registers that the sums need.
 template <int WIDTH, int UNROLL, int MT, int NT>
-__device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_bfloat16 *A, const __nv_bfloat16 *B) {
+__device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const bf16 *A, const bf16 *B) {
     const int lane = threadIdx.x % 32;
     A += lane % 16 * (WIDTH + 8) + lane / 16 * 8;                           // 16 x 16: four 8 x 8 matrices, down then right
     B += (lane / 16 * 8 + lane % 8) * (WIDTH + 8) + lane / 8 % 2 * 8;       // 16 rows x 16: right, then down
@@ -3704,7 +3697,7 @@ __device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_
 
 // s (16*MT, 8*NT) += A B: A holds this warp's 16*MT rows, DEPTH long, B DEPTH rows, WIDTH long, from this warp's first column on.
 template <int DEPTH, int WIDTH, int MT, int NT>
-__device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const __nv_bfloat16 *A, const __nv_bfloat16 *B) {
+__device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const bf16 *A, const bf16 *B) {
     const int lane = threadIdx.x % 32;
     A += lane % 16 * (DEPTH + 8) + lane / 16 * 8;
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
@@ -3718,8 +3711,7 @@ __device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const __
 
 // o (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B (8*NT, WIDTH): p in registers as multiply_rows left it, B in shared memory.
 template <int WIDTH, int MT, int NT>
-__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4],
-                                                       const __nv_bfloat16 *B) {
+__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4], const bf16 *B) {
     const int lane = threadIdx.x % 32;
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
     #pragma unroll
@@ -3740,7 +3732,7 @@ __device__ __forceinline__ void fill(float (&x)[MT][NT][4], float value) {
 // tile (16*MT, 8*NT) = o * scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only this
 // warp still uses, so that what follows can move 16 bytes at a time.
 template <int MT, int NT>
-__device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const float (&o)[MT][NT][4], float scale) {
+__device__ __forceinline__ void fragments_to_rows(bf16 *tile, const float (&o)[MT][NT][4], float scale) {
     const int lane = threadIdx.x % 32;
     __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
     #pragma unroll
@@ -3754,8 +3746,8 @@ __device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const flo
 
 // The first `rows` of 16*MT rows and D columns of o * scale, to memory.
 template <int WIDTH, int MT>
-__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], float scale,
-                                           __nv_bfloat16 *tile, int rows, int D) {
+__device__ __forceinline__ void store_rows(bf16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], float scale,
+                                           bf16 *tile, int rows, int D) {
     const int lane = threadIdx.x % 32;
     fragments_to_rows(tile, o, scale);
     constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8;
@@ -3807,9 +3799,7 @@ template <int MT> struct Softmax {
             #pragma unroll
             for (int m = 0; m < MT; m++)
                 for (int r = 0; r < 2; r++) {
-                    float x = top[m][r];
-                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));               // the four lanes of a row agree on its base
-                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+                    const float x = warp_max(top[m][r], 4);                 // the four lanes of a row agree on its base
                     const float higher = fmaxf(base[m][r], x * c), shrink = exp2_approx(base[m][r] - higher);
                     base[m][r] = higher;
                     sum[m][r] *= shrink;
@@ -3829,8 +3819,7 @@ template <int MT> struct Softmax {
         #pragma unroll
         for (int i = 0; i < MT * 2; i++) {
             float &x = sum[i / 2][i % 2];
-            x += __shfl_xor_sync(~0u, x, 1);
-            x += __shfl_xor_sync(~0u, x, 2);
+            x = warp_sum(x, 4);
             const float inverse = 1 / x;
             for (int n = 0; n < OT; n++) o[i / 2][n][i % 2 * 2] *= inverse, o[i / 2][n][i % 2 * 2 + 1] *= inverse;
         }
@@ -3849,10 +3838,10 @@ template <int MT> struct Softmax {
 // limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared memory and 255
 //         registers: two blocks per SM (one on sm_86, sm_89, sm_120)
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
-        const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *__restrict__ out, float *__restrict__ lse,
+        const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
     constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
     // where the last of this warp's rows t..t+31 begins to look
@@ -3864,7 +3853,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
     softmax.init();
     fill(o, 0);
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     cp_async_commit();
@@ -3977,13 +3966,12 @@ void attention_forward(X *out, float *lse, const X *qkv, const int *doc_start, i
 //         computed (7 products in all instead of 5): the price of sums without atomics
 // limits  as the forward; 95,744 bytes at D 128: two blocks per SM on sm_90, one on sm_80
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv,
-        float *__restrict__ delta, const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv,
-        const __nv_bfloat16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const bf16 *__restrict__ out,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    bf16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
     const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
@@ -3991,7 +3979,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
     const float c = scale * (float)M_LOG2E;
 
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
@@ -4011,15 +3999,14 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
             widen(b, load<8>(out + at * D + d));
             for (int j = 0; j < 8; j++) sum += a[j] * b[j];
         }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
+        sum = warp_sum(sum, 4);
         row_delta[i / 2][i % 2] = sum;
         row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
         if (lane % 4 == 0 && row < T) delta[at] = sum;
     }
     fill(dq, 0);
     for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
-        const __nv_bfloat16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
+        const bf16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
         const int next = s0 + KEYS;
         k += (size_t)KEYS * W;
         cp_async_wait<0>();
@@ -4068,16 +4055,16 @@ template <int WIDTH, int PAIRS> struct DkdvTile {
 };
 
 template <int WIDTH, int PAIRS>
-__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv,
-        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(bf16 *__restrict__ dqkv,
+        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
         const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     typedef DkdvTile<WIDTH, PAIRS> Tile;
     constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS;
     constexpr int STRIDE = WIDTH + 8;
     float4 *exchanges = shared_memory<float4>();
     float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
-    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
-    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
+    bf16 *k_tile = (bf16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;                  // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler it is uniform: fewer registers
@@ -4085,7 +4072,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
     const float c = scale * (float)M_LOG2E;
     float4 *exchange = exchanges + pair * Tile::EXCHANGE + lane;
-    __nv_bfloat16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
+    bf16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
 
     // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
@@ -4110,7 +4097,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
                    row < T ? 4 : 0);
     };
 
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<WIDTH, KEYS, THREADS>(k_tile, k, W, T - s0, D);
     load_tile<WIDTH, KEYS, THREADS>(v_tile, k + K * D, W, T - s0, D);
     int h = kv * (H / K), t = t_first;
@@ -4124,7 +4111,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
         __syncthreads();                                                    // this tile is here, every warp has left the last one
-        const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
+        const bf16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
         const int t0 = t;
         t += QUERIES;
         if (t >= t_end) t = t_first, h++;
@@ -4163,7 +4150,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         }
         multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
     }
-    __nv_bfloat16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
+    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
     store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
@@ -4325,7 +4312,7 @@ __device__ __forceinline__ int2 mlp_tile(int tile_rows, int tile_cols) {
 
 // load(i, stage) starts the copies of step i, multiply(stage) uses them.
 template <typename Load, typename Multiply>
-__device__ __forceinline__ void mlp_pipeline(int steps, __nv_bfloat16 *stages, Load load, Multiply multiply) {
+__device__ __forceinline__ void mlp_pipeline(int steps, bf16 *stages, Load load, Multiply multiply) {
     #pragma unroll
     for (int i = 0; i < MLP_STAGES - 1; i++) {
         if (i < steps) load(i, stages + i * MLP_STAGE);
@@ -4344,11 +4331,10 @@ __device__ __forceinline__ void mlp_pipeline(int steps, __nv_bfloat16 *stages, L
     __syncthreads();                                        // the stages are free
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h,
-        __nv_bfloat16 *__restrict__ gate_up, const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w,
-        int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
     constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
-    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+    bf16 *stages = shared_memory<bf16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
@@ -4357,28 +4343,28 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
     // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
     // repeat the last: their sums are never stored.
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
-    const __nv_bfloat16 *src[8];
+    const bf16 *src[8];
     #pragma unroll
     for (int i = 0; i < 4; i++) {
         src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
         src[4 + i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + col;
     }
-    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
+    auto load_stage = [&](int i, bf16 *stage) {
         const int valid = i * MLP_DEPTH + col < C ? 16 : 0;
         #pragma unroll
         for (int j = 0; j < 8; j++) cp_async_16(stage + (32 * j + row) * STRIDE + col, src[j] + i * MLP_DEPTH, valid);
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
         multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
     });
-    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
     fragments_to_rows(rows, s, 1);
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
     for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
         const size_t n = n0 + warp_row + r;
-        const __nv_bfloat16 *at = rows + r * (MLP_WARP + 8) + f;
-        const Vec<__nv_bfloat16, 8> gate = load<8>(at), up = load<8>(at + HALF);
+        const bf16 *at = rows + r * (MLP_WARP + 8) + f;
+        const Vec<bf16, 8> gate = load<8>(at), up = load<8>(at + HALF);
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
@@ -4386,35 +4372,34 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
         widen(g, gate);
         widen(u, up);
         swiglu(u, g);
-        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
+        store(h + n * F + out_f, narrow<bf16>(u));
     }
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up,
-        __nv_bfloat16 *__restrict__ h, const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w,
-        int N, int C, int F) {
-    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(bf16 *__restrict__ gate_up,
+        bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
+    bf16 *stages = shared_memory<bf16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
     float s[MLP_WARP / 16][MLP_WARP / 8][4];
     fill(s, 0);
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
-    const __nv_bfloat16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
+    const bf16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
     for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
-    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
+    auto load_stage = [&](int i, bf16 *stage) {
         const int c = i * MLP_DEPTH;
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
-            __nv_bfloat16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
+            bf16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
             cp_async_16(w_tile, w_src + (size_t)(c + 8 * j) * F, c + 8 * j + w_row < C ? 16 : 0);
         }
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
         multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
     });
-    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
     fragments_to_rows(rows, s, 1);
     const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
     if (out_f >= F) return;
@@ -4425,9 +4410,9 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(_
         widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
         widen(d, load<8>(rows + r * (MLP_WARP + 8) + f));
         swiglu_gradient(g, u, d);
-        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
-        store(gate_up + n * 2 * F + out_f, narrow<__nv_bfloat16>(g));
-        store(gate_up + n * 2 * F + F + out_f, narrow<__nv_bfloat16>(d));
+        store(h + n * F + out_f, narrow<bf16>(u));
+        store(gate_up + n * 2 * F + out_f, narrow<bf16>(g));
+        store(gate_up + n * 2 * F + F + out_f, narrow<bf16>(d));
     }
 }
 

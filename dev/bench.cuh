@@ -62,7 +62,7 @@ template <typename... P> static void note_launch(void (*kernel)(P...), const cud
 
 template <typename T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
 // ---- tensors -----------------------------------------------------------------------------------------------------------
 template <typename X> constexpr bool is_bf16() { return sizeof(X) == 2; }

@@ -96,7 +96,7 @@ __global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd,
                 if (NORM) {
                     float squares = 0;
                     for (int k = 0; k < 4; k++) squares += a[k] * a[k] + b[k] * b[k];
-                    const float r = rsqrtf(lanes_sum(squares, lanes) / D + eps);
+                    const float r = rsqrtf(warp_sum(squares, lanes) / D + eps);
                     if (here) {
                         const size_t at = (size_t)n * (H + K) + h;
                         const X *w = w_shared + (h < H ? 0 : D) + i;
@@ -253,7 +253,7 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
                             a[k] *= w_lo[k], b[k] *= w_hi[k];
                             gn += a[k] * norm_a[k] + b[k] * norm_b[k];
                         }
-                        const float mean = lanes_sum(gn, lanes) / D;
+                        const float mean = warp_sum(gn, lanes) / D;
                         for (int k = 0; k < 4; k++) a[k] = r * (a[k] - norm_a[k] * mean), b[k] = r * (b[k] - norm_b[k] * mean);
                     }
                     if (!active || h >= count) continue;
