@@ -2990,9 +2990,8 @@ template <typename T> void add_sum(double *sum, const T *x, int n, cudaStream_t 
 }
 
 // ---- what the kernels of this section share -----------------------------------------------------------------------------
-// floatX (here X) is bf16 or fp32; every sum is fp32 (double for the global norm). Sums over rows go through partial sums of
-// blocks, added by a second kernel in a fixed order: no atomics, two runs give the same bits. Arrays of constant size live in
-// registers if every loop over them unrolls: the compiler unrolls short ones itself, the pragma stands at long and outer ones.
+// floatX is X here. Sums over rows go through partial sums of blocks, which column_sums adds in a fixed order. Arrays of constant
+// size live in registers if every loop over them unrolls: the compiler unrolls short ones itself, the pragma is for the others.
 
 // N neighbouring elements as they lie in memory: one 16-byte (8 bf16, 4 fp32) or 8-byte (4 bf16) access. Kernels where fp32 sums
 // lie beside bf16 values take 4 elements per lane: both sides of the access are then contiguous over the warp.
@@ -3848,10 +3847,9 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *_
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
     const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
-    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4] = {};
     Softmax<MT> softmax;
     softmax.init();
-    fill(o, 0);
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
@@ -3985,7 +3983,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
     load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
     load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
     cp_async_commit();
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4] = {};
     cp_async_wait<0>();
     __syncthreads();                                        // dO is here
     #pragma unroll
@@ -4004,7 +4002,6 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
         if (lane % 4 == 0 && row < T) delta[at] = sum;
     }
-    fill(dq, 0);
     for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
         const bf16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
         const int next = s0 + KEYS;
@@ -4105,8 +4102,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     load_queries(h, t, 0);
     cp_async_commit();
 
-    float sum[MT][WIDTH / 8][4], s[MT][NT][4];                              // of dV or dK; scores, or dP
-    fill(sum, 0);
+    float sum[MT][WIDTH / 8][4] = {}, s[MT][NT][4];                              // of dV or dK; scores, or dP
     for (int buffer = 0; h < h_end; buffer ^= 1) {
         const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
@@ -4338,8 +4334,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(bf16 *_
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
-    float s[MLP_WARP / 16][MLP_WARP / 8][4];
-    fill(s, 0);
+    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
     // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
     // repeat the last: their sums are never stored.
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
@@ -4382,8 +4377,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(b
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
-    float s[MLP_WARP / 16][MLP_WARP / 8][4];
-    fill(s, 0);
+    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
     const bf16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
     for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;

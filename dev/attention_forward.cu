@@ -146,10 +146,9 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *_
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
     const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
-    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4] = {};
     Softmax<MT> softmax;
     softmax.init();
-    fill(o, 0);
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
