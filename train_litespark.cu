@@ -4227,14 +4227,21 @@ void attention_backward(X *dqkv, const X *dout, const X *qkv, const X *out, cons
 template <int E> __device__ __forceinline__ void swiglu(float (&u)[E], const float (&g)[E]) {                   // u becomes h
     for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + exp_approx(-g[k]));
 }
-// g, u, dh become dg, h, du
-template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
+// E columns in memory: g, u become dg, du, and h =; dh may be h
+template <int E, typename X> __device__ __forceinline__ void swiglu_backward_pack(X *gate, X *up, X *h, const X *dh) {
+    float g[E], u[E], d[E];
+    widen(g, load<E>(gate));
+    widen(u, load<E>(up));
+    widen(d, load<E>(dh));
     for (int k = 0; k < E; k++) {
         const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
         u[k] *= silu;
         d[k] *= silu;
         g[k] = dsilu * s * (1 + g[k] * (1 - s));
     }
+    store(h, narrow<X>(u));
+    store(gate, narrow<X>(g));
+    store(up, narrow<X>(d));
 }
 
 // ---- swiglu_forward_kernel1 ------------------------------------------------------------------------------------------------
@@ -4266,16 +4273,9 @@ template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, 
 template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, const X *dh, int F) {
     constexpr int E = 16 / sizeof(X);
     const size_t row = (size_t)blockIdx.x * F;
-    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
-        float g[E], u[E], d[E];
-        widen(g, load<E>(gate_up + 2 * row + f));
-        widen(u, load<E>(gate_up + 2 * row + F + f));
-        widen(d, load<E>(dh + row + f));
-        swiglu_gradient(g, u, d);
-        store(h + row + f, narrow<X>(u));
-        store(gate_up + 2 * row + f, narrow<X>(g));
-        store(gate_up + 2 * row + F + f, narrow<X>(d));
-    }
+    X *gate = gate_up + 2 * row, *up = gate + F;
+    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E)
+        swiglu_backward_pack<E>(gate + f, up + f, h + row + f, dh + row + f);
 }
 
 template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N, int F, cudaStream_t stream) {
@@ -4399,14 +4399,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(b
     if (out_f >= F) return;
     for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {
         const size_t n = n0 + warp_row + r;
-        float g[8], u[8], d[8];
-        widen(g, load<8>(gate_up + n * 2 * F + out_f));
-        widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
-        widen(d, load<8>(rows + r * (MLP_WARP + 8) + f));
-        swiglu_gradient(g, u, d);
-        store(h + n * F + out_f, narrow<bf16>(u));
-        store(gate_up + n * 2 * F + out_f, narrow<bf16>(g));
-        store(gate_up + n * 2 * F + F + out_f, narrow<bf16>(d));
+        bf16 *gate = gate_up + n * 2 * F + out_f;
+        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows + r * (MLP_WARP + 8) + f);
     }
 }
 

@@ -130,6 +130,16 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(bf16 *_
 }
 
 // ---- backward, kernel 0: a thread per element of h ----
+// g, u, dh become dg, h, du
+template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
+    for (int k = 0; k < E; k++) {
+        const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
+        u[k] *= silu;
+        d[k] *= silu;
+        g[k] = dsilu * s * (1 + g[k] * (1 - s));
+    }
+}
+
 __global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int C, int F) {
     const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (f >= F) return;
@@ -192,14 +202,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(b
     if (out_f >= F) return;
     for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {
         const size_t n = n0 + warp_row + r;
-        float g[8], u[8], d[8];
-        widen(g, load<8>(gate_up + n * 2 * F + out_f));
-        widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
-        widen(d, load<8>(rows + r * (MLP_WARP + 8) + f));
-        swiglu_gradient(g, u, d);
-        store(h + n * F + out_f, narrow<bf16>(u));
-        store(gate_up + n * 2 * F + out_f, narrow<bf16>(g));
-        store(gate_up + n * 2 * F + F + out_f, narrow<bf16>(d));
+        bf16 *gate = gate_up + n * 2 * F + out_f;
+        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows + r * (MLP_WARP + 8) + f);
     }
 }
 
