@@ -2645,7 +2645,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two v
 }
 
 // ---- reductions: every lane or thread gets the result, in an order that depends only on the block size ---------------------
-template <typename T> __device__ __forceinline__ T warp_sum(T x, int lanes = 32) {  // of each group of `lanes`, a power of two
+template <typename T> __device__ __forceinline__ T warp_sum(T x, int lanes = 32) {  // of each 2^n lanes
     for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
     return x;
 }
@@ -2990,8 +2990,8 @@ template <typename T> void add_sum(double *sum, const T *x, int n, cudaStream_t 
 }
 
 // ---- what the kernels of this section share -----------------------------------------------------------------------------
-// floatX is X here. Sums over rows go through partial sums of blocks, which column_sums adds in a fixed order. Arrays of constant
-// size live in registers if every loop over them unrolls: the compiler unrolls short ones itself, the pragma is for the others.
+// floatX is X here. Sums over rows go through partial sums of blocks, which column_sums adds in a fixed order. Arrays of
+// constant size live in registers if every loop over them unrolls: the compiler sees to short ones, the pragma to others.
 
 // N neighbouring elements as they lie in memory: one 16-byte (8 bf16, 4 fp32) or 8-byte (4 bf16) access. Kernels where fp32 sums
 // lie beside bf16 values take 4 elements per lane: both sides of the access are then contiguous over the warp.
@@ -3028,7 +3028,7 @@ template <typename T, int N> __device__ __forceinline__ Vec<T, N> narrow(const f
     return v;
 }
 
-template <int N, typename T> __device__ __forceinline__ void accumulate(float (&sum)[N], const T *p) {      // sum += p[0..N-1]
+template <int N, typename T> __device__ __forceinline__ void accumulate(float (&sum)[N], const T *p) {  // sum += p[0..N-1]
     float x[N];
     widen(x, load<N>(p));
     for (int k = 0; k < N; k++) sum[k] += x[k];
@@ -3040,7 +3040,7 @@ template <typename T, int N, int n> __device__ __forceinline__ void keep_packed(
     for (int j = 0; j < n; j++) for (uint32_t &word : row[j].word) asm volatile("" : "+r"(word));
 }
 
-enum { MAX_PARTIALS = 264 };        // blocks that write partial sums, each a row of `scratch`: two on each of an H100's 132 SMs
+enum { MAX_PARTIALS = 264 };        // blocks that write partial sums, a row of `scratch` each: two per SM of an H100
 
 static int device_attribute(cudaDeviceAttr attribute) {
     int device, value;
@@ -3125,8 +3125,8 @@ void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N
 enum { EMBED_LONG = 16 };
 
 template <typename X>
-__device__ __forceinline__ void add_rows(float (&sum)[EMBED_QUADS][4], const X *dx, const int *order, int first, int last, int step,
-                                         int c0, int C) {
+__device__ __forceinline__ void add_rows(float (&sum)[EMBED_QUADS][4], const X *dx, const int *order, int first, int last,
+                                         int step, int c0, int C) {
     for (int q = 0; q < EMBED_QUADS; q++) for (int k = 0; k < 4; k++) sum[q][k] = 0;
     #pragma unroll 2
     for (int j = first; j < last; j += step) {
@@ -3664,7 +3664,7 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *src, size_t st
     }
 }
 
-// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b in shared memory, rows STRIDE apart; b^T's if TRANSPOSED.
+// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b, b^T if TRANSPOSED, in shared memory, rows STRIDE apart.
 template <int STRIDE, bool TRANSPOSED, int MT, int NT>
 __device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const bf16 *B) {
     uint32_t b[4];
@@ -3710,7 +3710,8 @@ __device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const bf
 
 // o (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B (8*NT, WIDTH): p in registers as multiply_rows left it, B in shared memory.
 template <int WIDTH, int MT, int NT>
-__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4], const bf16 *B) {
+__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4],
+                                                       const bf16 *B) {
     const int lane = threadIdx.x % 32;
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
     #pragma unroll
@@ -3728,8 +3729,8 @@ __device__ __forceinline__ void fill(float (&x)[MT][NT][4], float value) {
     for (int i = 0; i < MT * NT * 4; i++) x[i / 4 / NT][i / 4 % NT][i % 4] = value;
 }
 
-// tile (16*MT, 8*NT) = o * scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only this
-// warp still uses, so that what follows can move 16 bytes at a time.
+// tile (16*MT, 8*NT) = o * scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only
+// this warp still uses, so that what follows can move 16 bytes at a time.
 template <int MT, int NT>
 __device__ __forceinline__ void fragments_to_rows(bf16 *tile, const float (&o)[MT][NT][4], float scale) {
     const int lane = threadIdx.x % 32;
@@ -3756,8 +3757,8 @@ __device__ __forceinline__ void store_rows(bf16 *out, size_t stride, const float
         store_16B(out + row * stride + col, load_16B(tile + row * (WIDTH + 8) + col));
 }
 
-// Scores that the mask hides become -inf: query t sees keys first..t. The tile's corner is (t0, s0), its rows are queries, or keys
-// if it lies ON_SIDE.
+// Scores that the mask hides become -inf: query t sees keys first..t. The tile has its corner at (t0, s0); rows are queries, or
+// keys if it lies ON_SIDE.
 template <bool ON_SIDE, int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s0, const int *doc_start, int row0, int T) {
     const int lane = threadIdx.x % 32;
@@ -3881,15 +3882,15 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *_
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
-        if (lane % 4 == 0 && row < T)
-            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2])) * (float)M_LN2;
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2]);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
     store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
-// ---- fp32: the formulas by plain loops, for proof rather than speed ---------------------------------------------------------
-// One warp per row and head, the mask is the range of its loop. Lane l has elements 4l..4l+3 of every row of D, so a dot product
-// is a sum over the warp. The warps of a block have neighbouring rows of one head: most of what one reads, others have left in L1.
+// ---- fp32: the formulas by plain loops, for proof rather than speed -----------------------------------------------------
+// One warp per row and head, the mask is the range of its loop. Lane l has elements 4l..4l+3 of every row of D, so a dot
+// product is a sum over the warp. A block's warps have neighbouring rows of one head and find in L1 what others have read.
 enum { F32_WARPS = 16 };
 
 __device__ __forceinline__ void load_row(float (&x)[4], const float *row, int D) {          // zeros past D
@@ -3903,8 +3904,8 @@ __device__ __forceinline__ float dot(const float (&a)[4], const float (&b)[4]) {
 }
 
 // out (N,H*D) =, lse (N,H) =, the softmax running: when a larger score appears, what was summed shrinks
-__global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse, const float *__restrict__ qkv,
-                                              const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+__global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
+        const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
     if (t >= T) return;
     const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
@@ -4150,7 +4151,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
-// ---- fp32: a warp per query, then a warp per key ----------------------------------------------------------------------------
+// ---- fp32: a warp per query, then a warp per key ------------------------------------------------------------------------
 __global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
         const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
         const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
@@ -4195,8 +4196,8 @@ __global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, co
 }
 
 template <typename X>
-void attention_backward(X *dqkv, const X *dout, const X *qkv, const X *out, const float *lse, const int *doc_start, float *delta,
-                        int B, int T, int H, int K, int D, cudaStream_t stream) {
+void attention_backward(X *dqkv, const X *dout, const X *qkv, const X *out, const float *lse, const int *doc_start,
+                        float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
     const float scale = (float)(1 / sqrt((double)D));
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
     if constexpr (sizeof(X) == 4) {
@@ -4505,7 +4506,7 @@ void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int 
     launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
 }
 
-// ---- sum_of_squares_kernel1: global norm -------------------------------------------------------------------------------------
+// ---- sum_of_squares_kernel1: global norm ---------------------------------------------------------------------------------
 // out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19). scratch: a double per block.
 // bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory). 16 products are added in fp32, then in double
 enum { SQUARES_BLOCKS = 1024, SQUARES_THREADS = 256 };

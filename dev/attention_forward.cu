@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
-        if (lane % 4 == 0 && row < T)
-            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2])) * (float)M_LN2;
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2]);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
     store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
@@ -180,15 +180,15 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *_
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
-        if (lane % 4 == 0 && row < T)
-            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2])) * (float)M_LN2;
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2]);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
     store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- fp32, shipped: for proof rather than speed ----
-__global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse, const float *__restrict__ qkv,
-                                              const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+__global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
+        const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
     if (t >= T) return;
     const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
