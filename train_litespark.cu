@@ -3664,7 +3664,8 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *src, size_t st
     }
 }
 
-// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b, b^T if TRANSPOSED, in shared memory, rows STRIDE apart.
+// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b (of b^T if TRANSPOSED) in shared memory, rows STRIDE
+// apart.
 template <int STRIDE, bool TRANSPOSED, int MT, int NT>
 __device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const bf16 *B) {
     uint32_t b[4];
@@ -3757,8 +3758,8 @@ __device__ __forceinline__ void store_rows(bf16 *out, size_t stride, const float
         store_16B(out + row * stride + col, load_16B(tile + row * (WIDTH + 8) + col));
 }
 
-// Scores that the mask hides become -inf: query t sees keys first..t. The tile has its corner at (t0, s0); rows are queries, or
-// keys if it lies ON_SIDE.
+// Scores that the mask hides become -inf: query t sees keys first..t. The tile's corner is (t0, s0); its rows are queries,
+// or keys if it lies ON_SIDE.
 template <bool ON_SIDE, int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s0, const int *doc_start, int row0, int T) {
     const int lane = threadIdx.x % 32;
