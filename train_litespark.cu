@@ -15,7 +15,7 @@ Precision map (--precision bf16; with fp32 every floatX is a float)
     master weights, m, v, gradients of parameters, rstd, LSE              fp32
     sums inside kernels, matmuls                                          fp32      loss, norms of gradients   double
 Rules
-- floatX is a template parameter: __nv_bfloat16 or float. Gradients of parameters are += (fp32, over micro-steps), of
+- floatX is a template parameter: bf16 or float. Gradients of parameters are += (fp32, over micro-steps), of
   activations =, except the residual stream dx. Every op says which.
 - Every sum has a fixed order: no float atomics, so two runs give the same bits.
 - Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is
@@ -52,6 +52,7 @@ Read: 13 (ops, each forward with its backward below), 14 (the model), 15 (main).
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <algorithm>
+#include <type_traits>
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -2490,10 +2491,7 @@ __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.
 
 // ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two values as one mma operand register
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     uint32_t bits;
@@ -2502,12 +2500,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two v
 }
 
 // ---- reductions: every lane or thread gets the result, in an order that depends only on the block size ---------------------
-template <typename T> __device__ __forceinline__ T warp_sum(T x) {      // float or double; all 32 lanes
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+template <typename T> __device__ __forceinline__ T warp_sum(T x, int lanes = 32) {  // of each 2^n lanes
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
     return x;
 }
-__device__ __forceinline__ float warp_max(float x) {
-    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+__device__ __forceinline__ float warp_max(float x, int lanes = 32) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
     return x;
 }
 __device__ __forceinline__ int thread_in_block() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
@@ -2813,21 +2811,21 @@ static void rope_table(float *cosine, float *sine, const Config *c, int T) {
     free(host);
 }
 
-// *sum += nll (N), in double and in a fixed order. One block: N floats are nothing beside a step.
-__global__ void sum_losses_kernel1(double *sum, const float *nll, int N) {
+// *sum += x (n), in double and in a fixed order. One block: what is summed so is little beside a step.
+template <typename T> __global__ void add_sum_kernel1(double *sum, const T *x, int n) {
     double mine = 0;
-    for (int n = threadIdx.x; n < N; n += blockDim.x) mine += nll[n];
+    for (int i = threadIdx.x; i < n; i += blockDim.x) mine += x[i];
     mine = block_sum(mine);
     if (threadIdx.x == 0) *sum += mine;
 }
 
-static void sum_losses(double *sum, const float *nll, int N, cudaStream_t stream) {
-    launch(sum_losses_kernel1, dim3(1), dim3(1024), 0, stream, sum, nll, N);
+template <typename T> void add_sum(double *sum, const T *x, int n, cudaStream_t stream) {
+    launch(add_sum_kernel1<T>, 1, 1024, 0, stream, sum, x, n);
 }
 
 // ---- what the kernels of this section share -----------------------------------------------------------------------------
-// floatX (here X) is bf16 or fp32; every sum is fp32 (double for the global norm). Sums over rows go through partial sums of
-// blocks, added by a second kernel in a fixed order: no atomics, two runs give the same bits.
+// floatX is X here. Sums over rows go through partial sums of blocks, which column_sums adds in a fixed order. Arrays of
+// constant size live in registers if every loop over them unrolls: the compiler sees to short ones, the pragma to others.
 
 // N neighbouring elements as they lie in memory: one 16-byte (8 bf16, 4 fp32) or 8-byte (4 bf16) access. Kernels where fp32 sums
 // lie beside bf16 values take 4 elements per lane: both sides of the access are then contiguous over the warp.
@@ -2851,7 +2849,7 @@ template <int N, typename T> __device__ __forceinline__ Vec<T, N> load_if(bool c
 template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<float, N> &v) {
     for (int k = 0; k < N; k++) x[k] = __uint_as_float(v.word[k]);
 }
-template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<__nv_bfloat16, N> &v) {
+template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<bf16, N> &v) {
     for (int k = 0; k < N; k += 2) {
         x[k] = __uint_as_float(v.word[k / 2] << 16);
         x[k + 1] = __uint_as_float(v.word[k / 2] & 0xFFFF0000u);
@@ -2864,13 +2862,19 @@ template <typename T, int N> __device__ __forceinline__ Vec<T, N> narrow(const f
     return v;
 }
 
+template <int N, typename T> __device__ __forceinline__ void accumulate(float (&sum)[N], const T *p) {  // sum += p[0..N-1]
+    float x[N];
+    widen(x, load<N>(p));
+    for (int k = 0; k < N; k++) sum[k] += x[k];
+}
+
 // Hides from the compiler where the bits of a row came from. Else it keeps the fp32 copies that a first pass over the row made,
 // twice the registers of the bf16 values, for the second pass after the reduction.
 template <typename T, int N, int n> __device__ __forceinline__ void keep_packed(Vec<T, N> (&row)[n]) {
     for (int j = 0; j < n; j++) for (uint32_t &word : row[j].word) asm volatile("" : "+r"(word));
 }
 
-enum { MAX_PARTIALS = 264 };        // blocks that write partial sums: two on each of an H100's 132 SMs
+enum { MAX_PARTIALS = 264 };        // blocks that write partial sums, a row of `scratch` each: two per SM of an H100
 
 static int device_attribute(cudaDeviceAttr attribute) {
     int device, value;
@@ -2882,8 +2886,7 @@ static int device_attribute(cudaDeviceAttr attribute) {
 // Blocks for kernels that keep partial sums in registers over many rows: each handles about two groups of `rows` rows or more.
 static int partial_blocks(int N, int rows) {
     static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
-    int most = 2 * sm_count < MAX_PARTIALS ? 2 * sm_count : MAX_PARTIALS, blocks = CEIL_DIV(N, 2 * rows);
-    return blocks < most ? blocks : most;
+    return min(CEIL_DIV(N, 2 * rows), min(2 * sm_count, (int)MAX_PARTIALS));
 }
 
 // out (cols) += column sums of x (rows, stride)       one warp row of 32 columns, 32 warps share out the rows
@@ -2906,8 +2909,8 @@ void column_sums(float *out, const float *x, int rows, int cols, int stride, cud
 
 // Sum over the threads with this threadIdx.y (whole warps); all of them get it. The one barrier inside is enough if calls
 // alternate `turn` between 0 and 1: a warp can be at most one call ahead of another.
-template <typename T = float> __device__ __forceinline__ T row_sum(T x, int turn) {
-    __shared__ T part[2][32];
+__device__ __forceinline__ float row_sum(float x, int turn) {
+    __shared__ float part[2][32];
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.y * warps;
     x = warp_sum(x);
     if (lane == 0) part[turn][first + threadIdx.x / 32] = x;
@@ -2934,10 +2937,8 @@ __global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, con
         const int n = order[j], token = ids[n];
         if (token != held) {
             held = token;
-            #pragma unroll
             for (int i = 0; i < PACKS; i++) row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
         }
-        #pragma unroll
         for (int i = 0; i < PACKS; i++) if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
     }
 }
@@ -2957,27 +2958,14 @@ void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N
 // limits  C % 4 == 0
 enum { EMBED_LONG = 16 };
 
-__device__ __forceinline__ void add_to(float *p, const float (&sum)[4]) {
-    float x[4];
-    widen(x, load<4>(p));
-    for (int k = 0; k < 4; k++) x[k] += sum[k];
-    store(p, narrow<float>(x));
-}
-
 template <typename X>
-__device__ __forceinline__ void add_rows(float sum[EMBED_QUADS][4], const X *dx, const int *order, int first, int last, int step,
-                                         int c0, int C) {
+__device__ __forceinline__ void add_rows(float (&sum)[EMBED_QUADS][4], const X *dx, const int *order, int first, int last,
+                                         int step, int c0, int C) {
     for (int q = 0; q < EMBED_QUADS; q++) for (int k = 0; k < 4; k++) sum[q][k] = 0;
     #pragma unroll 2
     for (int j = first; j < last; j += step) {
         const X *dx_n = dx + (size_t)order[j] * C;
-        #pragma unroll
-        for (int q = 0; q < EMBED_QUADS; q++) {
-            if (c0 + q * 128 >= C) continue;
-            float d[4];
-            widen(d, load<4>(dx_n + c0 + q * 128));
-            for (int k = 0; k < 4; k++) sum[q][k] += d[k];
-        }
+        for (int q = 0; q < EMBED_QUADS; q++) if (c0 + q * 128 < C) accumulate(sum[q], dx_n + c0 + q * 128);
     }
 }
 
@@ -2995,27 +2983,23 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
     if (rows > 0 && rows <= EMBED_LONG) {
         float *dw_i = dw + (size_t)tokens[token0 + warp] * C;
         add_rows(sum, dx, order, first[warp], first[warp + 1], 1, c0, C);
-        #pragma unroll
         for (int q = 0; q < EMBED_QUADS; q++) {
-            int c = c0 + q * 128;
-            if (c >= C) continue;
-            add_to(dw_i + c, sum[q]);
+            if (c0 + q * 128 >= C) continue;
+            accumulate(sum[q], dw_i + c0 + q * 128);
+            store(dw_i + c0 + q * 128, narrow<float>(sum[q]));
         }
     }
     for (int i = 0; i < EMBED_WARPS; i++) {
         if (first[i + 1] - first[i] <= EMBED_LONG) continue;    // the same for the whole block
         add_rows(sum, dx, order, first[i] + warp, first[i + 1], EMBED_WARPS, c0, C);
-        #pragma unroll
         for (int q = 0; q < EMBED_QUADS; q++) store(part[warp][q][lane], narrow<float>(sum[q]));
         __syncthreads();
         int c = c0 + warp * 128;
         if (warp < EMBED_QUADS && c < C) {
-            float total[4] = {}, d[4];
-            for (int w = 0; w < EMBED_WARPS; w++) {
-                widen(d, load<4>(part[w][warp][lane]));
-                for (int k = 0; k < 4; k++) total[k] += d[k];
-            }
-            add_to(dw + (size_t)tokens[token0 + i] * C + c, total);
+            float *dw_i = dw + (size_t)tokens[token0 + i] * C + c, total[4] = {};
+            for (int w = 0; w < EMBED_WARPS; w++) accumulate(total, part[w][warp][lane]);
+            accumulate(total, dw_i);
+            store(dw_i, narrow<float>(total));
         }
         __syncthreads();
     }
@@ -3051,7 +3035,6 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *r
         const int n = n0 + threadIdx.y, end = n < N ? C : 0;
         const size_t at = (size_t)n * C + c0;
         Vec<X, E> row[ROW_PACKS];
-        #pragma unroll
         for (int j = 0; j < ROW_PACKS; j++) row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
         float squares = 0;
         #pragma unroll
@@ -3079,7 +3062,7 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *r
 template <typename X>
 void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C, cudaStream_t stream) {
     const int E = 16 / sizeof(X), threads = CEIL_DIV(C, 32 * ROW_PACKS * E) * 32;
-    const int rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1, turns = CEIL_DIV(8, rows);
+    const int rows = max(ROW_THREADS / threads, 1), turns = CEIL_DIV(8, rows);
     assert(C % E == 0 && threads <= 1024);
     launch(rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), stream,
            out, rstd, x, w, eps, N, C);
@@ -3154,22 +3137,16 @@ __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *p
     }
     __syncthreads();
     for (int c = thread_in_block() * 4; c < C; c += threads_in_block() * 4) {
-        float total[4], row[4];
-        widen(total, load<4>(sums + c));
-        for (int y = 1; y < (int)blockDim.y; y++) {
-            widen(row, load<4>(sums + y * C + c));
-            for (int k = 0; k < 4; k++) total[k] += row[k];
-        }
+        float total[4] = {};
+        for (int y = 0; y < (int)blockDim.y; y++) accumulate(total, sums + y * C + c);
         store(partials + (size_t)blockIdx.x * C + c, narrow<float>(total));
     }
 }
 
-static size_t rmsnorm_backward_scratch(int C) { return (size_t)MAX_PARTIALS * C; }      // floats
-
 template <typename X>
 void rmsnorm_backward(X *dx, float *dw, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w, float *scratch,
                       int N, int C, cudaStream_t stream) {
-    const int threads = CEIL_DIV(C, 32 * 4 * ROW_QUADS) * 32, rows = threads < ROW_THREADS ? ROW_THREADS / threads : 1;
+    const int threads = CEIL_DIV(C, 32 * 4 * ROW_QUADS) * 32, rows = max(ROW_THREADS / threads, 1);
     const int blocks = partial_blocks(N, rows);
     assert(C % 4 == 0 && threads <= 1024);
     launch(rmsnorm_backward_kernel1<X>, blocks, dim3(threads, rows), C * (rows * sizeof(float) + sizeof(X)), stream,
@@ -3194,11 +3171,6 @@ static int lanes_per_head(int D) {                              // a power of tw
     while (lanes * 8 < D) lanes *= 2;
     assert(D % 8 == 0 && lanes <= 32);
     return lanes;
-}
-
-__device__ __forceinline__ float lanes_sum(float x, int lanes) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
-    return x;
 }
 
 template <typename X, bool NORM>
@@ -3238,7 +3210,7 @@ __global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd,
                 if (NORM) {
                     float squares = 0;
                     for (int k = 0; k < 4; k++) squares += a[k] * a[k] + b[k] * b[k];
-                    const float r = rsqrtf(lanes_sum(squares, lanes) / D + eps);
+                    const float r = rsqrtf(warp_sum(squares, lanes) / D + eps);
                     if (here) {
                         const size_t at = (size_t)n * (H + K) + h;
                         const X *w = w_shared + (h < H ? 0 : D) + i;
@@ -3335,7 +3307,7 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
                             a[k] *= w_lo[k], b[k] *= w_hi[k];
                             gn += a[k] * norm_a[k] + b[k] * norm_b[k];
                         }
-                        const float mean = lanes_sum(gn, lanes) / D;
+                        const float mean = warp_sum(gn, lanes) / D;
                         for (int k = 0; k < 4; k++) a[k] = r * (a[k] - norm_a[k] * mean), b[k] = r * (b[k] - norm_b[k] * mean);
                     }
                     if (!active || h >= count) continue;
@@ -3360,8 +3332,6 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
     }
 }
 
-static size_t qkv_norm_rope_backward_scratch(int D) { return (size_t)MAX_PARTIALS * 2 * D; }    // floats; only used with norm
-
 template <typename X>
 void qkv_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk_raw, const float *qk_rstd, const X *q_norm,
                             const X *k_norm, const float *cosine, const float *sine, float *scratch, int H, int K, int D,
@@ -3383,31 +3353,20 @@ enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has a
 template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
     __shared__ __align__(16) float part[BIAS_WARPS][32][4];
     const int c = (blockIdx.x * 32 + threadIdx.x) * 4;
-    float sum[4] = {}, d[4];
-    if (c < OC) {
-        #pragma unroll 8
-        for (int n = blockIdx.y * BIAS_WARPS + threadIdx.y; n < N; n += gridDim.y * BIAS_WARPS) {
-            widen(d, load<4>(dqkv + (size_t)n * OC + c));
-            for (int k = 0; k < 4; k++) sum[k] += d[k];
-        }
-    }
+    float sum[4] = {};
+    #pragma unroll 8
+    for (int n = blockIdx.y * BIAS_WARPS + threadIdx.y; c < OC && n < N; n += gridDim.y * BIAS_WARPS)
+        accumulate(sum, dqkv + (size_t)n * OC + c);
     store(part[threadIdx.y][threadIdx.x], narrow<float>(sum));
     __syncthreads();
     if (threadIdx.y > 0 || c >= OC) return;
-    for (int w = 1; w < BIAS_WARPS; w++) {
-        widen(d, load<4>(part[w][threadIdx.x]));
-        for (int k = 0; k < 4; k++) sum[k] += d[k];
-    }
+    for (int w = 1; w < BIAS_WARPS; w++) accumulate(sum, part[w][threadIdx.x]);
     store(partials + (size_t)blockIdx.y * OC + c, narrow<float>(sum));
 }
 
-static size_t bias_backward_scratch(int OC) { return (size_t)MAX_PARTIALS * OC; }       // floats
-
 template <typename X> void bias_backward(float *dbias, const X *dqkv, float *scratch, int N, int OC, cudaStream_t stream) {
-    const int columns = CEIL_DIV(OC, 128), most = CEIL_DIV(4 * MAX_PARTIALS, columns);  // enough blocks to fill the device
-    int chunks = CEIL_DIV(N, BIAS_ROWS);
-    if (chunks > most) chunks = most;
-    if (chunks > MAX_PARTIALS) chunks = MAX_PARTIALS;
+    const int columns = CEIL_DIV(OC, 128), most = min(CEIL_DIV(4 * MAX_PARTIALS, columns), (int)MAX_PARTIALS);
+    const int chunks = min(CEIL_DIV(N, BIAS_ROWS), most);               // `most` blocks fill the device
     assert(OC % 4 == 0);
     launch(bias_backward_kernel1<X>, dim3(columns, chunks), dim3(32, BIAS_WARPS), 0, stream, scratch, dqkv, N, OC);
     column_sums(dbias, scratch, chunks, OC, OC, stream);
@@ -3441,29 +3400,30 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     if (n_matmul_plans == MAX_PLANS) die("more than %d shapes of matrix products", MAX_PLANS);
     MatmulPlan *p = &matmul_plans[n_matmul_plans++];
     *p = *key;
+    cublasLtMatmulPreference_t preference;
+    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->op, attribute, &value, sizeof value));
+    };
+    const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value));
+    };
     cublasCheck(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublasOperation_t first = p->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, second = p->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
-    cublasLtEpilogue_t epilogue = p->has_bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    set(CUBLASLT_MATMUL_DESC_TRANSA, p->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, p->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, p->has_bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT);
     p->a = p->trans_a ? matrix_layout(p->in_bf16, p->K, p->M) : matrix_layout(p->in_bf16, p->M, p->K);
     p->b = p->trans_b ? matrix_layout(p->in_bf16, p->N, p->K) : matrix_layout(p->in_bf16, p->K, p->N);
     p->out = matrix_layout(p->out_bf16, p->M, p->N);
-    cublasLtMatmulPreference_t preference;
-    cublasLtMatmulHeuristicResult_t found;
-    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;       // if it splits K: partial sums in fp32
-    uint32_t alignment = 16;                                            // what every operand has; cuBLASLt would assume 256
-    int n_found = 0;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &LT_WORKSPACE,
-                                                     sizeof LT_WORKSPACE));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
-                                                     sizeof reductions));
-    for (cublasLtMatmulPreferenceAttributes_t a : {
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, LT_WORKSPACE);
+    // if it splits K: partial sums in fp32
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    for (cublasLtMatmulPreferenceAttributes_t operand : {
              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, a, &alignment, sizeof alignment));
+        prefer(operand, (uint32_t)16);                                  // what every one has; cuBLASLt would assume 256
+    cublasLtMatmulHeuristicResult_t found;
+    int n_found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found,
                                                            &n_found);
     if (status != CUBLAS_STATUS_SUCCESS || !n_found || found.state != CUBLAS_STATUS_SUCCESS)
@@ -3478,11 +3438,8 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
 // a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
 template <typename Out, typename In>
 void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K,
-            const Out *add, const Out *bias) {
-    MatmulPlan key;
-    memset(&key, 0, sizeof key);
-    key.M = M, key.N = N, key.K = K, key.trans_a = trans_a, key.trans_b = trans_b;
-    key.in_bf16 = sizeof(In) == 2, key.out_bf16 = sizeof(Out) == 2, key.has_bias = bias != NULL;
+            const Out *add = NULL, const Out *bias = NULL) {
+    const MatmulPlan key = {M, N, K, trans_a, trans_b, sizeof(In) == 2, sizeof(Out) == 2, bias != NULL};
     const MatmulPlan *p = matmul_plan(gpu->lt, &key);
     if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     float alpha = 1, beta = add ? 1.0f : 0.0f;
@@ -3500,13 +3457,13 @@ void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *
 // dx (N,C) = dout (N,OC) w (OC,C)
 template <typename floatX>
 void matmul_backward_x(const Gpu *gpu, floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC) {
-    matmul(gpu, dx, dout, 0, w, 0, N, C, OC, (const floatX *)NULL, (const floatX *)NULL);
+    matmul(gpu, dx, dout, 0, w, 0, N, C, OC);
 }
 
 // dw (OC,C), fp32 += dout (N,OC)^T x (N,C)
 template <typename floatX>
 void matmul_backward_w(const Gpu *gpu, float *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
-    matmul(gpu, dw, dout, 1, x, 0, OC, C, N, (const float *)dw, (const float *)NULL);
+    matmul(gpu, dw, dout, 1, x, 0, OC, C, N, dw);
 }
 
 // ---- causal attention with grouped heads, O(T) memory (Dao et al. 2022; Dao 2023) -----------------------------------------
@@ -3523,7 +3480,7 @@ enum { ATT_THREADS = 128, ATT_WARPS = 4 };
 // Starts copying rows of D elements, `stride` apart in memory, to a tile. Rows past `rows` and columns past D become zero:
 // a zero adds nothing to a product, where stale bits (perhaps NaN) times a zero probability would.
 template <int WIDTH, int ROWS, int THREADS = ATT_THREADS>
-__device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat16 *src, size_t stride, int rows, int D) {
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *src, size_t stride, int rows, int D) {
     constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = THREADS / LANES;      // 16 bytes per thread, LANES threads per row
     const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * 8, valid = col < D ? 16 : 0;
     if (col >= WIDTH) return;
@@ -3541,75 +3498,63 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, const __nv_bfloat
     }
 }
 
+// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b (of b^T if TRANSPOSED) in shared memory, rows STRIDE
+// apart.
+template <int STRIDE, bool TRANSPOSED, int MT, int NT>
+__device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const bf16 *B) {
+    uint32_t b[4];
+    #pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+        if (TRANSPOSED) ldmatrix_x4(b, B + n * 8 * STRIDE);
+        else ldmatrix_x4_trans(b, B + n * 8);
+        for (int m = 0; m < MT; m++) {
+            mma_bf16(s[m][n], a[m], b);
+            mma_bf16(s[m][n + 1], a[m], b + 2);
+        }
+    }
+}
+
 // s (16*MT, 8*NT) += A B^T: A holds this warp's 16*MT rows, B 8*NT rows, both WIDTH long in shared memory.
 // UNROLL steps of 16 are scheduled together: more hide more latency, until fetching ahead costs registers that the sums need.
 template <int WIDTH, int UNROLL, int MT, int NT>
-__device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const __nv_bfloat16 *A, const __nv_bfloat16 *B) {
+__device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const bf16 *A, const bf16 *B) {
     const int lane = threadIdx.x % 32;
     A += lane % 16 * (WIDTH + 8) + lane / 16 * 8;                           // 16 x 16: four 8 x 8 matrices, down then right
     B += (lane / 16 * 8 + lane % 8) * (WIDTH + 8) + lane / 8 % 2 * 8;       // 16 rows x 16: right, then down
     #pragma unroll UNROLL
     for (int k = 0; k < WIDTH; k += 16) {
-        uint32_t a[MT][4], b[4];
-        #pragma unroll
+        uint32_t a[MT][4];
         for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (WIDTH + 8) + k);
-        #pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-            ldmatrix_x4(b, B + n * 8 * (WIDTH + 8) + k);
-            #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(s[m][n], a[m], b);
-                mma_bf16(s[m][n + 1], a[m], b + 2);
-            }
-        }
+        multiply_step<WIDTH + 8, true>(s, a, B + k);
     }
 }
 
 // s (16*MT, 8*NT) += A B: A holds this warp's 16*MT rows, DEPTH long, B DEPTH rows, WIDTH long, from this warp's first column on.
 template <int DEPTH, int WIDTH, int MT, int NT>
-__device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const __nv_bfloat16 *A, const __nv_bfloat16 *B) {
+__device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const bf16 *A, const bf16 *B) {
     const int lane = threadIdx.x % 32;
     A += lane % 16 * (DEPTH + 8) + lane / 16 * 8;
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
     #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
-        uint32_t a[MT][4], b[4];
-        #pragma unroll
+        uint32_t a[MT][4];
         for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (DEPTH + 8) + k);
-        #pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-            ldmatrix_x4_trans(b, B + k * (WIDTH + 8) + n * 8);
-            #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(s[m][n], a[m], b);
-                mma_bf16(s[m][n + 1], a[m], b + 2);
-            }
-        }
+        multiply_step<WIDTH + 8, false>(s, a, B + k * (WIDTH + 8));
     }
 }
 
 // o (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B (8*NT, WIDTH): p in registers as multiply_rows left it, B in shared memory.
 template <int WIDTH, int MT, int NT>
 __device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4],
-                                                       const __nv_bfloat16 *B) {
+                                                       const bf16 *B) {
     const int lane = threadIdx.x % 32;
     B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
     #pragma unroll
     for (int k = 0; k < NT; k += 2) {                                       // 16 columns of p, 16 rows of B
-        uint32_t a[MT][4], b[4];
-        #pragma unroll
+        uint32_t a[MT][4];
         for (int m = 0; m < MT; m++)
-            #pragma unroll
             for (int i = 0; i < 4; i++) a[m][i] = pack_bf16(p[m][k + i / 2][i % 2 * 2], p[m][k + i / 2][i % 2 * 2 + 1]);
-        #pragma unroll
-        for (int n = 0; n < WIDTH / 8; n += 2) {
-            ldmatrix_x4_trans(b, B + k * 8 * (WIDTH + 8) + n * 8);
-            #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(o[m][n], a[m], b);
-                mma_bf16(o[m][n + 1], a[m], b + 2);
-            }
-        }
+        multiply_step<WIDTH + 8, false>(o, a, B + k * 8 * (WIDTH + 8));
     }
 }
 
@@ -3618,34 +3563,28 @@ __device__ __forceinline__ void fill(float (&x)[MT][NT][4], float value) {
     #pragma unroll
     for (int i = 0; i < MT * NT * 4; i++) x[i / 4 / NT][i / 4 % NT][i % 4] = value;
 }
-template <int MT> __device__ __forceinline__ void fill_scale(float (&x)[MT][2], float value) {
-    for (int i = 0; i < MT * 2; i++) x[i / 2][i % 2] = value;
-}
 
-// tile (16*MT, 8*NT) = o * row_scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only
+// tile (16*MT, 8*NT) = o * scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only
 // this warp still uses, so that what follows can move 16 bytes at a time.
 template <int MT, int NT>
-__device__ __forceinline__ void fragments_to_rows(__nv_bfloat16 *tile, const float (&o)[MT][NT][4],
-                                                  const float (&row_scale)[MT][2]) {
+__device__ __forceinline__ void fragments_to_rows(bf16 *tile, const float (&o)[MT][NT][4], float scale) {
     const int lane = threadIdx.x % 32;
     __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
     #pragma unroll
     for (int m = 0; m < MT; m++)
-        #pragma unroll
         for (int n = 0; n < NT; n++)
-            #pragma unroll
             for (int r = 0; r < 2; r++)
                 *(uint32_t *)(tile + (m * 16 + r * 8 + lane / 4) * (8 * NT + 8) + n * 8 + lane % 4 * 2) =
-                    pack_bf16(o[m][n][r * 2] * row_scale[m][r], o[m][n][r * 2 + 1] * row_scale[m][r]);
+                    pack_bf16(o[m][n][r * 2] * scale, o[m][n][r * 2 + 1] * scale);
     __syncwarp();
 }
 
-// The first `rows` of 16*MT rows and D columns of o * row_scale, to memory.
+// The first `rows` of 16*MT rows and D columns of o * scale, to memory.
 template <int WIDTH, int MT>
-__device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4],
-                                           const float (&row_scale)[MT][2], __nv_bfloat16 *tile, int rows, int D) {
+__device__ __forceinline__ void store_rows(bf16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], float scale,
+                                           bf16 *tile, int rows, int D) {
     const int lane = threadIdx.x % 32;
-    fragments_to_rows(tile, o, row_scale);
+    fragments_to_rows(tile, o, scale);
     constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8;
     const int col = lane % LANES * 8;
     if (col >= D) return;
@@ -3653,43 +3592,21 @@ __device__ __forceinline__ void store_rows(__nv_bfloat16 *out, size_t stride, co
         store_16B(out + row * stride + col, load_16B(tile + row * (WIDTH + 8) + col));
 }
 
-// Scores that the mask hides become `hidden`. Query t sees keys first..t; the tile's corner is (t0, s0).
-template <int MT, int NT>
+// Scores that the mask hides become -inf: query t sees keys first..t. The tile's corner is (t0, s0); its rows are queries,
+// or keys if it lies ON_SIDE.
+template <bool ON_SIDE, int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s0, const int *doc_start, int row0, int T) {
     const int lane = threadIdx.x % 32;
+    auto row = [=](int i) { return i * 8 + lane / 4; };                     // of the lane's 2*MT rows and 2*NT columns
+    auto col = [=](int i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; };
     #pragma unroll
-    for (int m = 0; m < MT; m++)
-        #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int t = t0 + m * 16 + r * 8 + lane / 4, first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const int key = s0 + n * 8 + lane % 4 * 2 + c;
-                    if (key > t || key < first) s[m][n][r * 2 + c] = -INFINITY;
-                }
+    for (int i = 0; i < 2 * (ON_SIDE ? NT : MT); i++) {
+        const int t = t0 + (ON_SIDE ? col(i) : row(i)), first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
+        for (int j = 0; j < 2 * (ON_SIDE ? MT : NT); j++) {
+            const int key = s0 + (ON_SIDE ? row(j) : col(j)), r = ON_SIDE ? j : i, c = ON_SIDE ? i : j;
+            if (key > t || key < first) s[r / 2][c / 2][r % 2 * 2 + c % 2] = -INFINITY;
         }
-}
-
-// The same for a tile on its side: rows are keys from s0, columns queries from t0.
-template <int MT, int NT>
-__device__ __forceinline__ void mask_scores_transposed(float (&s)[MT][NT][4], int s0, int t0, const int *doc_start, int row0,
-                                                       int T) {
-    const int lane = threadIdx.x % 32;
-    #pragma unroll
-    for (int n = 0; n < NT; n++)
-        #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            const int t = t0 + n * 8 + lane % 4 * 2 + c, first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
-            #pragma unroll
-            for (int m = 0; m < MT; m++)
-                #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const int key = s0 + m * 16 + r * 8 + lane / 4;
-                    if (key > t || key < first) s[m][n][r * 2 + c] = -INFINITY;
-                }
-        }
+    }
 }
 
 // The softmax of a row while its scores pass by tile after tile: p = 2^(c*score - base), sum = all p so far. Any base gives the
@@ -3699,7 +3616,6 @@ template <int MT> struct Softmax {
     float base[MT][2], sum[MT][2];      // rows lane/4 and lane/4 + 8 of each 16; sum: this lane's columns only, until finish()
 
     __device__ __forceinline__ void init() {
-        #pragma unroll
         for (int i = 0; i < MT * 2; i++) base[i / 2][i % 2] = -1e30f, sum[i / 2][i % 2] = 0;     // not -inf: -inf - -inf is NaN
     }
     // s: scores -> probabilities; o: what was accumulated so far. c = log2(e) / sqrt(D): one FFMA and one 2^x per score.
@@ -3709,45 +3625,38 @@ template <int MT> struct Softmax {
         bool move = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
-            #pragma unroll
             for (int r = 0; r < 2; r++) {
                 top[m][r] = -INFINITY;
-                #pragma unroll
                 for (int n = 0; n < NT; n++) top[m][r] = fmaxf(top[m][r], fmaxf(s[m][n][r * 2], s[m][n][r * 2 + 1]));
                 move |= top[m][r] * c > base[m][r] + 8;
             }
         if (__any_sync(~0u, move)) {
             #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    float x = top[m][r];
-                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));               // the four lanes of a row agree on its base
-                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+                    const float x = warp_max(top[m][r], 4);                 // the four lanes of a row agree on its base
                     const float higher = fmaxf(base[m][r], x * c), shrink = exp2_approx(base[m][r] - higher);
                     base[m][r] = higher;
                     sum[m][r] *= shrink;
-                    #pragma unroll
                     for (int n = 0; n < OT; n++) o[m][n][r * 2] *= shrink, o[m][n][r * 2 + 1] *= shrink;
                 }
         }
         #pragma unroll
         for (int m = 0; m < MT; m++)
-            #pragma unroll
             for (int n = 0; n < NT; n++)
-                #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     s[m][n][i] = exp2_approx(s[m][n][i] * c - base[m][i / 2]);
                     sum[m][i / 2] += s[m][n][i];
                 }
     }
-    // The whole row's sum in every lane of the row.
-    __device__ __forceinline__ void finish() {
+    // sum becomes the whole row's, in every lane of the row, and o the means.
+    template <int OT> __device__ __forceinline__ void finish(float (&o)[MT][OT][4]) {
         #pragma unroll
         for (int i = 0; i < MT * 2; i++) {
             float &x = sum[i / 2][i % 2];
-            x += __shfl_xor_sync(~0u, x, 1);
-            x += __shfl_xor_sync(~0u, x, 2);
+            x = warp_sum(x, 4);
+            const float inverse = 1 / x;
+            for (int n = 0; n < OT; n++) o[i / 2][n][i % 2 * 2] *= inverse, o[i / 2][n][i % 2 * 2 + 1] *= inverse;
         }
     }
 };
@@ -3764,22 +3673,21 @@ template <int MT> struct Softmax {
 // limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared memory and 255
 //         registers: two blocks per SM (one on sm_86, sm_89, sm_120)
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
-        const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *__restrict__ out, float *__restrict__ lse,
+        const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
     constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
     // where the last of this warp's rows t..t+31 begins to look
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
     const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
-    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4] = {};
     Softmax<MT> softmax;
     softmax.init();
-    fill(o, 0);
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     cp_async_commit();
@@ -3800,120 +3708,81 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         if (s0 + KEYS < end) load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0 - KEYS, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             softmax.update(s, o, c);
             multiply_probabilities<WIDTH>(o, s, v_tile);
         }
     }
-    softmax.finish();
-    float inverse[MT][2];
+    softmax.finish(o);
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
-        inverse[i / 2][i % 2] = 1 / sum;
-        if (lane % 4 == 0 && row < T)
-            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2]);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
-    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
-// ---- fp32: the same sums by plain loops, for proof rather than speed. One warp per row; its 32 lanes are 32 columns while
-// scores are made, then D/32 dimensions each while rows are summed. A row of D + 1 floats keeps both walks free of bank
-// conflicts. Two 4-byte loads from shared memory per FMA: at most an eighth of the fp32 peak.
-enum { F32_ROWS = 16, F32_COLS = 32, F32_MINE = F32_ROWS / ATT_WARPS };
+// ---- fp32: the formulas by plain loops, for proof rather than speed -----------------------------------------------------
+// One warp per row and head, the mask is the range of its loop. Lane l has elements 4l..4l+3 of every row of D, so a dot
+// product is a sum over the warp. A block's warps have neighbouring rows of one head and find in L1 what others have read.
+enum { F32_WARPS = 16 };
 
-__device__ __forceinline__ void load_rows(float *tile, const float *src, size_t stride, int rows, int rows_valid, int D) {
-    for (int i = threadIdx.x; i < rows * D; i += ATT_THREADS)
-        tile[i / D * (D + 1) + i % D] = i / D < rows_valid ? src[i / D * stride + i % D] : 0;
+__device__ __forceinline__ void load_row(float (&x)[4], const float *row, int D) {          // zeros past D
+    widen(x, load_if<4>((int)threadIdx.x * 4 < D, row + threadIdx.x * 4));
 }
-__device__ __forceinline__ float dot_rows(const float *a, const float *b, int D) {
-    float sum = 0;
-    for (int d = 0; d < D; d++) sum += a[d] * b[d];
-    return sum;
+__device__ __forceinline__ void store_row(float *row, const float (&x)[4], int D) {
+    if ((int)threadIdx.x * 4 < D) store(row + threadIdx.x * 4, narrow<float>(x));
 }
-// sum[j] += weight of lane c * tile[c][lane + 32 j] over the 32 rows c of the tile
-__device__ __forceinline__ void add_rows(float sum[4], float weight, const float *tile, int D) {
-    for (int c = 0; c < F32_COLS; c++) {
-        const float w = __shfl_sync(~0u, weight, c);
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int d = threadIdx.x % 32 + j * 32;
-            if (d < D) sum[j] += w * tile[c * (D + 1) + d];
-        }
-    }
+__device__ __forceinline__ float dot(const float (&a)[4], const float (&b)[4]) {
+    return warp_sum(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]);
 }
 
-// out (N,H*D) =, lse (N,H) =
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
+// out (N,H*D) =, lse (N,H) =, the softmax running: when a larger score appears, what was summed shrinks
+__global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
         const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *q_tile = shared_memory<float>(), *k_tile = q_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / H) * T;
-    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float top[F32_MINE], sum[F32_MINE], o[F32_MINE][4] = {};
-    for (int i = 0; i < F32_MINE; i++) top[i] = -INFINITY, sum[i] = 0;
-    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
-    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
-        __syncthreads();
-        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        __syncthreads();
-        #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
-            const int t = t0 + warp_row + i, key = s0 + lane, first = doc && t < T ? doc[t] : 0;
-            const bool visible = first <= key && key <= t;
-            const float *q = q_tile + (warp_row + i) * (D + 1);
-            const float score = visible ? dot_rows(q, k_tile + lane * (D + 1), D) * scale : -INFINITY;
-            const float highest = fmaxf(top[i], warp_max(score));
-            if (highest == -INFINITY) continue;             // nothing to see yet (the same for the whole warp)
-            const float p = expf(score - highest), shrink = expf(top[i] - highest);
-            top[i] = highest;
-            sum[i] = sum[i] * shrink + warp_sum(p);
-            for (int j = 0; j < 4; j++) o[i][j] *= shrink;
-            add_rows(o[i], p, v_tile, D);
-        }
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (t >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
+    const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
+    float q[4], k_s[4], v_s[4], o[4] = {}, top = -INFINITY, sum = 0;
+    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
+        load_row(k_s, k + (size_t)s * W, D);
+        load_row(v_s, v + (size_t)s * W, D);
+        const float score = dot(q, k_s) * scale, higher = fmaxf(top, score);
+        const float shrink = expf(top - higher), p = expf(score - higher);
+        top = higher;
+        sum = sum * shrink + p;
+        for (int j = 0; j < 4; j++) o[j] = o[j] * shrink + p * v_s[j];
     }
-    for (int i = 0; i < F32_MINE; i++) {
-        const int t = t0 + warp_row + i;
-        if (t >= T) break;
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) out[((row0 + t) * H + h) * D + lane + j * 32] = o[i][j] / sum[i];
-        if (lane == 0) lse[(row0 + t) * H + h] = top[i] + logf(sum[i]);
-    }
+    for (int j = 0; j < 4; j++) o[j] /= sum;
+    store_row(out + at * D, o, D);
+    if (threadIdx.x == 0) lse[at] = top + logf(sum);
 }
 
-// The compiled width that holds D.
-static int attention_width(int D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 96 ? 96 : D <= 112 ? 112 : 128; }
-
-template <int WIDTH>
-static void attention_forward_width(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T,
-                                    int H, int K, int D, cudaStream_t stream) {
-    const size_t smem = (128 + 2 * 64) * (WIDTH + 8) * sizeof(__nv_bfloat16);
-    launch(attention_forward_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS), smem, stream,
-           out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
+// f(std::integral_constant<int, WIDTH>()) with the narrowest compiled WIDTH that holds D
+template <typename F> static void with_width(int D, F f) {
+    if (D <= 32) f(std::integral_constant<int, 32>());
+    else if (D <= 64) f(std::integral_constant<int, 64>());
+    else if (D <= 96) f(std::integral_constant<int, 96>());
+    else if (D <= 112) f(std::integral_constant<int, 112>());
+    else f(std::integral_constant<int, 128>());
 }
 
-static void attention_forward(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, const int *doc_start, int B, int T,
-                              int H, int K, int D, cudaStream_t stream) {
+template <typename X>
+void attention_forward(X *out, float *lse, const X *qkv, const int *doc_start, int B, int T, int H, int K, int D,
+                       cudaStream_t stream) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    switch (attention_width(D)) {
-    case 32: attention_forward_width<32>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    case 64: attention_forward_width<64>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    case 96: attention_forward_width<96>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    case 112: attention_forward_width<112>(out, lse, qkv, doc_start, B, T, H, K, D, stream); break;
-    default: attention_forward_width<128>(out, lse, qkv, doc_start, B, T, H, K, D, stream);
-    }
-}
-
-static void attention_forward(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T, int H, int K, int D,
-                              cudaStream_t stream) {
-    assert(D <= 128 && H % K == 0);
-    const size_t smem = (F32_ROWS + 2 * F32_COLS) * (D + 1) * sizeof(float);
-    launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
-           out, lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
+    if constexpr (sizeof(X) == 4)
+        launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, stream,
+               out, lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
+    else with_width(D, [&](auto width) {
+        constexpr int WIDTH = decltype(width)::value;
+        launch(attention_forward_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+               (128 + 2 * 64) * (WIDTH + 8) * sizeof(X), stream,
+               out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
+    });
 }
 
 // ---- attention backward ------------------------------------------------------------------------------------------------------
@@ -3931,13 +3800,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, const in
 //         computed (7 products in all instead of 5): the price of sums without atomics
 // limits  as the forward; 95,744 bytes at D 128: two blocks per SM on sm_90, one on sm_80
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv,
-        float *__restrict__ delta, const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv,
-        const __nv_bfloat16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const bf16 *__restrict__ out,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    bf16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
     const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
@@ -3945,13 +3813,13 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
     const float c = scale * (float)M_LOG2E;
 
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
     load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
     cp_async_commit();
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4] = {};
     cp_async_wait<0>();
     __syncthreads();                                        // dO is here
     #pragma unroll
@@ -3965,15 +3833,13 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
             widen(b, load<8>(out + at * D + d));
             for (int j = 0; j < 8; j++) sum += a[j] * b[j];
         }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
+        sum = warp_sum(sum, 4);
         row_delta[i / 2][i % 2] = sum;
         row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
         if (lane % 4 == 0 && row < T) delta[at] = sum;
     }
-    fill(dq, 0);
     for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
-        const __nv_bfloat16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
+        const bf16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
         const int next = s0 + KEYS;
         k += (size_t)KEYS * W;
         cp_async_wait<0>();
@@ -3992,19 +3858,15 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int n = 0; n < NT; n++)
-                    #pragma unroll
                     for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
             multiply_probabilities<WIDTH>(dq, ds, k_tile);
         }
     }
-    float scales[MT][2];
-    fill_scale(scales, scale);
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- attention_backward_dkdv_kernel1: a block has up to 128 keys and walks all queries that see them, head after head --------
@@ -4026,16 +3888,16 @@ template <int WIDTH, int PAIRS> struct DkdvTile {
 };
 
 template <int WIDTH, int PAIRS>
-__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv,
-        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(bf16 *__restrict__ dqkv,
+        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
         const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     typedef DkdvTile<WIDTH, PAIRS> Tile;
     constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS;
     constexpr int STRIDE = WIDTH + 8;
     float4 *exchanges = shared_memory<float4>();
     float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
-    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
-    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
+    bf16 *k_tile = (bf16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;                  // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler it is uniform: fewer registers
@@ -4043,7 +3905,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
     const float c = scale * (float)M_LOG2E;
     float4 *exchange = exchanges + pair * Tile::EXCHANGE + lane;
-    __nv_bfloat16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
+    bf16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
 
     // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
@@ -4068,7 +3930,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
                    row < T ? 4 : 0);
     };
 
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<WIDTH, KEYS, THREADS>(k_tile, k, W, T - s0, D);
     load_tile<WIDTH, KEYS, THREADS>(v_tile, k + K * D, W, T - s0, D);
     int h = kv * (H / K), t = t_first;
@@ -4076,13 +3938,12 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     load_queries(h, t, 0);
     cp_async_commit();
 
-    float sum[MT][WIDTH / 8][4], s[MT][NT][4];                              // of dV or dK; scores, or dP
-    fill(sum, 0);
+    float sum[MT][WIDTH / 8][4] = {}, s[MT][NT][4];                              // of dV or dK; scores, or dP
     for (int buffer = 0; h < h_end; buffer ^= 1) {
         const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
         __syncthreads();                                                    // this tile is here, every warp has left the last one
-        const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
+        const bf16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
         const int t0 = t;
         t += QUERIES;
         if (t >= t_end) t = t_first, h++;
@@ -4093,22 +3954,18 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         #pragma unroll
         for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
-            #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
         }
         multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
         if (!owns_dk) {
             if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
-                mask_scores_transposed(s, key, t0, doc_start, row0, T);
+                mask_scores<true>(s, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
                 const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
-                #pragma unroll
                 for (int m = 0; m < MT; m++)
-                    #pragma unroll
                     for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
             }
             #pragma unroll
@@ -4120,144 +3977,83 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
             for (int i = 0; i < MT * NT; i++) {
                 float p[4];
                 widen(p, load<4>((const float *)(exchange + i * 32)));
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
             }
         }
         multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
     }
-    float scales[MT][2];
-    fill_scale(scales, owns_dk ? scale : 1);
-    __nv_bfloat16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows<WIDTH>(out, W, sum, scales, left, T - key, D);
+    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
+    store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
-template <int WIDTH>
-static void attention_backward_width(__nv_bfloat16 *dqkv, float *delta, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv,
-                                     const __nv_bfloat16 *out, const float *lse, const int *doc_start, int B, int T, int H,
-                                     int K, int D, cudaStream_t stream) {
-    typedef DkdvTile<WIDTH, WIDTH <= 64 ? 2 : 4> Tile;
-    typedef DkdvTile<WIDTH, 2> SmallTile;
-    static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    const float scale = (float)(1 / sqrt((double)D));
-    launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), dim3(ATT_THREADS),
-           (2 * 128 + 3 * 32) * (WIDTH + 8) * 2, stream, dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-    if (Tile::SMEM <= smem_limit)
-        launch(attention_backward_dkdv_kernel1<WIDTH, WIDTH <= 64 ? 2 : 4>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)),
-               dim3(Tile::THREADS), Tile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
-    else
-        launch(attention_backward_dkdv_kernel1<WIDTH, 2>, dim3(B * K, CEIL_DIV(T, SmallTile::KEYS)), dim3(SmallTile::THREADS),
-               SmallTile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
-}
-
-static void attention_backward(__nv_bfloat16 *dqkv, const __nv_bfloat16 *dout, const __nv_bfloat16 *qkv, const __nv_bfloat16 *out,
-                               const float *lse, const int *doc_start, float *delta, int B, int T, int H, int K, int D,
-                               cudaStream_t stream) {
-    assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    switch (attention_width(D)) {
-    case 32: attention_backward_width<32>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    case 64: attention_backward_width<64>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    case 96: attention_backward_width<96>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    case 112: attention_backward_width<112>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream); break;
-    default: attention_backward_width<128>(dqkv, delta, dout, qkv, out, lse, doc_start, B, T, H, K, D, stream);
-    }
-}
-
-// dq and delta in fp32: rows are queries, columns keys.
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv,
-        float *__restrict__ delta, const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
+// ---- fp32: a warp per query, then a warp per key ------------------------------------------------------------------------
+__global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
         const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
-    float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / H) * T;
-    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dq[F32_MINE][4] = {}, row_delta[F32_MINE] = {};
-    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
-    load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_ROWS, T - t0, D);
-    __syncthreads();
-    for (int i = 0; i < F32_MINE; i++) {
-        const int row = warp_row + i;
-        if (t0 + row >= T) break;
-        const size_t at = (row0 + t0 + row) * H + h;
-        for (int d = lane; d < D; d += 32) row_delta[i] += do_tile[row * (D + 1) + d] * out[at * D + d];
-        row_delta[i] = warp_sum(row_delta[i]);
-        if (lane == 0) delta[at] = row_delta[i];
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (t >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
+    const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
+    float q[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq[4] = {};
+    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    load_row(dout_t, dout + at * D, D);
+    load_row(out_t, out + at * D, D);
+    const float delta_t = dot(dout_t, out_t), lse_t = lse[at];
+    for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
+        load_row(k_s, k + (size_t)s * W, D);
+        load_row(v_s, v + (size_t)s * W, D);
+        const float p = expf(dot(q, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
+        for (int j = 0; j < 4; j++) dq[j] += ds * scale * k_s[j];
     }
-    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
-        __syncthreads();
-        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        __syncthreads();
-        #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
-            const int row = warp_row + i, t = t0 + row, key = s0 + lane;
-            float ds = 0;
-            if (t < T && key <= t && (!doc || key >= doc[t])) {
-                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale -
-                                     lse[(row0 + t) * H + h]);
-                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
-            }
-            add_rows(dq[i], ds, k_tile, D);
-        }
-    }
-    for (int i = 0; i < F32_MINE && t0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) dqkv[(row0 + t0 + warp_row + i) * W + h * D + lane + j * 32] = dq[i][j] * scale;
+    store_row(dqkv + (row0 + t) * W + h * D, dq, D);
+    if (threadIdx.x == 0) delta[at] = delta_t;
 }
 
-// dk, dv in fp32: rows are keys, columns queries of each head of the group in turn.
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv,
-        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
-    float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / K) * T;
-    const float *k = qkv + (row0 + s0) * W + (size_t)(H + kv) * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dk[F32_MINE][4] = {}, dv[F32_MINE][4] = {};
-    load_rows(k_tile, k, W, F32_ROWS, T - s0, D);
-    load_rows(v_tile, k + K * D, W, F32_ROWS, T - s0, D);
+__global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    const int kv = blockIdx.x % K, s = blockIdx.y * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (s >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / K) * T, at_k = (row0 + s) * W + (H + kv) * D;
+    float k[4], v[4], q_t[4], dout_t[4], dk[4] = {}, dv[4] = {};
+    load_row(k, qkv + at_k, D);
+    load_row(v, qkv + at_k + K * D, D);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
-        for (int t0 = s0; t0 < T && (!doc || doc[t0] < s0 + F32_ROWS); t0 += F32_COLS) {
-            __syncthreads();
-            load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_COLS, T - t0, D);
-            load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_COLS, T - t0, D);
-            __syncthreads();
-            #pragma unroll
-            for (int i = 0; i < F32_MINE; i++) {
-                const int row = warp_row + i, key = s0 + row, t = t0 + lane;
-                float p = 0, ds = 0;
-                if (t < T && key <= t && (!doc || key >= doc[t])) {
-                    p = expf(dot_rows(k_tile + row * (D + 1), q_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
-                    ds = p * (dot_rows(v_tile + row * (D + 1), do_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
-                }
-                add_rows(dv[i], p, do_tile, D);
-                add_rows(dk[i], ds, q_tile, D);
-            }
+        for (int t = s; t < T && (!doc_start || doc_start[row0 + t] <= s); t++) {
+            const size_t at = (row0 + t) * H + h;
+            load_row(q_t, qkv + (row0 + t) * W + h * D, D);
+            load_row(dout_t, dout + at * D, D);
+            const float p = expf(dot(q_t, k) * scale - lse[at]), ds = p * (dot(dout_t, v) - delta[at]);
+            for (int j = 0; j < 4; j++) dk[j] += ds * scale * q_t[j], dv[j] += p * dout_t[j];
         }
-    for (int i = 0; i < F32_MINE && s0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) {
-                float *dk_out = dqkv + (row0 + s0 + warp_row + i) * W + (H + kv) * D + lane + j * 32;
-                dk_out[0] = dk[i][j] * scale;
-                dk_out[K * D] = dv[i][j];
-            }
+    store_row(dqkv + at_k, dk, D);
+    store_row(dqkv + at_k + K * D, dv, D);
 }
 
-static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                               const int *doc_start, float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
-    assert(D % 4 == 0 && D <= 128 && H % K == 0);
+template <typename X>
+void attention_backward(X *dqkv, const X *dout, const X *qkv, const X *out, const float *lse, const int *doc_start,
+                        float *delta, int B, int T, int H, int K, int D, cudaStream_t stream) {
     const float scale = (float)(1 / sqrt((double)D));
-    const size_t smem = 2 * (F32_ROWS + F32_COLS) * (D + 1) * sizeof(float);
-    launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
-           dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-    launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_ROWS)), dim3(ATT_THREADS), smem, stream,
-           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    if constexpr (sizeof(X) == 4) {
+        launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, stream,
+               dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+        launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, stream,
+               dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+    } else with_width(D, [&](auto width) {
+        constexpr int WIDTH = decltype(width)::value, PAIRS = WIDTH <= 64 ? 2 : 4;
+        static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+               (2 * 128 + 3 * 32) * (WIDTH + 8) * sizeof(X), stream,
+               dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+        const auto dkdv = [&](auto pairs) {
+            typedef DkdvTile<WIDTH, decltype(pairs)::value> Tile;
+            launch(attention_backward_dkdv_kernel1<WIDTH, decltype(pairs)::value>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)),
+                   Tile::THREADS, Tile::SMEM, stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+        };
+        if (DkdvTile<WIDTH, PAIRS>::SMEM <= smem_limit) dkdv(std::integral_constant<int, PAIRS>());
+        else dkdv(std::integral_constant<int, 2>());
+    });
 }
 
 // ---- MLP: h = silu(gate) up ---------------------------------------------------------------------------------------------------
@@ -4267,14 +4063,21 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
 template <int E> __device__ __forceinline__ void swiglu(float (&u)[E], const float (&g)[E]) {                   // u becomes h
     for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + exp_approx(-g[k]));
 }
-// g, u, dh become dg, h, du
-template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
+// E columns in memory: g, u become dg, du, and h =; dh may be h
+template <int E, typename X> __device__ __forceinline__ void swiglu_backward_pack(X *gate, X *up, X *h, const X *dh) {
+    float g[E], u[E], d[E];
+    widen(g, load<E>(gate));
+    widen(u, load<E>(up));
+    widen(d, load<E>(dh));
     for (int k = 0; k < E; k++) {
         const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
         u[k] *= silu;
         d[k] *= silu;
         g[k] = dsilu * s * (1 + g[k] * (1 - s));
     }
+    store(h, narrow<X>(u));
+    store(gate, narrow<X>(g));
+    store(up, narrow<X>(d));
 }
 
 // ---- swiglu_forward_kernel1 ------------------------------------------------------------------------------------------------
@@ -4294,12 +4097,10 @@ template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate
     }
 }
 
-static int row_threads(int packs) { return packs < 256 ? CEIL_DIV(packs, 32) * 32 : 256; }
-
 template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, cudaStream_t stream) {
     const int E = 16 / sizeof(X);
     assert(F % E == 0);
-    launch(swiglu_forward_kernel1<X>, N, row_threads(F / E), 0, stream, h, gate_up, F);
+    launch(swiglu_forward_kernel1<X>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, stream, h, gate_up, F);
 }
 
 // ---- swiglu_backward_kernel1 -----------------------------------------------------------------------------------------------
@@ -4308,22 +4109,15 @@ template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F, 
 template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, const X *dh, int F) {
     constexpr int E = 16 / sizeof(X);
     const size_t row = (size_t)blockIdx.x * F;
-    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
-        float g[E], u[E], d[E];
-        widen(g, load<E>(gate_up + 2 * row + f));
-        widen(u, load<E>(gate_up + 2 * row + F + f));
-        widen(d, load<E>(dh + row + f));
-        swiglu_gradient(g, u, d);
-        store(h + row + f, narrow<X>(u));
-        store(gate_up + 2 * row + f, narrow<X>(g));
-        store(gate_up + 2 * row + F + f, narrow<X>(d));
-    }
+    X *gate = gate_up + 2 * row, *up = gate + F;
+    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E)
+        swiglu_backward_pack<E>(gate + f, up + f, h + row + f, dh + row + f);
 }
 
 template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N, int F, cudaStream_t stream) {
     const int E = 16 / sizeof(X);
     assert(F % E == 0);
-    launch(swiglu_backward_kernel1<X>, N, row_threads(F / E), 0, stream, gate_up, h, dh, F);
+    launch(swiglu_backward_kernel1<X>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, stream, gate_up, h, dh, F);
 }
 
 // ---- gate_up_swiglu_kernel1, swiglu_down_backward_kernel1: products with SwiGLU as their epilogue -----------------------------
@@ -4350,7 +4144,7 @@ __device__ __forceinline__ int2 mlp_tile(int tile_rows, int tile_cols) {
 
 // load(i, stage) starts the copies of step i, multiply(stage) uses them.
 template <typename Load, typename Multiply>
-__device__ __forceinline__ void mlp_pipeline(int steps, __nv_bfloat16 *stages, Load load, Multiply multiply) {
+__device__ __forceinline__ void mlp_pipeline(int steps, bf16 *stages, Load load, Multiply multiply) {
     #pragma unroll
     for (int i = 0; i < MLP_STAGES - 1; i++) {
         if (i < steps) load(i, stages + i * MLP_STAGE);
@@ -4369,43 +4163,39 @@ __device__ __forceinline__ void mlp_pipeline(int steps, __nv_bfloat16 *stages, L
     __syncthreads();                                        // the stages are free
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h,
-        __nv_bfloat16 *__restrict__ gate_up, const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w,
-        int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
     constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
-    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+    bf16 *stages = shared_memory<bf16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
-    float s[MLP_WARP / 16][MLP_WARP / 8][4];
-    fill(s, 0);
+    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
     // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
     // repeat the last: their sums are never stored.
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
-    const __nv_bfloat16 *src[8];
+    const bf16 *src[8];
     #pragma unroll
     for (int i = 0; i < 4; i++) {
         src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
         src[4 + i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + col;
     }
-    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
+    auto load_stage = [&](int i, bf16 *stage) {
         const int valid = i * MLP_DEPTH + col < C ? 16 : 0;
         #pragma unroll
         for (int j = 0; j < 8; j++) cp_async_16(stage + (32 * j + row) * STRIDE + col, src[j] + i * MLP_DEPTH, valid);
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
         multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
     });
-    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    float one[MLP_WARP / 16][2];
-    fill_scale(one, 1);
-    fragments_to_rows(rows, s, one);
+    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    fragments_to_rows(rows, s, 1);
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
     for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
         const size_t n = n0 + warp_row + r;
-        const __nv_bfloat16 *at = rows + r * (MLP_WARP + 8) + f;
-        const Vec<__nv_bfloat16, 8> gate = load<8>(at), up = load<8>(at + HALF);
+        const bf16 *at = rows + r * (MLP_WARP + 8) + f;
+        const Vec<bf16, 8> gate = load<8>(at), up = load<8>(at + HALF);
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
@@ -4413,51 +4203,40 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
         widen(g, gate);
         widen(u, up);
         swiglu(u, g);
-        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
+        store(h + n * F + out_f, narrow<bf16>(u));
     }
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up,
-        __nv_bfloat16 *__restrict__ h, const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w,
-        int N, int C, int F) {
-    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(bf16 *__restrict__ gate_up,
+        bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
+    bf16 *stages = shared_memory<bf16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
-    float s[MLP_WARP / 16][MLP_WARP / 8][4];
-    fill(s, 0);
+    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
-    const __nv_bfloat16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
-    #pragma unroll
+    const bf16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
     for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
-    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
+    auto load_stage = [&](int i, bf16 *stage) {
         const int c = i * MLP_DEPTH;
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
-            __nv_bfloat16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
+            bf16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
             cp_async_16(w_tile, w_src + (size_t)(c + 8 * j) * F, c + 8 * j + w_row < C ? 16 : 0);
         }
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
         multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
     });
-    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    float one[MLP_WARP / 16][2];
-    fill_scale(one, 1);
-    fragments_to_rows(rows, s, one);
+    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    fragments_to_rows(rows, s, 1);
     const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
     if (out_f >= F) return;
     for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {
         const size_t n = n0 + warp_row + r;
-        float g[8], u[8], d[8];
-        widen(g, load<8>(gate_up + n * 2 * F + out_f));
-        widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
-        widen(d, load<8>(rows + r * (MLP_WARP + 8) + f));
-        swiglu_gradient(g, u, d);
-        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
-        store(gate_up + n * 2 * F + out_f, narrow<__nv_bfloat16>(g));
-        store(gate_up + n * 2 * F + F + out_f, narrow<__nv_bfloat16>(d));
+        bf16 *gate = gate_up + n * 2 * F + out_f;
+        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows + r * (MLP_WARP + 8) + f);
     }
 }
 
@@ -4556,45 +4335,35 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(
 template <typename X>
 void cross_entropy(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp, cudaStream_t stream) {
     static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
-    const int E = 16 / sizeof(X), fit = smem_limit / 16 * E, cached = Vp < fit ? Vp : fit;
-    const int threads = Vp < CLASSIFIER_THREADS * E ? CEIL_DIV(Vp, 32 * E) * 32 : CLASSIFIER_THREADS * (cached < Vp ? 2 : 1);
+    const int E = 16 / sizeof(X), cached = min(Vp, smem_limit / 16 * E);
+    const int threads = min(CEIL_DIV(Vp, 32 * E) * 32, CLASSIFIER_THREADS * (cached < Vp ? 2 : 1));
     assert(Vp % E == 0 && V <= Vp);
     launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), stream, nll, logits, targets, dscale, V, Vp, cached);
 }
 
-// ---- sum_of_squares_kernel1, 2: global norm ----------------------------------------------------------------------------------
-// out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19).
+// ---- sum_of_squares_kernel1: global norm ---------------------------------------------------------------------------------
+// out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19). scratch: a double per block.
 // bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory). 16 products are added in fp32, then in double
 enum { SQUARES_BLOCKS = 1024, SQUARES_THREADS = 256 };
-static size_t sum_of_squares_scratch(void) { return 2 * SQUARES_BLOCKS; }                // floats
 
 __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t n) {
     const size_t quads = n / 4, step = (size_t)gridDim.x * SQUARES_THREADS * 4;
     double sum = 0;
     for (size_t i0 = (size_t)blockIdx.x * SQUARES_THREADS * 4 + threadIdx.x; i0 < quads; i0 += step) {
         float squares = 0, q[4][4];
-        #pragma unroll
         for (int j = 0; j < 4; j++) widen(q[j], load_if<4>(i0 + j * SQUARES_THREADS < quads, x + 4 * (i0 + j * SQUARES_THREADS)));
-        #pragma unroll
         for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
         sum += squares;
     }
-    if (blockIdx.x == 0 && threadIdx.x < n % 4) sum += (double)x[4 * quads + threadIdx.x] * x[4 * quads + threadIdx.x];
     sum = block_sum(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-__global__ void sum_of_squares_kernel2(double *out, const double *partials, int n) {    // one block of 1024 threads
-    double sum = block_sum((int)threadIdx.x < n ? partials[threadIdx.x] : 0.0);
-    if (threadIdx.x == 0) *out += sum;
-}
-
 static void sum_of_squares(double *out, const float *x, size_t n, float *scratch, cudaStream_t stream) {
-    const size_t chunks = CEIL_DIV(n, (size_t)SQUARES_THREADS * 16);
-    const int blocks = chunks < 1 ? 1 : chunks > SQUARES_BLOCKS ? SQUARES_BLOCKS : (int)chunks;
-    assert((uintptr_t)x % 16 == 0 && (uintptr_t)scratch % 8 == 0);
+    const int blocks = (int)min(CEIL_DIV(n, (size_t)SQUARES_THREADS * 16), (size_t)SQUARES_BLOCKS);
+    assert(n % 4 == 0 && (uintptr_t)x % 16 == 0 && (uintptr_t)scratch % 8 == 0);
     launch(sum_of_squares_kernel1, blocks, SQUARES_THREADS, 0, stream, (double *)scratch, x, n);
-    launch(sum_of_squares_kernel2, 1, SQUARES_BLOCKS, 0, stream, out, (const double *)scratch, blocks);
+    add_sum(out, (const double *)scratch, blocks, stream);
 }
 
 // ---- adamw_update_kernel1 ----------------------------------------------------------------------------------------------------
@@ -4636,24 +4405,17 @@ __device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float g
 template <typename X, typename M>
 __global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 <= n) {
-        float g[4], p[4], m_i[4], v_i[4];
-        widen(g, load<4>(grad + i));
-        widen(p, load<4>(master + i));
-        widen(m_i, load<4>(m + i));
-        widen(v_i, load<4>(v + i));
-        for (int k = 0; k < 4; k++) adamw_step<M>(p[k], m_i[k], v_i[k], g[k], a, i + k);
-        store(master + i, narrow<float>(p));
-        store(m + i, narrow<M>(m_i));
-        store(v + i, narrow<M>(v_i));
-        if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
-    } else {
-        for (size_t j = i; j < n; j++) {
-            float m_j = to_float(m[j]), v_j = to_float(v[j]);
-            adamw_step<M>(master[j], m_j, v_j, grad[j], a, j);
-            m[j] = from_float<M>(m_j), v[j] = from_float<M>(v_j), w[j] = from_float<X>(master[j]);
-        }
-    }
+    if (i >= n) return;
+    float g[4], p[4], m_i[4], v_i[4];
+    widen(g, load<4>(grad + i));
+    widen(p, load<4>(master + i));
+    widen(m_i, load<4>(m + i));
+    widen(v_i, load<4>(v + i));
+    for (int k = 0; k < 4; k++) adamw_step<M>(p[k], m_i[k], v_i[k], g[k], a, i + k);
+    store(master + i, narrow<float>(p));
+    store(m + i, narrow<M>(m_i));
+    store(v + i, narrow<M>(v_i));
+    if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
 }
 
 template <typename X, typename M>
@@ -4661,9 +4423,9 @@ void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, 
                   double decay, double grad_scale, int64_t step, uint32_t key, size_t first, cudaStream_t stream) {
     const AdamW a = {(float)beta1, (float)beta2, (float)eps, (float)(lr / (1 - pow(beta1, (double)step))),
                      (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale, key, first};
-    assert(((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
+    assert(n % 4 == 0 && ((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
     assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
-    if (n > 0) launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
+    launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, stream, w, master, m, v, grad, n, a);
 }
 
 // ==== 14. The model =====================================================================================================
@@ -4813,8 +4575,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     take(w, &m->nll, padded);
     take(w, &m->cosine, (size_t)m->T * c->D / 2);
     take(w, &m->sine, (size_t)m->T * c->D / 2);
-    take(w, &m->scratch, std::max({rmsnorm_backward_scratch(c->C), qkv_norm_rope_backward_scratch(c->D),
-                                   bias_backward_scratch((int)(HD + 2 * KD)), sum_of_squares_scratch(),
+    take(w, &m->scratch, std::max({MAX_PARTIALS * (size_t)c->C, MAX_PARTIALS * (HD + 2 * KD), (size_t)2 * SQUARES_BLOCKS,
                                    N * c->H}));         // partial sums, or attention_backward's row sums
     take(w, &m->sums, (size_t)m->p.n_tensors + 1);
     take(w, (char **)&m->gpu.workspace, LT_WORKSPACE);
@@ -5002,7 +4763,7 @@ template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const F
         matmul_backward_x(gpu, m->dnorm + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
         matmul_backward_w(gpu, head_param(m->grads, &m->p), m->logits, norm, m->chunk, c->C, c->Vp);
     }
-    sum_losses(m->sums, m->nll, N, gpu->stream);
+    add_sum(m->sums, m->nll, N, gpu->stream);
 }
 
 // Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when the work of unit u is

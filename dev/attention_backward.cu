@@ -11,7 +11,6 @@
 //         2607 (all caches missed); 2 6.4 and 22; 1 4.3 and 29. Shared memory limits the last two, in few blocks: 1 has the larger
 //         tiles, and the model knows no latency, which they are for. Measured: not yet
 #include "bench.cuh"
-#include <type_traits>
 
 // ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv ----
 template <typename X>
@@ -70,30 +69,29 @@ __global__ void attention_delta_kernel2(float *delta, const X *dout, const X *ou
 }
 
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(__nv_bfloat16 *__restrict__ dqkv,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(bf16 *__restrict__ dqkv,
                                                                                 const float *__restrict__ delta,
-        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
         const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    __nv_bfloat16 *k_tile = do_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    bf16 *k_tile = do_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
     const float c = scale * (float)M_LOG2E;
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4], scales[MT][2];
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
         // past the end p = 0
         row_lse[i / 2][i % 2] = row < T ? lse[(size_t)(row0 + row) * H + h] * (float)M_LOG2E : INFINITY;
         row_delta[i / 2][i % 2] = row < T ? delta[(size_t)(row0 + row) * H + h] : 0;
-        scales[i / 2][i % 2] = scale;
     }
     fill(dq, 0);
     for (int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0; s0 < end; s0 += KEYS) {
-        const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
+        const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
         __syncthreads();                                    // every warp has left the previous K and V
         load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
         load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
@@ -103,7 +101,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
         if (s0 >= t + ROWS || t >= T) continue;
         fill(s, 0);
         multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
-        mask_scores(s, t, s0, doc_start, row0, T);
+        mask_scores<false>(s, t, s0, doc_start, row0, T);
         #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
         multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
@@ -113,26 +111,25 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
                 - row_lse[i / 4 / NT][i % 4 / 2]);
         multiply_probabilities<WIDTH>(dq, ds, k_tile);
     }
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel2(__nv_bfloat16 *__restrict__ dqkv,
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel2(bf16 *__restrict__ dqkv,
                                                                                   const float *__restrict__ delta,
-        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
         const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     constexpr int MT = 1, NT = 4, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *k_tile = shared_memory<__nv_bfloat16>(), *v_tile = k_tile + KEYS * STRIDE;
-    __nv_bfloat16 *q_tile = v_tile + KEYS * STRIDE, *do_tile = q_tile + QUERIES * STRIDE;
+    bf16 *k_tile = shared_memory<bf16>(), *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tile = v_tile + KEYS * STRIDE, *do_tile = q_tile + QUERIES * STRIDE;
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32,
         row0 = blockIdx.x / K * T;
     const int warp_row = threadIdx.x / 32 * ROWS, key = s0 + warp_row;
     const float c = scale * (float)M_LOG2E;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
-    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4], one[MT][2], scales[MT][2];
-    for (int i = 0; i < MT * 2; i++) one[i / 2][i % 2] = 1, scales[i / 2][i % 2] = scale;
+    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
     fill(dk, 0);
     fill(dv, 0);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
@@ -147,7 +144,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
             if (t0 + QUERIES <= key || key >= T) continue;
             fill(p, 0);
             multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
-            mask_scores_transposed(p, key, t0, doc_start, row0, T);
+            mask_scores<true>(p, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int j = 0; j < NT * 4; j++) {
                 const int t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
@@ -161,22 +158,21 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
             for (int j = 0; j < NT * 4; j++) ds[0][j / 4][j % 4] *= p[0][j / 4][j % 4];
             multiply_probabilities<WIDTH>(dk, ds, q_tile);
         }
-    __nv_bfloat16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    bf16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
     __syncthreads();
-    store_rows<WIDTH>(dk_out, W, dk, scales, k_tile + warp_row * STRIDE, T - key, D);
-    store_rows<WIDTH>(dk_out + K * D, W, dv, one, v_tile + warp_row * STRIDE, T - key, D);
+    store_rows<WIDTH>(dk_out, W, dk, scale, k_tile + warp_row * STRIDE, T - key, D);
+    store_rows<WIDTH>(dk_out + K * D, W, dv, 1, v_tile + warp_row * STRIDE, T - key, D);
 }
 
 // ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from
 // the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its keys: one owns dv, one dk ----
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(__nv_bfloat16 *__restrict__ dqkv,
-        float *__restrict__ delta, const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv,
-        const __nv_bfloat16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const bf16 *__restrict__ out,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    __nv_bfloat16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *do_tile = q_tile + QUERIES * STRIDE;
+    bf16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
     const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
@@ -184,13 +180,13 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
     const float c = scale * (float)M_LOG2E;
 
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
     load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
     cp_async_commit();
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
+    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4] = {};
     cp_async_wait<0>();
     __syncthreads();                                        // dO is here
     #pragma unroll
@@ -204,15 +200,13 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
             widen(b, load<8>(out + at * D + d));
             for (int j = 0; j < 8; j++) sum += a[j] * b[j];
         }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
+        sum = warp_sum(sum, 4);
         row_delta[i / 2][i % 2] = sum;
         row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
         if (lane % 4 == 0 && row < T) delta[at] = sum;
     }
-    fill(dq, 0);
     for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
-        const __nv_bfloat16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
+        const bf16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
         const int next = s0 + KEYS;
         k += (size_t)KEYS * W;
         cp_async_wait<0>();
@@ -231,32 +225,28 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int n = 0; n < NT; n++)
-                    #pragma unroll
                     for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
             multiply_probabilities<WIDTH>(dq, ds, k_tile);
         }
     }
-    float scales[MT][2];
-    fill_scale(scales, scale);
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scales, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 template <int WIDTH, int PAIRS>
-__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(__nv_bfloat16 *__restrict__ dqkv,
-        const __nv_bfloat16 *__restrict__ dout, const __nv_bfloat16 *__restrict__ qkv, const float *__restrict__ lse,
+__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(bf16 *__restrict__ dqkv,
+        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
         const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
     typedef DkdvTile<WIDTH, PAIRS> Tile;
     constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS;
     constexpr int STRIDE = WIDTH + 8;
     float4 *exchanges = shared_memory<float4>();
     float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
-    __nv_bfloat16 *k_tile = (__nv_bfloat16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
-    __nv_bfloat16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
+    bf16 *k_tile = (bf16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;                  // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler it is uniform: fewer registers
@@ -264,7 +254,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
     const float c = scale * (float)M_LOG2E;
     float4 *exchange = exchanges + pair * Tile::EXCHANGE + lane;
-    __nv_bfloat16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
+    bf16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
 
     // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
@@ -289,7 +279,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
                    row < T ? 4 : 0);
     };
 
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<WIDTH, KEYS, THREADS>(k_tile, k, W, T - s0, D);
     load_tile<WIDTH, KEYS, THREADS>(v_tile, k + K * D, W, T - s0, D);
     int h = kv * (H / K), t = t_first;
@@ -297,13 +287,12 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     load_queries(h, t, 0);
     cp_async_commit();
 
-    float sum[MT][WIDTH / 8][4], s[MT][NT][4];                              // of dV or dK; scores, or dP
-    fill(sum, 0);
+    float sum[MT][WIDTH / 8][4] = {}, s[MT][NT][4];                              // of dV or dK; scores, or dP
     for (int buffer = 0; h < h_end; buffer ^= 1) {
         const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
         __syncthreads();                                                    // this tile is here, every warp has left the last one
-        const __nv_bfloat16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
+        const bf16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
         const int t0 = t;
         t += QUERIES;
         if (t >= t_end) t = t_first, h++;
@@ -314,22 +303,18 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         #pragma unroll
         for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
-            #pragma unroll
             for (int m = 0; m < MT; m++)
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
         }
         multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
         if (!owns_dk) {
             if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
-                mask_scores_transposed(s, key, t0, doc_start, row0, T);
+                mask_scores<true>(s, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
                 const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
-                #pragma unroll
                 for (int m = 0; m < MT; m++)
-                    #pragma unroll
                     for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
             }
             #pragma unroll
@@ -341,112 +326,57 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
             for (int i = 0; i < MT * NT; i++) {
                 float p[4];
                 widen(p, load<4>((const float *)(exchange + i * 32)));
-                #pragma unroll
                 for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
             }
         }
         multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
     }
-    float scales[MT][2];
-    fill_scale(scales, owns_dk ? scale : 1);
-    __nv_bfloat16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows<WIDTH>(out, W, sum, scales, left, T - key, D);
+    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
+    store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
 // ---- fp32, shipped: for proof rather than speed ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_f32_kernel1(float *__restrict__ dqkv,
-        float *__restrict__ delta, const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
+__global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
+        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
         const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *q_tile = shared_memory<float>(), *do_tile = q_tile + F32_ROWS * (D + 1);
-    float *k_tile = do_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / H) * T;
-    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dq[F32_MINE][4] = {}, row_delta[F32_MINE] = {};
-    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
-    load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_ROWS, T - t0, D);
-    __syncthreads();
-    for (int i = 0; i < F32_MINE; i++) {
-        const int row = warp_row + i;
-        if (t0 + row >= T) break;
-        const size_t at = (row0 + t0 + row) * H + h;
-        for (int d = lane; d < D; d += 32) row_delta[i] += do_tile[row * (D + 1) + d] * out[at * D + d];
-        row_delta[i] = warp_sum(row_delta[i]);
-        if (lane == 0) delta[at] = row_delta[i];
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (t >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
+    const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
+    float q[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq[4] = {};
+    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    load_row(dout_t, dout + at * D, D);
+    load_row(out_t, out + at * D, D);
+    const float delta_t = dot(dout_t, out_t), lse_t = lse[at];
+    for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
+        load_row(k_s, k + (size_t)s * W, D);
+        load_row(v_s, v + (size_t)s * W, D);
+        const float p = expf(dot(q, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
+        for (int j = 0; j < 4; j++) dq[j] += ds * scale * k_s[j];
     }
-    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
-        __syncthreads();
-        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        __syncthreads();
-        #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
-            const int row = warp_row + i, t = t0 + row, key = s0 + lane;
-            float ds = 0;
-            if (t < T && key <= t && (!doc || key >= doc[t])) {
-                const float p = expf(dot_rows(q_tile + row * (D + 1), k_tile + lane * (D + 1), D) * scale -
-                                     lse[(row0 + t) * H + h]);
-                ds = p * (dot_rows(do_tile + row * (D + 1), v_tile + lane * (D + 1), D) - row_delta[i]);
-            }
-            add_rows(dq[i], ds, k_tile, D);
-        }
-    }
-    for (int i = 0; i < F32_MINE && t0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) dqkv[(row0 + t0 + warp_row + i) * W + h * D + lane + j * 32] = dq[i][j] * scale;
+    store_row(dqkv + (row0 + t) * W + h * D, dq, D);
+    if (threadIdx.x == 0) delta[at] = delta_t;
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv,
-        const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *k_tile = shared_memory<float>(), *v_tile = k_tile + F32_ROWS * (D + 1);
-    float *q_tile = v_tile + F32_ROWS * (D + 1), *do_tile = q_tile + F32_COLS * (D + 1);
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / K) * T;
-    const float *k = qkv + (row0 + s0) * W + (size_t)(H + kv) * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float dk[F32_MINE][4] = {}, dv[F32_MINE][4] = {};
-    load_rows(k_tile, k, W, F32_ROWS, T - s0, D);
-    load_rows(v_tile, k + K * D, W, F32_ROWS, T - s0, D);
+__global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, const float *__restrict__ dout,
+        const float *__restrict__ qkv, const float *__restrict__ lse, const float *__restrict__ delta,
+        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+    const int kv = blockIdx.x % K, s = blockIdx.y * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (s >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / K) * T, at_k = (row0 + s) * W + (H + kv) * D;
+    float k[4], v[4], q_t[4], dout_t[4], dk[4] = {}, dv[4] = {};
+    load_row(k, qkv + at_k, D);
+    load_row(v, qkv + at_k + K * D, D);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
-        for (int t0 = s0; t0 < T && (!doc || doc[t0] < s0 + F32_ROWS); t0 += F32_COLS) {
-            __syncthreads();
-            load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_COLS, T - t0, D);
-            load_rows(do_tile, dout + ((row0 + t0) * H + h) * D, (size_t)H * D, F32_COLS, T - t0, D);
-            __syncthreads();
-            #pragma unroll
-            for (int i = 0; i < F32_MINE; i++) {
-                const int row = warp_row + i, key = s0 + row, t = t0 + lane;
-                float p = 0, ds = 0;
-                if (t < T && key <= t && (!doc || key >= doc[t])) {
-                    p = expf(dot_rows(k_tile + row * (D + 1), q_tile + lane * (D + 1), D) * scale - lse[(row0 + t) * H + h]);
-                    ds = p * (dot_rows(v_tile + row * (D + 1), do_tile + lane * (D + 1), D) - delta[(row0 + t) * H + h]);
-                }
-                add_rows(dv[i], p, do_tile, D);
-                add_rows(dk[i], ds, q_tile, D);
-            }
+        for (int t = s; t < T && (!doc_start || doc_start[row0 + t] <= s); t++) {
+            const size_t at = (row0 + t) * H + h;
+            load_row(q_t, qkv + (row0 + t) * W + h * D, D);
+            load_row(dout_t, dout + at * D, D);
+            const float p = expf(dot(q_t, k) * scale - lse[at]), ds = p * (dot(dout_t, v) - delta[at]);
+            for (int j = 0; j < 4; j++) dk[j] += ds * scale * q_t[j], dv[j] += p * dout_t[j];
         }
-    for (int i = 0; i < F32_MINE && s0 + warp_row + i < T; i++)
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) {
-                float *dk_out = dqkv + (row0 + s0 + warp_row + i) * W + (H + kv) * D + lane + j * 32;
-                dk_out[0] = dk[i][j] * scale;
-                dk_out[K * D] = dv[i][j];
-            }
-}
-
-// f(width as a compile-time constant) for the compiled width that holds D
-template <typename F> static void with_width(int D, F f) {
-    switch (attention_width(D)) {
-    case 32: f(std::integral_constant<int, 32>()); break;
-    case 64: f(std::integral_constant<int, 64>()); break;
-    case 96: f(std::integral_constant<int, 96>()); break;
-    case 112: f(std::integral_constant<int, 112>()); break;
-    default: f(std::integral_constant<int, 128>());
-    }
+    store_row(dqkv + at_k, dk, D);
+    store_row(dqkv + at_k + K * D, dv, D);
 }
 
 enum { NO_DOCS, SOME_DOCS, OWN_DOCS, TILE_DOCS };       // documents: none, random, one per token, at tile borders
@@ -499,7 +429,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
                    N, T, H, K, D, scale);
         }},
         {2, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
-        {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, 16 rows per block", [&] {
+        {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, a warp per row", [&] {
             attention_backward((X *)dqkv, (X *)dout, (X *)qkv, (X *)out, lse, doc_start, delta, B, T, H, K, D, 0);
         }, SHIPPED},
     };

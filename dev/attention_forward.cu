@@ -10,7 +10,6 @@
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.24 us): kernel 0 675 us (all caches missed); 2 40 us, bound by
 //         shared memory; 3 and 1 4.5 us: the model knows no latency, which is all that sets them apart. Measured: not yet
 #include "bench.cuh"
-#include <type_traits>
 
 // ---- kernel 0: a thread per query and head: all scores for their maximum, all scores again for the sums ----
 template <typename X>
@@ -97,21 +96,21 @@ __global__ void attention_forward_kernel2(X *out, float *lse, const X *qkv, cons
 // operands in registers. Rows of WIDTH + 8 in shared memory keep ldmatrix free of bank conflicts. But everyone waits for each
 // tile to arrive
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
-        const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *__restrict__ out, float *__restrict__ lse,
+        const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
     constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0, end = min(t0 + QUERIES, T);
 
-    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4], inverse[MT][2];
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
     Softmax<MT> softmax;
     softmax.init();
     fill(o, 0);
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     for (int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0; s0 < end; s0 += KEYS) {
-        const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
+        const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
         __syncthreads();                                    // every warp has left the previous K and V
         load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
         load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
@@ -121,40 +120,37 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(__nv_bf
         if (s0 >= t + ROWS || t >= T) continue;             // the tile lies above this warp's part of the diagonal
         fill(s, 0);
         multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
-        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
         softmax.update(s, o, c);
         multiply_probabilities<WIDTH>(o, s, v_tile);
     }
-    softmax.finish();
+    softmax.finish(o);
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
-        inverse[i / 2][i % 2] = 1 / sum;
-        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(sum);
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2]);
         if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
-    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- kernel 1, shipped: K and V take turns: one lands while the other is computed with ----
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bfloat16 *__restrict__ out, float *__restrict__ lse,
-        const __nv_bfloat16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *__restrict__ out, float *__restrict__ lse,
+        const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
     constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
-    __nv_bfloat16 *q_tile = shared_memory<__nv_bfloat16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    bf16 *q_tile = shared_memory<bf16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
     const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
     // where the last of this warp's rows t..t+31 begins to look
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
     const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
-    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4];
+    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4] = {};
     Softmax<MT> softmax;
     softmax.init();
-    fill(o, 0);
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const __nv_bfloat16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
     load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
     load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
     cp_async_commit();
@@ -175,74 +171,42 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(__nv_bf
         if (s0 + KEYS < end) load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0 - KEYS, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
             softmax.update(s, o, c);
             multiply_probabilities<WIDTH>(o, s, v_tile);
         }
     }
-    softmax.finish();
-    float inverse[MT][2];
+    softmax.finish(o);
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        const float sum = softmax.sum[i / 2][i % 2];
         const int row = t + i * 8 + lane / 4;
-        inverse[i / 2][i % 2] = 1 / sum;
-        if (lane % 4 == 0 && row < T)
-            lse[(size_t)(row0 + row) * H + h] = (softmax.base[i / 2][i % 2] + log2f(sum)) * (float)M_LN2;
+        const float log2_sum = softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2]);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
-    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, inverse, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
 }
 
 // ---- fp32, shipped: for proof rather than speed ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
+__global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
         const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    float *q_tile = shared_memory<float>(), *k_tile = q_tile + F32_ROWS * (D + 1), *v_tile = k_tile + F32_COLS * (D + 1);
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * F32_ROWS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * F32_MINE;
-    const size_t row0 = (size_t)(blockIdx.x / H) * T;
-    const float *k = qkv + row0 * W + (size_t)(H + h / (H / K)) * D, *v = k + K * D;
-    const int *doc = doc_start ? doc_start + row0 : NULL;
-    float top[F32_MINE], sum[F32_MINE], o[F32_MINE][4] = {};
-    for (int i = 0; i < F32_MINE; i++) top[i] = -INFINITY, sum[i] = 0;
-    load_rows(q_tile, qkv + (row0 + t0) * W + h * D, W, F32_ROWS, T - t0, D);
-    for (int s0 = doc ? doc[t0] : 0; s0 < min(t0 + F32_ROWS, T); s0 += F32_COLS) {
-        __syncthreads();
-        load_rows(k_tile, k + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        load_rows(v_tile, v + (size_t)s0 * W, W, F32_COLS, T - s0, D);
-        __syncthreads();
-        #pragma unroll
-        for (int i = 0; i < F32_MINE; i++) {
-            const int t = t0 + warp_row + i, key = s0 + lane, first = doc && t < T ? doc[t] : 0;
-            const bool visible = first <= key && key <= t;
-            const float *q = q_tile + (warp_row + i) * (D + 1);
-            const float score = visible ? dot_rows(q, k_tile + lane * (D + 1), D) * scale : -INFINITY;
-            const float highest = fmaxf(top[i], warp_max(score));
-            if (highest == -INFINITY) continue;             // nothing to see yet (the same for the whole warp)
-            const float p = expf(score - highest), shrink = expf(top[i] - highest);
-            top[i] = highest;
-            sum[i] = sum[i] * shrink + warp_sum(p);
-            for (int j = 0; j < 4; j++) o[i][j] *= shrink;
-            add_rows(o[i], p, v_tile, D);
-        }
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+    if (t >= T) return;
+    const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
+    const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
+    float q[4], k_s[4], v_s[4], o[4] = {}, top = -INFINITY, sum = 0;
+    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
+        load_row(k_s, k + (size_t)s * W, D);
+        load_row(v_s, v + (size_t)s * W, D);
+        const float score = dot(q, k_s) * scale, higher = fmaxf(top, score);
+        const float shrink = expf(top - higher), p = expf(score - higher);
+        top = higher;
+        sum = sum * shrink + p;
+        for (int j = 0; j < 4; j++) o[j] = o[j] * shrink + p * v_s[j];
     }
-    for (int i = 0; i < F32_MINE; i++) {
-        const int t = t0 + warp_row + i;
-        if (t >= T) break;
-        for (int j = 0; j < 4; j++)
-            if (lane + j * 32 < D) out[((row0 + t) * H + h) * D + lane + j * 32] = o[i][j] / sum[i];
-        if (lane == 0) lse[(row0 + t) * H + h] = top[i] + logf(sum[i]);
-    }
-}
-
-// f(width as a compile-time constant) for the compiled width that holds D
-template <typename F> static void with_width(int D, F f) {
-    switch (attention_width(D)) {
-    case 32: f(std::integral_constant<int, 32>()); break;
-    case 64: f(std::integral_constant<int, 64>()); break;
-    case 96: f(std::integral_constant<int, 96>()); break;
-    case 112: f(std::integral_constant<int, 112>()); break;
-    default: f(std::integral_constant<int, 128>());
-    }
+    for (int j = 0; j < 4; j++) o[j] /= sum;
+    store_row(out + at * D, o, D);
+    if (threadIdx.x == 0) lse[at] = top + logf(sum);
 }
 
 enum { NO_DOCS, SOME_DOCS, OWN_DOCS, TILE_DOCS };       // documents: none, random, one per token, at tile borders
@@ -289,7 +253,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
                    2 * TILE_KEYS * D * sizeof(float), 0, out, lse, qkv, doc_start, T, H, K, D, scale);
         }},
         {3, "tensor cores, no overlap of copies and products", mma_tiles},
-        {1, is_bf16<X>() ? "K and V take turns: one lands while the other works" : "fp32, 16 queries per block, a warp each", [&] {
+        {1, is_bf16<X>() ? "K and V take turns: one lands while the other works" : "fp32, a warp per query", [&] {
             attention_forward((X *)out, lse, (X *)qkv, doc_start, B, T, H, K, D, 0);
         }, SHIPPED},
     };

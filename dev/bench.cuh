@@ -60,6 +60,10 @@ template <typename... P> static void note_launch(void (*kernel)(P...), const cud
 #include "trainer.cuh"          // what this bench needs of train_litespark.cu: dev/kernels.py extract
 #include "twin.h"
 
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+
 // ---- tensors -----------------------------------------------------------------------------------------------------------
 template <typename X> constexpr bool is_bf16() { return sizeof(X) == 2; }
 template <typename X> constexpr int precisions() { return is_bf16<X>() ? 2 : 1; }

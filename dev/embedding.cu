@@ -44,10 +44,8 @@ __global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, con
         const int n = order[j], token = ids[n];
         if (token != held) {
             held = token;
-            #pragma unroll
             for (int i = 0; i < PACKS; i++) row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
         }
-        #pragma unroll
         for (int i = 0; i < PACKS; i++) if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
     }
 }
@@ -100,27 +98,23 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
     if (rows > 0 && rows <= EMBED_LONG) {
         float *dw_i = dw + (size_t)tokens[token0 + warp] * C;
         add_rows(sum, dx, order, first[warp], first[warp + 1], 1, c0, C);
-        #pragma unroll
         for (int q = 0; q < EMBED_QUADS; q++) {
-            int c = c0 + q * 128;
-            if (c >= C) continue;
-            add_to(dw_i + c, sum[q]);
+            if (c0 + q * 128 >= C) continue;
+            accumulate(sum[q], dw_i + c0 + q * 128);
+            store(dw_i + c0 + q * 128, narrow<float>(sum[q]));
         }
     }
     for (int i = 0; i < EMBED_WARPS; i++) {
         if (first[i + 1] - first[i] <= EMBED_LONG) continue;    // the same for the whole block
         add_rows(sum, dx, order, first[i] + warp, first[i + 1], EMBED_WARPS, c0, C);
-        #pragma unroll
         for (int q = 0; q < EMBED_QUADS; q++) store(part[warp][q][lane], narrow<float>(sum[q]));
         __syncthreads();
         int c = c0 + warp * 128;
         if (warp < EMBED_QUADS && c < C) {
-            float total[4] = {}, d[4];
-            for (int w = 0; w < EMBED_WARPS; w++) {
-                widen(d, load<4>(part[w][warp][lane]));
-                for (int k = 0; k < 4; k++) total[k] += d[k];
-            }
-            add_to(dw + (size_t)tokens[token0 + i] * C + c, total);
+            float *dw_i = dw + (size_t)tokens[token0 + i] * C + c, total[4] = {};
+            for (int w = 0; w < EMBED_WARPS; w++) accumulate(total, part[w][warp][lane]);
+            accumulate(total, dw_i);
+            store(dw_i, narrow<float>(total));
         }
         __syncthreads();
     }

@@ -85,43 +85,39 @@ __global__ void __launch_bounds__(ATT_THREADS) gate_up_swiglu_kernel3(bf16 *__re
 
 // ---- kernel 1, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight; rows leave through
 // shared memory in 16-byte stores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bfloat16 *__restrict__ h,
-        __nv_bfloat16 *__restrict__ gate_up, const __nv_bfloat16 *__restrict__ x, const __nv_bfloat16 *__restrict__ w,
-        int N, int C, int F) {
+__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
     constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
-    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+    bf16 *stages = shared_memory<bf16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
-    float s[MLP_WARP / 16][MLP_WARP / 8][4];
-    fill(s, 0);
+    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
     // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
     // repeat the last: their sums are never stored.
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
-    const __nv_bfloat16 *src[8];
+    const bf16 *src[8];
     #pragma unroll
     for (int i = 0; i < 4; i++) {
         src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
         src[4 + i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + col;
     }
-    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
+    auto load_stage = [&](int i, bf16 *stage) {
         const int valid = i * MLP_DEPTH + col < C ? 16 : 0;
         #pragma unroll
         for (int j = 0; j < 8; j++) cp_async_16(stage + (32 * j + row) * STRIDE + col, src[j] + i * MLP_DEPTH, valid);
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
         multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
     });
-    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    float one[MLP_WARP / 16][2];
-    fill_scale(one, 1);
-    fragments_to_rows(rows, s, one);
+    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    fragments_to_rows(rows, s, 1);
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
     for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
         const size_t n = n0 + warp_row + r;
-        const __nv_bfloat16 *at = rows + r * (MLP_WARP + 8) + f;
-        const Vec<__nv_bfloat16, 8> gate = load<8>(at), up = load<8>(at + HALF);
+        const bf16 *at = rows + r * (MLP_WARP + 8) + f;
+        const Vec<bf16, 8> gate = load<8>(at), up = load<8>(at + HALF);
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
@@ -129,11 +125,21 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(__nv_bf
         widen(g, gate);
         widen(u, up);
         swiglu(u, g);
-        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
+        store(h + n * F + out_f, narrow<bf16>(u));
     }
 }
 
 // ---- backward, kernel 0: a thread per element of h ----
+// g, u, dh become dg, h, du
+template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
+    for (int k = 0; k < E; k++) {
+        const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
+        u[k] *= silu;
+        d[k] *= silu;
+        g[k] = dsilu * s * (1 + g[k] * (1 - s));
+    }
+}
+
 __global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int C, int F) {
     const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (f >= F) return;
@@ -168,47 +174,36 @@ __global__ void swiglu_down_backward_kernel2(bf16 *gate_up, bf16 *h, const bf16 
 }
 
 // ---- kernel 1, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the tensor cores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(__nv_bfloat16 *__restrict__ gate_up,
-        __nv_bfloat16 *__restrict__ h, const __nv_bfloat16 *__restrict__ dx, const __nv_bfloat16 *__restrict__ w,
-        int N, int C, int F) {
-    __nv_bfloat16 *stages = shared_memory<__nv_bfloat16>();
+__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(bf16 *__restrict__ gate_up,
+        bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
+    bf16 *stages = shared_memory<bf16>();
     const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
     const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
-    float s[MLP_WARP / 16][MLP_WARP / 8][4];
-    fill(s, 0);
+    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
     const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
-    const __nv_bfloat16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
-    #pragma unroll
+    const bf16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
     for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
-    auto load_stage = [&](int i, __nv_bfloat16 *stage) {
+    auto load_stage = [&](int i, bf16 *stage) {
         const int c = i * MLP_DEPTH;
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
-            __nv_bfloat16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
+            bf16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
             cp_async_16(w_tile, w_src + (size_t)(c + 8 * j) * F, c + 8 * j + w_row < C ? 16 : 0);
         }
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const __nv_bfloat16 *a) {
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
         multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
     });
-    __nv_bfloat16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    float one[MLP_WARP / 16][2];
-    fill_scale(one, 1);
-    fragments_to_rows(rows, s, one);
+    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
+    fragments_to_rows(rows, s, 1);
     const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
     if (out_f >= F) return;
     for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {
         const size_t n = n0 + warp_row + r;
-        float g[8], u[8], d[8];
-        widen(g, load<8>(gate_up + n * 2 * F + out_f));
-        widen(u, load<8>(gate_up + n * 2 * F + F + out_f));
-        widen(d, load<8>(rows + r * (MLP_WARP + 8) + f));
-        swiglu_gradient(g, u, d);
-        store(h + n * F + out_f, narrow<__nv_bfloat16>(u));
-        store(gate_up + n * 2 * F + out_f, narrow<__nv_bfloat16>(g));
-        store(gate_up + n * 2 * F + F + out_f, narrow<__nv_bfloat16>(d));
+        bf16 *gate = gate_up + n * 2 * F + out_f;
+        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows + r * (MLP_WARP + 8) + f);
     }
 }
 

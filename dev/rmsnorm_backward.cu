@@ -140,12 +140,8 @@ __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *p
     }
     __syncthreads();
     for (int c = thread_in_block() * 4; c < C; c += threads_in_block() * 4) {
-        float total[4], row[4];
-        widen(total, load<4>(sums + c));
-        for (int y = 1; y < (int)blockDim.y; y++) {
-            widen(row, load<4>(sums + y * C + c));
-            for (int k = 0; k < 4; k++) total[k] += row[k];
-        }
+        float total[4] = {};
+        for (int y = 0; y < (int)blockDim.y; y++) accumulate(total, sums + y * C + c);
         store(partials + (size_t)blockIdx.x * C + c, narrow<float>(total));
     }
 }
@@ -155,7 +151,7 @@ template <typename X> static void shape(int when, int N, int C, int rebuild) {
     if (!bench_shape<X>(when, "rmsnorm_backward", (4.0 + rebuild) * n * sizeof(X), 13.0 * n, "N %d C %d%s", N, C,
                         rebuild ? " with norm_out" : "")) return;
     Tensor<X> dx("dx", n), norm("norm_out", n), dout("dout", n), x("x", n), w("w", C);
-    Tensor<float> dw("dw", C), rstd("rstd", N), scratch("scratch", rmsnorm_backward_scratch(C));
+    Tensor<float> dw("dw", C), rstd("rstd", N), scratch("scratch", (size_t)MAX_PARTIALS * C);
     dx.normal(1), dout.normal(1), x.normal(1.5f, 0.3f), w.normal(0.3f, 1), dw.normal(1);
     std::vector<float> unused(n);
     twin::residual_rmsnorm_forward(NULL, unused.data(), rstd.host, x.host, NULL, w.host, 1e-5, N, C, 0);

@@ -70,7 +70,6 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *r
         const int n = n0 + threadIdx.y, end = n < N ? C : 0;
         const size_t at = (size_t)n * C + c0;
         Vec<X, E> row[ROW_PACKS];
-        #pragma unroll
         for (int j = 0; j < ROW_PACKS; j++) row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
         float squares = 0;
         #pragma unroll

@@ -96,7 +96,7 @@ __global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd,
                 if (NORM) {
                     float squares = 0;
                     for (int k = 0; k < 4; k++) squares += a[k] * a[k] + b[k] * b[k];
-                    const float r = rsqrtf(lanes_sum(squares, lanes) / D + eps);
+                    const float r = rsqrtf(warp_sum(squares, lanes) / D + eps);
                     if (here) {
                         const size_t at = (size_t)n * (H + K) + h;
                         const X *w = w_shared + (h < H ? 0 : D) + i;
@@ -253,7 +253,7 @@ __global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X
                             a[k] *= w_lo[k], b[k] *= w_hi[k];
                             gn += a[k] * norm_a[k] + b[k] * norm_b[k];
                         }
-                        const float mean = lanes_sum(gn, lanes) / D;
+                        const float mean = warp_sum(gn, lanes) / D;
                         for (int k = 0; k < 4; k++) a[k] = r * (a[k] - norm_a[k] * mean), b[k] = r * (b[k] - norm_b[k] * mean);
                     }
                     if (!active || h >= count) continue;
@@ -320,7 +320,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
                        norm ? " norm" : "")) {
         Tensor<X> dqkv("dqkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
         Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size()),
-            dq_norm("dq_norm", D), dk_norm("dk_norm", D), scratch("scratch", qkv_norm_rope_backward_scratch(D));
+            dq_norm("dq_norm", D), dk_norm("dk_norm", D), scratch("scratch", (size_t)MAX_PARTIALS * 2 * D);
         dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D},
                              {"dv", (size_t)(H + K) * D, (size_t)W}});
         dqkv.normal(1), raw.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1), dq_norm.normal(1), dk_norm.normal(1);

@@ -63,16 +63,9 @@ template <typename X> __global__ void swiglu_backward_kernel0(X *gate_up, X *h, 
 template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, const X *dh, int F) {
     constexpr int E = 16 / sizeof(X);
     const size_t row = (size_t)blockIdx.x * F;
-    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
-        float g[E], u[E], d[E];
-        widen(g, load<E>(gate_up + 2 * row + f));
-        widen(u, load<E>(gate_up + 2 * row + F + f));
-        widen(d, load<E>(dh + row + f));
-        swiglu_gradient(g, u, d);
-        store(h + row + f, narrow<X>(u));
-        store(gate_up + 2 * row + f, narrow<X>(g));
-        store(gate_up + 2 * row + F + f, narrow<X>(d));
-    }
+    X *gate = gate_up + 2 * row, *up = gate + F;
+    for (int f = threadIdx.x * E; f < F; f += blockDim.x * E)
+        swiglu_backward_pack<E>(gate + f, up + f, h + row + f, dh + row + f);
 }
 
 template <typename X> static void shape(int when, int N, int F, float amplitude) {
