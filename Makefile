@@ -63,10 +63,14 @@ train: $(or $(TRAINER_$(BUILT)),$(error DEVICE=$(DEVICE): choose auto, cpu, cuda
 	@ln -sf $< train_litespark
 	@echo 'train: ./train_litespark is the $(subst emu,emulated CUDA,$(BUILT)) trainer, $(if $(filter 1,$(MPI)),with,without) MPI ($(WHY))'
 
-build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1):
+# these change when the flags do, and what depends on them is built again
+FLAGS    := build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+$(FLAGS):
 	@mkdir -p build && rm -f build/flags-* && touch $@
+build/san-$(SAN):
+	@mkdir -p build && rm -f build/san-* && touch $@
 
-build/train_litespark: train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+build/train_litespark: train_litespark.c $(FLAGS)
 	$(CC) $(ALL) $(WITH_MPI) $< -o $@ $(LINK_MPI) -lm
 
 # GPU_ARCH: bare numbers, each with machine code and PTX; default: this machine's GPUs, else a fat binary. ptxcpu needs CUDART=shared.
@@ -94,7 +98,7 @@ ptxas: $(if $(NVCC),$(PTXAS_OUT))
 
 # The CUDA source as plain C++ over dev/emu: no CUDA toolkit, no GPU.
 CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
-build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) Makefile
+build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) Makefile build/san-$(SAN)
 	@mkdir -p build
 	$(CXX) -x c++ -std=c++17 -O2 -g $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
 
@@ -129,7 +133,7 @@ build/dev/twin.o: dev/twin.c train_litespark.c
 build/dev/%/trainer.cuh: dev/%.cu dev/bench.cuh dev/kernels.py train_litespark.cu
 	@mkdir -p $(@D)
 	@python3 dev/kernels.py extract $< >$@.part && mv $@.part $@
-build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h)
+build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h) build/san-$(SAN)
 	@echo '$(CXX) ... $< -o $@'
 	@$(CXX) -x c++ -std=c++17 -O1 -g $(OPENMP) -Wall -Wno-unused-function -Wno-unknown-pragmas $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) \
 	    -Idev/emu -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
@@ -159,7 +163,7 @@ run: train
 TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered
 build/test_litespark:        FORM := float
 build/test_litespark_double: FORM := double
-build/test_litespark build/test_litespark_double: test_litespark.c train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+build/test_litespark build/test_litespark_double: test_litespark.c train_litespark.c $(FLAGS)
 	$(CC) $(TEST_ALL) -DfloatX=$(FORM) $< -o $@ -lm
 
 # T='word word': only tests with such names. With SAN=1 the planted errors, a property of the tests, are left to the plain run.
@@ -170,9 +174,9 @@ test: build/test_litespark build/test_litespark_double build/train_litespark
 
 # The CUDA trainer against the twin: over dev/emu (g++ alone; minutes), the nvcc binary under ptxcpu, every shape and
 # several schedules (test-long: five minutes).
-build/test_cuda: dev/test_cuda.c train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+build/test_cuda: dev/test_cuda.c train_litespark.c $(FLAGS)
 	$(CC) $(TEST_ALL) $< -o $@ -lm
-build/train_litespark_double: train_litespark.c build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
+build/train_litespark_double: train_litespark.c $(FLAGS)
 	$(CC) $(TEST_ALL) -DfloatX=double $< -o $@ -lm
 build/train_litespark_ptx: train_litespark.cu
 	@mkdir -p build

@@ -379,23 +379,13 @@ __global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, co
     store_row(dqkv + at_k + K * D, dv, D);
 }
 
-enum { NO_DOCS, SOME_DOCS, OWN_DOCS, TILE_DOCS };       // documents: none, random, one per token, at tile borders
-
 template <typename X> static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
     const int N = B * T, W = (H + 2 * K) * D;
     std::vector<int> first(N);
-    double pairs = 0;
-    for (int n = 0, start = 0; n < N; n++) {
-        const int t = n % T;
-        const bool random = n * 2654435761u % 64 == 0, border = t % 64 == 0;
-        if (t == 0 || docs == OWN_DOCS || (docs == SOME_DOCS && random) || (docs == TILE_DOCS && border)) start = t;
-        first[n] = start;
-        pairs += t - start + 1;
-    }
-    const char *kinds[] = {"", " documents", " documents of one token", " documents of a tile"};
+    const double pairs = document_starts(first.data(), docs, N, T);
     if (!bench_shape<X>(when, "attention_backward", sizeof(X) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H,
                         10.0 * pairs * H * D,
-                        "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, kinds[docs], amplitude > 1 ? " peaked" : "")) return;
+                        "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, document_kinds[docs], amplitude > 1 ? " peaked" : "")) return;
     Tensor<X> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D),
         out("out", (size_t)N * H * D);
     Tensor<float> lse("lse", (size_t)N * H), delta("delta", (size_t)N * H);

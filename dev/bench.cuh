@@ -233,6 +233,23 @@ static int bench_shape(int when, const char *op, double bytes, double flops, con
     return 1;
 }
 
+// ---- documents of the attention benches: none, random, one per token, at tile borders --------------------------------------
+enum { NO_DOCS, SOME_DOCS, OWN_DOCS, TILE_DOCS };
+static const char *const document_kinds[] = {"", " documents", " documents of one token", " documents of a tile"};
+
+// first (N): where the document of each row begins. Returns the number of visible pairs.
+static double document_starts(int *first, int kind, int N, int T) {
+    double pairs = 0;
+    for (int n = 0, start = 0; n < N; n++) {
+        const int t = n % T;
+        const bool random = n * 2654435761u % 64 == 0, border = t % 64 == 0;
+        if (t == 0 || kind == OWN_DOCS || (kind == SOME_DOCS && random) || (kind == TILE_DOCS && border)) start = t;
+        first[n] = start;
+        pairs += t - start + 1;
+    }
+    return pairs;
+}
+
 // ---- checking --------------------------------------------------------------------------------------------------------------
 static void reset_outputs(void) { for (AnyTensor *t : bench_tensors) if (t->is_output()) t->reset(); }
 
