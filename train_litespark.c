@@ -73,7 +73,7 @@ static void omp_set_num_threads(int n) { (void)n; }
 
 // SHARED BEGIN
 // ==== 2. Errors, memory, numbers ========================================================================================
-int comm_rank(void);        // section 11; 0 and 1 without MPI
+int comm_rank(void);        // section Comm; 0 and 1 without MPI
 int comm_world(void);
 void comm_abort(void);      // ends all ranks with exit status 1
 void comm_barrier(void);
@@ -2473,7 +2473,7 @@ void comm_sum(double *x, int n) {
 double comm_max(double x) {
     MPI_Request r;
     MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a maximum");
+    comm_wait(&r, 1, "a maximum or barrier");
     return x;
 }
 
@@ -2537,7 +2537,7 @@ static inline floatX round_bf16(floatX x) {
 static inline floatX round_bf16_randomly(floatX x, uint32_t random) {
     union { float f; uint32_t u; } bits;
     bits.f = (float)x;
-    bits.u = (bits.u + (random & 0xffff)) & 0xffff0000u;
+    bits.u = (bits.u + (random & 0xffff)) & 0xffff0000u;        // of a finite x: a NaN may become 0
     return bits.f;
 }
 

@@ -65,7 +65,7 @@ typedef __nv_bfloat16 bf16;
 
 // SHARED BEGIN
 // ==== 2. Errors, memory, numbers ========================================================================================
-int comm_rank(void);        // section 11; 0 and 1 without MPI
+int comm_rank(void);        // section Comm; 0 and 1 without MPI
 int comm_world(void);
 void comm_abort(void);      // ends all ranks with exit status 1
 void comm_barrier(void);
@@ -2523,7 +2523,7 @@ template <typename T> __device__ T block_sum(T x) {
 // ==== 12. Comm: ranks, one process and one GPU each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI,
 // always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a
-// dead or stuck peer ends the job with a message.
+// dead or stuck peer ends the job with a message. (NCCL's own start has no limit; a broadcast just before it has.)
 static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
@@ -2565,6 +2565,7 @@ void comm_init(int *argc, char ***argv) {
     MPI_Comm_free(&local);
     if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
         die("cannot write to /dev/null: %s", strerror(errno));
+    setenv("NCCL_DEBUG_FILE", "/dev/stderr", 0);                    // where errors of all ranks go
 }
 
 void comm_finish(void) { MPI_Finalize(); }
@@ -2596,7 +2597,7 @@ void comm_sum(double *x, int n) {
 double comm_max(double x) {
     MPI_Request r;
     MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, "a maximum");
+    comm_wait(&r, "a maximum or barrier");
     return x;
 }
 
@@ -2715,7 +2716,8 @@ void comm_reduce_start(const Gpu *gpu, float *x, size_t n) {
 void gpu_wait(const Gpu *gpu) {
     double start = now_seconds();
     for (cudaError_t e; (e = cudaStreamQuery(gpu->stream)) != cudaSuccess;) {
-        if (e != cudaErrorNotReady) cudaCheck(e);
+        if (e != cudaErrorNotReady)
+            die("the GPU stopped: %s; with CUDA_LAUNCH_BLOCKING=1 the kernel is named", cudaGetErrorString(e));
 #ifdef USE_MPI
         ncclResult_t state = ncclSuccess;
         if (gpu->nccl) ncclCheck(ncclCommGetAsyncError((ncclComm_t)gpu->nccl, &state));
@@ -3076,7 +3078,7 @@ void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int
 //         partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2 x 2.2 MB
 // idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its share of dw over all its
 //         rows in shared memory (its own place: no barrier); the rows of a block are added there, the blocks by column_sums
-// limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384 (fp32 on devices with 99 KiB of shared memory per block: 12640)
+// limits  C % 4 == 0, C <= 16384 (fp32 on devices with 99 KiB of shared memory per block: 12640)
 enum { ROW_QUADS = 4 };
 
 template <typename X>
@@ -3449,8 +3451,8 @@ void matmul(const Gpu *gpu, Out *out, const In *a, int trans_a, const In *b, int
 
 // out (N,OC) = x (N,C) w (OC,C)^T + add (N,OC) + bias (OC); add: the residual stream, or NULL; bias may be NULL
 template <typename floatX>
-void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *w, const floatX *add, const floatX *bias,
-                    int N, int C, int OC) {
+void matmul_forward(const Gpu *gpu, floatX *out, const floatX *x, const floatX *w, int N, int C, int OC,
+                    const floatX *add = NULL, const floatX *bias = NULL) {
     matmul(gpu, out, x, 0, w, 1, N, OC, C, add, bias);
 }
 
@@ -3498,14 +3500,14 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *src, size_t st
     }
 }
 
-// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b (of b^T if TRANSPOSED) in shared memory, rows STRIDE
-// apart.
-template <int STRIDE, bool TRANSPOSED, int MT, int NT>
+// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b in shared memory, rows STRIDE apart; BY_COLUMNS: of b^T,
+// whose rows are what mma wants of b, so that only the other case is transposed on the way.
+template <int STRIDE, bool BY_COLUMNS, int MT, int NT>
 __device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const bf16 *B) {
     uint32_t b[4];
     #pragma unroll
     for (int n = 0; n < NT; n += 2) {
-        if (TRANSPOSED) ldmatrix_x4(b, B + n * 8 * STRIDE);
+        if (BY_COLUMNS) ldmatrix_x4(b, B + n * 8 * STRIDE);
         else ldmatrix_x4_trans(b, B + n * 8);
         for (int m = 0; m < MT; m++) {
             mma_bf16(s[m][n], a[m], b);
@@ -3600,10 +3602,10 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s
     auto row = [=](int i) { return i * 8 + lane / 4; };                     // of the lane's 2*MT rows and 2*NT columns
     auto col = [=](int i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; };
     #pragma unroll
-    for (int i = 0; i < 2 * (ON_SIDE ? NT : MT); i++) {
-        const int t = t0 + (ON_SIDE ? col(i) : row(i)), first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
-        for (int j = 0; j < 2 * (ON_SIDE ? MT : NT); j++) {
-            const int key = s0 + (ON_SIDE ? row(j) : col(j)), r = ON_SIDE ? j : i, c = ON_SIDE ? i : j;
+    for (int q = 0; q < 2 * (ON_SIDE ? NT : MT); q++) {                     // its queries: each looks up its document once
+        const int t = t0 + (ON_SIDE ? col(q) : row(q)), first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
+        for (int k = 0; k < 2 * (ON_SIDE ? MT : NT); k++) {                 // its keys
+            const int key = s0 + (ON_SIDE ? row(k) : col(k)), r = ON_SIDE ? k : q, c = ON_SIDE ? q : k;
             if (key > t || key < first) s[r / 2][c / 2][r % 2 * 2 + c % 2] = -INFINITY;
         }
     }
@@ -4249,7 +4251,7 @@ void mlp_forward(const Gpu *gpu, floatX *h, floatX *gate_up, const floatX *x, co
                h, gate_up, x, w, N, C, F);
         return;
     }
-    matmul_forward(gpu, gate_up, x, w, (const floatX *)NULL, (const floatX *)NULL, N, C, 2 * F);
+    matmul_forward(gpu, gate_up, x, w, N, C, 2 * F);
     if (h) swiglu_forward(h, gate_up, N, F, gpu->stream);
 }
 
@@ -4376,7 +4378,7 @@ static void sum_of_squares(double *out, const float *x, size_t n, float *scratch
 // bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms (6.6 ms)
 typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; uint32_t key; size_t first; } AdamW;
 
-// x rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
+// x, finite, rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
 __device__ __forceinline__ float round_bf16_randomly(float x, uint32_t random) {
     return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000u);
 }
@@ -4473,9 +4475,9 @@ template <typename floatX> struct LayerActs {
 // A batch on the device, and its rows sorted by token.
 typedef struct Feed {
     int B, T, n_distinct;
-    const int *inputs, *targets;        // (N)
-    const int *doc_start;               // (N), NULL: one document
-    const int *order, *tokens, *starts; // (N), (N), (N+1)      of sort_rows
+    int *inputs, *targets;              // (N)
+    int *doc_start;                     // (N), NULL: one document
+    int *order, *tokens, *starts;       // (N), (N), (N+1)      of sort_rows
 } Feed;
 
 typedef struct Arena { char *base; size_t used; } Arena;
@@ -4494,7 +4496,7 @@ struct Model {                          // what does not depend on the precision
     float *cosine, *sine;               // (T,D/2)
     double *sums;                       // (n_tensors + 1) on the device: loss of the update, squares of gradients
     int64_t n_targets;                  // that sums[0] is of
-    int *feed_host, *feed_device;       // (6N+1)       what feed_batch copies, the same on both
+    int *feed_host, *feed_device;       // (6N+1)       of a Feed's arrays: one after the other, the same on both
     cudaEvent_t fed;                    // the last copy has left the host
     Gpu gpu;
     Arena arena[N_ARENAS];
@@ -4555,7 +4557,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     take(o, (char **)&m->v, state_bytes);
     Arena *x = &m->arena[ARENA_ACTIVATIONS];
     if (!m->acts) m->acts = (LayerActs<floatX> *)xcalloc((size_t)c->L, sizeof *m->acts);
-    LayerActs<floatX> shared = {};
+    LayerActs<floatX> shared = {};          // what every layer writes again: laid out once, the rest per layer
     layout_layer(m, &shared, x, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
     for (int l = 0; l < c->L; l++) {
         m->acts[l] = shared;
@@ -4691,19 +4693,24 @@ void model_init(Model *m, uint64_t seed) {
 }
 
 // ---- data to the device ----------------------------------------------------------------------------------------------------
+static Feed feed_at(int *x, size_t N) { return {0, 0, 0, x, x + N, x + 2 * N, x + 3 * N, x + 4 * N, x + 5 * N}; }
+
 // Copies a batch to the device and sorts its rows by token (for the embedding). The next call waits for this copy alone, so
 // the device computes with one batch while the host reads the next.
 static Feed feed_batch(Model *m, const Batch *batch) {
-    size_t N = m->N, bytes = (size_t)batch->B * batch->T * sizeof(int);
-    int *host = m->feed_host, *x = m->feed_device, n_distinct;
+    const size_t N = m->N, rows = (size_t)batch->B * batch->T, bytes = rows * sizeof(int);
+    const Feed host = feed_at(m->feed_host, N);
+    Feed f = feed_at(m->feed_device, N);
+    f.B = batch->B, f.T = batch->T;
+    if (!batch->doc_start) f.doc_start = NULL;
     cudaCheck(cudaEventSynchronize(m->fed));
-    memcpy(host, batch->inputs, bytes);
-    if (batch->targets) memcpy(host + N, batch->targets, bytes);
-    if (batch->doc_start) memcpy(host + 2 * N, batch->doc_start, bytes);
-    sort_rows(host + 3 * N, host + 5 * N, host + 4 * N, &n_distinct, batch->inputs, batch->B * batch->T, m->c.V);
-    cudaCheck(cudaMemcpyAsync(x, host, (6 * N + 1) * sizeof(int), cudaMemcpyHostToDevice, m->gpu.stream));
+    memcpy(host.inputs, batch->inputs, bytes);
+    if (batch->targets) memcpy(host.targets, batch->targets, bytes);
+    if (batch->doc_start) memcpy(host.doc_start, batch->doc_start, bytes);
+    sort_rows(host.order, host.starts, host.tokens, &f.n_distinct, batch->inputs, (int)rows, m->c.V);
+    cudaCheck(cudaMemcpyAsync(m->feed_device, m->feed_host, (6 * N + 1) * sizeof(int), cudaMemcpyHostToDevice, m->gpu.stream));
     cudaCheck(cudaEventRecord(m->fed, m->gpu.stream));
-    return {batch->B, batch->T, n_distinct, x, x + N, batch->doc_start ? x + 2 * N : NULL, x + 3 * N, x + 4 * N, x + 5 * N};
+    return f;
 }
 
 // ---- forward and backward ----------------------------------------------------------------------------------------------------
@@ -4713,13 +4720,12 @@ static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     int N = f->B * f->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
-    const floatX *none = NULL;
     rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, (float)c->eps, N, c->C, gpu->stream);
-    matmul_forward(gpu, y->qkv, m->norm, w->qkv, none, w->qkv_bias, N, c->C, W);
+    matmul_forward(gpu, y->qkv, m->norm, w->qkv, N, c->C, W, (const floatX *)NULL, w->qkv_bias);
     qkv_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, (float)c->eps,
                           c->H, c->K, c->D, N, f->T, gpu->stream);
     attention_forward(y->att, y->lse, y->qkv, f->doc_start, f->B, f->T, c->H, c->K, c->D, gpu->stream);
-    matmul_forward(gpu, y->x_mid, y->att, w->o, y->x, none, N, HD, c->C);
+    matmul_forward(gpu, y->x_mid, y->att, w->o, N, HD, c->C, y->x);
 }
 
 // Runs all layers on f's inputs (B,T); leaves the final norm's output (N,C) in m->norm.
@@ -4727,7 +4733,6 @@ static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX
 template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f) {
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
-    const floatX *none = NULL;
     int N = f->B * f->T;
     embedding_forward(m->acts[0].x, f->inputs, f->order, embed_param(m->weights, &m->p), N, c->C, gpu->stream);
     for (int l = 0; l < c->L; l++) {
@@ -4737,7 +4742,7 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *f)
         attention_block_forward(m, &w, y, f);
         rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, (float)c->eps, N, c->C, gpu->stream);
         mlp_forward(gpu, m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
-        matmul_forward(gpu, x_next, m->h, w.down, y->x_mid, none, N, c->F, c->C);
+        matmul_forward(gpu, x_next, m->h, w.down, N, c->F, c->C, y->x_mid);
     }
     rmsnorm_forward(m->norm, m->rstd_last, m->x_last, final_norm_param(m->weights, &m->p), (float)c->eps, N, c->C, gpu->stream);
 }
@@ -4749,11 +4754,11 @@ template <typename floatX> static void head_and_loss(ModelOf<floatX> *m, const F
     const Config *c = &m->c;
     const Gpu *gpu = &m->gpu;
     const int N = f->B * f->T;
-    const floatX *head = head_param(m->weights, &m->p), *none = NULL;
+    const floatX *head = head_param(m->weights, &m->p);
     for (int n = 0; n < N; n += m->chunk) {
         const floatX *norm = m->norm + (size_t)n * c->C;
         int rows = N - n < m->chunk ? N - n : m->chunk;
-        matmul_forward(gpu, m->logits, norm, head, none, none, m->chunk, c->C, c->Vp);
+        matmul_forward(gpu, m->logits, norm, head, m->chunk, c->C, c->Vp);
         if (rows < m->chunk) {
             floatX *rest = m->logits + (size_t)rows * c->Vp;
             cudaCheck(cudaMemsetAsync(rest, 0, (size_t)(m->chunk - rows) * c->Vp * sizeof(floatX), gpu->stream));
@@ -4861,10 +4866,9 @@ void next_logits(Model *model, const int *ids, int n, float *logits) {
     const Feed f = feed_batch(model, &b);
     free(b.inputs);
     with_precision(model, [&](auto *m) {
-        auto *head = head_param(m->weights, &m->p), *none = (decltype(head))NULL;
         auto *norm = m->norm + (size_t)(n - 1 - row) * m->c.C;
         llama_forward(m, &f);
-        matmul_forward(&m->gpu, m->logits, norm, head, none, none, m->chunk, m->c.C, m->c.Vp);
+        matmul_forward(&m->gpu, m->logits, norm, head_param(m->weights, &m->p), m->chunk, m->c.C, m->c.Vp);
         copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, logits);
     });
 }
