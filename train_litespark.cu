@@ -4658,8 +4658,9 @@ template <typename T> static void copy_from_host(T *x, size_t n, const float *ho
 // One kind of state: a flat buffer of floats or of bf16.
 typedef struct State { void *x; int bf16; } State;
 static State state_of(const Model *m, int what) {
-    const State by_kind[] = {{((const ModelOf<float> *)m)->weights, m->bf16}, {m->master, 0}, {m->m, m->bf16_state},
-                             {m->v, m->bf16_state}, {m->grads, 0}};
+    State weights = {NULL, m->bf16};
+    with_precision((Model *)m, [&](auto *m) { weights.x = m->weights; });
+    const State by_kind[] = {weights, {m->master, 0}, {m->m, m->bf16_state}, {m->v, m->bf16_state}, {m->grads, 0}};     // STATE_*
     return by_kind[what];
 }
 
@@ -5393,7 +5394,8 @@ static void setup(Trainer *tr) {
         tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
         tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
     }
-    if (opt.seq_len > 16 * 65535) die("--seq-len %" PRId64 ": the CUDA trainer takes at most %d", opt.seq_len, 16 * 65535);
+    if (opt.seq_len > F32_WARPS * 65535)
+        die("--seq-len %" PRId64 ": the CUDA trainer takes at most %d", opt.seq_len, F32_WARPS * 65535);
     if (tr->c.C % pack || tr->c.F % pack || tr->c.C > 16384)
         die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most "
             "16384", tr->c.C, tr->c.F, pack, pack == 8 ? "bf16" : "fp32");
