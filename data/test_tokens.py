@@ -539,7 +539,7 @@ def test_shared_corpora(d):
 
 
 def main():
-    wanted, start = sys.argv[1:], time.time()
+    wanted, start, skipped = sys.argv[1:], time.time(), 0
     for name, test in list(globals().items()):
         if name.startswith("test_") and (not wanted or any(w in name for w in wanted)):
             began, folder = time.time(), tempfile.mkdtemp(prefix="tokens_")
@@ -548,13 +548,14 @@ def main():
                 test(folder)
             except Skip as e:
                 print(f"skipped: {name}: {e}")
+                skipped += 1
             except Exception as e:
                 check(name, False, f"{type(e).__name__}: {e} (line {e.__traceback__.tb_next and e.__traceback__.tb_next.tb_lineno})")
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             print(f"{name} {time.time() - began:.1f} s", flush=True)
     print(f"{time.time() - start:.0f} s")
-    print(f"{passed} passed, {failed} failed")
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return 1 if failed or not passed else 0
 
 
