@@ -6,8 +6,9 @@ Fuzzing of everything that litespark parses, with libFuzzer (clang). One program
     FUZZ_TARGET=shard build/fuzz build/corpus/shard             fuzzes from there;  ... build/fuzz CRASH_FILE repeats one
 
 An input is either refused by die() (which comes back here) or used, and what is then promised is checked. Sanitizers watch for
-the rest. Memory that a die() leaves behind is freed here; what a success leaves behind is a leak and aborts. So does an
-allocation that is much larger than the input: no field of a file may decide how much memory is taken.
+the rest. Memory that a die() leaves behind is freed here; what a success leaves behind is a leak and aborts (but for loaders,
+which the trainer keeps). So does an allocation that is much larger than the input: no field of a file may decide how much
+memory is taken.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -329,7 +330,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     }
     tracking = 0;
     while (n_tracked) free(tracked[--n_tracked]);
-    for (int fd = 3; fd < 24; fd++) {                           // what a die() left open
+    for (int fd = 3; fd < 24; fd++) {                           // what a die() or a loader left open
         char link[40], path[256] = "";
         snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
         if (readlink(link, path, sizeof path - 1) > 0 && !strncmp(path, dir, strlen(dir))) close(fd);

@@ -19,7 +19,7 @@ reported.
 #include <ftw.h>
 #include <sys/wait.h>
 
-// printf into a fresh string
+// printf into a fresh string of any length
 __attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ...) {
     char *s = NULL;
     va_list args;
