@@ -94,7 +94,7 @@ def draw_loss(ax, logs, args):
         x, y = series(log, "step", "loss")
         if y:
             n = args.smooth or max(1, len(y) // 100)
-            ax.plot(*thinned(x, y, args.points), color=color, lw=0.6, alpha=0.35)
+            ax.plot(*thinned(x, y, args.points), color=color, lw=0.6, alpha=0.45)
             ax.plot(*thinned(x, smoothed(y, n), args.points), color=color, lw=1.3,
                     label=prefix + "training loss" + (f", mean of {n} steps" if n > 1 else ""))
         vx, vy = series(log, "val", "val_loss")
@@ -144,7 +144,8 @@ def main():
         panels += [(key, title) for key, title in (("tokens_per_sec", "tokens per second"), ("grad_norm", "gradient norm"),
                                                    ("joules_per_token", "joules per token"))
                    if any(series(log, "step", key)[1] for _, log in logs)]
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "litespark", "font.size": 10})   # text as text, same log, same bytes
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "litespark", "font.size": 10,   # same log, same bytes
+                         "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]})
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(8.5 * columns if columns == 1 else 14, 4.6 * rows), squeeze=False, layout="constrained")
