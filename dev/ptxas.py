@@ -2,7 +2,7 @@
 """Registers, shared memory and spills of every kernel: reads what `nvcc -Xptxas -v` printed.
 
     make ptxas                                              builds for sm_80 and sm_90 and prints the table
-    dev/ptxas.py [--markdown] sm_80=FILE sm_90=FILE...      prints it from saved output
+    dev/ptxas.py [--markdown] sm_80=FILE sm_90=FILE...      prints it from saved output; --markdown: as dev/results/ptxas.md
 
 Exit status 1 when a kernel spills registers or a file names no kernel. Shared memory is the static part; what a launch adds
 (dynamic) is not known to the compiler.
@@ -10,6 +10,15 @@ Exit status 1 when a kernel spills registers or a file names no kernel. Shared m
 import re
 import subprocess
 import sys
+
+HEAD = """# CUDA kernels: what the compiler reports
+
+%s, -O3: registers per thread, bytes of static shared memory and bytes of spilled registers (stores/loads) of every
+kernel. Shared memory that a launch adds (dynamic) is in section 5 of [SPEED.md](../SPEED.md). `make ptxas` prints the
+table of the present source and ends with status 1 if a kernel spills; it does not write this file, which is renewed by
+
+    make ptxas && python3 dev/ptxas.py --markdown sm_80=build/ptxas_sm_80.txt sm_90=build/ptxas_sm_90.txt > dev/results/ptxas.md
+"""
 
 
 def parse(text):
@@ -48,6 +57,15 @@ def shorten(name):
     return name.removeprefix("void ").replace("__nv_bfloat16", "bf16")
 
 
+def nvcc_version():
+    try:
+        out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        out = ""
+    m = re.search(r"release ([0-9.]+)", out)
+    return "nvcc " + (m.group(1) if m else "(version unknown)")
+
+
 def main(args):
     markdown = "--markdown" in args
     files = [a.split("=", 1) for a in args if "=" in a]
@@ -72,6 +90,7 @@ def main(args):
             row += [str(regs), str(smem), f"{store}/{load}"]
         rows.append(row)
     if markdown:
+        print(HEAD % nvcc_version())
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for r in rows:
             print("| " + " | ".join(["`" + r[0] + "`"] + r[1:]) + " |")
