@@ -160,7 +160,7 @@ run: train
 	$(if $(and $(filter 1,$(MPI)),$(MPIRUN)),$(MPIENV) mpirun -np 1 )./train_litespark --resume auto --out $(OUT) $(ARGS)
 
 # ---- tests: in-process in floats and in doubles, and the program as a user runs it
-TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered
+TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered -DPOISON
 build/test_litespark:        FORM := float
 build/test_litespark_double: FORM := double
 build/test_litespark build/test_litespark_double: test_litespark.c train_litespark.c $(FLAGS)
@@ -229,12 +229,8 @@ gpu-report: $(if $(and $(NVCC),$(GPU_CC)),build/train_litespark_cuda $(PROVE))
 
 check:
 	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
-sync:   # the .c owns the shared region, the .cu its kernels (copies in dev/)
-	@mkdir -p build
-	@[ ! -f train_litespark.cu ] || { awk 'NR == FNR { if (/^\/\/ SHARED BEGIN/) on = 1; if (on) text = text $$0 "\n"; if (/^\/\/ SHARED END/) on = 0; next } \
-	  /^\/\/ SHARED BEGIN/ { printf "%s", text; skip = 1 } !skip { print } /^\/\/ SHARED END/ { skip = 0 }' train_litespark.c train_litespark.cu >build/sync.cu && \
-	  cp build/sync.cu train_litespark.cu && rm build/sync.cu; }
-	@python3 dev/kernels.py sync
+sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
+	@python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
 .PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz gpu-report check sync clean

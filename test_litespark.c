@@ -206,27 +206,47 @@ static Config make_config(const char *family, int tied, int V, int L, int C, int
     return c;
 }
 
+static floatX *tensor_weights(const Model *m, const Tensor *t) { return unit_weights(m, t->unit) + t->at; }
+static floatX *tensor_grads(const Model *m, const Tensor *t) { return unit_grads(m, t->unit) + t->at; }
+
 // A model with weights in which nothing is trivial: norms are not 1, biases not 0.
-static void make_model(Model *m, const Config *c, int B, int T, int chunk, int recompute, int bf16) {
-    memset(m, 0, sizeof *m);
-    m->world = 1;
-    m->recompute = recompute;
-    m->bf16 = bf16;
-    model_plan(m, c, B, T, chunk);
+static Model *make_model(const Config *c, int B, int T, int chunk, int recompute, int bf16) {
+    const Plan plan = {1, 0, 0, B, T, chunk, bf16, bf16, recompute, /*training=*/1};
+    Model *m = model_plan(c, &plan);
     model_alloc(m);
+    model_zero_grads(m);
     for (int i = 0; i < m->p.n_tensors; i++) {
         const Tensor *t = &m->p.tensors[i];
         for (size_t j = 0; j < t->n; j++) {
             double x = random_normal(11, hash_string(t->name), j);
-            m->weights[t->at + j] = (floatX)(float)(t->cols ? 0.2 * x : t->init == INIT_ONE ? 1 + 0.3 * x : 0.3 * x);
+            tensor_weights(m, t)[j] = (floatX)(float)(t->cols ? 0.2 * x : t->init == INIT_ONE ? 1 + 0.3 * x : 0.3 * x);
         }
     }
     model_set_master(m);
+    return m;
+}
+
+// Gradients of weight * (sum of the batch's losses), +=; returns that sum.
+static double forward_backward(Model *m, const Batch *batch, double weight) {
+    const int N = batch->B * batch->T;
+    double *w = (double *)xmalloc((size_t)N * sizeof(double));
+    for (int i = 0; i < N; i++) w[i] = batch->targets[i] == IGNORED ? 0 : weight;
+    llama_forward(m, batch);
+    llama_head(m, batch, w);
+    llama_backward(m, batch, NULL);
+    free(w);
+    return model_loss(m) / weight;
+}
+
+static double forward_loss(Model *m, const Batch *batch) {
+    llama_forward(m, batch);
+    llama_head(m, batch, NULL);
+    return model_loss(m);
 }
 
 // Random inputs and targets; every `ignore`-th target is masked (0: none). documents: new ones start here and there.
 static void make_batch(Batch *batch, int B, int T, int V, int ignore, int documents) {
-    batch_alloc(batch, B, T, documents);
+    batch_alloc(batch, B, T, documents, 1);
     batch->n_rows = B;
     for (int i = 0; i < B * T; i++) {
         batch->inputs[i] = random_int(V);
@@ -950,7 +970,7 @@ static void loader_order(const char *pattern, int T, int world, int B, LoaderSta
         Batch batch;
         loader_open(&dl, pattern, B, T, r, world, start.seed, 1, 60000, 0);
         dl.state = start;
-        batch_alloc(&batch, B, T, 0);
+        batch_alloc(&batch, B, T, 0, 1);
         for (int s = 0; s < steps; s++) {
             loader_next(&dl, &batch);
             for (int b = 0; b < B; b++) {
@@ -1053,7 +1073,7 @@ static void test_loader_evaluation_shows_each_window_once_in_order(void) {
             DataLoader dl;
             Batch batch;
             loader_open(&dl, file_at("v_*.bin"), B, 5, r, world, 1, 0, 60000, 0);
-            batch_alloc(&batch, B, 5, 0);
+            batch_alloc(&batch, B, 5, 0, 1);
             CHECK(dl.n_windows == 9 && dl.n_tokens == 48 && dl.n_dropped == 1
                 && loader_eval_batches(&dl) == CEIL_DIV(9, world * B), "counts");
             for (int64_t s = 0; s < loader_eval_batches(&dl); s++) {
@@ -1088,13 +1108,14 @@ static void test_loader_reads_ds_rows_documents_and_true_losses(void) {
         "{\"vocab_size\": 60000, \"sequence_length\": 8, \"token_size_bytes\": 2, \"eos_token_id\": 11}");
     for (int T = 1; T <= 8; T += 3) {
         loader_open(&dl, file_at("d/*.ds"), 2, T, 0, 1, 1, 0, 60000, 1);
-        batch_alloc(&batch, 2, T, 1);
+        batch_alloc(&batch, 2, T, 1, 1);
         CHECK(dl.n_windows == 4 && dl.n_dropped == 4 * (8 - T), "4 rows, a window each");
         for (int s = 0; s < 2; s++) {
             loader_next(&dl, &batch);
             for (int b = 0; b < 2; b++) for (int t = 0; t < T; t++) {
                 int row = 2 * s + b;
-                CHECK(batch.inputs[b*T+t] == row*9 + t && batch.targets[b*T+t] == row*9 + t + 1, "row %d", row);
+                const int next = row*9 + t == 11 ? IGNORED : row*9 + t + 1;         // 11 ends a document, 12 begins one
+                CHECK(batch.inputs[b*T+t] == row*9 + t && batch.targets[b*T+t] == next, "row %d", row);
                 CHECK(dl.has_floor && batch.floor[b*T+t] == (float)(row*8 + t), "true loss of row %d", row);
                 CHECK(batch.doc_start[b*T+t] == (row == 1 && t >= 3 ? 3 : 0), "document of row %d, t %d", row, t);
             }
@@ -1109,7 +1130,7 @@ static void test_loader_reads_ds_rows_documents_and_true_losses(void) {
     for (int i = 0; i < 21; i++) t[i] = i == 0 || i == 3 || i == 4 || i == 9 || i == 19 ? 9 : 5;
     write_bin(file_at("d.bin"), t, 21, 2, 60000, 1, 9);
     loader_open(&dl, file_at("d.bin"), 2, 10, 0, 1, 1, 0, 60000, 1);
-    batch_alloc(&batch, 2, 10, 1);
+    batch_alloc(&batch, 2, 10, 1, 1);
     loader_next(&dl, &batch);
     const int want[20] = {0, 1, 1, 1, 4, 5, 5, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     CHECK(!memcmp(want, batch.doc_start, sizeof want), "documents of a .bin");
@@ -1163,7 +1184,7 @@ static void test_loader_refuses_bad_shards(void) {
     write_bin(path, tokens, 50, 2, V, 1, -1);
     CHECK_DIES(OPEN(V), "x2.bin", "not a file");
     rmdir(file_at("x2.bin"));
-    batch_alloc(&batch, 2, 4, 0);                           // shrinks or changes while training
+    batch_alloc(&batch, 2, 4, 0, 1);                           // shrinks or changes while training
     OPEN(V);
     damage_file(path, 1024, NULL, 0);
     CHECK_DIES(loader_next(&dl, &batch), "x.bin", "became shorter");
@@ -1205,7 +1226,7 @@ static void test_loader_handles_more_shards_than_descriptors(void) {
     DataLoader dl;
     Batch batch;
     loader_open(&dl, file_at("m_*.bin"), 10, 2, 0, 1, 4, 1, 60000, 0);
-    batch_alloc(&batch, 10, 2, 0);
+    batch_alloc(&batch, 10, 2, 0, 1);
     for (int s = 0; s < 2 * N / 10; s++) {
         loader_next(&dl, &batch);
         for (int b = 0; b < 10; b++) seen[batch.inputs[2 * b] / 3]++;
@@ -1267,7 +1288,7 @@ static void test_energy_counters_add_up_and_wrap(void) {
         *const kinds[] = {"package-0\n", "core\n", "dram\n", "package-1\n"};
     Energy e;
     energy_open(&e, file_at("nothing"));
-    CHECK(e.n == 0 && isnan(energy_read(&e)), "no counters must give NaN, not %g", energy_read(&e));
+    CHECK(e.n == 0 && isnan(energy_sum(&e)), "no counters must give NaN, not %g", energy_sum(&e));
     for (int i = 0; i < 4; i++) {
         mkdir(file_at("%s", names[i]), 0777);
         write_text(file_at("%s/name", names[i]), kinds[i]);
@@ -1276,12 +1297,12 @@ static void test_energy_counters_add_up_and_wrap(void) {
     }
     energy_open(&e, test_dir);
     CHECK(e.n == 3, "%d counters: two packages and one memory expected, cores are part of the package", e.n);
-    CHECK(energy_read(&e) == 0, "joules before any were spent: %g", e.joules);
+    CHECK(energy_sum(&e) == 0, "joules before any were spent: %g", e.joules);
     write_text(file_at("intel-rapl:0/energy_uj"), "9500000\n");
     write_text(file_at("intel-rapl:0:1/energy_uj"), "9250000\n");
-    CHECK_ERROR("0.75 J", fabs(energy_read(&e) - 0.75), 1e-12);
+    CHECK_ERROR("0.75 J", fabs(energy_sum(&e) - 0.75), 1e-12);
     write_text(file_at("intel-rapl:1/energy_uj"), "1000000\n");  // wrapped: 1 J to the end, 1 J after it
-    CHECK_ERROR("2.75 J", fabs(energy_read(&e) - 2.75), 1e-12);
+    CHECK_ERROR("2.75 J", fabs(energy_sum(&e) - 2.75), 1e-12);
     Text t = {NULL, 0, 0};
     text_add_field(&t, "watts", NAN);
     CHECK(!strcmp(t.s, ", \"watts\": null"), "NaN is written as %s", t.s);
@@ -1398,34 +1419,30 @@ static floatX *zeros(size_t n) { return (floatX *)xcalloc(n, sizeof(floatX)); }
 
 static double rmsnorm_loss(void) {
     size_t n = (size_t)op.N * op.C;
-    residual_rmsnorm_forward(op.out2, op.out, op.aux, op.x, op.y, op.w, 1e-5, op.N, op.C, 0);
-    return dot(op.out, op.r, n) + (op.y ? dot(op.out2, op.r2, n) : 0);
+    rmsnorm_forward(op.out, op.aux, op.x, op.w, 1e-5, op.N, op.C);
+    return dot(op.out, op.r, n);
 }
 
 static void test_rmsnorm_backward_matches_differences(void) {
     const int shapes[][2] = {{3, 24}, {1, 1}, {5, 33}, {2, 70}};
-    for (int s = 0; s < COUNT(shapes); s++) for (int residual = 0; residual < 2; residual++) {
+    for (int s = 0; s < COUNT(shapes); s++) {
         memset(&op, 0, sizeof op);
         op.N = shapes[s][0], op.C = shapes[s][1];
         size_t n = (size_t)op.N * op.C;
-        op.x = noise_array(n, 0, 1), op.y = residual ? noise_array(n, 0, 1) : NULL, op.w = noise_array((size_t)op.C, 1, 0.3);
-        op.r = noise_array(n, 0, 1), op.r2 = noise_array(n, 0, 1), op.out = zeros(n), op.out2 = zeros(n),
-            op.aux = zeros((size_t)op.N);
+        op.x = noise_array(n, 0, 1), op.w = noise_array((size_t)op.C, 1, 0.3);
+        op.r = noise_array(n, 0, 1), op.out = zeros(n), op.aux = zeros((size_t)op.N);
         rmsnorm_loss();
-        floatX *dx = residual ? copy_of(op.r2, n) : zeros(n), *dw = zeros((size_t)op.C), *rebuilt = zeros(n);
-        const floatX *input = residual ? op.out2 : op.x;
-        rmsnorm_backward(dx, dw, op.r, input, op.aux, op.w, op.N, op.C, 0);
-        rmsnorm_rebuild(rebuilt, input, op.aux, op.w, op.N, op.C, 0);
+        floatX *before = noise_array(n, 0, 1), *dx = copy_of(before, n), *dw = zeros((size_t)op.C), *rebuilt = zeros(n);
+        rmsnorm_backward(dx, dw, rebuilt, op.r, op.x, op.aux, op.w, op.N, op.C);
         CHECK(!memcmp(rebuilt, op.out, n * sizeof(floatX)), "the rebuilt output has other bits");
+        for (size_t i = 0; i < n; i++) dx[i] -= before[i];                  // it adds to the residual stream
         CHECK_GRADIENT("dx", op.x, dx, n, rmsnorm_loss);
-        if (residual) CHECK_GRADIENT("d delta", op.y, dx, n, rmsnorm_loss);
         CHECK_GRADIENT("dw", op.w, dw, (size_t)op.C, rmsnorm_loss);
     }
 }
 
 static double matmul_loss(void) {
-    matmul_forward(op.out, op.x, op.w, op.N, op.C, op.OC);
-    if (op.y) bias_forward(op.out, op.y, op.N, op.OC);
+    matmul_forward(op.out, op.x, op.w, op.N, op.C, op.OC, op.out2, op.y);
     return dot(op.out, op.r, (size_t)op.N * op.OC);
 }
 
@@ -1434,10 +1451,10 @@ static void test_matmul_and_bias_backward_match_differences(void) {
     op.N = 7, op.C = 19, op.OC = 37;
     size_t nx = (size_t)op.N * op.C, nw = (size_t)op.C * op.OC, no = (size_t)op.N * op.OC;
     op.x = noise_array(nx, 0, 1), op.w = noise_array(nw, 0, 1), op.y = noise_array((size_t)op.OC, 0, 1),
-        op.r = noise_array(no, 0, 1), op.out = zeros(no);
+        op.r = noise_array(no, 0, 1), op.out = zeros(no), op.out2 = noise_array(no, 0, 1);
     floatX *before_w = noise_array(nw, 0, 1), *before_b = noise_array((size_t)op.OC, 0, 1), *dx = noise_array(nx, 0, 1);
     floatX *dw = copy_of(before_w, nw), *db = copy_of(before_b, (size_t)op.OC);
-    matmul_backward_x(dx, op.r, op.w, op.N, op.C, op.OC, 0);
+    matmul_backward_x(dx, op.r, op.w, op.N, op.C, op.OC);
     matmul_backward_w(dw, op.r, op.x, op.N, op.C, op.OC);
     bias_backward(db, op.r, op.N, op.OC);
     for (size_t i = 0; i < nw; i++) dw[i] -= before_w[i];                   // they add to what was there
@@ -1445,12 +1462,14 @@ static void test_matmul_and_bias_backward_match_differences(void) {
     CHECK_GRADIENT("dx", op.x, dx, nx, matmul_loss);
     CHECK_GRADIENT("dw", op.w, dw, nw, matmul_loss);
     CHECK_GRADIENT("dbias", op.y, db, (size_t)op.OC, matmul_loss);
+    CHECK_GRADIENT("dadd", op.out2, op.r, no, matmul_loss);
 }
 
 static double rope_loss(void) {
     size_t n = (size_t)op.N * (op.c.H + 2 * op.c.K) * op.c.D;
     memcpy(op.out, op.x, n * sizeof(floatX));
-    qk_norm_rope_forward(op.out, op.aux, op.aux2, op.w, op.w2, op.cosine, op.sine, &op.c, op.N, op.T, 0);
+    qk_norm_rope_forward(op.out, op.aux, op.aux2, op.w, op.w2, op.cosine, op.sine, op.c.eps, op.c.H, op.c.K, op.c.D,
+                         op.N, op.T);
     return dot(op.out, op.r, n);
 }
 
@@ -1467,7 +1486,8 @@ static void test_rope_and_qk_norm_backward_match_differences(void) {
         rope_table(op.cosine, op.sine, &op.c, op.T);
         rope_loss();
         floatX *dx = copy_of(op.r, n), *dq = zeros(D), *dk = zeros(D);
-        qk_norm_rope_backward(dx, dq, dk, op.aux, op.aux2, op.w, op.w2, op.cosine, op.sine, &op.c, op.N, op.T, 0);
+        qk_norm_rope_backward(dx, dq, dk, op.aux, op.aux2, op.w, op.w2, op.cosine, op.sine, op.c.H,
+                              op.c.K, op.c.D, op.N, op.T);
         CHECK_GRADIENT("dqkv", op.x, dx, n, rope_loss);
         if (op.w) CHECK_GRADIENT("dq_norm", op.w, dq, D, rope_loss);
         if (op.w2) CHECK_GRADIENT("dk_norm", op.w2, dk, D, rope_loss);
@@ -1475,7 +1495,7 @@ static void test_rope_and_qk_norm_backward_match_differences(void) {
 }
 
 static double attention_loss(void) {
-    attention_forward(op.out, op.aux, op.x, op.ids, op.B, op.T, op.H, op.K, op.D, 0);
+    attention_forward(op.out, op.aux, op.x, op.ids, op.B, op.T, op.H, op.K, op.D);
     return dot(op.out, op.r, (size_t)op.B * op.T * op.H * op.D);
 }
 
@@ -1493,7 +1513,7 @@ static void test_attention_backward_matches_differences(void) {
         op.ids = batch.doc_start;
         attention_loss();
         floatX *dx = noise_array(n, 0, 1);
-        attention_backward(dx, op.r, op.x, op.out, op.aux, op.ids, op.B, op.T, op.H, op.K, op.D, 0);
+        attention_backward(dx, op.r, op.x, op.out, op.aux, op.ids, op.B, op.T, op.H, op.K, op.D);
         if (op.T == 1) for (size_t i = 0; i < N * (op.H + op.K) * op.D; i++) CHECK_ERROR("dq, dk of a single position",
             fabs((double)dx[i]), 1e-12);
         CHECK_GRADIENT("dqkv", op.x, dx, n, attention_loss);
@@ -1502,7 +1522,7 @@ static void test_attention_backward_matches_differences(void) {
 }
 
 static double swiglu_loss(void) {
-    swiglu_forward(op.out, op.x, op.N, op.C, 0);
+    swiglu_forward(op.out, op.x, op.N, op.C);
     return dot(op.out, op.r, (size_t)op.N * op.C);
 }
 
@@ -1511,18 +1531,21 @@ static void test_swiglu_backward_matches_differences(void) {
     op.N = 3, op.C = 37;
     size_t n = (size_t)op.N * 2 * op.C, m = (size_t)op.N * op.C;
     op.x = noise_array(n, 0, 3), op.r = noise_array(m, 0, 1), op.out = zeros(m);
-    floatX *dx = noise_array(n, 0, 1);
-    swiglu_backward(dx, op.r, op.x, op.N, op.C, 0);
+    floatX *dx = copy_of(op.x, n), *h = copy_of(op.r, m);
+    swiglu_loss();
+    swiglu_backward(dx, h, h, op.N, op.C);                  // both in place: x becomes dx, dh becomes h
+    CHECK_ERROR("h", rel_l2(h, op.out, m), 4 * EPS_X);
     CHECK_GRADIENT("dgate_up", op.x, dx, n, swiglu_loss);
 }
 
+static const double row_weight[5] = {0.3, 5, -0.7, 0.01, 0};
 static double cross_entropy_loss(void) {
     size_t n = (size_t)op.N * op.V;
     memcpy(op.out, op.x, n * sizeof(floatX));
-    cross_entropy(op.nll, op.out, op.ids, 0, op.N, op.V, 0);
+    cross_entropy(op.nll, op.out, op.ids, NULL, op.N, op.V);
     double sum = 0;
-    for (int i = 0; i < op.N; i++) sum += op.nll[i];
-    return 0.3 * sum;
+    for (int i = 0; i < op.N; i++) sum += row_weight[i] * op.nll[i];
+    return sum;
 }
 
 static void test_cross_entropy_backward_matches_differences(void) {
@@ -1533,7 +1556,7 @@ static void test_cross_entropy_backward_matches_differences(void) {
     double nll[5];
     op.x = noise_array(n, 0, 2), op.out = zeros(n), op.ids = targets, op.nll = nll;
     floatX *dx = copy_of(op.x, n);
-    cross_entropy(nll, dx, targets, 0.3, op.N, op.V, 0);
+    cross_entropy(nll, dx, targets, row_weight, op.N, op.V);
     CHECK(nll[1] == 0 && nll[4] == 0 && nll[0] > 0, "loss of ignored targets");
     for (int v = 0; v < op.V; v++) CHECK(dx[op.V + v] == 0, "gradient of an ignored target");
     CHECK_GRADIENT("dlogits", op.x, dx, n, cross_entropy_loss);
@@ -1561,8 +1584,8 @@ static void test_gradient_check_rejects_small_errors_and_nan(void) {
     op.N = 3, op.C = 37;
     size_t n = (size_t)op.N * 2 * op.C, m = (size_t)op.N * op.C;
     op.x = noise_array(n, 0, 3), op.r = noise_array(m, 0, 1), op.out = zeros(m);
-    floatX *dx = zeros(n);
-    swiglu_backward(dx, op.r, op.x, op.N, op.C, 0);
+    floatX *dx = copy_of(op.x, n), *h = zeros(m);
+    swiglu_backward(dx, h, op.r, op.N, op.C);
     double size = sqrt(dot(dx, dx, n)), exact = gradient_error(op.x, dx, n, swiglu_loss);
     CHECK_ERROR("the right gradient", exact, GRADIENT_TOL / 10);
     dx[5] += (floatX)(2 * GRADIENT_TOL * size);             // twice the tolerance in one element
@@ -1572,27 +1595,22 @@ static void test_gradient_check_rejects_small_errors_and_nan(void) {
 }
 
 // ==== 9. The whole model ================================================================================================
-static struct { Model m; Batch batch; } whole;
+static struct { Model *m; Batch batch; } whole;
 
-static double whole_loss(void) {
-    int64_t n;
-    return llama_loss(&whole.m, &whole.batch, &n);
-}
+static double whole_loss(void) { return forward_loss(whole.m, &whole.batch); }
 
 // Every tensor: two random directions and three single elements.
 static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore,
     int documents) {
-    Model *m = &whole.m;
-    int64_t n_targets;
-    make_model(m, c, B, T, chunk, recompute, 0);
+    Model *m = whole.m = make_model(c, B, T, chunk, recompute, 0);
     make_batch(&whole.batch, B, T, c->V, ignore, documents);
-    double loss = llama_forward_backward(m, &whole.batch, 1, &n_targets, NULL), again = whole_loss();
+    double loss = forward_backward(m, &whole.batch, 1), again = whole_loss();
     CHECK(loss == again, "%s: loss of training and of evaluation differ: %.17g, %.17g", what, loss, again);
     double worst = 0;
     for (int i = 0; i < m->p.n_tensors; i++) {
         const Tensor *t = &m->p.tensors[i];
-        floatX *w = m->weights + t->at, *w0 = copy_of(w, t->n);
-        const floatX *g = m->grads + t->at;
+        floatX *w = tensor_weights(m, t), *w0 = copy_of(w, t->n);
+        const floatX *g = tensor_grads(m, t);
         double size = sqrt(dot(g, g, t->n)), rms = size / sqrt((double)t->n), error = 0;
         for (int k = 0; k < 5; k++) {
             size_t element = random_bits(5, (uint64_t)i, (uint64_t)k) % t->n;
@@ -1648,27 +1666,23 @@ static void test_edge_shapes_have_right_gradients(void) {
 
 static void test_all_targets_masked_gives_zero(void) {
     Config c = make_config("qwen2", 1, 29, 2, 24, 4, 2, 8, 20, "");
-    Model m;
     Batch batch;
-    int64_t n;
-    make_model(&m, &c, 2, 7, 5, 0, 0);
+    Model *m = make_model(&c, 2, 7, 5, 0, 0);
     make_batch(&batch, 2, 7, 29, 1, 0);
-    double loss = llama_forward_backward(&m, &batch, 1, &n, NULL);
-    CHECK(loss == 0 && n == 0, "loss %g of %d targets", loss, (int)n);
-    for (size_t i = 0; i < m.p.n; i++) if (m.grads[i] != 0) { bad(__LINE__, "gradient %zu is %g", i, (double)m.grads[i]); break; }
+    double loss = forward_backward(m, &batch, 1);
+    CHECK(loss == 0, "loss %g", loss);
+    for (size_t i = 0; i < m->p.n; i++) if (m->grads[i] != 0) { bad(__LINE__, "gradient %zu is %g", i, (double)m->grads[i]); break; }
     batch_free(&batch);
-    model_free(&m);
+    model_free(m);
 }
 
 // Loss and gradients of one configuration into fresh copies.
 static floatX *model_gradients(const Config *c, const Batch *batch, int chunk, int recompute, int bf16, double *loss, size_t *n) {
-    Model m;
-    int64_t targets;
-    make_model(&m, c, batch->B, batch->T, chunk, recompute, bf16);
-    *loss = llama_forward_backward(&m, batch, 1.0 / (batch->B * batch->T), &targets, NULL);
-    floatX *grads = copy_of(m.grads, m.p.n);
-    *n = m.p.n;
-    model_free(&m);
+    Model *m = make_model(c, batch->B, batch->T, chunk, recompute, bf16);
+    *loss = forward_backward(m, batch, 1.0 / (batch->B * batch->T));
+    floatX *grads = copy_of(m->grads, m->p.n);
+    *n = m->p.n;
+    model_free(m);
     return grads;
 }
 
@@ -1781,8 +1795,8 @@ static void test_attention_matches_naive_reference(void) {
         double *want = (double *)xcalloc(m, sizeof(double)), *dwant = (double *)xcalloc(n, sizeof(double));
         Batch batch;
         make_batch(&batch, B, T, 10, 0, masked);
-        attention_forward(out, lse, qkv, batch.doc_start, B, T, H, K, D, 0);
-        attention_backward(dqkv, dout, qkv, out, lse, batch.doc_start, B, T, H, K, D, 0);
+        attention_forward(out, lse, qkv, batch.doc_start, B, T, H, K, D);
+        attention_backward(dqkv, dout, qkv, out, lse, batch.doc_start, B, T, H, K, D);
         naive_attention(want, dwant, qkv, dout, batch.doc_start, B, T, H, K, D);
         char what[100];
         snprintf(what, sizeof what, "B %d T %d H %d K %d D %d%s", B, T, H, K, D, masked ? " documents" : "");
@@ -1801,14 +1815,14 @@ static void test_document_mask_equals_separate_documents(void) {
     floatX *out2 = zeros(T * H * D), *lse2 = zeros(T * H), *dqkv2 = zeros(T * W);
     int doc_start[T];
     for (int t = 0; t < T; t++) doc_start[t] = t < CUT ? 0 : CUT;
-    attention_forward(out, lse, qkv, doc_start, 1, T, H, K, D, 0);
-    attention_backward(dqkv, dout, qkv, out, lse, doc_start, 1, T, H, K, D, 0);
+    attention_forward(out, lse, qkv, doc_start, 1, T, H, K, D);
+    attention_backward(dqkv, dout, qkv, out, lse, doc_start, 1, T, H, K, D);
     for (int part = 0; part < 2; part++) {
         size_t first = part ? CUT : 0;
         int n = part ? T - CUT : CUT;
-        attention_forward(out2 + first * H * D, lse2 + first * H, qkv + first * W, NULL, 1, n, H, K, D, 0);
+        attention_forward(out2 + first * H * D, lse2 + first * H, qkv + first * W, NULL, 1, n, H, K, D);
         attention_backward(dqkv2 + first * W, dout + first * H * D, qkv + first * W, out2 + first * H * D, lse2 + first * H,
-            NULL, 1, n, H, K, D, 0);
+            NULL, 1, n, H, K, D);
     }
     CHECK_ERROR("outputs", rel_l2(out, out2, T * H * D), 16 * EPS_X);       // the same sums, cut into other tiles
     CHECK_ERROR("gradients", rel_l2(dqkv, dqkv2, T * W), 32 * EPS_X);
@@ -1819,30 +1833,28 @@ static void test_document_mask_equals_separate_documents(void) {
 static void test_packed_documents_equal_separate_ones(void) {
     enum { T = 80, CUT = 37 };
     Config c = make_config("qwen3", 0, 131, 2, 48, 4, 2, 16, 40, "");
-    Model m;
     Batch packed, part;
-    int64_t n;
     make_batch(&packed, 1, T, c.V, 0, 1);
     for (int t = 0; t < T; t++) packed.doc_start[t] = t < CUT ? 0 : CUT;
-    make_model(&m, &c, 1, T, 64, 0, 0);
-    llama_forward_backward(&m, &packed, 1, &n, NULL);
-    floatX *grads = copy_of(m.grads, m.p.n);
+    Model *m = make_model(&c, 1, T, 64, 0, 0);
+    forward_backward(m, &packed, 1);
+    floatX *grads = copy_of(m->grads, m->p.n);
     double nll[T];
-    memcpy(nll, m.nll, sizeof nll);
-    memset(m.grads, 0, m.p.n * sizeof(floatX));
+    memcpy(nll, m->nll, sizeof nll);
+    memset(m->grads, 0, m->p.n * sizeof(floatX));
     for (int i = 0; i < 2; i++) {
         part = packed;
         part.T = i ? T - CUT : CUT;
         part.inputs += i * CUT;
         part.targets += i * CUT;
         part.doc_start = NULL;
-        llama_forward_backward(&m, &part, 1, &n, NULL);
+        forward_backward(m, &part, 1);
         // the angles are other ones, each rounded: up to 80 radians in floats, a few 1e-6
-        for (int t = 0; t < part.T; t++) CHECK_ERROR("loss of a target", fabs(m.nll[t] - nll[i * CUT + t]), 200 * EPS_X);
+        for (int t = 0; t < part.T; t++) CHECK_ERROR("loss of a target", fabs(m->nll[t] - nll[i * CUT + t]), 200 * EPS_X);
     }
-    CHECK_ERROR("gradients", rel_l2(m.grads, grads, m.p.n), 100 * EPS_X);
+    CHECK_ERROR("gradients", rel_l2(m->grads, grads, m->p.n), 100 * EPS_X);
     free(grads);
-    model_free(&m);
+    model_free(m);
     batch_free(&packed);
 }
 
@@ -1854,7 +1866,7 @@ static void test_adamw_matches_double_reference(void) {
     for (int i = 0; i < N; i++) W[i] = w[i];
     for (int step = 1; step <= STEPS; step++) {
         for (int i = 0; i < N; i++) g[i] = (floatX)(noise() * (i % 10 ? 1 : 1e-3));
-        adamw_update(w, w, m, v, g, N, lr, b1, b2, eps, decay, scale, step, 0, 0, 0, 0);
+        adamw_update(w, w, m, v, g, N, lr, b1, b2, eps, decay, scale, step, 0, 0, 0);
         for (int i = 0; i < N; i++) {
             double grad = (double)g[i] * scale;
             M[i] = b1 * M[i] + (1 - b1) * grad;
@@ -1876,9 +1888,9 @@ static void test_adamw_rounds_bf16_state_at_random(void) {
     for (int i = 0; i < N; i++) m[i] = m2[i] = v[i] = v2[i] = 1;
     for (int step = 1; step <= STEPS; step++) {
         uint32_t key = (uint32_t)random_bits(1, 2, (uint64_t)step);
-        adamw_update(w, w, m, v, g, N, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 0, 1, key, 7);
-        adamw_update(w2, w2, m2, v2, g, CUT, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 0, 1, key, 7);
-        adamw_update(w2 + CUT, w2 + CUT, m2 + CUT, v2 + CUT, g, N - CUT, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 0, 1, key,
+        adamw_update(w, w, m, v, g, N, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 1, key, 7);
+        adamw_update(w2, w2, m2, v2, g, CUT, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 1, key, 7);
+        adamw_update(w2 + CUT, w2 + CUT, m2 + CUT, v2 + CUT, g, N - CUT, 1e-3, 0.999, 0.9995, 1e-8, 0, 1, step, 1, key,
                      7 + CUT);
     }
     double mean[2] = {0, 0}, want[2] = {pow(0.999, STEPS), pow(0.9995, STEPS)};
@@ -1896,22 +1908,21 @@ static void test_adamw_rounds_bf16_state_at_random(void) {
 
 static void test_adamw_decays_matrices_only(void) {
     Config c = make_config("qwen2", 0, 29, 1, 24, 4, 2, 8, 20, "");
-    Model m;
     Options o;
     memset(&o, 0, sizeof o);
     o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8, o.weight_decay = 0.5;
-    make_model(&m, &c, 1, 4, 4, 0, 0);
-    floatX *before = copy_of(m.weights, m.p.n);
-    model_update(&m, 0.1, 1, 1, &o);                        // gradients are 0: only decay moves
-    for (int i = 0; i < m.p.n_tensors; i++) {
-        const Tensor *t = &m.p.tensors[i];
-        double ratio = (double)m.weights[t->at + 1] / before[t->at + 1];
+    Model *m = make_model(&c, 1, 4, 4, 0, 0);
+    floatX *before = copy_of(m->weights, m->p.n);
+    model_update(m, 0.1, 1, 1, &o);                        // gradients are 0: only decay moves
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        const Tensor *t = &m->p.tensors[i];
+        double ratio = (double)tensor_weights(m, t)[1] / before[tensor_weights(m, t) - m->weights + 1];
         CHECK_ERROR(t->name, fabs(ratio - (t->cols ? 0.95 : 1)), 2 * EPS_X);
         CHECK((t->cols > 0) == (strstr(t->name, "norm") == NULL && strstr(t->name, "bias") == NULL), "%s: matrix or vector?",
             t->name);
     }
     free(before);
-    model_free(&m);
+    model_free(m);
 }
 
 static int is_bf16(const floatX *x, size_t n) {
@@ -1932,69 +1943,81 @@ static void test_bf16_mode_is_close_to_fp32(void) {
     CHECK_ERROR("loss", fabs(loss / exact_loss - 1), 2e-2);
     free(exact);
     free(g);
-    Model m;
     Options o;
-    int64_t targets;
     memset(&o, 0, sizeof o);
     o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8;
-    make_model(&m, &c, 3, 33, 50, 0, 1);
-    m.bf16_state = 1;
-    CHECK(is_bf16(m.weights, m.p.n), "weights are not bf16 at the start");
-    llama_forward_backward(&m, &batch, 1.0 / 99, &targets, NULL);
-    CHECK(is_bf16(m.acts[1].x, (size_t)m.N * c.C) && is_bf16(m.acts[1].qkv, (size_t)m.N * 128)
-        && is_bf16(m.acts[1].gate_up, (size_t)m.N * 192), "activations are not bf16");
-    model_update(&m, 1e-3, 1, 1, &o);
-    CHECK(is_bf16(m.weights, m.p.n), "weights are not bf16 after an update");
-    CHECK(!is_bf16(m.master, m.n_state), "the master weights are bf16: small updates would be lost");
-    CHECK(is_bf16(m.m, m.n_state) && is_bf16(m.v, m.n_state), "--optimizer-dtype bf16 keeps m and v in more");
-    CHECK(!is_bf16(m.grads, m.p.n), "gradients are summed in bf16");
-    model_free(&m);
+    Model *m = make_model(&c, 3, 33, 50, 0, 1);
+    CHECK(is_bf16(m->weights, m->p.n), "weights are not bf16 at the start");
+    forward_backward(m, &batch, 1.0 / 99);
+    CHECK(is_bf16(m->acts[1].x, (size_t)m->N * c.C) && is_bf16(m->acts[1].qkv, (size_t)m->N * 128)
+        && is_bf16(m->acts[1].gate_up, (size_t)m->N * 192), "activations are not bf16");
+    model_update(m, 1e-3, 1, 1, &o);
+    CHECK(is_bf16(m->weights, m->p.n), "weights are not bf16 after an update");
+    CHECK(!is_bf16(m->master, m->p.n), "the master weights are bf16: small updates would be lost");
+    CHECK(is_bf16(m->m, m->p.n) && is_bf16(m->v, m->p.n), "--optimizer-dtype bf16 keeps m and v in more");
+    CHECK(!is_bf16(m->grads, m->p.n), "gradients are summed in bf16");
+    model_free(m);
     batch_free(&batch);
 }
 
 static void test_arenas_hold_what_the_tensors_need(void) {
     Config c = make_config("qwen3", 1, 300, 2, 48, 4, 2, 16, 40, "");
-    for (int zero = 0; zero < 2; zero++) for (int bf16 = 0; bf16 < 2; bf16++) for (int world = 1; world <= 4; world += 3) {
-        Model m;
-        memset(&m, 0, sizeof m);
-        m.world = world, m.rank = world - 1, m.zero = zero, m.bf16 = bf16;
-        model_plan(&m, &c, 3, 37, 50);
-        size_t share = zero ? m.p.n / (size_t)world : m.p.n, need = 2 * m.p.n + (bf16 ? 3 : 2) * share;
-        CHECK(m.arena[0].used >= need && m.arena[0].used <= need + 5 * 16, "state arena has %zu elements, %zu are needed",
-            m.arena[0].used, need);
-        size_t covered = 0, first, n, slice_at;
-        for (int u = 0; u < m.p.n_units; u++) {             // slices are in range and as long as the arrays
-            state_slice(&m, u, &first, &n, &slice_at);
-            CHECK(slice_at == covered && first + n <= m.p.n, "slice of unit %d", u);
+    for (int zero = 0; zero < 2; zero++) for (int bf16 = 0; bf16 < 2; bf16++) for (int ranks = 1; ranks <= 4; ranks += 3) {
+        const Plan plan = {ranks, ranks - 1, zero, 3, 37, 50, bf16, bf16, RECOMPUTE_NONE, /*training=*/1};
+        Model *m = model_plan(&c, &plan);
+        const size_t share = zero ? m->p.n / (size_t)ranks : m->p.n;
+        const size_t need[] = {m->p.n, m->p.n, (bf16 ? 3 : 2) * share};
+        for (int i = 0; i <= ARENA_OPTIMIZER; i++) {
+            const size_t used = m->arena[i].used / sizeof(floatX);
+            CHECK(used >= need[i] && used <= need[i] + 3 * 16, "%s has %zu elements, %zu are needed", arena_names[i], used,
+                  need[i]);
+        }
+        size_t covered = 0, first, n;
+        for (int u = 0; u < m->p.n_units; u++) {            // shares are in range, and lie one after the other in m
+            state_share(m, u, &first, &n);
+            CHECK(first + n <= m->p.units[u].n_padded, "share of unit %d", u);
+            CHECK(state_of(m, STATE_M, u, first) - m->m == (ptrdiff_t)covered, "place of unit %d in m", u);
             covered += n;
         }
-        CHECK(covered == share, "slices cover %zu of %zu elements", covered, share);
-        model_free(&m);
+        CHECK(covered == share, "shares cover %zu of %zu elements", covered, share);
+        model_free(m);
     }
+}
+
+// Without training: no gradients, no optimizer, and activations of one layer, however many there are.
+static void test_evaluation_takes_the_memory_of_weights_and_one_layer(void) {
+    size_t acts[2];
+    for (int i = 0; i < 2; i++) {
+        Config c = make_config("llama", 0, 300, i ? 12 : 3, 48, 4, 2, 16, 40, "");
+        const Plan plan = {1, 0, 0, 3, 37, 50, 1, 0, RECOMPUTE_NONE, /*training=*/0};
+        Model *m = model_plan(&c, &plan);
+        CHECK(!m->arena[ARENA_GRADIENTS].used && !m->arena[ARENA_OPTIMIZER].used, "gradients or optimizer are there");
+        acts[i] = m->arena[ARENA_ACTIVATIONS].used;
+        model_free(m);
+    }
+    CHECK(acts[0] == acts[1], "activations take %zu bytes with 3 layers, %zu with 12", acts[0], acts[1]);
 }
 
 static void test_init_depends_on_seed_and_name_only(void) {
     Config c = make_config("llama", 0, 300, 2, 64, 4, 2, 0, 40, "");
-    Model a, b;
-    make_model(&a, &c, 1, 4, 4, 0, 0);
-    memset(&b, 0, sizeof b);
-    b.world = 3;                                            // other padding, other places in the flat buffer
-    model_plan(&b, &c, 2, 8, 4);
-    model_alloc(&b);
-    model_init(&a, 5);
-    model_init(&b, 5);
-    for (int i = 0; i < a.p.n_tensors; i++) {
-        const Tensor *t = &a.p.tensors[i];
-        const floatX *x = a.weights + t->at;
-        CHECK(!memcmp(x, b.weights + b.p.tensors[i].at, t->n * sizeof(floatX)), "%s depends on the number of ranks", t->name);
+    Model *a = make_model(&c, 1, 4, 4, 0, 0);
+    const Plan plan = {3, 0, 0, 2, 8, 4, 0, 0, RECOMPUTE_NONE, 1};      // other padding, other places in the flat buffer
+    Model *b = model_plan(&c, &plan);
+    model_alloc(b);
+    model_init(a, 5);
+    model_init(b, 5);
+    for (int i = 0; i < a->p.n_tensors; i++) {
+        const Tensor *t = &a->p.tensors[i];
+        const floatX *x = tensor_weights(a, t);
+        CHECK(!memcmp(x, tensor_weights(b, &b->p.tensors[i]), t->n * sizeof(floatX)), "%s depends on the number of ranks", t->name);
         if (!t->cols) { CHECK(x[0] == 1 && x[t->n - 1] == 1, "%s is not 1", t->name); continue; }
         double std = sqrt(dot(x, x, t->n) / (double)t->n);
         CHECK_ERROR(t->name, fabs(std / 0.02 - 1), 5 / sqrt(2.0 * (double)t->n));           // five standard errors
     }
-    model_init(&b, 6);
-    CHECK(memcmp(a.weights + a.p.tensors[0].at, b.weights + b.p.tensors[0].at, 100 * sizeof(floatX)), "the seed has no effect");
-    model_free(&a);
-    model_free(&b);
+    model_init(b, 6);
+    CHECK(memcmp(tensor_weights(a, a->p.tensors), tensor_weights(b, b->p.tensors), 100 * sizeof(floatX)), "the seed has no effect");
+    model_free(a);
+    model_free(b);
 }
 
 // ==== 10. Against PyTorch and a pretrained model ========================================================================
@@ -2028,7 +2051,7 @@ static void check_fixture_gradients(const Model *m, const StSet *s, const char *
     for (int i = 0; i < m->p.n_tensors; i++) {
         const Tensor *t = &m->p.tensors[i];
         floatX *want = fixture_tensor(s, prefix, t->name, t->n);
-        CHECK_ERROR(t->name, rel_l2(m->grads + t->at, want, t->n), 1e-5);
+        CHECK_ERROR(t->name, rel_l2(tensor_grads(m, t), want, t->n), 1e-5);
         free(want);
     }
 }
@@ -2038,17 +2061,15 @@ static void check_fixture(const char *family) {
     char *dir = path_text("dev/fixture/%s", family), *path = path_text("%s/expected.safetensors", dir);
     if (access(path, R_OK)) SKIP("%s is not here (python3 dev/fixture.py writes it)", path);
     Config c = read_config(dir, 1);
-    Model m;
     Batch batch;
-    int64_t n;
     Options o;
     memset(&o, 0, sizeof o);
     o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8, o.weight_decay = 0.1;
-    make_model(&m, &c, FIXTURE_B, FIXTURE_T, 25, 0, 0);
-    weights_read(dir, &m, &c);
-    model_set_master(&m);
+    Model *m = make_model(&c, FIXTURE_B, FIXTURE_T, 25, 0, 0);
+    weights_read(dir, m, &c);
+    model_set_master(m);
     StSet *s = st_open(path);
-    batch_alloc(&batch, FIXTURE_B, FIXTURE_T, 0);
+    batch_alloc(&batch, FIXTURE_B, FIXTURE_T, 0, 1);
     fixture_ints(s, "inputs", batch.inputs, N);
     fixture_ints(s, "targets", batch.targets, N);
     if (st_find(s, "masked.loss")) {                        // some targets are -100
@@ -2057,40 +2078,40 @@ static void check_fixture(const char *family) {
         batch.targets = masked;
         int count = 0;
         for (int i = 0; i < N; i++) count += masked[i] != IGNORED;
-        double loss = llama_forward_backward(&m, &batch, 1.0 / count, &n, NULL) / count;
+        double loss = forward_backward(m, &batch, 1.0 / count) / count;
         floatX *want = fixture_tensor(s, "masked.", "loss", 1);
-        CHECK(n == count && count < N, "%d targets, %d expected", (int)n, count);
+        CHECK(count < N, "no target is masked");
         CHECK_ERROR("masked loss", fabs(loss - want[0]), 1e-6);
-        check_fixture_gradients(&m, s, "masked.grad.");
+        check_fixture_gradients(m, s, "masked.grad.");
         free(want);
         batch.targets = targets;
     }
     floatX *losses = fixture_tensor(s, "", "losses", FIXTURE_STEPS + 1),
         *norms = fixture_tensor(s, "", "grad_norms", FIXTURE_STEPS);
     for (int step = 0; step <= FIXTURE_STEPS; step++) {
-        memset(m.grads, 0, m.p.n * sizeof(floatX));
-        double loss = llama_forward_backward(&m, &batch, 1.0 / N, &n, NULL) / N;
+        memset(m->grads, 0, m->p.n * sizeof(floatX));
+        double loss = forward_backward(m, &batch, 1.0 / N) / N;
         char what[64];
         snprintf(what, sizeof what, "loss of step %d", step);
         CHECK_ERROR(what, fabs(loss - losses[step]), 1e-6);
-        if (step == 0) check_fixture_gradients(&m, s, "grad.");
+        if (step == 0) check_fixture_gradients(m, s, "grad.");
         if (step == FIXTURE_STEPS) break;
         const char *first_bad;
         int n_bad_tensors;
-        double norm = gradient_norm(&m, &first_bad, &n_bad_tensors);
+        double norm = gradient_norm(m, &first_bad, &n_bad_tensors);
         CHECK_ERROR("grad_norm", fabs(norm / norms[step] - 1), 1e-5);
-        model_update(&m, 3e-3, norm > 1 ? 1 / norm : 1, step + 1, &o);
+        model_update(m, 3e-3, norm > 1 ? 1 / norm : 1, step + 1, &o);
     }
-    for (int i = 0; i < m.p.n_tensors; i++) {
-        floatX *want = fixture_tensor(s, "after10.", m.p.tensors[i].name, m.p.tensors[i].n);
-        CHECK_ERROR(m.p.tensors[i].name, rel_l2(m.weights + m.p.tensors[i].at, want, m.p.tensors[i].n), 1e-5);
+    for (int i = 0; i < m->p.n_tensors; i++) {
+        floatX *want = fixture_tensor(s, "after10.", m->p.tensors[i].name, m->p.tensors[i].n);
+        CHECK_ERROR(m->p.tensors[i].name, rel_l2(tensor_weights(m, &m->p.tensors[i]), want, m->p.tensors[i].n), 1e-5);
         free(want);
     }
     free(losses);
     free(norms);
     st_close(s);
     batch_free(&batch);
-    model_free(&m);
+    model_free(m);
 }
 
 static void test_fixture_llama_matches_pytorch(void) { check_fixture("llama"); }
@@ -2170,39 +2191,37 @@ static void test_stories260K_has_known_loss_gradients_and_greedy_text(void) {
     if (!oracle) return;
     char *dir = path_text("%s/models/stories260K_hf", SHARED_DATA);
     Config c = read_config(dir, 1);
-    Model m;
     Batch batch;
-    int64_t n;
     int ids[T + 2], count = 0;
-    make_model(&m, &c, 1, T + 1, 64, 0, 0);
-    weights_read(dir, &m, &c);
-    model_set_master(&m);
+    Model *m = make_model(&c, 1, T + 1, 64, 0, 0);
+    weights_read(dir, m, &c);
+    model_set_master(m);
     for (const Json *e = json_get(oracle, "ids")->child; e && count < T + 1; e = e->next) ids[count++] = (int)e->inum;
     CHECK(count == T + 1, "%d ids", count);
-    batch_alloc(&batch, 1, T, 0);
+    batch_alloc(&batch, 1, T, 0, 1);
     memcpy(batch.inputs, ids, T * sizeof(int));
     memcpy(batch.targets, ids + 1, T * sizeof(int));
-    double nll = llama_forward_backward(&m, &batch, 1.0 / T, &n, NULL) / T;
+    double nll = forward_backward(m, &batch, 1.0 / T) / T;
     CHECK_ERROR("mean NLL - 0.47341766144909", fabs(nll - 0.47341766144909), 1e-6);
     int t = 0;
     // the largest of 200
     for (const Json *e = json_get(oracle, "nll_fp64")->child; e; e = e->next, t++) CHECK_ERROR("NLL of a token",
-        fabs(m.nll[t] - e->num), 2e-5);
+        fabs(m->nll[t] - e->num), 2e-5);
     const char *first_bad;
     int n_bad_tensors;
-    CHECK_ERROR("total gradient norm", fabs(gradient_norm(&m, &first_bad, &n_bad_tensors) / 2.1695156392548522 - 1), 1e-5);
+    CHECK_ERROR("total gradient norm", fabs(gradient_norm(m, &first_bad, &n_bad_tensors) / 2.1695156392548522 - 1), 1e-5);
     const Json *norms = json_get(oracle, "grad_l2_fp64");
-    CHECK(norms && norms->n == m.p.n_tensors, "norms of %d tensors", norms ? norms->n : 0);
-    for (int i = 0; i < m.p.n_tensors && norms; i++) {
-        const Tensor *p = &m.p.tensors[i];
+    CHECK(norms && norms->n == m->p.n_tensors, "norms of %d tensors", norms ? norms->n : 0);
+    for (int i = 0; i < m->p.n_tensors && norms; i++) {
+        const Tensor *p = &m->p.tensors[i];
         const Json *want = json_get(norms, p->name);
         CHECK(want != NULL, "no norm of %s", p->name);
-        if (want) CHECK_ERROR(p->name, fabs(sqrt(sum_of_squares(m.grads + p->at, p->n)) / want->num - 1), 1e-5);
+        if (want) CHECK_ERROR(p->name, fabs(sqrt(sum_of_squares(tensor_grads(m, p), p->n)) / want->num - 1), 1e-5);
     }
     int story[T + 2] = {1};
     float logits[512];
     for (int i = 1; i <= (IS_DOUBLE ? 50 : T); i++) {
-        next_logits(&m, story, i, logits);
+        next_logits(m, story, i, logits);
         story[i] = sample_token(logits, c.V, 0, 0);
         if (story[i] != ids[i]) {
             bad(__LINE__, "greedy token %d is %d, not %d", i, story[i], ids[i]);
@@ -2210,7 +2229,7 @@ static void test_stories260K_has_known_loss_gradients_and_greedy_text(void) {
         }
     }
     batch_free(&batch);
-    model_free(&m);
+    model_free(m);
     free(oracle);
     free(dir);
 }
@@ -2281,23 +2300,22 @@ static void test_run_loss_is_the_losses_of_the_model(void) {       // --eval-onl
     CHECK(log_values(file_at("eval"), "val", "val_loss", logged, 2) == 1, "one val record expected");
     if (n_bad) return;
     Config c = read_config(file_at("out/step_00000002"), 1);
-    Model m;
     Batch batch;
     DataLoader dl;
-    make_model(&m, &c, 3, TINY_T, 100, 0, 0);
-    weights_read(file_at("out/step_00000002"), &m, &c);
+    Model *m = make_model(&c, 3, TINY_T, 100, 0, 0);
+    weights_read(file_at("out/step_00000002"), m, &c);
     loader_open(&dl, val_glob, 3, TINY_T, 0, 1, 0, 0, c.V, 0);
-    batch_alloc(&batch, 3, TINY_T, 0);
+    batch_alloc(&batch, 3, TINY_T, 0, 1);
     for (int64_t i = 0; i < loader_eval_batches(&dl); i++) {
         loader_next(&dl, &batch);
-        sum += llama_loss(&m, &batch, &n);
+        sum += forward_loss(m, &batch);
         targets += n;
     }
     CHECK(targets == 18 * TINY_T, "%d targets in 18 windows", (int)targets);
     CHECK_ERROR("val loss", fabs(sum / (double)targets - logged[0]), 1e-6);
     batch_free(&batch);
     loader_close(&dl);
-    model_free(&m);
+    model_free(m);
 }
 
 static void test_dry_run_prints_what_the_run_takes(void) {
@@ -2316,14 +2334,11 @@ static void test_dry_run_prints_what_the_run_takes(void) {
         CHECK(access(file_at("dry"), F_OK), "--dry-run left a folder");
         double total = 0, want;
         Config c = read_config(tiny_config, 0);
-        Model m;
-        memset(&m, 0, sizeof m);
-        m.world = 1, m.bf16 = i == 1, m.recompute = i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : 0;
-        model_plan(&m, &c, 3, TINY_T, i == 3 ? 7 : 1 << 20);
-        want = (double)(m.arena[0].used + m.arena[1].used) * 4 / 1048576.0;
+        const Plan plan = {1, 0, 0, 3, TINY_T, i == 3 ? 7 : 1 << 20, i == 1, i == 3,
+                           i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : RECOMPUTE_NONE, /*training=*/1};
+        want = plan_bytes(&c, &plan) / 1048576;
         CHECK(a && strstr(a, "total ") && sscanf(strstr(a, "total ") + 6, "%lf", &total) == 1 && fabs(total - want) <= 0.051,
             "it prints %.1f MiB, the arenas have %.3f", total, want);
-        model_free(&m);
     }
     const char *const presets[] = {"3B", "30B", "llama3.1-8B", "qwen3-0.6B", "tiny"};
     for (int i = 0; i < COUNT(presets); i++) {              // no memory is taken, no data needed
@@ -3411,8 +3426,8 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"attention backward without delta", "ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;",
     "ds_i[j] = p_i[j] * ds_i[j] * scale;", "attention", 0},
     {"attention backward without scale", "(ds_i[j] - delta_i) * scale;", "(ds_i[j] - delta_i);", "attention", 0},
-    {"softmax gradient without the onehot", "row[targets[n]] -= (floatX)dscale;", "", "fixture_llama", 0},
-    {"swiglu derivative without its second term", "(1 + g[f] * (1 - s))", "1", "fixture_llama", 0},
+    {"softmax gradient without the onehot", "row[targets[n]] -= (floatX)weight[n];", "", "fixture_llama", 0},
+    {"swiglu derivative without its second term", "(1 + g * (1 - s))", "1", "fixture_llama", 0},
     {"no gradient of biases", "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);", "", "fixture_qwen2", 0},
     {"q norm and k norm swapped in backward", "dq_norm[d] += (floatX)sum[0];", "dq_norm[d] += (floatX)sum[1];",
     "fixture_qwen3", 0},
@@ -3424,14 +3439,26 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"document mask ignored", "int first = doc_start ? doc_start[t0 + i] - s0 : 0,", "int first = 0,", "document attention", 0},
     {"llama3 rope without its ramp", "freq *= keep + (1 - keep) / c->rope_factor;",
     "freq *= keep > 0.5 ? 1 : 1 / c->rope_factor;", "fixture_llama", 0},
-    {"masked targets count", "*n_targets += batch->targets[n] != IGNORED;", "*n_targets += 1;", "fixture_llama masked", 0},
-    {"recompute forgets the rope", "if (again != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);",
-    "if (again == RECOMPUTE_MLP) gate_up_forward(m, &w, y, N);", "recompute", 0},
+    {"masked targets count", "n += batch->targets[i] != IGNORED;", "n += 1;", "end_of_doc", 1},
+    {"recompute forgets the rope", "if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, batch);",
+    "if (again == RECOMPUTE_BLOCK) rmsnorm_forward(m->norm, y->rstd1, y->x, w.norm1, c->eps, N, C);", "recompute", 0},
     {"loader gives ranks the same rows", "(int64_t)dl->rank * dl->B + b, epoch", "(int64_t)b, epoch", "loader", 0},
     {"loader repeats its epoch's order", "(uint64_t)epoch);", "(uint64_t)0);", "loader", 0},
-    {"resume without v", "for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(",
-    "for (int kind = STATE_M; kind < STATE_V; kind++) optimizer_read(", "resume_is_bit_exact", 1},
+    {"resume without v", "state && kind <= STATE_V; kind++) optimizer_read(",
+    "state && kind < STATE_V; kind++) optimizer_read(", "resume_is_bit_exact", 1},
     {"resume from the first window", "tr->train.state = tr->state.loader;", "", "resume_is_bit_exact", 1},
+    {"gradients not divided by the number of targets", "? 0 : 1 / mass;", "? 0 : 1 / (double)opt.total_batch_tokens;",
+    "end_of_doc", 1},
+    {"floor of what is no target", "if (batch->targets[j] != IGNORED) sums[2]", "sums[2]", "end_of_doc", 1},
+    {"--val-batches ignored", "if (opt.val_batches && opt.val_batches < batches) batches = opt.val_batches;", "",
+    "evaluation_stops", 1},
+    {"a long sample sees its first tokens", "next_logits(tr->m, ids + n - window, window, logits);",
+    "next_logits(tr->m, ids, window, logits);", "sample_longer", 1},
+    {"EOS does not stop a sample", "if (ids[n] == eos) break;", "(void)eos;", "sample_ends", 1},
+    {"no BOS before a prompt", "if (bos >= 0 || !n_prompt) ids[n++]", "if (!n_prompt) ids[n++]", "sample_begins", 1},
+    {"the last of an eos list", "c->eos = (int)eos->child->inum;",
+    "for (const Json *e = eos->child; e; e = e->next) c->eos = (int)e->inum;", "sample_ends_at_the_first", 1},
+    {"a tied model refuses a head in its file", "(c->tied && !strcmp(name, \"lm_head.weight\"))", "0", "tied_model_with", 1},
     {"saving in place", "str(\"%s/tmp.step_%08\" PRId64, o->out, t->step);",
     "str(\"%s/step_%08\" PRId64, o->out, t->step);", "kill", 1},
 };
@@ -3566,6 +3593,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(adamw_rounds_bf16_state_at_random, F32),
     TEST(adamw_decays_matrices_only, F32),
     TEST(bf16_mode_is_close_to_fp32, F32),
+    TEST(evaluation_takes_the_memory_of_weights_and_one_layer, F32),
     TEST(arenas_hold_what_the_tensors_need, F32),
     TEST(init_depends_on_seed_and_name_only, F32),
     TEST(fixture_llama_matches_pytorch, F32 | F64),

@@ -1,23 +1,30 @@
+// ==== 1. Map ===================================================================================================
 /*
-litespark: train Llama-family language models. This file is the CPU trainer and the reference ("twin") that proves every
-gradient of the CUDA trainer train_litespark.cu: same sections, same names, same options.
+litespark: train Llama-family language models. This file is the CPU trainer and the reference ("twin") that proves every gradient
+of the CUDA trainer train_litespark.cu: same sections, same names, same options.
 
     make run                                            build, make the default data, train on all cores
     make train && mpirun -np 2 ./train_litespark        the same by hand, two ranks
     ./train_litespark --help                            every option
 
-Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary, L layers, C hidden size, H query heads,
-K key/value heads, D head size, F MLP width. All matrices are row-major, last index fastest; a weight w is (out, in) as in
-Hugging Face's files, and a row of activations x gives x w^T.
+Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary, L layers, C hidden size, H query
+heads, K key/value heads, D head size, F MLP width. All matrices are row-major, last index fastest; a weight w is (out, in) as
+in Hugging Face's files, and a row of activations x gives x w^T.
 
-The model, for each layer:   q,k,v = rope(norm1(x) Wqkv^T)        x_mid = x + attention(q,k,v) Wo^T
-                             g,u   = norm2(x_mid) Wgate_up^T      x'    = x_mid + (silu(g) * u) Wdown^T
-then loss = cross-entropy(norm(x) Whead^T). Llama, Mistral, Qwen2 (biases on q,k,v), Qwen3 (RMSNorm on each head of q and k).
+The model: the embedding, L layers, a last norm, the head; then loss = cross-entropy. A layer, and what of it is kept for backward:
+
+    x --+-- norm1 -- Wqkv -- qk_norm, rope -- attention -- Wo --(+)-- x_mid --+-- norm2 -- Wgate_up -- silu(g) u -- Wdown --(+)-- x of l+1
+        +------------------------------------------------------+              +-----------------------------------------------+
+    kept     x  rstd1      qkv (qk_raw qk_rstd)      att lse          x_mid  rstd2       gate_up
+    rebuilt  norm1(x)                                                 norm2(x_mid)                  h
+
+Llama, Mistral, Qwen2 (biases on q,k,v), Qwen3 (RMSNorm on each head of q and k: qk_norm).
 
 Rules
 - Gradients of parameters are +=: they add up over micro-steps and are cleared once per update. Gradients of activations are =,
   except the residual stream `dx`, where each block adds its share. Every op says which.
-- Memory: one arena for parameters, gradients, optimizer state and one for activations, allocated before step 0; nothing is
+- What is trained enters as a weight per target (section 5): d objective / d loss of that target.
+- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is
   allocated inside a step. Norm outputs and the SwiGLU product are never kept: backward rebuilds them.
 - Precision: fp32 (or double, -DfloatX=double, for the gradient checks). Norms, losses and global sums add in double.
   --precision bf16 rounds to bf16 whatever the CUDA trainer stores in bf16 (weights, activations and their gradients, the
@@ -27,9 +34,12 @@ Rules
 - The text between SHARED BEGIN and SHARED END stands in both trainers (`make sync` copies it, `make check` compares).
 Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
 
-Read: 12 (ops, each forward with its backward below), 13 (the model), 14 (main); then 10 (checkpoints) and 8 (data).
+Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; 2 tells the words. The rest is plumbing, for when you
+need it: 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models, 12 tokenizer, 13 data, 14 schedule and log,
+15 checkpoints. 16 is the fast version of section 3's matrix product.
 */
-// ==== 1. Includes, types, constants =====================================================================================
+
+// ==== 2. Vocabulary: types, options, and what the plumbing offers ================================================
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -65,28 +75,2121 @@ static void omp_set_num_threads(int n) { (void)n; }
 #ifndef floatX
 #define floatX float        // what parameters and activations are computed in; the gradient checks build with double
 #endif
-
 #ifndef LITESPARK_COMMIT
 #define LITESPARK_COMMIT "unknown"
 #endif
-#define CEIL_DIV(n, d) (((n) + (d) - 1) / (d))
+
+enum { ENOUGH_ROWS = 4096 };            // of a micro-step: more are no faster here
+static const char device_peak_is[] = "measured FMA peak", device_also_takes[] = "";
+
+// Sums of gradients over ranks, section 7
+void comm_reduce_start(floatX *x, size_t n);
+void comm_progress(void);
+void comm_reduce_finish(void);
+void comm_allgather(floatX *x, size_t n);
+
+// What this trainer does not do: an option with this value (NULL: with any), and why.
+static const struct { const char *option, *value, *why; } refused[] = {
+    {"--stage", "sft", "is not in this version; it trains on plain text"},
+    {"--stage", "dpo", "is not in this version; it trains on plain text"},
+    {"--zero", "2", "is for the CUDA trainer; the CPU trainer has 0 and 1"},
+    {"--zero", "3", "is for the CUDA trainer; the CPU trainer has 0 and 1"},
+    {"--shard-size", NULL, "is for the CUDA trainer; this is the CPU trainer"},
+    {"--reduce-dtype", NULL, "is for the CUDA trainer; this is the CPU trainer"},
+    {"--mlp", "products", "is for the CUDA trainer; this is the CPU trainer"},
+    {"--deterministic", "off", "is for the CUDA trainer; the CPU trainer has deterministic kernels only"},
+    {"--gpus", NULL, "is for the CUDA trainer; this is the CPU trainer"},
+    {"--nodes", NULL, "is for the CUDA trainer; this is the CPU trainer"},
+    {"--device", NULL, "is for the CUDA trainer; this is the CPU trainer"},
+};
 
 // SHARED BEGIN
-// ==== 2. Errors, memory, numbers ========================================================================================
-int comm_rank(void);        // section Comm; 0 and 1 without MPI
-int comm_world(void);
-void comm_abort(void);      // ends all ranks with exit status 1
-void comm_barrier(void);
-void comm_broadcast(void *data, size_t bytes);      // from rank 0
-void comm_sum(double *x, int n);                    // over ranks, in place
-
+#define CEIL_DIV(n, d) (((n) + (d) - 1) / (d))
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
+// ---- options: one table feeds parser, --help, the log and resume ------------------------------------------
+enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
+enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
+enum { FP32, BF16 };
+enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
+enum { MLP_AUTO, MLP_PASSES, MLP_PRODUCTS };
+
+// Three kinds. FIXED: what a run is; a resume that gives another value is refused. GIVEN: saved as the user gave it (or
+// left it open) and resolved anew at every start, so that another number of ranks or a lower --lr works.
+// START: of this start only, never saved.
+enum { START, GIVEN, FIXED };
+
+// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins with its
+// words). A GROUP is a headline of --help.
+#define OPTIONS(X, GROUP) \
+    GROUP("Model") \
+    X(TEXT, "--preset", preset, START, NULL, 0, 0, "a model by name, random weights; --preset help lists them") \
+    X(TEXT, "--config", config, START, NULL, 0, 0, "a model by its Hugging Face config.json, random weights") \
+    X(TEXT, "--init-from", init_from, START, NULL, 0, 0, \
+      "start from the weights of a Hugging Face checkpoint folder") \
+    X(TEXT, "--resume", resume, START, NULL, 0, 0, \
+      "continue this checkpoint folder; auto: the newest whole one in --out") \
+    GROUP("Data") \
+    X(TEXT, "--train-data", train_data, GIVEN, NULL, 0, 0, \
+      "token shards, as a quoted pattern (default: generated stories)") \
+    X(TEXT, "--val-data", val_data, GIVEN, NULL, 0, 0, \
+      "shards to evaluate on (default: those of the stories, with the default --train-data)") \
+    X(TEXT, "--tokenizer", tokenizer, GIVEN, NULL, 0, 0, \
+      "tokenizer.bin, for text (default: the one beside model or data)") \
+    X(CHOICE, "--document-mask", document_mask, FIXED, "off", 0, 0, \
+      "off|on: on: a token sees only its own document") \
+    GROUP("Objective") \
+    X(CHOICE, "--stage", stage, FIXED, "pretrain", 0, 0, \
+      "pretrain|sft|dpo: next tokens of text, answers, preferences") \
+    X(REAL, "--dpo-beta", dpo_beta, GIVEN, "0.1", 0, 1e3, "dpo: how strongly the reference model holds") \
+    GROUP("Batch") \
+    X(INT, "--seq-len", seq_len, GIVEN, "0", 0, 1 << 24, \
+      "tokens of a sequence, 0 = the model's, at most 1024") \
+    X(INT, "--batch-size", batch_size, GIVEN, "0", 0, 1 << 20, \
+      "sequences per rank at a time, 0 = as many as fit") \
+    X(INT, "--total-batch-tokens", total_batch_tokens, GIVEN, "0", 0, 1e12, \
+      "tokens of an update over all ranks, 0 = by the size of the model") \
+    GROUP("Schedule") \
+    X(INT, "--steps", steps, GIVEN, "-1", -1, 1e12, "updates in all, -1 = by the size of the model") \
+    X(REAL, "--lr", lr, GIVEN, "-1", -1, 1e3, "highest learning rate, -1 = by the size of the model") \
+    X(REAL, "--min-lr", min_lr, GIVEN, "-1", -1, 1e3, "learning rate at the end, -1 = lr/10") \
+    X(INT, "--warmup-steps", warmup_steps, GIVEN, "-1", -1, 1e12, \
+      "updates until the highest rate, -1 = min(100, steps/10)") \
+    X(CHOICE, "--schedule", schedule, GIVEN, "cosine", 0, 0, \
+      "cosine|linear|wsd|constant: how it falls (wsd: over the last fifth)") \
+    GROUP("Optimizer (AdamW)") \
+    X(REAL, "--beta1", beta1, GIVEN, "0.9", 0, 0.999999, "memory of the mean of gradients") \
+    X(REAL, "--beta2", beta2, GIVEN, "0.95", 0, 0.999999999, "memory of the mean of their squares") \
+    X(REAL, "--eps", eps, GIVEN, "1e-8", 1e-30, 1, "added to the root of that mean") \
+    X(REAL, "--weight-decay", weight_decay, GIVEN, "0.01", 0, 1e3, \
+      "pull of matrices (not of norms and biases) to zero") \
+    X(REAL, "--grad-clip", grad_clip, GIVEN, "1", 0, 1e9, "longer gradients are shortened to this, 0 = never") \
+    X(REAL, "--skip-spikes", skip_spikes, GIVEN, "0", 0, 1e6, \
+      "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
+    X(CHOICE, "--optimizer-dtype", optimizer_dtype, GIVEN, "fp32", 0, 0, \
+      "fp32|bf16: storage of both means (bf16: rounded at random)") \
+    GROUP("Looking") \
+    X(INT, "--val-every", val_every, GIVEN, "-1", -1, 1e12, \
+      "updates between evaluations, 0 = never, -1 = steps/10") \
+    X(INT, "--val-batches", val_batches, GIVEN, "0", 0, 1e12, \
+      "micro-steps of an evaluation, 0 = all of --val-data") \
+    X(INT, "--sample-every", sample_every, GIVEN, "-1", -1, 1e12, \
+      "updates between samples of text, 0 = never, -1 = one at the end") \
+    X(INT, "--sample-tokens", sample_tokens, GIVEN, "200", 0, 1e9, "length of a sample") \
+    X(TEXT, "--prompt", prompt, GIVEN, "", 0, 0, "text that a sample begins with") \
+    X(REAL, "--temperature", temperature, GIVEN, "0.8", 0, 100, \
+      "of samples: 0 = always the likeliest token, 1 = as the model says") \
+    X(INT, "--log-every", log_every, GIVEN, "1", 1, 1e12, \
+      "updates between lines on the screen (log.jsonl has all)") \
+    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, "print the loss on --val-data and stop") \
+    X(FLAG, "--generate", generate, START, NULL, 0, 0, "print a sample of text and stop") \
+    GROUP("Output") \
+    X(TEXT, "--out", out, START, "out", 0, 0, "folder of checkpoints and log.jsonl") \
+    X(INT, "--checkpoint-every", checkpoint_every, GIVEN, "-1", -1, 1e12, \
+      "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
+    X(INT, "--keep", keep, GIVEN, "2", 1, 1e9, "checkpoints to keep") \
+    GROUP("System") \
+    X(INT, "--seed", seed, FIXED, "1", 0, 9e15, "of random weights, the order of data, and samples") \
+    X(CHOICE, "--precision", precision, GIVEN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
+    X(INT, "--threads", threads, START, "0", 0, 4096, "per rank, 0 = cores / ranks of this machine") \
+    X(CHOICE, "--recompute", recompute, START, "none", 0, 0, \
+      "none|mlp|block: what backward computes again, to save memory") \
+    X(INT, "--logits-chunk", logits_chunk, START, "0", 0, 1 << 24, \
+      "rows of logits in memory at a time, 0 = what is fast here") \
+    X(INT, "--zero", zero, START, "0", 0, 3, "ZeRO: ranks share 1 optimizer state, 2 gradients, 3 weights") \
+    X(INT, "--shard-size", shard_size, START, "0", 0, 1e6, "ranks that share among themselves, 0 = all") \
+    X(CHOICE, "--reduce-dtype", reduce_dtype, START, "fp32", 0, 0, "fp32|bf16: gradients between ranks") \
+    X(CHOICE, "--mlp", mlp, START, "auto", 0, 0, \
+      "auto|passes|products: SwiGLU as passes of its own or inside our products") \
+    X(CHOICE, "--deterministic", deterministic, START, "on", 0, 0, "off|on: two runs give the same bits") \
+    X(INT, "--timeout", timeout, START, "600", 1, 1e6, "seconds to wait for another rank before giving up") \
+    GROUP("Tools") \
+    X(FLAG, "--dry-run", dry_run, START, NULL, 0, 0, "print the memory that this run needs and stop") \
+    X(INT, "--gpus", gpus, START, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
+    X(INT, "--nodes", nodes, START, "0", 0, 1e6, "with --dry-run: machines to plan for") \
+    X(TEXT, "--device", device, START, NULL, 0, 0, "with --dry-run: GPU to plan for") \
+    X(TEXT, "--dump-grads", dump_grads, START, NULL, 0, 0, \
+      "write the first update's gradients to this safetensors file and stop") \
+    X(FLAG, "--help", help, START, NULL, 0, 0, "this list")
+
+enum { OPT_GROUP, OPT_TEXT, OPT_INT, OPT_REAL, OPT_CHOICE, OPT_FLAG };
+typedef const char *TEXT_value;
+typedef int64_t INT_value, CHOICE_value, FLAG_value;
+typedef double REAL_value;
+#define FIELD(type, name, field, ...) type##_value field;
+#define NO_FIELD(title)
+typedef struct Options { OPTIONS(FIELD, NO_FIELD) } Options;
+#undef FIELD
+#undef NO_FIELD
+static Options opt;             // resolved: what the user left open is decided by resolve_options
+typedef struct Option Option;
+
+// ---- a model ------------------------------------------------------------------------------------------------
+typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
+typedef struct Config {         // Hugging Face's config.json
+    const Family *family;
+    int V, Vp;                  // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
+    int L, C, H, K, D, F;       // layers, hidden size, query heads, key/value heads, head_dim, MLP width
+    int max_T;                  // positions the model is made for
+    int tied;                   // lm_head is the embedding
+    int qkv_bias, qk_norm;      // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
+    double eps, rope_theta, init_std;
+    double rope_factor;         // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
+    double rope_low, rope_high;
+    int rope_original_T;
+    int sliding_window;         // 0 = none, else how far layers >= window_layer look back; a longer seq-len is refused
+    int window_layer;           // Qwen's max_window_layers
+    int bos, eos;               // token ids, -1 = none
+} Config;
+
+enum { INIT_NORMAL, INIT_ONE, INIT_ZERO };
+typedef struct Tensor {
+    char name[80];              // Hugging Face's
+    int unit;
+    size_t at, n;               // first element in its unit, number of elements
+    int rows, cols;             // cols 0: a vector
+    int init, decay;
+} Tensor;
+
+typedef struct Unit {           // what is reduced, sharded and saved together: the embedding, a layer, final norm and head
+    char name[24];              // "embed", "layers.7", "head"
+    size_t at, n, n_padded;     // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks
+    size_t vocab_padding;       // elements, for the rows V .. Vp-1
+    int first_tensor, n_tensors;
+} Unit;
+
+enum { UNIT_EMBED, UNIT_LAYER };// the first units; then come the other layers and the head
+typedef struct ParamTable {     // every tensor's name, place, shape, initial value and decay, once
+    Tensor *tensors;
+    Unit *units;
+    int n_tensors, n_units;
+    size_t n, n_params;         // elements of a flat buffer; parameters without padding
+    size_t unit_align;
+} ParamTable;
+
+// ---- data -----------------------------------------------------------------------------------------------------
+#define IGNORED (-100)          // a target that is no target (PyTorch's ignore_index)
+typedef struct Batch {          // of one micro-step
+    int B, T;
+    int n_rows;                 // rows with data; the others are padding: inputs 0, targets IGNORED
+    int *inputs, *targets;      // (B, T)
+    int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
+    float *floor;               // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
+} Batch;
+
+typedef struct LoaderState {
+    uint64_t seed;
+    int64_t epoch, position;    // position = windows that all ranks together have drawn in this epoch
+} LoaderState;
+
+enum { MAX_OPEN_SHARDS = 256 }; // of thousands; a process often may have 1024 descriptors
+typedef struct DataLoader {
+    struct Shard *shards;
+    int n_shards;
+    int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
+    int B, T, rank, world, shuffle, vocab_size, document_mask;
+    int has_floor;              // evaluation: every shard has its .nll
+    LoaderState state;
+    void *buffer;               // one window as it lies in the file
+    struct Shard *open_shard[MAX_OPEN_SHARDS];  // who has the descriptor of this place, NULL = none
+} DataLoader;
+
+typedef struct Tokenizer {
+    int kind, V, bos, eos, prefix_space;        // bos and eos: -1 = none
+    struct Piece *piece;        // (V)
+    int byte_id[256];           // the piece that stands for a byte: "<0xHH>", else the byte itself, else -1
+    uint32_t slots;             // power of two >= 2V
+    int *slot;                  // (slots) hash table of the ids that text can become; -1 = empty
+    char *path, *file;
+} Tokenizer;
+
+// ---- a run ------------------------------------------------------------------------------------------------------
+enum { SPIKE_WINDOW = 128 };
+typedef struct TrainState {     // with the weights and the optimizer: all that a run is
+    int64_t step, updates;      // updates: steps that changed the weights
+    int64_t tokens;
+    double seconds, joules;     // spent in steps; joules NAN: unavailable
+    LoaderState loader;         // where the data of the next update begin
+    double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
+    int64_t n_healthy;
+} TrainState;
+
+typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;   // memory: bytes that a rank may use
+
+enum { ARENA_WEIGHTS, ARENA_GRADIENTS, ARENA_OPTIMIZER, ARENA_ACTIVATIONS, ARENA_WORKSPACE, N_ARENAS };
+static const char *const arena_names[] = {"weights", "gradients", "optimizer", "activations", "workspace"};
+typedef struct Model Model;     // section 4
+
+typedef struct Plan {           // what decides the size of every array of a rank
+    int ranks, rank, zero;
+    int B, T, chunk;            // micro-step of B sequences of T tokens; rows of logits that exist at a time
+    int bf16, bf16_state, recompute;
+    int training;               // 0: evaluation and samples; weights and activations are all there is
+} Plan;
+
+// ---- what the plumbing (sections 8 to 15) offers the story ---------------------------------------------------------
+typedef struct Str { char s[4096]; } Str;               // a short text as a value, with nothing to free
+typedef struct Text { char *s; int n, max; } Text;      // a growing text: start from zero, text_add, free(t.s)
+typedef struct Json Json;
+typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
+typedef struct StWriter StWriter;                       // a safetensors file that is being written
+enum { ST_F32, ST_BF16, ST_F16, ST_I32 };
+
+// 8. die: one line, all ranks end with status 1. Random numbers are functions of (seed, stream, index)
+__attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...);
+__attribute__((format(printf, 1, 2))) Str str(const char *fmt, ...);
+void *xmalloc(size_t bytes);
+void *xcalloc(size_t n, size_t size);
+char *xstrdup(const char *s);
+double now_seconds(void);
+uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index);
+double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
+double random_normal(uint64_t seed, uint64_t stream, uint64_t index);
+uint64_t hash_string(const char *s);
+void options_parse(int argc, char **argv);
+void options_check(void);
+void options_help(void);
+Option *option_find(const char *name);
+int option_given(const char *name);
+const char *option_text(const Option *o);
+// 9, 10
+void text_add(Text *t, const char *fmt, ...);
+void text_add_string(Text *t, const char *s);
+void text_add_field(Text *t, const char *key, double x);
+StWriter *st_create(const char *path, const char *metadata);
+void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
+void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
+void st_begin(StWriter *w);
+void st_write(StWriter *w, const float *values, size_t count);
+int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
+// 11
+Config choose_config(const char *resume_dir);
+void config_set_vocab(Config *c, int V);
+double config_params(const Config *c);
+void param_table_build(ParamTable *p, const Config *c, int world);
+const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
+// 12, 13
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder);
+int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
+void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
+int data_vocabulary(const char *pattern);
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
+                 int vocab_size, int document_mask);
+void loader_log(const DataLoader *dl, const char *name, FILE *f);
+void loader_rewind(DataLoader *dl);
+int64_t loader_eval_batches(const DataLoader *dl);
+void loader_next(DataLoader *dl, Batch *batch);
+void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
+// 14
+double learning_rate(const Options *o, int64_t step);
+double flops_per_token(const Config *c, int T, int causal);
+void log_open(const char *out);
+void log_record(Text *t);
+void text_add_options(Text *t, int as_given);
+Str duration_text(double seconds);
+Str measured_text(double x, const char *format);
+Str flops_text(double x);
+// 15
+char *checkpoint_choose(const char *resume, const char *out);
+int checkpoint_list(const char *out, int64_t **steps);
+void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
+void checkpoint_read_model(const char *dir, Model *m, int state);
+void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
+void weights_read(const char *dir, Model *m, const Config *c);
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder);
+
+// ---- what each trainer has of its own: ranks and device (section 7), model (section 4) ------------------------------
+int comm_rank(void);
+int comm_world(void);
+void comm_init(int *argc, char ***argv);
+void comm_finish(void);
+void comm_abort(void);                                  // ends all ranks with exit status 1
+void comm_barrier(void);
+void comm_broadcast(void *data, size_t bytes);          // from rank 0
+void comm_sum(double *x, int n);                        // over ranks, in place
+double comm_max(double x);
+void device_open(void);                                 // this rank's part of the machine
+void device_wait(void);                                 // until it has done what it was given
+Machine device_machine(void);                           // what there is to plan with, the same on all ranks
+const char *device_name(void);
+double device_peak(int bf16);                           // FLOP/s of a rank; NAN: unknown
+double energy_read(void);                               // joules of this rank's part since some moment; NAN: unavailable
+int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
+void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
+
+Model *model_plan(const Config *c, const Plan *plan);   // sizes only, nothing is taken
+double model_bytes(const Model *m, int arena);          // of one arena
+void model_alloc(Model *m);
+void model_free(Model *m);
+const ParamTable *model_table(const Model *m);
+void model_init(Model *m, uint64_t seed);
+enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
+void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host);
+void model_write(Model *m, int what, int u, size_t at, size_t n, const float *host);
+void state_share(const Model *m, int u, size_t *first, size_t *n);
+void model_set_master(Model *m);
+
+void llama_forward(Model *m, const Batch *batch);
+void llama_head(Model *m, const Batch *batch, const double *weight);
+void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int));
+double model_loss(Model *m);
+void next_logits(Model *m, const int *ids, int n, float *logits);
+void model_zero_grads(Model *m);
+void model_reduce_unit(Model *m, int u);
+void model_reduce_finish(Model *m);
+double gradient_norm(Model *m, const char **bad, int *n_bad);
+void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o);
+// SHARED END
+
+// ==== 3. Ops: forward order, each backward below its forward ================================================
+// Outputs first, then inputs, then sizes. An op says of each output whether it is = or +=.
+
+// ---- what storing means -----------------------------------------------------------------------------------
+// --precision bf16: whatever the CUDA trainer stores in bf16 is rounded here to what bf16 holds; sums stay in fp32.
+static int storing_bf16;
+
+// x rounded to bf16, ties to even.
+static inline floatX round_bf16(floatX x) {
+    union { float f; uint32_t u; } bits;
+    bits.f = (float)x;
+    bits.u = (bits.u + 0x7fff + ((bits.u >> 16) & 1)) & 0xffff0000u;    // a NaN may become Inf: still not finite
+    return bits.f;
+}
+
+// x (n) is stored: a row, by the thread that has it
+static inline void store(floatX *x, size_t n) {
+    if (storing_bf16) for (size_t i = 0; i < n; i++) x[i] = round_bf16(x[i]);
+}
+
+// x (n) is stored: a matrix, by all threads
+void store_matrix(floatX *x, size_t n) {
+    if (!storing_bf16) return;
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) x[i] = round_bf16(x[i]);
+}
+
+// e^x, branch-free so that loops over it become vector code: 2^n times Cephes' polynomial on |r| <= ln(2)/2, 1.5 ulp.
+// x > 88 saturates, x < -87 gives 0, NaN stays NaN. In double: the C library's.
+static inline floatX exp_x(floatX x) {
+    if (sizeof(floatX) == sizeof(double)) return (floatX)exp((double)x);
+    float f = (float)x;
+    f = f < -87.0f ? -87.0f : f;
+    f = f > 88.0f ? 88.0f : f;
+    union { float f; uint32_t u; } n, scale;
+    n.f = f * 1.44269504f + 12582912.0f;                        // 1.5 * 2^23: the integer part lands in the low bits
+    float whole = n.f - 12582912.0f;
+    float r = f - whole * 0.693359375f - whole * -2.12194440e-4f;
+    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
+               + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+    scale.u = (n.u + 127) << 23;
+    return x < (floatX)-87 ? (floatX)0 : (p * r * r + r + 1.0f) * scale.f;
+}
+
+static inline floatX sqrt_x(floatX x) {
+    return sizeof(floatX) == sizeof(double) ? (floatX)sqrt((double)x) : (floatX)sqrtf((float)x);
+}
+
+// ---- token embedding ---------------------------------------------------------------------------------------------------
+// x (N,C) = w[ids]     w (V,C), ids (N)
+void embedding_forward(floatX *x, const int *ids, const floatX *w, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) memcpy(x + (size_t)n * C, w + (size_t)ids[n] * C, (size_t)C * sizeof(floatX));
+}
+
+// dw (V,C) += dx rows of each token. Threads share out the columns, so equal tokens never race.
+void embedding_backward(floatX *dw, const int *ids, const floatX *dx, int N, int C) {
+    const int BLOCK = 16;
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < C; c0 += BLOCK) {
+        int width = C - c0 < BLOCK ? C - c0 : BLOCK;
+        for (int n = 0; n < N; n++) {
+            floatX *dw_n = dw + (size_t)ids[n] * C + c0;
+            const floatX *dx_n = dx + (size_t)n * C + c0;
+            for (int c = 0; c < width; c++) dw_n[c] += dx_n[c];
+        }
+    }
+}
+
+// ---- RMSNorm (Zhang & Sennrich 2019) ------------------------------------------------------------------------
+// out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)
+void rmsnorm_forward(floatX *out, floatX *rstd, const floatX *x, const floatX *w, double eps, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const floatX *x_n = x + (size_t)n * C;
+        floatX *out_n = out + (size_t)n * C;
+        double squares = 0;
+        #pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < C; c++) squares += (double)x_n[c] * x_n[c];
+        const floatX r = (floatX)(1 / sqrt(squares / C + eps));
+        rstd[n] = r;
+        for (int c = 0; c < C; c++) out_n[c] = x_n[c] * r * w[c];
+        store(out_n, C);
+    }
+}
+
+// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
+// dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c (the forward's output again, for the weight gradient
+// of the product that read it; or NULL)
+void rmsnorm_backward(floatX *dx, floatX *dw, floatX *norm_out, const floatX *dout, const floatX *x, const floatX *rstd,
+                      const floatX *w, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const floatX *dout_n = dout + (size_t)n * C, *x_n = x + (size_t)n * C, r = rstd[n];
+        floatX *dx_n = dx + (size_t)n * C;
+        double gn = 0;
+        #pragma omp simd reduction(+ : gn)
+        for (int c = 0; c < C; c++) gn += (double)dout_n[c] * w[c] * x_n[c];
+        const floatX mean = (floatX)(gn * r / C);
+        for (int c = 0; c < C; c++) dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);
+        store(dx_n, C);
+        if (!norm_out) continue;
+        floatX *out_n = norm_out + (size_t)n * C;
+        for (int c = 0; c < C; c++) out_n[c] = x_n[c] * r * w[c];           // the same bits as in the forward
+        store(out_n, C);
+    }
+    enum { COLUMNS = 32 };                      // a thread owns columns: the order of the sum over rows is fixed
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < C; c0 += COLUMNS) {
+        double sum[COLUMNS] = {0};
+        const int width = C - c0 < COLUMNS ? C - c0 : COLUMNS;
+        for (int n = 0; n < N; n++) {
+            const size_t at = (size_t)n * C + c0;
+            for (int c = 0; c < width; c++) sum[c] += (double)dout[at + c] * (x[at + c] * rstd[n]);
+        }
+        for (int c = 0; c < width; c++) dw[c0 + c] += (floatX)sum[c];
+    }
+}
+
+// ---- matrix products --------------------------------------------------------------------------------------------
+// Nine tenths of a training step. This is what they mean; section 16 computes the same near the arithmetic peak of a core.
+// out (M,N) = or += op(a) op(b). a is (M,K), or stored as (K,M) if trans_a; b is (K,N), or (N,K) if trans_b.
+// Row-major; ldo, lda and ldb are the distances of rows in memory, in elements. K = 0 writes (or adds) zeros.
+void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
+                  int M, int N, int K, int accumulate) {
+    for (int i = 0; i < M; i++) for (int j = 0; j < N; j++) {
+        floatX sum = 0, *o = out + (size_t)i * ldo + j;
+        for (int k = 0; k < K; k++) {
+            const floatX a_ik = trans_a ? a[(size_t)k * lda + i] : a[(size_t)i * lda + k];
+            const floatX b_kj = trans_b ? b[(size_t)j * ldb + k] : b[(size_t)k * ldb + j];
+            sum += a_ik * b_kj;
+        }
+        *o = accumulate ? *o + sum : sum;
+    }
+}
+void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
+            int M, int N, int K, int accumulate);       // the same, fast, with all threads
+void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
+                 int M, int N, int K, int accumulate);  // the same, for small blocks inside a parallel region
+
+// The three products of a linear layer out = x w^T: x (N,C), w (OC,C) as Hugging Face stores it, out (N,OC).
+// out (N,OC) = x w^T + add (N,OC) + bias (OC), stored once; add: the residual stream, or NULL; bias may be NULL
+void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC, const floatX *add,
+                    const floatX *bias) {
+    const int accumulate = add || bias;                         // the product is added to what it finds
+    #pragma omp parallel for if (accumulate)
+    for (int n = 0; n < (accumulate ? N : 0); n++) {
+        floatX *out_n = out + (size_t)n * OC;
+        for (int o = 0; o < OC; o++) out_n[o] = (add ? add[(size_t)n * OC + o] : 0) + (bias ? bias[o] : 0);
+    }
+    matmul(out, OC, x, C, /*trans_a=*/0, w, C, /*trans_b=*/1, N, OC, C, accumulate);
+    store_matrix(out, (size_t)N * OC);
+}
+
+// dx (N,C) = dout (N,OC) w
+void matmul_backward_x(floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC) {
+    matmul(dx, C, dout, OC, /*trans_a=*/0, w, C, /*trans_b=*/0, N, C, OC, /*accumulate=*/0);
+    store_matrix(dx, (size_t)N * C);
+}
+
+// dw (OC,C) += dout^T x
+void matmul_backward_w(floatX *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
+    matmul(dw, C, dout, OC, /*trans_a=*/1, x, C, /*trans_b=*/0, OC, C, N, /*accumulate=*/1);
+}
+
+// ---- bias on q, k, v (Qwen2): the product above adds it -----------------------------------------------------
+// dbias (OC) += column sums of dout (N,OC)
+void bias_backward(floatX *dbias, const floatX *dout, int N, int OC) {
+    enum { COLUMNS = 32 };
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < OC; c0 += COLUMNS) {
+        double sum[COLUMNS] = {0};
+        int width = OC - c0 < COLUMNS ? OC - c0 : COLUMNS;
+        for (int n = 0; n < N; n++) for (int c = 0; c < width; c++) sum[c] += dout[(size_t)n * OC + c0 + c];
+        for (int c = 0; c < width; c++) dbias[c0 + c] += (floatX)sum[c];
+    }
+}
+
+// ---- norm of each q and k head (Qwen3) and rotary embedding (Su et al. 2021, Hugging Face's rotate_half) ----------------
+// Angles of position t and pair i < D/2: t * theta^(-2i/D), for Llama 3 stretched: wavelengths longer than the original
+// context / low are divided by `factor`, shorter than context / high kept, a linear ramp between.
+void rope_table(floatX *cosine, floatX *sine, const Config *c, int T) {     // (T, D/2) each
+    const double PI = 3.14159265358979323846;
+    for (int i = 0; i < c->D / 2; i++) {
+        double freq = pow(c->rope_theta, -2.0 * i / c->D);
+        if (c->rope_factor > 0) {
+            double turns = c->rope_original_T * freq / (2 * PI);
+            double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
+            freq *= keep + (1 - keep) / c->rope_factor;
+        }
+        for (int t = 0; t < T; t++) {
+            cosine[(size_t)t * (c->D / 2) + i] = (floatX)cos(t * freq);
+            sine[(size_t)t * (c->D / 2) + i] = (floatX)sin(t * freq);
+        }
+    }
+}
+
+// The pair (i, i + D/2) of x (D) turns by the angle of its position; `sign` -1 turns back (the transpose: its backward).
+static inline void rotate_head(floatX *x, const floatX *cosine, const floatX *sine, int D, floatX sign) {
+    for (int i = 0; i < D / 2; i++) {
+        floatX a = x[i], b = x[i + D / 2], s = sign * sine[i];
+        x[i] = a * cosine[i] - b * s;
+        x[i + D / 2] = b * cosine[i] + a * s;
+    }
+}
+
+// qkv (N,(H+2K)D) in place: q and k heads normed (if q_norm), then rotated; v as it is. For the backward of the norm,
+// qk_raw (N,(H+K)D) = the heads before it and qk_rstd (N,H+K). q_norm, k_norm (D) or NULL.
+void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const floatX *q_norm, const floatX *k_norm,
+                          const floatX *cosine, const floatX *sine, double eps, int H, int K, int D, int N, int T) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        size_t angle = (size_t)(n % T) * (D / 2);
+        for (int h = 0; h < H + K; h++) {
+            floatX *x = qkv + ((size_t)n * (H + 2 * K) + h) * D;
+            if (q_norm) {
+                const floatX *w = h < H ? q_norm : k_norm;
+                double squares = 0;
+                for (int d = 0; d < D; d++) squares += (double)x[d] * x[d];
+                floatX r = (floatX)(1 / sqrt(squares / D + eps));
+                memcpy(qk_raw + ((size_t)n * (H + K) + h) * D, x, (size_t)D * sizeof(floatX));
+                qk_rstd[(size_t)n * (H + K) + h] = r;
+                for (int d = 0; d < D; d++) x[d] *= r * w[d];
+            }
+            rotate_head(x, cosine + angle, sine + angle, D, 1);
+            store(x, D);
+        }
+    }
+}
+
+// dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation. dq_norm, dk_norm (D) +=
+void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const floatX *qk_raw, const floatX *qk_rstd,
+                           const floatX *q_norm, const floatX *k_norm, const floatX *cosine, const floatX *sine,
+                           int H, int K, int D, int N, int T) {
+    const int heads = H + K;
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        size_t angle = (size_t)(n % T) * (D / 2);
+        for (int h = 0; h < heads; h++)
+            rotate_head(dqkv + ((size_t)n * (H + 2 * K) + h) * D, cosine + angle, sine + angle, D, -1);
+    }
+    if (q_norm) {
+        #pragma omp parallel for
+        for (int d = 0; d < D; d++) {           // dw first: dx overwrites dout
+            double sum[2] = {0, 0};
+            for (int n = 0; n < N; n++) for (int h = 0; h < heads; h++)
+                sum[h >= H] += (double)dqkv[((size_t)n * (H + 2 * K) + h) * D + d]
+                             * (qk_raw[((size_t)n * heads + h) * D + d] * qk_rstd[(size_t)n * heads + h]);
+            dq_norm[d] += (floatX)sum[0];
+            dk_norm[d] += (floatX)sum[1];
+        }
+        #pragma omp parallel for
+        for (int n = 0; n < N; n++) for (int h = 0; h < heads; h++) {
+            floatX *dx = dqkv + ((size_t)n * (H + 2 * K) + h) * D, r = qk_rstd[(size_t)n * heads + h];
+            const floatX *x = qk_raw + ((size_t)n * heads + h) * D, *w = h < H ? q_norm : k_norm;
+            double gn = 0;
+            for (int d = 0; d < D; d++) gn += (double)dx[d] * w[d] * x[d];
+            floatX mean = (floatX)(gn * r / D);
+            for (int d = 0; d < D; d++) dx[d] = r * (dx[d] * w[d] - x[d] * r * mean);
+        }
+    }
+    store_matrix(dqkv, (size_t)N * (H + 2 * K) * D);
+}
+
+// ---- causal attention with grouped heads, blocked so that memory is O(T) (Dao et al. 2022) -------------------------------
+// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads share a k/v head.
+enum { TILE = 64 };             // rows of q or k at a time: scores stay in the cache
+
+// Scores of q rows t0.. against k rows s0.. become scaled, masked ones: -inf where the query may not look.
+static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const int *doc_start, floatX scale) {
+    for (int i = 0; i < rows; i++) {
+        floatX *s_i = s + i * TILE;
+        for (int j = 0; j < cols; j++) s_i[j] *= scale;
+        int first = doc_start ? doc_start[t0 + i] - s0 : 0, last = t0 + i - s0;
+        for (int j = 0; j < cols && j < first; j++) s_i[j] = -INFINITY;
+        for (int j = last < 0 ? 0 : last + 1; j < cols; j++) s_i[j] = -INFINITY;
+    }
+}
+
+// out (N,H*D) =, lse (N,H) = log of the softmax's denominator.  qkv (N,(H+2K)D), doc_start (N) or NULL
+void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *doc_start, int B, int T, int H, int K,
+                       int D) {
+    const int W = (H + 2 * K) * D, tiles = (T + TILE - 1) / TILE;
+    const floatX scale = (floatX)(1 / sqrt((double)D));
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int bh = 0; bh < B * H; bh++) for (int tile = 0; tile < tiles; tile++) {
+        int b = bh / H, h = bh % H, t0 = (tiles - 1 - tile) * TILE, rows = T - t0 < TILE ? T - t0 : TILE;  // long ones first
+        const floatX *q = qkv + ((size_t)b * T + t0) * W + h * D;
+        const floatX *k = qkv + (size_t)b * T * W + (H + h / (H / K)) * D, *v = k + K * D;
+        const int *doc_b = doc_start ? doc_start + (size_t)b * T : NULL;
+        floatX *out_t = out + ((size_t)b * T + t0) * H * D + h * D;
+        floatX s[TILE * TILE], highest[TILE];
+        double total[TILE];
+        for (int i = 0; i < rows; i++) {
+            highest[i] = -INFINITY;
+            total[i] = 0;
+            memset(out_t + (size_t)i * H * D, 0, (size_t)D * sizeof(floatX));
+        }
+        for (int s0 = doc_b ? doc_b[t0] / TILE * TILE : 0; s0 < t0 + rows; s0 += TILE) {
+            int cols = T - s0 < TILE ? T - s0 : TILE;
+            matmul_tile(s, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
+            attention_mask(s, rows, cols, t0, s0, doc_b, scale);
+            for (int i = 0; i < rows; i++) {    // online softmax: what was summed so far shrinks when a larger score appears
+                floatX *s_i = s + i * TILE, top = highest[i];
+                #pragma omp simd reduction(max : top)
+                for (int j = 0; j < cols; j++) top = s_i[j] > top ? s_i[j] : top;
+                floatX base = top == -INFINITY ? 0 : top;                       // nothing visible yet: all exp are 0
+                floatX shrink = exp_x(highest[i] - base);
+                double sum = 0;
+                #pragma omp simd reduction(+ : sum)
+                for (int j = 0; j < cols; j++) {
+                    s_i[j] = exp_x(s_i[j] - base);
+                    sum += s_i[j];
+                }
+                store(s_i, cols);
+                total[i] = total[i] * shrink + sum;
+                highest[i] = top;
+                floatX *out_i = out_t + (size_t)i * H * D;
+                if (shrink != 1) for (int d = 0; d < D; d++) out_i[d] *= shrink;
+            }
+            matmul_tile(out_t, H * D, s, TILE, 0, v + (size_t)s0 * W, W, 0, rows, D, cols, 1);
+        }
+        for (int i = 0; i < rows; i++) {
+            floatX *out_i = out_t + (size_t)i * H * D, inverse = (floatX)(1 / total[i]);
+            for (int d = 0; d < D; d++) out_i[d] *= inverse;
+            store(out_i, D);
+            lse[((size_t)b * T + t0 + i) * H + h] = highest[i] + (floatX)log(total[i]);
+        }
+    }
+}
+
+// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
+//   dv_s = sum_t P_ts dout_t          dS_ts = P_ts (dout_t v_s - delta_t)
+//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =
+// One task holds all query heads of a k/v head, so every gradient has one writer.
+void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out, const floatX *lse,
+                        const int *doc_start, int B, int T, int H, int K, int D) {
+    const int W = (H + 2 * K) * D, group = H / K;
+    const floatX scale = (floatX)(1 / sqrt((double)D));
+    #pragma omp parallel for schedule(dynamic)
+    for (int bk = 0; bk < B * K; bk++) {
+        int b = bk / K, kv = bk % K;
+        size_t row = (size_t)b * T;
+        const floatX *k = qkv + row * W + (H + kv) * D, *v = k + K * D;
+        floatX *dk = dqkv + row * W + (H + kv) * D, *dv = dk + K * D;
+        const int *doc_b = doc_start ? doc_start + row : NULL;
+        floatX p[TILE * TILE], ds[TILE * TILE];
+        for (int t = 0; t < T; t++) {
+            memset(dqkv + (row + t) * W + kv * group * D, 0, (size_t)group * D * sizeof(floatX));
+            memset(dk + (size_t)t * W, 0, (size_t)D * sizeof(floatX));
+            memset(dv + (size_t)t * W, 0, (size_t)D * sizeof(floatX));
+        }
+        for (int h = kv * group; h < (kv + 1) * group; h++) for (int t0 = 0; t0 < T; t0 += TILE) {
+            int rows = T - t0 < TILE ? T - t0 : TILE;
+            const floatX *q = qkv + (row + t0) * W + h * D, *dout_t = dout + (row + t0) * H * D + h * D;
+            floatX delta[TILE];
+            for (int i = 0; i < rows; i++) {
+                const floatX *do_i = dout_t + (size_t)i * H * D, *o_i = out + (row + t0 + i) * H * D + h * D;
+                double sum = 0;
+                for (int d = 0; d < D; d++) sum += (double)do_i[d] * o_i[d];
+                delta[i] = (floatX)sum;
+            }
+            for (int s0 = doc_b ? doc_b[t0] / TILE * TILE : 0; s0 < t0 + rows; s0 += TILE) {
+                int cols = T - s0 < TILE ? T - s0 : TILE;
+                matmul_tile(p, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
+                attention_mask(p, rows, cols, t0, s0, doc_b, scale);
+                matmul_tile(ds, TILE, dout_t, H * D, 0, v + (size_t)s0 * W, W, 1, rows, cols, D, 0);
+                for (int i = 0; i < rows; i++) {
+                    floatX *p_i = p + i * TILE, *ds_i = ds + i * TILE, lse_i = lse[(row + t0 + i) * H + h], delta_i = delta[i];
+                    for (int j = 0; j < cols; j++) {
+                        p_i[j] = exp_x(p_i[j] - lse_i);
+                        ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;
+                    }
+                    store(p_i, cols);
+                    store(ds_i, cols);
+                }
+                matmul_tile(dv + (size_t)s0 * W, W, p, TILE, 1, dout_t, H * D, 0, cols, D, rows, 1);
+                matmul_tile(dk + (size_t)s0 * W, W, ds, TILE, 1, q, W, 0, cols, D, rows, 1);
+                matmul_tile(dqkv + (row + t0) * W + h * D, W, ds, TILE, 0, k + (size_t)s0 * W, W, 0, rows, D, cols, 1);
+            }
+        }
+    }
+    store_matrix(dqkv, (size_t)B * T * W);
+}
+
+// ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) ------------------------------------------------------------
+// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
+void swiglu_forward(floatX *h, const floatX *gate_up, int N, int F) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const floatX *g = gate_up + (size_t)n * 2 * F, *u = g + F;
+        floatX *h_n = h + (size_t)n * F;
+        #pragma omp simd
+        for (int f = 0; f < F; f++) h_n[f] = g[f] / (1 + exp_x(-g[f])) * u[f];
+        store(h_n, F);
+    }
+}
+
+// With s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s.
+// gate_up (N,2F) becomes its gradient, h (N,F) = once more, for the gradient of w_down; dh (N,F) may be h
+void swiglu_backward(floatX *gate_up, floatX *h, const floatX *dh, int N, int F) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        floatX *g_n = gate_up + (size_t)n * 2 * F, *u_n = g_n + F, *h_n = h + (size_t)n * F;
+        const floatX *dh_n = dh + (size_t)n * F;
+        #pragma omp simd
+        for (int f = 0; f < F; f++) {
+            const floatX g = g_n[f], u = u_n[f], d = dh_n[f], s = 1 / (1 + exp_x(-g));
+            h_n[f] = g * s * u;
+            g_n[f] = d * u * s * (1 + g * (1 - s));
+            u_n[f] = d * g * s;
+        }
+        store(h_n, F);
+        store(g_n, 2 * (size_t)F);
+    }
+}
+
+// gate_up (N,2F), h (N,F) = of x (N,C), w (2F,C); h may be NULL
+void mlp_forward(floatX *h, floatX *gate_up, const floatX *x, const floatX *w, int N, int C, int F) {
+    matmul_forward(gate_up, x, w, N, C, 2 * F, NULL, NULL);
+    if (h) swiglu_forward(h, gate_up, N, F);
+}
+
+// gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F)
+void mlp_backward_gate_up(floatX *gate_up, floatX *h, const floatX *dx, const floatX *w, int N, int C, int F) {
+    matmul_backward_x(h, dx, w, N, F, C);                       // dh, in h's place
+    swiglu_backward(gate_up, h, h, N, F);
+}
+
+// ---- softmax + cross-entropy on rows of logits --------------------------------------------------------------------
+// nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED.  weight (N) = d objective / d nll of each row: the
+// logits (N,V) become the objective's gradient weight (softmax - onehot), 0 where ignored; the two never exist at once.
+// weight NULL: losses only
+void cross_entropy(double *nll, floatX *logits, const int *targets, const double *weight, int N, int V) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        floatX *row = logits + (size_t)n * V, top = -INFINITY;
+        nll[n] = 0;
+        if (targets[n] == IGNORED) {
+            if (weight) memset(row, 0, (size_t)V * sizeof(floatX));
+            continue;
+        }
+        #pragma omp simd reduction(max : top)
+        for (int v = 0; v < V; v++) top = row[v] > top ? row[v] : top;
+        const floatX at_target = row[targets[n]];
+        double sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) {
+            floatX e = exp_x(row[v] - top);
+            sum += e;
+            row[v] = e;
+        }
+        nll[n] = log(sum) + top - at_target;
+        if (!weight) continue;
+        const floatX factor = (floatX)(weight[n] / sum);
+        for (int v = 0; v < V; v++) row[v] *= factor;
+        row[targets[n]] -= (floatX)weight[n];
+        store(row, V);
+    }
+}
+
+// ---- global norm, AdamW ---------------------------------------------------------------------------------------------------
+// sum of squares of x (n), in double, in blocks of fixed size so that the order does not depend on threads
+double sum_of_squares(const floatX *x, size_t n) {
+    enum { BLOCK = 1 << 14, MOST = 1024 };
+    double total = 0;
+    for (size_t start = 0; start < n; start += (size_t)BLOCK * MOST) {
+        double part[MOST];
+        int blocks = (int)min_size(CEIL_DIV(n - start, BLOCK), MOST);
+        #pragma omp parallel for
+        for (int i = 0; i < blocks; i++) {
+            size_t first = start + (size_t)i * BLOCK, end = min_size(first + BLOCK, n);
+            double sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (size_t j = first; j < end; j++) sum += (double)x[j] * x[j];
+            part[i] = sum;
+        }
+        for (int i = 0; i < blocks; i++) total += part[i];
+    }
+    return total;
+}
+
+// x, finite, rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
+static inline floatX round_bf16_randomly(floatX x, uint32_t random) {
+    union { float f; uint32_t u; } bits;
+    bits.f = (float)x;
+    bits.u = (bits.u + (random & 0xffff)) & 0xffff0000u;
+    return bits.f;
+}
+
+// 32 random bits for element `index` of an update; the mixer is a 32-bit one by C. Wellons (hash-prospector).
+static inline uint32_t update_bits(uint32_t key, uint64_t index) {
+    uint32_t h = ((uint32_t)index ^ (uint32_t)(index >> 32) * 0x9E3779B9u) ^ key;
+    h = (h ^ h >> 16) * 0x21F0AAADu;
+    h = (h ^ h >> 15) * 0x735A2D97u;
+    return h ^ h >> 15;
+}
+
+// AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad grad_scale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+// master = master (1 - lr decay) - lr / (1-b1^step) m / (sqrt(v / (1-b2^step)) + eps).
+// master, m, v (n) are updated, w (n) = master stored (fp32: may be master itself). bf16_state: m and v are stored in bf16,
+// rounded at random with the bits of (key, first + i), i in the n: to the nearest, v would stand still where 1 - b2 is below
+// half a unit in the last place.
+void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX *grad, size_t n, double lr, double beta1,
+                  double beta2, double eps, double decay, double grad_scale, int64_t step, int bf16_state, uint32_t key,
+                  size_t first) {
+    floatX b1 = (floatX)beta1, b2 = (floatX)beta2, shrink = (floatX)(1 - lr * decay), gscale = (floatX)grad_scale;
+    floatX rate = (floatX)(lr / (1 - pow(beta1, (double)step))), e = (floatX)eps;
+    floatX vscale = (floatX)(1 / (1 - pow(beta2, (double)step)));
+    const int bf16 = storing_bf16;
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) {
+        floatX g = grad[i] * gscale;
+        floatX mi = b1 * m[i] + (1 - b1) * g, vi = b2 * v[i] + (1 - b2) * g * g;
+        master[i] = master[i] * shrink - rate * mi / (sqrt_x(vi * vscale) + e);
+        uint32_t random = bf16_state ? update_bits(key, first + i) : 0;
+        m[i] = bf16_state ? round_bf16_randomly(mi, random) : mi;
+        v[i] = bf16_state ? round_bf16_randomly(vi, random >> 16) : vi;
+        w[i] = bf16 ? round_bf16(master[i]) : master[i];
+    }
+}
+
+// ==== 4. Model: layout, forward, head and loss, backward, update ===============================================
+// ---- parameters: pointers into one unit of the weights or of the gradients, wherever the unit lies ----------------
+typedef struct LayerParams {
+    floatX *norm1;          // (C)
+    floatX *qkv;            // ((H+2K)D, C)
+    floatX *qkv_bias;       // ((H+2K)D)        Qwen2, else NULL
+    floatX *q_norm, *k_norm;// (D)              Qwen3, else NULL
+    floatX *o;              // (C, HD)
+    floatX *norm2;          // (C)
+    floatX *gate_up;        // (2F, C)
+    floatX *down;           // (C, F)
+} LayerParams;
+
+static floatX *param(floatX *unit, const ParamTable *p, int u, const char *suffix) {    // NULL: this model has none
+    const Tensor *t = table_find(p, u, suffix);
+    return t ? unit + t->at : NULL;
+}
+
+LayerParams layer_params(floatX *unit, const ParamTable *p, int l) {
+    const int u = UNIT_LAYER + l;
+    LayerParams w = {
+        param(unit, p, u, "input_layernorm.weight"), param(unit, p, u, "q_proj.weight"), param(unit, p, u, "q_proj.bias"),
+        param(unit, p, u, "q_norm.weight"), param(unit, p, u, "k_norm.weight"), param(unit, p, u, "o_proj.weight"),
+        param(unit, p, u, "post_attention_layernorm.weight"), param(unit, p, u, "gate_proj.weight"),
+        param(unit, p, u, "down_proj.weight")};
+    return w;
+}
+
+typedef struct HeadParams {
+    floatX *norm;           // (C)              the final norm
+    floatX *head;           // (V, C)           the embedding once more, if they are tied
+} HeadParams;
+
+HeadParams head_params(floatX *unit, floatX *embed, const ParamTable *p) {
+    floatX *own = param(unit, p, p->n_units - 1, "lm_head.weight");
+    HeadParams w = {unit, own ? own : embed};
+    return w;
+}
+
+// ---- activations ---------------------------------------------------------------------------------------------
+// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer that each layer
+// reuses; without training all layers share one of each, and two of x.
+typedef struct LayerActs {
+    floatX *x;                          // (N,C)        the layer's input
+    floatX *rstd1, *rstd2;              // (N)
+    floatX *qkv;                        // (N,(H+2K)D)  after norm and rotation
+    floatX *qk_raw, *qk_rstd;           // (N,(H+K)D), (N,H+K)      Qwen3: before the head norm
+    floatX *att, *lse;                  // (N,HD), (N,H)
+    floatX *x_mid;                      // (N,C)        after attention
+    floatX *gate_up;                    // (N,2F)       backward overwrites it with its gradient
+} LayerActs;
+
+typedef struct Arena { char *base; size_t used; } Arena;       // used: bytes
+
+struct Model {
+    Config c;
+    ParamTable p;
+    Plan plan;
+    int B, T, N;                        // micro-step: N = B*T rows
+    int chunk;                          // rows of logits that exist at a time
+    floatX *weights, *grads;            // flat, (p.n)
+    floatX *master, *m, *v;             // flat; ZeRO 1: this rank's share of each unit. In fp32 the weights are their own master
+    LayerActs *acts;                    // (L)
+    floatX *x_last, *rstd_last;         // (N,C), (N)   input of the final norm
+    floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
+    floatX *h;                          // (N,F)        SwiGLU's product
+    floatX *dx, *dnorm;                 // (N,C)        gradient of the residual stream; of a norm's output
+    floatX *datt, *dqkv;                // (N,HD), (N,(H+2K)D)
+    floatX *logits;                     // (chunk,V)
+    double *nll;                        // (N)          loss of each target
+    double loss;                        // sum since model_loss was asked
+    floatX *cosine, *sine;              // (T,D/2)
+    Arena arena[N_ARENAS];
+};
+
+const ParamTable *model_table(const Model *m) { return &m->p; }
+double model_bytes(const Model *m, int arena) { return (double)m->arena[arena].used; }
+
+// Where unit u lies
+static floatX *unit_weights(const Model *m, int u) { return m->weights + m->p.units[u].at; }
+static floatX *unit_grads(const Model *m, int u) { return m->grads + m->p.units[u].at; }
+static HeadParams head_weights(const Model *m) {
+    return head_params(unit_weights(m, m->p.n_units - 1), unit_weights(m, UNIT_EMBED), &m->p);
+}
+static HeadParams head_grads(const Model *m) {
+    return head_params(unit_grads(m, m->p.n_units - 1), unit_grads(m, UNIT_EMBED), &m->p);
+}
+
+// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand out the pointers.
+static void *take(Arena *a, size_t bytes) {
+    void *at = a->base ? a->base + a->used : NULL;
+    a->used += CEIL_DIV(bytes, 64) * 64;
+    return at;
+}
+static floatX *take_x(Arena *a, size_t n) { return (floatX *)take(a, n * sizeof(floatX)); }
+
+static void layout_layer(Model *m, LayerActs *y, Arena *a, int keep_block, int keep_mlp) {
+    const Config *c = &m->c;
+    const size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    if (keep_block) {
+        y->rstd1 = take_x(a, N);
+        y->qkv = take_x(a, N * (HD + 2 * KD));
+        if (c->qk_norm) y->qk_raw = take_x(a, N * (HD + KD));
+        if (c->qk_norm) y->qk_rstd = take_x(a, N * (c->H + c->K));
+        y->att = take_x(a, N * HD);
+        y->lse = take_x(a, N * c->H);
+        y->x_mid = take_x(a, N * c->C);
+        y->rstd2 = take_x(a, N);
+    }
+    if (keep_mlp) y->gate_up = take_x(a, N * 2 * c->F);
+}
+
+static void layout(Model *m) {
+    const Config *c = &m->c;
+    const Plan *plan = &m->plan;
+    const size_t n = m->p.n, N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
+    const size_t n_state = plan->zero ? n / plan->ranks : n;
+    m->weights = take_x(&m->arena[ARENA_WEIGHTS], n);
+    m->master = m->weights;
+    if (plan->training) {
+        m->grads = take_x(&m->arena[ARENA_GRADIENTS], n);
+        Arena *o = &m->arena[ARENA_OPTIMIZER];
+        m->m = take_x(o, n_state);
+        m->v = take_x(o, n_state);
+        if (plan->bf16) m->master = take_x(o, n_state);
+    }
+    Arena *a = &m->arena[ARENA_ACTIVATIONS];
+    const int keep_block = plan->training && plan->recompute != RECOMPUTE_BLOCK;
+    const int keep_mlp = plan->training && plan->recompute == RECOMPUTE_NONE;
+    LayerActs shared;                       // what every layer writes again: laid out once, the rest per layer
+    memset(&shared, 0, sizeof shared);
+    layout_layer(m, &shared, a, !keep_block, !keep_mlp);
+    for (int l = 0; l < c->L; l++) {
+        LayerActs *y = &m->acts[l];
+        *y = shared;
+        y->x = plan->training || l < 2 ? take_x(a, N * c->C) : m->acts[l - 2].x;
+        layout_layer(m, y, a, keep_block, keep_mlp);
+    }
+    m->x_last = take_x(a, N * c->C);
+    m->rstd_last = take_x(a, N);
+    Arena *w = &m->arena[ARENA_WORKSPACE];
+    m->norm = take_x(w, N * c->C);
+    m->h = take_x(w, N * c->F);
+    if (plan->training) {
+        m->dnorm = take_x(w, N * c->C);
+        m->dx = take_x(w, N * c->C);
+        m->datt = take_x(w, N * HD);
+        m->dqkv = take_x(w, N * (HD + 2 * KD));
+    }
+    m->logits = take_x(w, (size_t)m->chunk * c->V);
+    m->cosine = take_x(w, (size_t)m->T * c->D / 2);
+    m->sine = take_x(w, (size_t)m->T * c->D / 2);
+    m->nll = (double *)take(w, N * sizeof(double));
+}
+
+// Sizes only, no memory is taken: of every arena, and the table of the model.
+Model *model_plan(const Config *c, const Plan *plan) {
+    Model *m = (Model *)xcalloc(1, sizeof *m);
+    m->c = *c;
+    m->plan = *plan;
+    m->B = plan->B;
+    m->T = plan->T;
+    m->N = m->B * m->T;
+    m->chunk = plan->chunk < m->N ? plan->chunk : m->N;
+    param_table_build(&m->p, c, plan->ranks);
+    m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
+    layout(m);
+    return m;
+}
+
+// Takes the memory. Weights, m and v start as zeros: the padding of the vocabulary has no other value, ever. The rest is
+// written before it is read; test builds (POISON) fill it with NaN to prove that.
+void model_alloc(Model *m) {
+    for (int i = 0; i < N_ARENAS; i++) {
+        Arena *a = &m->arena[i];
+        const size_t bytes = a->used;
+        a->used = 0;
+        if (!bytes) continue;
+        if (posix_memalign((void **)&a->base, 4096, bytes))
+            die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block",
+                (double)bytes / 1048576, arena_names[i]);
+        if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) memset(a->base, 0, bytes);
+#ifdef POISON
+        else memset(a->base, 255, bytes);
+#endif
+    }
+    layout(m);
+    storing_bf16 = m->plan.bf16;
+    rope_table(m->cosine, m->sine, &m->c, m->T);
+}
+
+void model_free(Model *m) {
+    for (int i = 0; i < N_ARENAS; i++) free(m->arena[i].base);
+    free(m->acts);
+    free(m->p.tensors);
+    free(m->p.units);
+    free(m);
+}
+
+// ---- weights and state --------------------------------------------------------------------------------------------
+// The part of unit u whose optimizer state this rank holds: its elements [*first, *first + *n).
+void state_share(const Model *m, int u, size_t *first, size_t *n) {
+    *n = m->p.units[u].n_padded / (m->plan.zero ? m->plan.ranks : 1);
+    *first = m->plan.zero ? *n * m->plan.rank : 0;
+}
+
+// Element `at` of unit u in one kind of state.
+static floatX *state_of(const Model *m, int what, int u, size_t at) {
+    size_t first, n;
+    state_share(m, u, &first, &n);
+    const size_t of_share = m->p.units[u].at / (m->plan.zero ? m->plan.ranks : 1) + (at - first);
+    if (what == STATE_GRADS) return unit_grads(m, u) + at;
+    if (what == STATE_M) return m->m + of_share;
+    if (what == STATE_V) return m->v + of_share;
+    if (what == STATE_MASTER && m->master != m->weights) return m->master + of_share;
+    return unit_weights(m, u) + at;
+}
+
+// Host access for checkpoints: elements [at, at+n) of unit u as fp32; of master, m and v those of this rank's share.
+void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host) {
+    const floatX *x = state_of(m, what, u, at);
+    for (size_t i = 0; i < n; i++) host[i] = (float)x[i];
+}
+
+void model_write(Model *m, int what, int u, size_t at, size_t n, const float *host) {
+    floatX *x = state_of(m, what, u, at);
+    for (size_t i = 0; i < n; i++) x[i] = host[i];
+}
+
+// Master weights from the weights (of this rank's shares), then the weights rounded to what they are computed in.
+void model_set_master(Model *m) {
+    for (int u = 0; u < m->p.n_units && m->master != m->weights; u++) {
+        size_t first, n;
+        state_share(m, u, &first, &n);
+        memcpy(state_of(m, STATE_MASTER, u, first), unit_weights(m, u) + first, n * sizeof(floatX));
+    }
+    store_matrix(m->weights, m->p.n);
+}
+
+// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
+void model_init(Model *m, uint64_t seed) {
+    for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
+        const uint64_t stream = hash_string(t->name);
+        floatX *w = unit_weights(m, t->unit) + t->at;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->n; j++)
+            w[j] = t->init == INIT_NORMAL ? (floatX)(float)(m->c.init_std * random_normal(seed, stream, j))
+                                          : (floatX)(t->init == INIT_ONE);
+    }
+    model_set_master(m);
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+// x_mid = x + attention(q,k,v) Wo^T with q,k,v = rope(norm1(x) Wqkv^T): y->rstd1, qkv, att, lse, x_mid
+static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y, const Batch *batch) {
+    const Config *c = &m->c;
+    const int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, c->eps, N, c->C);
+    matmul_forward(y->qkv, m->norm, w->qkv, N, c->C, W, NULL, w->qkv_bias);
+    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, c->eps,
+                         c->H, c->K, c->D, N, batch->T);
+    attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
+    matmul_forward(y->x_mid, y->att, w->o, N, HD, c->C, y->x, NULL);
+}
+
+// Runs all layers on the batch's inputs; leaves the final norm's output (N,C) in m->norm.
+void llama_forward(Model *m, const Batch *batch) {
+    const Config *c = &m->c;
+    const int N = batch->B * batch->T;
+    embedding_forward(m->acts[0].x, batch->inputs, unit_weights(m, UNIT_EMBED), N, c->C);
+    for (int l = 0; l < c->L; l++) {
+        const LayerParams w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
+        LayerActs *y = &m->acts[l];
+        floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
+        attention_block_forward(m, &w, y, batch);
+        rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, c->eps, N, c->C);
+        mlp_forward(m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
+        matmul_forward(x_next, m->h, w.down, N, c->F, c->C, y->x_mid, NULL);
+        comm_progress();
+    }
+    rmsnorm_forward(m->norm, m->rstd_last, m->x_last, head_weights(m).norm, c->eps, N, c->C);
+}
+
+// ---- head and loss ---------------------------------------------------------------------------------------------------
+// Loss of each target into m->nll (N); their sum goes to what model_loss returns, each times its weight. weight (N) = d objective
+// / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's gradient +=. weight NULL: losses only.
+// Logits exist for `chunk` rows at a time.
+void llama_head(Model *m, const Batch *batch, const double *weight) {
+    const Config *c = &m->c;
+    const int N = batch->B * batch->T;
+    const floatX *head = head_weights(m).head;
+    for (int n = 0; n < N; n += m->chunk) {
+        const int rows = N - n < m->chunk ? N - n : m->chunk;
+        const floatX *norm = m->norm + (size_t)n * c->C;
+        matmul_forward(m->logits, norm, head, rows, c->C, c->V, NULL, NULL);
+        cross_entropy(m->nll + n, m->logits, batch->targets + n, weight ? weight + n : NULL, rows, c->V);
+        if (!weight) continue;
+        matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, rows, c->C, c->V);
+        matmul_backward_w(head_grads(m).head, m->logits, norm, rows, c->C, c->V);
+    }
+    // in the order of the rows, so that the sum does not depend on chunk or threads
+    for (int n = 0; n < N; n++) m->loss += weight ? weight[n] * m->nll[n] : m->nll[n];
+}
+
+// Sum of the losses since the last call.
+double model_loss(Model *m) {
+    const double loss = m->loss;
+    m->loss = 0;
+    return loss;
+}
+
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host.
+void next_logits(Model *m, const int *ids, int n, float *logits) {
+    Batch b;
+    memset(&b, 0, sizeof b);
+    b.B = 1;
+    b.T = n;
+    b.inputs = (int *)ids;
+    llama_forward(m, &b);
+    matmul_forward(m->logits, m->norm + (size_t)(n - 1) * m->c.C, head_weights(m).head, 1, m->c.C, m->c.V, NULL, NULL);
+    for (int v = 0; v < m->c.V; v++) logits[v] = (float)m->logits[v];
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------------
+// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. unit_done(u), if given, is called when unit u's
+// are complete.
+void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int)) {
+    const Config *c = &m->c;
+    const int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
+    memset(m->dx, 0, (size_t)N * C * sizeof(floatX));
+    rmsnorm_backward(m->dx, head_grads(m).norm, NULL, m->dnorm, m->x_last, m->rstd_last,
+                     head_weights(m).norm, N, C);
+    if (unit_done) unit_done(m, UNIT_LAYER + c->L);
+    for (int l = c->L - 1; l >= 0; l--) {
+        const LayerParams w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
+        const LayerParams dw = layer_params(unit_grads(m, UNIT_LAYER + l), &m->p, l);
+        LayerActs *y = &m->acts[l];
+        const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->plan.recompute;   // the last layer's are still there
+        if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, batch);
+        if (again != RECOMPUTE_NONE) {
+            rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, c->eps, N, C);
+            mlp_forward(NULL, y->gate_up, m->norm, w.gate_up, N, C, F);
+        }
+
+        // x' = x_mid + (silu(g) * u) Wdown^T
+        floatX *dgate_up = y->gate_up;          // in place; h is rebuilt in the same pass
+        mlp_backward_gate_up(dgate_up, m->h, m->dx, w.down, N, C, F);
+        matmul_backward_w(dw.down, m->dx, m->h, N, F, C);
+        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, so the weight gradient follows that
+        matmul_backward_x(m->dnorm, dgate_up, w.gate_up, N, C, 2 * F);
+        rmsnorm_backward(m->dx, dw.norm2, m->norm, m->dnorm, y->x_mid, y->rstd2, w.norm2, N, C);
+        matmul_backward_w(dw.gate_up, dgate_up, m->norm, N, C, 2 * F);
+        comm_progress();
+
+        // x_mid = x + attention(q, k, v) Wo^T
+        matmul_backward_w(dw.o, m->dx, y->att, N, HD, C);
+        matmul_backward_x(m->datt, m->dx, w.o, N, HD, C);
+        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, batch->doc_start, batch->B, batch->T,
+                           c->H, c->K, c->D);
+        qk_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm,
+                              m->cosine, m->sine, c->H, c->K, c->D, N, batch->T);
+        if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);
+        // q | k | v = norm1(x) Wqkv^T
+        matmul_backward_x(m->dnorm, m->dqkv, w.qkv, N, C, W);
+        rmsnorm_backward(m->dx, dw.norm1, m->norm, m->dnorm, y->x, y->rstd1, w.norm1, N, C);
+        matmul_backward_w(dw.qkv, m->dqkv, m->norm, N, C, W);
+        if (unit_done) unit_done(m, UNIT_LAYER + l);
+    }
+    embedding_backward(unit_grads(m, UNIT_EMBED), batch->inputs, m->dx, N, C);
+    if (unit_done) unit_done(m, UNIT_EMBED);
+}
+
+// ---- update -------------------------------------------------------------------------------------------------------------
+void model_zero_grads(Model *m) { memset(m->grads, 0, m->p.n * sizeof(floatX)); }
+
+// Starts to add up unit u's gradients over the ranks; model_reduce_finish waits for all.
+void model_reduce_unit(Model *m, int u) { comm_reduce_start(unit_grads(m, u), m->p.units[u].n_padded); }
+void model_reduce_finish(Model *m) { (void)m; comm_reduce_finish(); }
+
+// Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
+double gradient_norm(Model *m, const char **bad, int *n_bad) {
+    double total = 0;
+    *bad = NULL;
+    *n_bad = 0;
+    for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
+        const double squares = sum_of_squares(unit_grads(m, t->unit) + t->at, t->n);
+        if (!isfinite(squares) && !(*n_bad)++) *bad = t->name;
+        total += squares;
+    }
+    return sqrt(total);
+}
+
+// One AdamW update with gradients * grad_scale (clipping); step counts from 1. ZeRO 1: each rank updates its shares, then all
+// gather the weights.
+void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
+    const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
+    for (int u = 0; u < m->p.n_units; u++) {
+        const Unit *unit = &m->p.units[u];
+        size_t first, n;
+        state_share(m, u, &first, &n);
+        for (const Tensor *t = m->p.tensors + unit->first_tensor, *end = t + unit->n_tensors; t < end; t++) {
+            const size_t at = t->at > first ? t->at : first, stop = min_size(t->at + t->n, first + n);
+            if (at >= stop) continue;
+            adamw_update(unit_weights(m, u) + at, state_of(m, STATE_MASTER, u, at), state_of(m, STATE_M, u, at),
+                         state_of(m, STATE_V, u, at), unit_grads(m, u) + at, stop - at, lr, o->beta1, o->beta2, o->eps,
+                         t->decay ? o->weight_decay : 0, grad_scale, step, m->plan.bf16_state, key, unit->at + at);
+        }
+        if (m->plan.zero) comm_allgather(unit_weights(m, u), n);
+    }
+}
+
+// SHARED BEGIN
+// ==== 5. Objectives: what is trained, as a loss and a weight per target =========================================
+// Every target t of a micro-step has a loss nll_t = -log p(target). An objective says with what weight each enters the update:
+// weight_t = d objective / d nll_t. Everything before (forward) and after (backward) is the same for all objectives.
+typedef struct Objective {
+    const char *name;
+    double (*mass)(const Batch *batch);     // what a micro-batch adds to the sum that the update's mean is divided by
+    void (*weigh)(double *weight, const Batch *batch, double mass);         // weight (N) =; mass: of the whole update
+} Objective;
+
+// ---- next tokens: the mean over all targets of the update, whatever micro-step or rank they are on
+static double count_targets(const Batch *batch) {
+    double n = 0;
+    for (int i = 0; i < batch->B * batch->T; i++) n += batch->targets[i] != IGNORED;
+    return n;
+}
+
+static void weigh_targets(double *weight, const Batch *batch, double mass) {
+    for (int i = 0; i < batch->B * batch->T; i++) weight[i] = batch->targets[i] == IGNORED ? 0 : 1 / mass;
+}
+
+static const Objective objectives[] = {{"pretrain", count_targets, weigh_targets}};     // by --stage
+
+// ==== 6. Training: an update, looking, saving, set-up, main =====================================================
+typedef struct Trainer {
+    Model *m;
+    Config c;
+    const Objective *objective;
+    DataLoader train, val;
+    LoaderState next;                       // where the data after the batches below begin
+    Batch *batches, val_batch;              // (micro_steps) of the next update
+    int batches_read;
+    double *weight;                         // (N) of a micro-step's targets
+    Tokenizer *tokenizer;
+    const char *side_folder;                // where tokenizer files are copied from, or NULL
+    TrainState state;
+    double peak;                            // FLOP/s of a rank; NAN: unknown
+    int64_t micro_steps;                    // per update
+    int64_t bad_in_a_row, saved_step;
+    double val_loss, floor;                 // of the last evaluation, NAN: none
+    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;   // of energy; NAN: none yet
+} Trainer;
+
+static volatile sig_atomic_t signals;       // how many arrived
+
+static void on_signal(int number) {
+    if (++signals > 1) _exit(128 + number);
+}
+
+// 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
+static int stop_requested(void) { return comm_max((double)signals) > 0; }
+
+// ---- one update --------------------------------------------------------------------------------------------------
+static void read_batches(Trainer *tr) {
+    for (int64_t i = 0; i < tr->micro_steps; i++) loader_next(&tr->train, &tr->batches[i]);
+    tr->batches_read = 1;
+}
+
+// Gradients of one update, over all ranks. 0 if a signal came between micro-steps: nothing has changed then. *loss: the
+// objective.
+static int update_gradients(Trainer *tr, double *loss) {
+    Model *m = tr->m;
+    double mass = 0;
+    if (!tr->batches_read) read_batches(tr);
+    for (int64_t i = 0; i < tr->micro_steps; i++) mass += tr->objective->mass(&tr->batches[i]);
+    comm_sum(&mass, 1);                     // known before the first backward, so that nothing is scaled afterwards
+    model_zero_grads(m);
+    for (int64_t i = 0; i < tr->micro_steps; i++) {
+        if (stop_requested()) return 0;
+        const Batch *batch = &tr->batches[i];
+        llama_forward(m, batch);
+        tr->objective->weigh(tr->weight, batch, mass);
+        llama_head(m, batch, tr->weight);
+        llama_backward(m, batch, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
+    }
+    tr->next = tr->train.state;
+    tr->batches_read = 0;
+    if (tr->state.step + 1 < opt.steps && !opt.dump_grads) read_batches(tr);     // while a GPU computes
+    model_reduce_finish(m);
+    *loss = model_loss(m);
+    comm_sum(loss, 1);
+    return 1;
+}
+
+// How many standard deviations x lies above the mean of the last n values (0 until the window is full).
+static double z_score(const double *window, int64_t n, double x) {
+    if (n < SPIKE_WINDOW) return 0;
+    double mean = 0, var = 0;
+    for (int i = 0; i < SPIKE_WINDOW; i++) mean += window[i] / SPIKE_WINDOW;
+    for (int i = 0; i < SPIKE_WINDOW; i++) var += (window[i] - mean) * (window[i] - mean) / SPIKE_WINDOW;
+    return var > 0 ? (x - mean) / sqrt(var) : 0;
+}
+
+// Empty: healthy. Otherwise why this update must not reach the weights.
+static Str update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
+    const double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss);
+    const double z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
+    if (!isfinite(loss) || !isfinite(norm))
+        return str("loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
+                   model_table(tr->m)->n_tensors, bad ? bad : "none");
+    if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
+        return str("spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm, z_norm);
+    return str("%s", "");
+}
+
+// Energy is read over windows of at least 2 s, with the device idle at both ends: a GPU's counter moves every 0.1 s. This ends
+// a window, which counts if it was of updates, and begins the next. All ranks call it together.
+enum { ENERGY_SECONDS = 2 };
+static void window_turn(Trainer *tr, int of_updates) {
+    device_wait();
+    comm_barrier();                                         // rank 0 alone may have been sampling
+    double now = now_seconds(), energy = energy_read(), joules = energy - tr->window.joules;
+    comm_sum(&joules, 1);                                   // each rank reads its own counters
+    if (of_updates) tr->state.joules += joules;
+    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {   // cut short by an evaluation or the end: too coarse
+        tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
+        tr->window.watts = joules / (now - tr->window.start);
+    }
+    tr->window.start = now;
+    tr->window.joules = energy;
+    tr->window.tokens = tr->state.tokens;
+}
+
+static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, const char *skipped) {
+    const int64_t step = tr->state.step;
+    const double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
+    const double report = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / world;
+    const double causal = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/1) * speed / world;
+    if (*skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
+    if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
+        const double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s "
+               "(causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3, speed,
+               measured_text(100 * report / tr->peak, "%.1f%%").s, measured_text(100 * causal / tr->peak, "%.1f%%").s,
+               measured_text(tr->window.joules_per_token, "%.3g").s, duration_text(left).s);
+        fflush(stdout);
+    }
+    const struct { const char *key; double x; } row[] = {
+        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed},
+        {"tokens_per_sec_per_gpu", speed / world}, {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
+        {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
+        {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
+    for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
+    text_add(&r, ", \"skipped\": %s", *skipped ? "true" : "false");
+    log_record(&r);
+}
+
+enum { MOST_BAD_IN_A_ROW = 5 };
+
+// One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
+static int train_step(Trainer *tr) {
+    TrainState *s = &tr->state;
+    const double start = now_seconds();
+    const char *bad;
+    double loss;
+    int n_bad;
+    if (!update_gradients(tr, &loss)) return 0;
+    double facts[3] = {loss, gradient_norm(tr->m, &bad, &n_bad), now_seconds() - tr->window.start};
+    comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
+    loss = facts[0];
+    const double norm = facts[1], lr = learning_rate(&opt, s->step);
+    const Str skipped = update_verdict(tr, loss, norm, bad, n_bad);
+    s->step++;
+    s->tokens += opt.total_batch_tokens;
+    s->loader = tr->next;
+    if (!*skipped.s) {
+        const double clip = opt.grad_clip > 0 && norm > opt.grad_clip ? opt.grad_clip / norm : 1;
+        model_update(tr->m, lr, clip, ++s->updates, &opt);
+        s->losses[s->n_healthy % SPIKE_WINDOW] = loss;
+        s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
+    }
+    tr->bad_in_a_row = *skipped.s ? tr->bad_in_a_row + 1 : 0;
+    if (facts[2] > ENERGY_SECONDS) window_turn(tr, /*of_updates=*/1);
+    const double seconds = now_seconds() - start;
+    s->seconds += seconds;
+    log_step(tr, loss, lr, norm, seconds, skipped.s);
+    if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
+        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower "
+            "--lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped.s, opt.out);
+    return 1;
+}
+
+// ---- looking -------------------------------------------------------------------------------------------------------
+// Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
+static void evaluate(Trainer *tr) {
+    DataLoader *dl = &tr->val;
+    const Batch *batch = &tr->val_batch;
+    int64_t batches = loader_eval_batches(dl);
+    if (opt.val_batches && opt.val_batches < batches) batches = opt.val_batches;
+    double sums[3] = {0, 0, 0};             // loss, targets, floor
+    loader_rewind(dl);
+    tr->val_loss = tr->floor = NAN;
+    for (int64_t i = 0; i < batches; i++) {
+        if (stop_requested()) return;
+        loader_next(dl, &tr->val_batch);
+        llama_forward(tr->m, batch);
+        llama_head(tr->m, batch, /*weight=*/NULL);
+        sums[1] += count_targets(batch);
+        for (int j = 0; j < batch->B * batch->T; j++) if (batch->targets[j] != IGNORED) sums[2] += batch->floor[j];
+    }
+    sums[0] = model_loss(tr->m);
+    comm_sum(sums, 3);
+    tr->val_loss = sums[0] / sums[1];
+    if (dl->has_floor) tr->floor = sums[2] / sums[1];
+    printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
+    if (dl->has_floor) printf(", floor %.4f", tr->floor);
+    printf(" nats/token | %.0f targets\n", sums[1]);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
+    text_add_field(&r, "val_loss", tr->val_loss);
+    text_add_field(&r, "floor", tr->floor);
+    log_record(&r);
+}
+
+// The next token by temperature (0: the most likely) and a coin in [0,1).
+static int sample_token(const float *logits, int V, double temperature, double coin) {
+    int best = 0;
+    for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
+    if (temperature == 0) return best;
+    double sum = 0, seen = 0;
+    for (int v = 0; v < V; v++) sum += exp((logits[v] - logits[best]) / temperature);
+    for (int v = 0; v < V; v++) {
+        seen += exp((logits[v] - logits[best]) / temperature);
+        if (seen > coin * sum) return v;
+    }
+    return best;
+}
+
+// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait at their next exchange.
+static void generate(Trainer *tr) {
+    if (comm_rank() || !opt.sample_tokens) return;
+    const Tokenizer *tok = tr->tokenizer;
+    const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos, eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
+    const int room = (int)opt.seq_len;
+    int *prompt = NULL, n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0, n = 0;
+    int *ids = (int *)xmalloc((size_t)(n_prompt + opt.sample_tokens + 2) * sizeof(int));
+    float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
+    if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
+    for (int i = 0; i < n_prompt; i++) {
+        if (prompt[i] >= tr->c.V)
+            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i],
+                tr->c.V);
+        tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
+        ids[n++] = prompt[i];
+    }
+    for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
+        const int window = n < room ? n : room;             // the last tokens that the model can see
+        const uint64_t draw = ((uint64_t)tr->state.step << 20) + (uint64_t)i;
+        next_logits(tr->m, ids + n - window, window, logits);
+        ids[n] = sample_token(logits, tr->c.V, opt.temperature,
+                              random_uniform((uint64_t)opt.seed, hash_string("sample"), draw));
+        if (ids[n] == eos) break;
+        if (tok && ids[n] < tok->V) tokenizer_print(tok, ids[n - 1], ids[n], stdout);
+        else printf(" %d", ids[n]);
+        fflush(stdout);
+        n++;
+    }
+    printf("\n");
+    free(prompt);
+    free(logits);
+    free(ids);
+}
+
+// ---- the loop --------------------------------------------------------------------------------------------------------
+static void save(Trainer *tr) {
+    if (tr->saved_step == tr->state.step) return;
+    const double start = now_seconds();
+    checkpoint_save(tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
+    tr->saved_step = tr->state.step;
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
+           now_seconds() - start);
+}
+
+static void report_end(const Trainer *tr) {
+    const TrainState *s = &tr->state;
+    if (!s->step || s->seconds <= 0) return;
+    const double speed = (double)s->tokens / s->seconds;
+    const double flops = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / comm_world();
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank (%s) | energy %s "
+           "kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
+           measured_text(100 * flops / tr->peak, "%.1f%%").s, flops_text(tr->peak).s, device_peak_is,
+           measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
+           measured_text(s->joules / (double)s->tokens, "%.3g").s);
+    if (isfinite(tr->val_loss) && isfinite(tr->floor))
+        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
+               tr->val_loss - tr->floor);
+}
+
+static void train(Trainer *tr) {
+    window_turn(tr, /*of_updates=*/0);
+    while (tr->state.step < opt.steps && train_step(tr)) {
+        const int64_t step = tr->state.step;
+        const int last = step == opt.steps;
+        const int evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
+        const int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
+        const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
+        if (!evaluating && !saving && !sampling) continue;
+        window_turn(tr, /*of_updates=*/1);
+        if (evaluating) evaluate(tr);
+        if (saving) save(tr);
+        if (sampling) generate(tr);
+        window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
+    }
+    window_turn(tr, /*of_updates=*/1);
+    const int stopped = stop_requested();
+    if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
+    if (stopped)
+        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+    else report_end(tr);
+    if (!stopped && opt.sample_every) generate(tr);
+}
+
+// The gradients of the first update as a safetensors file, under Hugging Face's names.
+static void dump_grads(Trainer *tr) {
+    double mean_loss;
+    if (!update_gradients(tr, &mean_loss)) die("--dump-grads: stopped by a signal");
+    if (comm_rank()) return;
+    const ParamTable *p = model_table(tr->m);
+    const float loss = (float)mean_loss;
+    const int64_t one = 1;
+    StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
+    st_declare(w, "loss", ST_F32, 1, &one);
+    st_declare_table(w, p, ST_F32);
+    st_begin(w);
+    st_write(w, &loss, 1);
+    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++)
+        save_values(w, tr->m, STATE_GRADS, t->unit, t->at, t->n);
+    const int failed = st_finish(w, NULL, NULL);
+    if (failed) die("--dump-grads: %s: cannot write: %s", opt.dump_grads, strerror(failed));
+    printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
+}
+
+// ---- set-up: everything that can go wrong goes wrong here, before any work ----------------------------------------------
+static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+
+static int is_training(void) { return !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads; }
+
+// What this trainer does not do is refused by name.
+static void refuse(void) {
+    for (int i = 0; i < COUNT(refused); i++) {
+        const char *value = option_text(option_find(refused[i].option));
+        if (refused[i].value ? !strcmp(value, refused[i].value) : option_given(refused[i].option))
+            die("%s%s%s %s", refused[i].option, refused[i].value ? " " : "", refused[i].value ? value : "", refused[i].why);
+    }
+}
+
+// What the user left open of schedule and output. Small models (below 5 M parameters) get the defaults of `tiny`.
+static void resolve_schedule(Options *o, const Config *c) {
+    const int small = config_params(c) < 5e6;
+    if (o->steps < 0) o->steps = small ? 2400 : 1000;
+    if (o->lr < 0) o->lr = small ? 4e-3 : 3e-4;
+    if (o->min_lr < 0) o->min_lr = o->lr / 10;
+    if (o->warmup_steps < 0) o->warmup_steps = o->steps / 10 < 100 ? o->steps / 10 : 100;
+    if (o->val_every < 0) o->val_every = o->steps / 10 > 1 ? o->steps / 10 : 1;
+    if (o->sample_every < 0) o->sample_every = o->steps > 0 ? o->steps : 1;
+    if (o->checkpoint_every < 0) o->checkpoint_every = o->steps / 5 > 1 ? o->steps / 5 : 1;
+}
+
+// Sizes of a rank of `machine` with a micro-step of B sequences.
+static Plan plan_of(const Machine *machine, int64_t B) {
+    Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
+                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, !opt.eval_only && !opt.generate};
+    return plan;
+}
+
+static double plan_bytes(const Config *c, const Plan *plan) {
+    Model *m = model_plan(c, plan);
+    double bytes = 0;
+    for (int i = 0; i < N_ARENAS; i++) bytes += model_bytes(m, i);
+    model_free(m);
+    return bytes;
+}
+
+// What the user left open of sequence, update and micro-step, for `machine`.
+static void resolve_batch(const Config *c, const Machine *machine) {
+    const int small = config_params(c) < 5e6, open = !opt.batch_size;
+    if (!opt.seq_len) opt.seq_len = c->max_T < 1024 ? c->max_T : 1024;
+    if (opt.seq_len > c->max_T)
+        die("--seq-len %" PRId64 " is beyond the model's max_position_embeddings %d", opt.seq_len, c->max_T);
+    if (c->sliding_window && opt.seq_len > c->sliding_window)
+        die("--seq-len %" PRId64 " is beyond the model's sliding window %d, which litespark does not compute; use at most "
+            "that", opt.seq_len, c->sliding_window);
+    if (!opt.logits_chunk) opt.logits_chunk = device_logits_chunk(c->V);
+    if (opt.generate) opt.batch_size = opt.logits_chunk = 1;                // a sample has one row at a time
+    if (opt.generate) return;
+    const int64_t row = opt.seq_len * machine->ranks;
+    const int64_t wanted = opt.batch_size ? opt.batch_size * row : small ? 2048 : 524288;
+    if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
+    const int64_t rows = opt.total_batch_tokens / row;
+    if (opt.total_batch_tokens % row)
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
+            opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
+    for (int64_t b = 1; open && b <= rows; b++) {           // the largest divisor that fits;
+        if (rows % b || (b > 1 && b * opt.seq_len > ENOUGH_ROWS)) continue;     // beyond ENOUGH_ROWS nothing gets faster
+        const Plan plan = plan_of(machine, b);
+        if (b == 1 || plan_bytes(c, &plan) < machine->memory) opt.batch_size = b;
+    }
+    if (rows % opt.batch_size)
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64,
+            opt.total_batch_tokens, opt.batch_size * row);
+    if (opt.batch_size * opt.seq_len > INT_MAX / 2)
+        die("--batch-size %" PRId64 " x --seq-len %" PRId64 " is more than fits; use smaller ones", opt.batch_size,
+            opt.seq_len);
+}
+
+// What a resumed run does otherwise than the run that was saved (its options: was) would have done.
+static void say_what_changed(const Trainer *tr, Options *was) {
+    const int64_t step = tr->state.step;
+    resolve_schedule(was, &tr->c);
+    const double then = learning_rate(was, step), now = learning_rate(&opt, step);
+    if (then != now || was->steps != opt.steps)
+        printf("resume: learning rate | step %" PRId64 ": was %.3g, is now %.3g | end: was %.3g at step %" PRId64
+               ", is now %.3g at step %" PRId64 "\n", step + 1, then, now, learning_rate(was, was->steps - 1), was->steps,
+               learning_rate(&opt, opt.steps - 1), opt.steps);
+    if (step && tr->state.tokens / step != opt.total_batch_tokens)
+        printf("resume: tokens per update | were %" PRId64 ", are now %" PRId64 "\n", tr->state.tokens / step,
+               opt.total_batch_tokens);
+}
+
+// The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no others.
+static char *setup_resume(Trainer *tr, Options *was) {
+    if (!opt.resume) return NULL;
+    char *dir = checkpoint_choose(opt.resume, opt.out);
+    if (!dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
+    if (!dir) return NULL;
+    checkpoint_read_state(dir, &tr->state, was);
+    if (!strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
+    return dir;
+}
+
+// Model and tokenizer. `tiny` takes its vocabulary from the data.
+static void setup_model(Trainer *tr, const char *resume_dir) {
+    Config *c = &tr->c;
+    const int needs_data = is_training() || opt.dump_grads;
+    if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
+    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
+    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
+        die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
+    *c = choose_config(resume_dir);
+    tr->tokenizer = tokenizer_choose(c, resume_dir ? resume_dir : opt.init_from, &tr->side_folder);
+    if (c->V) return;
+    c->V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
+    if (c->V <= 0 && opt.dry_run) c->V = 1024;
+    if (c->V <= 0)
+        die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
+            opt.train_data);
+    config_set_vocab(c, c->V);
+    c->bos = tr->tokenizer ? tr->tokenizer->bos : -1;
+    c->eos = tr->tokenizer ? tr->tokenizer->eos : -1;
+}
+
+// Sizes of everything; nothing is allocated yet.
+static void setup_sizes(Trainer *tr, const char *resume_dir) {
+    const Machine machine = device_machine();
+    int64_t *steps;
+    device_check_sizes(&tr->c);
+    resolve_schedule(&opt, &tr->c);
+    if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
+    resolve_batch(&tr->c, &machine);
+    const int n_steps = is_training() && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
+    if (n_steps)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n_steps - 1]);
+    const Plan plan = plan_of(&machine, opt.batch_size);
+    tr->m = model_plan(&tr->c, &plan);
+    tr->micro_steps = opt.generate ? 0 : opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
+}
+
+static void setup_data(Trainer *tr, const char *resume_dir) {
+    const int B = (int)opt.batch_size, T = (int)opt.seq_len, masked = (int)opt.document_mask;
+    tr->weight = (double *)xcalloc((size_t)B * T, sizeof(double));
+    if (is_training() || opt.dump_grads) {
+        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1,
+                    tr->c.V, masked);
+        tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
+        for (int64_t i = 0; i < tr->micro_steps; i++) batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
+        if (resume_dir) {
+            tr->train.state = tr->state.loader;
+            tr->train.state.position %= tr->train.n_windows;
+        }
+        tr->state.loader = tr->train.state;
+        loader_log(&tr->train, "train", stdout);
+    }
+    if (opt.eval_only && !opt.val_data) die("--eval-only needs --val-data");
+    if (!opt.val_data || !(is_training() || opt.eval_only)) return;
+    loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
+    batch_alloc(&tr->val_batch, B, T, masked, /*with_floor=*/1);
+    loader_log(&tr->val, "val", stdout);
+}
+
+static void print_model(const Trainer *tr) {
+    const Config *c = &tr->c;
+    double total = 0;
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family->name,
+           (double)model_table(tr->m)->n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
+    printf("batch | %" PRId64 " tokens per update = %" PRId64 " sequences x %" PRId64 " tokens x %d ranks x %" PRId64
+           " micro-steps | %s | recompute %s\n", opt.total_batch_tokens, opt.batch_size, opt.seq_len, comm_world(),
+           tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32", option_text(option_find("--recompute")));
+    printf("memory");
+    for (int i = 0; i < N_ARENAS; i++) {
+        const double bytes = model_bytes(tr->m, i);
+        total += bytes;
+        if (bytes > 0) printf(" | %s %.1f MiB", arena_names[i], bytes / 1048576);
+    }
+    printf(" | total %.1f MiB per rank%s\n", total / 1048576, device_also_takes);
+}
+
+static void setup_weights(Trainer *tr, const char *resume_dir) {
+    model_alloc(tr->m);
+    if (resume_dir) checkpoint_read_model(resume_dir, tr->m, /*state=*/is_training());
+    else if (opt.init_from) weights_read(opt.init_from, tr->m, &tr->c);
+    else model_init(tr->m, (uint64_t)opt.seed);
+    model_set_master(tr->m);
+}
+
+static void log_header(const Trainer *tr) {
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
+    text_add_string(&r, device_name());
+    text_add(&r, ", \"host\": ");
+    text_add_string(&r, host);
+    text_add(&r, ", \"ranks\": %d, \"parameters\": %zu", comm_world(), model_table(tr->m)->n_params);
+    text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
+    text_add(&r, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
+    text_add_options(&r, /*as_given=*/0);
+    log_record(&r);
+}
+
+// After all checks, so that a refused run leaves nothing behind.
+static void setup_output(Trainer *tr, const char *resume_dir) {
+    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
+        die("cannot make --out %s: %s", opt.out, strerror(errno));
+    comm_barrier();
+    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
+    log_open(opt.out);
+    if (!is_training()) return;
+    tr->peak = device_peak(opt.precision == BF16);
+    printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(), flops_text(tr->peak).s,
+           device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
+    log_header(tr);
+    if (resume_dir)
+        printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
+               tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
+}
+
+static void setup(Trainer *tr) {
+    Options was;
+    tr->saved_step = -1;                    // nothing yet
+    tr->val_loss = tr->floor = tr->window.joules_per_token = tr->window.watts = NAN;
+    tr->objective = &objectives[opt.stage];
+    char *resume_dir = setup_resume(tr, &was);
+    setup_model(tr, resume_dir);
+    setup_sizes(tr, resume_dir);
+    if (resume_dir) say_what_changed(tr, &was);
+    if (opt.dry_run) return;
+    setup_data(tr, resume_dir);
+    if (!opt.generate) print_model(tr);
+    setup_weights(tr, resume_dir);
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    signal(SIGUSR1, on_signal);
+    if (is_training() || opt.eval_only) setup_output(tr, resume_dir);
+}
+
+#ifndef LITESPARK_NO_MAIN
+int main(int argc, char **argv) {
+    static Trainer trainer, *tr = &trainer;
+    comm_init(&argc, &argv);
+    options_parse(argc, argv);
+    if (opt.help) options_help();
+    else {
+        options_check();
+        refuse();
+        device_open();
+        setup(tr);
+        if (opt.dry_run) print_model(tr);
+        else if (opt.eval_only) evaluate(tr);
+        else if (opt.generate) generate(tr);
+        else if (opt.dump_grads) dump_grads(tr);
+        else train(tr);
+        comm_barrier();
+    }
+    comm_finish();
+    return 0;
+}
+#endif
+// SHARED END
+
+// ==== 7. Ranks, and the machine under each =================================================================================
+// Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop
+// of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number
+// of ranks.
+static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
+
+int comm_rank(void) { return comm.rank; }
+int comm_world(void) { return comm.world; }
+
+#ifdef USE_MPI
+#include <mpi.h>
+enum { MAX_PENDING = 4096, BUCKET = 1 << 22 };      // BUCKET: elements of one all-reduce, so that large units overlap too
+static MPI_Request pending[MAX_PENDING];
+static int n_pending;
+#define MPI_FLOATX (sizeof(floatX) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT)
+
+void comm_abort(void) {
+    int up = 0, down = 0;
+    MPI_Initialized(&up);
+    MPI_Finalized(&down);
+    if (up && !down && comm.world > 1) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+}
+
+void comm_init(int *argc, char ***argv) {
+    MPI_Init(argc, argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
+    MPI_Comm local;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &local);
+    MPI_Comm_rank(local, &comm.local_rank);
+    MPI_Comm_size(local, &comm.local_ranks);
+    MPI_Comm_free(&local);
+    if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
+        die("cannot write to /dev/null: %s", strerror(errno));
+}
+
+void comm_finish(void) { MPI_Finalize(); }
+
+// Waits for n requests; after --timeout seconds the job ends.
+static void comm_wait(MPI_Request *requests, int n, const char *what) {
+    double start = now_seconds();
+    for (int done = 0; !done;) {
+        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (done) return;
+        double waited = now_seconds() - start;
+        if (waited > (double)opt.timeout)
+            die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
+                "(or raise --timeout)", waited, what);
+        usleep(50);
+    }
+}
+
+void comm_broadcast(void *data, size_t bytes) {     // from rank 0
+    for (size_t at = 0; at < bytes; at += BUCKET) {
+        MPI_Request r;
+        MPI_Ibcast((char *)data + at, (int)min_size(bytes - at, BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
+        comm_wait(&r, 1, "a broadcast");
+    }
+}
+
+void comm_sum(double *x, int n) {
+    MPI_Request r;
+    MPI_Iallreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a sum");
+}
+
+double comm_max(double x) {
+    MPI_Request r;
+    MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "a maximum or barrier");
+    return x;
+}
+
+void comm_reduce_finish(void) {
+    if (n_pending) comm_wait(pending, n_pending, "the all-reduce of gradients");
+    n_pending = 0;
+}
+
+// x (n) becomes its sum over ranks some time before comm_reduce_finish returns; until then it must not be touched.
+void comm_reduce_start(floatX *x, size_t n) {
+    if (comm.world == 1) return;
+    for (size_t at = 0; at < n; at += BUCKET) {
+        if (n_pending == MAX_PENDING) comm_reduce_finish();
+        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)min_size(n - at, BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD,
+                       &pending[n_pending++]);
+    }
+}
+
+// MPI moves data only inside its calls: backward calls this between ops.
+void comm_progress(void) {
+    int done;
+    if (n_pending) MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);
+}
+
+// Rank r holds elements [r*n, (r+1)*n) of x; afterwards all ranks hold all.
+void comm_allgather(floatX *x, size_t n) {
+    MPI_Request r;
+    if (n > INT_MAX) die("a unit of %zu elements per rank is too large for MPI; use more ranks or --zero 0", n);
+    MPI_Iallgather(MPI_IN_PLACE, 0, MPI_FLOATX, x, (int)n, MPI_FLOATX, MPI_COMM_WORLD, &r);
+    comm_wait(&r, 1, "the all-gather of weights");
+}
+#else
+void comm_abort(void) {}
+void comm_init(int *argc, char ***argv) {
+    (void)argc;
+    (void)argv;
+    const char *size = getenv("OMPI_COMM_WORLD_SIZE");
+    if (size && strcmp(size, "1"))
+        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
+}
+void comm_finish(void) {}
+void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
+void comm_sum(double *x, int n) { (void)x; (void)n; }
+double comm_max(double x) { return x; }
+void comm_reduce_start(floatX *x, size_t n) { (void)x; (void)n; }
+void comm_progress(void) {}
+void comm_reduce_finish(void) {}
+void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
+#endif
+void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
+
+// ---- energy: counters of the processor package and its memory (RAPL), read where the system lets us ------------------
+enum { MAX_COUNTERS = 32 };
+static const char RAPL_FOLDER[] = "/sys/class/powercap";
+typedef struct Energy {
+    char path[MAX_COUNTERS][128];
+    double last[MAX_COUNTERS], wrap[MAX_COUNTERS];
+    int n;
+    double joules;          // since energy_open; NAN: unavailable
+} Energy;
+
+static int read_number(const char *path, double *x) {
+    FILE *f = fopen(path, "r");
+    int ok = f && fscanf(f, "%lf", x) == 1;
+    if (f) fclose(f);
+    return ok;
+}
+
+// Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same names).
+void energy_open(Energy *e, const char *folder) {
+    memset(e, 0, sizeof *e);
+    glob_t found;
+    char pattern[160];
+    snprintf(pattern, sizeof pattern, "%.100s/intel-rapl:*", folder);
+    if (!glob(pattern, 0, NULL, &found)) {
+        for (size_t i = 0; i < found.gl_pathc && e->n < MAX_COUNTERS; i++) {
+            char path[160], name[32] = "";
+            snprintf(path, sizeof path, "%s/name", found.gl_pathv[i]);
+            FILE *f = fopen(path, "r");
+            if (!f || fscanf(f, "%31s", name) != 1) name[0] = 0;
+            if (f) fclose(f);
+            if (strncmp(name, "package", 7) && strcmp(name, "dram")) continue;
+            snprintf(path, sizeof path, "%s/max_energy_range_uj", found.gl_pathv[i]);
+            if (!read_number(path, &e->wrap[e->n])) continue;
+            snprintf(e->path[e->n], sizeof e->path[0], "%.100s/energy_uj", found.gl_pathv[i]);
+            if (read_number(e->path[e->n], &e->last[e->n])) e->n++;
+        }
+        globfree(&found);
+    }
+    e->joules = e->n ? 0 : NAN;
+}
+
+// Joules since energy_open; the counters wrap, so read at least once an hour.
+double energy_sum(Energy *e) {
+    for (int i = 0; i < e->n; i++) {
+        double now;
+        if (!read_number(e->path[i], &now)) continue;
+        double spent = now - e->last[i];
+        e->joules += (spent < 0 ? spent + e->wrap[i] : spent) * 1e-6;
+        e->last[i] = now;
+    }
+    return e->joules;
+}
+
+static Energy energy;
+double energy_read(void) {
+    const double joules = energy_sum(&energy);
+    return comm.local_rank ? 0 : joules;        // one rank counts for all of this machine
+}
+
+// ---- the device: this rank's threads ---------------------------------------------------------------------------------
+void device_open(void) {
+    const int cores = omp_get_num_procs() / comm.local_ranks;
+    omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 0 ? cores : 1);
+    energy_open(&energy, RAPL_FOLDER);
+}
+
+void device_wait(void) {}
+
+// To plan with: 70% of the machine's memory, shared by its ranks.
+Machine device_machine(void) {
+    const double bytes = 0.7 * (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / comm.local_ranks;
+    Machine machine = {comm.world, comm.local_ranks, bytes};
+    return machine;
+}
+
+const char *device_name(void) {
+    static char name[320];
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    for (char line[256]; f && fgets(line, sizeof line, f);) if (!strncmp(line, "model name", 10)) {
+        snprintf(name, sizeof name, "%s", strchr(line, ':') ? strchr(line, ':') + 2 : "");
+        name[strcspn(name, "\n")] = 0;
+        break;
+    }
+    if (f) fclose(f);
+    snprintf(name + strlen(name), sizeof name - strlen(name), "%s%d threads per rank", *name ? ", " : "",
+             omp_get_max_threads());
+    return name;
+}
+
+int device_logits_chunk(int V) {                // 16 MiB of logits, at least 64 rows
+    const int rows = (int)((16 << 20) / (sizeof(float) * (size_t)V));
+    return rows > 64 ? rows : 64;
+}
+
+void device_check_sizes(const Config *c) { (void)c; }   // any will do
+
+// ---- plumbing: read it when you need it ------------------------------------------------------------------------
+// SHARED BEGIN
+// ==== 8. Errors, numbers, options =============================================================================
 static void (*die_hook)(const char *message);   // tests leave die() through it
 
 // A mistake of the user's or the machine's: what, where, what to do. Prints one line and ends all ranks with status 1.
-__attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...) {
+void die(const char *fmt, ...) {
     char message[2048];
     va_list args;
     va_start(args, fmt);
@@ -127,10 +2230,8 @@ char *xstrdup(const char *s) {
     return (char *)memcpy(xmalloc(n), s, n);
 }
 
-// A short text as a value, with nothing to free: a path (the system takes no longer ones), a name, a message.
-typedef struct Str { char s[4096]; } Str;
-
-__attribute__((format(printf, 1, 2))) static Str str(const char *fmt, ...) {
+// A path (the system takes no longer ones), a name, a message.
+Str str(const char *fmt, ...) {
     Str text;
     va_list args;
     va_start(args, fmt);
@@ -226,6 +2327,17 @@ int parse_double(const char *s, double *out) {
     return 1;
 }
 
+// The shortest decimal that reads back as x; valid until the fourth call after this one.
+static const char *shortest(double x) {
+    static char text[4][40];
+    static int next;
+    char *s = text[next++ % 4];
+    int digits = 1;
+    do snprintf(s, sizeof text[0], "%.*g", digits, x);
+    while (digits++ < 17 && strtod(s, NULL) != x);
+    return s;
+}
+
 // A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path: missing, a folder,
 // not readable.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
@@ -265,10 +2377,131 @@ char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // t
     return text;
 }
 
-// ==== 3. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
+// ---- options -----------------------------------------------------------------------------------------------------
+struct Option {
+    const char *name;
+    int type, kind;
+    void *value;
+    const char *initial;
+    double lo, hi;
+    const char *help, *text;        // text: the value as it was given, before anything that it leaves open is decided
+    int given;                      // on the command line
+};
+
+#define ROW(type, name, field, kind, initial, lo, hi, help) \
+    {name, OPT_##type, kind, &opt.field, initial, lo, hi, help, NULL, 0},
+#define HEADLINE(title) {title, OPT_GROUP, START, NULL, NULL, 0, 0, NULL, NULL, 0},
+static Option option_table[] = {OPTIONS(ROW, HEADLINE)};
+#undef ROW
+#undef HEADLINE
+
+// Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
+static const char *choice_word(const Option *o, int64_t index) {
+    static char word[16];
+    const char *at = o->help;
+    for (; index > 0; index--, at++) if (*(at += strcspn(at, "|:")) != '|') return NULL;
+    snprintf(word, sizeof word, "%.*s", (int)strcspn(at, "|:"), at);
+    return word;
+}
+
+static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
+
+Option *option_find(const char *name) {
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) if (!strcmp(o->name, name)) return o;
+    return NULL;
+}
+
+int option_given(const char *name) { return option_find(name)->given; }
+
+// Parses text into the option's variable; dies naming the option and what it wants.
+void option_set(Option *o, const char *text) {
+    text = o->text = xstrdup(text);
+    if (o->type == OPT_TEXT) {
+        *(const char **)o->value = text;
+    } else if (o->type == OPT_CHOICE) {
+        const char *word;
+        int64_t index = 0;
+        while ((word = choice_word(o, index)) && strcmp(word, text)) index++;
+        if (!word) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
+        *(int64_t *)o->value = index;
+    } else if (o->type == OPT_REAL) {
+        double x;
+        if (!parse_double(text, &x)) die("%s %s: not a number", o->name, text);
+        if (!(x >= o->lo && x <= o->hi)) die("%s %s: out of range %g .. %g", o->name, text, o->lo, o->hi);
+        *(double *)o->value = x;
+    } else {
+        int64_t x;
+        if (!parse_int(text, &x)) die("%s %s: not a whole number", o->name, text);
+        if (!((double)x >= o->lo && (double)x <= o->hi)) die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
+        *(int64_t *)o->value = x;
+    }
+}
+
+// The option's value as text, as option_set reads it (NULL: not set).
+const char *option_text(const Option *o) {
+    static char text[64];
+    if (o->type == OPT_TEXT) return *(const char **)o->value;
+    if (o->type == OPT_CHOICE) return choice_name(o);
+    if (o->type == OPT_REAL) return shortest(*(double *)o->value);
+    snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
+    return text;
+}
+
+void options_default(void) {
+    memset(&opt, 0, sizeof opt);
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) {
+        o->given = 0;
+        o->text = NULL;
+        if (o->initial) option_set(o, o->initial);
+    }
+}
+
+void options_help(void) {
+    printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n");
+    static const char *const wants[] = {"", " TEXT", " N", " N", " WORD", ""};  // by type
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
+        if (o->type == OPT_GROUP) {
+            printf("\n%s\n", o->name);
+            continue;
+        }
+        printf("  %-24s %s", str("%s%s", o->name, wants[o->type]).s, o->help);
+        printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
+    }
+}
+
+// argv -> opt. Unknown names, missing and malformed values die.
+void options_parse(int argc, char **argv) {
+    options_default();
+    for (int i = 1; i < argc; i++) {
+        Option *o = option_find(argv[i]);
+        if (!o || o->type == OPT_GROUP) die("unknown option %s; --help lists them all", argv[i]);
+        if (o->given) die("%s is given twice", o->name);
+        o->given = 1;
+        if (o->type == OPT_FLAG) { *(int64_t *)o->value = 1; continue; }
+        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
+        option_set(o, argv[++i]);
+    }
+}
+
+// What can be said against the options without looking at any file.
+void options_check(void) {
+    if (!!opt.preset + !!opt.config + !!opt.init_from > 1) die("choose one of --preset, --config and --init-from");
+    if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
+    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
+        die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
+    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
+        die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
+    if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
+    if (!*opt.out) die("--out is empty; name a folder");
+    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run)
+        die("--gpus, --nodes and --device go with --dry-run");
+    if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
+}
+
+// ==== 9. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
 
 // One node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number keeps its digits in str.
-typedef struct Json {
+struct Json {
     char type;             // 'o'bject, 'a'rray, 's'tring, 'n'umber, 't'rue, 'f'alse, '0' null
     const char *key, *str; // name inside the parent object; text of a string or (not terminated) of a number
     size_t str_len;
@@ -276,7 +2509,7 @@ typedef struct Json {
     int64_t inum;          // valid when is_int: written without '.' and exponent, and it fits
     int is_int, n;         // n = number of children
     struct Json *child, *next;
-} Json;
+};
 
 enum { JSON_MAX_DEPTH = 64 };
 #define JSON_REQUIRED INT64_MIN // the fallback of json_int for a key that must be there
@@ -513,9 +2746,6 @@ const char *json_string(const Json *obj, const char *key, const char *where, con
     return v->str;
 }
 
-// A growing text: start from zero, text_add, free(t.s).
-typedef struct Text { char *s; int n, max; } Text;
-
 // Appends like printf.
 void text_add(Text *t, const char *fmt, ...) {
     va_list args;
@@ -538,221 +2768,20 @@ void text_add_string(Text *t, const char *s) {
     text_add(t, "\"");
 }
 
-// The shortest decimal that reads back as x; valid until the fourth call after this one.
-static const char *shortest(double x) {
-    static char text[4][40];
-    static int next;
-    char *s = text[next++ % 4];
-    int digits = 1;
-    do snprintf(s, sizeof text[0], "%.*g", digits, x);
-    while (digits++ < 17 && strtod(s, NULL) != x);
-    return s;
-}
-
-// The same for JSON, marked as a float (8.0, not 8); there is no NaN: null.
+// The shortest decimal that reads back as x, for JSON: marked as a float (8.0, not 8); there is no NaN: null.
 const char *json_decimal(double x) {
     char *s = (char *)shortest(x);
     return !isfinite(x) ? "null" : strpbrk(s, ".e") ? s : strcat(s, ".0");
 }
 
-// ==== 4. Options: one table feeds parser, --help, the log and resume ====================================================
-enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
-enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
-enum { FP32, BF16 };
-enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
-
-enum { RUN = 1 };           // the option is part of what a run is: saved with a checkpoint and taken up again by --resume
-
-// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins with its words)
-#define OPTIONS(X) \
-    X(TEXT, "--preset", preset, 0, NULL, 0, 0, "model by name (list: --preset help)") \
-    X(TEXT, "--config", config, 0, NULL, 0, 0, "model by a Hugging Face config.json, random weights") \
-    X(TEXT, "--init-from", init_from, 0, NULL, 0, 0, "start from the weights of a Hugging Face checkpoint folder") \
-    X(TEXT, "--resume", resume, 0, NULL, 0, 0, "continue a litespark checkpoint folder; auto: the newest whole one in --out") \
-    X(TEXT, "--train-data", train_data, RUN, NULL, 0, 0, "token shards, a quoted glob (default: the generated stories)") \
-    X(TEXT, "--val-data", val_data, RUN, NULL, 0, 0, "validation shards (default: the stories', with the default --train-data)") \
-    X(TEXT, "--tokenizer", tokenizer, RUN, NULL, 0, 0, "tokenizer.bin for text (default: beside model or data)") \
-    X(CHOICE, "--stage", stage, RUN, "pretrain", 0, 0, "pretrain|sft|dpo: what is trained") \
-    X(REAL, "--dpo-beta", dpo_beta, RUN, "0.1", 0, 1e3, "strength of the pull to the reference model") \
-    X(CHOICE, "--document-mask", document_mask, RUN, "off", 0, 0, "off|on: attention stays inside documents") \
-    X(INT, "--batch-size", batch_size, RUN, "0", 0, 1 << 20, "sequences per rank and micro-step, 0 = the largest that fits") \
-    X(INT, "--seq-len", seq_len, RUN, "0", 0, 1 << 24, "tokens per sequence, 0 = the model's, at most 1024") \
-    X(INT, "--total-batch-tokens", total_batch_tokens, RUN, "0", 0, 1e12, \
-      "tokens per update over all ranks, 0 = the model's default") \
-    X(INT, "--steps", steps, RUN, "-1", -1, 1e12, "updates, -1 = the model's default") \
-    X(REAL, "--lr", lr, RUN, "-1", -1, 1e3, "peak learning rate, -1 = the model's default") \
-    X(REAL, "--min-lr", min_lr, RUN, "-1", -1, 1e3, "learning rate at the end, -1 = lr/10") \
-    X(INT, "--warmup-steps", warmup_steps, RUN, "-1", -1, 1e12, "linear warm-up, -1 = min(100, steps/10)") \
-    X(CHOICE, "--schedule", schedule, RUN, "cosine", 0, 0, \
-      "cosine|linear|wsd|constant: shape of the decay (wsd: over the last fifth)") \
-    X(REAL, "--beta1", beta1, RUN, "0.9", 0, 0.999999, "AdamW") \
-    X(REAL, "--beta2", beta2, RUN, "0.95", 0, 0.999999999, "AdamW") \
-    X(REAL, "--eps", eps, RUN, "1e-8", 1e-30, 1, "AdamW") \
-    X(REAL, "--weight-decay", weight_decay, RUN, "0.01", 0, 1e3, "AdamW, on matrices") \
-    X(REAL, "--grad-clip", grad_clip, RUN, "1", 0, 1e9, "largest global gradient norm, 0 = no clipping") \
-    X(CHOICE, "--optimizer-dtype", optimizer_dtype, RUN, "fp32", 0, 0, \
-      "fp32|bf16: storage of m and v (bf16: with stochastic rounding)") \
-    X(REAL, "--skip-spikes", skip_spikes, RUN, "0", 0, 1e6, \
-      "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
-    X(INT, "--val-every", val_every, RUN, "-1", -1, 1e12, "updates between evaluations, 0 = never, -1 = steps/10") \
-    X(INT, "--val-batches", val_batches, RUN, "0", 0, 1e12, "micro-steps of an evaluation, 0 = all of --val-data") \
-    X(INT, "--sample-every", sample_every, RUN, "-1", -1, 1e12, "updates between text samples, 0 = never, -1 = at the end") \
-    X(INT, "--sample-tokens", sample_tokens, RUN, "200", 0, 1e9, "length of a sample") \
-    X(TEXT, "--prompt", prompt, RUN, "", 0, 0, "text a sample begins with") \
-    X(REAL, "--temperature", temperature, RUN, "0.8", 0, 100, "of samples, 0 = greedy") \
-    X(INT, "--log-every", log_every, RUN, "1", 1, 1e12, "updates between lines on the screen (log.jsonl has all)") \
-    X(FLAG, "--eval-only", eval_only, 0, NULL, 0, 0, "print the loss on --val-data and stop") \
-    X(FLAG, "--generate", generate, 0, NULL, 0, 0, "print a sample of text and stop") \
-    X(TEXT, "--out", out, 0, "out", 0, 0, "folder of checkpoints and log.jsonl") \
-    X(INT, "--checkpoint-every", checkpoint_every, RUN, "-1", -1, 1e12, \
-      "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
-    X(INT, "--keep", keep, RUN, "2", 1, 1e9, "checkpoints to keep") \
-    X(INT, "--seed", seed, RUN, "1", 0, 9e15, "of initial weights, data order and samples") \
-    X(INT, "--threads", threads, 0, "0", 0, 4096, "per rank, 0 = cores / ranks of this machine") \
-    X(CHOICE, "--precision", precision, RUN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
-    X(INT, "--zero", zero, 0, "0", 0, 3, "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 weights") \
-    X(INT, "--shard-size", shard_size, 0, "0", 0, 1e6, "ranks that shard among themselves (HSDP), 0 = all") \
-    X(CHOICE, "--reduce-dtype", reduce_dtype, 0, "fp32", 0, 0, "fp32|bf16: gradients on the wire") \
-    X(CHOICE, "--recompute", recompute, 0, "none", 0, 0, "none|mlp|block: what backward computes again instead of keeping") \
-    X(INT, "--logits-chunk", logits_chunk, 0, "0", 0, 1 << 24, \
-      "rows of logits in memory at a time, 0 = 16 MiB of them (GPU: 2048)") \
-    X(CHOICE, "--deterministic", deterministic, 0, "on", 0, 0, "off|on: two runs give the same bits") \
-    X(INT, "--timeout", timeout, 0, "600", 1, 1e6, "seconds to wait for another rank before giving up") \
-    X(INT, "--gpus", gpus, 0, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
-    X(INT, "--nodes", nodes, 0, "0", 0, 1e6, "with --dry-run: nodes to plan for") \
-    X(TEXT, "--device", device, 0, NULL, 0, 0, "with --dry-run: GPU to plan for") \
-    X(FLAG, "--dry-run", dry_run, 0, NULL, 0, 0, "print the memory this run needs and stop") \
-    X(TEXT, "--dump-grads", dump_grads, 0, NULL, 0, 0, "write the first update's gradients to this safetensors file and stop") \
-    X(FLAG, "--help", help, 0, NULL, 0, 0, "this list")
-
-enum { OPT_TEXT, OPT_INT, OPT_REAL, OPT_CHOICE, OPT_FLAG };
-typedef const char *TEXT_value;
-typedef int64_t INT_value, CHOICE_value, FLAG_value;
-typedef double REAL_value;
-#define FIELD(type, name, field, ...) type##_value field;
-typedef struct Options { OPTIONS(FIELD) } Options;
-#undef FIELD
-static Options opt;
-
-typedef struct Option {
-    const char *name;
-    int type, kind;
-    void *value;
-    const char *initial;
-    double lo, hi;
-    const char *help;
-    int given;              // on the command line
-} Option;
-
-#define ROW(type, name, field, kind, initial, lo, hi, help) {name, OPT_##type, kind, &opt.field, initial, lo, hi, help, 0},
-static Option option_table[] = {OPTIONS(ROW)};
-#undef ROW
-
-// Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
-static const char *choice_word(const Option *o, int64_t index) {
-    static char word[16];
-    const char *at = o->help;
-    for (; index > 0; index--, at++) if (*(at += strcspn(at, "|:")) != '|') return NULL;
-    snprintf(word, sizeof word, "%.*s", (int)strcspn(at, "|:"), at);
-    return word;
-}
-
-static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
-
-Option *option_find(const char *name) {
-    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) if (!strcmp(o->name, name)) return o;
-    return NULL;
-}
-
-int option_given(const char *name) { return option_find(name)->given; }
-
-// Parses text into the option's variable; dies naming the option and what it wants.
-void option_set(Option *o, const char *text) {
-    if (o->type == OPT_TEXT) {
-        *(const char **)o->value = xstrdup(text);
-    } else if (o->type == OPT_CHOICE) {
-        const char *word;
-        int64_t index = 0;
-        while ((word = choice_word(o, index)) && strcmp(word, text)) index++;
-        if (!word) die("%s %s: choose one of %.*s", o->name, text, (int)strcspn(o->help, ":"), o->help);
-        *(int64_t *)o->value = index;
-    } else if (o->type == OPT_REAL) {
-        double x;
-        if (!parse_double(text, &x)) die("%s %s: not a number", o->name, text);
-        if (!(x >= o->lo && x <= o->hi)) die("%s %s: out of range %g .. %g", o->name, text, o->lo, o->hi);
-        *(double *)o->value = x;
-    } else {
-        int64_t x;
-        if (!parse_int(text, &x)) die("%s %s: not a whole number", o->name, text);
-        if (!((double)x >= o->lo && (double)x <= o->hi)) die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
-        *(int64_t *)o->value = x;
-    }
-}
-
-// The option's value as text, as option_set reads it (NULL: not set).
-const char *option_text(const Option *o) {
-    static char text[64];
-    if (o->type == OPT_TEXT) return *(const char **)o->value;
-    if (o->type == OPT_CHOICE) return choice_name(o);
-    if (o->type == OPT_REAL) return shortest(*(double *)o->value);
-    snprintf(text, sizeof text, "%" PRId64, *(int64_t *)o->value);
-    return text;
-}
-
-void options_default(void) {
-    memset(&opt, 0, sizeof opt);
-    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) {
-        o->given = 0;
-        if (o->initial) option_set(o, o->initial);
-    }
-}
-
-void options_help(void) {
-    printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n\n");
-    static const char *const wants[] = {" TEXT", " N", " N", " WORD", ""};      // by type
-    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
-        printf("  %-24s %s", str("%s%s", o->name, wants[o->type]).s, o->help);
-        printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
-    }
-}
-
-// argv -> opt. Unknown names, missing and malformed values die.
-void options_parse(int argc, char **argv) {
-    options_default();
-    for (int i = 1; i < argc; i++) {
-        Option *o = option_find(argv[i]);
-        if (!o) die("unknown option %s; --help lists them all", argv[i]);
-        if (o->given) die("%s is given twice", o->name);
-        o->given = 1;
-        if (o->type == OPT_FLAG) { *(int64_t *)o->value = 1; continue; }
-        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
-        option_set(o, argv[++i]);
-    }
-}
-
-// What can be said against the options without looking at any file.
-void options_check(void) {
-    if (!!opt.preset + !!opt.config + !!opt.init_from > 1) die("choose one of --preset, --config and --init-from");
-    if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
-    if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
-        die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
-    if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
-        die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
-    if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
-    if (!*opt.out) die("--out is empty; name a folder");
-    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run)
-        die("--gpus, --nodes and --device go with --dry-run");
-    if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
-    if (opt.min_lr > opt.lr && opt.lr >= 0) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
-}
-// ==== 5. safetensors: reading and writing Hugging Face weight files =============================
+// ==== 10. safetensors: reading and writing Hugging Face weight files =============================
 // OFFSET  SIZE  MEANING (https://github.com/huggingface/safetensors#format)
 // 0       8     N, the header's length in bytes, little-endian (as is everything; so must this machine be)
 // 8       N     JSON, padded with spaces:
 //               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 // 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
 
-enum { ST_F32, ST_BF16, ST_F16, ST_I32 };   // the first rows:
+// the first rows are ST_F32 .. ST_I32
 static const struct { const char *name; size_t bytes; } st_dtypes[] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
     {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
@@ -765,13 +2794,13 @@ typedef struct StTensor {
     size_t offset, n_bytes, n;      // offset from the start of the file; n = elements
 } StTensor;
 
-typedef struct StSet {              // the tensors of one checkpoint, sorted by name
+struct StSet {                      // the tensors of one checkpoint, sorted by name
     StTensor *tensors;
     int n_tensors, max_tensors, n_files;
     char *paths[ST_MAX_FILES];
     int fds[ST_MAX_FILES];
     Json *headers[ST_MAX_FILES];    // own the names
-} StSet;
+};
 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
 static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
@@ -946,13 +2975,13 @@ void st_close(StSet *s) {
 // Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin, write the
 // values in that order, finish. A failing disk does not end the program: later writes do nothing, and the caller, who
 // learns the error from st_finish, removes its temporary directory and keeps the old checkpoint.
-typedef struct StWriter {
+struct StWriter {
     FILE *file;
     int failed, dtype;               // failed: the first errno
     Text header;
     size_t data_bytes, file_bytes;   // declared and not yet written; written
     uint32_t crc;
-} StWriter;
+};
 
 static void st_put(StWriter *w, const void *bytes, size_t n) {
     w->crc = crc32_update(w->crc, bytes, n);
@@ -1027,7 +3056,7 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     return failed;
 }
 
-// ==== 6. Model configuration: Hugging Face's config.json and the presets ========================
+// ==== 11. Model configuration: Hugging Face's config.json and the presets ========================
 
 // The integers of a model: field, config.json key, smallest and largest value, what an absent (or null) key means.
 #define CONFIG_INTS(X) \
@@ -1043,29 +3072,12 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
     X(init_std, "initializer_range", 0, 1, 0.02)
 
-typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
 static const Family config_families[] = {
     {"llama",   "LlamaForCausalLM",   0, 0, 0},
     {"mistral", "MistralForCausalLM", 0, 0, 0},
     {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
     {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
 };
-
-typedef struct Config {
-    const Family *family;
-    int V, Vp;                // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
-    int L, C, H, K, D, F;     // layers, hidden size, query heads, key/value heads, head_dim, MLP width
-    int max_T;                // positions the model is made for
-    int tied;                 // lm_head is the embedding
-    int qkv_bias, qk_norm;    // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
-    double eps, rope_theta, init_std;
-    double rope_factor;       // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
-    double rope_low, rope_high;
-    int rope_original_T;
-    int sliding_window;       // 0 = none, else how far layers >= window_layer look back; the caller refuses a longer seq-len
-    int window_layer;         // Qwen's max_window_layers
-    int bos, eos;             // token ids, -1 = none
-} Config;
 
 // Keys that would change the computation, and the one value that we compute.
 static const struct { const char *key, *only; } config_fixed[] = {
@@ -1282,31 +3294,6 @@ char *config_to_json(const Config *c, const char *dtype) {
 // is reduced, sharded and saved together. Inside a unit q|k|v (and their biases) and gate|up are neighbours, so that each group
 // is one matrix for the matmul; other tensors start at multiples of 64 elements.
 enum { MAX_TENSORS_PER_UNIT = 14, TENSOR_ALIGN = 64, UNIT_ALIGN = 128 };
-enum { INIT_NORMAL, INIT_ONE, INIT_ZERO };
-
-typedef struct Tensor {
-    char name[80];          // Hugging Face's
-    int unit;
-    size_t at, n;           // first element in the flat buffer, number of elements
-    int rows, cols;         // cols 0: a vector
-    int init, decay;
-} Tensor;
-
-typedef struct Unit {
-    char name[24];          // "embed", "layers.7", "head"
-    size_t at, n, n_padded; // n_padded: a multiple of UNIT_ALIGN * ranks, vocabulary padding included
-    size_t vocab_padding;   // elements, for the rows V .. Vp-1
-    int first_tensor, n_tensors;
-} Unit;
-
-typedef struct ParamTable {
-    Tensor *tensors;
-    Unit *units;
-    int n_tensors, n_units;
-    size_t n, n_params;     // elements of a flat buffer; parameters without padding
-    size_t unit_align;
-} ParamTable;
-
 static void table_unit(ParamTable *p, const char *name, size_t vocab_padding) {
     Unit *u = &p->units[p->n_units++];
     snprintf(u->name, sizeof u->name, "%s", name);
@@ -1322,7 +3309,7 @@ static void table_tensor(ParamTable *p, const char *prefix, const char *name, in
     snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
     t->unit = p->n_units - 1;
     if (!joined) u->n = CEIL_DIV(u->n, TENSOR_ALIGN) * TENSOR_ALIGN;
-    t->at = u->at + u->n;
+    t->at = u->n;
     t->n = (size_t)rows * (cols ? cols : 1);
     t->rows = rows;
     t->cols = cols;
@@ -1374,7 +3361,7 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
 }
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
-static const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
+const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
     const Tensor *t = p->tensors + p->units[unit].first_tensor;
     for (int i = p->units[unit].n_tensors; i > 0; i--, t++) {
         size_t n = strlen(t->name), m = strlen(suffix);
@@ -1383,7 +3370,40 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
     return NULL;
 }
 
-// ==== 7. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
+// ---- which model ---------------------------------------------------------------------------------------------------
+static Config read_config(const char *dir_or_file, int is_dir) {
+    Config c;
+    Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
+    size_t n;
+    char *text = read_text_file(path.s, 1 << 24, &n);
+    config_from_json(&c, text, n, path.s);
+    config_check(&c, path.s);
+    free(text);
+    return c;
+}
+
+// The model of --preset, --config, --init-from or the checkpoint `resume_dir` (NULL: none). V 0: the data decides.
+Config choose_config(const char *resume_dir) {
+    Config c;
+    const char *preset = opt.preset ? opt.preset : "tiny";
+    if (opt.init_from) return read_config(opt.init_from, 1);
+    if (opt.config) c = read_config(opt.config, 0);
+    else if (!config_preset(&c, preset)) die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
+    if (!opt.config && !strcmp(preset, "tiny")) c.V = 0;
+    if (!resume_dir) return c;
+    Config saved = read_config(resume_dir, 1);
+    if (opt.preset || opt.config) {
+        if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
+        char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
+        if (strcmp(a, b))
+            die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
+                resume_dir, opt.preset ? "--preset" : "--config");
+        free(a), free(b);
+    }
+    return saved;
+}
+
+// ==== 12. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
 //   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
 //             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length, bytes
@@ -1396,15 +3416,6 @@ static const Tensor *table_find(const ParamTable *p, int unit, const char *suffi
 #define NO_MERGE (-1e30f)
 
 typedef struct Piece { const char *s; int n; float score; } Piece;     // n bytes in the file, may be 0
-
-typedef struct Tokenizer {
-    int kind, V, bos, eos, prefix_space;    // bos and eos: -1 = none
-    Piece *piece;                           // (V)
-    int byte_id[256];                       // the piece that stands for a byte: "<0xHH>", else the byte itself, else -1
-    uint32_t slots;                         // power of two >= 2V
-    int *slot;                              // (slots) hash table of the ids that text can become; -1 = empty
-    char *path, *file;
-} Tokenizer;
 
 // The slot where the piece with these bytes is, or where it would go.
 static int *tokenizer_slot(const Tokenizer *t, const char *s, size_t n) {
@@ -1591,7 +3602,32 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }
 
-// ==== 8. Token shards and the DataLoader =============================================================================
+// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL: there is none that
+// fits c. *side_folder: where tokenizer files of checkpoints come from, or NULL.
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder) {
+    const char *slash = strrchr(opt.train_data, '/');
+    const Str data = str("%.*s", slash ? (int)(slash - opt.train_data) : 1, slash ? opt.train_data : ".");
+    const Str above = str("%s/..", data.s);
+    const char *folders[3] = {model_dir, data.s, above.s}, *found = opt.tokenizer;
+    Str path;
+    for (int i = 0; i < 3 && !found; i++) if (folders[i]) {
+        path = str("%s/tokenizer.bin", folders[i]);
+        if (!access(path.s, R_OK)) found = path.s;
+    }
+    Tokenizer *t = found ? tokenizer_open(found) : NULL;
+    const int spare = t ? c->V - t->V : 0;      // a model may have rows to spare, never too few
+    if (t && c->V && (spare < 0 || spare > c->V / 100)) {
+        if (opt.tokenizer)
+            die("--tokenizer %s has %d tokens, the model %d; name the model's own", found, t->V, c->V);
+        tokenizer_free(t);                      // beside the data by chance
+        t = NULL;
+    }
+    slash = t ? strrchr(t->path, '/') : NULL;
+    *side_folder = model_dir ? model_dir : !t ? NULL : slash ? xstrdup(str("%.*s", (int)(slash - t->path), t->path).s) : ".";
+    return t;
+}
+
+// ==== 13. Token shards and the DataLoader =============================================================================
 // .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. data/README.md has every format in full.
 //   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32     word 3  vocabulary size, 0 = unknown
 //   word 1  version: 1 with uint16, 7 with uint32                  word 4  CRC-32 of the token bytes, 0 = unknown
@@ -1606,9 +3642,7 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
 // Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws the next
 // world*B positions, and rank r has r*B .. r*B+B-1 of them. The whole state is therefore (seed, epoch, position), the
 // same on all ranks: any split of one world*B sees the same batches, and a resumed run may have another one.
-#define MAX_OPEN_SHARDS 256             // of thousands; a process often may have 1024 descriptors
 #define FULL_SCAN_BYTES ((size_t)4 << 30)
-#define IGNORED (-100)                  // a target that is no target (PyTorch's ignore_index)
 
 typedef struct Shard {
     char *path;
@@ -1621,30 +3655,6 @@ typedef struct Shard {
     uint32_t crc;                       // of the token bytes, 0 = unknown
     char *floor_path;                   // evaluation: its .nll file, NULL = it has none
 } Shard;
-
-typedef struct LoaderState {
-    uint64_t seed;
-    int64_t epoch, position;            // position = windows that all ranks together have drawn in this epoch
-} LoaderState;
-
-typedef struct DataLoader {
-    Shard *shards;
-    int n_shards;
-    int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
-    int B, T, rank, world, shuffle, vocab_size, document_mask;
-    int has_floor;                      // evaluation: every shard has its .nll
-    LoaderState state;
-    void *buffer;                       // one window as it lies in the file
-    Shard *open_shard[MAX_OPEN_SHARDS]; // who has the descriptor of this place, NULL = none
-} DataLoader;
-
-typedef struct Batch {
-    int B, T;
-    int n_rows;                         // rows with data; the others are padding: inputs 0, targets -100
-    int *inputs, *targets;              // (B, T)
-    int *doc_start;                     // (B, T) first position of the document of t; NULL without document mask
-    float *floor;                       // (B, T) true -ln p of each target; 0 when the data has none
-} Batch;
 
 // The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
 static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
@@ -1822,14 +3832,14 @@ void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
 // Micro-steps that show each window of an evaluation once.
 int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
 
-void batch_alloc(Batch *batch, int B, int T, int document_mask) {
+void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor) {
     size_t n = (size_t)B * (size_t)T;
     memset(batch, 0, sizeof *batch);
     batch->B = B; batch->T = T;
     batch->inputs = (int *)xcalloc(n, sizeof(int));
     batch->targets = (int *)xcalloc(n, sizeof(int));
     batch->doc_start = document_mask ? (int *)xcalloc(n, sizeof(int)) : NULL;
-    batch->floor = (float *)xcalloc(n, sizeof(float));
+    batch->floor = with_floor ? (float *)xcalloc(n, sizeof(float)) : NULL;
 }
 
 // A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
@@ -1876,18 +3886,19 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
     if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
     size_t at = (size_t)b * (size_t)T;
+    // With a document mask no document sees another: the first token of one is not a target of the one before.
     for (int t = 0, start = 0; t <= T; t++) {
         uint32_t id = packed_token(dl->buffer, s->width, (size_t)t);
         if (id >= (uint32_t)dl->vocab_size)
             die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; use the tokenizer of the "
                 "model", s->path, id, w, dl->vocab_size);
-        if (t > 0) batch->targets[at + (size_t)t - 1] = (int)id;
+        if (t > 0) batch->targets[at + (size_t)t - 1] = batch->doc_start && start == t ? IGNORED : (int)id;
         if (t == T) break;
         batch->inputs[at + (size_t)t] = (int)id;
         if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
         if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
-    if (dl->has_floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
+    if (dl->has_floor && batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
 }
 
 // The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
@@ -1907,7 +3918,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
         for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
             batch->inputs[i] = 0;
             batch->targets[i] = IGNORED;
-            batch->floor[i] = 0;
+            if (batch->floor) batch->floor[i] = 0;
             if (batch->doc_start) batch->doc_start[i] = 0;
         }
     }
@@ -1918,7 +3929,19 @@ void loader_next(DataLoader *dl, Batch *batch) {
     }
 }
 
-// ==== 9. Schedule, FLOPs, log ===========================================================================================
+// Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
+int data_vocabulary(const char *pattern) {
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) return -1;
+    int words[4] = {0, 0, 0, 0};
+    FILE *f = fopen(found.gl_pathv[0], "rb");
+    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
+    if (f) fclose(f);
+    globfree(&found);
+    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
+}
+
+// ==== 14. Schedule, FLOPs, log ===========================================================================================
 // Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr to min_lr. wsd: constant, linear over the last fifth.
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
@@ -1951,14 +3974,15 @@ void log_open(const char *out) {
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
-static void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\": %s", key, json_decimal(x)); }
+void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\": %s", key, json_decimal(x)); }
 
-// Appends the options as an object of strings; kind RUN: only what a run is made of.
-static void text_add_options(Text *t, int kind) {
+// Appends the options as an object of strings: what they came to, or as_given and without those of this start only.
+void text_add_options(Text *t, int as_given) {
     const char *before = "{";
     for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
-        const char *value = option_text(o);
-        if ((kind && !(o->kind & kind)) || !value || o->type == OPT_FLAG) continue;
+        if (o->type == OPT_GROUP || o->type == OPT_FLAG || (as_given && o->kind == START)) continue;
+        const char *value = as_given ? o->text : option_text(o);
+        if (!value) continue;
         text_add(t, "%s\"%s\": ", before, o->name + 2);
         text_add_string(t, value);
         before = ", ";
@@ -1967,7 +3991,7 @@ static void text_add_options(Text *t, int kind) {
 }
 
 // Writes the record t as one line and frees it.
-static void log_record(Text *t) {
+void log_record(Text *t) {
     if (log_file) {
         fprintf(log_file, "%s}\n", t->s);
         fflush(log_file);
@@ -1985,33 +4009,20 @@ Str duration_text(double s) {
 // "unavailable" rather than a wrong number
 Str measured_text(double x, const char *format) { return isfinite(x) ? str(format, x) : str("unavailable"); }
 
-// ==== 10. Checkpoints: Hugging Face directories =========================================================================
+// FLOP/s with a unit
+Str flops_text(double x) {
+    return !isfinite(x) ? str("unavailable") : x < 1e12 ? str("%.1f GFLOP/s", x * 1e-9) : str("%.1f TFLOP/s", x * 1e-12);
+}
+
+// ==== 15. Checkpoints: Hugging Face directories =========================================================================
 // OUT/step_00000120/
 //   config.json, model.safetensors, generation_config.json, tokenizer files   what Hugging Face loads, in the compute precision
 //   optimizer-RRRRR-of-NNNNN.safetensors   fp32 tensors UNIT.KIND.OFFSET: KIND master, m or v; elements OFFSET.. of the flat unit
 //   trainer_state.json                     step, options, data position, sums of the run
 //   checksums.txt                          a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
 // Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
-typedef struct Model Model;             // section 13
-enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
-// Elements [at, at+n) of the flat weights or gradients, or of this rank's share of master, m, v, as fp32 on the host. Section 13.
-void model_read(const Model *m, int what, size_t at, size_t n, float *host);
-void model_write(Model *m, int what, size_t at, size_t n, const float *host);
-void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at);
-const ParamTable *model_table(const Model *m);
-
 #define IO_CHUNK ((size_t)1 << 20)
 static float io_values[IO_CHUNK];       // what passes between disk and model at a time
-enum { SPIKE_WINDOW = 128 };
-
-typedef struct TrainState {             // with the weights and the optimizer: all that a run is
-    int64_t step, updates;              // updates: steps that changed the weights
-    int64_t tokens;
-    double seconds, joules;             // spent in steps; joules NAN: unavailable
-    LoaderState loader;
-    double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
-    int64_t n_healthy;
-} TrainState;
 
 static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                                          "special_tokens_map.json"};
@@ -2077,17 +4088,17 @@ static void save_file(Saving *s, const char *name, const void *data, size_t n) {
     save_end(s, w, name);
 }
 
-// Elements [at, at+n) of one kind of state are the next values of w.
-static void save_values(StWriter *w, const Model *m, int kind, size_t at, size_t n) {
+// Elements [at, at+n) of unit u in one kind of state are the next values of w.
+void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n) {
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
-        model_read(m, kind, at + done, k, io_values);
+        model_read(m, kind, u, at + done, k, io_values);
         st_write(w, io_values, k);
     }
 }
 
 // Announces every tensor of the table.
-static void st_declare_table(StWriter *w, const ParamTable *p, int dtype) {
+void st_declare_table(StWriter *w, const ParamTable *p, int dtype) {
     for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
         int64_t shape[2] = {t->rows, t->cols};
         st_declare(w, t->name, dtype, t->cols ? 2 : 1, shape);
@@ -2099,18 +4110,18 @@ static void save_weights(Saving *s, const Model *m, int dtype) {
     StWriter *w = save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
     st_declare_table(w, p, dtype);
     st_begin(w);
-    for (int i = 0; i < p->n_tensors; i++) save_values(w, m, STATE_WEIGHTS, p->tensors[i].at, p->tensors[i].n);
+    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++)
+        save_values(w, m, STATE_WEIGHTS, t->unit, t->at, t->n);
     save_end(s, w, "model.safetensors");
 }
 
 static const char *const state_kinds[] = {"weights", "master", "m", "v"};
 
-// This rank's share of unit u without vocabulary padding: elements [*begin, *begin + *n) of the unit, at *at in m and v.
-static void unit_share(const Model *m, int u, size_t *begin, size_t *n, size_t *at) {
+// This rank's share of unit u without vocabulary padding: elements [*first, *first + *n) of the unit.
+static void unit_share(const Model *m, int u, size_t *first, size_t *n) {
     const Unit *unit = &model_table(m)->units[u];
-    state_slice(m, u, begin, n, at);
-    *begin -= unit->at;
-    *n = *begin < unit->n ? min_size(*n, unit->n - *begin) : 0;
+    state_share(m, u, first, n);
+    *n = *first < unit->n ? min_size(*n, unit->n - *first) : 0;
 }
 
 static void save_optimizer(Saving *s, const Model *m, const char *name) {
@@ -2118,11 +4129,11 @@ static void save_optimizer(Saving *s, const Model *m, const char *name) {
     StWriter *w = save_begin(s, name, NULL);
     for (int pass = 0; pass < 2; pass++) {          // declare, then write
         for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
-            size_t begin, n, at;
-            unit_share(m, u, &begin, &n, &at);
+            size_t first, n;
+            unit_share(m, u, &first, &n);
             int64_t shape = (int64_t)n;
-            if (pass) save_values(w, m, kind, at, n);
-            else if (n) st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], begin).s, ST_F32, 1, &shape);
+            if (pass) save_values(w, m, kind, u, first, n);
+            else if (n) st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], first).s, ST_F32, 1, &shape);
         }
         if (pass == 0) st_begin(w);
     }
@@ -2137,13 +4148,13 @@ static void text_add_series(Text *t, const char *key, const double *x) {
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 1, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d",
+    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d",
              t->step, t->updates, t->tokens, comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
     text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ",
              t->loader.seed, t->loader.epoch, t->loader.position);
-    text_add_options(&j, RUN);
+    text_add_options(&j, /*as_given=*/1);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     text_add_series(&j, "losses", t->losses);
     text_add_series(&j, "norms", t->norms);
@@ -2306,14 +4317,37 @@ static void read_series(const Json *root, const char *key, const char *where, do
     for (const Json *e = list->child; e; e = e->next) *x++ = e->num;
 }
 
-// trainer_state.json -> t, and the options of that run, except those given on the command line; a changed one is said.
-void checkpoint_read_state(const char *dir, TrainState *t) {
+// The options of a saved run become those of this one, except what the command line gives; that is said, and refused where it
+// would make another run. *was: as they were saved. Format 1 saved what they came to: an lr/10 was most likely left open.
+static void options_resume(const Json *saved, const char *where, int64_t format, Options *was) {
+    const char *given[COUNT(option_table)] = {NULL};
+    for (const Json *e = saved ? saved->child : NULL; e; e = e->next) {
+        Option *o = option_find(str("--%s", e->key).s);
+        if (!o || e->type != 's') die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
+        if (o->kind == START) continue;
+        const Str wish = str("%s", o->given ? option_text(o) : "");
+        const char *text = o->text;
+        option_set(o, e->str);
+        if (!o->given || !strcmp(wish.s, option_text(o))) continue;
+        if (o->kind == FIXED)
+            die("%s %s: the run was begun with %s, which cannot change; leave it out, or start another run with --init-from",
+                o->name, wish.s, option_text(o));
+        if (comm_rank() == 0) printf("resume: %s was %s, is now %s\n", o->name, option_text(o), wish.s);
+        given[o - option_table] = text;
+    }
+    if (format == 1 && fabs(opt.min_lr - opt.lr / 10) <= 1e-9 * opt.lr) option_set(option_find("--min-lr"), "-1");
+    *was = opt;
+    for (int i = 0; i < COUNT(option_table); i++) if (given[i]) option_set(&option_table[i], given[i]);
+}
+
+// trainer_state.json -> t, and the options of that run.
+void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
     Str path = str("%s/trainer_state.json", dir);
     const char *where = path.s;
     Json *root = json_read_file(where, 1 << 24);
     const int64_t MOST = INT64_C(1) << 53;
     memset(t, 0, sizeof *t);
-    json_int(root, "format", where, 1, 1, JSON_REQUIRED);
+    const int64_t format = json_int(root, "format", where, 1, 2, JSON_REQUIRED);
     t->step = json_int(root, "step", where, 0, MOST, JSON_REQUIRED);
     t->updates = json_int(root, "updates", where, 0, t->step, JSON_REQUIRED);
     t->tokens = json_int(root, "tokens", where, 0, INT64_MAX, JSON_REQUIRED);
@@ -2326,29 +4360,23 @@ void checkpoint_read_state(const char *dir, TrainState *t) {
     t->loader.seed = (uint64_t)json_int(loader, "seed", where, 0, INT64_MAX, JSON_REQUIRED);
     t->loader.epoch = json_int(loader, "epoch", where, 0, MOST, JSON_REQUIRED);
     t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
-    const Json *options = json_get(root, "options");
-    for (const Json *e = options ? options->child : NULL; e; e = e->next) {
-        Option *o = option_find(str("--%s", e->key).s);
-        if (!o || !(o->kind & RUN) || e->type != 's')
-            die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
-        if (!o->given) option_set(o, e->str);
-        else if (comm_rank() == 0 && strcmp(option_text(o), e->str))
-            printf("resume: %s was %s, is now %s\n", o->name, e->str, option_text(o));
-    }
+    options_resume(json_get(root, "options"), where, format, was);
     free(root);
 }
 
-// Elements [first, first+n) of a tensor become elements at, at+1, ... of one kind of state.
-static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, size_t at) {
+// Elements [first, first+n) of a tensor become elements at, at+1, ... of unit u in one kind of state.
+static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, int u, size_t at) {
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
         st_read(s, t, first + done, k, io_values);
-        model_write(m, kind, at + done, k, io_values);
+        model_write(m, kind, u, at + done, k, io_values);
     }
 }
 
-// Elements [first, first+n) of what a unit has of one kind, from whichever tensors hold them; dies if any is missing.
-static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t first, size_t n, Model *m, int to, size_t at) {
+// Elements [first, first+n) of what unit u has of one kind become the same of kind `to`, from whichever tensors hold them; dies
+// if any is missing.
+static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t first, size_t n, int to) {
+    const Unit *unit = &model_table(m)->units[u];
     Str text = str("%s.%s.", unit->name, state_kinds[kind]);
     const char *prefix = text.s;
     size_t found = 0;
@@ -2357,7 +4385,7 @@ static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t fi
         if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
         size_t begin = (size_t)offset > first ? (size_t)offset : first, end = min_size((size_t)offset + t->n, first + n);
         if (begin >= end) continue;
-        read_values(s, t, begin - (size_t)offset, end - begin, m, to, at + (begin - first));
+        read_values(s, t, begin - (size_t)offset, end - begin, m, to, u, begin);
         found += end - begin;
     }
     if (found != n)
@@ -2365,17 +4393,17 @@ static void optimizer_read(const StSet *s, const Unit *unit, int kind, size_t fi
             found, n, state_kinds[kind], unit->name);
 }
 
-// Weights, master, m and v of a checkpoint written on any number of ranks. The caller then derives the compute weights.
-void checkpoint_read_model(const char *dir, Model *m) {
+// Weights and, for training (state), m and v of a checkpoint written on any number of ranks. The weights come from the masters;
+// model_set_master then derives what is computed with.
+void checkpoint_read_model(const char *dir, Model *m, int state) {
     const ParamTable *p = model_table(m);
     StSet *s = st_open_all(str("%s/optimizer-*-of-*.safetensors", dir).s);
     if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
-        const Unit *unit = &p->units[u];
-        size_t begin, n, at;
-        optimizer_read(s, unit, STATE_MASTER, 0, unit->n, m, STATE_WEIGHTS, unit->at);
-        unit_share(m, u, &begin, &n, &at);
-        for (int kind = STATE_M; kind <= STATE_V; kind++) optimizer_read(s, unit, kind, begin, n, m, kind, at);
+        size_t first, n;
+        optimizer_read(s, m, u, STATE_MASTER, 0, p->units[u].n, STATE_WEIGHTS);
+        unit_share(m, u, &first, &n);
+        for (int kind = STATE_M; state && kind <= STATE_V; kind++) optimizer_read(s, m, u, kind, first, n, kind);
     }
     st_close(s);
 }
@@ -2391,7 +4419,7 @@ void weights_read(const char *dir, Model *m, const Config *c) {
         if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
             die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name,
                 from->shape[0], from->shape[1], t->rows, t->cols);
-        read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->at);
+        read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->unit, t->at);
     }
     for (int j = 0; j < s->n_tensors; j++) {
         const char *name = s->tensors[j].name;
@@ -2404,264 +4432,10 @@ void weights_read(const char *dir, Model *m, const Config *c) {
     st_close(s);
 }
 // SHARED END
-// ==== 11. Comm: ranks, one process each =================================================================================
-// Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop
-// of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number
-// of ranks.
-static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
-int comm_rank(void) { return comm.rank; }
-int comm_world(void) { return comm.world; }
-
-#ifdef USE_MPI
-#include <mpi.h>
-enum { MAX_PENDING = 4096, BUCKET = 1 << 22 };      // BUCKET: elements of one all-reduce, so that large units overlap too
-static MPI_Request pending[MAX_PENDING];
-static int n_pending;
-#define MPI_FLOATX (sizeof(floatX) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT)
-
-void comm_abort(void) {
-    int up = 0, down = 0;
-    MPI_Initialized(&up);
-    MPI_Finalized(&down);
-    if (up && !down && comm.world > 1) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
-}
-
-void comm_init(int *argc, char ***argv) {
-    MPI_Init(argc, argv);
-    MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
-    MPI_Comm local;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &local);
-    MPI_Comm_rank(local, &comm.local_rank);
-    MPI_Comm_size(local, &comm.local_ranks);
-    MPI_Comm_free(&local);
-    if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
-        die("cannot write to /dev/null: %s", strerror(errno));
-}
-
-void comm_finish(void) { MPI_Finalize(); }
-
-// Waits for n requests; after --timeout seconds the job ends.
-static void comm_wait(MPI_Request *requests, int n, const char *what) {
-    double start = now_seconds();
-    for (int done = 0; !done;) {
-        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
-        if (done) return;
-        double waited = now_seconds() - start;
-        if (waited > (double)opt.timeout)
-            die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
-                "(or raise --timeout)", waited, what);
-        usleep(50);
-    }
-}
-
-void comm_broadcast(void *data, size_t bytes) {     // from rank 0
-    for (size_t at = 0; at < bytes; at += BUCKET) {
-        MPI_Request r;
-        MPI_Ibcast((char *)data + at, (int)min_size(bytes - at, BUCKET), MPI_BYTE, 0, MPI_COMM_WORLD, &r);
-        comm_wait(&r, 1, "a broadcast");
-    }
-}
-
-void comm_sum(double *x, int n) {
-    MPI_Request r;
-    MPI_Iallreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a sum");
-}
-
-double comm_max(double x) {
-    MPI_Request r;
-    MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a maximum or barrier");
-    return x;
-}
-
-void comm_reduce_finish(void) {
-    if (n_pending) comm_wait(pending, n_pending, "the all-reduce of gradients");
-    n_pending = 0;
-}
-
-// x (n) becomes its sum over ranks some time before comm_reduce_finish returns; until then it must not be touched.
-void comm_reduce_start(floatX *x, size_t n) {
-    if (comm.world == 1) return;
-    for (size_t at = 0; at < n; at += BUCKET) {
-        if (n_pending == MAX_PENDING) comm_reduce_finish();
-        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)min_size(n - at, BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD,
-                       &pending[n_pending++]);
-    }
-}
-
-// MPI moves data only inside its calls: backward calls this between ops.
-void comm_progress(void) {
-    int done;
-    if (n_pending) MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);
-}
-
-// Rank r holds elements [r*n, (r+1)*n) of x; afterwards all ranks hold all.
-void comm_allgather(floatX *x, size_t n) {
-    MPI_Request r;
-    if (n > INT_MAX) die("a unit of %zu elements per rank is too large for MPI; use more ranks or --zero 0", n);
-    MPI_Iallgather(MPI_IN_PLACE, 0, MPI_FLOATX, x, (int)n, MPI_FLOATX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "the all-gather of weights");
-}
-#else
-void comm_abort(void) {}
-void comm_init(int *argc, char ***argv) {
-    (void)argc;
-    (void)argv;
-    const char *size = getenv("OMPI_COMM_WORLD_SIZE");
-    if (size && strcmp(size, "1"))
-        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
-}
-void comm_finish(void) {}
-void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
-void comm_sum(double *x, int n) { (void)x; (void)n; }
-double comm_max(double x) { return x; }
-void comm_reduce_start(floatX *x, size_t n) { (void)x; (void)n; }
-void comm_progress(void) {}
-void comm_reduce_finish(void) {}
-void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
-#endif
-void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
-// ==== 12. Ops, in forward order, each backward below its forward =======================================================
-// x (n) rounded to bf16 in place, ties to even: the twin's stand-in for storing it in bf16.
-static inline floatX round_bf16(floatX x) {
-    union { float f; uint32_t u; } bits;
-    bits.f = (float)x;
-    bits.u = (bits.u + 0x7fff + ((bits.u >> 16) & 1)) & 0xffff0000u;    // a NaN may become Inf: still not finite
-    return bits.f;
-}
-
-// x rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
-static inline floatX round_bf16_randomly(floatX x, uint32_t random) {
-    union { float f; uint32_t u; } bits;
-    bits.f = (float)x;
-    bits.u = (bits.u + (random & 0xffff)) & 0xffff0000u;        // of a finite x: a NaN may become 0
-    return bits.f;
-}
-
-// 32 random bits for element `index` of an update; the mixer is a 32-bit one by C. Wellons (hash-prospector).
-static inline uint32_t update_bits(uint32_t key, uint64_t index) {
-    uint32_t h = ((uint32_t)index ^ (uint32_t)(index >> 32) * 0x9E3779B9u) ^ key;
-    h = (h ^ h >> 16) * 0x21F0AAADu;
-    h = (h ^ h >> 15) * 0x735A2D97u;
-    return h ^ h >> 15;
-}
-
-void store_bf16(floatX *x, size_t n) {
-    #pragma omp parallel for simd
-    for (size_t i = 0; i < n; i++) x[i] = round_bf16(x[i]);
-}
-
-// e^x, branch-free so that loops over it become vector code: 2^n times Cephes' polynomial on |r| <= ln(2)/2, 1.5 ulp.
-// x > 88 saturates, x < -87 gives 0, NaN stays NaN. In double: the C library's.
-static inline floatX exp_x(floatX x) {
-    if (sizeof(floatX) == sizeof(double)) return (floatX)exp((double)x);
-    float f = (float)x;
-    f = f < -87.0f ? -87.0f : f;
-    f = f > 88.0f ? 88.0f : f;
-    union { float f; uint32_t u; } n, scale;
-    n.f = f * 1.44269504f + 12582912.0f;                        // 1.5 * 2^23: the integer part lands in the low bits
-    float whole = n.f - 12582912.0f;
-    float r = f - whole * 0.693359375f - whole * -2.12194440e-4f;
-    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
-               + 1.6666665459e-1f) * r + 5.0000001201e-1f;
-    scale.u = (n.u + 127) << 23;
-    return x < (floatX)-87 ? (floatX)0 : (p * r * r + r + 1.0f) * scale.f;
-}
-
-static inline floatX sqrt_x(floatX x) {
-    return sizeof(floatX) == sizeof(double) ? (floatX)sqrt((double)x) : (floatX)sqrtf((float)x);
-}
-
-// ---- token embedding ---------------------------------------------------------------------------------------------------
-// x (N,C) = w[ids]     w (V,C), ids (N)
-void embedding_forward(floatX *x, const int *ids, const floatX *w, int N, int C) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) memcpy(x + (size_t)n * C, w + (size_t)ids[n] * C, (size_t)C * sizeof(floatX));
-}
-
-// dw (V,C) += dx rows of each token. Threads share out the columns, so equal tokens never race.
-void embedding_backward(floatX *dw, const int *ids, const floatX *dx, int N, int C) {
-    const int BLOCK = 16;
-    #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += BLOCK) {
-        int width = C - c0 < BLOCK ? C - c0 : BLOCK;
-        for (int n = 0; n < N; n++) {
-            floatX *dw_n = dw + (size_t)ids[n] * C + c0;
-            const floatX *dx_n = dx + (size_t)n * C + c0;
-            for (int c = 0; c < width; c++) dw_n[c] += dx_n[c];
-        }
-    }
-}
-
-// ---- residual add + RMSNorm (Zhang & Sennrich 2019) ---------------------------------------------------------------------
-// out_c = w_c x_c r,  r = (mean_j x_j^2 + eps)^(-1/2)
-// x_out (N,C) = x + delta and out (N,C) = norm(x_out) in one pass; rstd (N) = r is kept. delta NULL: x_out is not written.
-void residual_rmsnorm_forward(floatX *x_out, floatX *out, floatX *rstd, const floatX *x, const floatX *delta, const floatX *w,
-                              double eps, int N, int C, int bf16) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const floatX *x_n = x + (size_t)n * C;
-        floatX *out_n = out + (size_t)n * C;
-        if (delta) {
-            const floatX *delta_n = delta + (size_t)n * C;
-            floatX *sum_n = x_out + (size_t)n * C;
-            if (bf16) for (int c = 0; c < C; c++) sum_n[c] = round_bf16(x_n[c] + delta_n[c]);
-            else for (int c = 0; c < C; c++) sum_n[c] = x_n[c] + delta_n[c];
-            x_n = sum_n;
-        }
-        double squares = 0;
-        #pragma omp simd reduction(+ : squares)
-        for (int c = 0; c < C; c++) squares += (double)x_n[c] * x_n[c];
-        floatX r = (floatX)(1 / sqrt(squares / C + eps));
-        rstd[n] = r;
-        for (int c = 0; c < C; c++) out_n[c] = x_n[c] * r * w[c];
-        if (bf16) for (int c = 0; c < C; c++) out_n[c] = round_bf16(out_n[c]);
-    }
-}
-
-// out (N,C) = x * rstd * w: the norm's output again, from what was kept.
-void rmsnorm_rebuild(floatX *out, const floatX *x, const floatX *rstd, const floatX *w, int N, int C, int bf16) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        for (int c = 0; c < C; c++) out[(size_t)n * C + c] = x[(size_t)n * C + c] * rstd[n] * w[c];
-        if (bf16) for (int c = 0; c < C; c++) out[(size_t)n * C + c] = round_bf16(out[(size_t)n * C + c]);
-    }
-}
-
-// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
-// dx (N,C) += (the residual path), dw (C) +=
-void rmsnorm_backward(floatX *dx, floatX *dw, const floatX *dout, const floatX *x, const floatX *rstd, const floatX *w,
-                      int N, int C, int bf16) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const floatX *dout_n = dout + (size_t)n * C, *x_n = x + (size_t)n * C;
-        floatX *dx_n = dx + (size_t)n * C, r = rstd[n];
-        double gn = 0;
-        #pragma omp simd reduction(+ : gn)
-        for (int c = 0; c < C; c++) gn += (double)dout_n[c] * w[c] * x_n[c];
-        floatX mean = (floatX)(gn * r / C);
-        for (int c = 0; c < C; c++) dx_n[c] += r * (dout_n[c] * w[c] - x_n[c] * r * mean);
-        if (bf16) for (int c = 0; c < C; c++) dx_n[c] = round_bf16(dx_n[c]);
-    }
-    enum { COLUMNS = 32 };                      // a thread owns columns: the order of the sum over rows is fixed
-    #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += COLUMNS) {
-        double sum[COLUMNS] = {0};
-        int width = C - c0 < COLUMNS ? C - c0 : COLUMNS;
-        for (int n = 0; n < N; n++) {
-            size_t at = (size_t)n * C + c0;
-            for (int c = 0; c < width; c++) sum[c] += (double)dout[at + c] * (x[at + c] * rstd[n]);
-        }
-        for (int c = 0; c < width; c++) dw[c0 + c] += (floatX)sum[c];
-    }
-}
-
-// ==== 12a. Matrix multiplication ======================================================================================
-// Nine tenths of a training step is out = op(a) op(b). matmul_naive says what that means; the rest of this part is how it
-// comes close to the arithmetic peak of a core (Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix
+// ---- faster versions of section 3 --------------------------------------------------------------------------------
+// ==== 16. The packed matmul ===================================================================================
+// How section 3's out = op(a) op(b) comes close to the arithmetic peak of a core (Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix
 // Multiplication"; Van Zee and van de Geijn 2015, "BLIS"):
 //   micro-kernel   MR x NR sums stay in registers while k runs. One step of k loads NR values of b and MR of a for
 //                  MR*NR multiply-adds, so the loads keep up with the multipliers.
@@ -2718,19 +4492,6 @@ static inline Operand operand(const floatX *p, int ld, int trans) {
     return x;
 }
 static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i*x.row + (size_t)k*x.col; }
-
-// The oracle: out (M,N) = or += op(a) op(b). a is (M,K), or stored as (K,M) if trans_a; b is (K,N), or (N,K) if trans_b.
-// Row-major; ldo, lda and ldb are the distances of rows in memory, in elements. K = 0 writes (or adds) zeros.
-void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
-                  int M, int N, int K, int accumulate) {
-    const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
-    for (int i = 0; i < M; i++)
-        for (int j = 0; j < N; j++) {
-            floatX sum = 0, *o = out + (size_t)i*ldo + j;
-            for (int k = 0; k < K; k++) sum += *at(x, i, k) * *at(y, k, j);
-            *o = accumulate ? *o + sum : sum;
-        }
-}
 
 // out (rows,NR) = or += a (rows,K) b (K,NR). `rows` is a constant wherever this is inlined, so that every loop over i
 // unrolls and `sum` is registers. Two rows share one pointer: x86 has 16 of them.
@@ -2925,836 +4686,12 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, co
         }
 }
 
-// The three products of a linear layer out = x w^T: x (N,C), w (OC,C) as Hugging Face stores it, out (N,OC).
-// out (N,OC) = x w^T
-void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC) {
-    matmul(out, OC, x, C, /*trans_a=*/0, w, C, /*trans_b=*/1, N, OC, C, /*accumulate=*/0);
-}
-// dx (N,C) = or += dout w
-void matmul_backward_x(floatX *dx, const floatX *dout, const floatX *w, int N, int C, int OC, int accumulate) {
-    matmul(dx, C, dout, OC, /*trans_a=*/0, w, C, /*trans_b=*/0, N, C, OC, accumulate);
-}
-// dw (OC,C) += dout^T x
-void matmul_backward_w(floatX *dw, const floatX *dout, const floatX *x, int N, int C, int OC) {
-    matmul(dw, C, dout, OC, /*trans_a=*/1, x, C, /*trans_b=*/0, OC, C, N, /*accumulate=*/1);
-}
-
-// ---- bias on q, k, v (Qwen2) --------------------------------------------------------------------------------------------
-// out (N,OC) += bias (OC)
-void bias_forward(floatX *out, const floatX *bias, int N, int OC) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) for (int o = 0; o < OC; o++) out[(size_t)n * OC + o] += bias[o];
-}
-
-// dbias (OC) += column sums of dout (N,OC)
-void bias_backward(floatX *dbias, const floatX *dout, int N, int OC) {
-    enum { COLUMNS = 32 };
-    #pragma omp parallel for
-    for (int c0 = 0; c0 < OC; c0 += COLUMNS) {
-        double sum[COLUMNS] = {0};
-        int width = OC - c0 < COLUMNS ? OC - c0 : COLUMNS;
-        for (int n = 0; n < N; n++) for (int c = 0; c < width; c++) sum[c] += dout[(size_t)n * OC + c0 + c];
-        for (int c = 0; c < width; c++) dbias[c0 + c] += (floatX)sum[c];
-    }
-}
-
-// ---- norm of each q and k head (Qwen3) and rotary embedding (Su et al. 2021, Hugging Face's rotate_half) ----------------
-// Angles of position t and pair i < D/2: t * theta^(-2i/D), for Llama 3 stretched: wavelengths longer than the original
-// context / low are divided by `factor`, shorter than context / high kept, a linear ramp between.
-void rope_table(floatX *cosine, floatX *sine, const Config *c, int T) {     // (T, D/2) each
-    const double PI = 3.14159265358979323846;
-    for (int i = 0; i < c->D / 2; i++) {
-        double freq = pow(c->rope_theta, -2.0 * i / c->D);
-        if (c->rope_factor > 0) {
-            double turns = c->rope_original_T * freq / (2 * PI);
-            double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
-            freq *= keep + (1 - keep) / c->rope_factor;
-        }
-        for (int t = 0; t < T; t++) {
-            cosine[(size_t)t * (c->D / 2) + i] = (floatX)cos(t * freq);
-            sine[(size_t)t * (c->D / 2) + i] = (floatX)sin(t * freq);
-        }
-    }
-}
-
-// The pair (i, i + D/2) of x (D) turns by the angle of its position; `sign` -1 turns back (the transpose: its backward).
-static inline void rotate_head(floatX *x, const floatX *cosine, const floatX *sine, int D, floatX sign) {
-    for (int i = 0; i < D / 2; i++) {
-        floatX a = x[i], b = x[i + D / 2], s = sign * sine[i];
-        x[i] = a * cosine[i] - b * s;
-        x[i + D / 2] = b * cosine[i] + a * s;
-    }
-}
-
-// qkv (N,(H+2K)D) in place: q and k heads normed (if q_norm), then rotated; v as it is. For the backward of the norm,
-// qk_raw (N,(H+K)D) = the heads before it and qk_rstd (N,H+K). q_norm, k_norm (D) or NULL.
-void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const floatX *q_norm, const floatX *k_norm,
-                          const floatX *cosine, const floatX *sine, const Config *c, int N, int T, int bf16) {
-    int H = c->H, K = c->K, D = c->D;
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        size_t angle = (size_t)(n % T) * (D / 2);
-        for (int h = 0; h < H + K; h++) {
-            floatX *x = qkv + ((size_t)n * (H + 2 * K) + h) * D;
-            if (q_norm) {
-                const floatX *w = h < H ? q_norm : k_norm;
-                double squares = 0;
-                for (int d = 0; d < D; d++) squares += (double)x[d] * x[d];
-                floatX r = (floatX)(1 / sqrt(squares / D + c->eps));
-                memcpy(qk_raw + ((size_t)n * (H + K) + h) * D, x, (size_t)D * sizeof(floatX));
-                qk_rstd[(size_t)n * (H + K) + h] = r;
-                for (int d = 0; d < D; d++) x[d] *= r * w[d];
-            }
-            rotate_head(x, cosine + angle, sine + angle, D, 1);
-            if (bf16) for (int d = 0; d < D; d++) x[d] = round_bf16(x[d]);
-        }
-    }
-}
-
-// dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation. dq_norm, dk_norm (D) +=
-void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const floatX *qk_raw, const floatX *qk_rstd,
-                           const floatX *q_norm, const floatX *k_norm, const floatX *cosine, const floatX *sine,
-                           const Config *c, int N, int T, int bf16) {
-    int H = c->H, K = c->K, D = c->D, heads = H + K;
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        size_t angle = (size_t)(n % T) * (D / 2);
-        for (int h = 0; h < heads; h++)
-            rotate_head(dqkv + ((size_t)n * (H + 2 * K) + h) * D, cosine + angle, sine + angle, D, -1);
-    }
-    if (q_norm) {
-        #pragma omp parallel for
-        for (int d = 0; d < D; d++) {           // dw first: dx overwrites dout
-            double sum[2] = {0, 0};
-            for (int n = 0; n < N; n++) for (int h = 0; h < heads; h++)
-                sum[h >= H] += (double)dqkv[((size_t)n * (H + 2 * K) + h) * D + d]
-                             * (qk_raw[((size_t)n * heads + h) * D + d] * qk_rstd[(size_t)n * heads + h]);
-            dq_norm[d] += (floatX)sum[0];
-            dk_norm[d] += (floatX)sum[1];
-        }
-        #pragma omp parallel for
-        for (int n = 0; n < N; n++) for (int h = 0; h < heads; h++) {
-            floatX *dx = dqkv + ((size_t)n * (H + 2 * K) + h) * D, r = qk_rstd[(size_t)n * heads + h];
-            const floatX *x = qk_raw + ((size_t)n * heads + h) * D, *w = h < H ? q_norm : k_norm;
-            double gn = 0;
-            for (int d = 0; d < D; d++) gn += (double)dx[d] * w[d] * x[d];
-            floatX mean = (floatX)(gn * r / D);
-            for (int d = 0; d < D; d++) dx[d] = r * (dx[d] * w[d] - x[d] * r * mean);
-        }
-    }
-    if (bf16) store_bf16(dqkv, (size_t)N * (H + 2 * K) * D);
-}
-
-// ---- causal attention with grouped heads, blocked so that memory is O(T) (Dao et al. 2022) -------------------------------
-// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads share a k/v head.
-enum { TILE = 64 };             // rows of q or k at a time: scores stay in the cache
-
-// Scores of q rows t0.. against k rows s0.. become scaled, masked ones: -inf where the query may not look.
-static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const int *doc_start, floatX scale) {
-    for (int i = 0; i < rows; i++) {
-        floatX *s_i = s + i * TILE;
-        for (int j = 0; j < cols; j++) s_i[j] *= scale;
-        int first = doc_start ? doc_start[t0 + i] - s0 : 0, last = t0 + i - s0;
-        for (int j = 0; j < cols && j < first; j++) s_i[j] = -INFINITY;
-        for (int j = last < 0 ? 0 : last + 1; j < cols; j++) s_i[j] = -INFINITY;
-    }
-}
-
-// out (N,H*D) =, lse (N,H) = log of the softmax's denominator.  qkv (N,(H+2K)D), doc_start (N) or NULL
-void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *doc_start, int B, int T, int H, int K, int D,
-                       int bf16) {
-    const int W = (H + 2 * K) * D, tiles = (T + TILE - 1) / TILE;
-    const floatX scale = (floatX)(1 / sqrt((double)D));
-    #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int bh = 0; bh < B * H; bh++) for (int tile = 0; tile < tiles; tile++) {
-        int b = bh / H, h = bh % H, t0 = (tiles - 1 - tile) * TILE, rows = T - t0 < TILE ? T - t0 : TILE;  // long ones first
-        const floatX *q = qkv + ((size_t)b * T + t0) * W + h * D;
-        const floatX *k = qkv + (size_t)b * T * W + (H + h / (H / K)) * D, *v = k + K * D;
-        const int *doc_b = doc_start ? doc_start + (size_t)b * T : NULL;
-        floatX *out_t = out + ((size_t)b * T + t0) * H * D + h * D;
-        floatX s[TILE * TILE], highest[TILE];
-        double total[TILE];
-        for (int i = 0; i < rows; i++) {
-            highest[i] = -INFINITY;
-            total[i] = 0;
-            memset(out_t + (size_t)i * H * D, 0, (size_t)D * sizeof(floatX));
-        }
-        for (int s0 = doc_b ? doc_b[t0] / TILE * TILE : 0; s0 < t0 + rows; s0 += TILE) {
-            int cols = T - s0 < TILE ? T - s0 : TILE;
-            matmul_tile(s, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
-            attention_mask(s, rows, cols, t0, s0, doc_b, scale);
-            for (int i = 0; i < rows; i++) {    // online softmax: what was summed so far shrinks when a larger score appears
-                floatX *s_i = s + i * TILE, top = highest[i];
-                #pragma omp simd reduction(max : top)
-                for (int j = 0; j < cols; j++) top = s_i[j] > top ? s_i[j] : top;
-                floatX base = top == -INFINITY ? 0 : top;                       // nothing visible yet: all exp are 0
-                floatX shrink = exp_x(highest[i] - base);
-                double sum = 0;
-                #pragma omp simd reduction(+ : sum)
-                for (int j = 0; j < cols; j++) {
-                    s_i[j] = exp_x(s_i[j] - base);
-                    sum += s_i[j];
-                }
-                if (bf16) for (int j = 0; j < cols; j++) s_i[j] = round_bf16(s_i[j]);
-                total[i] = total[i] * shrink + sum;
-                highest[i] = top;
-                floatX *out_i = out_t + (size_t)i * H * D;
-                if (shrink != 1) for (int d = 0; d < D; d++) out_i[d] *= shrink;
-            }
-            matmul_tile(out_t, H * D, s, TILE, 0, v + (size_t)s0 * W, W, 0, rows, D, cols, 1);
-        }
-        for (int i = 0; i < rows; i++) {
-            floatX *out_i = out_t + (size_t)i * H * D, inverse = (floatX)(1 / total[i]);
-            for (int d = 0; d < D; d++) out_i[d] = bf16 ? round_bf16(out_i[d] * inverse) : out_i[d] * inverse;
-            lse[((size_t)b * T + t0 + i) * H + h] = highest[i] + (floatX)log(total[i]);
-        }
-    }
-}
-
-// With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
-//   dv_s = sum_t P_ts dout_t          dS_ts = P_ts (dout_t v_s - delta_t)
-//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =
-// One task holds all query heads of a k/v head, so every gradient has one writer.
-void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out, const floatX *lse,
-                        const int *doc_start, int B, int T, int H, int K, int D, int bf16) {
-    const int W = (H + 2 * K) * D, group = H / K;
-    const floatX scale = (floatX)(1 / sqrt((double)D));
-    #pragma omp parallel for schedule(dynamic)
-    for (int bk = 0; bk < B * K; bk++) {
-        int b = bk / K, kv = bk % K;
-        size_t row = (size_t)b * T;
-        const floatX *k = qkv + row * W + (H + kv) * D, *v = k + K * D;
-        floatX *dk = dqkv + row * W + (H + kv) * D, *dv = dk + K * D;
-        const int *doc_b = doc_start ? doc_start + row : NULL;
-        floatX p[TILE * TILE], ds[TILE * TILE];
-        for (int t = 0; t < T; t++) {
-            memset(dqkv + (row + t) * W + kv * group * D, 0, (size_t)group * D * sizeof(floatX));
-            memset(dk + (size_t)t * W, 0, (size_t)D * sizeof(floatX));
-            memset(dv + (size_t)t * W, 0, (size_t)D * sizeof(floatX));
-        }
-        for (int h = kv * group; h < (kv + 1) * group; h++) for (int t0 = 0; t0 < T; t0 += TILE) {
-            int rows = T - t0 < TILE ? T - t0 : TILE;
-            const floatX *q = qkv + (row + t0) * W + h * D, *dout_t = dout + (row + t0) * H * D + h * D;
-            floatX delta[TILE];
-            for (int i = 0; i < rows; i++) {
-                const floatX *do_i = dout_t + (size_t)i * H * D, *o_i = out + (row + t0 + i) * H * D + h * D;
-                double sum = 0;
-                for (int d = 0; d < D; d++) sum += (double)do_i[d] * o_i[d];
-                delta[i] = (floatX)sum;
-            }
-            for (int s0 = doc_b ? doc_b[t0] / TILE * TILE : 0; s0 < t0 + rows; s0 += TILE) {
-                int cols = T - s0 < TILE ? T - s0 : TILE;
-                matmul_tile(p, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
-                attention_mask(p, rows, cols, t0, s0, doc_b, scale);
-                matmul_tile(ds, TILE, dout_t, H * D, 0, v + (size_t)s0 * W, W, 1, rows, cols, D, 0);
-                for (int i = 0; i < rows; i++) {
-                    floatX *p_i = p + i * TILE, *ds_i = ds + i * TILE, lse_i = lse[(row + t0 + i) * H + h], delta_i = delta[i];
-                    for (int j = 0; j < cols; j++) {
-                        p_i[j] = exp_x(p_i[j] - lse_i);
-                        ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;
-                    }
-                    if (bf16) for (int j = 0; j < cols; j++) p_i[j] = round_bf16(p_i[j]), ds_i[j] = round_bf16(ds_i[j]);
-                }
-                matmul_tile(dv + (size_t)s0 * W, W, p, TILE, 1, dout_t, H * D, 0, cols, D, rows, 1);
-                matmul_tile(dk + (size_t)s0 * W, W, ds, TILE, 1, q, W, 0, cols, D, rows, 1);
-                matmul_tile(dqkv + (row + t0) * W + h * D, W, ds, TILE, 0, k + (size_t)s0 * W, W, 0, rows, D, cols, 1);
-            }
-        }
-    }
-    if (bf16) store_bf16(dqkv, (size_t)B * T * W);
-}
-
-// ---- SwiGLU (Shazeer 2020) ----------------------------------------------------------------------------------------------
-// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
-void swiglu_forward(floatX *h, const floatX *gate_up, int N, int F, int bf16) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const floatX *g = gate_up + (size_t)n * 2 * F, *u = g + F;
-        floatX *h_n = h + (size_t)n * F;
-        #pragma omp simd
-        for (int f = 0; f < F; f++) h_n[f] = g[f] / (1 + exp_x(-g[f])) * u[f];
-        if (bf16) for (int f = 0; f < F; f++) h_n[f] = round_bf16(h_n[f]);
-    }
-}
-
-// With s = sigmoid(g):  dg = dh u s (1 + g (1 - s)),  du = dh g s.   dgate_up (N,2F) =
-void swiglu_backward(floatX *dgate_up, const floatX *dh, const floatX *gate_up, int N, int F, int bf16) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const floatX *g = gate_up + (size_t)n * 2 * F, *u = g + F, *dh_n = dh + (size_t)n * F;
-        floatX *dg = dgate_up + (size_t)n * 2 * F, *du = dg + F;
-        #pragma omp simd
-        for (int f = 0; f < F; f++) {
-            floatX s = 1 / (1 + exp_x(-g[f]));
-            dg[f] = dh_n[f] * u[f] * s * (1 + g[f] * (1 - s));
-            du[f] = dh_n[f] * g[f] * s;
-        }
-        if (bf16) for (int f = 0; f < 2 * F; f++) dg[f] = round_bf16(dg[f]);
-    }
-}
-
-// ---- softmax + cross-entropy on rows of logits ---------------------------------------------------------------------------
-// nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED; returns nothing else. With dscale != 0 the logits (N,V)
-// become their gradient dscale (softmax - onehot), 0 where ignored: the two never exist at once.
-void cross_entropy(double *nll, floatX *logits, const int *targets, double dscale, int N, int V, int bf16) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        floatX *row = logits + (size_t)n * V, top = -INFINITY;
-        nll[n] = 0;
-        if (targets[n] == IGNORED) {
-            if (dscale != 0) memset(row, 0, (size_t)V * sizeof(floatX));
-            continue;
-        }
-        #pragma omp simd reduction(max : top)
-        for (int v = 0; v < V; v++) top = row[v] > top ? row[v] : top;
-        floatX at_target = row[targets[n]];
-        double sum = 0;
-        #pragma omp simd reduction(+ : sum)
-        for (int v = 0; v < V; v++) {
-            floatX e = exp_x(row[v] - top);
-            sum += e;
-            row[v] = e;
-        }
-        nll[n] = log(sum) + top - at_target;
-        if (dscale == 0) continue;
-        floatX factor = (floatX)(dscale / sum);
-        for (int v = 0; v < V; v++) row[v] *= factor;
-        row[targets[n]] -= (floatX)dscale;
-        if (bf16) for (int v = 0; v < V; v++) row[v] = round_bf16(row[v]);
-    }
-}
-
-// ---- global norm, AdamW ---------------------------------------------------------------------------------------------------
-// sum of squares of x (n), in double, in blocks of fixed size so that the order does not depend on threads
-double sum_of_squares(const floatX *x, size_t n) {
-    enum { BLOCK = 1 << 14, MOST = 1024 };
-    double total = 0;
-    for (size_t start = 0; start < n; start += (size_t)BLOCK * MOST) {
-        double part[MOST];
-        int blocks = (int)min_size(CEIL_DIV(n - start, BLOCK), MOST);
-        #pragma omp parallel for
-        for (int i = 0; i < blocks; i++) {
-            size_t first = start + (size_t)i * BLOCK, end = min_size(first + BLOCK, n);
-            double sum = 0;
-            #pragma omp simd reduction(+ : sum)
-            for (size_t j = first; j < end; j++) sum += (double)x[j] * x[j];
-            part[i] = sum;
-        }
-        for (int i = 0; i < blocks; i++) total += part[i];
-    }
-    return total;
-}
-
-// AdamW (Loshchilov & Hutter 2019), decoupled decay. master, m, v (n) are updated; w (n) is the compute copy of master, or
-// master itself.
-// g is grad * grad_scale (clipping and the mean over targets). bf16_state: m and v are stored in bf16, rounded at random with
-// the bits of (key, first + i): to the nearest, v would stand still where 1 - beta2 is below half a unit in the last place.
-void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX *grad, size_t n, double lr, double beta1,
-                  double beta2, double eps, double decay, double grad_scale, int64_t step, int bf16, int bf16_state,
-                  uint32_t key, size_t first) {
-    floatX b1 = (floatX)beta1, b2 = (floatX)beta2, shrink = (floatX)(1 - lr * decay), gscale = (floatX)grad_scale;
-    floatX rate = (floatX)(lr / (1 - pow(beta1, (double)step))), e = (floatX)eps;
-    floatX vscale = (floatX)(1 / (1 - pow(beta2, (double)step)));
-    #pragma omp parallel for simd
-    for (size_t i = 0; i < n; i++) {
-        floatX g = grad[i] * gscale;
-        floatX mi = b1 * m[i] + (1 - b1) * g, vi = b2 * v[i] + (1 - b2) * g * g;
-        master[i] = master[i] * shrink - rate * mi / (sqrt_x(vi * vscale) + e);
-        uint32_t random = bf16_state ? update_bits(key, first + i) : 0;
-        m[i] = bf16_state ? round_bf16_randomly(mi, random) : mi;
-        v[i] = bf16_state ? round_bf16_randomly(vi, random >> 16) : vi;
-        w[i] = bf16 ? round_bf16(master[i]) : master[i];
-    }
-}
-// ==== 13. The model =====================================================================================================
-// Pointers into a flat buffer of parameters or of gradients.
-typedef struct LayerParams {
-    floatX *norm1;          // (C)
-    floatX *qkv;            // ((H+2K)D, C)
-    floatX *qkv_bias;       // ((H+2K)D)        Qwen2, else NULL
-    floatX *q_norm, *k_norm;// (D)              Qwen3, else NULL
-    floatX *o;              // (C, HD)
-    floatX *norm2;          // (C)
-    floatX *gate_up;        // (2F, C)
-    floatX *down;           // (C, F)
-} LayerParams;
-
-LayerParams layer_params(floatX *flat, const ParamTable *p, int l) {
-    static const char *const suffix[9] = {
-        "input_layernorm.weight", "q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight",
-        "o_proj.weight", "post_attention_layernorm.weight", "gate_proj.weight", "down_proj.weight"};
-    floatX *at[9];
-    for (int i = 0; i < 9; i++) {
-        const Tensor *t = table_find(p, 1 + l, suffix[i]);
-        at[i] = t ? flat + t->at : NULL;
-    }
-    LayerParams w = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
-    return w;
-}
-
-floatX *embed_param(floatX *flat, const ParamTable *p) { return flat + p->units[0].at; }                                  // (V,C)
-floatX *final_norm_param(floatX *flat, const ParamTable *p) { return flat + p->units[p->n_units - 1].at; }                // (C)
-floatX *head_param(floatX *flat, const ParamTable *p) {                                                                   // (V,C)
-    const Tensor *t = table_find(p, p->n_units - 1, "lm_head.weight");
-    return t ? flat + t->at : embed_param(flat, p);     // tied: the embedding
-}
-// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer that each layer reuses.
-typedef struct LayerActs {
-    floatX *x;                          // (N,C)        the layer's input
-    floatX *rstd1, *rstd2;              // (N)
-    floatX *qkv;                        // (N,(H+2K)D)  after norm and rotation
-    floatX *qk_raw, *qk_rstd;           // (N,(H+K)D), (N,H+K)      Qwen3: before the head norm
-    floatX *att, *lse;                  // (N,HD), (N,H)
-    floatX *x_mid;                      // (N,C)        after attention
-    floatX *gate_up;                    // (N,2F)
-} LayerActs;
-
-typedef struct Arena { floatX *base; size_t used; } Arena;     // used: elements
-
-struct Model {
-    Config c;
-    ParamTable p;
-    int B, T, N;                        // micro-step: N = B*T rows
-    int bf16, bf16_state, recompute, world, rank, zero;
-    int chunk;                          // rows of logits that exist at a time
-    floatX *weights, *grads;            // flat, (p.n)
-    floatX *master, *m, *v;             // flat; ZeRO 1: this rank's slice of each unit. In fp32 the weights are their own master
-    size_t n_state;                     // elements of m
-    LayerActs *acts;                    // (L)
-    floatX *x_last, *rstd_last;         // (N,C), (N)   input of the final norm
-    floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
-    floatX *delta;                      // (N,C)        what a block adds to x
-    floatX *h;                          // (N,F)        SwiGLU's product
-    floatX *dx, *dnorm;                 // (N,C)        gradient of the residual stream; of a norm's output
-    floatX *datt, *dqkv, *dgate_up, *dh;
-    floatX *logits;                     // (chunk,V)
-    double *nll;                        // (N)          loss of each target
-    floatX *cosine, *sine;              // (T,D/2)
-    Arena arena[2];                     // state, activations: what the pointers above point into
-};
-
-// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand out the pointers.
-static floatX *take(Arena *a, size_t n) {
-    floatX *at = a->base ? a->base + a->used : NULL;
-    a->used += CEIL_DIV(n, 16) * 16;
-    return at;
-}
-
-static void layout_layer(Model *m, LayerActs *y, Arena *a, int keep_block, int keep_mlp) {
-    const Config *c = &m->c;
-    size_t N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
-    if (keep_block) {
-        y->rstd1 = take(a, N);
-        y->qkv = take(a, N * (HD + 2 * KD));
-        y->qk_raw = c->qk_norm ? take(a, N * (HD + KD)) : NULL;
-        y->qk_rstd = c->qk_norm ? take(a, N * (c->H + c->K)) : NULL;
-        y->att = take(a, N * HD);
-        y->lse = take(a, N * c->H);
-        y->x_mid = take(a, N * c->C);
-        y->rstd2 = take(a, N);
-    }
-    if (keep_mlp) y->gate_up = take(a, N * 2 * c->F);
-}
-
-static void layout(Model *m) {
-    const Config *c = &m->c;
-    size_t n = m->p.n, N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
-    Arena *s = &m->arena[0], *a = &m->arena[1];
-    m->n_state = m->zero ? n / m->world : n;
-    m->weights = take(s, n);
-    m->grads = take(s, n);
-    m->m = take(s, m->n_state);
-    m->v = take(s, m->n_state);
-    m->master = m->bf16 ? take(s, m->n_state) : m->weights;
-    LayerActs shared;
-    memset(&shared, 0, sizeof shared);
-    layout_layer(m, &shared, a, m->recompute == RECOMPUTE_BLOCK, m->recompute != RECOMPUTE_NONE);
-    for (int l = 0; l < c->L; l++) {
-        m->acts[l] = shared;
-        m->acts[l].x = take(a, N * c->C);
-        layout_layer(m, &m->acts[l], a, m->recompute != RECOMPUTE_BLOCK, m->recompute == RECOMPUTE_NONE);
-    }
-    m->x_last = take(a, N * c->C);
-    m->rstd_last = take(a, N);
-    m->norm = take(a, N * c->C);
-    m->delta = take(a, N * c->C);
-    m->h = take(a, N * c->F);
-    m->dx = take(a, N * c->C);
-    m->dnorm = m->delta;                // forward is done with delta when backward begins
-    m->datt = take(a, N * HD);
-    m->dqkv = take(a, N * (HD + 2 * KD));
-    m->dgate_up = take(a, N * 2 * c->F);
-    m->dh = take(a, N * c->F);
-    m->logits = take(a, (size_t)m->chunk * c->V);
-    m->cosine = take(a, (size_t)m->T * c->D / 2);
-    m->sine = take(a, (size_t)m->T * c->D / 2);
-    m->nll = (double *)take(a, N * sizeof(double) / sizeof(floatX));
-}
-
-// Sizes only: fills m->p and the arenas' sizes from the sizes in m; no memory is taken (--dry-run).
-void model_plan(Model *m, const Config *c, int B, int T, int chunk) {
-    m->c = *c;
-    m->B = B;
-    m->T = T;
-    m->N = B * T;
-    m->chunk = chunk < m->N ? chunk : m->N;
-    param_table_build(&m->p, c, m->world);
-    m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
-    layout(m);
-}
-
-double model_bytes(const Model *m) { return (double)(m->arena[0].used + m->arena[1].used) * sizeof(floatX); }
-
-void model_alloc(Model *m) {
-    for (int i = 0; i < 2; i++) {
-        Arena *a = &m->arena[i];
-        size_t bytes = a->used * sizeof(floatX);
-        if (posix_memalign((void **)&a->base, 4096, bytes))
-            die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block", bytes / 1048576.0,
-                i ? "activations" : "parameters");
-        memset(a->base, 0, bytes);
-        a->used = 0;
-    }
-    layout(m);
-    rope_table(m->cosine, m->sine, &m->c, m->T);
-}
-
-void print_memory(const Model *m) {
-    double unit = sizeof(floatX) / 1048576.0, n = (double)m->p.n;
-    double state = (double)m->arena[0].used, acts = (double)m->arena[1].used;
-    printf("memory | weights %.1f MiB | gradients %.1f | optimizer %.1f | activations %.1f | total %.1f MiB per rank\n",
-           n * unit, n * unit, (state - 2 * n) * unit, acts * unit, (state + acts) * unit);
-}
-
-void model_free(Model *m) {
-    free(m->arena[0].base);
-    free(m->arena[1].base);
-    free(m->acts);
-    free(m->p.tensors);
-    free(m->p.units);
-    memset(m, 0, sizeof *m);
-}
-
-// The part of unit u whose optimizer state this rank holds: elements [*first, *first + *n) of the flat buffer, at *at in m, v
-// (and master).
-void state_slice(const Model *m, int u, size_t *first, size_t *n, size_t *at) {
-    const Unit *unit = &m->p.units[u];
-    size_t parts = m->zero ? (size_t)m->world : 1, share = unit->n_padded / parts;
-    *n = share;
-    *first = unit->at + (m->zero ? share * m->rank : 0);
-    *at = unit->at / parts;
-}
-
-// Master weights from the weights (ZeRO 1: this rank's slices), then the weights rounded to what they are computed in.
-void model_set_master(Model *m) {
-    for (int u = 0; u < m->p.n_units && m->bf16; u++) {
-        size_t first, n, at;
-        state_slice(m, u, &first, &n, &at);
-        memcpy(m->master + at, m->weights + first, n * sizeof(floatX));
-    }
-    if (m->bf16) store_bf16(m->weights, m->p.n);
-}
-
-// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
-void model_init(Model *m, uint64_t seed) {
-    for (int i = 0; i < m->p.n_tensors; i++) {
-        const Tensor *t = &m->p.tensors[i];
-        uint64_t stream = hash_string(t->name);
-        floatX *w = m->weights + t->at;
-        #pragma omp parallel for
-        for (size_t j = 0; j < t->n; j++)
-            w[j] = t->init == INIT_NORMAL ? (floatX)(float)(m->c.init_std * random_normal(seed, stream, j))
-                                          : (floatX)(t->init == INIT_ONE);
-    }
-    model_set_master(m);
-}
-
-// Output of a matmul, stored: in bf16 mode rounded.
-static void store(const Model *m, floatX *x, size_t n) {
-    if (m->bf16) store_bf16(x, n);
-}
-
-// Attention block: y->qkv, att, lse, and m->delta = attention's addition to x. m->norm holds norm1(x).
-static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y, const Batch *batch) {
-    const Config *c = &m->c;
-    int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
-    matmul_forward(y->qkv, m->norm, w->qkv, N, c->C, W);
-    if (w->qkv_bias) bias_forward(y->qkv, w->qkv_bias, N, W);
-    store(m, y->qkv, (size_t)N * W);
-    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, c, N, batch->T, m->bf16);
-    attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D, m->bf16);
-    matmul_forward(m->delta, y->att, w->o, N, HD, c->C);
-    store(m, m->delta, (size_t)N * c->C);
-}
-
-static void gate_up_forward(Model *m, const LayerParams *w, LayerActs *y, int N) {
-    matmul_forward(y->gate_up, m->norm, w->gate_up, N, m->c.C, 2 * m->c.F);
-    store(m, y->gate_up, (size_t)N * 2 * m->c.F);
-}
-
-// Runs all layers on batch->inputs; leaves the final norm's output (N,C) in m->norm.
-// (In the CUDA trainer the product adds the residual; here the norm's pass does.)
-void llama_forward(Model *m, const Batch *batch) {
-    const Config *c = &m->c;
-    int N = batch->B * batch->T;
-    embedding_forward(m->acts[0].x, batch->inputs, embed_param(m->weights, &m->p), N, c->C);
-    for (int l = 0; l < c->L; l++) {
-        LayerParams w = layer_params(m->weights, &m->p, l);
-        LayerActs *y = &m->acts[l];
-        floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
-        if (l == 0) residual_rmsnorm_forward(NULL, m->norm, y->rstd1, y->x, NULL, w.norm1, c->eps, N, c->C, m->bf16);
-        attention_block_forward(m, &w, y, batch);
-        residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, c->eps, N, c->C, m->bf16);
-        gate_up_forward(m, &w, y, N);
-        swiglu_forward(m->h, y->gate_up, N, c->F, m->bf16);
-        matmul_forward(m->delta, m->h, w.down, N, c->F, c->C);
-        store(m, m->delta, (size_t)N * c->C);
-        // the residual add of this layer and the first norm of the next are one pass
-        const floatX *norm_next = l + 1 < c->L ? layer_params(m->weights, &m->p, l + 1).norm1
-                                               : final_norm_param(m->weights, &m->p);
-        floatX *rstd_next = l + 1 < c->L ? m->acts[l + 1].rstd1 : m->rstd_last;
-        residual_rmsnorm_forward(x_next, m->norm, rstd_next, y->x_mid, m->delta, norm_next, c->eps, N, c->C, m->bf16);
-        comm_progress();
-    }
-}
-
-// Loss of each target into m->nll (N). dscale != 0: also dnorm (N,C) = and dhead (V,C) +=, both scaled by dscale.
-// Logits exist for `chunk` rows at a time.
-static void head_and_loss(Model *m, const Batch *batch, double dscale) {
-    const Config *c = &m->c;
-    int N = batch->B * batch->T;
-    const floatX *head = head_param(m->weights, &m->p);
-    for (int n = 0; n < N; n += m->chunk) {
-        int rows = N - n < m->chunk ? N - n : m->chunk;
-        const floatX *norm = m->norm + (size_t)n * c->C;
-        matmul_forward(m->logits, norm, head, rows, c->C, c->V);
-        store(m, m->logits, (size_t)rows * c->V);
-        cross_entropy(m->nll + n, m->logits, batch->targets + n, dscale, rows, c->V, m->bf16);
-        if (dscale == 0) continue;
-        matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, rows, c->C, c->V, /*accumulate=*/0);
-        matmul_backward_w(head_param(m->grads, &m->p), m->logits, norm, rows, c->C, c->V);
-    }
-    if (dscale != 0) store(m, m->dnorm, (size_t)N * c->C);
-}
-
-// In the order of the rows, so that the sum does not depend on chunk or threads.
-double sum_nll(const Model *m, const Batch *batch, int64_t *n_targets) {
-    double sum = 0;
-    *n_targets = 0;
-    for (int n = 0; n < batch->B * batch->T; n++) {
-        sum += m->nll[n];
-        *n_targets += batch->targets[n] != IGNORED;
-    }
-    return sum;
-}
-
-// Sum of the losses of the batch's targets; *n_targets = how many there are.
-double llama_loss(Model *m, const Batch *batch, int64_t *n_targets) {
-    llama_forward(m, batch);
-    head_and_loss(m, batch, 0);
-    return sum_nll(m, batch, n_targets);
-}
-
-// Logits (V) of the token after ids (n), n <= N, as fp32 on the host.
-void next_logits(Model *m, const int *ids, int n, float *logits) {
-    Batch b;
-    memset(&b, 0, sizeof b);
-    b.B = 1;
-    b.T = n;
-    b.inputs = (int *)ids;
-    llama_forward(m, &b);
-    matmul_forward(m->logits, m->norm + (size_t)(n - 1) * m->c.C, head_param(m->weights, &m->p), 1, m->c.C, m->c.V);
-    store(m, m->logits, (size_t)m->c.V);
-    for (int v = 0; v < m->c.V; v++) logits[v] = (float)m->logits[v];
-}
-
-// Gradients of dscale * (sum of the batch's losses), += into m->grads. unit_done(u) is called when unit u's gradients are
-// complete. Returns the sum of losses.
-double llama_forward_backward(Model *m, const Batch *batch, double dscale, int64_t *n_targets, void (*unit_done)(Model *, int)) {
-    const Config *c = &m->c;
-    int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
-    llama_forward(m, batch);
-    head_and_loss(m, batch, dscale);
-    memset(m->dx, 0, (size_t)N * C * sizeof(floatX));
-    rmsnorm_backward(m->dx, final_norm_param(m->grads, &m->p), m->dnorm, m->x_last, m->rstd_last,
-                     final_norm_param(m->weights, &m->p), N, C, m->bf16);
-    if (unit_done) unit_done(m, c->L + 1);
-    for (int l = c->L - 1; l >= 0; l--) {
-        LayerParams w = layer_params(m->weights, &m->p, l), dw = layer_params(m->grads, &m->p, l);
-        LayerActs *y = &m->acts[l];
-        int again = l == c->L - 1 ? RECOMPUTE_NONE : m->recompute;      // the last layer's activations are still there
-        if (again == RECOMPUTE_BLOCK) {
-            residual_rmsnorm_forward(NULL, m->norm, y->rstd1, y->x, NULL, w.norm1, c->eps, N, C, m->bf16);
-            attention_block_forward(m, &w, y, batch);
-            residual_rmsnorm_forward(y->x_mid, m->norm, y->rstd2, y->x, m->delta, w.norm2, c->eps, N, C, m->bf16);
-        } else {
-            rmsnorm_rebuild(m->norm, y->x_mid, y->rstd2, w.norm2, N, C, m->bf16);
-        }
-        if (again != RECOMPUTE_NONE) gate_up_forward(m, &w, y, N);
-
-        // x' = x_mid + (silu(g) * u) Wdown^T
-        swiglu_forward(m->h, y->gate_up, N, F, m->bf16);
-        matmul_backward_w(dw.down, m->dx, m->h, N, F, C);
-        matmul_backward_x(m->dh, m->dx, w.down, N, F, C, /*accumulate=*/0);
-        store(m, m->dh, (size_t)N * F);
-        swiglu_backward(m->dgate_up, m->dh, y->gate_up, N, F, m->bf16);
-        // g | u = norm2(x_mid) Wgate_up^T
-        matmul_backward_w(dw.gate_up, m->dgate_up, m->norm, N, C, 2 * F);
-        matmul_backward_x(m->dnorm, m->dgate_up, w.gate_up, N, C, 2 * F, /*accumulate=*/0);
-        store(m, m->dnorm, (size_t)N * C);
-        rmsnorm_backward(m->dx, dw.norm2, m->dnorm, y->x_mid, y->rstd2, w.norm2, N, C, m->bf16);
-        comm_progress();
-
-        // x_mid = x + attention(q, k, v) Wo^T
-        matmul_backward_w(dw.o, m->dx, y->att, N, HD, C);
-        matmul_backward_x(m->datt, m->dx, w.o, N, HD, C, /*accumulate=*/0);
-        store(m, m->datt, (size_t)N * HD);
-        attention_backward(m->dqkv, m->datt, y->qkv, y->att, y->lse, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D,
-                           m->bf16);
-        qk_norm_rope_backward(m->dqkv, dw.q_norm, dw.k_norm, y->qk_raw, y->qk_rstd, w.q_norm, w.k_norm, m->cosine, m->sine,
-                              c, N, batch->T, m->bf16);
-        if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);
-        // q | k | v = norm1(x) Wqkv^T
-        rmsnorm_rebuild(m->norm, y->x, y->rstd1, w.norm1, N, C, m->bf16);
-        matmul_backward_w(dw.qkv, m->dqkv, m->norm, N, C, W);
-        matmul_backward_x(m->dnorm, m->dqkv, w.qkv, N, C, W, /*accumulate=*/0);
-        store(m, m->dnorm, (size_t)N * C);
-        rmsnorm_backward(m->dx, dw.norm1, m->dnorm, y->x, y->rstd1, w.norm1, N, C, m->bf16);
-        if (unit_done) unit_done(m, 1 + l);
-    }
-    embedding_backward(embed_param(m->grads, &m->p), batch->inputs, m->dx, N, C);
-    if (unit_done) unit_done(m, 0);
-    return sum_nll(m, batch, n_targets);
-}
-
-void model_zero_grads(Model *m) { memset(m->grads, 0, m->p.n * sizeof(floatX)); }
-
-// Starts to add up unit u's gradients over the ranks; comm_reduce_finish waits for it.
-void model_reduce_unit(Model *m, int u) { comm_reduce_start(m->grads + m->p.units[u].at, m->p.units[u].n_padded); }
-
-// Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
-double gradient_norm(const Model *m, const char **bad, int *n_bad) {
-    double total = 0;
-    *bad = NULL;
-    *n_bad = 0;
-    for (int i = 0; i < m->p.n_tensors; i++) {
-        double squares = sum_of_squares(m->grads + m->p.tensors[i].at, m->p.tensors[i].n);
-        if (!isfinite(squares) && !(*n_bad)++) *bad = m->p.tensors[i].name;
-        total += squares;
-    }
-    return sqrt(total);
-}
-
-// One AdamW update with gradients * grad_scale; step counts from 1. ZeRO 1: each rank updates its slices, then all gather the
-// weights.
-void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
-    uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
-    for (int u = 0; u < m->p.n_units; u++) {
-        const Unit *unit = &m->p.units[u];
-        size_t first, n, at;
-        state_slice(m, u, &first, &n, &at);
-        for (int i = 0; i < unit->n_tensors; i++) {
-            const Tensor *t = &m->p.tensors[unit->first_tensor + i];
-            size_t begin = t->at > first ? t->at : first, end = t->at + t->n < first + n ? t->at + t->n : first + n;
-            if (begin >= end) continue;
-            size_t s = at + (begin - first);
-            floatX *master = m->bf16 ? m->master + s : m->weights + begin;
-            adamw_update(m->weights + begin, master, m->m + s, m->v + s, m->grads + begin, end - begin, lr, o->beta1,
-                         o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step, m->bf16, m->bf16_state,
-                         key, begin);
-        }
-        if (m->zero) comm_allgather(m->weights + unit->at, n);
-    }
-}
-
-// Host access for checkpoints (section 10): fp32 values of the flat weights, or of this rank's share of the optimizer state.
-static floatX *state_pointer(const Model *m, int what, size_t at) {
-    if (what == STATE_M) return m->m + at;
-    if (what == STATE_V) return m->v + at;
-    if (what == STATE_WEIGHTS) return m->weights + at;
-    if (what == STATE_GRADS) return m->grads + at;
-    if (m->bf16) return m->master + at;
-    for (int u = 0;; u++) {                 // fp32: a share of the master is a share of the weights
-        size_t first, n, begin;
-        state_slice(m, u, &first, &n, &begin);
-        if (at >= begin && at < begin + n) return m->weights + first + (at - begin);
-    }
-}
-
-void model_read(const Model *m, int what, size_t at, size_t n, float *host) {
-    const floatX *x = state_pointer(m, what, at);
-    for (size_t i = 0; i < n; i++) host[i] = (float)x[i];
-}
-
-void model_write(Model *m, int what, size_t at, size_t n, const float *host) {
-    floatX *x = state_pointer(m, what, at);
-    for (size_t i = 0; i < n; i++) x[i] = host[i];
-}
-
-const ParamTable *model_table(const Model *m) { return &m->p; }
-// ---- the machine ---------------------------------------------------------------------------------------------------------
-// Energy: counters of the processor package and its memory (RAPL), read where the system lets us -----------------------
-enum { MAX_COUNTERS = 32 };
-static const char RAPL_FOLDER[] = "/sys/class/powercap";
-typedef struct Energy {
-    char path[MAX_COUNTERS][128];
-    double last[MAX_COUNTERS], wrap[MAX_COUNTERS];
-    int n;
-    double joules;          // since energy_open; NAN: unavailable
-} Energy;
-
-static int read_number(const char *path, double *x) {
-    FILE *f = fopen(path, "r");
-    int ok = f && fscanf(f, "%lf", x) == 1;
-    if (f) fclose(f);
-    return ok;
-}
-
-// Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same names).
-void energy_open(Energy *e, const char *folder) {
-    memset(e, 0, sizeof *e);
-    glob_t found;
-    char pattern[160];
-    snprintf(pattern, sizeof pattern, "%.100s/intel-rapl:*", folder);
-    if (!glob(pattern, 0, NULL, &found)) {
-        for (size_t i = 0; i < found.gl_pathc && e->n < MAX_COUNTERS; i++) {
-            char path[160], name[32] = "";
-            snprintf(path, sizeof path, "%s/name", found.gl_pathv[i]);
-            FILE *f = fopen(path, "r");
-            if (!f || fscanf(f, "%31s", name) != 1) name[0] = 0;
-            if (f) fclose(f);
-            if (strncmp(name, "package", 7) && strcmp(name, "dram")) continue;
-            snprintf(path, sizeof path, "%s/max_energy_range_uj", found.gl_pathv[i]);
-            if (!read_number(path, &e->wrap[e->n])) continue;
-            snprintf(e->path[e->n], sizeof e->path[0], "%.100s/energy_uj", found.gl_pathv[i]);
-            if (read_number(e->path[e->n], &e->last[e->n])) e->n++;
-        }
-        globfree(&found);
-    }
-    e->joules = e->n ? 0 : NAN;
-}
-
-// Joules since energy_open; the counters wrap, so read at least once an hour.
-double energy_read(Energy *e) {
-    for (int i = 0; i < e->n; i++) {
-        double now;
-        if (!read_number(e->path[i], &now)) continue;
-        double spent = now - e->last[i];
-        e->joules += (spent < 0 ? spent + e->wrap[i] : spent) * 1e-6;
-        e->last[i] = now;
-    }
-    return e->joules;
-}
-
-enum { ENOUGH_ROWS = 4096 };            // of a micro-step: more are no faster here
-
-// Bytes that a rank may plan with: 70% of its share of the machine's memory.
-double memory_of_rank(void) { return 0.7 * (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / comm.local_ranks; }
 
 // FMA peak of all threads: twelve independent chains of vectors that stay in registers, the best of a few short runs.
-double measure_peak(void) {
+double device_peak(int bf16) {
     enum { CHAINS = 12, ROUNDS = 400000 };
     double best = 0, sink = 0;
+    (void)bf16;                                 // bf16 is computed in fp32
     for (int run = 0; run < 5; run++) {
         double start = now_seconds();
         int threads = 0;
@@ -3777,552 +4714,3 @@ double measure_peak(void) {
     }
     return isfinite(sink) ? best : 0;
 }
-
-// ==== 14. main ==========================================================================================================
-static volatile sig_atomic_t signals;       // how many arrived
-
-static void on_signal(int number) {
-    if (++signals > 1) _exit(128 + number);
-}
-
-// 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
-static int stop_requested(void) { return comm_max((double)signals) > 0; }
-
-typedef struct Trainer {
-    Model m;
-    Config c;
-    DataLoader train, val;
-    Batch batch, val_batch;
-    Tokenizer *tokenizer;
-    const char *side_folder;                // where tokenizer files are copied from, or NULL
-    TrainState state;
-    Energy energy;
-    double peak;                            // FLOP/s of this rank's threads, measured
-    int64_t micro_steps;                    // per update
-    int64_t bad_in_a_row, saved_step;
-    double val_loss, floor;                 // of the last evaluation, NAN: none
-} Trainer;
-
-// ---- set-up --------------------------------------------------------------------------------------------------------------
-static void refuse_what_the_cpu_cannot(void) {
-    static const char *const gpu_only[] = {"--shard-size", "--gpus", "--nodes", "--device", "--reduce-dtype"};
-    for (int i = 0; i < 5; i++)
-        if (option_given(gpu_only[i])) die("%s is for the CUDA trainer; this is the CPU trainer", gpu_only[i]);
-    if (opt.zero > 1) die("--zero %d is for the CUDA trainer; the CPU trainer has 0 and 1", (int)opt.zero);
-    if (!opt.deterministic) die("--deterministic off is for the CUDA trainer; the CPU trainer has deterministic kernels only");
-    if (opt.stage != STAGE_PRETRAIN)
-        die("--stage %s is not in this version; it trains on plain text", choice_name(option_find("--stage")));
-}
-
-static Config read_config(const char *dir_or_file, int is_dir) {
-    Config c;
-    Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
-    size_t n;
-    char *text = read_text_file(path.s, 1 << 24, &n);
-    config_from_json(&c, text, n, path.s);
-    config_check(&c, path.s);
-    free(text);
-    return c;
-}
-
-// The model of --preset, --config, --init-from or the checkpoint `resume_dir` (NULL: none). V 0: the data decides.
-static Config choose_config(const char *resume_dir) {
-    Config c;
-    const char *preset = opt.preset ? opt.preset : "tiny";
-    if (opt.init_from) return read_config(opt.init_from, 1);
-    if (opt.config) c = read_config(opt.config, 0);
-    else if (!config_preset(&c, preset)) die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
-    if (!opt.config && !strcmp(preset, "tiny")) c.V = 0;
-    if (!resume_dir) return c;
-    Config saved = read_config(resume_dir, 1);
-    if (opt.preset || opt.config) {
-        if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
-        char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
-        if (strcmp(a, b))
-            die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
-                resume_dir, opt.preset ? "--preset" : "--config");
-        free(a), free(b);
-    }
-    return saved;
-}
-
-static Str folder_of(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return str("%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
-}
-
-// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it.
-static void setup_tokenizer(Trainer *tr, const char *model_dir) {
-    Str data = folder_of(opt.train_data), above = str("%s/..", data.s), path;
-    const char *folders[3] = {model_dir, data.s, above.s}, *found = opt.tokenizer;
-    for (int i = 0; i < 3 && !found; i++) if (folders[i]) {
-        path = str("%s/tokenizer.bin", folders[i]);
-        if (!access(path.s, R_OK)) found = path.s;
-    }
-    if (found) {
-        tr->tokenizer = tokenizer_open(found);
-        int spare = tr->c.V - tr->tokenizer->V;     // a model may have rows to spare, never too few
-        int fits = !tr->c.V || (spare >= 0 && spare <= tr->c.V / 100);
-        if (!fits && opt.tokenizer)
-            die("--tokenizer %s has %d tokens, the model %d; name the model's own", found, tr->tokenizer->V, tr->c.V);
-        if (!fits) tokenizer_free(tr->tokenizer), tr->tokenizer = NULL;     // beside the data by chance
-    }
-    tr->side_folder = model_dir ? model_dir : tr->tokenizer ? xstrdup(folder_of(found).s) : NULL;
-}
-
-static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
-
-// Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
-static int data_vocabulary(const char *pattern) {
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return -1;
-    int words[4] = {0, 0, 0, 0};
-    FILE *f = fopen(found.gl_pathv[0], "rb");
-    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
-    if (f) fclose(f);
-    globfree(&found);
-    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
-}
-
-// Numbers that the user left open. Small models (below 5 M parameters) get the defaults of `tiny`.
-static void resolve_options(Trainer *tr) {
-    int small = config_params(&tr->c) < 5e6;
-    if (!opt.seq_len) opt.seq_len = tr->c.max_T < 1024 ? tr->c.max_T : 1024;
-    if (opt.seq_len > tr->c.max_T)
-        die("--seq-len %d is beyond the model's max_position_embeddings %d", (int)opt.seq_len, tr->c.max_T);
-    if (tr->c.sliding_window && opt.seq_len > tr->c.sliding_window)
-        die("--seq-len %d is beyond the model's sliding window %d, which litespark does not compute; use at most that",
-            (int)opt.seq_len, tr->c.sliding_window);
-    if (opt.steps < 0) opt.steps = small ? 2400 : 1000;
-    if (opt.lr < 0) opt.lr = small ? 4e-3 : 3e-4;
-    if (opt.min_lr < 0) opt.min_lr = opt.lr / 10;
-    if (opt.warmup_steps < 0) opt.warmup_steps = opt.steps / 10 < 100 ? opt.steps / 10 : 100;
-    if (opt.val_every < 0) opt.val_every = opt.steps / 10 > 1 ? opt.steps / 10 : 1;
-    if (opt.sample_every < 0) opt.sample_every = opt.steps > 0 ? opt.steps : 1;
-    int64_t row = opt.seq_len * comm_world();
-    int64_t wanted = opt.batch_size ? opt.batch_size * row : small ? 2048 : 524288;
-    if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
-    if (opt.total_batch_tokens % row)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
-            opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
-    int64_t rows = opt.total_batch_tokens / row;
-    if (!opt.logits_chunk) {
-        opt.logits_chunk = (16 << 20) / ((int64_t)sizeof(float) * tr->c.V);
-        if (opt.logits_chunk < 64) opt.logits_chunk = 64;
-    }
-    if (!opt.batch_size) {      // the largest divisor that fits; beyond ENOUGH_ROWS nothing gets faster
-        double memory = memory_of_rank();
-        for (int64_t b = 1; b <= rows && (b == 1 || b * opt.seq_len <= ENOUGH_ROWS); b++) if (rows % b == 0) {
-            Model plan = tr->m;
-            model_plan(&plan, &tr->c, (int)b, (int)opt.seq_len, (int)opt.logits_chunk);
-            if (b == 1 || model_bytes(&plan) < memory) opt.batch_size = b;
-            model_free(&plan);
-        }
-    }
-    if (rows % opt.batch_size)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64,
-            opt.total_batch_tokens, opt.batch_size * row);
-    if (opt.batch_size * opt.seq_len > INT_MAX / 2)
-        die("--batch-size %d x --seq-len %d is more than fits; use smaller ones", (int)opt.batch_size, (int)opt.seq_len);
-    tr->micro_steps = rows / opt.batch_size;
-    if (opt.checkpoint_every < 0) opt.checkpoint_every = opt.steps / 5 > 1 ? opt.steps / 5 : 1;
-}
-
-static void print_model(const Trainer *tr) {
-    const Config *c = &tr->c;
-    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family->name,
-           (double)tr->m.p.n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
-    printf("batch | %" PRId64 " tokens per update = %d sequences x %d tokens x %d ranks x %" PRId64 " micro-steps | %s | "
-           "recompute %s\n", opt.total_batch_tokens, tr->m.B, tr->m.T, comm_world(), tr->micro_steps,
-           opt.precision == BF16 ? "bf16" : "fp32", choice_name(option_find("--recompute")));
-    print_memory(&tr->m);
-}
-
-// ---- looking ---------------------------------------------------------------------------------------------------------------
-// Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
-static void evaluate(Trainer *tr) {
-    DataLoader *dl = &tr->val;
-    int64_t batches = loader_eval_batches(dl);
-    if (opt.val_batches && opt.val_batches < batches) batches = opt.val_batches;
-    double sums[3] = {0, 0, 0};             // loss, targets, floor
-    loader_rewind(dl);
-    tr->val_loss = tr->floor = NAN;
-    for (int64_t i = 0; i < batches; i++) {
-        if (stop_requested()) return;
-        loader_next(dl, &tr->val_batch);
-        int64_t n;
-        sums[0] += llama_loss(&tr->m, &tr->val_batch, &n);
-        sums[1] += (double)n;
-        for (int j = 0; j < tr->m.N; j++) sums[2] += tr->val_batch.floor[j];
-    }
-    comm_sum(sums, 3);
-    tr->val_loss = sums[0] / sums[1];
-    if (dl->has_floor) tr->floor = sums[2] / sums[1];
-    printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
-    if (dl->has_floor) printf(", floor %.4f", tr->floor);
-    printf(" nats/token | %.0f targets\n", sums[1]);
-    Text r = {NULL, 0, 0};
-    text_add(&r, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
-    text_add_field(&r, "val_loss", tr->val_loss);
-    text_add_field(&r, "floor", tr->floor);
-    log_record(&r);
-}
-
-// The next token by temperature (0: the most likely) and a coin in [0,1).
-static int sample_token(const float *logits, int V, double temperature, double coin) {
-    int best = 0;
-    for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
-    if (temperature == 0) return best;
-    double sum = 0, seen = 0;
-    for (int v = 0; v < V; v++) sum += exp((logits[v] - logits[best]) / temperature);
-    for (int v = 0; v < V; v++) {
-        seen += exp((logits[v] - logits[best]) / temperature);
-        if (seen > coin * sum) return v;
-    }
-    return best;
-}
-
-// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait at their next exchange.
-static void generate(Trainer *tr) {
-    if (comm_rank() || !opt.sample_tokens) return;
-    const Tokenizer *tok = tr->tokenizer;
-    int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos, eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
-    int *prompt = NULL, n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0, n = 0;
-    int room = tr->m.N < tr->m.T ? tr->m.N : tr->m.T, total = n_prompt + (int)opt.sample_tokens + 1;
-    int *ids = (int *)xmalloc((size_t)(total + 1) * sizeof(int));
-    float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
-    if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
-    for (int i = 0; i < n_prompt; i++) {
-        if (prompt[i] >= tr->c.V)
-            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i], tr->c.V);
-        tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
-        ids[n++] = prompt[i];
-    }
-    for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
-        int window = n < room ? n : room;
-        double coin = random_uniform((uint64_t)opt.seed, hash_string("sample"), ((uint64_t)tr->state.step << 20) + (uint64_t)i);
-        next_logits(&tr->m, ids + n - window, window, logits);
-        ids[n] = sample_token(logits, tr->c.V, opt.temperature, coin);
-        if (ids[n] == eos) break;
-        if (tok && ids[n] < tok->V) tokenizer_print(tok, ids[n - 1], ids[n], stdout);
-        else printf(" %d", ids[n]);
-        fflush(stdout);
-        n++;
-    }
-    printf("\n");
-    free(prompt);
-    free(logits);
-    free(ids);
-}
-
-// ---- one update ------------------------------------------------------------------------------------------------------------
-// Gradients of one update into m->grads: sum over its targets / total_batch_tokens, over all ranks. 0 if a signal came between
-// micro-steps (nothing has changed then, the data position neither). *loss is the mean over targets, *mean the factor that
-// makes the gradients those of it.
-static int update_gradients(Trainer *tr, double *loss, double *mean) {
-    double sums[2] = {0, 0};                // loss, targets
-    LoaderState before = tr->train.state;
-    model_zero_grads(&tr->m);
-    for (int64_t i = 0; i < tr->micro_steps; i++) {
-        if (stop_requested()) {
-            tr->train.state = before;
-            return 0;
-        }
-        loader_next(&tr->train, &tr->batch);
-        int64_t n;
-        sums[0] += llama_forward_backward(&tr->m, &tr->batch, 1.0 / (double)opt.total_batch_tokens, &n,
-                                          i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
-        sums[1] += (double)n;
-    }
-    comm_reduce_finish();
-    comm_sum(sums, 2);
-    *loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
-    *mean = sums[1] > 0 ? (double)opt.total_batch_tokens / sums[1] : 0;     // from "per token" to "per target"
-    return 1;
-}
-
-// How many standard deviations x lies above the mean of the last n values (0 until the window is full).
-static double z_score(const double *window, int64_t n, double x) {
-    if (n < SPIKE_WINDOW) return 0;
-    double mean = 0, var = 0;
-    for (int i = 0; i < SPIKE_WINDOW; i++) mean += window[i] / SPIKE_WINDOW;
-    for (int i = 0; i < SPIKE_WINDOW; i++) var += (window[i] - mean) * (window[i] - mean) / SPIKE_WINDOW;
-    return var > 0 ? (x - mean) / sqrt(var) : 0;
-}
-
-// NULL: healthy. Otherwise why this update must not reach the weights.
-static const char *update_verdict(const Trainer *tr, double loss, double norm, const char *bad, int n_bad) {
-    static char text[256];
-    double z_loss = z_score(tr->state.losses, tr->state.n_healthy, loss);
-    double z_norm = z_score(tr->state.norms, tr->state.n_healthy, norm);
-    if (!isfinite(loss) || !isfinite(norm))
-        snprintf(text, sizeof text, "loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
-                 tr->m.p.n_tensors, bad ? bad : "none");
-    else if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
-        snprintf(text, sizeof text, "spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
-                 z_norm);
-    else return NULL;
-    return text;
-}
-
-static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, double joules, const char *skipped) {
-    int64_t step = tr->state.step;
-    double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
-    double report = flops_per_token(&tr->c, tr->m.T, 0) * speed / world;
-    double causal = flops_per_token(&tr->c, tr->m.T, 1) * speed / world;
-    if (skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
-    if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
-        double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
-        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s "
-               "(causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3, speed,
-               measured_text(100 * report / tr->peak, "%.1f%%").s, measured_text(100 * causal / tr->peak, "%.1f%%").s,
-               measured_text(joules / tokens, "%.3g").s, duration_text(left).s);
-        fflush(stdout);
-    }
-    const struct { const char *key; double x; } row[] = {
-        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed},
-        {"tokens_per_sec_per_gpu", speed / world}, {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
-        {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds}, {"joules_per_token", joules / tokens},
-        {"watts", joules / seconds}};
-    Text r = {NULL, 0, 0};
-    text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
-    for (size_t i = 0; i < sizeof row / sizeof *row; i++) text_add_field(&r, row[i].key, row[i].x);
-    text_add(&r, ", \"skipped\": %s", skipped ? "true" : "false");
-    log_record(&r);
-}
-
-enum { MOST_BAD_IN_A_ROW = 5 };
-
-// One update: gradients, verdict, AdamW, log. 0 if a signal came before it was complete.
-static int train_step(Trainer *tr) {
-    double start = now_seconds(), joules = energy_read(&tr->energy), loss, mean;
-    if (!update_gradients(tr, &loss, &mean)) return 0;
-    TrainState *s = &tr->state;
-    const char *bad;
-    int n_bad;
-    double facts[2] = {loss, gradient_norm(&tr->m, &bad, &n_bad) * mean};
-    comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
-    loss = facts[0];
-    double norm = facts[1], lr = learning_rate(&opt, s->step);
-    const char *skipped = update_verdict(tr, loss, norm, bad, n_bad);
-    s->step++;
-    s->tokens += opt.total_batch_tokens;
-    if (!skipped) {
-        double clip = opt.grad_clip > 0 && norm > opt.grad_clip ? opt.grad_clip / norm : 1;
-        model_update(&tr->m, lr, clip * mean, ++s->updates, &opt);
-        s->losses[s->n_healthy % SPIKE_WINDOW] = loss;
-        s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
-    }
-    tr->bad_in_a_row = skipped ? tr->bad_in_a_row + 1 : 0;
-    double spent[2] = {energy_read(&tr->energy) - joules, 0}, seconds = now_seconds() - start;
-    if (comm.local_rank) spent[0] = 0;              // one rank per machine counts
-    comm_sum(spent, 1);
-    s->joules += spent[0];
-    s->seconds += seconds;
-    log_step(tr, loss, lr, norm, seconds, spent[0], skipped);
-    if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
-        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower --lr "
-            "or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped, opt.out);
-    return 1;
-}
-
-static void save(Trainer *tr) {
-    if (tr->saved_step == tr->state.step) return;
-    double start = now_seconds();
-    tr->state.loader = tr->train.state;
-    checkpoint_save(&tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
-    tr->saved_step = tr->state.step;
-    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
-           now_seconds() - start);
-}
-
-static void report_end(const Trainer *tr) {
-    const TrainState *s = &tr->state;
-    if (!s->step || s->seconds <= 0) return;
-    double speed = (double)s->tokens / s->seconds, world = comm_world();
-    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %.1f%% of %.1f GFLOP/s per rank "
-           "(measured FMA peak) | energy %s kWh, %s W, %s J/token\n",
-           s->step, s->tokens, duration_text(s->seconds).s, speed,
-           100 * flops_per_token(&tr->c, tr->m.T, 0) * speed / world / tr->peak, tr->peak * 1e-9,
-           measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
-           measured_text(s->joules / (double)s->tokens, "%.3g").s);
-    if (isfinite(tr->val_loss) && isfinite(tr->floor))
-        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
-               tr->val_loss - tr->floor);
-}
-
-static void train(Trainer *tr) {
-    while (tr->state.step < opt.steps && train_step(tr)) {
-        int last = tr->state.step == opt.steps;
-        if (opt.val_data && opt.val_every && (tr->state.step % opt.val_every == 0 || last)) evaluate(tr);
-        if (opt.checkpoint_every && tr->state.step % opt.checkpoint_every == 0 && !tr->bad_in_a_row) save(tr);
-        if (opt.sample_every && tr->state.step % opt.sample_every == 0 && !last) generate(tr);
-    }
-    int stopped = stop_requested();
-    if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
-    if (stopped)
-        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
-    else report_end(tr);
-    if (!stopped && opt.sample_every) generate(tr);
-}
-
-static void dump_grads(Trainer *tr) {
-    double mean_loss, mean;
-    if (!update_gradients(tr, &mean_loss, &mean)) die("--dump-grads: stopped by a signal");
-    if (comm_rank()) return;
-    const ParamTable *p = &tr->m.p;
-    float loss = (float)mean_loss;
-    StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
-    int64_t one = 1;
-    st_declare(w, "loss", ST_F32, 1, &one);
-    st_declare_table(w, p, ST_F32);
-    st_begin(w);
-    st_write(w, &loss, 1);
-    for (int i = 0; i < p->n_tensors; i++) for (size_t at = 0, n; at < p->tensors[i].n; at += n) {
-        n = min_size(p->tensors[i].n - at, IO_CHUNK);
-        model_read(&tr->m, STATE_GRADS, p->tensors[i].at + at, n, io_values);
-        for (size_t j = 0; j < n; j++) io_values[j] = (float)(io_values[j] * mean);
-        st_write(w, io_values, n);
-    }
-    int failed = st_finish(w, NULL, NULL);
-    if (failed) die("--dump-grads: %s: cannot write: %s", opt.dump_grads, strerror(failed));
-    printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
-}
-
-static void log_header(const Trainer *tr) {
-    if (!log_file) return;
-    char host[256] = "", cpu[256] = "";
-    gethostname(host, sizeof host - 1);
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    for (char line[256]; f && fgets(line, sizeof line, f);) if (!strncmp(line, "model name", 10)) {
-        snprintf(cpu, sizeof cpu, "%s", strchr(line, ':') ? strchr(line, ':') + 2 : "");
-        cpu[strcspn(cpu, "\n")] = 0;
-        break;
-    }
-    if (f) fclose(f);
-    Text r = {NULL, 0, 0};
-    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
-    text_add_string(&r, cpu);
-    text_add(&r, ", \"host\": ");
-    text_add_string(&r, host);
-    text_add(&r, ", \"ranks\": %d, \"threads\": %d, \"parameters\": %zu", comm_world(), omp_get_max_threads(), tr->m.p.n_params);
-    text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
-    text_add(&r, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
-    text_add_options(&r, 0);
-    log_record(&r);
-}
-
-// ---- putting it together ---------------------------------------------------------------------------------------------------
-// Everything that can go wrong goes wrong here, before any work.
-static void setup(Trainer *tr) {
-    int training = !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads;
-    tr->saved_step = -1;                    // nothing yet
-    tr->val_loss = tr->floor = NAN;
-    char *resume_dir = opt.resume ? checkpoint_choose(opt.resume, opt.out) : NULL;
-    if (resume_dir) checkpoint_read_state(resume_dir, &tr->state);
-    if (resume_dir && !strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
-    if (opt.resume && !resume_dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
-    const char *model_dir = resume_dir ? resume_dir : opt.init_from;
-    if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
-    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if ((training || opt.dump_grads) && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
-        die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
-
-    tr->c = choose_config(resume_dir);
-    setup_tokenizer(tr, model_dir);
-    if (!tr->c.V) {                         // `tiny` takes its vocabulary from the data
-        tr->c.V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
-        if (tr->c.V <= 0 && opt.dry_run) tr->c.V = 1024;
-        if (tr->c.V <= 0)
-            die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
-                opt.train_data);
-        config_set_vocab(&tr->c, tr->c.V);
-        tr->c.bos = tr->tokenizer ? tr->tokenizer->bos : -1;
-        tr->c.eos = tr->tokenizer ? tr->tokenizer->eos : -1;
-    }
-    tr->m.bf16 = opt.precision == BF16;
-    tr->m.bf16_state = opt.optimizer_dtype == BF16;
-    tr->m.recompute = (int)opt.recompute;
-    tr->m.zero = (int)opt.zero;
-    tr->m.world = comm_world();
-    tr->m.rank = comm_rank();
-    resolve_options(tr);
-    options_check();
-    int64_t *steps;
-    int n_steps = training && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
-    if (n_steps)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n_steps - 1]);
-    model_plan(&tr->m, &tr->c, (int)opt.batch_size, (int)opt.seq_len, (int)opt.logits_chunk);
-    if (opt.dry_run) return;
-
-    int B = tr->m.B, T = tr->m.T, masked = (int)opt.document_mask;
-    if (training || opt.dump_grads) {
-        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1,
-                    tr->c.V, masked);
-        batch_alloc(&tr->batch, B, T, masked);
-        if (resume_dir) {
-            tr->train.state = tr->state.loader;
-            tr->train.state.position %= tr->train.n_windows;
-        }
-        loader_log(&tr->train, "train", stdout);
-    }
-    if (opt.val_data && (training || opt.eval_only)) {
-        loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
-        batch_alloc(&tr->val_batch, B, T, masked);
-        loader_log(&tr->val, "val", stdout);
-    } else if (opt.eval_only) {
-        die("--eval-only needs --val-data");
-    }
-    if (!opt.generate) print_model(tr);
-    model_alloc(&tr->m);
-    if (resume_dir) checkpoint_read_model(resume_dir, &tr->m);
-    else if (opt.init_from) weights_read(opt.init_from, &tr->m, &tr->c);
-    else model_init(&tr->m, (uint64_t)opt.seed);
-    model_set_master(&tr->m);
-
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    signal(SIGUSR1, on_signal);
-    if (!training && !opt.eval_only) return;
-    // after all checks: a refused run leaves nothing behind
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
-        die("cannot make --out %s: %s", opt.out, strerror(errno));
-    comm_barrier();
-    if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
-    log_open(opt.out);
-    if (!training) return;
-    energy_open(&tr->energy, RAPL_FOLDER);
-    tr->peak = measure_peak();
-    printf("device | %d threads per rank | %.1f GFLOP/s measured FMA peak | energy counters %s\n", omp_get_max_threads(),
-           tr->peak * 1e-9, tr->energy.n ? "of the processor" : "unavailable");
-    log_header(tr);
-    if (resume_dir)
-        printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
-               tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
-}
-
-#ifndef LITESPARK_NO_MAIN
-int main(int argc, char **argv) {
-    comm_init(&argc, &argv);
-    options_parse(argc, argv);
-    if (opt.help) {
-        options_help();
-        comm_finish();
-        return 0;
-    }
-    options_check();
-    refuse_what_the_cpu_cannot();
-    int cores = omp_get_num_procs() / comm.local_ranks;
-    omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 0 ? cores : 1);
-    static Trainer trainer, *tr = &trainer;
-    setup(tr);
-    if (opt.dry_run) print_model(tr);
-    else if (opt.eval_only) evaluate(tr);
-    else if (opt.generate) generate(tr);
-    else if (opt.dump_grads) dump_grads(tr);
-    else train(tr);
-    comm_barrier();
-    comm_finish();
-    return 0;
-}
-#endif

@@ -14,17 +14,11 @@ else
     echo "skipped: check as C++ (apt-get install g++)"
 fi
 
-# the region that both trainers share
-for f in train_litespark.c train_litespark.cu; do
-    [ -f $f ] || continue
-    for mark in BEGIN END; do
-        [ "$(grep -c "^// SHARED $mark" $f)" = 1 ] || say "$f: not exactly one line '// SHARED $mark'"
-    done
-done
-if [ -f train_litespark.cu ]; then
-    a=$(sed -n '/^\/\/ SHARED BEGIN/,/^\/\/ SHARED END/p' train_litespark.c | cksum)
-    b=$(sed -n '/^\/\/ SHARED BEGIN/,/^\/\/ SHARED END/p' train_litespark.cu | cksum)
-    [ "$a" = "$b" ] || say "the shared regions of the trainers differ (make sync copies the .c's)"
+# the text: shared regions, same functions in both, width of lines
+if python3 -c '' 2>/dev/null; then
+    python3 dev/story.py check || say "the trainers' texts, see above"
+else
+    echo "skipped: check of the trainers' texts (python3)"
 fi
 
 # kernels in dev/ are the shipped ones
@@ -44,9 +38,5 @@ for t in $(sed -n 's/^\.PHONY: *//p' Makefile); do
     grep -Eq "(make |\\|)$t\b" README.md 2>/dev/null || say "README.md does not name 'make $t'"
 done
 
-# not a fact but a hint: lines that no screen shows whole
-for f in train_litespark.c train_litespark.cu test_litespark.c; do
-    [ -f $f ] && awk -v f=$f 'length($0) > 130 { n++ } END { if (n) print "note: " f " has " n " lines of more than 130 columns" }' $f
-done
 [ $bad = 0 ] && echo "check: ok"
 exit $bad

@@ -16,8 +16,7 @@ import re
 import sys
 
 TRAINER = "train_litespark.cu"
-WHOLE = (1, 11)                     # sections that extract takes as they are: includes and types; CUDA tools
-LOOSE = (2, 13)                     # sections of which it takes what is used: numbers; ops
+LOOSE = (2, 3, 8)                   # sections of which extract takes what is used: vocabulary; ops; numbers
 
 
 class Item:
@@ -93,33 +92,42 @@ def items_of(path):
 
 
 def extract(bench):
+    """The head of section 2 (includes), then what the bench uses of LOOSE; of section 3, everything up to the first op's banner."""
     items, lines = items_of(TRAINER)
-    bounds = {}
+    at = {}
     for i, line in enumerate(lines):
         if m := re.match(r"// ==== (\d+)\.", line):
-            bounds[int(m[1])] = i
+            at[int(m[1])] = i
         if line.startswith("// SHARED BEGIN"):
-            bounds.setdefault("shared", i)
+            at.setdefault("shared", i)
+        if line.startswith("// ---- ") and 3 in at:
+            at["verbs"] = at.get("verbs", i)
+            if i > at["verbs"] and "small things of the host" in line:
+                at["ops"] = i
     own, roots = set(), set()
     for path in (bench, "dev/bench.cuh"):
         for item in items_of(path)[0]:
             own |= item.names
             roots |= item.used()
-    for item in items:
-        if item.section in WHOLE:
-            roots |= item.used()
-    loose = [i for i in items if i.names and (i.section in LOOSE or i.section not in WHOLE and i.code.startswith("#define"))]
+    verbs = [i for i in items if at["verbs"] <= i.start < at["ops"]]
+    for item in verbs:
+        roots |= item.used()
+    loose = [i for i in items if i.names and i not in verbs and
+             (i.section in LOOSE and i.start > at["shared"] or i.code.startswith("#define"))]
     needed, todo = set(), roots
     while todo:
         found = [i for i in loose if i not in needed and i.names & todo]
         needed |= set(found)
         todo = set().union(*(i.used() for i in found if not i.names & own)) if found else set()
     print(f"// Written by dev/kernels.py from {TRAINER} for {bench}.\n#pragma once")
-    print("\n".join(lines[bounds[1]:bounds["shared"]]))
+    print("\n".join(lines[at[2]:at["shared"]]))
     done = False
-    for item in sorted(needed, key=lambda i: i.start):
-        if item.section > 11 and not done:
-            print("\n".join(lines[bounds[11]:bounds[12]]))
+    plumbing = [i for i in needed if i.section > 3]
+    story = [i for i in needed if i.section <= 3]
+    for item in sorted([i for i in story if i.section < 3], key=lambda i: i.start) + sorted(plumbing, key=lambda i: i.start) + \
+            sorted([i for i in story if i.section == 3], key=lambda i: i.start):
+        if item.section == 3 and not done:
+            print("\n".join(lines[at["verbs"]:at["ops"]]))
             done = True
         if item.names & own:
             print(item.declaration() if item.is_function else "")
