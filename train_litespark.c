@@ -1,45 +1,49 @@
-// ==== 1. Map ===================================================================================================
+// ==== 1. Map ===============================================================================================
 /*
-litespark: train Llama-family language models. This file is the CPU trainer and the reference ("twin") that proves every gradient
-of the CUDA trainer train_litespark.cu: same sections, same names, same options.
+litespark: train Llama-family language models. This file is the CPU trainer and the reference ("twin") that
+proves every gradient of the CUDA trainer train_litespark.cu: same sections, same names, same options.
 
     make run                                            build, make the default data, train on all cores
     make train && mpirun -np 2 ./train_litespark        the same by hand, two ranks
     ./train_litespark --help                            every option
 
-Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary, L layers, C hidden size, H query
-heads, K key/value heads, D head size, F MLP width. All matrices are row-major, last index fastest; a weight w is (out, in) as
-in Hugging Face's files, and a row of activations x gives x w^T.
+Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary, L layers, C hidden
+size, H query heads, K key/value heads, D head size, F MLP width. All matrices are row-major, last index
+fastest; a weight w is (out, in) as in Hugging Face's files, and a row of activations x gives x w^T.
 
-The model: the embedding, L layers, a last norm, the head; then loss = cross-entropy. A layer, and what of it is kept for backward:
+The model: the embedding, L layers, a last norm, the head; then loss = cross-entropy. One layer:
 
-    x --+-- norm1 -- Wqkv -- qk_norm, rope -- attention -- Wo --(+)-- x_mid --+-- norm2 -- Wgate_up -- silu(g) u -- Wdown --(+)-- x of l+1
-        +------------------------------------------------------+              +-----------------------------------------------+
-    kept     x  rstd1      qkv (qk_raw qk_rstd)      att lse          x_mid  rstd2       gate_up
-    rebuilt  norm1(x)                                                 norm2(x_mid)                  h
+    x ----+-- norm1 -- Wqkv -- qk_norm, rope -- attention -- Wo --(+)-- x_mid
+          +-------------------------------------------------------+
+    kept for backward:     x  rstd1   qkv (qk_raw qk_rstd)   att lse        rebuilt there:  norm1(x)
 
-Llama, Mistral, Qwen2 (biases on q,k,v), Qwen3 (RMSNorm on each head of q and k: qk_norm).
+    x_mid +-- norm2 -- Wgate_up -- silu(g) u -- Wdown --(+)-- x of l+1
+          +---------------------------------------------+
+    kept for backward:     x_mid  rstd2   gate_up                           rebuilt there:  norm2(x_mid)  h
+
+Llama, Mistral, Qwen2 (biases on q, k, v), Qwen3 (RMSNorm on each head of q and k: qk_norm).
 
 Rules
-- Gradients of parameters are +=: they add up over micro-steps and are cleared once per update. Gradients of activations are =,
-  except the residual stream `dx`, where each block adds its share. Every op says which.
+- Gradients of parameters are +=: they add up over micro-steps and are cleared once per update. Gradients of
+  activations are =, except the residual stream `dx`, where each block adds its share. Every op says which.
 - What is trained enters as a weight per target (section 5): d objective / d loss of that target.
-- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is
-  allocated inside a step. Norm outputs and the SwiGLU product are never kept: backward rebuilds them.
-- Precision: fp32 (or double, -DfloatX=double, for the gradient checks). Norms, losses and global sums add in double.
-  --precision bf16 rounds to bf16 whatever the CUDA trainer stores in bf16 (weights, activations and their gradients, the
-  attention probabilities) and keeps sums, master weights, m, v, rstd and LSE in fp32: the naive bf16 computation that the
-  CUDA trainer's error is measured with.
+- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step
+  0; nothing is allocated inside a step. Norm outputs and the SwiGLU product are never kept: backward
+  rebuilds them.
+- Precision: fp32 (or double, -DfloatX=double, for the gradient checks). Norms, losses and global sums add in
+  double. --precision bf16 rounds to bf16 whatever the CUDA trainer stores in bf16 (weights, activations and
+  their gradients, the attention probabilities) and keeps sums, master weights, m, v, rstd and LSE in fp32:
+  the naive bf16 computation that the CUDA trainer's error is measured with.
 - Every sum has a fixed order that does not depend on the number of threads: two runs give the same bits.
-- The text between SHARED BEGIN and SHARED END stands in both trainers (`make sync` copies it, `make check` compares).
+- The text between SHARED BEGIN and SHARED END stands in both trainers (`make sync` copies it).
 Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
 
-Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; 2 tells the words. The rest is plumbing, for when you
-need it: 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models, 12 tokenizer, 13 data, 14 schedule and log,
-15 checkpoints. 16 is the fast version of section 3's matrix product.
+Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; 2 tells the words. The rest is
+plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models,
+12 tokenizer, 13 data, 14 schedule and log, 15 checkpoints. 16 is section 3's matrix product, fast.
 */
 
-// ==== 2. Vocabulary: types, options, and what the plumbing offers ================================================
+// ==== 2. Vocabulary: types, options, and what the plumbing offers ==========================================
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -73,7 +77,7 @@ static void omp_set_num_threads(int n) { (void)n; }
 #endif
 
 #ifndef floatX
-#define floatX float        // what parameters and activations are computed in; the gradient checks build with double
+#define floatX float        // of parameters and activations; the gradient checks build with double
 #endif
 #ifndef LITESPARK_COMMIT
 #define LITESPARK_COMMIT "unknown"
@@ -115,17 +119,17 @@ enum { FP32, BF16 };
 enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
 enum { MLP_AUTO, MLP_PASSES, MLP_PRODUCTS };
 
-// Three kinds. FIXED: what a run is; a resume that gives another value is refused. GIVEN: saved as the user gave it (or
-// left it open) and resolved anew at every start, so that another number of ranks or a lower --lr works.
-// START: of this start only, never saved.
+// Three kinds. FIXED: what a run is; a resume that gives another value is refused. GIVEN: saved as the user
+// gave it (or left it open) and resolved anew at every start, so that another number of ranks or a lower --lr
+// works. START: of this start only, never saved.
 enum { START, GIVEN, FIXED };
 
-// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins with its
-// words). A GROUP is a headline of --help.
+// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins
+// with its words). A GROUP is a headline of --help.
 #define OPTIONS(X, GROUP) \
     GROUP("Model") \
-    X(TEXT, "--preset", preset, START, NULL, 0, 0, "a model by name, random weights; --preset help lists them") \
-    X(TEXT, "--config", config, START, NULL, 0, 0, "a model by its Hugging Face config.json, random weights") \
+    X(TEXT, "--preset", preset, START, NULL, 0, 0, "a model by name, random weights (list: --preset help)") \
+    X(TEXT, "--config", config, START, NULL, 0, 0, "a model by Hugging Face's config.json, random weights") \
     X(TEXT, "--init-from", init_from, START, NULL, 0, 0, \
       "start from the weights of a Hugging Face checkpoint folder") \
     X(TEXT, "--resume", resume, START, NULL, 0, 0, \
@@ -164,7 +168,7 @@ enum { START, GIVEN, FIXED };
     X(REAL, "--eps", eps, GIVEN, "1e-8", 1e-30, 1, "added to the root of that mean") \
     X(REAL, "--weight-decay", weight_decay, GIVEN, "0.01", 0, 1e3, \
       "pull of matrices (not of norms and biases) to zero") \
-    X(REAL, "--grad-clip", grad_clip, GIVEN, "1", 0, 1e9, "longer gradients are shortened to this, 0 = never") \
+    X(REAL, "--grad-clip", grad_clip, GIVEN, "1", 0, 1e9, "longer gradients are cut to this, 0 = never") \
     X(REAL, "--skip-spikes", skip_spikes, GIVEN, "0", 0, 1e6, \
       "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
     X(CHOICE, "--optimizer-dtype", optimizer_dtype, GIVEN, "fp32", 0, 0, \
@@ -225,20 +229,23 @@ typedef struct Options { OPTIONS(FIELD, NO_FIELD) } Options;
 static Options opt;             // resolved: what the user left open is decided by resolve_options
 typedef struct Option Option;
 
-// ---- a model ------------------------------------------------------------------------------------------------
+// ---- a model ----------------------------------------------------------------------------------------------
 typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
 typedef struct Config {         // Hugging Face's config.json
     const Family *family;
-    int V, Vp;                  // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
+    // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
+    int V, Vp;
     int L, C, H, K, D, F;       // layers, hidden size, query heads, key/value heads, head_dim, MLP width
     int max_T;                  // positions the model is made for
     int tied;                   // lm_head is the embedding
-    int qkv_bias, qk_norm;      // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
+    // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
+    int qkv_bias, qk_norm;
     double eps, rope_theta, init_std;
     double rope_factor;         // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
     double rope_low, rope_high;
     int rope_original_T;
-    int sliding_window;         // 0 = none, else how far layers >= window_layer look back; a longer seq-len is refused
+    // 0 = none, else how far layers >= window_layer look back; a longer seq-len is refused
+    int sliding_window;
     int window_layer;           // Qwen's max_window_layers
     int bos, eos;               // token ids, -1 = none
 } Config;
@@ -252,9 +259,11 @@ typedef struct Tensor {
     int init, decay;
 } Tensor;
 
-typedef struct Unit {           // what is reduced, sharded and saved together: the embedding, a layer, final norm and head
+// what is reduced, sharded and saved together: the embedding, a layer, final norm and head
+typedef struct Unit {
     char name[24];              // "embed", "layers.7", "head"
-    size_t at, n, n_padded;     // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks
+    // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks
+    size_t at, n, n_padded;
     size_t vocab_padding;       // elements, for the rows V .. Vp-1
     int first_tensor, n_tensors;
 } Unit;
@@ -268,14 +277,15 @@ typedef struct ParamTable {     // every tensor's name, place, shape, initial va
     size_t unit_align;
 } ParamTable;
 
-// ---- data -----------------------------------------------------------------------------------------------------
+// ---- data -------------------------------------------------------------------------------------------------
 #define IGNORED (-100)          // a target that is no target (PyTorch's ignore_index)
 typedef struct Batch {          // of one micro-step
     int B, T;
     int n_rows;                 // rows with data; the others are padding: inputs 0, targets IGNORED
     int *inputs, *targets;      // (B, T)
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
-    float *floor;               // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
+    // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
+    float *floor;
 } Batch;
 
 typedef struct LoaderState {
@@ -304,7 +314,7 @@ typedef struct Tokenizer {
     char *path, *file;
 } Tokenizer;
 
-// ---- a run ------------------------------------------------------------------------------------------------------
+// ---- a run ------------------------------------------------------------------------------------------------
 enum { SPIKE_WINDOW = 128 };
 typedef struct TrainState {     // with the weights and the optimizer: all that a run is
     int64_t step, updates;      // updates: steps that changed the weights
@@ -315,7 +325,8 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     int64_t n_healthy;
 } TrainState;
 
-typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;   // memory: bytes that a rank may use
+// memory: bytes that a rank may use
+typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;
 
 enum { ARENA_WEIGHTS, ARENA_GRADIENTS, ARENA_OPTIMIZER, ARENA_ACTIVATIONS, ARENA_WORKSPACE, N_ARENAS };
 static const char *const arena_names[] = {"weights", "gradients", "optimizer", "activations", "workspace"};
@@ -328,9 +339,10 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int training;               // 0: evaluation and samples; weights and activations are all there is
 } Plan;
 
-// ---- what the plumbing (sections 8 to 15) offers the story ---------------------------------------------------------
+// ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
 typedef struct Str { char s[4096]; } Str;               // a short text as a value, with nothing to free
-typedef struct Text { char *s; int n, max; } Text;      // a growing text: start from zero, text_add, free(t.s)
+// a growing text: start from zero, text_add, free(t.s)
+typedef struct Text { char *s; int n, max; } Text;
 typedef struct Json Json;
 typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
 typedef struct StWriter StWriter;                       // a safetensors file that is being written
@@ -374,8 +386,8 @@ Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char *
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
 int data_vocabulary(const char *pattern);
-void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
-                 int vocab_size, int document_mask);
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
+                 int shuffle, int vocab_size, int document_mask);
 void loader_log(const DataLoader *dl, const char *name, FILE *f);
 void loader_rewind(DataLoader *dl);
 int64_t loader_eval_batches(const DataLoader *dl);
@@ -397,9 +409,10 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
 void checkpoint_read_model(const char *dir, Model *m, int state);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
 void weights_read(const char *dir, Model *m, const Config *c);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder);
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
+                     const char *side_folder);
 
-// ---- what each trainer has of its own: ranks and device (section 7), model (section 4) ------------------------------
+// ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
 int comm_world(void);
 void comm_init(int *argc, char ***argv);
@@ -414,7 +427,8 @@ void device_wait(void);                                 // until it has done wha
 Machine device_machine(void);                           // what there is to plan with, the same on all ranks
 const char *device_name(void);
 double device_peak(int bf16);                           // FLOP/s of a rank; NAN: unknown
-double energy_read(void);                               // joules of this rank's part since some moment; NAN: unavailable
+// joules of this rank's part since some moment; NAN: unavailable
+double energy_read(void);
 int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
 void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
 
@@ -964,8 +978,8 @@ void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX 
     }
 }
 
-// ==== 4. Model: layout, forward, head and loss, backward, update ===============================================
-// ---- parameters: pointers into one unit of the weights or of the gradients, wherever the unit lies ----------------
+// ==== 4. Model: layout, forward, head and loss, backward, update ===========================================
+// ---- parameters: pointers into one unit of the weights or of the gradients, wherever the unit lies --------
 typedef struct LayerParams {
     floatX *norm1;          // (C)
     floatX *qkv;            // ((H+2K)D, C)
@@ -977,7 +991,8 @@ typedef struct LayerParams {
     floatX *down;           // (C, F)
 } LayerParams;
 
-static floatX *param(floatX *unit, const ParamTable *p, int u, const char *suffix) {    // NULL: this model has none
+// The tensor whose name ends so; NULL: this model has none
+static floatX *param(floatX *unit, const ParamTable *p, int u, const char *suffix) {
     const Tensor *t = table_find(p, u, suffix);
     return t ? unit + t->at : NULL;
 }
@@ -985,10 +1000,11 @@ static floatX *param(floatX *unit, const ParamTable *p, int u, const char *suffi
 LayerParams layer_params(floatX *unit, const ParamTable *p, int l) {
     const int u = UNIT_LAYER + l;
     LayerParams w = {
-        param(unit, p, u, "input_layernorm.weight"), param(unit, p, u, "q_proj.weight"), param(unit, p, u, "q_proj.bias"),
-        param(unit, p, u, "q_norm.weight"), param(unit, p, u, "k_norm.weight"), param(unit, p, u, "o_proj.weight"),
-        param(unit, p, u, "post_attention_layernorm.weight"), param(unit, p, u, "gate_proj.weight"),
-        param(unit, p, u, "down_proj.weight")};
+        param(unit, p, u, "input_layernorm.weight"),
+        param(unit, p, u, "q_proj.weight"), param(unit, p, u, "q_proj.bias"),
+        param(unit, p, u, "q_norm.weight"), param(unit, p, u, "k_norm.weight"),
+        param(unit, p, u, "o_proj.weight"), param(unit, p, u, "post_attention_layernorm.weight"),
+        param(unit, p, u, "gate_proj.weight"), param(unit, p, u, "down_proj.weight")};
     return w;
 }
 
@@ -1003,9 +1019,9 @@ HeadParams head_params(floatX *unit, floatX *embed, const ParamTable *p) {
     return w;
 }
 
-// ---- activations ---------------------------------------------------------------------------------------------
-// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer that each layer
-// reuses; without training all layers share one of each, and two of x.
+// ---- activations ------------------------------------------------------------------------------------------
+// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer
+// that each layer reuses; without training all layers share one of each, and two of x.
 typedef struct LayerActs {
     floatX *x;                          // (N,C)        the layer's input
     floatX *rstd1, *rstd2;              // (N)
@@ -1025,7 +1041,8 @@ struct Model {
     int B, T, N;                        // micro-step: N = B*T rows
     int chunk;                          // rows of logits that exist at a time
     floatX *weights, *grads;            // flat, (p.n)
-    floatX *master, *m, *v;             // flat; ZeRO 1: this rank's share of each unit. In fp32 the weights are their own master
+    // flat; ZeRO 1: this rank's share of each unit. In fp32 the weights are their own master
+    floatX *master, *m, *v;
     LayerActs *acts;                    // (L)
     floatX *x_last, *rstd_last;         // (N,C), (N)   input of the final norm
     floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
@@ -1052,7 +1069,8 @@ static HeadParams head_grads(const Model *m) {
     return head_params(unit_grads(m, m->p.n_units - 1), unit_grads(m, UNIT_EMBED), &m->p);
 }
 
-// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand out the pointers.
+// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand
+// out the pointers.
 static void *take(Arena *a, size_t bytes) {
     void *at = a->base ? a->base + a->used : NULL;
     a->used += CEIL_DIV(bytes, 64) * 64;
@@ -1093,7 +1111,8 @@ static void layout(Model *m) {
     Arena *a = &m->arena[ARENA_ACTIVATIONS];
     const int keep_block = plan->training && plan->recompute != RECOMPUTE_BLOCK;
     const int keep_mlp = plan->training && plan->recompute == RECOMPUTE_NONE;
-    LayerActs shared;                       // what every layer writes again: laid out once, the rest per layer
+    // what every layer writes again: laid out once, the rest per layer
+    LayerActs shared;
     memset(&shared, 0, sizeof shared);
     layout_layer(m, &shared, a, !keep_block, !keep_mlp);
     for (int l = 0; l < c->L; l++) {
@@ -1134,8 +1153,8 @@ Model *model_plan(const Config *c, const Plan *plan) {
     return m;
 }
 
-// Takes the memory. Weights, m and v start as zeros: the padding of the vocabulary has no other value, ever. The rest is
-// written before it is read; test builds (POISON) fill it with NaN to prove that.
+// Takes the memory. Weights, m and v start as zeros: the padding of the vocabulary has no other value, ever.
+// The rest is written before it is read; test builds (POISON) fill it with NaN to prove that.
 void model_alloc(Model *m) {
     for (int i = 0; i < N_ARENAS; i++) {
         Arena *a = &m->arena[i];
@@ -1163,7 +1182,7 @@ void model_free(Model *m) {
     free(m);
 }
 
-// ---- weights and state --------------------------------------------------------------------------------------------
+// ---- weights and state ------------------------------------------------------------------------------------
 // The part of unit u whose optimizer state this rank holds: its elements [*first, *first + *n).
 void state_share(const Model *m, int u, size_t *first, size_t *n) {
     *n = m->p.units[u].n_padded / (m->plan.zero ? m->plan.ranks : 1);
@@ -1182,7 +1201,8 @@ static floatX *state_of(const Model *m, int what, int u, size_t at) {
     return unit_weights(m, u) + at;
 }
 
-// Host access for checkpoints: elements [at, at+n) of unit u as fp32; of master, m and v those of this rank's share.
+// Host access for checkpoints: elements [at, at+n) of unit u as fp32; of master, m and v those of this rank's
+// share.
 void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host) {
     const floatX *x = state_of(m, what, u, at);
     for (size_t i = 0; i < n; i++) host[i] = (float)x[i];
@@ -1193,7 +1213,8 @@ void model_write(Model *m, int what, int u, size_t at, size_t n, const float *ho
     for (size_t i = 0; i < n; i++) x[i] = host[i];
 }
 
-// Master weights from the weights (of this rank's shares), then the weights rounded to what they are computed in.
+// Master weights from the weights (of this rank's shares), then the weights rounded to what they are computed
+// in.
 void model_set_master(Model *m) {
     for (int u = 0; u < m->p.n_units && m->master != m->weights; u++) {
         size_t first, n;
@@ -1203,7 +1224,8 @@ void model_set_master(Model *m) {
     store_matrix(m->weights, m->p.n);
 }
 
-// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
+// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend
+// on ranks.
 void model_init(Model *m, uint64_t seed) {
     for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
         const uint64_t stream = hash_string(t->name);
@@ -1216,7 +1238,7 @@ void model_init(Model *m, uint64_t seed) {
     model_set_master(m);
 }
 
-// ---- forward -------------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------------------
 // x_mid = x + attention(q,k,v) Wo^T with q,k,v = rope(norm1(x) Wqkv^T): y->rstd1, qkv, att, lse, x_mid
 static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y, const Batch *batch) {
     const Config *c = &m->c;
@@ -1247,10 +1269,10 @@ void llama_forward(Model *m, const Batch *batch) {
     rmsnorm_forward(m->norm, m->rstd_last, m->x_last, head_weights(m).norm, c->eps, N, c->C);
 }
 
-// ---- head and loss ---------------------------------------------------------------------------------------------------
-// Loss of each target into m->nll (N); their sum goes to what model_loss returns, each times its weight. weight (N) = d objective
-// / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's gradient +=. weight NULL: losses only.
-// Logits exist for `chunk` rows at a time.
+// ---- head and loss ----------------------------------------------------------------------------------------
+// Loss of each target into m->nll (N); their sum goes to what model_loss returns, each times its weight.
+// weight (N) = d objective / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's
+// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time.
 void llama_head(Model *m, const Batch *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
@@ -1283,13 +1305,14 @@ void next_logits(Model *m, const int *ids, int n, float *logits) {
     b.T = n;
     b.inputs = (int *)ids;
     llama_forward(m, &b);
-    matmul_forward(m->logits, m->norm + (size_t)(n - 1) * m->c.C, head_weights(m).head, 1, m->c.C, m->c.V, NULL, NULL);
+    matmul_forward(m->logits, m->norm + (size_t)(n - 1) * m->c.C, head_weights(m).head, 1, m->c.C, m->c.V,
+                   NULL, NULL);
     for (int v = 0; v < m->c.V; v++) logits[v] = (float)m->logits[v];
 }
 
-// ---- backward ----------------------------------------------------------------------------------------------------------
-// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. unit_done(u), if given, is called when unit u's
-// are complete.
+// ---- backward ---------------------------------------------------------------------------------------------
+// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. unit_done(u), if given, is
+// called when unit u's are complete.
 void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int)) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
@@ -1301,7 +1324,8 @@ void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int
         const LayerParams w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         const LayerParams dw = layer_params(unit_grads(m, UNIT_LAYER + l), &m->p, l);
         LayerActs *y = &m->acts[l];
-        const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->plan.recompute;   // the last layer's are still there
+        // the last layer's are still there
+        const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->plan.recompute;
         if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, batch);
         if (again != RECOMPUTE_NONE) {
             rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, c->eps, N, C);
@@ -1312,7 +1336,8 @@ void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int
         floatX *dgate_up = y->gate_up;          // in place; h is rebuilt in the same pass
         mlp_backward_gate_up(dgate_up, m->h, m->dx, w.down, N, C, F);
         matmul_backward_w(dw.down, m->dx, m->h, N, F, C);
-        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, so the weight gradient follows that
+        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, so the weight
+        // gradient follows that
         matmul_backward_x(m->dnorm, dgate_up, w.gate_up, N, C, 2 * F);
         rmsnorm_backward(m->dx, dw.norm2, m->norm, m->dnorm, y->x_mid, y->rstd2, w.norm2, N, C);
         matmul_backward_w(dw.gate_up, dgate_up, m->norm, N, C, 2 * F);
@@ -1336,7 +1361,7 @@ void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int
     if (unit_done) unit_done(m, UNIT_EMBED);
 }
 
-// ---- update -------------------------------------------------------------------------------------------------------------
+// ---- update -----------------------------------------------------------------------------------------------
 void model_zero_grads(Model *m) { memset(m->grads, 0, m->p.n * sizeof(floatX)); }
 
 // Starts to add up unit u's gradients over the ranks; model_reduce_finish waits for all.
@@ -1356,8 +1381,8 @@ double gradient_norm(Model *m, const char **bad, int *n_bad) {
     return sqrt(total);
 }
 
-// One AdamW update with gradients * grad_scale (clipping); step counts from 1. ZeRO 1: each rank updates its shares, then all
-// gather the weights.
+// One AdamW update with gradients * grad_scale (clipping); step counts from 1. ZeRO 1: each rank updates its
+// shares, then all gather the weights.
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
     for (int u = 0; u < m->p.n_units; u++) {
@@ -1367,22 +1392,27 @@ void model_update(Model *m, double lr, double grad_scale, int64_t step, const Op
         for (const Tensor *t = m->p.tensors + unit->first_tensor, *end = t + unit->n_tensors; t < end; t++) {
             const size_t at = t->at > first ? t->at : first, stop = min_size(t->at + t->n, first + n);
             if (at >= stop) continue;
-            adamw_update(unit_weights(m, u) + at, state_of(m, STATE_MASTER, u, at), state_of(m, STATE_M, u, at),
-                         state_of(m, STATE_V, u, at), unit_grads(m, u) + at, stop - at, lr, o->beta1, o->beta2, o->eps,
-                         t->decay ? o->weight_decay : 0, grad_scale, step, m->plan.bf16_state, key, unit->at + at);
+            floatX *master = state_of(m, STATE_MASTER, u, at);
+            floatX *m_at = state_of(m, STATE_M, u, at), *v_at = state_of(m, STATE_V, u, at);
+            adamw_update(unit_weights(m, u) + at, master, m_at, v_at, unit_grads(m, u) + at, stop - at, lr,
+                         o->beta1, o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step,
+                         m->plan.bf16_state, key, unit->at + at);
         }
         if (m->plan.zero) comm_allgather(unit_weights(m, u), n);
     }
 }
 
 // SHARED BEGIN
-// ==== 5. Objectives: what is trained, as a loss and a weight per target =========================================
-// Every target t of a micro-step has a loss nll_t = -log p(target). An objective says with what weight each enters the update:
-// weight_t = d objective / d nll_t. Everything before (forward) and after (backward) is the same for all objectives.
+// ==== 5. Objectives: what is trained, as a loss and a weight per target ====================================
+// Every target t of a micro-step has a loss nll_t = -log p(target). An objective says with what weight each
+// enters the update: weight_t = d objective / d nll_t. Everything before (forward) and after (backward) is
+// the same for all objectives.
 typedef struct Objective {
     const char *name;
-    double (*mass)(const Batch *batch);     // what a micro-batch adds to the sum that the update's mean is divided by
-    void (*weigh)(double *weight, const Batch *batch, double mass);         // weight (N) =; mass: of the whole update
+    // what a micro-batch adds to the sum that the update's mean is divided by
+    double (*mass)(const Batch *batch);
+    // weight (N) =; mass: of the whole update
+    void (*weigh)(double *weight, const Batch *batch, double mass);
 } Objective;
 
 // ---- next tokens: the mean over all targets of the update, whatever micro-step or rank they are on
@@ -1398,7 +1428,7 @@ static void weigh_targets(double *weight, const Batch *batch, double mass) {
 
 static const Objective objectives[] = {{"pretrain", count_targets, weigh_targets}};     // by --stage
 
-// ==== 6. Training: an update, looking, saving, set-up, main =====================================================
+// ==== 6. Training: an update, looking, saving, set-up, main ================================================
 typedef struct Trainer {
     Model *m;
     Config c;
@@ -1415,7 +1445,8 @@ typedef struct Trainer {
     int64_t micro_steps;                    // per update
     int64_t bad_in_a_row, saved_step;
     double val_loss, floor;                 // of the last evaluation, NAN: none
-    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;   // of energy; NAN: none yet
+    // of energy; NAN: none yet
+    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;
 } Trainer;
 
 static volatile sig_atomic_t signals;       // how many arrived
@@ -1427,20 +1458,21 @@ static void on_signal(int number) {
 // 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
 static int stop_requested(void) { return comm_max((double)signals) > 0; }
 
-// ---- one update --------------------------------------------------------------------------------------------------
+// ---- one update -------------------------------------------------------------------------------------------
 static void read_batches(Trainer *tr) {
     for (int64_t i = 0; i < tr->micro_steps; i++) loader_next(&tr->train, &tr->batches[i]);
     tr->batches_read = 1;
 }
 
-// Gradients of one update, over all ranks. 0 if a signal came between micro-steps: nothing has changed then. *loss: the
-// objective.
+// Gradients of one update, over all ranks. 0 if a signal came between micro-steps: nothing has changed then.
+// *loss: the objective.
 static int update_gradients(Trainer *tr, double *loss) {
     Model *m = tr->m;
     double mass = 0;
     if (!tr->batches_read) read_batches(tr);
     for (int64_t i = 0; i < tr->micro_steps; i++) mass += tr->objective->mass(&tr->batches[i]);
-    comm_sum(&mass, 1);                     // known before the first backward, so that nothing is scaled afterwards
+    // known before the first backward, so that nothing is scaled afterwards
+    comm_sum(&mass, 1);
     model_zero_grads(m);
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) return 0;
@@ -1476,12 +1508,14 @@ static Str update_verdict(const Trainer *tr, double loss, double norm, const cha
         return str("loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
                    model_table(tr->m)->n_tensors, bad ? bad : "none");
     if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
-        return str("spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm, z_norm);
+        return str("spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
+                   z_norm);
     return str("%s", "");
 }
 
-// Energy is read over windows of at least 2 s, with the device idle at both ends: a GPU's counter moves every 0.1 s. This ends
-// a window, which counts if it was of updates, and begins the next. All ranks call it together.
+// Energy is read over windows of at least 2 s, with the device idle at both ends: a GPU's counter moves every
+// 0.1 s. This ends a window, which counts if it was of updates, and begins the next. All ranks call it
+// together.
 enum { ENERGY_SECONDS = 2 };
 static void window_turn(Trainer *tr, int of_updates) {
     device_wait();
@@ -1489,7 +1523,8 @@ static void window_turn(Trainer *tr, int of_updates) {
     double now = now_seconds(), energy = energy_read(), joules = energy - tr->window.joules;
     comm_sum(&joules, 1);                                   // each rank reads its own counters
     if (of_updates) tr->state.joules += joules;
-    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {   // cut short by an evaluation or the end: too coarse
+    // cut short by an evaluation or the end: too coarse
+    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {
         tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
         tr->window.watts = joules / (now - tr->window.start);
     }
@@ -1498,7 +1533,8 @@ static void window_turn(Trainer *tr, int of_updates) {
     tr->window.tokens = tr->state.tokens;
 }
 
-static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, const char *skipped) {
+static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds,
+                     const char *skipped) {
     const int64_t step = tr->state.step;
     const double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
     const double report = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / world;
@@ -1506,15 +1542,17 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     if (*skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
     if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
         const double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
-        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s "
-               "(causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3, speed,
-               measured_text(100 * report / tr->peak, "%.1f%%").s, measured_text(100 * causal / tr->peak, "%.1f%%").s,
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | "
+               "mfu %s (causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3,
+               speed, measured_text(100 * report / tr->peak, "%.1f%%").s,
+               measured_text(100 * causal / tr->peak, "%.1f%%").s,
                measured_text(tr->window.joules_per_token, "%.3g").s, duration_text(left).s);
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
-        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed},
-        {"tokens_per_sec_per_gpu", speed / world}, {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
+        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens},
+        {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
+        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
         {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
         {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
     Text r = {NULL, 0, 0};
@@ -1554,12 +1592,13 @@ static int train_step(Trainer *tr) {
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, skipped.s);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
-        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower "
-            "--lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped.s, opt.out);
+        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from "
+            "before: lower --lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped.s,
+            opt.out);
     return 1;
 }
 
-// ---- looking -------------------------------------------------------------------------------------------------------
+// ---- looking ----------------------------------------------------------------------------------------------
 // Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
 static void evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
@@ -1575,7 +1614,8 @@ static void evaluate(Trainer *tr) {
         llama_forward(tr->m, batch);
         llama_head(tr->m, batch, /*weight=*/NULL);
         sums[1] += count_targets(batch);
-        for (int j = 0; j < batch->B * batch->T; j++) if (batch->targets[j] != IGNORED) sums[2] += batch->floor[j];
+        for (int j = 0; j < batch->B * batch->T; j++)
+            if (batch->targets[j] != IGNORED) sums[2] += batch->floor[j];
     }
     sums[0] = model_loss(tr->m);
     comm_sum(sums, 3);
@@ -1609,16 +1649,18 @@ static int sample_token(const float *logits, int V, double temperature, double c
 static void generate(Trainer *tr) {
     if (comm_rank() || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
-    const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos, eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
+    const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos;
+    const int eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
     const int room = (int)opt.seq_len;
-    int *prompt = NULL, n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0, n = 0;
+    int *prompt = NULL, n = 0;
+    const int n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0;
     int *ids = (int *)xmalloc((size_t)(n_prompt + opt.sample_tokens + 2) * sizeof(int));
     float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
     if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
     for (int i = 0; i < n_prompt; i++) {
         if (prompt[i] >= tr->c.V)
-            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i],
-                tr->c.V);
+            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer",
+                prompt[i], tr->c.V);
         tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
@@ -1640,14 +1682,14 @@ static void generate(Trainer *tr) {
     free(ids);
 }
 
-// ---- the loop --------------------------------------------------------------------------------------------------------
+// ---- the loop ---------------------------------------------------------------------------------------------
 static void save(Trainer *tr) {
     if (tr->saved_step == tr->state.step) return;
     const double start = now_seconds();
     checkpoint_save(tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
     tr->saved_step = tr->state.step;
-    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
-           now_seconds() - start);
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out,
+           tr->state.step, now_seconds() - start);
 }
 
 static void report_end(const Trainer *tr) {
@@ -1655,14 +1697,14 @@ static void report_end(const Trainer *tr) {
     if (!s->step || s->seconds <= 0) return;
     const double speed = (double)s->tokens / s->seconds;
     const double flops = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / comm_world();
-    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank (%s) | energy %s "
-           "kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank (%s)"
+           " | energy %s kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
            measured_text(100 * flops / tr->peak, "%.1f%%").s, flops_text(tr->peak).s, device_peak_is,
            measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
            measured_text(s->joules / (double)s->tokens, "%.3g").s);
     if (isfinite(tr->val_loss) && isfinite(tr->floor))
-        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
-               tr->val_loss - tr->floor);
+        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss,
+               tr->floor, tr->val_loss - tr->floor);
 }
 
 static void train(Trainer *tr) {
@@ -1684,7 +1726,8 @@ static void train(Trainer *tr) {
     const int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
     if (stopped)
-        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
+               opt.out);
     else report_end(tr);
     if (!stopped && opt.sample_every) generate(tr);
 }
@@ -1709,8 +1752,9 @@ static void dump_grads(Trainer *tr) {
     printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
 }
 
-// ---- set-up: everything that can go wrong goes wrong here, before any work ----------------------------------------------
-static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+// ---- set-up: everything that can go wrong goes wrong here, before any work --------------------------------
+static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds";
+static const char DEFAULT_VAL[] = "data/stories/val/val_*.ds";
 
 static int is_training(void) { return !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads; }
 
@@ -1719,11 +1763,13 @@ static void refuse(void) {
     for (int i = 0; i < COUNT(refused); i++) {
         const char *value = option_text(option_find(refused[i].option));
         if (refused[i].value ? !strcmp(value, refused[i].value) : option_given(refused[i].option))
-            die("%s%s%s %s", refused[i].option, refused[i].value ? " " : "", refused[i].value ? value : "", refused[i].why);
+            die("%s%s%s %s", refused[i].option, refused[i].value ? " " : "", refused[i].value ? value : "",
+                refused[i].why);
     }
 }
 
-// What the user left open of schedule and output. Small models (below 5 M parameters) get the defaults of `tiny`.
+// What the user left open of schedule and output. Small models (below 5 M parameters) get the defaults of
+// `tiny`.
 static void resolve_schedule(Options *o, const Config *c) {
     const int small = config_params(c) < 5e6;
     if (o->steps < 0) o->steps = small ? 2400 : 1000;
@@ -1737,8 +1783,9 @@ static void resolve_schedule(Options *o, const Config *c) {
 
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
+    const int training = !opt.eval_only && !opt.generate;
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, !opt.eval_only && !opt.generate};
+                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training};
     return plan;
 }
 
@@ -1757,8 +1804,8 @@ static void resolve_batch(const Config *c, const Machine *machine) {
     if (opt.seq_len > c->max_T)
         die("--seq-len %" PRId64 " is beyond the model's max_position_embeddings %d", opt.seq_len, c->max_T);
     if (c->sliding_window && opt.seq_len > c->sliding_window)
-        die("--seq-len %" PRId64 " is beyond the model's sliding window %d, which litespark does not compute; use at most "
-            "that", opt.seq_len, c->sliding_window);
+        die("--seq-len %" PRId64 " is beyond the model's sliding window %d, which litespark does not compute; use "
+            "at most that", opt.seq_len, c->sliding_window);
     if (!opt.logits_chunk) opt.logits_chunk = device_logits_chunk(c->V);
     if (opt.generate) opt.batch_size = opt.logits_chunk = 1;                // a sample has one row at a time
     if (opt.generate) return;
@@ -1767,19 +1814,20 @@ static void resolve_batch(const Config *c, const Machine *machine) {
     if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
     const int64_t rows = opt.total_batch_tokens / row;
     if (opt.total_batch_tokens % row)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
-            opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64
+            " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
     for (int64_t b = 1; open && b <= rows; b++) {           // the largest divisor that fits;
-        if (rows % b || (b > 1 && b * opt.seq_len > ENOUGH_ROWS)) continue;     // beyond ENOUGH_ROWS nothing gets faster
+        // beyond ENOUGH_ROWS nothing gets faster
+        if (rows % b || (b > 1 && b * opt.seq_len > ENOUGH_ROWS)) continue;
         const Plan plan = plan_of(machine, b);
         if (b == 1 || plan_bytes(c, &plan) < machine->memory) opt.batch_size = b;
     }
     if (rows % opt.batch_size)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64,
-            opt.total_batch_tokens, opt.batch_size * row);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %"
+            PRId64, opt.total_batch_tokens, opt.batch_size * row);
     if (opt.batch_size * opt.seq_len > INT_MAX / 2)
-        die("--batch-size %" PRId64 " x --seq-len %" PRId64 " is more than fits; use smaller ones", opt.batch_size,
-            opt.seq_len);
+        die("--batch-size %" PRId64 " x --seq-len %" PRId64 " is more than fits; use smaller ones",
+            opt.batch_size, opt.seq_len);
 }
 
 // What a resumed run does otherwise than the run that was saved (its options: was) would have done.
@@ -1788,15 +1836,16 @@ static void say_what_changed(const Trainer *tr, Options *was) {
     resolve_schedule(was, &tr->c);
     const double then = learning_rate(was, step), now = learning_rate(&opt, step);
     if (then != now || was->steps != opt.steps)
-        printf("resume: learning rate | step %" PRId64 ": was %.3g, is now %.3g | end: was %.3g at step %" PRId64
-               ", is now %.3g at step %" PRId64 "\n", step + 1, then, now, learning_rate(was, was->steps - 1), was->steps,
-               learning_rate(&opt, opt.steps - 1), opt.steps);
+        printf("resume: learning rate | step %" PRId64 ": was %.3g, is now %.3g | end: was %.3g at step %"
+               PRId64 ", is now %.3g at step %" PRId64 "\n", step + 1, then, now,
+               learning_rate(was, was->steps - 1), was->steps, learning_rate(&opt, opt.steps - 1), opt.steps);
     if (step && tr->state.tokens / step != opt.total_batch_tokens)
         printf("resume: tokens per update | were %" PRId64 ", are now %" PRId64 "\n", tr->state.tokens / step,
                opt.total_batch_tokens);
 }
 
-// The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no others.
+// The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no
+// others.
 static char *setup_resume(Trainer *tr, Options *was) {
     if (!opt.resume) return NULL;
     char *dir = checkpoint_choose(opt.resume, opt.out);
@@ -1814,15 +1863,16 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
     if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
-        die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
+        die("the default data is not here; `make data` writes it to data/stories, or name your own with "
+            "--train-data");
     *c = choose_config(resume_dir);
     tr->tokenizer = tokenizer_choose(c, resume_dir ? resume_dir : opt.init_from, &tr->side_folder);
     if (c->V) return;
     c->V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
     if (c->V <= 0 && opt.dry_run) c->V = 1024;
     if (c->V <= 0)
-        die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
-            opt.train_data);
+        die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a "
+            "--tokenizer", opt.train_data);
     config_set_vocab(c, c->V);
     c->bos = tr->tokenizer ? tr->tokenizer->bos : -1;
     c->eos = tr->tokenizer ? tr->tokenizer->eos : -1;
@@ -1838,20 +1888,23 @@ static void setup_sizes(Trainer *tr, const char *resume_dir) {
     resolve_batch(&tr->c, &machine);
     const int n_steps = is_training() && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
     if (n_steps)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n_steps - 1]);
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out,
+            steps[n_steps - 1]);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
-    tr->micro_steps = opt.generate ? 0 : opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
+    if (!opt.generate)
+        tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
 }
 
 static void setup_data(Trainer *tr, const char *resume_dir) {
     const int B = (int)opt.batch_size, T = (int)opt.seq_len, masked = (int)opt.document_mask;
     tr->weight = (double *)xcalloc((size_t)B * T, sizeof(double));
     if (is_training() || opt.dump_grads) {
-        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1,
-                    tr->c.V, masked);
+        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed,
+                    /*shuffle=*/1, tr->c.V, masked);
         tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
-        for (int64_t i = 0; i < tr->micro_steps; i++) batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
+        for (int64_t i = 0; i < tr->micro_steps; i++)
+            batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
         if (resume_dir) {
             tr->train.state = tr->state.loader;
             tr->train.state.position %= tr->train.n_windows;
@@ -1869,11 +1922,13 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
 static void print_model(const Trainer *tr) {
     const Config *c = &tr->c;
     double total = 0;
-    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family->name,
-           (double)model_table(tr->m)->n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
-    printf("batch | %" PRId64 " tokens per update = %" PRId64 " sequences x %" PRId64 " tokens x %d ranks x %" PRId64
-           " micro-steps | %s | recompute %s\n", opt.total_batch_tokens, opt.batch_size, opt.seq_len, comm_world(),
-           tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32", option_text(option_find("--recompute")));
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n",
+           c->family->name, (double)model_table(tr->m)->n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F,
+           c->V, c->tied ? "tied" : "own");
+    printf("batch | %" PRId64 " tokens per update = %" PRId64 " sequences x %" PRId64 " tokens x %d ranks x %"
+           PRId64 " micro-steps | %s | recompute %s\n", opt.total_batch_tokens, opt.batch_size, opt.seq_len,
+           comm_world(), tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32",
+           option_text(option_find("--recompute")));
     printf("memory");
     for (int i = 0; i < N_ARENAS; i++) {
         const double bytes = model_bytes(tr->m, i);
@@ -1895,7 +1950,8 @@ static void log_header(const Trainer *tr) {
     char host[256] = "";
     gethostname(host, sizeof host - 1);
     Text r = {NULL, 0, 0};
-    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
+    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ",
+             LITESPARK_COMMIT);
     text_add_string(&r, device_name());
     text_add(&r, ", \"host\": ");
     text_add_string(&r, host);
@@ -1915,8 +1971,8 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
     log_open(opt.out);
     if (!is_training()) return;
     tr->peak = device_peak(opt.precision == BF16);
-    printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(), flops_text(tr->peak).s,
-           device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
+    printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
+           flops_text(tr->peak).s, device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
     log_header(tr);
     if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
@@ -1966,10 +2022,10 @@ int main(int argc, char **argv) {
 #endif
 // SHARED END
 
-// ==== 7. Ranks, and the machine under each =================================================================================
-// Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting is always a loop
-// of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run in MPI's fixed order for a number
-// of ranks.
+// ==== 7. Ranks, and the machine under each =================================================================
+// Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting
+// is always a loop of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run
+// in MPI's fixed order for a number of ranks.
 static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
@@ -1977,7 +2033,8 @@ int comm_world(void) { return comm.world; }
 
 #ifdef USE_MPI
 #include <mpi.h>
-enum { MAX_PENDING = 4096, BUCKET = 1 << 22 };      // BUCKET: elements of one all-reduce, so that large units overlap too
+// BUCKET: elements of one all-reduce, so that large units overlap too
+enum { MAX_PENDING = 4096, BUCKET = 1 << 22 };
 static MPI_Request pending[MAX_PENDING];
 static int n_pending;
 #define MPI_FLOATX (sizeof(floatX) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT)
@@ -2044,13 +2101,14 @@ void comm_reduce_finish(void) {
     n_pending = 0;
 }
 
-// x (n) becomes its sum over ranks some time before comm_reduce_finish returns; until then it must not be touched.
+// x (n) becomes its sum over ranks some time before comm_reduce_finish returns; until then it must not be
+// touched.
 void comm_reduce_start(floatX *x, size_t n) {
     if (comm.world == 1) return;
     for (size_t at = 0; at < n; at += BUCKET) {
         if (n_pending == MAX_PENDING) comm_reduce_finish();
-        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)min_size(n - at, BUCKET), MPI_FLOATX, MPI_SUM, MPI_COMM_WORLD,
-                       &pending[n_pending++]);
+        MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)min_size(n - at, BUCKET), MPI_FLOATX, MPI_SUM,
+                       MPI_COMM_WORLD, &pending[n_pending++]);
     }
 }
 
@@ -2063,7 +2121,8 @@ void comm_progress(void) {
 // Rank r holds elements [r*n, (r+1)*n) of x; afterwards all ranks hold all.
 void comm_allgather(floatX *x, size_t n) {
     MPI_Request r;
-    if (n > INT_MAX) die("a unit of %zu elements per rank is too large for MPI; use more ranks or --zero 0", n);
+    if (n > INT_MAX)
+        die("a unit of %zu elements per rank is too large for MPI; use more ranks or --zero 0", n);
     MPI_Iallgather(MPI_IN_PLACE, 0, MPI_FLOATX, x, (int)n, MPI_FLOATX, MPI_COMM_WORLD, &r);
     comm_wait(&r, 1, "the all-gather of weights");
 }
@@ -2074,7 +2133,8 @@ void comm_init(int *argc, char ***argv) {
     (void)argv;
     const char *size = getenv("OMPI_COMM_WORLD_SIZE");
     if (size && strcmp(size, "1"))
-        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
+        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make "
+            "train again", size);
 }
 void comm_finish(void) {}
 void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
@@ -2087,7 +2147,7 @@ void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
 #endif
 void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
 
-// ---- energy: counters of the processor package and its memory (RAPL), read where the system lets us ------------------
+// ---- energy: counters of the processor package and its memory (RAPL), read where the system lets us -------
 enum { MAX_COUNTERS = 32 };
 static const char RAPL_FOLDER[] = "/sys/class/powercap";
 typedef struct Energy {
@@ -2104,7 +2164,8 @@ static int read_number(const char *path, double *x) {
     return ok;
 }
 
-// Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same names).
+// Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same
+// names).
 void energy_open(Energy *e, const char *folder) {
     memset(e, 0, sizeof *e);
     glob_t found;
@@ -2146,7 +2207,7 @@ double energy_read(void) {
     return comm.local_rank ? 0 : joules;        // one rank counts for all of this machine
 }
 
-// ---- the device: this rank's threads ---------------------------------------------------------------------------------
+// ---- the device: this rank's threads ----------------------------------------------------------------------
 void device_open(void) {
     const int cores = omp_get_num_procs() / comm.local_ranks;
     omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 0 ? cores : 1);
@@ -2183,7 +2244,7 @@ int device_logits_chunk(int V) {                // 16 MiB of logits, at least 64
 
 void device_check_sizes(const Config *c) { (void)c; }   // any will do
 
-// ---- plumbing: read it when you need it ------------------------------------------------------------------------
+// ---- plumbing: read it when you need it -------------------------------------------------------------------
 // SHARED BEGIN
 // ==== 8. Errors, numbers, options =============================================================================
 static void (*die_hook)(const char *message);   // tests leave die() through it

@@ -1,42 +1,46 @@
-// ==== 1. Map ===================================================================================================
+// ==== 1. Map ===============================================================================================
 /*
-litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the CPU and the
-reference for every gradient here: same sections, same names, same options; read them side by side.
+litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the
+CPU and the reference for every gradient here: same sections, same names; read them side by side.
 
-    make train DEVICE=cuda && mpirun -np 8 ./train_litespark          one rank per GPU
-    make train DEVICE=emu  && mpirun -np 2 ./train_litespark          the same source on the CPU (dev/emu), for tests
-    ./train_litespark --help                                          every option
+    make train DEVICE=cuda && mpirun -np 8 ./train_litespark        one rank per GPU
+    make train DEVICE=emu  && mpirun -np 2 ./train_litespark        the same source on the CPU (dev/emu)
+    ./train_litespark --help                                        every option
 
-Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp rounded up to 128: rows in memory,
-never in files), L layers, C hidden size, H query heads, K key/value heads, D head size, F MLP width. All matrices are
-row-major; a weight w is (out, in).
+Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp: rounded up
+to 128, rows in memory, never in files), L layers, C hidden size, H query heads, K key/value heads, D head
+size, F MLP width. All matrices are row-major, last index fastest; a weight w is (out, in).
 
-The model: the embedding, L layers, a last norm, the head; then loss = cross-entropy. A layer, and what of it is kept for backward:
+The model: the embedding, L layers, a last norm, the head; then loss = cross-entropy. One layer:
 
-    x --+-- norm1 -- Wqkv -- qk_norm, rope -- attention -- Wo --(+)-- x_mid --+-- norm2 -- Wgate_up -- silu(g) u -- Wdown --(+)-- x of l+1
-        +------------------------------------------------------+              +-----------------------------------------------+
-    kept     x  rstd1      qkv (qk_raw qk_rstd)      att lse          x_mid  rstd2       gate_up
-    rebuilt  norm1(x)                                                 norm2(x_mid)                  h
+    x ----+-- norm1 -- Wqkv -- qk_norm, rope -- attention -- Wo --(+)-- x_mid
+          +-------------------------------------------------------+
+    kept for backward:     x  rstd1   qkv (qk_raw qk_rstd)   att lse        rebuilt there:  norm1(x)
+
+    x_mid +-- norm2 -- Wgate_up -- silu(g) u -- Wdown --(+)-- x of l+1
+          +---------------------------------------------+
+    kept for backward:     x_mid  rstd2   gate_up                           rebuilt there:  norm2(x_mid)  h
 
 Precision map (--precision bf16; with fp32 every floatX is a float)
-    weights, activations and their gradients, attention probabilities     bf16, rounded once per op to nearest even
-    master weights, m, v, gradients of parameters, rstd, LSE              fp32
-    sums inside kernels, matmuls                                          fp32      loss, norms of gradients   double
+    weights, activations and their gradients, attention probabilities    bf16, rounded once per op
+    master weights, m, v, gradients of parameters, rstd, LSE             fp32
+    sums inside kernels, matmuls                                         fp32
+    loss, norms of gradients                                             double
 Rules
 - floatX is a template parameter: bf16 or float. Gradients of parameters are += (fp32, over micro-steps), of
   activations =, except the residual stream dx. Every op says which.
 - What is trained enters as a weight per target (section 5): d objective / d loss of that target.
 - Every sum has a fixed order: no float atomics, so two runs give the same bits.
-- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step 0; nothing is
-  allocated in a step.
-- Kernels start only through launch(), on gpu.stream; inline PTX stands once, at the head of section 3; no architecture #ifdef
-  outside it.
+- Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step
+  0; nothing is allocated in a step.
+- Kernels start only through launch(), on gpu.stream; inline PTX stands once, at the head of section 3; no
+  architecture #ifdef outside it.
 - The text between SHARED BEGIN and SHARED END is the twin's, copied by `make sync`.
 Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
 
-Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; 2 tells the words. The rest is plumbing, for when you
-need it: 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models, 12 tokenizer, 13 data, 14 schedule and log,
-15 checkpoints.
+Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; 2 tells the words. The rest is
+plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models,
+12 tokenizer, 13 data, 14 schedule and log, 15 checkpoints.
 */
 
 // ==== 2. Vocabulary: types, options, and what the plumbing offers ================================================
@@ -111,17 +115,17 @@ enum { FP32, BF16 };
 enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
 enum { MLP_AUTO, MLP_PASSES, MLP_PRODUCTS };
 
-// Three kinds. FIXED: what a run is; a resume that gives another value is refused. GIVEN: saved as the user gave it (or
-// left it open) and resolved anew at every start, so that another number of ranks or a lower --lr works.
-// START: of this start only, never saved.
+// Three kinds. FIXED: what a run is; a resume that gives another value is refused. GIVEN: saved as the user
+// gave it (or left it open) and resolved anew at every start, so that another number of ranks or a lower --lr
+// works. START: of this start only, never saved.
 enum { START, GIVEN, FIXED };
 
-// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins with its
-// words). A GROUP is a headline of --help.
+// X(type, name, field of opt, kind, initial value (NULL: not set), range of numbers, help; a choice's begins
+// with its words). A GROUP is a headline of --help.
 #define OPTIONS(X, GROUP) \
     GROUP("Model") \
-    X(TEXT, "--preset", preset, START, NULL, 0, 0, "a model by name, random weights; --preset help lists them") \
-    X(TEXT, "--config", config, START, NULL, 0, 0, "a model by its Hugging Face config.json, random weights") \
+    X(TEXT, "--preset", preset, START, NULL, 0, 0, "a model by name, random weights (list: --preset help)") \
+    X(TEXT, "--config", config, START, NULL, 0, 0, "a model by Hugging Face's config.json, random weights") \
     X(TEXT, "--init-from", init_from, START, NULL, 0, 0, \
       "start from the weights of a Hugging Face checkpoint folder") \
     X(TEXT, "--resume", resume, START, NULL, 0, 0, \
@@ -160,7 +164,7 @@ enum { START, GIVEN, FIXED };
     X(REAL, "--eps", eps, GIVEN, "1e-8", 1e-30, 1, "added to the root of that mean") \
     X(REAL, "--weight-decay", weight_decay, GIVEN, "0.01", 0, 1e3, \
       "pull of matrices (not of norms and biases) to zero") \
-    X(REAL, "--grad-clip", grad_clip, GIVEN, "1", 0, 1e9, "longer gradients are shortened to this, 0 = never") \
+    X(REAL, "--grad-clip", grad_clip, GIVEN, "1", 0, 1e9, "longer gradients are cut to this, 0 = never") \
     X(REAL, "--skip-spikes", skip_spikes, GIVEN, "0", 0, 1e6, \
       "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
     X(CHOICE, "--optimizer-dtype", optimizer_dtype, GIVEN, "fp32", 0, 0, \
@@ -221,20 +225,23 @@ typedef struct Options { OPTIONS(FIELD, NO_FIELD) } Options;
 static Options opt;             // resolved: what the user left open is decided by resolve_options
 typedef struct Option Option;
 
-// ---- a model ------------------------------------------------------------------------------------------------
+// ---- a model ----------------------------------------------------------------------------------------------
 typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
 typedef struct Config {         // Hugging Face's config.json
     const Family *family;
-    int V, Vp;                  // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
+    // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
+    int V, Vp;
     int L, C, H, K, D, F;       // layers, hidden size, query heads, key/value heads, head_dim, MLP width
     int max_T;                  // positions the model is made for
     int tied;                   // lm_head is the embedding
-    int qkv_bias, qk_norm;      // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
+    // Qwen2: q, k, v have a bias; Qwen3: RMSNorm on each head of q and k, before RoPE
+    int qkv_bias, qk_norm;
     double eps, rope_theta, init_std;
     double rope_factor;         // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
     double rope_low, rope_high;
     int rope_original_T;
-    int sliding_window;         // 0 = none, else how far layers >= window_layer look back; a longer seq-len is refused
+    // 0 = none, else how far layers >= window_layer look back; a longer seq-len is refused
+    int sliding_window;
     int window_layer;           // Qwen's max_window_layers
     int bos, eos;               // token ids, -1 = none
 } Config;
@@ -248,9 +255,11 @@ typedef struct Tensor {
     int init, decay;
 } Tensor;
 
-typedef struct Unit {           // what is reduced, sharded and saved together: the embedding, a layer, final norm and head
+// what is reduced, sharded and saved together: the embedding, a layer, final norm and head
+typedef struct Unit {
     char name[24];              // "embed", "layers.7", "head"
-    size_t at, n, n_padded;     // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks
+    // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks
+    size_t at, n, n_padded;
     size_t vocab_padding;       // elements, for the rows V .. Vp-1
     int first_tensor, n_tensors;
 } Unit;
@@ -264,14 +273,15 @@ typedef struct ParamTable {     // every tensor's name, place, shape, initial va
     size_t unit_align;
 } ParamTable;
 
-// ---- data -----------------------------------------------------------------------------------------------------
+// ---- data -------------------------------------------------------------------------------------------------
 #define IGNORED (-100)          // a target that is no target (PyTorch's ignore_index)
 typedef struct Batch {          // of one micro-step
     int B, T;
     int n_rows;                 // rows with data; the others are padding: inputs 0, targets IGNORED
     int *inputs, *targets;      // (B, T)
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
-    float *floor;               // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
+    // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
+    float *floor;
 } Batch;
 
 typedef struct LoaderState {
@@ -300,7 +310,7 @@ typedef struct Tokenizer {
     char *path, *file;
 } Tokenizer;
 
-// ---- a run ------------------------------------------------------------------------------------------------------
+// ---- a run ------------------------------------------------------------------------------------------------
 enum { SPIKE_WINDOW = 128 };
 typedef struct TrainState {     // with the weights and the optimizer: all that a run is
     int64_t step, updates;      // updates: steps that changed the weights
@@ -311,7 +321,8 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     int64_t n_healthy;
 } TrainState;
 
-typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;   // memory: bytes that a rank may use
+// memory: bytes that a rank may use
+typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;
 
 enum { ARENA_WEIGHTS, ARENA_GRADIENTS, ARENA_OPTIMIZER, ARENA_ACTIVATIONS, ARENA_WORKSPACE, N_ARENAS };
 static const char *const arena_names[] = {"weights", "gradients", "optimizer", "activations", "workspace"};
@@ -324,9 +335,10 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int training;               // 0: evaluation and samples; weights and activations are all there is
 } Plan;
 
-// ---- what the plumbing (sections 8 to 15) offers the story ---------------------------------------------------------
+// ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
 typedef struct Str { char s[4096]; } Str;               // a short text as a value, with nothing to free
-typedef struct Text { char *s; int n, max; } Text;      // a growing text: start from zero, text_add, free(t.s)
+// a growing text: start from zero, text_add, free(t.s)
+typedef struct Text { char *s; int n, max; } Text;
 typedef struct Json Json;
 typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
 typedef struct StWriter StWriter;                       // a safetensors file that is being written
@@ -370,8 +382,8 @@ Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char *
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
 int data_vocabulary(const char *pattern);
-void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
-                 int vocab_size, int document_mask);
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
+                 int shuffle, int vocab_size, int document_mask);
 void loader_log(const DataLoader *dl, const char *name, FILE *f);
 void loader_rewind(DataLoader *dl);
 int64_t loader_eval_batches(const DataLoader *dl);
@@ -393,9 +405,10 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
 void checkpoint_read_model(const char *dir, Model *m, int state);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
 void weights_read(const char *dir, Model *m, const Config *c);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder);
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
+                     const char *side_folder);
 
-// ---- what each trainer has of its own: ranks and device (section 7), model (section 4) ------------------------------
+// ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
 int comm_world(void);
 void comm_init(int *argc, char ***argv);
@@ -410,7 +423,8 @@ void device_wait(void);                                 // until it has done wha
 Machine device_machine(void);                           // what there is to plan with, the same on all ranks
 const char *device_name(void);
 double device_peak(int bf16);                           // FLOP/s of a rank; NAN: unknown
-double energy_read(void);                               // joules of this rank's part since some moment; NAN: unavailable
+// joules of this rank's part since some moment; NAN: unavailable
+double energy_read(void);
 int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
 void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
 
@@ -2276,8 +2290,8 @@ void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, 
     launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, gpu.stream, w, master, m, v, grad, n, a);
 }
 
-// ==== 4. Model: layout, forward, head and loss, backward, update ===============================================
-// ---- parameters: pointers into one unit of the weights, or (float) of the gradients, wherever the unit lies ----------
+// ==== 4. Model: layout, forward, head and loss, backward, update ===========================================
+// ---- parameters: pointers into one unit of the weights or of the gradients, wherever the unit lies --------
 template <typename T> struct LayerParams {
     T *norm1;               // (C)
     T *qkv;                 // ((H+2K)D, C)
@@ -2289,17 +2303,19 @@ template <typename T> struct LayerParams {
     T *down;                // (C, F)
 };
 
-template <typename T> T *param(T *unit, const ParamTable *p, int u, const char *suffix) {   // NULL: this model has none
+// The tensor whose name ends so; NULL: this model has none
+template <typename T> T *param(T *unit, const ParamTable *p, int u, const char *suffix) {
     const Tensor *t = table_find(p, u, suffix);
     return t ? unit + t->at : NULL;
 }
 
 template <typename T> LayerParams<T> layer_params(T *unit, const ParamTable *p, int l) {
     const int u = UNIT_LAYER + l;
-    return {param(unit, p, u, "input_layernorm.weight"), param(unit, p, u, "q_proj.weight"), param(unit, p, u, "q_proj.bias"),
-            param(unit, p, u, "q_norm.weight"), param(unit, p, u, "k_norm.weight"), param(unit, p, u, "o_proj.weight"),
-            param(unit, p, u, "post_attention_layernorm.weight"), param(unit, p, u, "gate_proj.weight"),
-            param(unit, p, u, "down_proj.weight")};
+    return {param(unit, p, u, "input_layernorm.weight"),
+            param(unit, p, u, "q_proj.weight"), param(unit, p, u, "q_proj.bias"),
+            param(unit, p, u, "q_norm.weight"), param(unit, p, u, "k_norm.weight"),
+            param(unit, p, u, "o_proj.weight"), param(unit, p, u, "post_attention_layernorm.weight"),
+            param(unit, p, u, "gate_proj.weight"), param(unit, p, u, "down_proj.weight")};
 }
 
 template <typename T> struct HeadParams {
@@ -2312,9 +2328,9 @@ template <typename T> HeadParams<T> head_params(T *unit, T *embed, const ParamTa
     return {unit, own ? own : embed};
 }
 
-// ---- activations ---------------------------------------------------------------------------------------------
-// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer that each layer
-// reuses; without training all layers share one of each, and two of x.
+// ---- activations ------------------------------------------------------------------------------------------
+// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer
+// that each layer reuses; without training all layers share one of each, and two of x.
 template <typename floatX> struct LayerActs {
     floatX *x;                          // (N,C)        the layer's input
     float *rstd1, *rstd2;               // (N)
@@ -2342,14 +2358,16 @@ struct Model {                          // what does not depend on the precision
     ParamTable p;
     Plan plan;
     int B, T, N;                        // micro-step: N = B*T rows
-    int chunk, N_chunks;                // rows of logits that exist at a time; N_chunks*chunk >= N rows of norm and nll
+    // rows of logits that exist at a time; N_chunks*chunk >= N rows of norm and nll
+    int chunk, N_chunks;
     float *grads, *master;              // flat, (p.n); in fp32 the weights are their own master
     void *m, *v;                        // flat, float or bf16
     float *nll;                         // (N_chunks*chunk) loss of each target
     float *cosine, *sine;               // (T,D/2)
     double *sums;                       // (n_tensors + 1) on the device: loss, squares of gradients
     Feed feed;                          // the batch of the last llama_forward
-    int *feed_host, *feed_device;       // (6N+1)       of a Feed's arrays: one after the other, the same on both
+    // (6N+1)       of a Feed's arrays: one after the other, the same on both
+    int *feed_host, *feed_device;
     double *weight_host, *weight;       // (N)          of targets
     cudaEvent_t fed, weighed;           // the last copy of either has left the host
     Arena arena[N_ARENAS];
@@ -2389,7 +2407,8 @@ static HeadParams<float> head_grads(const Model *m) {
     return head_params(unit_grads(m, m->p.n_units - 1), unit_grads(m, UNIT_EMBED), &m->p);
 }
 
-// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand out the pointers.
+// The arenas are laid out by the same calls twice: first with base NULL to learn their sizes, then to hand
+// out the pointers.
 template <typename T> static void take(Arena *a, T **at, size_t n) {
     *at = a->base ? (T *)(a->base + a->used) : NULL;
     a->used += CEIL_DIV(n * sizeof(T), 256) * 256;
@@ -2430,7 +2449,8 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     Arena *a = &m->arena[ARENA_ACTIVATIONS];
     const int keep_block = plan->training && plan->recompute != RECOMPUTE_BLOCK;
     const int keep_mlp = plan->training && plan->recompute == RECOMPUTE_NONE;
-    LayerActs<floatX> shared = {};          // what every layer writes again: laid out once, the rest per layer
+    // what every layer writes again: laid out once, the rest per layer
+    LayerActs<floatX> shared = {};
     layout_layer(m, &shared, a, !keep_block, !keep_mlp);
     for (int l = 0; l < c->L; l++) {
         LayerActs<floatX> *y = &m->acts[l];
@@ -2450,7 +2470,8 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
         take(w, &m->datt, N * HD);
         take(w, &m->dqkv, N * (HD + 2 * KD));
         take(w, &gpu.scratch, std::max({MAX_PARTIALS * (size_t)c->C, MAX_PARTIALS * (HD + 2 * KD),
-                                        (size_t)2 * SQUARES_BLOCKS, N * c->H}));    // the last: attention_backward's delta
+                                        // the last: attention_backward's delta
+                                        (size_t)2 * SQUARES_BLOCKS, N * c->H}));
     }
     take(w, &m->logits, (size_t)m->chunk * c->Vp);
     take(w, &m->cosine, (size_t)m->T * c->D / 2);
@@ -2480,8 +2501,9 @@ Model *model_plan(const Config *c, const Plan *plan) {
     return m;
 }
 
-// Takes the memory. Weights, m and v start as zeros: the padding of the vocabulary has no other value, ever; so do the sums.
-// The rest is written before it is read, and is not cleared, so that tools which look for such reads see them.
+// Takes the memory. Weights, m and v start as zeros: the padding of the vocabulary has no other value, ever;
+// so do the sums. The rest is written before it is read, and is not cleared, so that tools which look for
+// such reads see them.
 void model_alloc(Model *m) {
     for (int i = 0; i < N_ARENAS; i++) {
         Arena *a = &m->arena[i];
@@ -2489,8 +2511,8 @@ void model_alloc(Model *m) {
         a->used = 0;
         if (!bytes) continue;
         if (cudaMalloc((void **)&a->base, bytes) != cudaSuccess)
-            die("out of GPU memory for %.0f MiB of %s; use a smaller --batch-size or --logits-chunk, --recompute block, or "
-                "--optimizer-dtype bf16", (double)bytes / 1048576, arena_names[i]);
+            die("out of GPU memory for %.0f MiB of %s; use a smaller --batch-size or --logits-chunk, "
+                "--recompute block, or --optimizer-dtype bf16", (double)bytes / 1048576, arena_names[i]);
         if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) cudaCheck(cudaMemset(a->base, 0, bytes));
     }
     with_precision(m, [](auto *m) { layout(m); });
@@ -2510,7 +2532,7 @@ void model_free(Model *m) {
     free(m);
 }
 
-// ---- weights and state --------------------------------------------------------------------------------------------
+// ---- weights and state ------------------------------------------------------------------------------------
 // The part of unit u whose optimizer state this rank holds: its elements [*first, *first + *n).
 void state_share(const Model *m, int u, size_t *first, size_t *n) {
     *first = 0;
@@ -2519,7 +2541,8 @@ void state_share(const Model *m, int u, size_t *first, size_t *n) {
 
 template <typename T> static void copy_to_host(const T *x, size_t n, float *host) {
     T *raw = (T *)xmalloc(n * sizeof(T));
-    device_wait();                              // the model's streams are non-blocking: cudaMemcpy alone would not wait for them
+    // the model's streams are non-blocking: cudaMemcpy alone would not wait for them
+    device_wait();
     cudaCheck(cudaMemcpy(raw, x, n * sizeof(T), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) host[i] = (float)raw[i];
     free(raw);
@@ -2538,11 +2561,13 @@ typedef struct State { void *x; int bf16; } State;
 static State state_of(const Model *m, int what) {
     State weights = {NULL, m->plan.bf16};
     with_precision(m, [&](auto *m) { weights.x = m->weights; });
-    const State by_kind[] = {weights, {m->master, 0}, {m->m, m->plan.bf16_state}, {m->v, m->plan.bf16_state}, {m->grads, 0}};
+    const State by_kind[] = {weights, {m->master, 0}, {m->m, m->plan.bf16_state}, {m->v, m->plan.bf16_state},
+                             {m->grads, 0}};
     return by_kind[what];                       // STATE_*
 }
 
-// Host access for checkpoints: elements [at, at+n) of unit u as fp32; of master, m and v those of this rank's share.
+// Host access for checkpoints: elements [at, at+n) of unit u as fp32; of master, m and v those of this rank's
+// share.
 void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host) {
     const State s = state_of(m, what);
     at += m->p.units[u].at;
@@ -2561,7 +2586,8 @@ void model_write(Model *m, int what, int u, size_t at, size_t n, const float *ho
 
 void model_set_master(Model *) {}               // model_write has done it
 
-// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
+// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend
+// on ranks.
 void model_init(Model *m, uint64_t seed) {
     enum { BLOCK = 1 << 20 };
     float *w = (float *)xmalloc(BLOCK * sizeof(float));
@@ -2578,11 +2604,13 @@ void model_init(Model *m, uint64_t seed) {
     free(w);
 }
 
-// ---- data to the device ----------------------------------------------------------------------------------------------
-static Feed feed_at(int *x, size_t N) { return {0, 0, 0, x, x + N, x + 2 * N, x + 3 * N, x + 4 * N, x + 5 * N}; }
+// ---- data to the device -----------------------------------------------------------------------------------
+static Feed feed_at(int *x, size_t N) {
+    return {0, 0, 0, x, x + N, x + 2 * N, x + 3 * N, x + 4 * N, x + 5 * N};
+}
 
-// Copies a batch to the device and sorts its rows by token (for the embedding). The next call waits for this copy alone, so
-// the device computes with one batch while the host prepares the next.
+// Copies a batch to the device and sorts its rows by token (for the embedding). The next call waits for this
+// copy alone, so the device computes with one batch while the host prepares the next.
 static Feed feed_batch(Model *m, const Batch *batch) {
     const size_t N = m->N, rows = (size_t)batch->B * batch->T, bytes = rows * sizeof(int);
     const Feed host = feed_at(m->feed_host, N);
@@ -2594,7 +2622,8 @@ static Feed feed_batch(Model *m, const Batch *batch) {
     if (batch->targets) memcpy(host.targets, batch->targets, bytes);
     if (batch->doc_start) memcpy(host.doc_start, batch->doc_start, bytes);
     sort_rows(host.order, host.starts, host.tokens, &f.n_distinct, batch->inputs, (int)rows, m->c.V);
-    cudaCheck(cudaMemcpyAsync(m->feed_device, m->feed_host, (6 * N + 1) * sizeof(int), cudaMemcpyHostToDevice, gpu.stream));
+    cudaCheck(cudaMemcpyAsync(m->feed_device, m->feed_host, (6 * N + 1) * sizeof(int), cudaMemcpyHostToDevice,
+                              gpu.stream));
     cudaCheck(cudaEventRecord(m->fed, gpu.stream));
     return f;
 }
@@ -2608,10 +2637,11 @@ static void feed_weights(Model *m, const double *weight, int N) {
     cudaCheck(cudaEventRecord(m->weighed, gpu.stream));
 }
 
-// ---- forward -------------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------------------
 // x_mid = x + attention(q,k,v) Wo^T with q,k,v = rope(norm1(x) Wqkv^T): y->rstd1, qkv, att, lse, x_mid
 template <typename floatX>
-static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y, const Feed *batch) {
+static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y,
+                                    const Feed *batch) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, c->eps, N, c->C);
@@ -2644,10 +2674,11 @@ void llama_forward(Model *model, const Batch *batch) {
     with_precision(model, [&](auto *m) { llama_forward(m, &m->feed); });
 }
 
-// ---- head and loss ---------------------------------------------------------------------------------------------------
-// Loss of each target into m->nll; their sum goes to what model_loss returns, each times its weight. weight (N) = d objective /
-// d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's gradient +=. weight NULL: losses only.
-// Logits exist for `chunk` rows at a time; rows beyond N have gradient zero, so that one shape of matmul serves every chunk.
+// ---- head and loss ----------------------------------------------------------------------------------------
+// Loss of each target into m->nll; their sum goes to what model_loss returns, each times its weight. weight
+// (N) = d objective / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's
+// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time; rows beyond N have gradient
+// zero, so that one shape of matmul serves every chunk.
 template <typename floatX> void llama_head(ModelOf<floatX> *m, const Feed *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
@@ -2658,9 +2689,11 @@ template <typename floatX> void llama_head(ModelOf<floatX> *m, const Feed *batch
         const size_t rest = m->chunk - rows;
         cudaCheck(cudaMemsetAsync(norm + (size_t)rows * c->C, 0, rest * c->C * sizeof(floatX), gpu.stream));
         matmul_forward(m->logits, norm, head, m->chunk, c->C, c->Vp, NULL, NULL);
-        cross_entropy(m->nll + n, m->logits, batch->targets + n, weight ? weight + n : NULL, rows, c->V, c->Vp);
+        cross_entropy(m->nll + n, m->logits, batch->targets + n, weight ? weight + n : NULL, rows, c->V,
+                      c->Vp);
         if (!weight) continue;
-        cudaCheck(cudaMemsetAsync(m->logits + (size_t)rows * c->Vp, 0, rest * c->Vp * sizeof(floatX), gpu.stream));
+        cudaCheck(cudaMemsetAsync(m->logits + (size_t)rows * c->Vp, 0, rest * c->Vp * sizeof(floatX),
+                                  gpu.stream));
         matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
         matmul_backward_w(head_grads(m).head, m->logits, norm, m->chunk, c->C, c->Vp);
     }
@@ -2688,10 +2721,11 @@ double model_loss(Model *m) {
     return loss;
 }
 
-// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does not matter, so a
-// power of two of rows runs: few shapes of matrix products.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does
+// not matter, so a power of two of rows runs: few shapes of matrix products.
 void next_logits(Model *model, const int *ids, int n, float *logits) {
-    const int room = model->N < model->T ? model->N : model->T, row = (n - 1) % model->chunk;   // row: in the chunk
+    // row: in the chunk
+    const int room = model->N < model->T ? model->N : model->T, row = (n - 1) % model->chunk;
     Batch b = {};
     b.B = 1;
     for (b.T = 16; b.T < n; b.T *= 2) {}
@@ -2707,21 +2741,24 @@ void next_logits(Model *model, const int *ids, int n, float *logits) {
     });
 }
 
-// ---- backward ----------------------------------------------------------------------------------------------------------
-// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. unit_done(u), if given, is called when the work
-// of unit u is enqueued.
-template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *batch, void (*unit_done)(Model *, int)) {
+// ---- backward ---------------------------------------------------------------------------------------------
+// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. unit_done(u), if given, is
+// called when the work of unit u is enqueued.
+template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *batch,
+                                               void (*unit_done)(Model *, int)) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     floatX *none = NULL;
     cudaCheck(cudaMemsetAsync(m->dx, 0, (size_t)N * C * sizeof(floatX), gpu.stream));
-    rmsnorm_backward(m->dx, head_grads(m).norm, none, m->dnorm, m->x_last, m->rstd_last, head_weights(m).norm, N, C);
+    rmsnorm_backward(m->dx, head_grads(m).norm, none, m->dnorm, m->x_last, m->rstd_last, head_weights(m).norm,
+                     N, C);
     if (unit_done) unit_done(m, UNIT_LAYER + c->L);
     for (int l = c->L - 1; l >= 0; l--) {
         const LayerParams<floatX> w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         const LayerParams<float> dw = layer_params(unit_grads(m, UNIT_LAYER + l), &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
-        const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->plan.recompute;   // the last layer's are still there
+        // the last layer's are still there
+        const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->plan.recompute;
         if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, batch);
         if (again != RECOMPUTE_NONE) {
             rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, c->eps, N, C);
@@ -2732,7 +2769,8 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *b
         floatX *dgate_up = y->gate_up;          // in place; h is rebuilt in the same pass
         mlp_backward_gate_up(dgate_up, m->h, m->dx, w.down, N, C, F);
         matmul_backward_w(dw.down, m->dx, m->h, N, F, C);
-        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, so the weight gradient follows that
+        // g | u = norm2(x_mid) Wgate_up^T; the norm's output is rebuilt by its backward, so the weight
+        // gradient follows that
         matmul_backward_x(m->dnorm, dgate_up, w.gate_up, N, C, 2 * F);
         rmsnorm_backward(m->dx, dw.norm2, m->norm, m->dnorm, y->x_mid, y->rstd2, w.norm2, N, C);
         matmul_backward_w(dw.gate_up, dgate_up, m->norm, N, C, 2 * F);
@@ -2751,7 +2789,8 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *b
         matmul_backward_w(dw.qkv, m->dqkv, m->norm, N, C, W);
         if (unit_done) unit_done(m, UNIT_LAYER + l);
     }
-    embedding_backward(unit_grads(m, UNIT_EMBED), batch->order, batch->starts, batch->tokens, batch->n_distinct, m->dx, N, C);
+    embedding_backward(unit_grads(m, UNIT_EMBED), batch->order, batch->starts, batch->tokens,
+                       batch->n_distinct, m->dx, N, C);
     if (unit_done) unit_done(m, UNIT_EMBED);
 }
 
@@ -2759,8 +2798,10 @@ void llama_backward(Model *model, const Batch *, void (*unit_done)(Model *, int)
     with_precision(model, [&](auto *m) { llama_backward(m, &m->feed, unit_done); });
 }
 
-// ---- update -------------------------------------------------------------------------------------------------------------
-void model_zero_grads(Model *m) { cudaCheck(cudaMemsetAsync(m->grads, 0, m->p.n * sizeof(float), gpu.stream)); }
+// ---- update -----------------------------------------------------------------------------------------------
+void model_zero_grads(Model *m) {
+    cudaCheck(cudaMemsetAsync(m->grads, 0, m->p.n * sizeof(float), gpu.stream));
+}
 
 // Starts to add up unit u's gradients over the ranks; model_reduce_finish waits for all.
 void model_reduce_unit(Model *m, int u) { comm_reduce_start(unit_grads(m, u), m->p.units[u].n_padded); }
@@ -2790,8 +2831,9 @@ static void update_tensors(ModelOf<floatX> *m, double lr, double grad_scale, int
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
     for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
         const size_t at = m->p.units[t->unit].at + t->at;
-        adamw_update(m->weights + at, m->master + at, (State *)m->m + at, (State *)m->v + at, m->grads + at, t->n, lr,
-                     o->beta1, o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step, key, at);
+        adamw_update(m->weights + at, m->master + at, (State *)m->m + at, (State *)m->v + at, m->grads + at,
+                     t->n, lr, o->beta1, o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step,
+                     key, at);
     }
 }
 
@@ -2804,13 +2846,16 @@ void model_update(Model *model, double lr, double grad_scale, int64_t step, cons
 }
 
 // SHARED BEGIN
-// ==== 5. Objectives: what is trained, as a loss and a weight per target =========================================
-// Every target t of a micro-step has a loss nll_t = -log p(target). An objective says with what weight each enters the update:
-// weight_t = d objective / d nll_t. Everything before (forward) and after (backward) is the same for all objectives.
+// ==== 5. Objectives: what is trained, as a loss and a weight per target ====================================
+// Every target t of a micro-step has a loss nll_t = -log p(target). An objective says with what weight each
+// enters the update: weight_t = d objective / d nll_t. Everything before (forward) and after (backward) is
+// the same for all objectives.
 typedef struct Objective {
     const char *name;
-    double (*mass)(const Batch *batch);     // what a micro-batch adds to the sum that the update's mean is divided by
-    void (*weigh)(double *weight, const Batch *batch, double mass);         // weight (N) =; mass: of the whole update
+    // what a micro-batch adds to the sum that the update's mean is divided by
+    double (*mass)(const Batch *batch);
+    // weight (N) =; mass: of the whole update
+    void (*weigh)(double *weight, const Batch *batch, double mass);
 } Objective;
 
 // ---- next tokens: the mean over all targets of the update, whatever micro-step or rank they are on
@@ -2826,7 +2871,7 @@ static void weigh_targets(double *weight, const Batch *batch, double mass) {
 
 static const Objective objectives[] = {{"pretrain", count_targets, weigh_targets}};     // by --stage
 
-// ==== 6. Training: an update, looking, saving, set-up, main =====================================================
+// ==== 6. Training: an update, looking, saving, set-up, main ================================================
 typedef struct Trainer {
     Model *m;
     Config c;
@@ -2843,7 +2888,8 @@ typedef struct Trainer {
     int64_t micro_steps;                    // per update
     int64_t bad_in_a_row, saved_step;
     double val_loss, floor;                 // of the last evaluation, NAN: none
-    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;   // of energy; NAN: none yet
+    // of energy; NAN: none yet
+    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;
 } Trainer;
 
 static volatile sig_atomic_t signals;       // how many arrived
@@ -2855,20 +2901,21 @@ static void on_signal(int number) {
 // 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
 static int stop_requested(void) { return comm_max((double)signals) > 0; }
 
-// ---- one update --------------------------------------------------------------------------------------------------
+// ---- one update -------------------------------------------------------------------------------------------
 static void read_batches(Trainer *tr) {
     for (int64_t i = 0; i < tr->micro_steps; i++) loader_next(&tr->train, &tr->batches[i]);
     tr->batches_read = 1;
 }
 
-// Gradients of one update, over all ranks. 0 if a signal came between micro-steps: nothing has changed then. *loss: the
-// objective.
+// Gradients of one update, over all ranks. 0 if a signal came between micro-steps: nothing has changed then.
+// *loss: the objective.
 static int update_gradients(Trainer *tr, double *loss) {
     Model *m = tr->m;
     double mass = 0;
     if (!tr->batches_read) read_batches(tr);
     for (int64_t i = 0; i < tr->micro_steps; i++) mass += tr->objective->mass(&tr->batches[i]);
-    comm_sum(&mass, 1);                     // known before the first backward, so that nothing is scaled afterwards
+    // known before the first backward, so that nothing is scaled afterwards
+    comm_sum(&mass, 1);
     model_zero_grads(m);
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) return 0;
@@ -2904,12 +2951,14 @@ static Str update_verdict(const Trainer *tr, double loss, double norm, const cha
         return str("loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
                    model_table(tr->m)->n_tensors, bad ? bad : "none");
     if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
-        return str("spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm, z_norm);
+        return str("spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
+                   z_norm);
     return str("%s", "");
 }
 
-// Energy is read over windows of at least 2 s, with the device idle at both ends: a GPU's counter moves every 0.1 s. This ends
-// a window, which counts if it was of updates, and begins the next. All ranks call it together.
+// Energy is read over windows of at least 2 s, with the device idle at both ends: a GPU's counter moves every
+// 0.1 s. This ends a window, which counts if it was of updates, and begins the next. All ranks call it
+// together.
 enum { ENERGY_SECONDS = 2 };
 static void window_turn(Trainer *tr, int of_updates) {
     device_wait();
@@ -2917,7 +2966,8 @@ static void window_turn(Trainer *tr, int of_updates) {
     double now = now_seconds(), energy = energy_read(), joules = energy - tr->window.joules;
     comm_sum(&joules, 1);                                   // each rank reads its own counters
     if (of_updates) tr->state.joules += joules;
-    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {   // cut short by an evaluation or the end: too coarse
+    // cut short by an evaluation or the end: too coarse
+    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {
         tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
         tr->window.watts = joules / (now - tr->window.start);
     }
@@ -2926,7 +2976,8 @@ static void window_turn(Trainer *tr, int of_updates) {
     tr->window.tokens = tr->state.tokens;
 }
 
-static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds, const char *skipped) {
+static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds,
+                     const char *skipped) {
     const int64_t step = tr->state.step;
     const double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
     const double report = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / world;
@@ -2934,15 +2985,17 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     if (*skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
     if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
         const double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
-        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | mfu %s "
-               "(causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3, speed,
-               measured_text(100 * report / tr->peak, "%.1f%%").s, measured_text(100 * causal / tr->peak, "%.1f%%").s,
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | "
+               "mfu %s (causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3,
+               speed, measured_text(100 * report / tr->peak, "%.1f%%").s,
+               measured_text(100 * causal / tr->peak, "%.1f%%").s,
                measured_text(tr->window.joules_per_token, "%.3g").s, duration_text(left).s);
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
-        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens}, {"tokens_per_sec", speed},
-        {"tokens_per_sec_per_gpu", speed / world}, {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
+        {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens},
+        {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
+        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
         {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
         {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
     Text r = {NULL, 0, 0};
@@ -2982,12 +3035,13 @@ static int train_step(Trainer *tr) {
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, skipped.s);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
-        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from before: lower "
-            "--lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped.s, opt.out);
+        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from "
+            "before: lower --lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped.s,
+            opt.out);
     return 1;
 }
 
-// ---- looking -------------------------------------------------------------------------------------------------------
+// ---- looking ----------------------------------------------------------------------------------------------
 // Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
 static void evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
@@ -3003,7 +3057,8 @@ static void evaluate(Trainer *tr) {
         llama_forward(tr->m, batch);
         llama_head(tr->m, batch, /*weight=*/NULL);
         sums[1] += count_targets(batch);
-        for (int j = 0; j < batch->B * batch->T; j++) if (batch->targets[j] != IGNORED) sums[2] += batch->floor[j];
+        for (int j = 0; j < batch->B * batch->T; j++)
+            if (batch->targets[j] != IGNORED) sums[2] += batch->floor[j];
     }
     sums[0] = model_loss(tr->m);
     comm_sum(sums, 3);
@@ -3037,16 +3092,18 @@ static int sample_token(const float *logits, int V, double temperature, double c
 static void generate(Trainer *tr) {
     if (comm_rank() || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
-    const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos, eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
+    const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos;
+    const int eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
     const int room = (int)opt.seq_len;
-    int *prompt = NULL, n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0, n = 0;
+    int *prompt = NULL, n = 0;
+    const int n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0;
     int *ids = (int *)xmalloc((size_t)(n_prompt + opt.sample_tokens + 2) * sizeof(int));
     float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
     if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
     for (int i = 0; i < n_prompt; i++) {
         if (prompt[i] >= tr->c.V)
-            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer", prompt[i],
-                tr->c.V);
+            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer",
+                prompt[i], tr->c.V);
         tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
@@ -3068,14 +3125,14 @@ static void generate(Trainer *tr) {
     free(ids);
 }
 
-// ---- the loop --------------------------------------------------------------------------------------------------------
+// ---- the loop ---------------------------------------------------------------------------------------------
 static void save(Trainer *tr) {
     if (tr->saved_step == tr->state.step) return;
     const double start = now_seconds();
     checkpoint_save(tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
     tr->saved_step = tr->state.step;
-    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out, tr->state.step,
-           now_seconds() - start);
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out,
+           tr->state.step, now_seconds() - start);
 }
 
 static void report_end(const Trainer *tr) {
@@ -3083,14 +3140,14 @@ static void report_end(const Trainer *tr) {
     if (!s->step || s->seconds <= 0) return;
     const double speed = (double)s->tokens / s->seconds;
     const double flops = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / comm_world();
-    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank (%s) | energy %s "
-           "kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank (%s)"
+           " | energy %s kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
            measured_text(100 * flops / tr->peak, "%.1f%%").s, flops_text(tr->peak).s, device_peak_is,
            measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
            measured_text(s->joules / (double)s->tokens, "%.3g").s);
     if (isfinite(tr->val_loss) && isfinite(tr->floor))
-        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss, tr->floor,
-               tr->val_loss - tr->floor);
+        printf("end | val loss %.4f, floor %.4f nats/token: %.4f above what can be known\n", tr->val_loss,
+               tr->floor, tr->val_loss - tr->floor);
 }
 
 static void train(Trainer *tr) {
@@ -3112,7 +3169,8 @@ static void train(Trainer *tr) {
     const int stopped = stop_requested();
     if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
     if (stopped)
-        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step, opt.out);
+        printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
+               opt.out);
     else report_end(tr);
     if (!stopped && opt.sample_every) generate(tr);
 }
@@ -3137,8 +3195,9 @@ static void dump_grads(Trainer *tr) {
     printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
 }
 
-// ---- set-up: everything that can go wrong goes wrong here, before any work ----------------------------------------------
-static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds", DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+// ---- set-up: everything that can go wrong goes wrong here, before any work --------------------------------
+static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds";
+static const char DEFAULT_VAL[] = "data/stories/val/val_*.ds";
 
 static int is_training(void) { return !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads; }
 
@@ -3147,11 +3206,13 @@ static void refuse(void) {
     for (int i = 0; i < COUNT(refused); i++) {
         const char *value = option_text(option_find(refused[i].option));
         if (refused[i].value ? !strcmp(value, refused[i].value) : option_given(refused[i].option))
-            die("%s%s%s %s", refused[i].option, refused[i].value ? " " : "", refused[i].value ? value : "", refused[i].why);
+            die("%s%s%s %s", refused[i].option, refused[i].value ? " " : "", refused[i].value ? value : "",
+                refused[i].why);
     }
 }
 
-// What the user left open of schedule and output. Small models (below 5 M parameters) get the defaults of `tiny`.
+// What the user left open of schedule and output. Small models (below 5 M parameters) get the defaults of
+// `tiny`.
 static void resolve_schedule(Options *o, const Config *c) {
     const int small = config_params(c) < 5e6;
     if (o->steps < 0) o->steps = small ? 2400 : 1000;
@@ -3165,8 +3226,9 @@ static void resolve_schedule(Options *o, const Config *c) {
 
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
+    const int training = !opt.eval_only && !opt.generate;
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, !opt.eval_only && !opt.generate};
+                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training};
     return plan;
 }
 
@@ -3185,8 +3247,8 @@ static void resolve_batch(const Config *c, const Machine *machine) {
     if (opt.seq_len > c->max_T)
         die("--seq-len %" PRId64 " is beyond the model's max_position_embeddings %d", opt.seq_len, c->max_T);
     if (c->sliding_window && opt.seq_len > c->sliding_window)
-        die("--seq-len %" PRId64 " is beyond the model's sliding window %d, which litespark does not compute; use at most "
-            "that", opt.seq_len, c->sliding_window);
+        die("--seq-len %" PRId64 " is beyond the model's sliding window %d, which litespark does not compute; use "
+            "at most that", opt.seq_len, c->sliding_window);
     if (!opt.logits_chunk) opt.logits_chunk = device_logits_chunk(c->V);
     if (opt.generate) opt.batch_size = opt.logits_chunk = 1;                // a sample has one row at a time
     if (opt.generate) return;
@@ -3195,19 +3257,20 @@ static void resolve_batch(const Config *c, const Machine *machine) {
     if (!opt.total_batch_tokens) opt.total_batch_tokens = CEIL_DIV(wanted, row) * row;
     const int64_t rows = opt.total_batch_tokens / row;
     if (opt.total_batch_tokens % row)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64 " is",
-            opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --seq-len x ranks = %" PRId64 "; %" PRId64
+            " is", opt.total_batch_tokens, row, CEIL_DIV(opt.total_batch_tokens, row) * row);
     for (int64_t b = 1; open && b <= rows; b++) {           // the largest divisor that fits;
-        if (rows % b || (b > 1 && b * opt.seq_len > ENOUGH_ROWS)) continue;     // beyond ENOUGH_ROWS nothing gets faster
+        // beyond ENOUGH_ROWS nothing gets faster
+        if (rows % b || (b > 1 && b * opt.seq_len > ENOUGH_ROWS)) continue;
         const Plan plan = plan_of(machine, b);
         if (b == 1 || plan_bytes(c, &plan) < machine->memory) opt.batch_size = b;
     }
     if (rows % opt.batch_size)
-        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %" PRId64,
-            opt.total_batch_tokens, opt.batch_size * row);
+        die("--total-batch-tokens %" PRId64 " is not a multiple of --batch-size x --seq-len x ranks = %"
+            PRId64, opt.total_batch_tokens, opt.batch_size * row);
     if (opt.batch_size * opt.seq_len > INT_MAX / 2)
-        die("--batch-size %" PRId64 " x --seq-len %" PRId64 " is more than fits; use smaller ones", opt.batch_size,
-            opt.seq_len);
+        die("--batch-size %" PRId64 " x --seq-len %" PRId64 " is more than fits; use smaller ones",
+            opt.batch_size, opt.seq_len);
 }
 
 // What a resumed run does otherwise than the run that was saved (its options: was) would have done.
@@ -3216,15 +3279,16 @@ static void say_what_changed(const Trainer *tr, Options *was) {
     resolve_schedule(was, &tr->c);
     const double then = learning_rate(was, step), now = learning_rate(&opt, step);
     if (then != now || was->steps != opt.steps)
-        printf("resume: learning rate | step %" PRId64 ": was %.3g, is now %.3g | end: was %.3g at step %" PRId64
-               ", is now %.3g at step %" PRId64 "\n", step + 1, then, now, learning_rate(was, was->steps - 1), was->steps,
-               learning_rate(&opt, opt.steps - 1), opt.steps);
+        printf("resume: learning rate | step %" PRId64 ": was %.3g, is now %.3g | end: was %.3g at step %"
+               PRId64 ", is now %.3g at step %" PRId64 "\n", step + 1, then, now,
+               learning_rate(was, was->steps - 1), was->steps, learning_rate(&opt, opt.steps - 1), opt.steps);
     if (step && tr->state.tokens / step != opt.total_batch_tokens)
         printf("resume: tokens per update | were %" PRId64 ", are now %" PRId64 "\n", tr->state.tokens / step,
                opt.total_batch_tokens);
 }
 
-// The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no others.
+// The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no
+// others.
 static char *setup_resume(Trainer *tr, Options *was) {
     if (!opt.resume) return NULL;
     char *dir = checkpoint_choose(opt.resume, opt.out);
@@ -3242,15 +3306,16 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
     if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
-        die("the default data is not here; `make data` writes it to data/stories, or name your own with --train-data");
+        die("the default data is not here; `make data` writes it to data/stories, or name your own with "
+            "--train-data");
     *c = choose_config(resume_dir);
     tr->tokenizer = tokenizer_choose(c, resume_dir ? resume_dir : opt.init_from, &tr->side_folder);
     if (c->V) return;
     c->V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
     if (c->V <= 0 && opt.dry_run) c->V = 1024;
     if (c->V <= 0)
-        die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a --tokenizer",
-            opt.train_data);
+        die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a "
+            "--tokenizer", opt.train_data);
     config_set_vocab(c, c->V);
     c->bos = tr->tokenizer ? tr->tokenizer->bos : -1;
     c->eos = tr->tokenizer ? tr->tokenizer->eos : -1;
@@ -3266,20 +3331,23 @@ static void setup_sizes(Trainer *tr, const char *resume_dir) {
     resolve_batch(&tr->c, &machine);
     const int n_steps = is_training() && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
     if (n_steps)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out, steps[n_steps - 1]);
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out,
+            steps[n_steps - 1]);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
-    tr->micro_steps = opt.generate ? 0 : opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
+    if (!opt.generate)
+        tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
 }
 
 static void setup_data(Trainer *tr, const char *resume_dir) {
     const int B = (int)opt.batch_size, T = (int)opt.seq_len, masked = (int)opt.document_mask;
     tr->weight = (double *)xcalloc((size_t)B * T, sizeof(double));
     if (is_training() || opt.dump_grads) {
-        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed, /*shuffle=*/1,
-                    tr->c.V, masked);
+        loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed,
+                    /*shuffle=*/1, tr->c.V, masked);
         tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
-        for (int64_t i = 0; i < tr->micro_steps; i++) batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
+        for (int64_t i = 0; i < tr->micro_steps; i++)
+            batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
         if (resume_dir) {
             tr->train.state = tr->state.loader;
             tr->train.state.position %= tr->train.n_windows;
@@ -3297,11 +3365,13 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
 static void print_model(const Trainer *tr) {
     const Config *c = &tr->c;
     double total = 0;
-    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n", c->family->name,
-           (double)model_table(tr->m)->n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F, c->V, c->tied ? "tied" : "own");
-    printf("batch | %" PRId64 " tokens per update = %" PRId64 " sequences x %" PRId64 " tokens x %d ranks x %" PRId64
-           " micro-steps | %s | recompute %s\n", opt.total_batch_tokens, opt.batch_size, opt.seq_len, comm_world(),
-           tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32", option_text(option_find("--recompute")));
+    printf("model | %s | %.2f M parameters | L %d | C %d | H %d | K %d | D %d | F %d | V %d | %s head\n",
+           c->family->name, (double)model_table(tr->m)->n_params / 1e6, c->L, c->C, c->H, c->K, c->D, c->F,
+           c->V, c->tied ? "tied" : "own");
+    printf("batch | %" PRId64 " tokens per update = %" PRId64 " sequences x %" PRId64 " tokens x %d ranks x %"
+           PRId64 " micro-steps | %s | recompute %s\n", opt.total_batch_tokens, opt.batch_size, opt.seq_len,
+           comm_world(), tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32",
+           option_text(option_find("--recompute")));
     printf("memory");
     for (int i = 0; i < N_ARENAS; i++) {
         const double bytes = model_bytes(tr->m, i);
@@ -3323,7 +3393,8 @@ static void log_header(const Trainer *tr) {
     char host[256] = "";
     gethostname(host, sizeof host - 1);
     Text r = {NULL, 0, 0};
-    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ", LITESPARK_COMMIT);
+    text_add(&r, "{\"type\": \"header\", \"program\": \"litespark\", \"commit\": \"%s\", \"device\": ",
+             LITESPARK_COMMIT);
     text_add_string(&r, device_name());
     text_add(&r, ", \"host\": ");
     text_add_string(&r, host);
@@ -3343,8 +3414,8 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
     log_open(opt.out);
     if (!is_training()) return;
     tr->peak = device_peak(opt.precision == BF16);
-    printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(), flops_text(tr->peak).s,
-           device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
+    printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
+           flops_text(tr->peak).s, device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
     log_header(tr);
     if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
@@ -3395,9 +3466,10 @@ int main(int argc, char **argv) {
 // SHARED END
 
 // ==== 7. Ranks, and the GPU under each =====================================================================
-// Without MPI there is one rank and every function is the identity, so callers have no special case. Host values travel by MPI,
-// always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of their own, and gpu_wait has the same limit: a
-// dead or stuck peer ends the job with a message. (NCCL's own start has no limit; a broadcast just before it has.)
+// Without MPI there is one rank and every function is the identity, so callers have no special case. Host
+// values travel by MPI, always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of
+// their own, and gpu_wait has the same limit: a dead or stuck peer ends the job with a message. (NCCL's own
+// start has no limit; a broadcast just before it has.)
 static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
@@ -3407,8 +3479,8 @@ int comm_world(void) { return comm.world; }
 static void comm_check_time(double start, const char *what) {
     double waited = now_seconds() - start;
     if (waited > (double)opt.timeout)
-        die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto (or raise --timeout)",
-            waited, what);
+        die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
+            "(or raise --timeout)", waited, what);
 }
 
 #ifdef USE_MPI
@@ -3480,7 +3552,8 @@ void comm_abort(void) {}
 void comm_init(int *, char ***) {
     const char *size = getenv("OMPI_COMM_WORLD_SIZE");
     if (size && strcmp(size, "1"))
-        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make train again", size);
+        die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make "
+            "train again", size);
 }
 void comm_finish(void) {}
 void comm_broadcast(void *, size_t) {}
@@ -3489,9 +3562,9 @@ double comm_max(double x) { return x; }
 #endif
 void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
 
-// ---- the GPU -----------------------------------------------------------------------------------------------------------------
-// Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as cudaGetDeviceProperties
-// gives them.
+// ---- the GPU ----------------------------------------------------------------------------------------------
+// Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as
+// cudaGetDeviceProperties gives them.
 static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_peaks[] = {
     {"H100 NVL", 835, 60},          // H100 datasheet, sparse figures halved
     {"H100 PCIe", 756, 51},
@@ -3517,7 +3590,8 @@ double device_peak(int bf16) {
 
 const char *device_name(void) { return gpu.device.name; }
 
-// To plan with: what is free on the fullest GPU, less the allowance. Without a GPU (--dry-run): an 80 GB card.
+// To plan with: what is free on the fullest GPU, less the allowance. Without a GPU (--dry-run): an 80 GB
+// card.
 Machine device_machine(void) {
     size_t free_bytes = 0, total = 0;
     if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) free_bytes = (size_t)79 << 30;
@@ -3532,11 +3606,11 @@ void device_check_sizes(const Config *c) {
     if (opt.seq_len > F32_WARPS * 65535)
         die("--seq-len %" PRId64 ": the CUDA trainer takes at most %d", opt.seq_len, F32_WARPS * 65535);
     if (c->C % pack || c->F % pack || c->C > 16384)
-        die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a hidden_size of at most "
-            "16384", c->C, c->F, pack, pack == 8 ? "bf16" : "fp32");
+        die("hidden_size %d, intermediate_size %d: the CUDA trainer wants multiples of %d in %s, and a "
+            "hidden_size of at most 16384", c->C, c->F, pack, pack == 8 ? "bf16" : "fp32");
 }
 
-// ---- energy: NVML's total-energy counter, in mJ since the driver loaded. Opened at run time; absent: unavailable ------------
+// ---- energy: NVML's total-energy counter, in mJ since the driver loaded; opened at run time ---------------
 static struct { void *device; int (*total)(void *device, unsigned long long *mj); } nvml;
 
 static void energy_open(void) {
@@ -3547,7 +3621,8 @@ static void energy_open(void) {
     auto total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
     char bus[32];
     if (!init || !by_bus || !total || init()) return;
-    if (cudaDeviceGetPCIBusId(bus, sizeof bus, comm.local_rank) != cudaSuccess || by_bus(bus, &nvml.device)) return;
+    if (cudaDeviceGetPCIBusId(bus, sizeof bus, comm.local_rank) != cudaSuccess) return;
+    if (by_bus(bus, &nvml.device)) return;
     nvml.total = total;
 }
 
@@ -3558,7 +3633,7 @@ double energy_read(void) {
     return joules;
 }
 
-// ---- sums over ranks, and waiting for them -----------------------------------------------------------------------------
+// ---- sums over ranks, and waiting for them ----------------------------------------------------------------
 // x (n) of all ranks is summed on the communication stream once the compute stream has come this far.
 void comm_reduce_start(float *x, size_t n) {
     if (comm.world == 1) return;
@@ -3569,12 +3644,14 @@ void comm_reduce_start(float *x, size_t n) {
 #endif
 }
 
-// Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not come, ends the job.
+// Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not
+// come, ends the job.
 void device_wait(void) {
     double start = now_seconds();
     for (cudaError_t e; (e = cudaStreamQuery(gpu.stream)) != cudaSuccess;) {
         if (e != cudaErrorNotReady)
-            die("the GPU stopped: %s; with CUDA_LAUNCH_BLOCKING=1 the kernel is named", cudaGetErrorString(e));
+            die("the GPU stopped: %s; with CUDA_LAUNCH_BLOCKING=1 the kernel is named",
+                cudaGetErrorString(e));
 #ifdef USE_MPI
         ncclResult_t state = ncclSuccess;
         if (gpu.nccl) ncclCheck(ncclCommGetAsyncError((ncclComm_t)gpu.nccl, &state));
@@ -3598,13 +3675,16 @@ void device_open(void) {
     if (opt.dry_run) return;
     cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess || n == 0)
-        die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer", cudaGetErrorString(e));
-    if (comm.local_ranks > n) die("%d ranks on a machine with %d GPUs; start one rank per GPU", comm.local_ranks, n);
+        die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer",
+            cudaGetErrorString(e));
+    if (comm.local_ranks > n)
+        die("%d ranks on a machine with %d GPUs; start one rank per GPU", comm.local_ranks, n);
     cudaCheck(cudaSetDevice(comm.local_rank));
     cudaDeviceProp *device = &gpu.device;
     cudaCheck(cudaGetDeviceProperties(device, comm.local_rank));
     if (device->major < 8)
-        die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device->name, device->major, device->minor);
+        die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device->name, device->major,
+            device->minor);
     choose_kernels(device->major * 10 + device->minor);
     cudaCheck(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     cublasCheck(cublasLtCreate(&gpu.lt));
@@ -3623,7 +3703,7 @@ void device_open(void) {
 #endif
 }
 
-// ---- plumbing: read it when you need it ------------------------------------------------------------------------
+// ---- plumbing: read it when you need it -------------------------------------------------------------------
 // SHARED BEGIN
 // ==== 8. Errors, numbers, options =============================================================================
 static void (*die_hook)(const char *message);   // tests leave die() through it
