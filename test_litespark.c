@@ -2875,6 +2875,63 @@ static void test_resume_on_another_number_of_ranks_goes_on(void) {
     }
 }
 
+// What a resume does with options: fixed ones are refused by name, those that were left open are decided anew.
+static void test_resume_takes_up_options_by_their_kind(void) {
+    if (!have_binary()) return;
+    const char *out = file_at("out");
+    CHECK_RAN(trainer(0, "%s --batch-size 1 --steps 40 --lr 1e-2 --checkpoint-every 20 --keep 9 --out %s", tiny(), out));
+    if (n_bad) return;
+    const struct { const char *options, *part1, *part2; } fixed[] = {
+        {"--seed 2", "--seed 2", "begun with 1"}, {"--document-mask on", "--document-mask on", "begun with off"}};
+    for (int i = 0; i < COUNT(fixed); i++)
+        CHECK_REFUSED(trainer(0, "--resume auto %s --threads 1 --out %s", fixed[i].options, out), fixed[i].part1,
+                      fixed[i].part2);
+    CHECK_RAN(trainer(0, "--resume auto --seed 1 --threads 1 --out %s", out));     // the same is no change
+    double lr[64];
+    const struct { const char *options, *said, *changed; double first, last; } given[] = {
+        // min-lr and warm-up were left open, so they follow: lr/10, min(100, steps/10)
+        {"--lr 1e-4", "--lr was 0.01, is now 0.0001", "step 21: was", 0, 1e-5},
+        {"--steps 400", "--steps was 40, is now 400", "end: was 0.001 at step 40, is now 0.001 at step 400", 0, 1e-3},
+        {"--lr 1e-4 --min-lr 1e-4", "--min-lr was -1, is now 0.0001", "is now 0.0001 at step 40", 1e-4, 1e-4}};
+    for (int i = 0; i < COUNT(given); i++) {
+        const char *again = folder("again");
+        copy_folder(file_at("out/step_00000020"), file_at("again/step_00000020"));
+        Result r = trainer(0, "--resume auto %s --threads 1 --checkpoint-every 0 --val-every 0 --out %s", given[i].options,
+                           again);
+        CHECK_RAN(r);
+        CHECK(strstr(r.out, given[i].said) && strstr(r.out, given[i].changed), "%s: said '%.300s'", given[i].options, r.out);
+        int n = log_values(again, "step", "lr", lr, 64);
+        CHECK(n >= 20, "%d steps", n);
+        if (given[i].first > 0) CHECK_ERROR("lr of the first step", fabs(lr[0] / given[i].first - 1), 1e-6);
+        if (n == 20) CHECK_ERROR("lr of the last step", fabs(lr[n - 1] / given[i].last - 1), 1e-6);
+    }
+    if (!have_mpi()) return;
+    // batch and update were left open: 3 ranks of 32 tokens make other ones, and that is said
+    const char *again = folder("again");
+    copy_folder(file_at("out/step_00000020"), file_at("again/step_00000020"));
+    char *state = slurp(file_at("again/step_00000020/trainer_state.json"), NULL);
+    CHECK(strstr(state, "\"total-batch-tokens\": \"0\"") && strstr(state, "\"min-lr\": \"-1\""),
+          "options are not saved as they were given: %.600s", state);
+    Result r = trainer(3, "--resume auto --threads 1 --val-every 0 --out %s", again);
+    CHECK_RAN(r);
+    CHECK(strstr(r.out, "resume: tokens per update | were"), "another update is not said: %.400s", r.out);
+}
+
+// A checkpoint of the format before this one, whose options are those that were in force, not as given.
+static void test_resume_of_format_1_goes_on(void) {
+    if (!have_binary()) return;
+    const char *from = "dev/fixture/checkpoint_v1/step_00000003";
+    const double want[3] = {4.107650216806936, 3.9699320679247028, 3.988671045003408};     // as the program that wrote it went on
+    double got[8];
+    const char *out = file_at("out");
+    CHECK_RAN(trainer(0, "--resume %s --threads 1 --out %s", from, out));
+    CHECK(log_values(out, "step", "loss", got, 8) == 3, "3 more steps");
+    for (int i = 0; i < 3 && !n_bad; i++) CHECK_ERROR("loss", fabs(got[i] / want[i] - 1), 1e-6);
+    Result r = trainer(0, "--resume %s --threads 1 --lr 1e-4 --out %s", from, file_at("lower"));    // min-lr was lr/10
+    CHECK_RAN(r);
+    CHECK(log_values(file_at("lower"), "step", "lr", got, 8) == 3 && fabs(got[2] / 1e-5 - 1) < 1e-6, "lr ends at %g", got[2]);
+}
+
 static int count_checkpoints(const char *out, int64_t *newest) {
     int64_t *steps;
     int n = checkpoint_list(out, &steps);
@@ -3619,6 +3676,8 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(end_of_doc_gradients_are_the_mean_over_real_targets, F32),
     TEST(end_of_doc_evaluation_is_the_mean_over_real_targets, F32),
     TEST(resume_is_bit_exact, F32),
+    TEST(resume_takes_up_options_by_their_kind, F32),
+    TEST(resume_of_format_1_goes_on, F32),
     TEST(resume_on_another_number_of_ranks_goes_on, F32),
     TEST(resume_auto_takes_the_newest_whole_checkpoint, F32),
     TEST(keep_prunes_old_checkpoints, F32),
