@@ -132,7 +132,7 @@ static void fuzz_shard(const uint8_t *data, size_t n) {
     DataLoader dl;
     Batch batch;
     loader_open(&dl, in_dir(how & 128 ? "a.ds" : "a.bin"), B, T, how >> 4 & 1, 2, 1, how >> 5 & 1, vocab, masked);
-    batch_alloc(&batch, B, T, masked);
+    batch_alloc(&batch, B, T, masked, 1);
     for (int s = 0; s < 5; s++) {
         loader_next(&dl, &batch);
         for (int i = 0; i < B * T; i++) {
@@ -197,8 +197,9 @@ static void fuzz_state(const uint8_t *data, size_t n) {         // trainer_state
     TrainState t;
     put_two("checksums.txt", "trainer_state.json", data, n);
     if (strchr(checkpoint_whole(dir).s, '\n')) abort();
+    Options was;
     options_default();
-    checkpoint_read_state(dir, &t);
+    checkpoint_read_state(dir, &t, &was);
     if (t.step < 0 || t.updates > t.step || t.loader.position < 0) abort();
     tracking = 0;
     while (n_tracked) free(tracked[--n_tracked]);
