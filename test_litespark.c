@@ -2177,19 +2177,18 @@ static void test_fixture_matches_pytorch_end_to_end(void) {
 // Errors of single roundings add up as squares, so e should grow as the root of their number. Values that a
 // layer's forward stores (its backward stores as many gradients), first by PyTorch with transformers, then by
 // the twin:
-//     2 norms: 4, 2 (PyTorch also before the weight)     attention, o, down and 2 sums with x: 5, 5
-//     q, k, v: 3, 3     rope of q and k: 6, 2 (PyTorch: x cos, rotated x sin, their sum)
-//     qk-norm: 4, 0 (one pass with the rope)     gate, up: 2, 2     silu(g) u: 2, 1
-// that is 22 and 15 for Llama and Qwen2, 26 and 15 for Qwen3: sqrt(15/22) = 0.83, sqrt(15/26) = 0.76. A twin
-// that adds x inside the products of o and down, as the CUDA trainer does, stores 13: 0.77, 0.71. Measured,
-// as geometric mean over the tensors of llama, qwen2, qwen3: 0.89 0.79 0.79; for such a twin 0.83 0.77 0.76.
+//     2 norms: 4, 2 (PyTorch also before the weight)     attention, o, down and 2 sums with x: 5, 3 (the
+//     products of o and down add x)     q, k, v: 3, 3     rope of q and k: 6, 2 (PyTorch: x cos, rotated x sin,
+//     their sum)     qk-norm: 4, 0 (one pass with the rope)     gate, up: 2, 2     silu(g) u: 2, 1
+// that is 22 and 13 for Llama and Qwen2, 26 and 13 for Qwen3: sqrt(13/22) = 0.77, sqrt(13/26) = 0.71. Measured,
+// as geometric mean over the tensors of llama, qwen2, qwen3: 0.83 0.77 0.76.
 // The mean scatters by 3 % (standard deviation among eight sets of other batches; another instruction
 // set moves it by 0.1 %). Lower bound: 0.71 less three of these. Upper: 1, as the twin rounds nowhere where
 // PyTorch does not.
 // One tensor scatters by 4 % in the median and by 15 % at most (the 8 elements of Qwen3's q_norm). Bounds:
 // 0.71 less three of these, 0.83 and three of these.
-// One bit less in every stored value more than doubles e, one bit more halves it. If no product's output is
-// rounded, Qwen3's mean is 0.63. A single one of the 15 left unrounded changes e by up to 8 %: not seen.
+// One bit less in every stored value more than doubles e, one bit more halves it. A single one of the 13
+// left unrounded changes e by up to 8 %: not seen.
 static const double BF16_MEAN[2] = {0.65, 1.0}, BF16_TENSOR[2] = {0.45, 1.3};
 
 // To the nearest bf16, ties to even: not the trainer's, whose rounding is tested here.
