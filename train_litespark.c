@@ -442,18 +442,18 @@ double gradient_norm(Model *m, const char **bad, int *n_bad);
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o);
 // SHARED END
 
-// ==== 3. Ops: forward order, each backward below its forward ================================================
+// ==== 3. Ops: forward order, each backward below its forward ===============================================
 // Outputs first, then inputs, then sizes. An op says of each output whether it is = or +=.
 
 // ---- what storing means -----------------------------------------------------------------------------------
-// --precision bf16: whatever the CUDA trainer stores in bf16 is rounded here to what bf16 holds; sums stay in fp32.
+// --precision bf16: what the CUDA trainer stores in bf16 is rounded here to what bf16 holds; sums stay fp32.
 static int storing_bf16;
 
-// x rounded to bf16, ties to even.
+// x rounded to bf16, ties to even. The NaNs of arithmetic become NaN or Inf: not finite either way.
 static inline floatX round_bf16(floatX x) {
     union { float f; uint32_t u; } bits;
     bits.f = (float)x;
-    bits.u = (bits.u + 0x7fff + ((bits.u >> 16) & 1)) & 0xffff0000u;    // a NaN may become Inf: still not finite
+    bits.u = (bits.u + 0x7fff + ((bits.u >> 16) & 1)) & 0xffff0000u;
     return bits.f;
 }
 
@@ -469,15 +469,15 @@ void store_matrix(floatX *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = round_bf16(x[i]);
 }
 
-// e^x, branch-free so that loops over it become vector code: 2^n times Cephes' polynomial on |r| <= ln(2)/2, 1.5 ulp.
-// x > 88 saturates, x < -87 gives 0, NaN stays NaN. In double: the C library's.
+// e^x, branch-free so that loops over it become vector code: 2^n times Cephes' polynomial on |r| <= ln(2)/2,
+// within 1.5 ulp. x > 88 saturates, x < -87 gives 0, NaN stays NaN. In double: the C library's.
 static inline floatX exp_x(floatX x) {
     if (sizeof(floatX) == sizeof(double)) return (floatX)exp((double)x);
     float f = (float)x;
     f = f < -87.0f ? -87.0f : f;
     f = f > 88.0f ? 88.0f : f;
     union { float f; uint32_t u; } n, scale;
-    n.f = f * 1.44269504f + 12582912.0f;                        // 1.5 * 2^23: the integer part lands in the low bits
+    n.f = f * 1.44269504f + 12582912.0f;        // 1.5 * 2^23: the integer part lands in the low bits
     float whole = n.f - 12582912.0f;
     float r = f - whole * 0.693359375f - whole * -2.12194440e-4f;
     float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
@@ -490,7 +490,7 @@ static inline floatX sqrt_x(floatX x) {
     return sizeof(floatX) == sizeof(double) ? (floatX)sqrt((double)x) : (floatX)sqrtf((float)x);
 }
 
-// ---- token embedding ---------------------------------------------------------------------------------------------------
+// ---- token embedding --------------------------------------------------------------------------------------
 // x (N,C) = w[ids]     w (V,C), ids (N)
 void embedding_forward(floatX *x, const int *ids, const floatX *w, int N, int C) {
     #pragma omp parallel for
@@ -511,7 +511,7 @@ void embedding_backward(floatX *dw, const int *ids, const floatX *dx, int N, int
     }
 }
 
-// ---- RMSNorm (Zhang & Sennrich 2019) ------------------------------------------------------------------------
+// ---- RMSNorm (Zhang & Sennrich 2019) ----------------------------------------------------------------------
 // out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)
 void rmsnorm_forward(floatX *out, floatX *rstd, const floatX *x, const floatX *w, double eps, int N, int C) {
     #pragma omp parallel for
@@ -528,11 +528,12 @@ void rmsnorm_forward(floatX *out, floatX *rstd, const floatX *x, const floatX *w
     }
 }
 
-// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
-// dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c (the forward's output again, for the weight gradient
-// of the product that read it; or NULL)
-void rmsnorm_backward(floatX *dx, floatX *dw, floatX *norm_out, const floatX *dout, const floatX *x, const floatX *rstd,
-                      const floatX *w, int N, int C) {
+// With g_c = dout_c w_c and n_c = x_c r:
+//   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
+// dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c: the forward's output again, for the
+// weight gradient of the product that read it; or NULL
+void rmsnorm_backward(floatX *dx, floatX *dw, floatX *norm_out, const floatX *dout, const floatX *x,
+                      const floatX *rstd, const floatX *w, int N, int C) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const floatX *dout_n = dout + (size_t)n * C, *x_n = x + (size_t)n * C, r = rstd[n];
@@ -548,7 +549,7 @@ void rmsnorm_backward(floatX *dx, floatX *dw, floatX *norm_out, const floatX *do
         for (int c = 0; c < C; c++) out_n[c] = x_n[c] * r * w[c];           // the same bits as in the forward
         store(out_n, C);
     }
-    enum { COLUMNS = 32 };                      // a thread owns columns: the order of the sum over rows is fixed
+    enum { COLUMNS = 32 };          // a thread owns columns: the order of the sum over rows is fixed
     #pragma omp parallel for
     for (int c0 = 0; c0 < C; c0 += COLUMNS) {
         double sum[COLUMNS] = {0};
@@ -561,12 +562,12 @@ void rmsnorm_backward(floatX *dx, floatX *dw, floatX *norm_out, const floatX *do
     }
 }
 
-// ---- matrix products --------------------------------------------------------------------------------------------
-// Nine tenths of a training step. This is what they mean; section 16 computes the same near the arithmetic peak of a core.
+// ---- matrix products --------------------------------------------------------------------------------------
+// Nine tenths of a training step. This is what they mean; section 16 computes the same near a core's peak.
 // out (M,N) = or += op(a) op(b). a is (M,K), or stored as (K,M) if trans_a; b is (K,N), or (N,K) if trans_b.
 // Row-major; ldo, lda and ldb are the distances of rows in memory, in elements. K = 0 writes (or adds) zeros.
-void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
-                  int M, int N, int K, int accumulate) {
+void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
+                  const floatX *b, int ldb, int trans_b, int M, int N, int K, int accumulate) {
     for (int i = 0; i < M; i++) for (int j = 0; j < N; j++) {
         floatX sum = 0, *o = out + (size_t)i * ldo + j;
         for (int k = 0; k < K; k++) {
@@ -577,13 +578,14 @@ void matmul_naive(floatX *out, int ldo, const floatX *a, int lda, int trans_a, c
         *o = accumulate ? *o + sum : sum;
     }
 }
-void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
-            int M, int N, int K, int accumulate);       // the same, fast, with all threads
-void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
-                 int M, int N, int K, int accumulate);  // the same, for small blocks inside a parallel region
+// The same, fast, with all threads; and for small blocks inside a parallel region
+void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
+            const floatX *b, int ldb, int trans_b, int M, int N, int K, int accumulate);
+void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
+                 const floatX *b, int ldb, int trans_b, int M, int N, int K, int accumulate);
 
 // The three products of a linear layer out = x w^T: x (N,C), w (OC,C) as Hugging Face stores it, out (N,OC).
-// out (N,OC) = x w^T + add (N,OC) + bias (OC), stored once; add: the residual stream, or NULL; bias may be NULL
+// out (N,OC) = x w^T + add (N,OC), the residual stream, + bias (OC), stored once; add and bias may be NULL
 void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC, const floatX *add,
                     const floatX *bias) {
     const int accumulate = add || bias;                         // the product is added to what it finds
@@ -607,7 +609,7 @@ void matmul_backward_w(floatX *dw, const floatX *dout, const floatX *x, int N, i
     matmul(dw, C, dout, OC, /*trans_a=*/1, x, C, /*trans_b=*/0, OC, C, N, /*accumulate=*/1);
 }
 
-// ---- bias on q, k, v (Qwen2): the product above adds it -----------------------------------------------------
+// ---- bias on q, k, v (Qwen2): the product above adds it ---------------------------------------------------
 // dbias (OC) += column sums of dout (N,OC)
 void bias_backward(floatX *dbias, const floatX *dout, int N, int OC) {
     enum { COLUMNS = 32 };
@@ -620,9 +622,9 @@ void bias_backward(floatX *dbias, const floatX *dout, int N, int OC) {
     }
 }
 
-// ---- norm of each q and k head (Qwen3) and rotary embedding (Su et al. 2021, Hugging Face's rotate_half) ----------------
-// Angles of position t and pair i < D/2: t * theta^(-2i/D), for Llama 3 stretched: wavelengths longer than the original
-// context / low are divided by `factor`, shorter than context / high kept, a linear ramp between.
+// ---- norm of each q and k head (Qwen3), rotary embedding (Su et al. 2021; Hugging Face's rotate_half) -----
+// Angles of position t and pair i < D/2: t * theta^(-2i/D). Llama 3 stretches: wavelengths longer than the
+// original context / low grow by `factor`, those shorter than context / high stay; between, a linear ramp.
 void rope_table(floatX *cosine, floatX *sine, const Config *c, int T) {     // (T, D/2) each
     const double PI = 3.14159265358979323846;
     for (int i = 0; i < c->D / 2; i++) {
@@ -639,7 +641,7 @@ void rope_table(floatX *cosine, floatX *sine, const Config *c, int T) {     // (
     }
 }
 
-// The pair (i, i + D/2) of x (D) turns by the angle of its position; `sign` -1 turns back (the transpose: its backward).
+// The pair (i, i + D/2) of x (D) turns by its position's angle; sign -1 turns back (the transpose: backward).
 static inline void rotate_head(floatX *x, const floatX *cosine, const floatX *sine, int D, floatX sign) {
     for (int i = 0; i < D / 2; i++) {
         floatX a = x[i], b = x[i + D / 2], s = sign * sine[i];
@@ -648,10 +650,11 @@ static inline void rotate_head(floatX *x, const floatX *cosine, const floatX *si
     }
 }
 
-// qkv (N,(H+2K)D) in place: q and k heads normed (if q_norm), then rotated; v as it is. For the backward of the norm,
-// qk_raw (N,(H+K)D) = the heads before it and qk_rstd (N,H+K). q_norm, k_norm (D) or NULL.
-void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const floatX *q_norm, const floatX *k_norm,
-                          const floatX *cosine, const floatX *sine, double eps, int H, int K, int D, int N, int T) {
+// qkv (N,(H+2K)D) in place: q and k heads normed (if q_norm), then rotated; v as it is. For the backward of
+// the norm, qk_raw (N,(H+K)D) = the heads before it and qk_rstd (N,H+K). q_norm, k_norm (D) or NULL.
+void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const floatX *q_norm,
+                          const floatX *k_norm, const floatX *cosine, const floatX *sine,
+                          double eps, int H, int K, int D, int N, int T) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         size_t angle = (size_t)(n % T) * (D / 2);
@@ -672,10 +675,11 @@ void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const fl
     }
 }
 
-// dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation. dq_norm, dk_norm (D) +=
-void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const floatX *qk_raw, const floatX *qk_rstd,
-                           const floatX *q_norm, const floatX *k_norm, const floatX *cosine, const floatX *sine,
-                           int H, int K, int D, int N, int T) {
+// dqkv (N,(H+2K)D) in place: gradients after the rotation become those before norm and rotation.
+// dq_norm, dk_norm (D) +=
+void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const floatX *qk_raw,
+                           const floatX *qk_rstd, const floatX *q_norm, const floatX *k_norm,
+                           const floatX *cosine, const floatX *sine, int H, int K, int D, int N, int T) {
     const int heads = H + K;
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
@@ -706,12 +710,14 @@ void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const
     store_matrix(dqkv, (size_t)N * (H + 2 * K) * D);
 }
 
-// ---- causal attention with grouped heads, blocked so that memory is O(T) (Dao et al. 2022) -------------------------------
-// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads share a k/v head.
+// ---- causal attention with grouped heads, blocked so that memory is O(T) (Dao et al. 2022) ----------------
+// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.
+// H/K query heads share a k/v head.
 enum { TILE = 64 };             // rows of q or k at a time: scores stay in the cache
 
 // Scores of q rows t0.. against k rows s0.. become scaled, masked ones: -inf where the query may not look.
-static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const int *doc_start, floatX scale) {
+static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const int *doc_start,
+                           floatX scale) {
     for (int i = 0; i < rows; i++) {
         floatX *s_i = s + i * TILE;
         for (int j = 0; j < cols; j++) s_i[j] *= scale;
@@ -722,13 +728,14 @@ static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const 
 }
 
 // out (N,H*D) =, lse (N,H) = log of the softmax's denominator.  qkv (N,(H+2K)D), doc_start (N) or NULL
-void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *doc_start, int B, int T, int H, int K,
-                       int D) {
+void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *doc_start,
+                       int B, int T, int H, int K, int D) {
     const int W = (H + 2 * K) * D, tiles = (T + TILE - 1) / TILE;
     const floatX scale = (floatX)(1 / sqrt((double)D));
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int bh = 0; bh < B * H; bh++) for (int tile = 0; tile < tiles; tile++) {
-        int b = bh / H, h = bh % H, t0 = (tiles - 1 - tile) * TILE, rows = T - t0 < TILE ? T - t0 : TILE;  // long ones first
+        int b = bh / H, h = bh % H;
+        int t0 = (tiles - 1 - tile) * TILE, rows = T - t0 < TILE ? T - t0 : TILE;       // long ones first
         const floatX *q = qkv + ((size_t)b * T + t0) * W + h * D;
         const floatX *k = qkv + (size_t)b * T * W + (H + h / (H / K)) * D, *v = k + K * D;
         const int *doc_b = doc_start ? doc_start + (size_t)b * T : NULL;
@@ -744,11 +751,12 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
             int cols = T - s0 < TILE ? T - s0 : TILE;
             matmul_tile(s, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
             attention_mask(s, rows, cols, t0, s0, doc_b, scale);
-            for (int i = 0; i < rows; i++) {    // online softmax: what was summed so far shrinks when a larger score appears
+            // online softmax: what was summed so far shrinks when a larger score appears
+            for (int i = 0; i < rows; i++) {
                 floatX *s_i = s + i * TILE, top = highest[i];
                 #pragma omp simd reduction(max : top)
                 for (int j = 0; j < cols; j++) top = s_i[j] > top ? s_i[j] : top;
-                floatX base = top == -INFINITY ? 0 : top;                       // nothing visible yet: all exp are 0
+                floatX base = top == -INFINITY ? 0 : top;       // nothing visible yet: all exp are 0
                 floatX shrink = exp_x(highest[i] - base);
                 double sum = 0;
                 #pragma omp simd reduction(+ : sum)
@@ -777,8 +785,8 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
 //   dv_s = sum_t P_ts dout_t          dS_ts = P_ts (dout_t v_s - delta_t)
 //   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =
 // One task holds all query heads of a k/v head, so every gradient has one writer.
-void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out, const floatX *lse,
-                        const int *doc_start, int B, int T, int H, int K, int D) {
+void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out,
+                        const floatX *lse, const int *doc_start, int B, int T, int H, int K, int D) {
     const int W = (H + 2 * K) * D, group = H / K;
     const floatX scale = (floatX)(1 / sqrt((double)D));
     #pragma omp parallel for schedule(dynamic)
@@ -797,7 +805,7 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
         for (int h = kv * group; h < (kv + 1) * group; h++) for (int t0 = 0; t0 < T; t0 += TILE) {
             int rows = T - t0 < TILE ? T - t0 : TILE;
             const floatX *q = qkv + (row + t0) * W + h * D, *dout_t = dout + (row + t0) * H * D + h * D;
-            floatX delta[TILE];
+            floatX *dq = dqkv + (row + t0) * W + h * D, delta[TILE];
             for (int i = 0; i < rows; i++) {
                 const floatX *do_i = dout_t + (size_t)i * H * D, *o_i = out + (row + t0 + i) * H * D + h * D;
                 double sum = 0;
@@ -810,7 +818,8 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
                 attention_mask(p, rows, cols, t0, s0, doc_b, scale);
                 matmul_tile(ds, TILE, dout_t, H * D, 0, v + (size_t)s0 * W, W, 1, rows, cols, D, 0);
                 for (int i = 0; i < rows; i++) {
-                    floatX *p_i = p + i * TILE, *ds_i = ds + i * TILE, lse_i = lse[(row + t0 + i) * H + h], delta_i = delta[i];
+                    floatX *p_i = p + i * TILE, *ds_i = ds + i * TILE;
+                    const floatX lse_i = lse[(row + t0 + i) * H + h], delta_i = delta[i];
                     for (int j = 0; j < cols; j++) {
                         p_i[j] = exp_x(p_i[j] - lse_i);
                         ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;
@@ -820,14 +829,14 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
                 }
                 matmul_tile(dv + (size_t)s0 * W, W, p, TILE, 1, dout_t, H * D, 0, cols, D, rows, 1);
                 matmul_tile(dk + (size_t)s0 * W, W, ds, TILE, 1, q, W, 0, cols, D, rows, 1);
-                matmul_tile(dqkv + (row + t0) * W + h * D, W, ds, TILE, 0, k + (size_t)s0 * W, W, 0, rows, D, cols, 1);
+                matmul_tile(dq, W, ds, TILE, 0, k + (size_t)s0 * W, W, 0, rows, D, cols, 1);
             }
         }
     }
     store_matrix(dqkv, (size_t)B * T * W);
 }
 
-// ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) ------------------------------------------------------------
+// ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) --------------------------------------------------------
 // h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
 void swiglu_forward(floatX *h, const floatX *gate_up, int N, int F) {
     #pragma omp parallel for
@@ -866,15 +875,16 @@ void mlp_forward(floatX *h, floatX *gate_up, const floatX *x, const floatX *w, i
 }
 
 // gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F)
-void mlp_backward_gate_up(floatX *gate_up, floatX *h, const floatX *dx, const floatX *w, int N, int C, int F) {
+void mlp_backward_gate_up(floatX *gate_up, floatX *h, const floatX *dx, const floatX *w,
+                          int N, int C, int F) {
     matmul_backward_x(h, dx, w, N, F, C);                       // dh, in h's place
     swiglu_backward(gate_up, h, h, N, F);
 }
 
-// ---- softmax + cross-entropy on rows of logits --------------------------------------------------------------------
-// nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED.  weight (N) = d objective / d nll of each row: the
-// logits (N,V) become the objective's gradient weight (softmax - onehot), 0 where ignored; the two never exist at once.
-// weight NULL: losses only
+// ---- softmax + cross-entropy on rows of logits ------------------------------------------------------------
+// nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED.  weight (N) = d objective / d nll of
+// each row: the logits (N,V) become the objective's gradient weight (softmax - onehot), 0 where ignored; the
+// two never exist at once. weight NULL: losses only
 void cross_entropy(double *nll, floatX *logits, const int *targets, const double *weight, int N, int V) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
@@ -903,7 +913,7 @@ void cross_entropy(double *nll, floatX *logits, const int *targets, const double
     }
 }
 
-// ---- global norm, AdamW ---------------------------------------------------------------------------------------------------
+// ---- global norm, AdamW -----------------------------------------------------------------------------------
 // sum of squares of x (n), in double, in blocks of fixed size so that the order does not depend on threads
 double sum_of_squares(const floatX *x, size_t n) {
     enum { BLOCK = 1 << 14, MOST = 1024 };
@@ -924,7 +934,7 @@ double sum_of_squares(const floatX *x, size_t n) {
     return total;
 }
 
-// x, finite, rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
+// x, finite, rounded to one of its two neighbours in bf16 by 16 random bits, such that the mean is x.
 static inline floatX round_bf16_randomly(floatX x, uint32_t random) {
     union { float f; uint32_t u; } bits;
     bits.f = (float)x;
@@ -940,15 +950,17 @@ static inline uint32_t update_bits(uint32_t key, uint64_t index) {
     return h ^ h >> 15;
 }
 
-// AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad grad_scale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
-// master = master (1 - lr decay) - lr / (1-b1^step) m / (sqrt(v / (1-b2^step)) + eps).
-// master, m, v (n) are updated, w (n) = master stored (fp32: may be master itself). bf16_state: m and v are stored in bf16,
-// rounded at random with the bits of (key, first + i), i in the n: to the nearest, v would stand still where 1 - b2 is below
-// half a unit in the last place.
-void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX *grad, size_t n, double lr, double beta1,
-                  double beta2, double eps, double decay, double grad_scale, int64_t step, int bf16_state, uint32_t key,
-                  size_t first) {
-    floatX b1 = (floatX)beta1, b2 = (floatX)beta2, shrink = (floatX)(1 - lr * decay), gscale = (floatX)grad_scale;
+// AdamW (Loshchilov & Hutter 2019), decoupled decay:
+//   g = grad grad_scale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+//   master = master (1 - lr decay) - lr / (1-b1^step) m / (sqrt(v / (1-b2^step)) + eps).
+// master, m, v (n) are updated, w (n) = master stored (fp32: may be master itself). bf16_state: m and v are
+// stored in bf16, element i rounded with the random bits of (key, first + i): to the nearest, v would stand
+// still where 1 - b2 is below half a unit in the last place.
+void adamw_update(floatX *w, floatX *master, floatX *m, floatX *v, const floatX *grad, size_t n,
+                  double lr, double beta1, double beta2, double eps, double decay, double grad_scale,
+                  int64_t step, int bf16_state, uint32_t key, size_t first) {
+    floatX b1 = (floatX)beta1, b2 = (floatX)beta2;
+    floatX shrink = (floatX)(1 - lr * decay), gscale = (floatX)grad_scale;
     floatX rate = (floatX)(lr / (1 - pow(beta1, (double)step))), e = (floatX)eps;
     floatX vscale = (floatX)(1 / (1 - pow(beta2, (double)step)));
     const int bf16 = storing_bf16;
@@ -4434,21 +4446,23 @@ void weights_read(const char *dir, Model *m, const Config *c) {
 // SHARED END
 
 // ---- faster versions of section 3 --------------------------------------------------------------------------------
-// ==== 16. The packed matmul ===================================================================================
-// How section 3's out = op(a) op(b) comes close to the arithmetic peak of a core (Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix
-// Multiplication"; Van Zee and van de Geijn 2015, "BLIS"):
-//   micro-kernel   MR x NR sums stay in registers while k runs. One step of k loads NR values of b and MR of a for
-//                  MR*NR multiply-adds, so the loads keep up with the multipliers.
-//   packing        panels of a (MR rows) and of b (NR columns) are copied into the order in which the micro-kernel reads:
-//                  contiguous, no conflicts of pages or cache sets, and zeros instead of what lies beyond the last column.
-//   blocking       k is cut into slices of at most KC: a panel of a stays in the L1 cache, MC rows of a in L2 and NC
-//                  columns of b in L3 while they are reused.
-//   threads        out is cut into blocks of rows and columns. A thread takes a block from packing to the last slice, so
-//                  there is no barrier but the last, and a thread that the system holds up holds up nobody else.
-// An element of out is a sum over k in order within a slice, then over the slices in order: neither the blocks nor the
-// number of threads change a bit. Vectors are the compiler's (vector extensions of GCC and Clang): one source for all CPUs.
+// ==== 16. The packed matmul ================================================================================
+// How section 3's out = op(a) op(b) comes close to a core's arithmetic peak (Goto and van de Geijn 2008,
+// "Anatomy of High-Performance Matrix Multiplication"; Van Zee and van de Geijn 2015, "BLIS"):
+//   micro-kernel  MR x NR sums stay in registers while k runs. A step of k loads NR values of b and MR of a
+//                 for MR*NR multiply-adds, so the loads keep up with the multipliers.
+//   packing       panels of a (MR rows) and of b (NR columns) are copied into the order in which the
+//                 micro-kernel reads: contiguous, no conflicts of pages or cache sets, and zeros instead of
+//                 what lies beyond the last column.
+//   blocking      k is cut into slices of at most KC: a panel of a stays in the L1 cache, MC rows of a in L2
+//                 and NC columns of b in L3 while they are reused.
+//   threads       out is cut into blocks of rows and columns. A thread takes a block from packing to the last
+//                 slice, so there is no barrier but the last, and a thread that the system holds up holds up
+//                 nobody else.
+// An element of out is a sum over k in order within a slice, then over slices in order: neither blocks nor
+// threads change a bit. Vectors are an extension of GCC and Clang: one source for all CPUs.
 #if defined(__AVX512F__)
-enum { VEC_BYTES = 64, MR = 12 };               // 32 registers: 12*2 sums, 2 of b, 1 of a (14 rows were no faster)
+enum { VEC_BYTES = 64, MR = 12 };               // 32 registers: 12*2 sums, 2 of b, 1 of a (14 were no faster)
 #define MATMUL_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
 #elif defined(__AVX__)
 enum { VEC_BYTES = 32, MR = 6 };                // 16 registers: 6*2 sums, 2 of b, 1 of a
@@ -4459,11 +4473,11 @@ enum { VEC_BYTES = 16, MR = 6 };                // SSE (16 registers) and NEON (
 #endif
 enum {
     LANES = VEC_BYTES / (int)sizeof(floatX), NR = 2 * LANES,
-    KC = 512, MC = 144, NC = 1024,              // multiples of MR and NR; fp32 sums of 512 terms stay accurate
-    TILE_KC = 128,                              // slice of matmul_tile: its panel of b lies on the stack
-    PACK_SIZE = (MC + NC) * KC                  // one thread's scratch, in elements
+    KC = 512, MC = 144, NC = 1024,          // multiples of MR and NR; fp32 sums of 512 terms stay accurate
+    TILE_KC = 128,                          // slice of matmul_tile: its panel of b lies on the stack
+    PACK_SIZE = (MC + NC) * KC              // one thread's scratch, in elements
 };
-// Vec lives in a register; the _mem types may lie at any address, over elements that other code reads as floatX.
+// Vec lives in a register; the _mem types lie at any address, over elements that other code reads as floatX.
 typedef floatX Vec __attribute__((vector_size(VEC_BYTES)));
 typedef floatX Vec_mem __attribute__((vector_size(VEC_BYTES), aligned(sizeof(floatX)), may_alias));
 typedef floatX Quad __attribute__((vector_size(4*sizeof(floatX))));
@@ -4484,7 +4498,7 @@ typedef __typeof__((Quad){0} < (Quad){0}) QuadIndex;    // integers as wide as f
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int div_up(int a, int b) { return (a + b - 1) / b; }
 
-// An operand as the loops see it: element (i, k) is p[i*row + k*col]. Transposition is a swap of the two strides.
+// An operand as the loops see it: element (i, k) is p[i*row + k*col]. Transposition swaps the two strides.
 typedef struct { const floatX *p; size_t row, col; } Operand;
 
 static inline Operand operand(const floatX *p, int ld, int trans) {
@@ -4493,10 +4507,11 @@ static inline Operand operand(const floatX *p, int ld, int trans) {
 }
 static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i*x.row + (size_t)k*x.col; }
 
-// out (rows,NR) = or += a (rows,K) b (K,NR). `rows` is a constant wherever this is inlined, so that every loop over i
+// out (rows,NR) = or += a (rows,K) b (K,NR). `rows` is a constant wherever this is inlined: every loop over i
 // unrolls and `sum` is registers. Two rows share one pointer: x86 has 16 of them.
-static inline __attribute__((always_inline)) void micro_kernel(const int rows, floatX *out, size_t ldo, Operand a,
-                                                               const floatX *b, size_t ldb, int K, int accumulate) {
+static inline __attribute__((always_inline))
+void micro_kernel(const int rows, floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb, int K,
+                  int accumulate) {
     Vec sum[MR][2];
     const floatX *a_row[(MR + 1) / 2];
     UNROLL
@@ -4522,15 +4537,15 @@ static inline __attribute__((always_inline)) void micro_kernel(const int rows, f
 }
 
 // The common case, a full tile of packed panels. Its strides are constants inside the instructions.
-static __attribute__((noinline)) void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, int K,
-                                                          int accumulate) {
+static __attribute__((noinline))
+void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, int K, int accumulate) {
     const Operand panel = {a, 1, MR};
     micro_kernel(MR, out, ldo, panel, b, NR, K, accumulate);
 }
 
 // Any strides, any number of rows.
-static void micro_kernel_rows(int rows, floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb, int K,
-                              int accumulate) {
+static void micro_kernel_rows(int rows, floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb,
+                              int K, int accumulate) {
     switch (rows) {
 #define CASE(n) case n: micro_kernel(n, out, ldo, a, b, ldb, K, accumulate); break;
         MATMUL_ROWS(CASE)
@@ -4538,9 +4553,9 @@ static void micro_kernel_rows(int rows, floatX *out, size_t ldo, Operand a, cons
     }
 }
 
-// Any block of out up to MR x NR. The last columns go through a full-width tile, so b must be padded to NR there.
-static void micro_tile(floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb, int rows, int cols, int K,
-                       int accumulate) {
+// Any block of out up to MR x NR. The last columns go through a full-width tile: there b is padded to NR.
+static void micro_tile(floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb,
+                       int rows, int cols, int K, int accumulate) {
     if (cols == NR) {
         micro_kernel_rows(rows, out, ldo, a, b, ldb, K, accumulate);
         return;
@@ -4548,15 +4563,16 @@ static void micro_tile(floatX *out, size_t ldo, Operand a, const floatX *b, size
     floatX tile[MR * NR] __attribute__((aligned(VEC_BYTES)));
     micro_kernel_rows(rows, tile, NR, a, b, ldb, K, 0);
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < cols; j++) out[i*ldo + j] = accumulate ? out[i*ldo + j] + tile[i*NR + j] : tile[i*NR + j];
+        for (int j = 0; j < cols; j++)
+            out[i*ldo + j] = accumulate ? out[i*ldo + j] + tile[i*NR + j] : tile[i*NR + j];
 }
 
-// dst (K,width) = the transpose of src (n,K), columns n .. width-1 zero. The stride along one of the two is 1. Along k,
-// a block of 4 x 4 is loaded, transposed in registers and stored as four vectors.
+// dst (K,width) = the transpose of src (n,K), columns n .. width-1 zero. One of src's strides is 1: where it
+// is k's, blocks of 4 x 4 are loaded, transposed in registers and stored as four vectors.
 static void pack_panel(floatX *dst, int width, Operand src, int n, int K) {
     const floatX *s = src.p;
     int i = 0;                                  // columns done
-    if (src.row == 1 && n == width) {           // already in this order; constant widths compile to vector moves
+    if (src.row == 1 && n == width) {           // in order already; constant widths compile to vector moves
         if (width == NR)
             for (int k = 0; k < K; k++, s += src.col, dst += NR) memcpy(dst, s, NR * sizeof(floatX));
         else
@@ -4591,15 +4607,15 @@ static inline int slice_size(int K, int max) { return K > 0 ? div_up(K, div_up(K
 static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, int N, int K, int accumulate,
                          floatX *scratch) {
     floatX *packed_a = scratch, *packed_b = scratch + MC*KC;
-    // Rows of a that are contiguous and meet few columns are read where they lie, unless their distance maps them to the same
-    // cache sets.
+    // contiguous rows of a that meet few columns are read where they lie, unless their distance maps them to
+    // the same cache sets
     const int in_place = a.col == 1 && N <= NC/2 && a.row * sizeof(floatX) % 2048 != 0;
     const int slice = slice_size(K, KC);
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += NC) {
             const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
             for (int j = 0; j < nj; j += NR) {
-                const Operand columns = {at(b, k0, j0 + j), b.col, b.row};      // transposed: (NR,K) as pack_panel wants
+                const Operand columns = {at(b, k0, j0 + j), b.col, b.row};  // transposed: pack_panel's (NR,K)
                 pack_panel(packed_b + (size_t)j*nk, NR, columns, min_int(NR, nj - j), nk);
             }
             for (int i0 = 0; i0 < M; i0 += MC) {
@@ -4608,22 +4624,25 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
                     const Operand rows = {at(a, i0 + i, k0), a.row, a.col};
                     pack_panel(packed_a + (size_t)i*nk, MR, rows, min_int(MR, ni - i), nk);
                 }
-                for (int i = 0; i < ni; i += MR)        // the panel of a stays in L1, those of b stream past it
+                for (int i = 0; i < ni; i += MR)    // the panel of a stays in L1, those of b stream past it
                     for (int j = 0; j < nj; j += NR) {
                         floatX *o = out + (i0 + i)*ldo + j0 + j;
-                        const Operand packed = {packed_a + (size_t)i*nk, 1, MR}, own = {at(a, i0 + i, k0), a.row, a.col};
+                        const Operand packed = {packed_a + (size_t)i*nk, 1, MR};
+                        const Operand own = {at(a, i0 + i, k0), a.row, a.col};
                         const Operand panel = in_place ? own : packed;
                         const floatX *panel_b = packed_b + (size_t)j*nk;
-                        const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j), add = accumulate || k0 > 0;
-                        if (rows == MR && cols == NR && !in_place) micro_kernel_packed(o, ldo, panel.p, panel_b, nk, add);
+                        const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j);
+                        const int add = accumulate || k0 > 0;
+                        if (rows == MR && cols == NR && !in_place)
+                            micro_kernel_packed(o, ldo, panel.p, panel_b, nk, add);
                         else micro_tile(o, ldo, panel, panel_b, NR, rows, cols, nk, add);
                     }
             }
         }
 }
 
-// Scratch for n threads, kept for the next call; grows when the number of threads does. Aligned, because a vector that
-// lies across two cache lines costs two loads; in huge pages where Linux offers them (about 2% in one run).
+// Scratch for n threads, kept for the next call; grows with the number of threads. Aligned, because a vector
+// across two cache lines costs two loads; in huge pages where Linux offers them (about 2% in one run).
 static floatX *matmul_scratch(int n) {
     static char *scratch, *aligned;
     static int n_ready;
@@ -4634,24 +4653,25 @@ static floatX *matmul_scratch(int n) {
         aligned = scratch + (page - (uintptr_t)scratch % page) % page;
         n_ready = n;
 #ifdef MADV_HUGEPAGE
-        madvise(aligned, (bytes + page - 1) / page * page, MADV_HUGEPAGE);  // a hint: failing, it changes only the speed
+        madvise(aligned, (bytes + page - 1) / page * page, MADV_HUGEPAGE);  // for speed only: may fail
 #endif
     }
     return (floatX *)aligned;
 }
 
-// As matmul_naive, rounding apart. Call it outside parallel regions: it starts its own threads and its scratch is shared.
-void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
-            int M, int N, int K, int accumulate) {
+// As matmul_naive, rounding apart. Not in parallel regions: it starts threads, its scratch is shared.
+void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
+            const floatX *b, int ldb, int trans_b, int M, int N, int K, int accumulate) {
     if (M <= 0 || N <= 0) return;
     const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
-    const int n_threads = (double)M*N*K < 1e6 ? 1 : omp_get_max_threads();  // below (10 us), waking them costs more
-    const int n_blocks = n_threads == 1 ? 1 : 2*n_threads;                  // two each: a late thread leaves one to others
+    const int n_threads = (double)M*N*K < 1e6 ? 1 : omp_get_max_threads();  // less: waking costs more
+    const int n_blocks = n_threads == 1 ? 1 : 2*n_threads;              // two each: a late thread leaves one
     floatX *scratch = matmul_scratch(n_threads);
     int block_m = M, block_n = N;
     double least = 1e300;
-    for (int m = 1; m <= n_blocks; m++) {       // m x n blocks, the least work for the largest; packing one element
-        if (n_blocks % m != 0) continue;        // costs about as much as 16 multiply-adds
+    // m x n blocks, the least work for the largest; packing an element costs about 16 multiply-adds
+    for (int m = 1; m <= n_blocks; m++) {
+        if (n_blocks % m != 0) continue;
         const int rows = div_up(div_up(M, MR), m) * MR, cols = div_up(div_up(N, NR), n_blocks/m) * NR;
         const double work = (double)rows*cols + 16.0*rows + 16.0*cols;
         if (work < least) least = work, block_m = rows, block_n = cols;
@@ -4661,15 +4681,16 @@ void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const f
     for (int t = 0; t < grid_m * grid_n; t++) {
         const int i = t % grid_m * block_m, j = t / grid_m * block_n;
         const Operand rows = {at(x, i, 0), x.row, x.col}, cols = {at(y, 0, j), y.row, y.col};
-        matmul_block(out + (size_t)i*ldo + j, (size_t)ldo, rows, cols, min_int(block_m, M - i), min_int(block_n, N - j), K,
-                     accumulate, scratch + (size_t)omp_get_thread_num()*PACK_SIZE);
+        floatX *mine = scratch + (size_t)omp_get_thread_num()*PACK_SIZE;
+        matmul_block(out + (size_t)i*ldo + j, (size_t)ldo, rows, cols,
+                     min_int(block_m, M - i), min_int(block_n, N - j), K, accumulate, mine);
     }
 }
 
-// As matmul_naive, for small blocks inside a parallel region: one thread, no memory but the stack. a is read in place;
-// b too, except for transposed or incomplete panels, which are packed.
-void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, const floatX *b, int ldb, int trans_b,
-                 int M, int N, int K, int accumulate) {
+// As matmul_naive, for small blocks in a parallel region: one thread, no memory but the stack. a is read in
+// place; b too, except for transposed or incomplete panels, which are packed.
+void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
+                 const floatX *b, int ldb, int trans_b, int M, int N, int K, int accumulate) {
     floatX packed[TILE_KC * NR] __attribute__((aligned(VEC_BYTES)));
     const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
     const int slice = slice_size(K, TILE_KC);
@@ -4680,14 +4701,13 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a, co
             if (pack) pack_panel(packed, NR, columns, cols, nk);
             for (int i = 0; i < M; i += MR) {
                 const Operand rows = {at(x, i, k0), x.row, x.col};
-                micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, rows, pack ? packed : columns.p, pack ? (size_t)NR : y.row,
-                           min_int(MR, M - i), cols, nk, accumulate || k0 > 0);
+                micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, rows, pack ? packed : columns.p,
+                           pack ? (size_t)NR : y.row, min_int(MR, M - i), cols, nk, accumulate || k0 > 0);
             }
         }
 }
 
-
-// FMA peak of all threads: twelve independent chains of vectors that stay in registers, the best of a few short runs.
+// FMA peak of all threads: twelve independent chains of vectors in registers, the best of a few short runs.
 double device_peak(int bf16) {
     enum { CHAINS = 12, ROUNDS = 400000 };
     double best = 0, sink = 0;
