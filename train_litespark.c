@@ -2195,12 +2195,12 @@ int device_logits_chunk(int V) {                // 16 MiB of logits, at least 64
 
 void device_check_sizes(const Config *c) { (void)c; }   // any will do
 
-// ---- plumbing: read it when you need it ------------------------------------------------------------------------
+// ---- plumbing: read it when you need it -------------------------------------------------------------------
 // SHARED BEGIN
-// ==== 8. Errors, numbers, options =============================================================================
+// ==== 8. Errors, numbers, options ==========================================================================
 static void (*die_hook)(const char *message);   // tests leave die() through it
 
-// A mistake of the user's or the machine's: what, where, what to do. Prints one line and ends all ranks with status 1.
+// A mistake of the user's or the machine's: what, where, what to do. One line; all ranks end with status 1.
 void die(const char *fmt, ...) {
     char message[2048];
     va_list args;
@@ -2227,7 +2227,7 @@ void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * 
     return memory_or_die(calloc(n ? n : 1, size ? size : 1), n, size);
 }
 
-// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
+// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles: appending is O(1).
 static void *array_room(void *p, int need, int *max, size_t size) {
     if (need <= *max) return p;
     *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
@@ -2235,7 +2235,9 @@ static void *array_room(void *p, int need, int *max, size_t size) {
 }
 
 // For qsort and bsearch: compares two strings, or two structs by the string that each begins with.
-static int compare_names(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+static int compare_names(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
 
 char *xstrdup(const char *s) {
     size_t n = strlen(s) + 1;
@@ -2247,19 +2249,20 @@ Str str(const char *fmt, ...) {
     Str text;
     va_list args;
     va_start(args, fmt);
-    if (vsnprintf(text.s, sizeof text.s, fmt, args) >= (int)sizeof text.s) die("%.80s... is too long", text.s);
+    if (vsnprintf(text.s, sizeof text.s, fmt, args) >= (int)sizeof text.s)
+        die("%.80s... is too long", text.s);
     va_end(args);
     return text;
 }
 
-double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
+double now_seconds(void) {          // differences only: the zero is arbitrary, and the clock never jumps
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b followed by k zero bytes, so 16
-// bytes become 16 independent lookups instead of a chain of 16. (Words are little endian here, as in all our formats.)
+// zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b and k zero bytes after:
+// 16 bytes become 16 independent lookups instead of a chain of 16. (Little endian, as are all our formats.)
 uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
     static uint32_t table[16][256];             // filled by the first call, which must not race with another
     if (!table[0][1]) {
@@ -2286,8 +2289,8 @@ uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
     return ~crc;
 }
 
-// Random numbers without a state: element `index` of stream `stream` is a pure function, in integers only, so a GPU
-// thread, another rank count or a resumed run computes the same bits. The mixer is SplitMix64's (Stafford's mix 13).
+// Random numbers without a state: element `index` of `stream` is a pure function, in integers only, so a GPU
+// thread, another rank count or a resumed run computes the same bits. The mixer: SplitMix64's.
 static uint64_t mix64(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -2297,7 +2300,7 @@ static uint64_t mix64(uint64_t z) {
 uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     const uint64_t golden = 0x9E3779B97F4A7C15u;                // odd: a different point for each index
     uint64_t key = mix64(mix64(seed + golden) ^ (stream * golden + 1));
-    return mix64(mix64(key + index * golden) ^ key);            // twice, so that streams are not shifts of one sequence
+    return mix64(mix64(key + index * golden) ^ key);            // twice: streams are no shifts of each other
 }
 
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {     // [0, 1): the top 53 bits
@@ -2350,8 +2353,8 @@ static const char *shortest(double x) {
     return s;
 }
 
-// A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path: missing, a folder,
-// not readable.
+// A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path:
+// missing, a folder, not readable.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
@@ -2381,7 +2384,8 @@ static void read_exactly(int fd, const char *path, void *out, size_t n, size_t o
 
 char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
     int fd = open_regular(path, "file", n);
-    if (*n > max_bytes) die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
+    if (*n > max_bytes)
+        die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
     char *text = (char *)xmalloc(*n + 1);
     read_exactly(fd, path, text, *n, 0);
     close(fd);
@@ -2389,14 +2393,14 @@ char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // t
     return text;
 }
 
-// ---- options -----------------------------------------------------------------------------------------------------
+// ---- options ----------------------------------------------------------------------------------------------
 struct Option {
     const char *name;
     int type, kind;
     void *value;
     const char *initial;
     double lo, hi;
-    const char *help, *text;        // text: the value as it was given, before anything that it leaves open is decided
+    const char *help, *text;        // text: the value as given, before what it leaves open is decided
     int given;                      // on the command line
 };
 
@@ -2407,7 +2411,7 @@ static Option option_table[] = {OPTIONS(ROW, HEADLINE)};
 #undef ROW
 #undef HEADLINE
 
-// Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
+// Word `index` of a choice: its help begins with them, "WORD|WORD: ...". NULL: no such. In a static buffer.
 static const char *choice_word(const Option *o, int64_t index) {
     static char word[16];
     const char *at = o->help;
@@ -2419,7 +2423,8 @@ static const char *choice_word(const Option *o, int64_t index) {
 static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
 
 Option *option_find(const char *name) {
-    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) if (!strcmp(o->name, name)) return o;
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++)
+        if (!strcmp(o->name, name)) return o;
     return NULL;
 }
 
@@ -2444,7 +2449,8 @@ void option_set(Option *o, const char *text) {
     } else {
         int64_t x;
         if (!parse_int(text, &x)) die("%s %s: not a whole number", o->name, text);
-        if (!((double)x >= o->lo && (double)x <= o->hi)) die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
+        if (!((double)x >= o->lo && (double)x <= o->hi))
+            die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
         *(int64_t *)o->value = x;
     }
 }
@@ -2469,7 +2475,8 @@ void options_default(void) {
 }
 
 void options_help(void) {
-    printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n");
+    printf("litespark trains Llama-family language models. "
+           "With no options: a small model on generated stories.\n");
     static const char *const wants[] = {"", " TEXT", " N", " N", " WORD", ""};  // by type
     for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
         if (o->type == OPT_GROUP) {
@@ -2490,15 +2497,18 @@ void options_parse(int argc, char **argv) {
         if (o->given) die("%s is given twice", o->name);
         o->given = 1;
         if (o->type == OPT_FLAG) { *(int64_t *)o->value = 1; continue; }
-        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
+        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2))
+            die("%s needs a value; --help describes it", o->name);
         option_set(o, argv[++i]);
     }
 }
 
 // What can be said against the options without looking at any file.
 void options_check(void) {
-    if (!!opt.preset + !!opt.config + !!opt.init_from > 1) die("choose one of --preset, --config and --init-from");
-    if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
+    if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
+        die("choose one of --preset, --config and --init-from");
+    if (opt.resume && opt.init_from)
+        die("--resume continues a run with its weights; it excludes --init-from");
     if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
         die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
     if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
@@ -2510,9 +2520,8 @@ void options_check(void) {
     if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
 }
 
-// ==== 9. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
-
-// One node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number keeps its digits in str.
+// ==== 9. JSON: a strict reader (RFC 8259) and the few verbs that write it ==================================
+// A node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number's digits are in str.
 struct Json {
     char type;             // 'o'bject, 'a'rray, 's'tring, 'n'umber, 't'rue, 'f'alse, '0' null
     const char *key, *str; // name inside the parent object; text of a string or (not terminated) of a number
@@ -2534,7 +2543,8 @@ typedef struct JsonParser {
 
 static void json_fail(const JsonParser *p, const char *expected) {
     unsigned char c = (unsigned char)*p->at;
-    Str found = p->at == p->end ? str("the end of the text") : str(c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    Str found = p->at == p->end ? str("the end of the text")
+                                : str(c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
     die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found.s);
 }
 
@@ -2547,7 +2557,7 @@ static void json_digits(JsonParser *p, int skip) {      // at least one, after `
     p->at += n;
 }
 
-// Bytes of the UTF-8 code point at s, which is in front of n bytes, or 0: overlong forms and surrogates are malformed.
+// Bytes of the UTF-8 code point at s, of n bytes there; 0: malformed, as overlong forms and surrogates are.
 static int utf8_length(const char *s, size_t n) {
     const unsigned char *u = (const unsigned char *)s;
     if (u[0] < 0x80) return 1;
@@ -2576,7 +2586,7 @@ static char *json_escape(JsonParser *p, char *out) {
     const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
     if (simple) { p->at += 2; *out = to[simple - from]; return out + 1; }
     int code = json_hex4(p->at);
-    int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0; // a pair \uD8xx\uDCxx is one code point
+    int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0;  // a pair is one code point
     if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
         json_fail(p, "an escape: \\\" \\\\ \\/ \\b \\f \\n \\r \\t, or \\uXXXX with surrogates in pairs");
     p->at += low ? 12 : 6;
@@ -2685,8 +2695,8 @@ static void json_value(JsonParser *p, Json *v, int depth) {
     }
 }
 
-// Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory holds every node and behind
-// them the text: free(root) releases it.
+// Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory has the nodes
+// and the text: free(root) releases it.
 Json *json_parse(const char *text, size_t n, const char *where) {
     if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
     size_t n_nodes = 1;                 // at most: all but the root come after one of these
@@ -2718,18 +2728,21 @@ const Json *json_get(const Json *obj, const char *key) {
 
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
 static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
-    static const char *const types = "oatf0", *const words[] = {"an object", "a list", "true", "false", "null"};
+    static const char *const types = "oatf0";
+    static const char *const words[] = {"an object", "a list", "true", "false", "null"};
     Str shown = v && strchr("sn", v->type)
-        ? str(v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str, v->str_len > 40 ? "..." : "")
+        ? str(v->type == 's' ? "\"%.*s%s\"" : "%.*s%s",
+              (int)min_size(v->str_len, 40), v->str, v->str_len > 40 ? "..." : "")
         : str("%s", v ? words[strchr(types, v->type) - types] : "missing");
     for (char *c = shown.s; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
     die("%s: \"%s\" is %s; expected %s", where, key, shown.s, expected);
 }
 
-// Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`, the key,
-// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), NULL (string).
-int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi, int64_t fallback) {
+// Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`,
+// the key, the value and what was expected. A required key has the fallback JSON_REQUIRED, NAN or NULL.
+int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi,
+                 int64_t fallback) {
     const Json *v = json_get(obj, key);
     if (!v && fallback != JSON_REQUIRED) return fallback;
     if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi)
@@ -2737,7 +2750,8 @@ int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo
     return v->inum;
 }
 
-double json_number(const Json *obj, const char *key, const char *where, double lo, double hi, double fallback) {
+double json_number(const Json *obj, const char *key, const char *where, double lo, double hi,
+                   double fallback) {
     const Json *v = json_get(obj, key);
     if (!v && !isnan(fallback)) return fallback;
     if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi))
@@ -2786,17 +2800,18 @@ const char *json_decimal(double x) {
     return !isfinite(x) ? "null" : strpbrk(s, ".e") ? s : strcat(s, ".0");
 }
 
-// ==== 10. safetensors: reading and writing Hugging Face weight files =============================
+// ==== 10. safetensors: reading and writing Hugging Face weight files =======================================
 // OFFSET  SIZE  MEANING (https://github.com/huggingface/safetensors#format)
 // 0       8     N, the header's length in bytes, little-endian (as is everything; so must this machine be)
 // 8       N     JSON, padded with spaces:
-//               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
-// 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
+//               {"__metadata__": {string: string},
+//                NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
+// 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest exactly
 
 // the first rows are ST_F32 .. ST_I32
 static const struct { const char *name; size_t bytes; } st_dtypes[] = {
-    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
-    {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1},
+    {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
 enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
 
 typedef struct StTensor {
@@ -2816,12 +2831,16 @@ struct StSet {                      // the tensors of one checkpoint, sorted by 
 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
 static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
-    const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape"), *span = json_get(e, "data_offsets");
+    const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape");
+    const Json *span = json_get(e, "data_offsets");
     StTensor t = {e->key, 0, 0, s->n_files - 1, {0}, 0, 0, 1};
-    if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
-        die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
+    if (!dtype || dtype->type != 's' || !shape || shape->type != 'a'
+        || !span || span->type != 'a' || span->n != 2)
+        die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"",
+            path, t.name);
     while (t.dtype < COUNT(st_dtypes) && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
-    if (t.dtype == COUNT(st_dtypes)) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
+    if (t.dtype == COUNT(st_dtypes))
+        die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
     if (shape->n > ST_MAX_DIMS)
         die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
     for (const Json *d = shape->child; d; d = d->next) {
@@ -2831,13 +2850,15 @@ static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data
         t.n *= (size_t)d->inum;
     }
     const Json *begin = span->child, *end = begin->next;
-    if (!begin->is_int || !end->is_int || begin->inum < 0 || end->inum < begin->inum || (size_t)end->inum > data_bytes)
+    if (!begin->is_int || !end->is_int || begin->inum < 0 || end->inum < begin->inum
+        || (size_t)end->inum > data_bytes)
         die("%s: tensor %s: its data_offsets lie outside of the %zu data bytes", path, t.name, data_bytes);
     t.offset = data_start + (size_t)begin->inum;
     t.n_bytes = (size_t)(end->inum - begin->inum);
     size_t needed = t.n * st_dtypes[t.dtype].bytes;
     if (t.n_bytes != needed)
-        die("%s: tensor %s has %zu bytes of data, but its shape and dtype need %zu", path, t.name, t.n_bytes, needed);
+        die("%s: tensor %s has %zu bytes of data, but its shape and dtype need %zu",
+            path, t.name, t.n_bytes, needed);
     s->tensors = (StTensor *)array_room(s->tensors, s->n_tensors + 1, &s->max_tensors, sizeof t);
     s->tensors[s->n_tensors++] = t;
 }
@@ -2854,13 +2875,15 @@ static void st_add_file(StSet *s, const char *path) {
     uint64_t n_header;
     int f = s->n_files++, first = s->n_tensors;
     if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
-    s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);    // qsort wants no NULL
+    // room for one even where there is none: qsort wants no NULL
+    s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);
     s->fds[f] = open_regular(path, "weights", &size);
     s->paths[f] = xstrdup(path);
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
     read_exactly(s->fds[f], path, &n_header, 8, 0);
     if (n_header > size - 8 || n_header > ST_MAX_HEADER)
-        die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file", path, n_header, size);
+        die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file",
+            path, n_header, size);
     char *text = (char *)xmalloc((size_t)n_header + 1);
     read_exactly(s->fds[f], path, text, (size_t)n_header, 8);
     Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
@@ -2874,13 +2897,15 @@ static void st_add_file(StSet *s, const char *path) {
     qsort(s->tensors + first, (size_t)(s->n_tensors - first), sizeof *s->tensors, st_compare_offsets);
     for (const StTensor *t = s->tensors + first; t < s->tensors + s->n_tensors; at += t++->n_bytes)
         if (t->offset != at)
-            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu", path, t->name, t->offset, at);
+            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu",
+                path, t->name, t->offset, at);
     if (at != size) die("%s: the tensors end at byte %zu, but the file has %zu", path, at, size);
 }
 
 // The tensor of that name, or NULL.
 const StTensor *st_find(const StSet *s, const char *name) {
-    return (const StTensor *)bsearch(&name, s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, compare_names);
+    return (const StTensor *)bsearch(&name, s->tensors, (size_t)s->n_tensors, sizeof *s->tensors,
+                                     compare_names);
 }
 
 static void st_sort_names(StSet *s) {
@@ -2910,8 +2935,9 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         if (!t || strcmp(strrchr(s->paths[t->file], '/') + 1, e->str))
             die("%s: tensor %s is not in %s", index_path, e->key, e->str);
     }
-    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
-        if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
+    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)    // names are unique: one is not listed
+        if (!json_get(map, t->name))
+            die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     free(index);
 }
 
@@ -2926,8 +2952,8 @@ static StSet *st_open_all(const char *pattern) {
     return s;
 }
 
-// Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
-// one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
+// Opens a Hugging Face checkpoint: a folder with model.safetensors, or model.safetensors.index.json and its
+// shards; or one file. Checked here, before any weight is read: lengths, offsets, shapes, names, index.
 StSet *st_open(const char *dir_or_file) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     struct stat info;
@@ -2936,7 +2962,8 @@ StSet *st_open(const char *dir_or_file) {
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
     else if (!access(one.s, F_OK)) st_add_file(s, one.s);
     else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
-    else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
+    else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors",
+             dir_or_file);
     st_sort_names(s);
     return s;
 }
@@ -2952,8 +2979,8 @@ static float st_f16_to_float(uint32_t h) {
     return x;
 }
 
-// Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
-// Threads may call it at the same time.
+// Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies for another dtype, naming
+// file and tensor. Threads may call it at the same time.
 void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
     const char *path = s->paths[t->file];
     const size_t size = st_dtypes[t->dtype].bytes;
@@ -2984,9 +3011,9 @@ void st_close(StSet *s) {
     free(s);
 }
 
-// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin, write the
-// values in that order, finish. A failing disk does not end the program: later writes do nothing, and the caller, who
-// learns the error from st_finish, removes its temporary directory and keeps the old checkpoint.
+// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin,
+// write the values in that order, finish. A failing disk does not end the program: later writes do nothing,
+// and the caller, who learns the error from st_finish, removes the new folder and keeps the old checkpoint.
 struct StWriter {
     FILE *file;
     int failed, dtype;               // failed: the first errno
@@ -3055,8 +3082,8 @@ void st_write(StWriter *w, const float *values, size_t count) {
     }
 }
 
-// Flushes, fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first failure. With 0,
-// *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
+// Flushes, fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first
+// failure. With 0, *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
 int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     assert(!w->data_bytes);
     if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
@@ -3068,9 +3095,8 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     return failed;
 }
 
-// ==== 11. Model configuration: Hugging Face's config.json and the presets ========================
-
-// The integers of a model: field, config.json key, smallest and largest value, what an absent (or null) key means.
+// ==== 11. Model configuration: Hugging Face's config.json and the presets ==================================
+// The integers of a model: field, key in config.json, smallest and largest value, what an absent key means.
 #define CONFIG_INTS(X) \
     X(V,     "vocab_size",              2, 1 << 24, JSON_REQUIRED) \
     X(L,     "num_hidden_layers",       1, 1 << 12, JSON_REQUIRED) \
@@ -3084,36 +3110,53 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
     X(init_std, "initializer_range", 0, 1, 0.02)
 
+// window_switch: sliding_window counts only if use_sliding_window says so
 static const Family config_families[] = {
     {"llama",   "LlamaForCausalLM",   0, 0, 0},
     {"mistral", "MistralForCausalLM", 0, 0, 0},
-    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},
     {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
 };
 
 // Keys that would change the computation, and the one value that we compute.
 static const struct { const char *key, *only; } config_fixed[] = {
     {"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}, {"attention_dropout", "0"},
-    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"}, {"num_experts", "0"},
-    {"num_local_experts", "0"}, {"n_routed_experts", "0"}, {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
+    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"},
+    {"num_experts", "0"}, {"num_local_experts", "0"}, {"n_routed_experts", "0"},
+    {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
-static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, rope_theta, init_std,
-                      rope_factor; int sliding_window, bos, eos; } config_presets[] = {
-//   name            family          V   L     C   H   K    D      F   max_T  tie   eps  theta   init  fac   win     bos     eos
-    {"tiny",         "qwen3",      640,  2,  192,  6,  6,  32,   512,    256,   1, 1e-6,   1e4,  0.10,   0,    0,     -1,     -1},
-    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,   5e5,  0.02,  32,    0, 128000, 128001},
-    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,   5e5,  0.02,   8,    0, 128000, 128001},
-    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
-    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
-    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151645},
-    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   1e4,  0.02,   0, 4096,      1,      2},
-    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,   1e5, 1./24,   0,    0,      0,      0},
+static const struct {
+    const char *name, *family;
+    int V, L, C, H, K, D, F, max_T, tied;
+    double eps, rope_theta, init_std, rope_factor;
+    int sliding_window, bos, eos;
+} config_presets[] = {
+    {"tiny",         "qwen3",      640,  2,  192,  6,  6,  32,   512,    256, 1,
+        1e-6, 1e4,  0.10,  0,    0,     -1,     -1},
+    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024, 1,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048, 1,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096, 0,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096, 0,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072, 1,
+        1e-5, 5e5,  0.02, 32,    0, 128000, 128001},
+    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072, 0,
+        1e-5, 5e5,  0.02,  8,    0, 128000, 128001},
+    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768, 1,
+        1e-6, 1e6,  0.02,  0,    0, 151643, 151643},
+    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768, 1,
+        1e-6, 1e6,  0.02,  0,    0, 151643, 151643},
+    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960, 1,
+        1e-6, 1e6,  0.02,  0,    0, 151643, 151645},
+    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768, 0,
+        1e-5, 1e4,  0.02,  0, 4096,      1,      2},
+    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192, 1,
+        1e-5, 1e5, 1./24,  0,    0,      0,      0},
 };
 
 // Sets the family and what depends on it; 0 when the name is unknown.
@@ -3149,10 +3192,13 @@ void config_check(const Config *c, const char *where) {
     CONFIG_INTS(CHECK)
 #undef CHECK
     if (c->H % c->K)
-        die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
-    if (c->D % 8 || c->D > 128) die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
+        die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d",
+            where, c->H, c->K);
+    if (c->D % 8 || c->D > 128)
+        die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
     if (c->rope_factor > 0 && !(c->rope_low < c->rope_high))
-        die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
+        die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g",
+            where, c->rope_high, c->rope_low);
     if (c->bos >= c->V || c->eos >= c->V)
         die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
             c->bos >= c->V ? "bos_token_id" : "eos_token_id", c->bos >= c->V ? c->bos : c->eos, c->V);
@@ -3160,16 +3206,17 @@ void config_check(const Config *c, const char *where) {
         die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
 }
 
-// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into rope_parameters.
-// Like transformers 5, a rope_scaling wins over rope_parameters, and rope_theta inside over rope_theta outside.
+// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into
+// rope_parameters. As there, rope_scaling wins over rope_parameters, and rope_theta inside over one outside.
 static void config_read_rope(Config *c, const Json *j, const char *where) {
     const Json *rope = json_get(j, "rope_scaling");
     if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
     if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
-    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type"; // "type": before transformers 4.43
+    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type";  // before transformers 4.43
     const char *type = json_string(rope, type_key, where, "default");
     if (strcmp(type, "default") && strcmp(type, "llama3"))
-        json_refuse(json_get(rope, type_key), "rope_type", where, "\"default\" or \"llama3\", the supported kinds of RoPE");
+        json_refuse(json_get(rope, type_key), "rope_type", where,
+                    "\"default\" or \"llama3\", the supported kinds of RoPE");
     const Json *part = json_get(rope, "partial_rotary_factor");
     if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
     for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
@@ -3191,13 +3238,14 @@ static void config_read_window(Config *c, const Json *j, const char *where) {
     c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
     if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
     for (const Json *e = types ? types->child : NULL; e; e = e->next) {
-        const char *want = c->sliding_window && l++ >= c->window_layer ? "sliding_attention" : "full_attention";
+        int slides = c->sliding_window && l++ >= c->window_layer;
+        const char *want = slides ? "sliding_attention" : "full_attention";
         if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
     }
 }
 
-// Reads config.json of transformers 4 or 5 and checks it; dies naming `where`, the key, its value and what was expected.
-// null means absent; keys that do not change the computation are ignored.
+// Reads and checks config.json of transformers 4 or 5; dies naming `where`, the key, its value and what was
+// expected. null means absent; keys that do not change the computation are ignored.
 void config_from_json(Config *c, const char *text, size_t n, const char *where) {
     Json *j = json_parse(text, n, where);
     memset(c, 0, sizeof *c);
@@ -3217,8 +3265,8 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     config_set_vocab(c, c->V);
     if (!c->K) c->K = c->H;
     if (!c->D && c->C % c->H)
-        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d",
-            where, c->C, c->H);
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of "
+            "\"num_attention_heads\", %d", where, c->C, c->H);
     if (!c->D) c->D = c->C / c->H;
     c->tied = json_bool(j, "tie_word_embeddings", where, 0);
     config_read_rope(c, j, where);
@@ -3269,8 +3317,9 @@ static void config_add_rope(Text *t, const Config *c, int with_theta) {
     if (with_theta) text_add(t, ",\n    \"rope_theta\": %s", json_decimal(c->rope_theta));
     if (c->rope_factor > 0)
         text_add(t, ",\n    \"factor\": %s,\n    \"low_freq_factor\": %s,\n    \"high_freq_factor\": %s"
-                 ",\n    \"original_max_position_embeddings\": %d", json_decimal(c->rope_factor), json_decimal(c->rope_low),
-                 json_decimal(c->rope_high), c->rope_original_T);
+                 ",\n    \"original_max_position_embeddings\": %d",
+                 json_decimal(c->rope_factor), json_decimal(c->rope_low), json_decimal(c->rope_high),
+                 c->rope_original_T);
     text_add(t, "\n  }");
 }
 
@@ -3281,14 +3330,16 @@ char *config_to_json(const Config *c, const char *dtype) {
     text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", c->family->class_name);
     text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family->name);
 #define WRITE_INT(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
-#define WRITE_NUMBER(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
+#define WRITE_NUMBER(field, key, lo, hi, fallback) \
+    text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
     CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (llama) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
     if (c->family->window_switch)
-        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false",
-                 c->window_layer);
-    if (c->sliding_window || !llama) config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n",
+                 c->sliding_window ? "true" : "false", c->window_layer);
+    if (c->sliding_window || !llama)
+        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
     text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
     if (c->rope_factor > 0) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
@@ -3301,10 +3352,10 @@ char *config_to_json(const Config *c, const char *dtype) {
     return t.s;
 }
 
-// ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ------------------------------
-// Parameters lie in flat buffers, unit after unit: the embedding, each layer, and the final norm with the head. A unit is what
-// is reduced, sharded and saved together. Inside a unit q|k|v (and their biases) and gate|up are neighbours, so that each group
-// is one matrix for the matmul; other tensors start at multiples of 64 elements.
+// ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ----------------
+// Parameters lie in flat buffers, unit after unit: the embedding, each layer, the final norm with the head. A
+// unit is what is reduced, sharded and saved together. In it q|k|v (and their biases) and gate|up are
+// neighbours: each group is one matrix for the matmul. Other tensors start at multiples of 64 elements.
 enum { MAX_TENSORS_PER_UNIT = 14, TENSOR_ALIGN = 64, UNIT_ALIGN = 128 };
 static void table_unit(ParamTable *p, const char *name, size_t vocab_padding) {
     Unit *u = &p->units[p->n_units++];
@@ -3315,7 +3366,8 @@ static void table_unit(ParamTable *p, const char *name, size_t vocab_padding) {
 }
 
 // Appends a tensor to the last unit. joined: starts right after the previous one, as part of the same matrix.
-static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols, int init, int joined) {
+static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols,
+                         int init, int joined) {
     Tensor *t = &p->tensors[p->n_tensors++];
     Unit *u = &p->units[p->n_units - 1];
     snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
@@ -3382,7 +3434,7 @@ const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
     return NULL;
 }
 
-// ---- which model ---------------------------------------------------------------------------------------------------
+// ---- which model ------------------------------------------------------------------------------------------
 static Config read_config(const char *dir_or_file, int is_dir) {
     Config c;
     Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
@@ -3394,13 +3446,14 @@ static Config read_config(const char *dir_or_file, int is_dir) {
     return c;
 }
 
-// The model of --preset, --config, --init-from or the checkpoint `resume_dir` (NULL: none). V 0: the data decides.
+// The model of --preset, --config, --init-from or the checkpoint resume_dir (or NULL). V 0: the data decides.
 Config choose_config(const char *resume_dir) {
     Config c;
     const char *preset = opt.preset ? opt.preset : "tiny";
     if (opt.init_from) return read_config(opt.init_from, 1);
     if (opt.config) c = read_config(opt.config, 0);
-    else if (!config_preset(&c, preset)) die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
+    else if (!config_preset(&c, preset))
+        die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
     if (!opt.config && !strcmp(preset, "tiny")) c.V = 0;
     if (!resume_dir) return c;
     Config saved = read_config(resume_dir, 1);
@@ -3408,8 +3461,8 @@ Config choose_config(const char *resume_dir) {
         if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
         char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
         if (strcmp(a, b))
-            die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
-                resume_dir, opt.preset ? "--preset" : "--config");
+            die("--resume %s: the checkpoint holds another model than %s; leave that option out "
+                "or name another --out", resume_dir, opt.preset ? "--preset" : "--config");
         free(a), free(b);
     }
     return saved;
@@ -4445,7 +4498,7 @@ void weights_read(const char *dir, Model *m, const Config *c) {
 }
 // SHARED END
 
-// ---- faster versions of section 3 --------------------------------------------------------------------------------
+// ---- faster versions of section 3 -------------------------------------------------------------------------
 // ==== 16. The packed matmul ================================================================================
 // How section 3's out = op(a) op(b) comes close to a core's arithmetic peak (Goto and van de Geijn 2008,
 // "Anatomy of High-Performance Matrix Multiplication"; Van Zee and van de Geijn 2015, "BLIS"):
