@@ -3468,15 +3468,17 @@ Config choose_config(const char *resume_dir) {
     return saved;
 }
 
-// ==== 12. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
+// ==== 12. Tokenizer: text -> ids for prompts, ids -> bytes for samples =====================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
-//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
-//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length, bytes
+//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V
+//             | 4 BOS or -1 | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero;
+//             then V records: float32 score, int32 length, bytes
 //   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
 //             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
-// Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
-// again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals. Kind 1 takes the
-// longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30 (other special tokens).
+// Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins,
+// again and again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals.
+// Kind 1 takes the longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30
+// (other special tokens).
 #define TOKENIZER_MAGIC 20251002
 #define NO_MERGE (-1e30f)
 
@@ -3500,7 +3502,8 @@ static int piece_byte(const Piece *piece) {
 
 // Points t at the V records that fill the file from `at` to its end; V = 0: as many as there are.
 static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
-    size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;    // a record has at least 8 bytes
+    // a record has at least 8 bytes
+    size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;
     if (n > room) die("tokenizer '%s' is truncated: its %zu pieces do not fit; make it again", t->path, n);
     t->piece = (Piece *)xmalloc(n * sizeof(Piece));
     for (; id < n && file_bytes - at >= 8; id++) {
@@ -3509,13 +3512,13 @@ static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
         memcpy(&p->n, t->file + at + 4, 4);
         p->s = t->file + (at += 8);
         if (p->n < 0 || (size_t)p->n > file_bytes - at || !(fabsf(p->score) < 1e38f))
-            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again", t->path, id,
-                p->n, (double)p->score);
+            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again",
+                t->path, id, p->n, (double)p->score);
         at += (size_t)p->n;
     }
     if (at < file_bytes || id == 0 || (t->V && id < n))
-        die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again", t->path, id, at,
-            file_bytes);
+        die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again",
+            t->path, id, at, file_bytes);
     t->V = (int)id;
 }
 
@@ -3533,7 +3536,7 @@ static void tokenizer_index(Tokenizer *t) {
         else if (p->n == 1 && t->byte_id[(unsigned char)*p->s] < 0) t->byte_id[(unsigned char)*p->s] = id;
         if (byte >= 0 || p->score <= NO_MERGE) continue;
         int *slot = tokenizer_slot(t, p->s, (size_t)p->n);
-        if (*slot < 0 || p->score > t->piece[*slot].score) *slot = id;      // the better one of two equal pieces
+        if (*slot < 0 || p->score > t->piece[*slot].score) *slot = id;  // the better one of two equal pieces
     }
 }
 
@@ -3550,19 +3553,22 @@ Tokenizer *tokenizer_open(const char *path) {
         if (h[1] != 1) die("tokenizer '%s' has version %d, this program reads version 1", path, h[1]);
         if (h[2] < 0 || h[2] > 1 || h[3] < 1 || h[4] < -1 || h[4] >= h[3] || h[5] < -1 || h[5] >= h[3]
             || h[6] < 0 || h[6] > 1 || h[7] != 0)
-            die("tokenizer '%s' has a damaged header: kind %d, %d pieces, BOS %d, EOS %d, space %d, %d; make it again",
-                path, h[2], h[3], h[4], h[5], h[6], h[7]);
+            die("tokenizer '%s' has a damaged header: kind %d, %d pieces, BOS %d, EOS %d, space %d, %d; "
+                "make it again", path, h[2], h[3], h[4], h[5], h[6], h[7]);
         t->kind = h[2]; t->V = h[3]; t->bos = h[4]; t->eos = h[5]; t->prefix_space = h[6];
         tokenizer_records(t, sizeof h, n);
     } else {
         if (n < 12 || h[0] < 1 || h[0] > 4096 || h[2] < 0 || h[2] > h[0])
-            die("'%s' is no tokenizer: neither litespark's (make it with data/tokens.py) nor llama2.c's", path);
+            die("'%s' is no tokenizer: neither litespark's (make it with data/tokens.py) nor llama2.c's",
+                path);
         t->bos = 1; t->eos = 2; t->prefix_space = 1;
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
-            if (id >= t->V || t->piece[id].n > h[0] || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
-                die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
-        t->piece[0].score = NO_MERGE;                       // <unk> is not text; bytes, BOS and EOS are left out anyway
+            if (id >= t->V || t->piece[id].n > h[0]
+                || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
+                die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte",
+                    path, id);
+        t->piece[0].score = NO_MERGE;           // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
     tokenizer_index(t);
     return t;
@@ -3577,20 +3583,22 @@ void tokenizer_free(Tokenizer *t) {
 static int tokenizer_byte(const Tokenizer *t, char byte) {
     int id = t->byte_id[(unsigned char)byte];
     if (id < 0)
-        die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; change the text or the tokenizer",
-            (unsigned char)byte, t->path);
+        die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; "
+            "change the text or the tokenizer", (unsigned char)byte, t->path);
     return id;
 }
 
-// A symbol of the text being joined, at the index of its first byte. bytes 0: no symbol begins here (any more). join: the
-// piece that it and the next symbol make, -1 = none.
+// A symbol of the text being joined, at the index of its first byte. bytes 0: none begins here (any more).
+// join: the piece that it and the next symbol make, -1 = none.
 typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;
 
-// Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above 2k and 2k+1,
-// node n + i is symbol i, and best[k] is the symbol below k whose join has the highest score, the leftmost of equals.
+// Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above
+// 2k and 2k+1, node n + i is symbol i, best[k] is the symbol below k whose join has the highest score, the
+// leftmost of equals.
 static void propose_join(const Tokenizer *t, const char *text, int n, Symbol *s, int *best, int i) {
     int right = i + s[i].bytes;
-    s[i].join = s[i].bytes && right < n ? *tokenizer_slot(t, text + i, (size_t)(s[i].bytes + s[right].bytes)) : -1;
+    s[i].join = s[i].bytes && right < n
+              ? *tokenizer_slot(t, text + i, (size_t)(s[i].bytes + s[right].bytes)) : -1;
     s[i].score = s[i].join < 0 ? -INFINITY : t->piece[s[i].join].score;
     for (int k = (n + i) / 2; k > 0; k /= 2) {
         int a = best[2*k], b = best[2*k + 1];
@@ -3603,7 +3611,8 @@ static int encode_bpe(const Tokenizer *t, const char *text, int n, int *ids) {
     Symbol *s = (Symbol *)xcalloc((size_t)n, sizeof(Symbol));
     int *best = (int *)xcalloc(2 * (size_t)n, sizeof(int)), previous = -1, count = 0;
     for (int at = 0; at < n; ) {
-        int k = utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;    // a stray byte stands for itself
+        // a stray byte stands for itself
+        int k = utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;
         int id = *tokenizer_slot(t, text + at, (size_t)bytes);
         for (int end = at + bytes; at < end; at += s[at].bytes) {
             Symbol symbol = {id < 0 ? 1 : bytes, id < 0 ? tokenizer_byte(t, text[at]) : id, previous, -1, 0};
@@ -3642,7 +3651,7 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
     return count;
 }
 
-// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies if a byte has no piece.
+// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns how many.
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
     if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
     int space = t->prefix_space && n > 0;
@@ -3657,8 +3666,8 @@ int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) 
     return count;
 }
 
-// The bytes of one id as they are; BOS, EOS and ids without a piece print nothing. previous_id: the id before it, which
-// at the start of the text is BOS (-1 where there is none): there the space that encoding put in front is dropped.
+// The bytes of one id as they are; BOS, EOS and ids without a piece print nothing. previous_id: the id before
+// it, BOS at the start (-1 without BOS): there the space that encoding put in front is dropped.
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     if (id < 0 || id >= t->V || id == t->bos || id == t->eos) return;
     const Piece *p = &t->piece[id];
@@ -3667,8 +3676,8 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }
 
-// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL: there is none that
-// fits c. *side_folder: where tokenizer files of checkpoints come from, or NULL.
+// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL:
+// none fits c. *side_folder: where tokenizer files of checkpoints come from, or NULL.
 Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder) {
     const char *slash = strrchr(opt.train_data, '/');
     const Str data = str("%.*s", slash ? (int)(slash - opt.train_data) : 1, slash ? opt.train_data : ".");
@@ -3688,25 +3697,27 @@ Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char *
         t = NULL;
     }
     slash = t ? strrchr(t->path, '/') : NULL;
-    *side_folder = model_dir ? model_dir : !t ? NULL : slash ? xstrdup(str("%.*s", (int)(slash - t->path), t->path).s) : ".";
+    *side_folder = model_dir ? model_dir : !t ? NULL
+                 : slash ? xstrdup(str("%.*s", (int)(slash - t->path), t->path).s) : ".";
     return t;
 }
 
-// ==== 13. Token shards and the DataLoader =============================================================================
-// .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. data/README.md has every format in full.
-//   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32     word 3  vocabulary size, 0 = unknown
-//   word 1  version: 1 with uint16, 7 with uint32                  word 4  CRC-32 of the token bytes, 0 = unknown
-//   word 2  n                                                      word 5  end-of-document id + 1, 0 = unknown
-// .ds (Litespark's): rows of S+1 tokens, no header; metadata.json in the same folder or its parent has S and the width.
-// .nll (optional, beside evaluation shards): float32 -ln p of each target under the process that made the data.
+// ==== 13. Token shards and the DataLoader ==================================================================
+// .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. All formats in full: data/README.md.
+//   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32    word 3  vocabulary size, 0 = unknown
+//   word 1  version: 1 with uint16, 7 with uint32                 word 4  CRC-32 of the tokens, 0 = unknown
+//   word 2  n                                                     word 5  end-of-document id + 1, 0 = unknown
+// .ds (Litespark's): rows of S+1 tokens, no header; metadata.json beside or above has S and the width.
+// .nll (optional, beside evaluation shards): float32 -ln p of each target under the process that made them.
 //
-// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share one token,
-// each token is a target once, a shard has floor((n-1)/T) windows, none spans two shards, and the tail is dropped.
-// Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, sorted by name, count 0 .. n_windows-1.
+// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share a
+// token, each token is a target once, a shard has floor((n-1)/T) windows, none spans two shards, and the tail
+// is dropped. Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, sorted by name,
+// count 0 .. n_windows-1.
 //
-// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws the next
-// world*B positions, and rank r has r*B .. r*B+B-1 of them. The whole state is therefore (seed, epoch, position), the
-// same on all ranks: any split of one world*B sees the same batches, and a resumed run may have another one.
+// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws
+// the next world*B positions, rank r has r*B .. r*B+B-1 of them. So all the state is (seed, epoch, position),
+// the same on all ranks: any split of one world*B sees the same batches; a resumed run may have another one.
 #define FULL_SCAN_BYTES ((size_t)4 << 30)
 
 typedef struct Shard {
@@ -3721,7 +3732,7 @@ typedef struct Shard {
     char *floor_path;                   // evaluation: its .nll file, NULL = it has none
 } Shard;
 
-// The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
+// The shard's vocabulary against the model's, which may have up to 1% more: Qwen2 pads 151,665 to 151,936.
 static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
     if (shard_vocab > vocab_size || vocab_size - shard_vocab > vocab_size / 100)
         die("token shard '%s' was tokenized for a vocabulary of %" PRId64 ", the model has %d; "
@@ -3731,16 +3742,19 @@ static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
 static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
     int32_t h[256];
     if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
-        die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again", s->path, bytes);
+        die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again",
+            s->path, bytes);
     if (h[0] != 20240520 && h[0] != 20240801)
-        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py", s->path);
+        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); "
+            "make one with data/tokens.py", s->path);
     s->width = h[0] == 20240520 ? 2 : 4;
     s->header_bytes = sizeof h;
     const int version = s->width == 2 ? 1 : 7;
-    if (h[1] != version) die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], version);
+    if (h[1] != version)
+        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], version);
     if (h[2] <= 0 || h[3] < 0 || h[5] < 0)
-        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; write it again",
-            s->path, h[2], h[3], h[5]);
+        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; "
+            "write it again", s->path, h[2], h[3], h[5]);
     s->n_tokens = (size_t)h[2];
     size_t expected = s->header_bytes + s->n_tokens * (size_t)s->width;
     if (bytes != expected)
@@ -3754,11 +3768,12 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     const char *slash = strrchr(s->path, '/');
     const int folder = slash ? (int)(slash + 1 - s->path) : 0;
-    Str here = str("%.*smetadata.json", folder, s->path), above = str("%.*s../metadata.json", folder, s->path);
+    Str here = str("%.*smetadata.json", folder, s->path);
+    Str above = str("%.*s../metadata.json", folder, s->path);
     const char *where = access(here.s, F_OK) ? above.s : here.s;
     if (access(where, F_OK))
-        die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
-            "or write the shard again", s->path);
+        die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; "
+            "put it there, or write the shard again", s->path);
     Json *meta = json_read_file(where, 1 << 20);
     if (meta->type != 'o') die("'%s' must hold one JSON object", where);
     check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
@@ -3768,13 +3783,13 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     if (s->width == 3) die("'%s': \"token_size_bytes\" must be 2 or 4", where);
     size_t row_bytes = (size_t)s->row * (size_t)s->width;
     if (bytes % row_bytes)
-        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes "
-            "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
+        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens "
+            "of %d bytes as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     free(meta);
 }
 
-// The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
+// The .nll of an evaluation shard, if there: a float per target, that is n-1 for a .bin, S per row for a .ds.
 static void shard_find_floor(Shard *s) {
     const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
     size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
@@ -3783,7 +3798,8 @@ static void shard_find_floor(Shard *s) {
     if (access(path.s, F_OK)) return;
     close(open_regular(path.s, "true loss", &bytes));
     if (bytes != expected)
-        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path.s, bytes, s->path, expected);
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again",
+            path.s, bytes, s->path, expected);
     s->floor_path = xstrdup(path.s);
 }
 
@@ -3795,15 +3811,16 @@ static void shard_open(DataLoader *dl, Shard *s) {
     if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
     else shard_open_bin(s, bytes, dl->vocab_size);
     if (s->eod >= dl->vocab_size)
-        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again", s->path, s->eod,
-            dl->vocab_size);
+        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again",
+            s->path, s->eod, dl->vocab_size);
     if (s->eod < 0 && dl->document_mask)
-        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, or train "
-            "with --document-mask off", s->path);
+        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, "
+            "or train with --document-mask off", s->path);
     if (s->row && s->row < dl->T + 1)
         die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
-    s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)dl->T;
-    size_t used = s->row ? s->n_windows * ((size_t)dl->T + 1) : s->n_windows ? s->n_windows * (size_t)dl->T + 1 : 0;
+    const size_t T = (size_t)dl->T;
+    s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / T;
+    size_t used = s->row ? s->n_windows * (T + 1) : s->n_windows ? s->n_windows * T + 1 : 0;
     dl->n_windows += (int64_t)s->n_windows;
     dl->n_tokens += (int64_t)s->n_tokens;
     dl->n_dropped += (int64_t)(s->n_tokens - used);
@@ -3847,17 +3864,18 @@ static void shard_scan(DataLoader *dl, int index) {
     }
     free(data);
     if (crc != s->crc)
-        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc, s->crc);
+        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again",
+            s->path, crc, s->crc);
     if (largest >= (uint32_t)dl->vocab_size)
-        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path,
-            largest, dl->vocab_size);
+        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model",
+            s->path, largest, dl->vocab_size);
 }
 
-// Opens the shards that match `pattern`; dies with one line that names the file unless all of them can be trained on:
-// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the shards) checksums and the largest id.
-// B rows of T tokens per rank and micro-step. shuffle = 0: an evaluation, one pass in order. document_mask: doc_start.
-void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
-                 int vocab_size, int document_mask) {
+// Opens the shards that match `pattern`; dies with one line that names the file unless all can be trained on:
+// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the shards) checksums and largest ids.
+// B rows of T tokens per rank and micro-step. shuffle 0: an evaluation, one pass in order.
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
+                 int shuffle, int vocab_size, int document_mask) {
     glob_t found;
     size_t bytes = 0;
     int n_floors = 0;
@@ -3865,7 +3883,8 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
     if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
-        die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others", pattern);
+        die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others",
+            pattern);
     dl->n_shards = (int)found.gl_pathc;
     dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
     for (int i = 0; i < dl->n_shards; i++) {
@@ -3878,8 +3897,8 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     }
     globfree(&found);
     if (dl->n_windows == 0)
-        die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
-            "smaller --seq-len", pattern, dl->n_tokens, T);
+        die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; "
+            "use more text or a smaller --seq-len", pattern, dl->n_tokens, T);
     for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
     dl->has_floor = n_floors == dl->n_shards;
     dl->buffer = xmalloc(((size_t)T + 1) * 4);
@@ -3887,15 +3906,17 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
 
 // One line for the log; name: "train" or "val".
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
-    fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | %" PRId64 " tokens dropped%s\n",
-            name, dl->n_shards, dl->shards[0].path, dl->n_tokens, dl->n_windows, dl->T, dl->n_dropped,
-            dl->has_floor ? " | true loss known" : "");
+    fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
+            "%" PRId64 " tokens dropped%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
+            dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "");
 }
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
 
 // Micro-steps that show each window of an evaluation once.
-int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
+int64_t loader_eval_batches(const DataLoader *dl) {
+    return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B);
+}
 
 void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor) {
     size_t n = (size_t)B * (size_t)T;
@@ -3907,14 +3928,15 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor) 
     batch->floor = with_floor ? (float *)xcalloc(n, sizeof(float)) : NULL;
 }
 
-// A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
-// round function, since each round can be undone. Walking along its cycle until the result is below n is one again, and
-// takes at most 4 walks on average, as 4^h >= n > 4^(h-1) (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
-// 2002). 12 rounds: with 8 or fewer, a handful of windows comes in measurably uneven orders over many epochs.
+// A pseudo-random permutation of 0 .. n-1, without a table. A Feistel network on 2h bits is a bijection: each
+// round can be undone. Walking along its cycle until the result is below n is one again, in at most 4
+// steps on average, as 4^h >= n > 4^(h-1) (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+// 12 rounds: with 8 or fewer, the orders of a handful of windows are measurably uneven over many epochs.
 static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n) {
     int h = 0;
     while (((uint64_t)1 << 2*h) < (uint64_t)n) h++;
-    const uint64_t mask = ((uint64_t)1 << h) - 1, key = random_bits(seed, hash_string("loader"), (uint64_t)epoch);
+    const uint64_t mask = ((uint64_t)1 << h) - 1;
+    const uint64_t key = random_bits(seed, hash_string("loader"), (uint64_t)epoch);
     uint64_t x = (uint64_t)position;
     do {
         uint64_t left = x >> h, right = x & mask;
@@ -3940,7 +3962,7 @@ static void read_floor(const Shard *s, size_t first_target, int T, float *floor)
 
 // Window `window` of all shards into row b.
 static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
-    int low = 0, high = dl->n_shards, T = dl->T;            // its shard is the last one with first_window <= window
+    int low = 0, high = dl->n_shards, T = dl->T;        // its shard: the last one with first_window <= window
     while (high - low > 1) {
         int middle = low + (high - low) / 2;
         if (dl->shards[middle].first_window <= window) low = middle; else high = middle;
@@ -3948,26 +3970,28 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
     const Shard *s = &dl->shards[low];
     size_t w = (size_t)(window - s->first_window), width = (size_t)s->width, n = (size_t)T + 1;
     size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
-    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
+    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width)
+        != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
     size_t at = (size_t)b * (size_t)T;
-    // With a document mask no document sees another: the first token of one is not a target of the one before.
+    // With a document mask no document sees another: its first token is not a target of the one before.
     for (int t = 0, start = 0; t <= T; t++) {
         uint32_t id = packed_token(dl->buffer, s->width, (size_t)t);
         if (id >= (uint32_t)dl->vocab_size)
-            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; use the tokenizer of the "
-                "model", s->path, id, w, dl->vocab_size);
+            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; "
+                "use the tokenizer of the model", s->path, id, w, dl->vocab_size);
         if (t > 0) batch->targets[at + (size_t)t - 1] = batch->doc_start && start == t ? IGNORED : (int)id;
         if (t == T) break;
         batch->inputs[at + (size_t)t] = (int)id;
         if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
         if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
-    if (dl->has_floor && batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
+    if (dl->has_floor && batch->floor)
+        read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
 }
 
-// The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
-// one. Evaluation: where the windows end, the rest is padding. Dies naming shard and window when a file has changed.
+// The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start
+// of the next. Evaluation: where the windows end, the rest is padding. Dies if a file has changed.
 void loader_next(DataLoader *dl, Batch *batch) {
     assert(batch->B == dl->B && batch->T == dl->T && (!dl->document_mask || batch->doc_start));
     LoaderState *state = &dl->state;
@@ -4006,29 +4030,29 @@ int data_vocabulary(const char *pattern) {
     return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
 }
 
-// ==== 14. Schedule, FLOPs, log ===========================================================================================
-// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr to min_lr. wsd: constant, linear over the last fifth.
+// ==== 14. Schedule, FLOPs, log =============================================================================
+// Learning rate of update `step` (0, 1, ...): linear warm-up, then lr to min_lr (wsd: over the last fifth).
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
     int64_t rest = o->steps - o->warmup_steps;
     double done = rest > 1 ? fmin(1, (double)(step - o->warmup_steps) / (double)(rest - 1)) : 1;
     switch (o->schedule) {
-    case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * done));
+    case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.141592653589793 * done));
     case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
     case SCHEDULE_WSD: return done < 0.8 ? o->lr : o->lr + (o->min_lr - o->lr) * (done - 0.8) / 0.2;
     default: return o->lr;
     }
 }
 
-// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention,
-// or half of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
+// FLOPs of forward and backward per token: 6 per parameter of a matmul (a tied head, too) + 12 L H D T for
+// attention, as the Litespark report, Megatron-LM and nanotron count; causal: half of that for attention.
 double flops_per_token(const Config *c, int T, int causal) {
     double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
     double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
     return 6 * (c->L * block + C * c->V) + (causal ? 6.0 : 12.0) * c->L * HD * T;
 }
 
-// ---- log.jsonl: one JSON object per line, only rank 0 writes --------------------------------------------------------------
+// ---- log.jsonl: one JSON object per line, only rank 0 writes ----------------------------------------------
 static FILE *log_file;
 
 void log_open(const char *out) {
@@ -4041,7 +4065,7 @@ void log_open(const char *out) {
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
 void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\": %s", key, json_decimal(x)); }
 
-// Appends the options as an object of strings: what they came to, or as_given and without those of this start only.
+// Appends the options as an object of strings: what they came to; as_given: as given, without START ones.
 void text_add_options(Text *t, int as_given) {
     const char *before = "{";
     for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
@@ -4064,7 +4088,7 @@ void log_record(Text *t) {
     free(t->s);
 }
 
-// "1.5 s" .. "3 h 20 min": for people
+// "15 s" .. "3 h 20 min": for people
 Str duration_text(double s) {
     if (s < 60) return str("%.0f s", s);
     if (s < 3600) return str("%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
@@ -4076,21 +4100,24 @@ Str measured_text(double x, const char *format) { return isfinite(x) ? str(forma
 
 // FLOP/s with a unit
 Str flops_text(double x) {
-    return !isfinite(x) ? str("unavailable") : x < 1e12 ? str("%.1f GFLOP/s", x * 1e-9) : str("%.1f TFLOP/s", x * 1e-12);
+    if (!isfinite(x)) return str("unavailable");
+    return x < 1e12 ? str("%.1f GFLOP/s", x * 1e-9) : str("%.1f TFLOP/s", x * 1e-12);
 }
 
-// ==== 15. Checkpoints: Hugging Face directories =========================================================================
+// ==== 15. Checkpoints: Hugging Face directories ============================================================
 // OUT/step_00000120/
-//   config.json, model.safetensors, generation_config.json, tokenizer files   what Hugging Face loads, in the compute precision
-//   optimizer-RRRRR-of-NNNNN.safetensors   fp32 tensors UNIT.KIND.OFFSET: KIND master, m or v; elements OFFSET.. of the flat unit
-//   trainer_state.json                     step, options, data position, sums of the run
-//   checksums.txt                          a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
-// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
+//   config.json, generation_config.json, model.safetensors in the compute precision, tokenizer files: what
+//       Hugging Face loads
+//   optimizer-RRRRR-of-NNNNN.safetensors: fp32 tensors UNIT.KIND.OFFSET, KIND master, m or v: elements from
+//       OFFSET on of the flat unit
+//   trainer_state.json: step, options, data position, sums of the run
+//   checksums.txt: a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
+// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
 #define IO_CHUNK ((size_t)1 << 20)
 static float io_values[IO_CHUNK];       // what passes between disk and model at a time
 
-static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                                         "special_tokens_map.json"};
+static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model",
+                                         "tokenizer_config.json", "special_tokens_map.json"};
 
 static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
     DIR *d = opendir(dir);
@@ -4126,8 +4153,9 @@ int checkpoint_list(const char *out, int64_t **steps) {
 
 static Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
 
-// ---- writing -------------------------------------------------------------------------------------------------------------
-typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
+// ---- writing ----------------------------------------------------------------------------------------------
+// The first failure ends the saving; nothing dies while a half-written folder lies there.
+typedef struct Saving {
     const char *dir;
     Text checksums;
     uint32_t crc;                       // of the file that was written last, and
@@ -4198,7 +4226,9 @@ static void save_optimizer(Saving *s, const Model *m, const char *name) {
             unit_share(m, u, &first, &n);
             int64_t shape = (int64_t)n;
             if (pass) save_values(w, m, kind, u, first, n);
-            else if (n) st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], first).s, ST_F32, 1, &shape);
+            else if (n)
+                st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], first).s, ST_F32, 1,
+                           &shape);
         }
         if (pass == 0) st_begin(w);
     }
@@ -4213,12 +4243,12 @@ static void text_add_series(Text *t, const char *key, const double *x) {
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d",
-             t->step, t->updates, t->tokens, comm_world());
+    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64
+             ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
-    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ",
-             t->loader.seed, t->loader.epoch, t->loader.position);
+    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64
+             "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
     text_add_options(&j, /*as_given=*/1);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     text_add_series(&j, "losses", t->losses);
@@ -4254,7 +4284,7 @@ static void checkpoint_prune(const char *out, int64_t keep) {
     int64_t *steps;
     int n = checkpoint_list(out, &steps);
     Str gone = str("%s/tmp.old", out);
-    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint behind
+    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint
         if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
     free(steps);
 }
@@ -4266,13 +4296,15 @@ static void remove_leftovers(const char *out) {         // of a killed run
     if (d) closedir(d);
 }
 
-// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
+                     const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
     Str final = checkpoint_path(o->out, t->step), tmp = str("%s/tmp.step_%08" PRId64, o->out, t->step);
     Str old = str("%s/tmp.old", o->out);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
-    double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
+    // CRC-32 and bytes of each optimizer file; failures
+    double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));
     if (rank == 0) {
         remove_leftovers(o->out);
         if (mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
@@ -4293,8 +4325,8 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
         for (int i = 1; i < parts; i++)             // rank 0's own is there
-            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
-                     i, parts);
+            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n",
+                     (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
         save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
         sync_folder(tmp.s);
@@ -4306,15 +4338,15 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     if (s.error.n) {
         if (rank == 0) remove_folder(tmp.s);
-        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step,
-            s.error.s);
+        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto",
+            t->step, s.error.s);
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
     free(s.checksums.s); free(sums);
 }
 
-// ---- reading -------------------------------------------------------------------------------------------------------------
+// ---- reading ----------------------------------------------------------------------------------------------
 static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
     FILE *f = fopen(path, "rb");
     *crc = 0;
@@ -4331,7 +4363,8 @@ Str checkpoint_whole(const char *dir) {
     Str path = str("%s/checksums.txt", dir), why = {""};
     struct stat info;
     size_t size;
-    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24) return str("%s is missing or empty", path.s);
+    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24)
+        return str("%s is missing or empty", path.s);
     char *text = read_text_file(path.s, 1 << 24, &size);
     if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
         why = str("%s does not match its own checksum", path.s);
@@ -4353,7 +4386,7 @@ Str checkpoint_whole(const char *dir) {
     return why;
 }
 
-// --resume: the folder to continue, whole; NULL: `auto` found none. Damaged ones are named; auto then takes an older one.
+// --resume: the folder to continue, whole; NULL: auto found none. It names damaged ones and tries older ones.
 char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
@@ -4370,7 +4403,8 @@ char *checkpoint_choose(const char *resume, const char *out) {
     }
     free(steps);
     if (n && chosen < 0 && comm_rank() == 0)
-        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why.s);
+        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out",
+            out, why.s);
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
@@ -4382,25 +4416,28 @@ static void read_series(const Json *root, const char *key, const char *where, do
     for (const Json *e = list->child; e; e = e->next) *x++ = e->num;
 }
 
-// The options of a saved run become those of this one, except what the command line gives; that is said, and refused where it
-// would make another run. *was: as they were saved. Format 1 saved what they came to: an lr/10 was most likely left open.
+// The options of a saved run become those of this one, except what the command line gives; that is said, and
+// refused where it would make another run. *was: as they were saved. Format 1 saved what they came to: there
+// lr/10 was most likely left open.
 static void options_resume(const Json *saved, const char *where, int64_t format, Options *was) {
     const char *given[COUNT(option_table)] = {NULL};
     for (const Json *e = saved ? saved->child : NULL; e; e = e->next) {
         Option *o = option_find(str("--%s", e->key).s);
-        if (!o || e->type != 's') die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
+        if (!o || e->type != 's')
+            die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (o->kind == START) continue;
         const Str wish = str("%s", o->given ? option_text(o) : "");
         const char *text = o->text;
         option_set(o, e->str);
         if (!o->given || !strcmp(wish.s, option_text(o))) continue;
         if (o->kind == FIXED)
-            die("%s %s: the run was begun with %s, which cannot change; leave it out, or start another run with --init-from",
-                o->name, wish.s, option_text(o));
+            die("%s %s: the run was begun with %s, which cannot change; leave it out, or start another run "
+                "with --init-from", o->name, wish.s, option_text(o));
         if (comm_rank() == 0) printf("resume: %s was %s, is now %s\n", o->name, option_text(o), wish.s);
         given[o - option_table] = text;
     }
-    if (format == 1 && fabs(opt.min_lr - opt.lr / 10) <= 1e-9 * opt.lr) option_set(option_find("--min-lr"), "-1");
+    if (format == 1 && fabs(opt.min_lr - opt.lr / 10) <= 1e-9 * opt.lr)
+        option_set(option_find("--min-lr"), "-1");
     *was = opt;
     for (int i = 0; i < COUNT(option_table); i++) if (given[i]) option_set(&option_table[i], given[i]);
 }
@@ -4430,7 +4467,8 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
 }
 
 // Elements [first, first+n) of a tensor become elements at, at+1, ... of unit u in one kind of state.
-static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, int u, size_t at) {
+static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n,
+                        Model *m, int kind, int u, size_t at) {
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
         st_read(s, t, first + done, k, io_values);
@@ -4438,8 +4476,8 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
     }
 }
 
-// Elements [first, first+n) of what unit u has of one kind become the same of kind `to`, from whichever tensors hold them; dies
-// if any is missing.
+// Elements [first, first+n) of unit u in one kind of state become its elements in kind `to`, from whichever
+// tensors hold them; dies if any is missing.
 static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t first, size_t n, int to) {
     const Unit *unit = &model_table(m)->units[u];
     Str text = str("%s.%s.", unit->name, state_kinds[kind]);
@@ -4447,28 +4485,30 @@ static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t fir
     size_t found = 0;
     for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++) {
         int64_t offset;
-        if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
-        size_t begin = (size_t)offset > first ? (size_t)offset : first, end = min_size((size_t)offset + t->n, first + n);
+        if (strncmp(t->name, prefix, strlen(prefix))) continue;
+        if (!parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
+        size_t begin = (size_t)offset > first ? (size_t)offset : first;
+        size_t end = min_size((size_t)offset + t->n, first + n);
         if (begin >= end) continue;
         read_values(s, t, begin - (size_t)offset, end - begin, m, to, u, begin);
         found += end - begin;
     }
     if (found != n)
-        die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", s->paths[0],
-            found, n, state_kinds[kind], unit->name);
+        die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model",
+            s->paths[0], found, n, state_kinds[kind], unit->name);
 }
 
-// Weights and, for training (state), m and v of a checkpoint written on any number of ranks. The weights come from the masters;
-// model_set_master then derives what is computed with.
+// Weights and, for training (state), m and v of a checkpoint written on any number of ranks. The weights come
+// from the masters; model_set_master then derives what is computed with.
 void checkpoint_read_model(const char *dir, Model *m, int state) {
     const ParamTable *p = model_table(m);
     StSet *s = st_open_all(str("%s/optimizer-*-of-*.safetensors", dir).s);
     if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
-        size_t first, n;
+        size_t at, n;
         optimizer_read(s, m, u, STATE_MASTER, 0, p->units[u].n, STATE_WEIGHTS);
-        unit_share(m, u, &first, &n);
-        for (int kind = STATE_M; state && kind <= STATE_V; kind++) optimizer_read(s, m, u, kind, first, n, kind);
+        unit_share(m, u, &at, &n);
+        for (int kind = STATE_M; state && kind <= STATE_V; kind++) optimizer_read(s, m, u, kind, at, n, kind);
     }
     st_close(s);
 }
@@ -4480,19 +4520,20 @@ void weights_read(const char *dir, Model *m, const Config *c) {
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
-        if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
+        if (!from)
+            die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
         if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name,
-                from->shape[0], from->shape[1], t->rows, t->cols);
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]",
+                dir, t->name, from->shape[0], from->shape[1], t->rows, t->cols);
         read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->unit, t->at);
     }
     for (int j = 0; j < s->n_tensors; j++) {
         const char *name = s->tensors[j].name;
-        int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
+        int known = strstr(name, "rotary_emb.inv_freq") || (c->tied && !strcmp(name, "lm_head.weight"));
         for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
         if (!known)
-            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name,
-                c->family->name);
+            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together",
+                dir, name, c->family->name);
     }
     st_close(s);
 }
