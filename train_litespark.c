@@ -3441,7 +3441,6 @@ static Config read_config(const char *dir_or_file, int is_dir) {
     size_t n;
     char *text = read_text_file(path.s, 1 << 24, &n);
     config_from_json(&c, text, n, path.s);
-    config_check(&c, path.s);
     free(text);
     return c;
 }
