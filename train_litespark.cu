@@ -3705,10 +3705,10 @@ void device_open(void) {
 
 // ---- plumbing: read it when you need it -------------------------------------------------------------------
 // SHARED BEGIN
-// ==== 8. Errors, numbers, options =============================================================================
+// ==== 8. Errors, numbers, options ==========================================================================
 static void (*die_hook)(const char *message);   // tests leave die() through it
 
-// A mistake of the user's or the machine's: what, where, what to do. Prints one line and ends all ranks with status 1.
+// A mistake of the user's or the machine's: what, where, what to do. One line; all ranks end with status 1.
 void die(const char *fmt, ...) {
     char message[2048];
     va_list args;
@@ -3735,7 +3735,7 @@ void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * 
     return memory_or_die(calloc(n ? n : 1, size ? size : 1), n, size);
 }
 
-// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles, so that appending is O(1).
+// Room for `need` items of `size` bytes in the array p, which has room for *max; doubles: appending is O(1).
 static void *array_room(void *p, int need, int *max, size_t size) {
     if (need <= *max) return p;
     *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
@@ -3743,7 +3743,9 @@ static void *array_room(void *p, int need, int *max, size_t size) {
 }
 
 // For qsort and bsearch: compares two strings, or two structs by the string that each begins with.
-static int compare_names(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+static int compare_names(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
 
 char *xstrdup(const char *s) {
     size_t n = strlen(s) + 1;
@@ -3755,19 +3757,20 @@ Str str(const char *fmt, ...) {
     Str text;
     va_list args;
     va_start(args, fmt);
-    if (vsnprintf(text.s, sizeof text.s, fmt, args) >= (int)sizeof text.s) die("%.80s... is too long", text.s);
+    if (vsnprintf(text.s, sizeof text.s, fmt, args) >= (int)sizeof text.s)
+        die("%.80s... is too long", text.s);
     va_end(args);
     return text;
 }
 
-double now_seconds(void) {                      // differences only: the zero is arbitrary, and the clock never jumps
+double now_seconds(void) {          // differences only: the zero is arbitrary, and the clock never jumps
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b followed by k zero bytes, so 16
-// bytes become 16 independent lookups instead of a chain of 16. (Words are little endian here, as in all our formats.)
+// zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b and k zero bytes after:
+// 16 bytes become 16 independent lookups instead of a chain of 16. (Little endian, as are all our formats.)
 uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
     static uint32_t table[16][256];             // filled by the first call, which must not race with another
     if (!table[0][1]) {
@@ -3794,8 +3797,8 @@ uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
     return ~crc;
 }
 
-// Random numbers without a state: element `index` of stream `stream` is a pure function, in integers only, so a GPU
-// thread, another rank count or a resumed run computes the same bits. The mixer is SplitMix64's (Stafford's mix 13).
+// Random numbers without a state: element `index` of `stream` is a pure function, in integers only, so a GPU
+// thread, another rank count or a resumed run computes the same bits. The mixer: SplitMix64's.
 static uint64_t mix64(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -3805,7 +3808,7 @@ static uint64_t mix64(uint64_t z) {
 uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     const uint64_t golden = 0x9E3779B97F4A7C15u;                // odd: a different point for each index
     uint64_t key = mix64(mix64(seed + golden) ^ (stream * golden + 1));
-    return mix64(mix64(key + index * golden) ^ key);            // twice, so that streams are not shifts of one sequence
+    return mix64(mix64(key + index * golden) ^ key);            // twice: streams are no shifts of each other
 }
 
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {     // [0, 1): the top 53 bits
@@ -3858,8 +3861,8 @@ static const char *shortest(double x) {
     return s;
 }
 
-// A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path: missing, a folder,
-// not readable.
+// A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path:
+// missing, a folder, not readable.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
@@ -3889,7 +3892,8 @@ static void read_exactly(int fd, const char *path, void *out, size_t n, size_t o
 
 char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
     int fd = open_regular(path, "file", n);
-    if (*n > max_bytes) die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
+    if (*n > max_bytes)
+        die("'%s' has %zu bytes, more than the %zu that such a file may have", path, *n, max_bytes);
     char *text = (char *)xmalloc(*n + 1);
     read_exactly(fd, path, text, *n, 0);
     close(fd);
@@ -3897,14 +3901,14 @@ char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // t
     return text;
 }
 
-// ---- options -----------------------------------------------------------------------------------------------------
+// ---- options ----------------------------------------------------------------------------------------------
 struct Option {
     const char *name;
     int type, kind;
     void *value;
     const char *initial;
     double lo, hi;
-    const char *help, *text;        // text: the value as it was given, before anything that it leaves open is decided
+    const char *help, *text;        // text: the value as given, before what it leaves open is decided
     int given;                      // on the command line
 };
 
@@ -3915,7 +3919,7 @@ static Option option_table[] = {OPTIONS(ROW, HEADLINE)};
 #undef ROW
 #undef HEADLINE
 
-// Word `index` of a choice, which are the '|'-separated ones before ':' in its help; NULL: no such. In a static buffer.
+// Word `index` of a choice: its help begins with them, "WORD|WORD: ...". NULL: no such. In a static buffer.
 static const char *choice_word(const Option *o, int64_t index) {
     static char word[16];
     const char *at = o->help;
@@ -3927,7 +3931,8 @@ static const char *choice_word(const Option *o, int64_t index) {
 static const char *choice_name(const Option *o) { return choice_word(o, *(int64_t *)o->value); }
 
 Option *option_find(const char *name) {
-    for (Option *o = option_table; o < option_table + COUNT(option_table); o++) if (!strcmp(o->name, name)) return o;
+    for (Option *o = option_table; o < option_table + COUNT(option_table); o++)
+        if (!strcmp(o->name, name)) return o;
     return NULL;
 }
 
@@ -3952,7 +3957,8 @@ void option_set(Option *o, const char *text) {
     } else {
         int64_t x;
         if (!parse_int(text, &x)) die("%s %s: not a whole number", o->name, text);
-        if (!((double)x >= o->lo && (double)x <= o->hi)) die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
+        if (!((double)x >= o->lo && (double)x <= o->hi))
+            die("%s %s: out of range %.0f .. %.0f", o->name, text, o->lo, o->hi);
         *(int64_t *)o->value = x;
     }
 }
@@ -3977,7 +3983,8 @@ void options_default(void) {
 }
 
 void options_help(void) {
-    printf("litespark trains Llama-family language models. With no options: a small model on generated stories.\n");
+    printf("litespark trains Llama-family language models. "
+           "With no options: a small model on generated stories.\n");
     static const char *const wants[] = {"", " TEXT", " N", " N", " WORD", ""};  // by type
     for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
         if (o->type == OPT_GROUP) {
@@ -3998,15 +4005,18 @@ void options_parse(int argc, char **argv) {
         if (o->given) die("%s is given twice", o->name);
         o->given = 1;
         if (o->type == OPT_FLAG) { *(int64_t *)o->value = 1; continue; }
-        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) die("%s needs a value; --help describes it", o->name);
+        if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2))
+            die("%s needs a value; --help describes it", o->name);
         option_set(o, argv[++i]);
     }
 }
 
 // What can be said against the options without looking at any file.
 void options_check(void) {
-    if (!!opt.preset + !!opt.config + !!opt.init_from > 1) die("choose one of --preset, --config and --init-from");
-    if (opt.resume && opt.init_from) die("--resume continues a run with its weights; it excludes --init-from");
+    if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
+        die("choose one of --preset, --config and --init-from");
+    if (opt.resume && opt.init_from)
+        die("--resume continues a run with its weights; it excludes --init-from");
     if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
         die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
     if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
@@ -4018,9 +4028,8 @@ void options_check(void) {
     if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
 }
 
-// ==== 9. JSON: a strict reader (RFC 8259) and the few verbs that write it =======================
-
-// One node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number keeps its digits in str.
+// ==== 9. JSON: a strict reader (RFC 8259) and the few verbs that write it ==================================
+// A node of a parsed text. Strings are decoded to UTF-8 and NUL-terminated; a number's digits are in str.
 struct Json {
     char type;             // 'o'bject, 'a'rray, 's'tring, 'n'umber, 't'rue, 'f'alse, '0' null
     const char *key, *str; // name inside the parent object; text of a string or (not terminated) of a number
@@ -4042,7 +4051,8 @@ typedef struct JsonParser {
 
 static void json_fail(const JsonParser *p, const char *expected) {
     unsigned char c = (unsigned char)*p->at;
-    Str found = p->at == p->end ? str("the end of the text") : str(c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    Str found = p->at == p->end ? str("the end of the text")
+                                : str(c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
     die("%s: JSON byte %zu: expected %s, found %s", p->where, (size_t)(p->at - p->text), expected, found.s);
 }
 
@@ -4055,7 +4065,7 @@ static void json_digits(JsonParser *p, int skip) {      // at least one, after `
     p->at += n;
 }
 
-// Bytes of the UTF-8 code point at s, which is in front of n bytes, or 0: overlong forms and surrogates are malformed.
+// Bytes of the UTF-8 code point at s, of n bytes there; 0: malformed, as overlong forms and surrogates are.
 static int utf8_length(const char *s, size_t n) {
     const unsigned char *u = (const unsigned char *)s;
     if (u[0] < 0x80) return 1;
@@ -4084,7 +4094,7 @@ static char *json_escape(JsonParser *p, char *out) {
     const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
     if (simple) { p->at += 2; *out = to[simple - from]; return out + 1; }
     int code = json_hex4(p->at);
-    int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0; // a pair \uD8xx\uDCxx is one code point
+    int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0;  // a pair is one code point
     if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
         json_fail(p, "an escape: \\\" \\\\ \\/ \\b \\f \\n \\r \\t, or \\uXXXX with surrogates in pairs");
     p->at += low ? 12 : 6;
@@ -4193,8 +4203,8 @@ static void json_value(JsonParser *p, Json *v, int depth) {
     }
 }
 
-// Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory holds every node and behind
-// them the text: free(root) releases it.
+// Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory has the nodes
+// and the text: free(root) releases it.
 Json *json_parse(const char *text, size_t n, const char *where) {
     if (n >= INT_MAX) die("%s: %zu bytes of JSON are too many", where, n);
     size_t n_nodes = 1;                 // at most: all but the root come after one of these
@@ -4226,18 +4236,21 @@ const Json *json_get(const Json *obj, const char *key) {
 
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
 static void json_refuse(const Json *v, const char *key, const char *where, const char *expected) {
-    static const char *const types = "oatf0", *const words[] = {"an object", "a list", "true", "false", "null"};
+    static const char *const types = "oatf0";
+    static const char *const words[] = {"an object", "a list", "true", "false", "null"};
     Str shown = v && strchr("sn", v->type)
-        ? str(v->type == 's' ? "\"%.*s%s\"" : "%.*s%s", (int)min_size(v->str_len, 40), v->str, v->str_len > 40 ? "..." : "")
+        ? str(v->type == 's' ? "\"%.*s%s\"" : "%.*s%s",
+              (int)min_size(v->str_len, 40), v->str, v->str_len > 40 ? "..." : "")
         : str("%s", v ? words[strchr(types, v->type) - types] : "missing");
     for (char *c = shown.s; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
     die("%s: \"%s\" is %s; expected %s", where, key, shown.s, expected);
 }
 
-// Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`, the key,
-// the value and what was expected. Required keys: fallback JSON_REQUIRED (int), NAN (number), NULL (string).
-int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi, int64_t fallback) {
+// Typed getters: the value of `key` in obj, or `fallback` when it is absent or null. They die naming `where`,
+// the key, the value and what was expected. A required key has the fallback JSON_REQUIRED, NAN or NULL.
+int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo, int64_t hi,
+                 int64_t fallback) {
     const Json *v = json_get(obj, key);
     if (!v && fallback != JSON_REQUIRED) return fallback;
     if (!v || v->type != 'n' || !v->is_int || v->inum < lo || v->inum > hi)
@@ -4245,7 +4258,8 @@ int64_t json_int(const Json *obj, const char *key, const char *where, int64_t lo
     return v->inum;
 }
 
-double json_number(const Json *obj, const char *key, const char *where, double lo, double hi, double fallback) {
+double json_number(const Json *obj, const char *key, const char *where, double lo, double hi,
+                   double fallback) {
     const Json *v = json_get(obj, key);
     if (!v && !isnan(fallback)) return fallback;
     if (!v || v->type != 'n' || !(v->num >= lo && v->num <= hi))
@@ -4294,17 +4308,18 @@ const char *json_decimal(double x) {
     return !isfinite(x) ? "null" : strpbrk(s, ".e") ? s : strcat(s, ".0");
 }
 
-// ==== 10. safetensors: reading and writing Hugging Face weight files =============================
+// ==== 10. safetensors: reading and writing Hugging Face weight files =======================================
 // OFFSET  SIZE  MEANING (https://github.com/huggingface/safetensors#format)
 // 0       8     N, the header's length in bytes, little-endian (as is everything; so must this machine be)
 // 8       N     JSON, padded with spaces:
-//               {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
-// 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest of the file exactly
+//               {"__metadata__": {string: string},
+//                NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
+// 8 + N   -     the tensors, row-major; offsets count from here, and together they cover the rest exactly
 
 // the first rows are ST_F32 .. ST_I32
 static const struct { const char *name; size_t bytes; } st_dtypes[] = {
-    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
-    {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1},
+    {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
 enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
 
 typedef struct StTensor {
@@ -4324,12 +4339,16 @@ struct StSet {                      // the tensors of one checkpoint, sorted by 
 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
 static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data_start, size_t data_bytes) {
-    const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape"), *span = json_get(e, "data_offsets");
+    const Json *dtype = json_get(e, "dtype"), *shape = json_get(e, "shape");
+    const Json *span = json_get(e, "data_offsets");
     StTensor t = {e->key, 0, 0, s->n_files - 1, {0}, 0, 0, 1};
-    if (!dtype || dtype->type != 's' || !shape || shape->type != 'a' || !span || span->type != 'a' || span->n != 2)
-        die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"", path, t.name);
+    if (!dtype || dtype->type != 's' || !shape || shape->type != 'a'
+        || !span || span->type != 'a' || span->n != 2)
+        die("%s: tensor %s: expected an object with \"dtype\", \"shape\" and two \"data_offsets\"",
+            path, t.name);
     while (t.dtype < COUNT(st_dtypes) && strcmp(dtype->str, st_dtypes[t.dtype].name)) t.dtype++;
-    if (t.dtype == COUNT(st_dtypes)) die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
+    if (t.dtype == COUNT(st_dtypes))
+        die("%s: tensor %s has the unknown dtype \"%s\"", path, t.name, dtype->str);
     if (shape->n > ST_MAX_DIMS)
         die("%s: tensor %s has %d dimensions; at most %d are supported", path, t.name, shape->n, ST_MAX_DIMS);
     for (const Json *d = shape->child; d; d = d->next) {
@@ -4339,13 +4358,15 @@ static void st_add_tensor(StSet *s, const Json *e, const char *path, size_t data
         t.n *= (size_t)d->inum;
     }
     const Json *begin = span->child, *end = begin->next;
-    if (!begin->is_int || !end->is_int || begin->inum < 0 || end->inum < begin->inum || (size_t)end->inum > data_bytes)
+    if (!begin->is_int || !end->is_int || begin->inum < 0 || end->inum < begin->inum
+        || (size_t)end->inum > data_bytes)
         die("%s: tensor %s: its data_offsets lie outside of the %zu data bytes", path, t.name, data_bytes);
     t.offset = data_start + (size_t)begin->inum;
     t.n_bytes = (size_t)(end->inum - begin->inum);
     size_t needed = t.n * st_dtypes[t.dtype].bytes;
     if (t.n_bytes != needed)
-        die("%s: tensor %s has %zu bytes of data, but its shape and dtype need %zu", path, t.name, t.n_bytes, needed);
+        die("%s: tensor %s has %zu bytes of data, but its shape and dtype need %zu",
+            path, t.name, t.n_bytes, needed);
     s->tensors = (StTensor *)array_room(s->tensors, s->n_tensors + 1, &s->max_tensors, sizeof t);
     s->tensors[s->n_tensors++] = t;
 }
@@ -4362,13 +4383,15 @@ static void st_add_file(StSet *s, const char *path) {
     uint64_t n_header;
     int f = s->n_files++, first = s->n_tensors;
     if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
-    s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);    // qsort wants no NULL
+    // room for one even where there is none: qsort wants no NULL
+    s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);
     s->fds[f] = open_regular(path, "weights", &size);
     s->paths[f] = xstrdup(path);
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
     read_exactly(s->fds[f], path, &n_header, 8, 0);
     if (n_header > size - 8 || n_header > ST_MAX_HEADER)
-        die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file", path, n_header, size);
+        die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file",
+            path, n_header, size);
     char *text = (char *)xmalloc((size_t)n_header + 1);
     read_exactly(s->fds[f], path, text, (size_t)n_header, 8);
     Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
@@ -4382,13 +4405,15 @@ static void st_add_file(StSet *s, const char *path) {
     qsort(s->tensors + first, (size_t)(s->n_tensors - first), sizeof *s->tensors, st_compare_offsets);
     for (const StTensor *t = s->tensors + first; t < s->tensors + s->n_tensors; at += t++->n_bytes)
         if (t->offset != at)
-            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu", path, t->name, t->offset, at);
+            die("%s: tensor %s begins at byte %zu, but the one before it ends at %zu",
+                path, t->name, t->offset, at);
     if (at != size) die("%s: the tensors end at byte %zu, but the file has %zu", path, at, size);
 }
 
 // The tensor of that name, or NULL.
 const StTensor *st_find(const StSet *s, const char *name) {
-    return (const StTensor *)bsearch(&name, s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, compare_names);
+    return (const StTensor *)bsearch(&name, s->tensors, (size_t)s->n_tensors, sizeof *s->tensors,
+                                     compare_names);
 }
 
 static void st_sort_names(StSet *s) {
@@ -4418,8 +4443,9 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         if (!t || strcmp(strrchr(s->paths[t->file], '/') + 1, e->str))
             die("%s: tensor %s is not in %s", index_path, e->key, e->str);
     }
-    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)        // names are unique in both: one is not listed
-        if (!json_get(map, t->name)) die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
+    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)    // names are unique: one is not listed
+        if (!json_get(map, t->name))
+            die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     free(index);
 }
 
@@ -4434,8 +4460,8 @@ static StSet *st_open_all(const char *pattern) {
     return s;
 }
 
-// Opens a Hugging Face checkpoint: a directory with model.safetensors or model.safetensors.index.json and its shards, or
-// one file. Everything is checked here, before any weight is read: lengths, offsets, shapes, names, index; dies by name.
+// Opens a Hugging Face checkpoint: a folder with model.safetensors, or model.safetensors.index.json and its
+// shards; or one file. Checked here, before any weight is read: lengths, offsets, shapes, names, index.
 StSet *st_open(const char *dir_or_file) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     struct stat info;
@@ -4444,7 +4470,8 @@ StSet *st_open(const char *dir_or_file) {
     if (!S_ISDIR(info.st_mode)) st_add_file(s, dir_or_file);
     else if (!access(one.s, F_OK)) st_add_file(s, one.s);
     else if (!access(index.s, F_OK)) st_open_index(s, dir_or_file, index.s);
-    else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors", dir_or_file);
+    else die("%s holds neither model.safetensors nor its .index.json; save the model as safetensors",
+             dir_or_file);
     st_sort_names(s);
     return s;
 }
@@ -4460,8 +4487,8 @@ static float st_f16_to_float(uint32_t h) {
     return x;
 }
 
-// Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies naming file and tensor for another dtype.
-// Threads may call it at the same time.
+// Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies for another dtype, naming
+// file and tensor. Threads may call it at the same time.
 void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
     const char *path = s->paths[t->file];
     const size_t size = st_dtypes[t->dtype].bytes;
@@ -4492,9 +4519,9 @@ void st_close(StSet *s) {
     free(s);
 }
 
-// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin, write the
-// values in that order, finish. A failing disk does not end the program: later writes do nothing, and the caller, who
-// learns the error from st_finish, removes its temporary directory and keeps the old checkpoint.
+// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin,
+// write the values in that order, finish. A failing disk does not end the program: later writes do nothing,
+// and the caller, who learns the error from st_finish, removes the new folder and keeps the old checkpoint.
 struct StWriter {
     FILE *file;
     int failed, dtype;               // failed: the first errno
@@ -4563,8 +4590,8 @@ void st_write(StWriter *w, const float *values, size_t count) {
     }
 }
 
-// Flushes, fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first failure. With 0,
-// *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
+// Flushes, fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first
+// failure. With 0, *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
 int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     assert(!w->data_bytes);
     if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
@@ -4576,9 +4603,8 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     return failed;
 }
 
-// ==== 11. Model configuration: Hugging Face's config.json and the presets ========================
-
-// The integers of a model: field, config.json key, smallest and largest value, what an absent (or null) key means.
+// ==== 11. Model configuration: Hugging Face's config.json and the presets ==================================
+// The integers of a model: field, key in config.json, smallest and largest value, what an absent key means.
 #define CONFIG_INTS(X) \
     X(V,     "vocab_size",              2, 1 << 24, JSON_REQUIRED) \
     X(L,     "num_hidden_layers",       1, 1 << 12, JSON_REQUIRED) \
@@ -4592,36 +4618,53 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
     X(init_std, "initializer_range", 0, 1, 0.02)
 
+// window_switch: sliding_window counts only if use_sliding_window says so
 static const Family config_families[] = {
     {"llama",   "LlamaForCausalLM",   0, 0, 0},
     {"mistral", "MistralForCausalLM", 0, 0, 0},
-    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},  // window_switch: sliding_window counts only if use_sliding_window says so
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},
     {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
 };
 
 // Keys that would change the computation, and the one value that we compute.
 static const struct { const char *key, *only; } config_fixed[] = {
     {"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}, {"attention_dropout", "0"},
-    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"}, {"num_experts", "0"},
-    {"num_local_experts", "0"}, {"n_routed_experts", "0"}, {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
+    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"},
+    {"num_experts", "0"}, {"num_local_experts", "0"}, {"n_routed_experts", "0"},
+    {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
-static const struct { const char *name, *family; int V, L, C, H, K, D, F, max_T, tied; double eps, rope_theta, init_std,
-                      rope_factor; int sliding_window, bos, eos; } config_presets[] = {
-//   name            family          V   L     C   H   K    D      F   max_T  tie   eps  theta   init  fac   win     bos     eos
-    {"tiny",         "qwen3",      640,  2,  192,  6,  6,  32,   512,    256,   1, 1e-6,   1e4,  0.10,   0,    0,     -1,     -1},
-    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048,   1, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096,   0, 1e-5,   1e4,  0.02,   0,    0,      1,      2},
-    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072,   1, 1e-5,   5e5,  0.02,  32,    0, 128000, 128001},
-    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072,   0, 1e-5,   5e5,  0.02,   8,    0, 128000, 128001},
-    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
-    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151643},
-    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960,   1, 1e-6,   1e6,  0.02,   0,    0, 151643, 151645},
-    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768,   0, 1e-5,   1e4,  0.02,   0, 4096,      1,      2},
-    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192,   1, 1e-5,   1e5, 1./24,   0,    0,      0,      0},
+static const struct {
+    const char *name, *family;
+    int V, L, C, H, K, D, F, max_T, tied;
+    double eps, rope_theta, init_std, rope_factor;
+    int sliding_window, bos, eos;
+} config_presets[] = {
+    {"tiny",         "qwen3",      640,  2,  192,  6,  6,  32,   512,    256, 1,
+        1e-6, 1e4,  0.10,  0,    0,     -1,     -1},
+    {"15M",          "llama",    32000,  6,  288,  6,  6,  48,   768,   1024, 1,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"100M",         "llama",    32000, 12,  768, 12,  4,  64,  2048,   2048, 1,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"3B",           "llama",    32000, 28, 2048, 16,  2, 128, 11008,   4096, 0,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"30B",          "llama",    32000, 60, 6656, 64, 64, 104, 17920,   4096, 0,
+        1e-5, 1e4,  0.02,  0,    0,      1,      2},
+    {"llama3.2-1B",  "llama",   128256, 16, 2048, 32,  8,  64,  8192, 131072, 1,
+        1e-5, 5e5,  0.02, 32,    0, 128000, 128001},
+    {"llama3.1-8B",  "llama",   128256, 32, 4096, 32,  8, 128, 14336, 131072, 0,
+        1e-5, 5e5,  0.02,  8,    0, 128000, 128001},
+    {"qwen2.5-0.5B", "qwen2",   151936, 24,  896, 14,  2,  64,  4864,  32768, 1,
+        1e-6, 1e6,  0.02,  0,    0, 151643, 151643},
+    {"qwen2.5-3B",   "qwen2",   151936, 36, 2048, 16,  2, 128, 11008,  32768, 1,
+        1e-6, 1e6,  0.02,  0,    0, 151643, 151643},
+    {"qwen3-0.6B",   "qwen3",   151936, 28, 1024, 16,  8, 128,  3072,  40960, 1,
+        1e-6, 1e6,  0.02,  0,    0, 151643, 151645},
+    {"mistral-7B",   "mistral",  32000, 32, 4096, 32,  8, 128, 14336,  32768, 0,
+        1e-5, 1e4,  0.02,  0, 4096,      1,      2},
+    {"smollm2-135M", "llama",    49152, 30,  576,  9,  3,  64,  1536,   8192, 1,
+        1e-5, 1e5, 1./24,  0,    0,      0,      0},
 };
 
 // Sets the family and what depends on it; 0 when the name is unknown.
@@ -4657,10 +4700,13 @@ void config_check(const Config *c, const char *where) {
     CONFIG_INTS(CHECK)
 #undef CHECK
     if (c->H % c->K)
-        die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d", where, c->H, c->K);
-    if (c->D % 8 || c->D > 128) die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
+        die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d",
+            where, c->H, c->K);
+    if (c->D % 8 || c->D > 128)
+        die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
     if (c->rope_factor > 0 && !(c->rope_low < c->rope_high))
-        die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g", where, c->rope_high, c->rope_low);
+        die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g",
+            where, c->rope_high, c->rope_low);
     if (c->bos >= c->V || c->eos >= c->V)
         die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
             c->bos >= c->V ? "bos_token_id" : "eos_token_id", c->bos >= c->V ? c->bos : c->eos, c->V);
@@ -4668,16 +4714,17 @@ void config_check(const Config *c, const char *where) {
         die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
 }
 
-// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into rope_parameters.
-// Like transformers 5, a rope_scaling wins over rope_parameters, and rope_theta inside over rope_theta outside.
+// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into
+// rope_parameters. As there, rope_scaling wins over rope_parameters, and rope_theta inside over one outside.
 static void config_read_rope(Config *c, const Json *j, const char *where) {
     const Json *rope = json_get(j, "rope_scaling");
     if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
     if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
-    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type"; // "type": before transformers 4.43
+    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type";  // before transformers 4.43
     const char *type = json_string(rope, type_key, where, "default");
     if (strcmp(type, "default") && strcmp(type, "llama3"))
-        json_refuse(json_get(rope, type_key), "rope_type", where, "\"default\" or \"llama3\", the supported kinds of RoPE");
+        json_refuse(json_get(rope, type_key), "rope_type", where,
+                    "\"default\" or \"llama3\", the supported kinds of RoPE");
     const Json *part = json_get(rope, "partial_rotary_factor");
     if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
     for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
@@ -4699,13 +4746,14 @@ static void config_read_window(Config *c, const Json *j, const char *where) {
     c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
     if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
     for (const Json *e = types ? types->child : NULL; e; e = e->next) {
-        const char *want = c->sliding_window && l++ >= c->window_layer ? "sliding_attention" : "full_attention";
+        int slides = c->sliding_window && l++ >= c->window_layer;
+        const char *want = slides ? "sliding_attention" : "full_attention";
         if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
     }
 }
 
-// Reads config.json of transformers 4 or 5 and checks it; dies naming `where`, the key, its value and what was expected.
-// null means absent; keys that do not change the computation are ignored.
+// Reads and checks config.json of transformers 4 or 5; dies naming `where`, the key, its value and what was
+// expected. null means absent; keys that do not change the computation are ignored.
 void config_from_json(Config *c, const char *text, size_t n, const char *where) {
     Json *j = json_parse(text, n, where);
     memset(c, 0, sizeof *c);
@@ -4725,8 +4773,8 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     config_set_vocab(c, c->V);
     if (!c->K) c->K = c->H;
     if (!c->D && c->C % c->H)
-        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of \"num_attention_heads\", %d",
-            where, c->C, c->H);
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of "
+            "\"num_attention_heads\", %d", where, c->C, c->H);
     if (!c->D) c->D = c->C / c->H;
     c->tied = json_bool(j, "tie_word_embeddings", where, 0);
     config_read_rope(c, j, where);
@@ -4777,8 +4825,9 @@ static void config_add_rope(Text *t, const Config *c, int with_theta) {
     if (with_theta) text_add(t, ",\n    \"rope_theta\": %s", json_decimal(c->rope_theta));
     if (c->rope_factor > 0)
         text_add(t, ",\n    \"factor\": %s,\n    \"low_freq_factor\": %s,\n    \"high_freq_factor\": %s"
-                 ",\n    \"original_max_position_embeddings\": %d", json_decimal(c->rope_factor), json_decimal(c->rope_low),
-                 json_decimal(c->rope_high), c->rope_original_T);
+                 ",\n    \"original_max_position_embeddings\": %d",
+                 json_decimal(c->rope_factor), json_decimal(c->rope_low), json_decimal(c->rope_high),
+                 c->rope_original_T);
     text_add(t, "\n  }");
 }
 
@@ -4789,14 +4838,16 @@ char *config_to_json(const Config *c, const char *dtype) {
     text_add(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n", c->family->class_name);
     text_add(&t, "  \"model_type\": \"%s\",\n  \"hidden_act\": \"silu\",\n", c->family->name);
 #define WRITE_INT(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %d,\n", c->field);
-#define WRITE_NUMBER(field, key, lo, hi, fallback) text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
+#define WRITE_NUMBER(field, key, lo, hi, fallback) \
+    text_add(&t, "  \"" key "\": %s,\n", json_decimal(c->field));
     CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (llama) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
     if (c->family->window_switch)
-        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n", c->sliding_window ? "true" : "false",
-                 c->window_layer);
-    if (c->sliding_window || !llama) config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n",
+                 c->sliding_window ? "true" : "false", c->window_layer);
+    if (c->sliding_window || !llama)
+        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
     text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
     if (c->rope_factor > 0) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
@@ -4809,10 +4860,10 @@ char *config_to_json(const Config *c, const char *dtype) {
     return t.s;
 }
 
-// ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ------------------------------
-// Parameters lie in flat buffers, unit after unit: the embedding, each layer, and the final norm with the head. A unit is what
-// is reduced, sharded and saved together. Inside a unit q|k|v (and their biases) and gate|up are neighbours, so that each group
-// is one matrix for the matmul; other tensors start at multiples of 64 elements.
+// ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ----------------
+// Parameters lie in flat buffers, unit after unit: the embedding, each layer, the final norm with the head. A
+// unit is what is reduced, sharded and saved together. In it q|k|v (and their biases) and gate|up are
+// neighbours: each group is one matrix for the matmul. Other tensors start at multiples of 64 elements.
 enum { MAX_TENSORS_PER_UNIT = 14, TENSOR_ALIGN = 64, UNIT_ALIGN = 128 };
 static void table_unit(ParamTable *p, const char *name, size_t vocab_padding) {
     Unit *u = &p->units[p->n_units++];
@@ -4823,7 +4874,8 @@ static void table_unit(ParamTable *p, const char *name, size_t vocab_padding) {
 }
 
 // Appends a tensor to the last unit. joined: starts right after the previous one, as part of the same matrix.
-static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols, int init, int joined) {
+static void table_tensor(ParamTable *p, const char *prefix, const char *name, int rows, int cols,
+                         int init, int joined) {
     Tensor *t = &p->tensors[p->n_tensors++];
     Unit *u = &p->units[p->n_units - 1];
     snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
@@ -4890,25 +4942,25 @@ const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
     return NULL;
 }
 
-// ---- which model ---------------------------------------------------------------------------------------------------
+// ---- which model ------------------------------------------------------------------------------------------
 static Config read_config(const char *dir_or_file, int is_dir) {
     Config c;
     Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
     size_t n;
     char *text = read_text_file(path.s, 1 << 24, &n);
     config_from_json(&c, text, n, path.s);
-    config_check(&c, path.s);
     free(text);
     return c;
 }
 
-// The model of --preset, --config, --init-from or the checkpoint `resume_dir` (NULL: none). V 0: the data decides.
+// The model of --preset, --config, --init-from or the checkpoint resume_dir (or NULL). V 0: the data decides.
 Config choose_config(const char *resume_dir) {
     Config c;
     const char *preset = opt.preset ? opt.preset : "tiny";
     if (opt.init_from) return read_config(opt.init_from, 1);
     if (opt.config) c = read_config(opt.config, 0);
-    else if (!config_preset(&c, preset)) die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
+    else if (!config_preset(&c, preset))
+        die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
     if (!opt.config && !strcmp(preset, "tiny")) c.V = 0;
     if (!resume_dir) return c;
     Config saved = read_config(resume_dir, 1);
@@ -4916,22 +4968,24 @@ Config choose_config(const char *resume_dir) {
         if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
         char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
         if (strcmp(a, b))
-            die("--resume %s: the checkpoint holds another model than %s; leave that option out or name another --out",
-                resume_dir, opt.preset ? "--preset" : "--config");
+            die("--resume %s: the checkpoint holds another model than %s; leave that option out "
+                "or name another --out", resume_dir, opt.preset ? "--preset" : "--config");
         free(a), free(b);
     }
     return saved;
 }
 
-// ==== 12. Tokenizer: text -> ids for prompts, ids -> bytes for samples ================================================
+// ==== 12. Tokenizer: text -> ids for prompts, ids -> bytes for samples =====================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
-//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V | 4 BOS or -1
-//             | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero; then V records: float32 score, int32 length, bytes
+//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V
+//             | 4 BOS or -1 | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero;
+//             then V records: float32 score, int32 length, bytes
 //   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
 //             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
-// Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins, again and
-// again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals. Kind 1 takes the
-// longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30 (other special tokens).
+// Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins,
+// again and again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals.
+// Kind 1 takes the longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30
+// (other special tokens).
 #define TOKENIZER_MAGIC 20251002
 #define NO_MERGE (-1e30f)
 
@@ -4955,7 +5009,8 @@ static int piece_byte(const Piece *piece) {
 
 // Points t at the V records that fill the file from `at` to its end; V = 0: as many as there are.
 static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
-    size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;    // a record has at least 8 bytes
+    // a record has at least 8 bytes
+    size_t room = (file_bytes - at) / 8, n = t->V ? (size_t)t->V : room, id = 0;
     if (n > room) die("tokenizer '%s' is truncated: its %zu pieces do not fit; make it again", t->path, n);
     t->piece = (Piece *)xmalloc(n * sizeof(Piece));
     for (; id < n && file_bytes - at >= 8; id++) {
@@ -4964,13 +5019,13 @@ static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
         memcpy(&p->n, t->file + at + 4, 4);
         p->s = t->file + (at += 8);
         if (p->n < 0 || (size_t)p->n > file_bytes - at || !(fabsf(p->score) < 1e38f))
-            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again", t->path, id,
-                p->n, (double)p->score);
+            die("tokenizer '%s' is damaged or truncated: piece %zu has length %d and score %g; make it again",
+                t->path, id, p->n, (double)p->score);
         at += (size_t)p->n;
     }
     if (at < file_bytes || id == 0 || (t->V && id < n))
-        die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again", t->path, id, at,
-            file_bytes);
+        die("tokenizer '%s' is damaged or truncated: %zu pieces end at byte %zu of %zu; make it again",
+            t->path, id, at, file_bytes);
     t->V = (int)id;
 }
 
@@ -4988,7 +5043,7 @@ static void tokenizer_index(Tokenizer *t) {
         else if (p->n == 1 && t->byte_id[(unsigned char)*p->s] < 0) t->byte_id[(unsigned char)*p->s] = id;
         if (byte >= 0 || p->score <= NO_MERGE) continue;
         int *slot = tokenizer_slot(t, p->s, (size_t)p->n);
-        if (*slot < 0 || p->score > t->piece[*slot].score) *slot = id;      // the better one of two equal pieces
+        if (*slot < 0 || p->score > t->piece[*slot].score) *slot = id;  // the better one of two equal pieces
     }
 }
 
@@ -5005,19 +5060,22 @@ Tokenizer *tokenizer_open(const char *path) {
         if (h[1] != 1) die("tokenizer '%s' has version %d, this program reads version 1", path, h[1]);
         if (h[2] < 0 || h[2] > 1 || h[3] < 1 || h[4] < -1 || h[4] >= h[3] || h[5] < -1 || h[5] >= h[3]
             || h[6] < 0 || h[6] > 1 || h[7] != 0)
-            die("tokenizer '%s' has a damaged header: kind %d, %d pieces, BOS %d, EOS %d, space %d, %d; make it again",
-                path, h[2], h[3], h[4], h[5], h[6], h[7]);
+            die("tokenizer '%s' has a damaged header: kind %d, %d pieces, BOS %d, EOS %d, space %d, %d; "
+                "make it again", path, h[2], h[3], h[4], h[5], h[6], h[7]);
         t->kind = h[2]; t->V = h[3]; t->bos = h[4]; t->eos = h[5]; t->prefix_space = h[6];
         tokenizer_records(t, sizeof h, n);
     } else {
         if (n < 12 || h[0] < 1 || h[0] > 4096 || h[2] < 0 || h[2] > h[0])
-            die("'%s' is no tokenizer: neither litespark's (make it with data/tokens.py) nor llama2.c's", path);
+            die("'%s' is no tokenizer: neither litespark's (make it with data/tokens.py) nor llama2.c's",
+                path);
         t->bos = 1; t->eos = 2; t->prefix_space = 1;
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
-            if (id >= t->V || t->piece[id].n > h[0] || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
-                die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte", path, id);
-        t->piece[0].score = NO_MERGE;                       // <unk> is not text; bytes, BOS and EOS are left out anyway
+            if (id >= t->V || t->piece[id].n > h[0]
+                || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
+                die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte",
+                    path, id);
+        t->piece[0].score = NO_MERGE;           // <unk> is not text; bytes, BOS and EOS are left out anyway
     }
     tokenizer_index(t);
     return t;
@@ -5032,20 +5090,22 @@ void tokenizer_free(Tokenizer *t) {
 static int tokenizer_byte(const Tokenizer *t, char byte) {
     int id = t->byte_id[(unsigned char)byte];
     if (id < 0)
-        die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; change the text or the tokenizer",
-            (unsigned char)byte, t->path);
+        die("the text has byte 0x%02X, for which tokenizer '%s' has no piece; "
+            "change the text or the tokenizer", (unsigned char)byte, t->path);
     return id;
 }
 
-// A symbol of the text being joined, at the index of its first byte. bytes 0: no symbol begins here (any more). join: the
-// piece that it and the next symbol make, -1 = none.
+// A symbol of the text being joined, at the index of its first byte. bytes 0: none begins here (any more).
+// join: the piece that it and the next symbol make, -1 = none.
 typedef struct Symbol { int bytes, id, previous, join; float score; } Symbol;
 
-// Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above 2k and 2k+1,
-// node n + i is symbol i, and best[k] is the symbol below k whose join has the highest score, the leftmost of equals.
+// Sets the join of symbol i and what follows from it in the tree `best` over the n symbols: node k is above
+// 2k and 2k+1, node n + i is symbol i, best[k] is the symbol below k whose join has the highest score, the
+// leftmost of equals.
 static void propose_join(const Tokenizer *t, const char *text, int n, Symbol *s, int *best, int i) {
     int right = i + s[i].bytes;
-    s[i].join = s[i].bytes && right < n ? *tokenizer_slot(t, text + i, (size_t)(s[i].bytes + s[right].bytes)) : -1;
+    s[i].join = s[i].bytes && right < n
+              ? *tokenizer_slot(t, text + i, (size_t)(s[i].bytes + s[right].bytes)) : -1;
     s[i].score = s[i].join < 0 ? -INFINITY : t->piece[s[i].join].score;
     for (int k = (n + i) / 2; k > 0; k /= 2) {
         int a = best[2*k], b = best[2*k + 1];
@@ -5058,7 +5118,8 @@ static int encode_bpe(const Tokenizer *t, const char *text, int n, int *ids) {
     Symbol *s = (Symbol *)xcalloc((size_t)n, sizeof(Symbol));
     int *best = (int *)xcalloc(2 * (size_t)n, sizeof(int)), previous = -1, count = 0;
     for (int at = 0; at < n; ) {
-        int k = utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;    // a stray byte stands for itself
+        // a stray byte stands for itself
+        int k = utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;
         int id = *tokenizer_slot(t, text + at, (size_t)bytes);
         for (int end = at + bytes; at < end; at += s[at].bytes) {
             Symbol symbol = {id < 0 ? 1 : bytes, id < 0 ? tokenizer_byte(t, text[at]) : id, previous, -1, 0};
@@ -5097,7 +5158,7 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
     return count;
 }
 
-// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns their number. Dies if a byte has no piece.
+// The ids of n bytes of text, without BOS, in *ids (the caller frees); returns how many.
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
     if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
     int space = t->prefix_space && n > 0;
@@ -5112,8 +5173,8 @@ int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) 
     return count;
 }
 
-// The bytes of one id as they are; BOS, EOS and ids without a piece print nothing. previous_id: the id before it, which
-// at the start of the text is BOS (-1 where there is none): there the space that encoding put in front is dropped.
+// The bytes of one id as they are; BOS, EOS and ids without a piece print nothing. previous_id: the id before
+// it, BOS at the start (-1 without BOS): there the space that encoding put in front is dropped.
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     if (id < 0 || id >= t->V || id == t->bos || id == t->eos) return;
     const Piece *p = &t->piece[id];
@@ -5122,8 +5183,8 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }
 
-// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL: there is none that
-// fits c. *side_folder: where tokenizer files of checkpoints come from, or NULL.
+// Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL:
+// none fits c. *side_folder: where tokenizer files of checkpoints come from, or NULL.
 Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder) {
     const char *slash = strrchr(opt.train_data, '/');
     const Str data = str("%.*s", slash ? (int)(slash - opt.train_data) : 1, slash ? opt.train_data : ".");
@@ -5143,25 +5204,27 @@ Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char *
         t = NULL;
     }
     slash = t ? strrchr(t->path, '/') : NULL;
-    *side_folder = model_dir ? model_dir : !t ? NULL : slash ? xstrdup(str("%.*s", (int)(slash - t->path), t->path).s) : ".";
+    *side_folder = model_dir ? model_dir : !t ? NULL
+                 : slash ? xstrdup(str("%.*s", (int)(slash - t->path), t->path).s) : ".";
     return t;
 }
 
-// ==== 13. Token shards and the DataLoader =============================================================================
-// .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. data/README.md has every format in full.
-//   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32     word 3  vocabulary size, 0 = unknown
-//   word 1  version: 1 with uint16, 7 with uint32                  word 4  CRC-32 of the token bytes, 0 = unknown
-//   word 2  n                                                      word 5  end-of-document id + 1, 0 = unknown
-// .ds (Litespark's): rows of S+1 tokens, no header; metadata.json in the same folder or its parent has S and the width.
-// .nll (optional, beside evaluation shards): float32 -ln p of each target under the process that made the data.
+// ==== 13. Token shards and the DataLoader ==================================================================
+// .bin (llm.c's), little endian: 256 words of 4 bytes, then n tokens. All formats in full: data/README.md.
+//   word 0  magic: 20240520 = uint16 tokens, 20240801 = uint32    word 3  vocabulary size, 0 = unknown
+//   word 1  version: 1 with uint16, 7 with uint32                 word 4  CRC-32 of the tokens, 0 = unknown
+//   word 2  n                                                     word 5  end-of-document id + 1, 0 = unknown
+// .ds (Litespark's): rows of S+1 tokens, no header; metadata.json beside or above has S and the width.
+// .nll (optional, beside evaluation shards): float32 -ln p of each target under the process that made them.
 //
-// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share one token,
-// each token is a target once, a shard has floor((n-1)/T) windows, none spans two shards, and the tail is dropped.
-// Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, sorted by name, count 0 .. n_windows-1.
+// Window w of a .bin is tokens wT .. wT+T: T inputs and, one further, their T targets. So neighbours share a
+// token, each token is a target once, a shard has floor((n-1)/T) windows, none spans two shards, and the tail
+// is dropped. Window w of a .ds is the first T+1 tokens of row w. The windows of all shards, sorted by name,
+// count 0 .. n_windows-1.
 //
-// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws the next
-// world*B positions, and rank r has r*B .. r*B+B-1 of them. The whole state is therefore (seed, epoch, position), the
-// same on all ranks: any split of one world*B sees the same batches, and a resumed run may have another one.
+// Position p of an epoch draws window permute(p), a bijection that (seed, epoch) select; a micro-step draws
+// the next world*B positions, rank r has r*B .. r*B+B-1 of them. So all the state is (seed, epoch, position),
+// the same on all ranks: any split of one world*B sees the same batches; a resumed run may have another one.
 #define FULL_SCAN_BYTES ((size_t)4 << 30)
 
 typedef struct Shard {
@@ -5176,7 +5239,7 @@ typedef struct Shard {
     char *floor_path;                   // evaluation: its .nll file, NULL = it has none
 } Shard;
 
-// The tokenizer's vocabulary against the model's. A model may have up to 1% more rows: Qwen2 pads 151,665 to 151,936.
+// The shard's vocabulary against the model's, which may have up to 1% more: Qwen2 pads 151,665 to 151,936.
 static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
     if (shard_vocab > vocab_size || vocab_size - shard_vocab > vocab_size / 100)
         die("token shard '%s' was tokenized for a vocabulary of %" PRId64 ", the model has %d; "
@@ -5186,16 +5249,19 @@ static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
 static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
     int32_t h[256];
     if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
-        die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again", s->path, bytes);
+        die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again",
+            s->path, bytes);
     if (h[0] != 20240520 && h[0] != 20240801)
-        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); make one with data/tokens.py", s->path);
+        die("'%s' is not a token shard: no llm.c header (magic 20240520 or 20240801); "
+            "make one with data/tokens.py", s->path);
     s->width = h[0] == 20240520 ? 2 : 4;
     s->header_bytes = sizeof h;
     const int version = s->width == 2 ? 1 : 7;
-    if (h[1] != version) die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], version);
+    if (h[1] != version)
+        die("token shard '%s' has version %d, this program reads %d; write it again", s->path, h[1], version);
     if (h[2] <= 0 || h[3] < 0 || h[5] < 0)
-        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; write it again",
-            s->path, h[2], h[3], h[5]);
+        die("token shard '%s' has a damaged header: %d tokens, vocabulary %d, end-of-document word %d; "
+            "write it again", s->path, h[2], h[3], h[5]);
     s->n_tokens = (size_t)h[2];
     size_t expected = s->header_bytes + s->n_tokens * (size_t)s->width;
     if (bytes != expected)
@@ -5209,11 +5275,12 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
 static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     const char *slash = strrchr(s->path, '/');
     const int folder = slash ? (int)(slash + 1 - s->path) : 0;
-    Str here = str("%.*smetadata.json", folder, s->path), above = str("%.*s../metadata.json", folder, s->path);
+    Str here = str("%.*smetadata.json", folder, s->path);
+    Str above = str("%.*s../metadata.json", folder, s->path);
     const char *where = access(here.s, F_OK) ? above.s : here.s;
     if (access(where, F_OK))
-        die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; put it there, "
-            "or write the shard again", s->path);
+        die("'%s' has no metadata.json in its folder or the one above, so its row length is unknown; "
+            "put it there, or write the shard again", s->path);
     Json *meta = json_read_file(where, 1 << 20);
     if (meta->type != 'o') die("'%s' must hold one JSON object", where);
     check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
@@ -5223,13 +5290,13 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
     if (s->width == 3) die("'%s': \"token_size_bytes\" must be 2 or 4", where);
     size_t row_bytes = (size_t)s->row * (size_t)s->width;
     if (bytes % row_bytes)
-        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens of %d bytes "
-            "as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
+        die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens "
+            "of %d bytes as '%s' says; write it again", s->path, bytes, s->row, s->width, where);
     s->n_tokens = bytes / (size_t)s->width;
     free(meta);
 }
 
-// The .nll of an evaluation shard, if it is there: one float per target, that is n-1 for a .bin, S per row for a .ds.
+// The .nll of an evaluation shard, if there: a float per target, that is n-1 for a .bin, S per row for a .ds.
 static void shard_find_floor(Shard *s) {
     const char *dot = strrchr(s->path, '.'), *slash = strrchr(s->path, '/');
     size_t stem = dot && (!slash || dot > slash) ? (size_t)(dot - s->path) : strlen(s->path);
@@ -5238,7 +5305,8 @@ static void shard_find_floor(Shard *s) {
     if (access(path.s, F_OK)) return;
     close(open_regular(path.s, "true loss", &bytes));
     if (bytes != expected)
-        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again", path.s, bytes, s->path, expected);
+        die("true loss '%s' has %zu bytes, '%s' needs %zu; remove it or make it again",
+            path.s, bytes, s->path, expected);
     s->floor_path = xstrdup(path.s);
 }
 
@@ -5250,15 +5318,16 @@ static void shard_open(DataLoader *dl, Shard *s) {
     if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
     else shard_open_bin(s, bytes, dl->vocab_size);
     if (s->eod >= dl->vocab_size)
-        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again", s->path, s->eod,
-            dl->vocab_size);
+        die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again",
+            s->path, s->eod, dl->vocab_size);
     if (s->eod < 0 && dl->document_mask)
-        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, or train "
-            "with --document-mask off", s->path);
+        die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, "
+            "or train with --document-mask off", s->path);
     if (s->row && s->row < dl->T + 1)
         die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
-    s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)dl->T;
-    size_t used = s->row ? s->n_windows * ((size_t)dl->T + 1) : s->n_windows ? s->n_windows * (size_t)dl->T + 1 : 0;
+    const size_t T = (size_t)dl->T;
+    s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / T;
+    size_t used = s->row ? s->n_windows * (T + 1) : s->n_windows ? s->n_windows * T + 1 : 0;
     dl->n_windows += (int64_t)s->n_windows;
     dl->n_tokens += (int64_t)s->n_tokens;
     dl->n_dropped += (int64_t)(s->n_tokens - used);
@@ -5302,17 +5371,18 @@ static void shard_scan(DataLoader *dl, int index) {
     }
     free(data);
     if (crc != s->crc)
-        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again", s->path, crc, s->crc);
+        die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again",
+            s->path, crc, s->crc);
     if (largest >= (uint32_t)dl->vocab_size)
-        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model", s->path,
-            largest, dl->vocab_size);
+        die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model",
+            s->path, largest, dl->vocab_size);
 }
 
-// Opens the shards that match `pattern`; dies with one line that names the file unless all of them can be trained on:
-// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the shards) checksums and the largest id.
-// B rows of T tokens per rank and micro-step. shuffle = 0: an evaluation, one pass in order. document_mask: doc_start.
-void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed, int shuffle,
-                 int vocab_size, int document_mask) {
+// Opens the shards that match `pattern`; dies with one line that names the file unless all can be trained on:
+// headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the shards) checksums and largest ids.
+// B rows of T tokens per rank and micro-step. shuffle 0: an evaluation, one pass in order.
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
+                 int shuffle, int vocab_size, int document_mask) {
     glob_t found;
     size_t bytes = 0;
     int n_floors = 0;
@@ -5320,7 +5390,8 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
     if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
-        die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others", pattern);
+        die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others",
+            pattern);
     dl->n_shards = (int)found.gl_pathc;
     dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
     for (int i = 0; i < dl->n_shards; i++) {
@@ -5333,8 +5404,8 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     }
     globfree(&found);
     if (dl->n_windows == 0)
-        die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; use more text or a "
-            "smaller --seq-len", pattern, dl->n_tokens, T);
+        die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; "
+            "use more text or a smaller --seq-len", pattern, dl->n_tokens, T);
     for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
     dl->has_floor = n_floors == dl->n_shards;
     dl->buffer = xmalloc(((size_t)T + 1) * 4);
@@ -5342,15 +5413,17 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
 
 // One line for the log; name: "train" or "val".
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
-    fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | %" PRId64 " tokens dropped%s\n",
-            name, dl->n_shards, dl->shards[0].path, dl->n_tokens, dl->n_windows, dl->T, dl->n_dropped,
-            dl->has_floor ? " | true loss known" : "");
+    fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
+            "%" PRId64 " tokens dropped%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
+            dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "");
 }
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
 
 // Micro-steps that show each window of an evaluation once.
-int64_t loader_eval_batches(const DataLoader *dl) { return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B); }
+int64_t loader_eval_batches(const DataLoader *dl) {
+    return CEIL_DIV(dl->n_windows, (int64_t)dl->world * dl->B);
+}
 
 void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor) {
     size_t n = (size_t)B * (size_t)T;
@@ -5362,14 +5435,15 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor) 
     batch->floor = with_floor ? (float *)xcalloc(n, sizeof(float)) : NULL;
 }
 
-// A pseudo-random permutation of 0 .. n-1 without a table. A Feistel network on 2h bits is a bijection whatever its
-// round function, since each round can be undone. Walking along its cycle until the result is below n is one again, and
-// takes at most 4 walks on average, as 4^h >= n > 4^(h-1) (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
-// 2002). 12 rounds: with 8 or fewer, a handful of windows comes in measurably uneven orders over many epochs.
+// A pseudo-random permutation of 0 .. n-1, without a table. A Feistel network on 2h bits is a bijection: each
+// round can be undone. Walking along its cycle until the result is below n is one again, in at most 4
+// steps on average, as 4^h >= n > 4^(h-1) (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+// 12 rounds: with 8 or fewer, the orders of a handful of windows are measurably uneven over many epochs.
 static int64_t permute(uint64_t seed, int64_t epoch, int64_t position, int64_t n) {
     int h = 0;
     while (((uint64_t)1 << 2*h) < (uint64_t)n) h++;
-    const uint64_t mask = ((uint64_t)1 << h) - 1, key = random_bits(seed, hash_string("loader"), (uint64_t)epoch);
+    const uint64_t mask = ((uint64_t)1 << h) - 1;
+    const uint64_t key = random_bits(seed, hash_string("loader"), (uint64_t)epoch);
     uint64_t x = (uint64_t)position;
     do {
         uint64_t left = x >> h, right = x & mask;
@@ -5395,7 +5469,7 @@ static void read_floor(const Shard *s, size_t first_target, int T, float *floor)
 
 // Window `window` of all shards into row b.
 static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
-    int low = 0, high = dl->n_shards, T = dl->T;            // its shard is the last one with first_window <= window
+    int low = 0, high = dl->n_shards, T = dl->T;        // its shard: the last one with first_window <= window
     while (high - low > 1) {
         int middle = low + (high - low) / 2;
         if (dl->shards[middle].first_window <= window) low = middle; else high = middle;
@@ -5403,26 +5477,28 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
     const Shard *s = &dl->shards[low];
     size_t w = (size_t)(window - s->first_window), width = (size_t)s->width, n = (size_t)T + 1;
     size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
-    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width) != n * width)
+    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width)
+        != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
     size_t at = (size_t)b * (size_t)T;
-    // With a document mask no document sees another: the first token of one is not a target of the one before.
+    // With a document mask no document sees another: its first token is not a target of the one before.
     for (int t = 0, start = 0; t <= T; t++) {
         uint32_t id = packed_token(dl->buffer, s->width, (size_t)t);
         if (id >= (uint32_t)dl->vocab_size)
-            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; use the tokenizer of the "
-                "model", s->path, id, w, dl->vocab_size);
+            die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; "
+                "use the tokenizer of the model", s->path, id, w, dl->vocab_size);
         if (t > 0) batch->targets[at + (size_t)t - 1] = batch->doc_start && start == t ? IGNORED : (int)id;
         if (t == T) break;
         batch->inputs[at + (size_t)t] = (int)id;
         if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
         if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
-    if (dl->has_floor && batch->floor) read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
+    if (dl->has_floor && batch->floor)
+        read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
 }
 
-// The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start of the next
-// one. Evaluation: where the windows end, the rest is padding. Dies naming shard and window when a file has changed.
+// The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start
+// of the next. Evaluation: where the windows end, the rest is padding. Dies if a file has changed.
 void loader_next(DataLoader *dl, Batch *batch) {
     assert(batch->B == dl->B && batch->T == dl->T && (!dl->document_mask || batch->doc_start));
     LoaderState *state = &dl->state;
@@ -5461,29 +5537,29 @@ int data_vocabulary(const char *pattern) {
     return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
 }
 
-// ==== 14. Schedule, FLOPs, log ===========================================================================================
-// Learning rate of update `step` (0, 1, ...): linear warm-up, then from lr to min_lr. wsd: constant, linear over the last fifth.
+// ==== 14. Schedule, FLOPs, log =============================================================================
+// Learning rate of update `step` (0, 1, ...): linear warm-up, then lr to min_lr (wsd: over the last fifth).
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
     int64_t rest = o->steps - o->warmup_steps;
     double done = rest > 1 ? fmin(1, (double)(step - o->warmup_steps) / (double)(rest - 1)) : 1;
     switch (o->schedule) {
-    case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * done));
+    case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.141592653589793 * done));
     case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
     case SCHEDULE_WSD: return done < 0.8 ? o->lr : o->lr + (o->min_lr - o->lr) * (done - 0.8) / 0.2;
     default: return o->lr;
     }
 }
 
-// FLOPs of forward and backward per token: 6 per parameter of a matmul (head once, also when tied) + 12 L H D T for attention,
-// or half of that if only the causal half counts. The first is the form of the Litespark report, Megatron-LM and nanotron.
+// FLOPs of forward and backward per token: 6 per parameter of a matmul (a tied head, too) + 12 L H D T for
+// attention, as the Litespark report, Megatron-LM and nanotron count; causal: half of that for attention.
 double flops_per_token(const Config *c, int T, int causal) {
     double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
     double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
     return 6 * (c->L * block + C * c->V) + (causal ? 6.0 : 12.0) * c->L * HD * T;
 }
 
-// ---- log.jsonl: one JSON object per line, only rank 0 writes --------------------------------------------------------------
+// ---- log.jsonl: one JSON object per line, only rank 0 writes ----------------------------------------------
 static FILE *log_file;
 
 void log_open(const char *out) {
@@ -5496,7 +5572,7 @@ void log_open(const char *out) {
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
 void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\": %s", key, json_decimal(x)); }
 
-// Appends the options as an object of strings: what they came to, or as_given and without those of this start only.
+// Appends the options as an object of strings: what they came to; as_given: as given, without START ones.
 void text_add_options(Text *t, int as_given) {
     const char *before = "{";
     for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
@@ -5519,7 +5595,7 @@ void log_record(Text *t) {
     free(t->s);
 }
 
-// "1.5 s" .. "3 h 20 min": for people
+// "15 s" .. "3 h 20 min": for people
 Str duration_text(double s) {
     if (s < 60) return str("%.0f s", s);
     if (s < 3600) return str("%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
@@ -5531,21 +5607,24 @@ Str measured_text(double x, const char *format) { return isfinite(x) ? str(forma
 
 // FLOP/s with a unit
 Str flops_text(double x) {
-    return !isfinite(x) ? str("unavailable") : x < 1e12 ? str("%.1f GFLOP/s", x * 1e-9) : str("%.1f TFLOP/s", x * 1e-12);
+    if (!isfinite(x)) return str("unavailable");
+    return x < 1e12 ? str("%.1f GFLOP/s", x * 1e-9) : str("%.1f TFLOP/s", x * 1e-12);
 }
 
-// ==== 15. Checkpoints: Hugging Face directories =========================================================================
+// ==== 15. Checkpoints: Hugging Face directories ============================================================
 // OUT/step_00000120/
-//   config.json, model.safetensors, generation_config.json, tokenizer files   what Hugging Face loads, in the compute precision
-//   optimizer-RRRRR-of-NNNNN.safetensors   fp32 tensors UNIT.KIND.OFFSET: KIND master, m or v; elements OFFSET.. of the flat unit
-//   trainer_state.json                     step, options, data position, sums of the run
-//   checksums.txt                          a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
-// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed. So a kill at any moment leaves a whole one.
+//   config.json, generation_config.json, model.safetensors in the compute precision, tokenizer files: what
+//       Hugging Face loads
+//   optimizer-RRRRR-of-NNNNN.safetensors: fp32 tensors UNIT.KIND.OFFSET, KIND master, m or v: elements from
+//       OFFSET on of the flat unit
+//   trainer_state.json: step, options, data position, sums of the run
+//   checksums.txt: a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
+// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
 #define IO_CHUNK ((size_t)1 << 20)
 static float io_values[IO_CHUNK];       // what passes between disk and model at a time
 
-static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                                         "special_tokens_map.json"};
+static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model",
+                                         "tokenizer_config.json", "special_tokens_map.json"};
 
 static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
     DIR *d = opendir(dir);
@@ -5581,8 +5660,9 @@ int checkpoint_list(const char *out, int64_t **steps) {
 
 static Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
 
-// ---- writing -------------------------------------------------------------------------------------------------------------
-typedef struct Saving {                 // the first failure ends the saving; nothing dies while a half-written folder lies there
+// ---- writing ----------------------------------------------------------------------------------------------
+// The first failure ends the saving; nothing dies while a half-written folder lies there.
+typedef struct Saving {
     const char *dir;
     Text checksums;
     uint32_t crc;                       // of the file that was written last, and
@@ -5653,7 +5733,9 @@ static void save_optimizer(Saving *s, const Model *m, const char *name) {
             unit_share(m, u, &first, &n);
             int64_t shape = (int64_t)n;
             if (pass) save_values(w, m, kind, u, first, n);
-            else if (n) st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], first).s, ST_F32, 1, &shape);
+            else if (n)
+                st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], first).s, ST_F32, 1,
+                           &shape);
         }
         if (pass == 0) st_begin(w);
     }
@@ -5668,12 +5750,12 @@ static void text_add_series(Text *t, const char *key, const double *x) {
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d",
-             t->step, t->updates, t->tokens, comm_world());
+    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64
+             ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
-    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64 "},\n \"options\": ",
-             t->loader.seed, t->loader.epoch, t->loader.position);
+    text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64
+             "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
     text_add_options(&j, /*as_given=*/1);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     text_add_series(&j, "losses", t->losses);
@@ -5709,7 +5791,7 @@ static void checkpoint_prune(const char *out, int64_t keep) {
     int64_t *steps;
     int n = checkpoint_list(out, &steps);
     Str gone = str("%s/tmp.old", out);
-    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint behind
+    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint
         if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
     free(steps);
 }
@@ -5721,13 +5803,15 @@ static void remove_leftovers(const char *out) {         // of a killed run
     if (d) closedir(d);
 }
 
-// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began; older ones stay.
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o, const char *side_folder) {
+// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
+                     const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
     Str final = checkpoint_path(o->out, t->step), tmp = str("%s/tmp.step_%08" PRId64, o->out, t->step);
     Str old = str("%s/tmp.old", o->out);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
-    double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));    // crc, bytes of each optimizer file; failures
+    // CRC-32 and bytes of each optimizer file; failures
+    double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));
     if (rank == 0) {
         remove_leftovers(o->out);
         if (mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
@@ -5748,8 +5832,8 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
         for (int i = 1; i < parts; i++)             // rank 0's own is there
-            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
-                     i, parts);
+            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n",
+                     (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
         save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
         sync_folder(tmp.s);
@@ -5761,15 +5845,15 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     if (s.error.n) {
         if (rank == 0) remove_folder(tmp.s);
-        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto", t->step,
-            s.error.s);
+        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto",
+            t->step, s.error.s);
     }
     comm_barrier();
     if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
     free(s.checksums.s); free(sums);
 }
 
-// ---- reading -------------------------------------------------------------------------------------------------------------
+// ---- reading ----------------------------------------------------------------------------------------------
 static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
     FILE *f = fopen(path, "rb");
     *crc = 0;
@@ -5786,7 +5870,8 @@ Str checkpoint_whole(const char *dir) {
     Str path = str("%s/checksums.txt", dir), why = {""};
     struct stat info;
     size_t size;
-    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24) return str("%s is missing or empty", path.s);
+    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24)
+        return str("%s is missing or empty", path.s);
     char *text = read_text_file(path.s, 1 << 24, &size);
     if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
         why = str("%s does not match its own checksum", path.s);
@@ -5808,7 +5893,7 @@ Str checkpoint_whole(const char *dir) {
     return why;
 }
 
-// --resume: the folder to continue, whole; NULL: `auto` found none. Damaged ones are named; auto then takes an older one.
+// --resume: the folder to continue, whole; NULL: auto found none. It names damaged ones and tries older ones.
 char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
@@ -5825,7 +5910,8 @@ char *checkpoint_choose(const char *resume, const char *out) {
     }
     free(steps);
     if (n && chosen < 0 && comm_rank() == 0)
-        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out", out, why.s);
+        die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out",
+            out, why.s);
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
@@ -5837,25 +5923,28 @@ static void read_series(const Json *root, const char *key, const char *where, do
     for (const Json *e = list->child; e; e = e->next) *x++ = e->num;
 }
 
-// The options of a saved run become those of this one, except what the command line gives; that is said, and refused where it
-// would make another run. *was: as they were saved. Format 1 saved what they came to: an lr/10 was most likely left open.
+// The options of a saved run become those of this one, except what the command line gives; that is said, and
+// refused where it would make another run. *was: as they were saved. Format 1 saved what they came to: there
+// lr/10 was most likely left open.
 static void options_resume(const Json *saved, const char *where, int64_t format, Options *was) {
     const char *given[COUNT(option_table)] = {NULL};
     for (const Json *e = saved ? saved->child : NULL; e; e = e->next) {
         Option *o = option_find(str("--%s", e->key).s);
-        if (!o || e->type != 's') die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
+        if (!o || e->type != 's')
+            die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (o->kind == START) continue;
         const Str wish = str("%s", o->given ? option_text(o) : "");
         const char *text = o->text;
         option_set(o, e->str);
         if (!o->given || !strcmp(wish.s, option_text(o))) continue;
         if (o->kind == FIXED)
-            die("%s %s: the run was begun with %s, which cannot change; leave it out, or start another run with --init-from",
-                o->name, wish.s, option_text(o));
+            die("%s %s: the run was begun with %s, which cannot change; leave it out, or start another run "
+                "with --init-from", o->name, wish.s, option_text(o));
         if (comm_rank() == 0) printf("resume: %s was %s, is now %s\n", o->name, option_text(o), wish.s);
         given[o - option_table] = text;
     }
-    if (format == 1 && fabs(opt.min_lr - opt.lr / 10) <= 1e-9 * opt.lr) option_set(option_find("--min-lr"), "-1");
+    if (format == 1 && fabs(opt.min_lr - opt.lr / 10) <= 1e-9 * opt.lr)
+        option_set(option_find("--min-lr"), "-1");
     *was = opt;
     for (int i = 0; i < COUNT(option_table); i++) if (given[i]) option_set(&option_table[i], given[i]);
 }
@@ -5885,7 +5974,8 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
 }
 
 // Elements [first, first+n) of a tensor become elements at, at+1, ... of unit u in one kind of state.
-static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n, Model *m, int kind, int u, size_t at) {
+static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n,
+                        Model *m, int kind, int u, size_t at) {
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
         st_read(s, t, first + done, k, io_values);
@@ -5893,8 +5983,8 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
     }
 }
 
-// Elements [first, first+n) of what unit u has of one kind become the same of kind `to`, from whichever tensors hold them; dies
-// if any is missing.
+// Elements [first, first+n) of unit u in one kind of state become its elements in kind `to`, from whichever
+// tensors hold them; dies if any is missing.
 static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t first, size_t n, int to) {
     const Unit *unit = &model_table(m)->units[u];
     Str text = str("%s.%s.", unit->name, state_kinds[kind]);
@@ -5902,28 +5992,30 @@ static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t fir
     size_t found = 0;
     for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++) {
         int64_t offset;
-        if (strncmp(t->name, prefix, strlen(prefix)) || !parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
-        size_t begin = (size_t)offset > first ? (size_t)offset : first, end = min_size((size_t)offset + t->n, first + n);
+        if (strncmp(t->name, prefix, strlen(prefix))) continue;
+        if (!parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
+        size_t begin = (size_t)offset > first ? (size_t)offset : first;
+        size_t end = min_size((size_t)offset + t->n, first + n);
         if (begin >= end) continue;
         read_values(s, t, begin - (size_t)offset, end - begin, m, to, u, begin);
         found += end - begin;
     }
     if (found != n)
-        die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model", s->paths[0],
-            found, n, state_kinds[kind], unit->name);
+        die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model",
+            s->paths[0], found, n, state_kinds[kind], unit->name);
 }
 
-// Weights and, for training (state), m and v of a checkpoint written on any number of ranks. The weights come from the masters;
-// model_set_master then derives what is computed with.
+// Weights and, for training (state), m and v of a checkpoint written on any number of ranks. The weights come
+// from the masters; model_set_master then derives what is computed with.
 void checkpoint_read_model(const char *dir, Model *m, int state) {
     const ParamTable *p = model_table(m);
     StSet *s = st_open_all(str("%s/optimizer-*-of-*.safetensors", dir).s);
     if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
-        size_t first, n;
+        size_t at, n;
         optimizer_read(s, m, u, STATE_MASTER, 0, p->units[u].n, STATE_WEIGHTS);
-        unit_share(m, u, &first, &n);
-        for (int kind = STATE_M; state && kind <= STATE_V; kind++) optimizer_read(s, m, u, kind, first, n, kind);
+        unit_share(m, u, &at, &n);
+        for (int kind = STATE_M; state && kind <= STATE_V; kind++) optimizer_read(s, m, u, kind, at, n, kind);
     }
     st_close(s);
 }
@@ -5935,19 +6027,20 @@ void weights_read(const char *dir, Model *m, const Config *c) {
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
-        if (!from) die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
+        if (!from)
+            die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
         if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]", dir, t->name,
-                from->shape[0], from->shape[1], t->rows, t->cols);
+            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]",
+                dir, t->name, from->shape[0], from->shape[1], t->rows, t->cols);
         read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->unit, t->at);
     }
     for (int j = 0; j < s->n_tensors; j++) {
         const char *name = s->tensors[j].name;
-        int known = strstr(name, "rotary_emb.inv_freq") != NULL || (c->tied && !strcmp(name, "lm_head.weight"));
+        int known = strstr(name, "rotary_emb.inv_freq") || (c->tied && !strcmp(name, "lm_head.weight"));
         for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
         if (!known)
-            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together", dir, name,
-                c->family->name);
+            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together",
+                dir, name, c->family->name);
     }
     st_close(s);
 }
