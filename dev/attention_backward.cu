@@ -395,9 +395,12 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
     qkv.normal(amplitude), dout.normal(1);
     std::copy(first.begin(), first.end(), doc.host);
     // what the forward has stored
-    twin::attention_forward(out.host, lse.host, qkv.host, docs ? doc.host : NULL, B, T, H, K, D, is_bf16<X>());
-    for (int b = 0; b < precisions<X>(); b++)
-        twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host, docs ? doc.host : NULL, B, T, H, K, D, b);
+    twin::precision(is_bf16<X>());
+    twin::attention_forward(out.host, lse.host, qkv.host, docs ? doc.host : NULL, B, T, H, K, D);
+    reference<X>([&](int b) {
+        twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host, docs ? doc.host : NULL, B, T, H, K, D);
+    });
+    gpu.scratch = delta;
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
     std::function<void()> mma_tiles;
@@ -420,7 +423,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
         }},
         {2, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
         {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, a warp per row", [&] {
-            attention_backward((X *)dqkv, (X *)dout, (X *)qkv, (X *)out, lse, doc_start, delta, B, T, H, K, D, 0);
+            attention_backward((X *)dqkv, (X *)dout, (X *)qkv, (X *)out, lse, doc_start, B, T, H, K, D);
         }, SHIPPED},
     };
     bench(variants);

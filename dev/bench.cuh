@@ -5,11 +5,12 @@ The harness of the benches in dev/, one bench per op. A bench file holds kernels
         if (!bench_shape<X>(when, "op", bytes, flops, "N %d C %d", N, C)) return;
         Tensor<X> x("x", n), out("out", n);                 // values on the host, their copy on the device
         x.normal(1);                                        // inputs are random numbers that X can hold
-        for (int b = 0; b < precisions<X>(); b++)           // the reference: the twin in fp32, then as it rounds in bf16
-            twin::op(out.twin(b), x.host, N, C, b);         // what has a twin is an output, and is checked
+        reference<X>([&](int b) {                           // the twin in fp32, then (b 1) rounding as bf16 does
+            twin::op(out.twin(b), x.host, N, C);            // what has a twin is an output, and is checked
+        });
         const Variant variants[] = {
             {0, "one thread per element", [&] { launch(op_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, out, x, n); }},
-            {1, "16-byte packs", [&] { op<X>(out, x, N, C, 0); }, SHIPPED},     // the trainer's own launcher
+            {1, "16-byte packs", [&] { op<X>(out, x, N, C); }, SHIPPED},        // the trainer's own launcher
         };
         bench(variants);
     }
@@ -66,7 +67,14 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return _
 
 // ---- tensors -----------------------------------------------------------------------------------------------------------
 template <typename X> constexpr bool is_bf16() { return sizeof(X) == 2; }
-template <typename X> constexpr int precisions() { return is_bf16<X>() ? 2 : 1; }
+// f(0): the reference in fp32; for bf16 then f(1), in which the twin's ops round what they store
+template <typename X, typename F> static void reference(F f) {
+    for (int b = 0; b < (is_bf16<X>() ? 2 : 1); b++) {
+        twin::precision(b);
+        f(b);
+    }
+    twin::precision(0);
+}
 
 struct Part { const char *name; size_t first, end; };           // columns of a tensor that are judged by themselves
 

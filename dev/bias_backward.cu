@@ -74,14 +74,15 @@ template <typename X> static void shape(int when, int N, int OC) {
     Tensor<float> dbias("dbias", OC), scratch("scratch", (size_t)MAX_PARTIALS * OC);
     dqkv.normal(1), dbias.normal(1);
     twin::bias_backward(dbias.twin(0), dqkv.host, N, OC);
+    gpu.scratch = scratch;
     const int chunks = N < 64 * 64 ? CEIL_DIV(N, 64) : 64;
     const Variant variants[] = {
         {0, "one thread per column", [&] { launch(bias_backward_kernel0<X>, CEIL_DIV(OC, 128), 128, 0, 0, dbias, dqkv, N, OC); }},
         {2, "chunks of rows, then column_sums", [&] {
             launch(bias_backward_kernel2<X>, dim3(CEIL_DIV(OC, 128), chunks), 128, 0, 0, scratch, dqkv, N, OC);
-            column_sums(dbias, scratch, chunks, OC, OC, 0);
+            column_sums(dbias, scratch, chunks, OC, OC);
         }},
-        {1, "four columns per lane, eight rows in flight", [&] { bias_backward<X>(dbias, dqkv, scratch, N, OC, 0); }, SHIPPED},
+        {1, "four columns per lane, eight rows in flight", [&] { bias_backward<X>(dbias, dqkv, N, OC); }, SHIPPED},
     };
     bench(variants);
 }
@@ -99,7 +100,7 @@ static void column_shape(int when, int rows, int cols, int stride) {
         {0, "one thread per column", [&] {
             launch(column_sums_kernel0, CEIL_DIV(cols, 128), 128, 0, 0, out, x, rows, cols, stride);
         }},
-        {1, "32 warps share out the rows of 32 columns", [&] { column_sums(out, x, rows, cols, stride, 0); }, SHIPPED},
+        {1, "32 warps share out the rows of 32 columns", [&] { column_sums(out, x, rows, cols, stride); }, SHIPPED},
     };
     bench(variants);
 }

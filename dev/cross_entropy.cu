@@ -1,6 +1,8 @@
-// cross_entropy: nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED; with dscale != 0 the logits (N,Vp) become
-//   their gradient dscale (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of the softmax, gradient 0
-// add_sum: sum (1) += nll (N), or the partials of sum_of_squares, in double, in a fixed order
+// cross_entropy: nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  weight (N), unless NULL = losses only:
+//   the logits (N,Vp) become the gradient weight_n (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of
+//   the softmax, gradient 0
+// add_sum: sum (1) += nll (N), each times its weight if there are weights, or the partials of sum_of_squares, in double, in a
+//   fixed order
 // bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000
 // FLOPs   ~8·N·V, and two SFU operations per element (283 us)
 // floor   626 us (memory)
@@ -13,19 +15,20 @@
 
 // ---- kernel 0: a thread per row, three walks ----
 template <typename X>
-__global__ void cross_entropy_kernel0(float *nll, X *logits, const int *targets, float dscale, int N, int V, int Vp) {
+__global__ void cross_entropy_kernel0(float *nll, X *logits, const int *targets, const double *weight, int N, int V, int Vp) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     X *row = logits + (size_t)n * Vp;
     const int target = targets[n];
+    const float weight_n = weight ? (float)weight[n] : 0;
     float top = -INFINITY, sum = 0;
     for (int v = 0; v < V; v++) top = fmaxf(top, to_float(row[v]));
     for (int v = 0; v < V; v++) sum += expf(to_float(row[v]) - top);
     nll[n] = target == IGNORED ? 0 : logf(sum) + top - to_float(row[target]);
-    if (dscale == 0) return;
+    if (!weight) return;
     for (int v = 0; v < Vp; v++) {
         const float p = v < V ? expf(to_float(row[v]) - top) / sum : 0;
-        row[v] = from_float<X>(target == IGNORED ? 0 : dscale * (p - (v == target)));
+        row[v] = from_float<X>(target == IGNORED ? 0 : weight_n * (p - (v == target)));
     }
 }
 
@@ -42,9 +45,10 @@ __device__ float block_max(float x) {
 
 // ---- kernel 2: a block per row, three walks with block-wide reductions between them ----
 template <typename X>
-__global__ void cross_entropy_kernel2(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
+__global__ void cross_entropy_kernel2(float *nll, X *logits, const int *targets, const double *weight, int V, int Vp) {
     X *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
+    const float weight_n = weight ? (float)weight[blockIdx.x] : 0;
     float top = -INFINITY, sum = 0;
     for (int v = threadIdx.x; v < V; v += blockDim.x) top = fmaxf(top, to_float(row[v]));
     top = block_max(top);
@@ -52,20 +56,21 @@ __global__ void cross_entropy_kernel2(float *nll, X *logits, const int *targets,
     sum = block_sum(sum);
     if (threadIdx.x == 0) nll[blockIdx.x] = target == IGNORED ? 0 : logf(sum) + top - to_float(row[target]);
     __syncthreads();                                            // x_target is read before it is overwritten
-    if (dscale == 0) return;
+    if (!weight) return;
     for (int v = threadIdx.x; v < Vp; v += blockDim.x) {
         const float p = v < V ? expf(to_float(row[v]) - top) / sum : 0;
-        row[v] = from_float<X>(target == IGNORED ? 0 : dscale * (p - (v == target)));
+        row[v] = from_float<X>(target == IGNORED ? 0 : weight_n * (p - (v == target)));
     }
 }
 
 // ---- kernel 3: two walks: each thread has its own maximum, and its sum shrinks when that grows; 16 bytes per access. The
 // second walk finds a row of 64 KB in the L2 cache, if not too many other rows came between
 template <typename X>
-__global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets, float dscale, int V, int Vp) {
+__global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets, const double *weight, int V, int Vp) {
     constexpr int E = 16 / sizeof(X);
     X *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
+    const float weight_n = weight ? (float)weight[blockIdx.x] : 0;
     float top = -FLT_MAX, sum = 0, x[E];
     for (int v = threadIdx.x * E; v < Vp; v += blockDim.x * E) {
         widen(x, load<E>(row + v));
@@ -78,11 +83,11 @@ __global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets,
     const float row_top = block_max(top), total = block_sum(sum * __expf(top - row_top));
     if (threadIdx.x == 0) nll[blockIdx.x] = target == IGNORED ? 0 : logf(total) + row_top - to_float(row[target]);
     __syncthreads();
-    if (dscale == 0) return;
+    if (!weight) return;
     for (int v = threadIdx.x * E; v < Vp; v += blockDim.x * E) {
         widen(x, load<E>(row + v));
         for (int k = 0; k < E; k++) x[k] = target == IGNORED || v + k >= V ? 0
-            : dscale * (__expf(x[k] - row_top) / total - (v + k == target));
+            : weight_n * (__expf(x[k] - row_top) / total - (v + k == target));
         store(row + v, narrow<X>(x));
     }
 }
@@ -91,7 +96,7 @@ __global__ void cross_entropy_kernel3(float *nll, X *logits, const int *targets,
 // once
 template <typename X>
 __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets,
-                                                                            float dscale, int V, int Vp, int cached) {
+                                                                            const double *weight, int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(X);
     __shared__ float tops[32], sums[32];
     X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
@@ -99,7 +104,7 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(
     const int first = threadIdx.x * E, step = blockDim.x * E;
     if (target == IGNORED) {
         if (threadIdx.x == 0) nll[blockIdx.x] = 0;
-        if (dscale != 0) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
+        if (weight) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
         return;
     }
     for (int v = first; v < cached; v += step) cp_async_16(cache + v, row + v);
@@ -123,14 +128,15 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(
     if (lane == 0) tops[threadIdx.x / 32] = warp_top, sums[threadIdx.x / 32] = warp_total;
     __syncthreads();
     const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
-    const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0), factor = dscale / total;
+    const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0);
     if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
-    if (dscale == 0) return;
+    if (!weight) return;
+    const float weight_n = (float)weight[blockIdx.x], factor = weight_n / total;
     auto differentiate = [&](const X *from, int v) {
         float x[E];
         load_logits(x, from, v, V);
         for (int k = 0; k < E; k++) x[k] = exp_approx(x[k] - row_top) * factor;
-        if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= dscale;
+        if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= weight_n;
         store(row + v, narrow<X>(x));
     };
     v = first;
@@ -139,97 +145,109 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(
 }
 
 // ---- add_sum, kernel 0: one thread ----
-__global__ void add_sum_kernel0(double *sum, const float *nll, int N) {
-    for (int n = 0; n < N; n++) *sum += nll[n];
+__global__ void add_sum_kernel0(double *sum, const float *nll, const double *weight, int N) {
+    for (int n = 0; n < N; n++) *sum += weight ? weight[n] * nll[n] : nll[n];
 }
 
 // ---- kernel 1, shipped: one block ----
-template <typename T> __global__ void add_sum_kernel1(double *sum, const T *x, int n) {
+template <typename T> __global__ void add_sum_kernel1(double *sum, const T *x, const double *weight, int n) {
     double mine = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) mine += x[i];
+    for (int i = threadIdx.x; i < n; i += blockDim.x) mine += weight ? weight[i] * x[i] : (double)x[i];
     mine = block_sum(mine);
     if (threadIdx.x == 0) *sum += mine;
 }
 
 enum { NONE, SOME, ALL };               // targets that are ignored
+enum { LOSSES, EQUAL, VARIED };         // weights of rows: there are none; one for all; another for each, negative and zero too
 
-template <typename X> static void shape(int when, int N, int V, float amplitude, float dscale, int ignored) {
+template <typename X> static void shape(int when, int N, int V, float amplitude, int weights, double scale, int ignored) {
+    const char *const ignored_text[] = {"", " some ignored", " all ignored"}, *const weights_text[] = {" loss only", "", " weighted"};
     const int Vp = CEIL_DIV(V, 128) * 128;
     const size_t n = (size_t)N * Vp;
-    if (!bench_shape<X>(when, "cross_entropy", (dscale != 0 ? 2.0 : 1.0) * n * sizeof(X) + 8.0 * N, 8.0 * n, "N %d V %d%s%s",
-                        N, V, dscale != 0 ? "" : " loss only", ignored == NONE ? "" : ignored == SOME ? " some ignored"
-                            : " all ignored")) return;
+    if (!bench_shape<X>(when, "cross_entropy", (weights == LOSSES ? 1.0 : 2.0) * n * sizeof(X) + 8.0 * N, 8.0 * n, "N %d V %d%s%s",
+                        N, V, weights_text[weights], ignored_text[ignored])) return;
     Tensor<X> logits("logits", n);
     Tensor<float> nll("nll", N);
     Tensor<int> targets("targets", N);
+    Tensor<double> weight("weight", N);
     logits.normal(amplitude);
     for (int i = 0; i < N; i++) {
         targets.host[i] = ignored == ALL || (ignored == SOME && i % 3 == 1) ? IGNORED : i == 0 ? V - 1 : i == 2 ? 0
             : (int)(i * 2654435761u % V);
+        weight.host[i] = scale * (weights == VARIED ? i % 4 - 1 : 1);
         for (int v = V; v < Vp; v++) logits.host[(size_t)i * Vp + v] = 50;      // padding must not count
     }
-    for (int b = 0; b < precisions<X>(); b++) {
+    reference<X>([&](int b) {
         std::vector<float> packed((size_t)N * V);                               // the twin has no padding
         std::vector<double> loss(N);
         for (int i = 0; i < N; i++) std::copy(logits.host + (size_t)i * Vp, logits.host + (size_t)i * Vp + V,
                                               packed.data() + (size_t)i * V);
-        twin::cross_entropy(loss.data(), packed.data(), targets.host, dscale, N, V, b);
+        twin::cross_entropy(loss.data(), packed.data(), targets.host, weights == LOSSES ? NULL : weight.host, N, V);
         std::copy(loss.begin(), loss.end(), nll.twin(b));
         float *gradient = logits.twin(b);
-        if (dscale != 0) for (size_t i = 0; i < n; i++) gradient[i] = (int)(i % Vp) < V ? packed[i / Vp * V + i % Vp] : 0;
-    }
-    if (dscale == 0) logits.allow(0);                                           // not touched
+        if (weights == LOSSES) return;
+        for (size_t i = 0; i < n; i++) gradient[i] = (int)(i % Vp) < V ? packed[i / Vp * V + i % Vp] : 0;
+    });
+    if (weights == LOSSES) logits.allow(0);                                     // not touched
+    const double *w = weights == LOSSES ? NULL : (double *)weight;
     const Variant variants[] = {
         {0, "one thread per row, three walks", [&] {
-            launch(cross_entropy_kernel0<X>, CEIL_DIV(N, 32), 32, 0, 0, nll, logits, targets, dscale, N, V, Vp);
+            launch(cross_entropy_kernel0<X>, CEIL_DIV(N, 32), 32, 0, 0, nll, logits, targets, w, N, V, Vp);
         }},
         {2, "one block per row, three walks", [&] {
-            launch(cross_entropy_kernel2<X>, N, 512, 0, 0, nll, logits, targets, dscale, V, Vp);
+            launch(cross_entropy_kernel2<X>, N, 512, 0, 0, nll, logits, targets, w, V, Vp);
         }},
         {3, "two walks: maximum and sum together; 16-byte accesses", [&] {
-            launch(cross_entropy_kernel3<X>, N, 512, 0, 0, nll, logits, targets, dscale, V, Vp);
+            launch(cross_entropy_kernel3<X>, N, 512, 0, 0, nll, logits, targets, w, V, Vp);
         }},
         {1, "the row stays in shared memory, copied asynchronously", [&] {
-            cross_entropy<X>(nll, logits, targets, dscale, N, V, Vp, 0);
+            cross_entropy<X>(nll, logits, targets, w, N, V, Vp);
         }, SHIPPED},
     };
     bench(variants);
 }
 
-static void losses_shape(int when, int N) {
-    if (!bench_shape<float>(when, "add_sum", 4.0 * N + 16, N, "N %d", N)) return;
+static void losses_shape(int when, int N, int weights) {
+    if (!bench_shape<float>(when, "add_sum", (weights == LOSSES ? 4.0 : 12.0) * N + 16, N, "N %d%s", N,
+                            weights == LOSSES ? "" : " weighted")) return;
     Tensor<float> nll("nll", N);
-    Tensor<double> sum("sum", 1);
+    Tensor<double> sum("sum", 1), weight("weight", N);
     nll.normal(1, 5), sum.set(3);
-    for (int i = 0; i < N; i++) *sum.twin(0) += (double)nll.host[i];
+    for (int i = 0; i < N; i++) {
+        weight.host[i] = i % 4 - 1;
+        *sum.twin(0) += weights == LOSSES ? (double)nll.host[i] : weight.host[i] * nll.host[i];
+    }
     sum.allow(1e-12);
+    const double *w = weights == LOSSES ? NULL : (double *)weight;
     const Variant variants[] = {
-        {0, "one thread", [&] { launch(add_sum_kernel0, 1, 1, 0, 0, sum, nll, N); }},
-        {1, "one block", [&] { add_sum(sum, (const float *)nll, N, 0); }, SHIPPED},
+        {0, "one thread", [&] { launch(add_sum_kernel0, 1, 1, 0, 0, sum, nll, w, N); }},
+        {1, "one block", [&] { add_sum(sum, (const float *)nll, w, N); }, SHIPPED},
     };
     bench(variants);
 }
 
 template <typename X> static void shapes(void) {
-    shape<X>(CHECK, 5, 3, 2, 0.01f, SOME);
-    shape<X>(CHECK, 4, 257, 2, 0.01f, NONE);
-    shape<X>(CHECK, 4, 509, 2, 0.01f, ALL);
-    shape<X>(CHECK, 3, 5000, 5, 0, NONE);
-    shape<X>(CHECK, 2, 32000, 2, 1, NONE);
-    shape<X>(CHECK, 2, 151936, 2, 1, NONE);         // more than shared memory holds
+    shape<X>(CHECK, 5, 3, 2, VARIED, 0.01, SOME);
+    shape<X>(CHECK, 4, 257, 2, EQUAL, 0.01, NONE);
+    shape<X>(CHECK, 4, 509, 2, EQUAL, 0.01, ALL);
+    shape<X>(CHECK, 3, 5000, 5, LOSSES, 0, NONE);
+    shape<X>(CHECK, 7, 700, 3, VARIED, 0.25, NONE);
+    shape<X>(CHECK, 2, 32000, 2, EQUAL, 1, NONE);
+    shape<X>(CHECK, 2, 151936, 2, EQUAL, 1, NONE);  // more than shared memory holds
 }
 
 int main(int argc, char **argv) {
     bench_begin("cross_entropy", argc, argv);
     shapes<float>();
     shapes<bf16>();
-    losses_shape(CHECK, 1);
-    losses_shape(CHECK, 3001);
-    shape<bf16>(MODEL, 64, 32000, 2, 1, NONE);
-    losses_shape(MODEL, 2048);
-    shape<bf16>(TIME, 16384, 32000, 2, 1, NONE);
-    shape<bf16>(TIME, 2048, 151936, 2, 1, NONE);
-    shape<bf16>(TIME, 4095, 50257, 2, 1, SOME);
-    losses_shape(TIME, 16384);
+    losses_shape(CHECK, 1, LOSSES);
+    losses_shape(CHECK, 3001, LOSSES);
+    losses_shape(CHECK, 3001, VARIED);
+    shape<bf16>(MODEL, 64, 32000, 2, EQUAL, 1, NONE);
+    losses_shape(MODEL, 2048, VARIED);
+    shape<bf16>(TIME, 16384, 32000, 2, EQUAL, 1, NONE);
+    shape<bf16>(TIME, 2048, 151936, 2, EQUAL, 1, NONE);
+    shape<bf16>(TIME, 4095, 50257, 2, VARIED, 1, SOME);
+    losses_shape(TIME, 16384, VARIED);
     return bench_end();
 }

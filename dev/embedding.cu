@@ -152,7 +152,7 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
                 launch(embedding_forward_kernel2<X>, CEIL_DIV(n * sizeof(X) / 16, 256), 256, 0, 0, x, id, w, N, C);
             }},
             {3, "one warp per row", [&] { launch(embedding_forward_kernel3<X>, CEIL_DIV(N, 8), dim3(32, 8), 0, 0, x, id, w, N, C); }},
-            {1, "rows in the order of their tokens", [&] { embedding_forward<X>(x, id, rows, w, N, C, 0); }, SHIPPED},
+            {1, "rows in the order of their tokens", [&] { embedding_forward<X>(x, id, rows, w, N, C); }, SHIPPED},
         };
         bench(variants);
     }
@@ -176,7 +176,7 @@ template <typename X> static void shape(int when, int N, int C, int V, int kind)
                 launch(embedding_backward_kernel3<X>, dim3(distinct, CEIL_DIV(C, 128)), 32, 0, 0, dw, rows, first, token, dx, C);
             }},
             {1, "and frequent tokens shared by a block", [&] {
-                embedding_backward<X>(dw, rows, first, token, distinct, dx, N, C, 0);
+                embedding_backward<X>(dw, rows, first, token, distinct, dx, N, C);
             }, SHIPPED},
         };
         bench(variants);

@@ -44,14 +44,15 @@ static void shape(int when, size_t n) {
     *out.twin(0) += twin::sum_of_squares(x.host, n);
     out.allow(1e-7);
     double *partials = (double *)(float *)scratch;
+    gpu.scratch = scratch;
     const int blocks = n < 256 * 1024 ? (int)CEIL_DIV(n, 256) : 1024;
     const Variant variants[] = {
         {0, "one block, sums in double", [&] { launch(sum_of_squares_kernel0, 1, 1024, 0, 0, out, x, n); }},
         {3, "a thousand blocks, then their sums", [&] {
             launch(sum_of_squares_kernel3, blocks, 256, 0, 0, partials, x, n);
-            add_sum(out, (const double *)partials, blocks, 0);
+            add_sum(out, (const double *)partials, NULL, blocks);
         }},
-        {1, "64 bytes in flight per thread, 16 squares in fp32 first", [&] { sum_of_squares(out, x, n, scratch, 0); }, SHIPPED},
+        {1, "64 bytes in flight per thread, 16 squares in fp32 first", [&] { sum_of_squares(out, x, n); }, SHIPPED},
     };
     bench(variants);
 }

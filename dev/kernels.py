@@ -92,47 +92,41 @@ def items_of(path):
 
 
 def extract(bench):
-    """The head of section 2 (includes), then what the bench uses of LOOSE; of section 3, everything up to the first op's banner."""
+    """The includes of section 2, then what the bench uses of LOOSE: vocabulary, plumbing, and, as they stand, the verbs at
+    the head of section 3 with their #ifdef; at last the ops."""
     items, lines = items_of(TRAINER)
-    at = {}
-    for i, line in enumerate(lines):
-        if m := re.match(r"// ==== (\d+)\.", line):
-            at[int(m[1])] = i
-        if line.startswith("// SHARED BEGIN"):
-            at.setdefault("shared", i)
-        if line.startswith("// ---- ") and 3 in at:
-            at["verbs"] = at.get("verbs", i)
-            if i > at["verbs"] and "small things of the host" in line:
-                at["ops"] = i
+    section = {int(m[1]): i for i, line in enumerate(lines) if (m := re.match(r"// ==== (\d+)\.", line))}
+    shared = lines.index("// SHARED BEGIN")
+    verbs = range(section[3], lines.index("#endif", section[3]) + 1)
     own, roots = set(), set()
     for path in (bench, "dev/bench.cuh"):
         for item in items_of(path)[0]:
             own |= item.names
             roots |= item.used()
-    verbs = [i for i in items if at["verbs"] <= i.start < at["ops"]]
-    for item in verbs:
-        roots |= item.used()
-    loose = [i for i in items if i.names and i not in verbs and
-             (i.section in LOOSE and i.start > at["shared"] or i.code.startswith("#define"))]
+    for item in items:
+        if item.start in verbs:
+            roots |= item.used()
+    loose = [i for i in items if i.names and i.start not in verbs and
+             (i.section in LOOSE and i.start > shared or i.code.startswith("#define"))]
     needed, todo = set(), roots
     while todo:
         found = [i for i in loose if i not in needed and i.names & todo]
         needed |= set(found)
         todo = set().union(*(i.used() for i in found if not i.names & own)) if found else set()
+
+    def show(*sections):
+        for item in sorted((i for i in needed if i.section in sections), key=lambda i: i.start):
+            if item.names & own:
+                print(item.declaration() if item.is_function else "")
+            else:
+                print(f"#line {item.start + 1} \"{TRAINER}\"\n{item.text}")
+
     print(f"// Written by dev/kernels.py from {TRAINER} for {bench}.\n#pragma once")
-    print("\n".join(lines[at[2]:at["shared"]]))
-    done = False
-    plumbing = [i for i in needed if i.section > 3]
-    story = [i for i in needed if i.section <= 3]
-    for item in sorted([i for i in story if i.section < 3], key=lambda i: i.start) + sorted(plumbing, key=lambda i: i.start) + \
-            sorted([i for i in story if i.section == 3], key=lambda i: i.start):
-        if item.section == 3 and not done:
-            print("\n".join(lines[at["verbs"]:at["ops"]]))
-            done = True
-        if item.names & own:
-            print(item.declaration() if item.is_function else "")
-        else:
-            print(f"#line {item.start + 1} \"{TRAINER}\"\n{item.text}")
+    print("\n".join(lines[section[2]:shared]))
+    show(*range(3), *range(4, 100))             # the vocabulary, then the plumbing (macros from anywhere)
+    print(f"#line {verbs.start + 1} \"{TRAINER}\"")
+    print("\n".join(lines[verbs.start:verbs.stop]))
+    show(3)
 
 
 def benches():

@@ -213,11 +213,7 @@ static void shape(int when, int N, int C, int F) {
         Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), x("x", (size_t)N * C), w("w", (size_t)2 * F * C);
         gate_up.judge_apart(2 * F, {{"gate", 0, (size_t)F}, {"up", (size_t)F, (size_t)2 * F}});
         x.normal(1), w.normal(2 / sqrtf((float)C));
-        for (int b = 0; b < 2; b++) {
-            twin::matmul_forward(gate_up.twin(b), x.host, w.host, N, C, 2 * F);
-            if (b) twin::store_bf16(gate_up.twin(b), 2 * n);
-            twin::swiglu_forward(h.twin(b), gate_up.twin(b), N, F, b);
-        }
+        reference<bf16>([&](int b) { twin::mlp_forward(h.twin(b), gate_up.twin(b), x.host, w.host, N, C, F); });
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
@@ -231,8 +227,7 @@ static void shape(int when, int N, int C, int F) {
                        h, gate_up, x, w, N, C, F);
             }},
             {1, "128 x 128 sums per block, three stages in flight", [&] {
-                launch(gate_up_swiglu_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS / 2), ATT_THREADS, MLP_SMEM, 0,
-                       h, gate_up, x, w, N, C, F);
+                mlp_forward_products(h, gate_up, x, w, N, C, F);
             }, SHIPPED},
         };
         bench(variants);
@@ -242,13 +237,9 @@ static void shape(int when, int N, int C, int F) {
         Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), dx("dx", (size_t)N * C), w("w", (size_t)C * F);
         gate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(2), dx.normal(1), w.normal(1 / sqrtf((float)C));
-        std::vector<float> dh(n);
-        for (int b = 0; b < 2; b++) {
-            twin::matmul_backward_x(dh.data(), dx.host, w.host, N, F, C, 0);
-            if (b) twin::store_bf16(dh.data(), n);
-            twin::swiglu_forward(h.twin(b), gate_up.host, N, F, b);
-            twin::swiglu_backward(gate_up.twin(b), dh.data(), gate_up.host, N, F, b);
-        }
+        reference<bf16>([&](int b) {
+            twin::mlp_backward_gate_up(gate_up.twin(b), h.twin(b), dx.host, w.host, N, C, F);
+        });
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
@@ -258,8 +249,7 @@ static void shape(int when, int N, int C, int F) {
                 launch(swiglu_down_backward_kernel2, tiles, tile, 0, 0, gate_up, h, dx, w, N, C, F);
             }},
             {1, "128 x 128 sums per block, three stages in flight", [&] {
-                launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, 0,
-                       gate_up, h, dx, w, N, C, F);
+                mlp_backward_products(gate_up, h, dx, w, N, C, F);
             }, SHIPPED},
         };
         bench(variants);

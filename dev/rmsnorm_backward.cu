@@ -154,11 +154,11 @@ template <typename X> static void shape(int when, int N, int C, int rebuild) {
     Tensor<float> dw("dw", C), rstd("rstd", N), scratch("scratch", (size_t)MAX_PARTIALS * C);
     dx.normal(1), dout.normal(1), x.normal(1.5f, 0.3f), w.normal(0.3f, 1), dw.normal(1);
     std::vector<float> unused(n);
-    twin::residual_rmsnorm_forward(NULL, unused.data(), rstd.host, x.host, NULL, w.host, 1e-5, N, C, 0);
-    for (int b = 0; b < precisions<X>(); b++) {
-        twin::rmsnorm_backward(dx.twin(b), dw.twin(b), dout.host, x.host, rstd.host, w.host, N, C, b);
-        if (rebuild) twin::rmsnorm_rebuild(norm.twin(b), x.host, rstd.host, w.host, N, C, b);
-    }
+    twin::rmsnorm_forward(unused.data(), rstd.host, x.host, w.host, 1e-5, N, C);
+    reference<X>([&](int b) {
+        twin::rmsnorm_backward(dx.twin(b), dw.twin(b), rebuild ? norm.twin(b) : NULL, dout.host, x.host, rstd.host, w.host, N, C);
+    });
+    gpu.scratch = scratch;
     X *norm_out = rebuild ? (X *)norm : NULL;
     const int blocks = N < 264 ? N : 264;
     auto dw_alone = [&] { launch(rmsnorm_backward_dw_kernel0<X>, CEIL_DIV(C, 128), 128, 0, 0, dw, dout, x, rstd, N, C); };
@@ -173,10 +173,10 @@ template <typename X> static void shape(int when, int N, int C, int rebuild) {
         }},
         {3, "dw summed on the way, in shared memory; rows read twice", [&] {
             launch(rmsnorm_backward_kernel3<X>, blocks, 256, C * sizeof(float), 0, dx, scratch, norm_out, dout, x, rstd, w, N, C);
-            column_sums(dw, scratch, blocks, C, C, 0);
+            column_sums(dw, scratch, blocks, C, C);
         }},
         {1, "rows in registers, 16-byte accesses, dw in shared memory", [&] {
-            rmsnorm_backward<X>(dx, dw, norm_out, dout, x, rstd, w, scratch, N, C, 0);
+            rmsnorm_backward<X>(dx, dw, norm_out, dout, x, rstd, w, N, C);
         }, SHIPPED},
     };
     bench(variants);

@@ -1,7 +1,7 @@
-// qkv_norm_rope_forward, the q and k heads y of qkv (N,(H+2K)D) in place:
+// qk_norm_rope_forward, the q and k heads y of qkv (N,(H+2K)D) in place:
 //   with norm (Qwen3): qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2), y *= r w (w = q_norm or k_norm (D));
 //   then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T: cosine, sine (T,D/2). v is not touched
-// qkv_norm_rope_backward: the way back for dqkv, in place; dq_norm, dk_norm (D) +=
+// qk_norm_rope_backward: the way back for dqkv, in place; dq_norm, dk_norm (D) +=
 // bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D of qk_raw) = 160 MB for N 16384, H 16, K 2, D 128
 // FLOPs   ~3·N·(H+K)·D, with norm ~8                    floor 48 us (memory)
 // idea    the two halves of a pair are D/2 apart and must meet in one thread; the angles of a row serve all its heads
@@ -13,7 +13,7 @@
 
 // ---- forward, kernel 0: a thread per head ----
 template <typename X>
-__global__ void qkv_norm_rope_forward_kernel0(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
+__global__ void qk_norm_rope_forward_kernel0(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
                                               const float *cosine, const float *sine, float eps, int H, int K, int D, int N, int T) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i / (H + K), h = i % (H + K);
     if (n >= N) return;
@@ -36,7 +36,7 @@ __global__ void qkv_norm_rope_forward_kernel0(X *qkv, X *qk_raw, float *qk_rstd,
 // ---- kernel 2: a warp per head: neighbouring lanes, neighbouring pairs. 2-byte accesses, and each head reads the angles of
 // its row again
 template <typename X>
-__global__ void qkv_norm_rope_forward_kernel2(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
+__global__ void qk_norm_rope_forward_kernel2(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
                                               const float *cosine, const float *sine, float eps, int H, int K, int D, int N, int T) {
     const int i = blockIdx.x * blockDim.y + threadIdx.y, n = i / (H + K), h = i % (H + K);
     if (n >= N) return;
@@ -60,7 +60,7 @@ __global__ void qkv_norm_rope_forward_kernel2(X *qkv, X *qk_raw, float *qk_rstd,
 // ---- kernel 1, shipped: a warp per row; four neighbouring elements of both halves per lane, several heads at a time, angles
 // read once
 template <typename X, bool NORM>
-__global__ void qkv_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
+__global__ void qk_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
                                               const float *cosine, const float *sine, float eps, int H, int K, int D, int lanes,
                                               int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
@@ -130,7 +130,7 @@ __device__ void turn_back(float *a, float *b, const X *dx, const float *cosine, 
 }
 
 template <typename X>
-__global__ void qkv_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm, const X *dqkv, const X *qk_raw,
+__global__ void qk_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm, const X *dqkv, const X *qk_raw,
                                                   const float *qk_rstd,
                                                   const float *cosine, const float *sine, int H, int K, int D, int N, int T) {
     const int d = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y == 0 ? 0 : H, end = blockIdx.y == 0 ? H : H + K;
@@ -147,7 +147,7 @@ __global__ void qkv_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm
 }
 
 template <typename X>
-__global__ void qkv_norm_rope_backward_kernel0(X *dqkv, const X *qk_raw, const float *qk_rstd, const X *q_norm, const X *k_norm,
+__global__ void qk_norm_rope_backward_kernel0(X *dqkv, const X *qk_raw, const float *qk_rstd, const X *q_norm, const X *k_norm,
                                                const float *cosine, const float *sine, int H, int K, int D, int N, int T) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i / (H + K), h = i % (H + K), half = D / 2;
     if (n >= N) return;
@@ -171,7 +171,7 @@ __global__ void qkv_norm_rope_backward_kernel0(X *dqkv, const X *qk_raw, const f
 
 // ---- kernel 2: a warp per head for dqkv; dq_norm and dk_norm as before ----
 template <typename X>
-__global__ void qkv_norm_rope_backward_kernel2(X *dqkv, const X *qk_raw, const float *qk_rstd, const X *q_norm, const X *k_norm,
+__global__ void qk_norm_rope_backward_kernel2(X *dqkv, const X *qk_raw, const float *qk_rstd, const X *q_norm, const X *k_norm,
                                                const float *cosine, const float *sine, int H, int K, int D, int N, int T) {
     const int i = blockIdx.x * blockDim.y + threadIdx.y, n = i / (H + K), h = i % (H + K), half = D / 2;
     if (n >= N) return;
@@ -197,7 +197,7 @@ __global__ void qkv_norm_rope_backward_kernel2(X *dqkv, const X *qk_raw, const f
 // ---- kernel 1, shipped: the forward's layout; a lane sees the same 8 elements of every head and sums their weight gradients
 // in registers
 template <typename X, bool NORM>
-__global__ void qkv_norm_rope_backward_kernel1(X *dqkv, float *partials, const X *qk_raw, const float *qk_rstd, const X *q_norm,
+__global__ void qk_norm_rope_backward_kernel1(X *dqkv, float *partials, const X *qk_raw, const float *qk_rstd, const X *q_norm,
                                                const X *k_norm, const float *cosine, const float *sine, int H, int K, int D,
                                                int lanes, int N, int T) {
     constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
@@ -287,7 +287,7 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
     std::vector<float> angles[2] = {std::vector<float>((size_t)T * D / 2), std::vector<float>((size_t)T * D / 2)};
     twin::rope_table_sizes(angles[0].data(), angles[1].data(), D, T);
 
-    if (bench_shape<X>(when, "qkv_norm_rope_forward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
+    if (bench_shape<X>(when, "qk_norm_rope_forward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
                        norm ? " norm" : "")) {
         Tensor<X> qkv("qkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
         Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size());
@@ -296,27 +296,28 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
         qkv.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1);
         std::copy(angles[0].begin(), angles[0].end(), cosine.host);
         std::copy(angles[1].begin(), angles[1].end(), sine.host);
-        for (int b = 0; b < precisions<X>(); b++)
-            twin::qk_norm_rope_forward_sizes(qkv.twin(b), norm ? raw.twin(b) : NULL, norm ? rstd.twin(b) : NULL,
-                                             norm ? q_norm.host : NULL,
-                                             norm ? k_norm.host : NULL, cosine.host, sine.host, eps, H, K, D, N, T, b);
+        reference<X>([&](int b) {
+            twin::qk_norm_rope_forward(qkv.twin(b), norm ? raw.twin(b) : NULL, norm ? rstd.twin(b) : NULL,
+                                       norm ? q_norm.host : NULL, norm ? k_norm.host : NULL, cosine.host, sine.host, eps,
+                                       H, K, D, N, T);
+        });
         X *qn = norm ? (X *)q_norm : NULL, *kn = norm ? (X *)k_norm : NULL;
         const Variant variants[] = {
             {0, "one thread per head", [&] {
-                launch(qkv_norm_rope_forward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, qkv, raw, rstd, qn, kn, cosine, sine,
+                launch(qk_norm_rope_forward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, qkv, raw, rstd, qn, kn, cosine, sine,
                        eps, H, K, D, N, T);
             }},
             {2, "one warp per head", [&] {
-                launch(qkv_norm_rope_forward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, qkv, raw, rstd, qn, kn, cosine,
+                launch(qk_norm_rope_forward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, qkv, raw, rstd, qn, kn, cosine,
                        sine, eps, H, K, D, N, T);
             }},
             {1, "one warp per row, angles in registers", [&] {
-                qkv_norm_rope_forward<X>(qkv, raw, rstd, qn, kn, cosine, sine, eps, H, K, D, N, T, 0);
+                qk_norm_rope_forward<X>(qkv, raw, rstd, qn, kn, cosine, sine, eps, H, K, D, N, T);
             }, SHIPPED},
         };
         bench(variants);
     }
-    if (bench_shape<X>(when, "qkv_norm_rope_backward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
+    if (bench_shape<X>(when, "qk_norm_rope_backward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
                        norm ? " norm" : "")) {
         Tensor<X> dqkv("dqkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
         Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size()),
@@ -331,28 +332,30 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
             for (int d = 0; d < D; d++) squares += (double)raw.host[(size_t)i * D + d] * raw.host[(size_t)i * D + d];
             rstd.host[i] = (float)(1 / sqrt(squares / D + eps));
         }
-        for (int b = 0; b < precisions<X>(); b++)
-            twin::qk_norm_rope_backward_sizes(dqkv.twin(b), dq_norm.twin(b), dk_norm.twin(b), raw.host, rstd.host,
-                                              norm ? q_norm.host : NULL,
-                                              norm ? k_norm.host : NULL, cosine.host, sine.host, H, K, D, N, T, b);
+        reference<X>([&](int b) {
+            twin::qk_norm_rope_backward(dqkv.twin(b), dq_norm.twin(b), dk_norm.twin(b), raw.host, rstd.host,
+                                        norm ? q_norm.host : NULL, norm ? k_norm.host : NULL, cosine.host, sine.host,
+                                        H, K, D, N, T);
+        });
+        gpu.scratch = scratch;
         X *qn = norm ? (X *)q_norm : NULL, *kn = norm ? (X *)k_norm : NULL;
         auto dw = [&] {
-            if (norm) launch(qkv_norm_rope_backward_dw_kernel0<X>, dim3(CEIL_DIV(D, 64), 2), 32, 0, 0, dq_norm, dk_norm, dqkv,
+            if (norm) launch(qk_norm_rope_backward_dw_kernel0<X>, dim3(CEIL_DIV(D, 64), 2), 32, 0, 0, dq_norm, dk_norm, dqkv,
                              raw, rstd, cosine, sine, H, K, D, N, T);
         };
         const Variant variants[] = {
             {0, "one thread per head; dw: one thread per column", [&] {
                 dw();
-                launch(qkv_norm_rope_backward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, dqkv, raw, rstd, qn, kn, cosine,
+                launch(qk_norm_rope_backward_kernel0<X>, CEIL_DIV(heads, 128), 128, 0, 0, dqkv, raw, rstd, qn, kn, cosine,
                        sine, H, K, D, N, T);
             }},
             {2, "one warp per head; dw as before", [&] {
                 dw();
-                launch(qkv_norm_rope_backward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, dqkv, raw, rstd, qn, kn,
+                launch(qk_norm_rope_backward_kernel2<X>, CEIL_DIV(heads, 8), dim3(32, 8), 0, 0, dqkv, raw, rstd, qn, kn,
                        cosine, sine, H, K, D, N, T);
             }},
             {1, "one warp per row, dw in registers", [&] {
-                qkv_norm_rope_backward<X>(dqkv, dq_norm, dk_norm, raw, rstd, qn, kn, cosine, sine, scratch, H, K, D, N, T, 0);
+                qk_norm_rope_backward<X>(dqkv, dq_norm, dk_norm, raw, rstd, qn, kn, cosine, sine, H, K, D, N, T);
             }, SHIPPED},
         };
         bench(variants);

@@ -13,7 +13,7 @@ Where the numbers come from
            a + b*T + c*T^2 per query head, T 4096 itself counted) and taken at the size asked for; the fixed part is kept.
   GEMM     cuBLASLt at 700 TFLOP/s, or its compulsory bytes at 3.0 TB/s where that takes longer (small chunks of logits).
   MLP      passes: SwiGLU between cuBLASLt's products, the default on this device. products: SwiGLU in the epilogues of our own
-           (LITESPARK_FUSED_MLP=1, the default where mma.sync has the full rate); their time like attention's, as a sum of terms.
+           (--mlp products, the default where mma.sync has the full rate); their time like attention's, as a sum of terms.
   bytes    non-GEMM bytes count what a product's epilogue moves beyond its plain output: the residual that it adds, h, gate and up.
   DRAM     3.0 TB/s of the 3.35 of the data sheet. Memory-bound kernels: all sectors they touch (no cache), or the instruction
            terms where those take longer.
@@ -90,7 +90,7 @@ class Config:
         return 6 * (self.L * self.layer_gemm + self.C * self.V) + (6 if causal else 12) * self.L * self.HD * T
 
 
-# ---- memory: the arenas of the trainer (layout() in section 14) -------------------------------------------------------
+# ---- memory: the arenas of the trainer (layout() in section 4) -------------------------------------------------------
 UNIT_ALIGN = 128
 MAX_PARTIALS, SQUARES_BLOCKS = 264, 1024
 
@@ -109,7 +109,7 @@ def arenas(c, B, T, recompute, chunk, state_bytes=4):
     padded = -(-N // chunk) * chunk
     scratch = max(MAX_PARTIALS * c.C, MAX_PARTIALS * 2 * c.D, MAX_PARTIALS * c.W, 2 * SQUARES_BLOCKS, N * c.H)
     tensors = c.L * 9 + 2 + (0 if c.tied else 1)
-    work = [(padded * c.C, 2)] * 2 + [(N * c.F, 2)] + [(N * c.C, 2), (N * c.HD, 2), (N * c.W, 2), (chunk * c.Vp, 2), (padded, 4),
+    work = [(padded * c.C, 2)] * 2 + [(N * c.F, 2)] + [(N * c.C, 2), (N * c.HD, 2), (N * c.W, 2), (chunk * c.Vp, 2), (padded, 4), (N, 8),
             (T * c.D // 2, 4), (T * c.D // 2, 4), (scratch, 4), (tensors + 1, 8), (32 * MIB, 1), (6 * N + 1, 4)]
     return [up(n, 2), up(n, 4), up(n, 4) + 2 * up(n, state_bytes), acts, sum(up(*x) for x in work)]
 
@@ -179,14 +179,14 @@ def measure(ptxcpu, binary, only=None):
             command = [ptxcpu, "--device", "h100", "--report", f"{tmp}/report.json", "--unique", "--", binary, "--config", f"{tmp}/config.json",
                        "--train-data", f"{tmp}/tokens.bin", "--precision", "bf16", "--seq-len", T, "--batch-size", B, "--total-batch-tokens", B * T,
                        "--logits-chunk", chunk, "--steps", 1, "--checkpoint-every", 0, "--sample-every", 0, "--out", f"{tmp}/out {name}"]
-            form = {"LITESPARK_FUSED_MLP": "1" if name.startswith("products") else "0"}
-            done = subprocess.run([str(x) for x in command], capture_output=True, text=True, env=os.environ | form)
+            command += ["--mlp", "products" if name.startswith("products") else "passes"]
+            done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
             if done.returncode: sys.exit(f"speed_model: {name}: {done.stdout[-500:]}{done.stderr[-1500:]}")
             with open(f"{tmp}/report.json") as f:
                 report = json.load(f)
             kernels = {}
             for k in report["kernels"]:
-                key = re.sub(r"_kernel1\b", "", re.sub(r"\(.*", "", k["name"]).replace("void ", "").replace("__nv_bfloat16", "bf16"))
+                key = re.sub(r"_kernel\d+\b", "", re.sub(r"\(.*", "", k["name"]).replace("void ", "").replace("__nv_bfloat16", "bf16"))
                 add = counts_of(k)
                 old = kernels.setdefault(key, {x: 0 for x in add} | {"launches": 0})
                 for x in add:       # sums over all launches
@@ -374,7 +374,7 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
     N, C, F, L = B * T, c.C, c.F, c.L
     factor, backward_factor = fa2()[1], fa2_backward()[1]
     norm_backward = counts.name("norm 1", "rmsnorm_backward")
-    rope_forward, rope_backward = counts.name("norm 1", "qkv_norm_rope_forward"), counts.name("norm 1", "qkv_norm_rope_backward")
+    rope_forward, rope_backward = counts.name("norm 1", "qk_norm_rope_forward"), counts.name("norm 1", "qk_norm_rope_backward")
     width = lambda r: (r["H"] + r["K"]) * r["D"]
     rope = lambda kernel: counts.rows(kernel, N, (c.H + c.K) * c.D, "norm 1", "norm 3", width)
     mlp = lambda kernel: counts.rows(counts.name("mlp 1", kernel), N, F, "mlp 1", "mlp 2", lambda r: r["F"])
@@ -477,7 +477,7 @@ def kernel_rows(counts):
     N1, N2 = r1["B"] * r1["T"], r2["B"] * r2["T"]
     n = Config(*[r2[k] for k in "VLCHKDF"], 1).n
     rows = [("rmsnorm_forward", "norm 3", 3 * N1 * 2048), ("rmsnorm_backward", "norm 3", 3 * N1 * 2048), ("column_sums", "norm 3", 3 * MAX_PARTIALS * 2048),
-            ("qkv_norm_rope_forward", "norm 3", N1 * 18 * 128), ("qkv_norm_rope_backward", "norm 3", N1 * 18 * 128), ("swiglu_forward", "mlp 2", N2 * r2["F"]),
+            ("qk_norm_rope_forward", "norm 3", N1 * 18 * 128), ("qk_norm_rope_backward", "norm 3", N1 * 18 * 128), ("swiglu_forward", "mlp 2", N2 * r2["F"]),
             ("swiglu_backward", "mlp 2", N2 * r2["F"]), ("cross_entropy", "mlp 2", N2 * r2["V"]), ("adamw_update", "mlp 2", n), ("sum_of_squares", "mlp 2", n),
             ("embedding_forward", "norm 3", N1 * 2048), ("embedding_backward", "norm 3", N1 * 2048)]
     r3 = counts.runs["products C512"]

@@ -73,7 +73,7 @@ template <typename X> static void shape(int when, int N, int F, float amplitude)
     if (bench_shape<X>(when, "swiglu_forward", 3.0 * n * sizeof(X), 5.0 * n, "N %d F %d, g ~ %g", N, F, amplitude)) {
         Tensor<X> h("h", n), gate_up("gate_up", 2 * n);
         gate_up.normal(amplitude);
-        for (int b = 0; b < precisions<X>(); b++) twin::swiglu_forward(h.twin(b), gate_up.host, N, F, b);
+        reference<X>([&](int b) { twin::swiglu_forward(h.twin(b), gate_up.host, N, F); });
         const Variant variants[] = {
             {0, "one thread per element", [&] {
                 launch(swiglu_forward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, h, gate_up, N, F);
@@ -81,7 +81,7 @@ template <typename X> static void shape(int when, int N, int F, float amplitude)
             {2, "16 bytes per thread, fast e^x and division", [&] {
                 launch(swiglu_forward_kernel2<X>, CEIL_DIV(n * sizeof(X) / 16, 256), 256, 0, 0, h, gate_up, N, F);
             }},
-            {1, "a block per row: no division by F", [&] { swiglu_forward<X>(h, gate_up, N, F, 0); }, SHIPPED},
+            {1, "a block per row: no division by F", [&] { swiglu_forward<X>(h, gate_up, N, F); }, SHIPPED},
         };
         bench(variants);
     }
@@ -89,15 +89,12 @@ template <typename X> static void shape(int when, int N, int F, float amplitude)
         Tensor<X> gate_up("gate_up", 2 * n), h("h", n), dh("dh", n);
         gate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(amplitude), dh.normal(1);
-        for (int b = 0; b < precisions<X>(); b++) {
-            twin::swiglu_forward(h.twin(b), gate_up.host, N, F, b);
-            twin::swiglu_backward(gate_up.twin(b), dh.host, gate_up.host, N, F, b);
-        }
+        reference<X>([&](int b) { twin::swiglu_backward(gate_up.twin(b), h.twin(b), dh.host, N, F); });
         const Variant variants[] = {
             {0, "one thread per element", [&] {
                 launch(swiglu_backward_kernel0<X>, CEIL_DIV(n, 256), 256, 0, 0, gate_up, h, dh, N, F);
             }},
-            {1, "a block per row, 16 bytes per thread", [&] { swiglu_backward<X>(gate_up, h, dh, N, F, 0); }, SHIPPED},
+            {1, "a block per row, 16 bytes per thread", [&] { swiglu_backward<X>(gate_up, h, dh, N, F); }, SHIPPED},
         };
         bench(variants);
     }

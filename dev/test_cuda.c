@@ -426,17 +426,17 @@ static void check_gradients(void) {
 
 // The MLP in both of its forms: products with SwiGLU as their epilogue, and a pass between cuBLASLt's products.
 static void check_mlp_forms(void) {
+    const char *const forms[2] = {"passes", "products"}, *const options[2] = {"--mlp passes", "--mlp products"};
     for (int i = 0; i < COUNT(cases); i++) for (int fused = 0; fused < 2; fused++) {
         const Case *c = &cases[i];
         char name[100], text[400];
-        snprintf(name, sizeof name, "MLP %s %s bf16", fused ? "in the products" : "in passes", c->name);
+        snprintf(name, sizeof name, "MLP in %s %s bf16", forms[fused], c->name);
         int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide");
         if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused) || (level == PTX && !fused) ||
             !wanted(name)) continue;
-        char *command = path_text("env LITESPARK_FUSED_MLP=%d %s", fused, cuda);
-        Run r = start_dump(command, fused ? "fused" : "passes", c, "bf16", "");
+        Run r = start_dump(cuda, forms[fused], c, "bf16", options[fused]);
         if (finish(&r)) { result(name, 0, "%s", complaint(&r)); continue; }
-        int ok = dump_is_right(c, fused ? "fused" : "passes", "bf16", text, sizeof text);
+        int ok = dump_is_right(c, forms[fused], "bf16", text, sizeof text);
         result(name, ok, "%s", text);
     }
 }
@@ -776,16 +776,16 @@ static const struct Planted {
      "(float)(1 / sqrt((double)D))", "(float)(1 / sqrt((double)D + 4))", 0, "llama", "bf16", QUICK | LONG},
     {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel1(X *dx",
      "(d[k] * w_j[k] - v[k] * mean)", "(d[k] * w_j[k])", 0, "llama", "fp32", LONG},
-    {"wrong sign in rope backward", "void qkv_norm_rope_backward_kernel1(",
+    {"wrong sign in rope backward", "void qk_norm_rope_backward_kernel1(",
      "b[k] * c[k] - a[k] * s[k]", "b[k] * c[k] + a[k] * s[k]", 0, "llama", "fp32", LONG},
     {"= instead of += in dw", "dout, 1, x, 0, OC, C, N,",
      "dw", "(const float *)NULL", 0, "llama", "fp32", QUICK | LONG},
     {"a row lost in embedding backward", "add_rows(sum, dx, order, first[i] + warp,",
      "first[i + 1]", "(first[i + 1] - 1)", 0, "llama", "fp32", LONG},
     {"no gradient of biases", "void llama_backward(",
-     "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, m->scratch, N, W, stream);", "", 1, "qwen2", "fp32", LONG},
+     "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);", "", 1, "qwen2", "fp32", LONG},
     {"cross entropy without the onehot", "cross_entropy_kernel1(float *nll",
-     "x[k] -= dscale", "(x[k] -= 0)", 0, "llama", "fp32", LONG},
+     "x[k] -= weight_n", "(x[k] -= 0)", 0, "llama", "fp32", LONG},
     {"document mask ignored in backward", "void mask_scores(",
      "key > t || key < first", "key > t || (key < first && !ON_SIDE)", 0, "documents", "bf16", LONG},
     {"wrong key head in dq", "attention_backward_dq_kernel1(",
@@ -794,7 +794,7 @@ static const struct Planted {
      "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
     {"gate for up in the products of the MLP", "gate_up_swiglu_kernel1(bf16",
      "(i % 2)", "((i + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
-    {"dropped term in qk-norm backward", "void qkv_norm_rope_backward_kernel1(",
+    {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel1(",
      "norm_a[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
 

@@ -1,4 +1,4 @@
-// emu_verbs.h: the hardware verbs of train_litespark.cu's section 7, in C++. Semantics are those of the PTX instruction
+// emu_verbs.h: the hardware verbs of train_litespark.cu's section 3, in C++. Semantics are those of the PTX instruction
 // named at each verb. A warp-wide verb is a struct of the lanes' arguments and one function that the last lane to arrive
 // runs for all; add wgmma, TMA and mbarriers the same way.
 #pragma once

@@ -1,6 +1,6 @@
 // test_emu.cpp: tests of dev/emu. One line per test, then `N passed, N failed`; exit 1 on a failure.
 //   g++ -x c++ -std=c++17 -O2 -g -fopenmp -Idev/emu dev/emu/test_emu.cpp -o test_emu && ./test_emu
-// The kernels above "planted bugs" also compile with nvcc (-DVERBS='"file"' names section 7 of the trainer): `--bits` prints
+// The kernels above "planted bugs" also compile with nvcc (-DVERBS='"file"' names the verbs of the trainer): `--bits` prints
 // a hash of each result, to be compared with a device or ptxcpu.
 #include <math.h>
 #include <stdarg.h>
