@@ -3036,8 +3036,8 @@ static int train_step(Trainer *tr) {
     log_step(tr, loss, lr, norm, seconds, skipped.s);
     if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
         die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from "
-            "before: lower --lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped.s,
-            opt.out);
+            "before: lower --lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW,
+            skipped.s, opt.out);
     return 1;
 }
 
@@ -3140,8 +3140,8 @@ static void report_end(const Trainer *tr) {
     if (!s->step || s->seconds <= 0) return;
     const double speed = (double)s->tokens / s->seconds;
     const double flops = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / comm_world();
-    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank (%s)"
-           " | energy %s kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank "
+           "(%s) | energy %s kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
            measured_text(100 * flops / tr->peak, "%.1f%%").s, flops_text(tr->peak).s, device_peak_is,
            measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
            measured_text(s->joules / (double)s->tokens, "%.3g").s);
@@ -3247,8 +3247,8 @@ static void resolve_batch(const Config *c, const Machine *machine) {
     if (opt.seq_len > c->max_T)
         die("--seq-len %" PRId64 " is beyond the model's max_position_embeddings %d", opt.seq_len, c->max_T);
     if (c->sliding_window && opt.seq_len > c->sliding_window)
-        die("--seq-len %" PRId64 " is beyond the model's sliding window %d, which litespark does not compute; use "
-            "at most that", opt.seq_len, c->sliding_window);
+        die("--seq-len %" PRId64 " is beyond the model's sliding window %d, which litespark does not "
+            "compute; use at most that", opt.seq_len, c->sliding_window);
     if (!opt.logits_chunk) opt.logits_chunk = device_logits_chunk(c->V);
     if (opt.generate) opt.batch_size = opt.logits_chunk = 1;                // a sample has one row at a time
     if (opt.generate) return;
@@ -3966,6 +3966,7 @@ void option_set(Option *o, const char *text) {
 // The option's value as text, as option_set reads it (NULL: not set).
 const char *option_text(const Option *o) {
     static char text[64];
+    if (o->type == OPT_GROUP) return NULL;
     if (o->type == OPT_TEXT) return *(const char **)o->value;
     if (o->type == OPT_CHOICE) return choice_name(o);
     if (o->type == OPT_REAL) return shortest(*(double *)o->value);
@@ -5576,7 +5577,7 @@ void text_add_field(Text *t, const char *key, double x) { text_add(t, ", \"%s\":
 void text_add_options(Text *t, int as_given) {
     const char *before = "{";
     for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
-        if (o->type == OPT_GROUP || o->type == OPT_FLAG || (as_given && o->kind == START)) continue;
+        if (o->type == OPT_FLAG || (as_given && o->kind == START)) continue;
         const char *value = as_given ? o->text : option_text(o);
         if (!value) continue;
         text_add(t, "%s\"%s\": ", before, o->name + 2);
