@@ -1,18 +1,20 @@
 /*
-Proof of a CUDA build of litespark against the twin, from the outside: both programs read the same weights and data, and what
-they write (--dump-grads, log.jsonl, checkpoints, text) must agree.
+Proof of a CUDA build of litespark against the twin, from the outside: both programs read the same weights and
+data, and what they write (--dump-grads, log.jsonl, checkpoints, text) must agree.
 
-    build/test_cuda --twin build/train_litespark --cuda 'PREFIX build/train_litespark_emu' [--double build/train_litespark_double]
-                    [--level quick|ptx|long] [words of check names]
+    build/test_cuda --twin build/train_litespark --cuda 'PREFIX build/train_litespark_emu'
+                    [--double build/train_litespark_double] [--level quick|ptx|long] [words of check names]
 
---cuda is a command: `build/train_litespark_emu` (dev/emu), `ptxcpu --race -- build/train_litespark_ptx`, or the trainer on a GPU.
-One line per check; the last line is "N passed, N failed[, N skipped]". NaN fails everywhere.
+--cuda is a command: `build/train_litespark_emu` (dev/emu), `ptxcpu --race -- build/train_litespark_ptx`, or
+the trainer on a GPU. One line per check; the last is "N passed, N failed[, N skipped]". NaN fails everywhere.
 
 Criteria, e(x) = |x - twin| / |twin| of one tensor's gradient, twin = its --precision fp32:
-    fp32   e(cuda) <= 1e-5, or 4 times the distance between the twin and its build in doubles where that is more (ill-conditioned)
-    bf16   e(cuda) <= 2 e(twin --precision bf16) =: 2e, cosine >= 1 - (2e)^2; weights are bf16 numbers, so both read the same.
-Planted errors: a copy of train_litespark.cu in which PLANTED=i swaps one text for a wrong one must fail these criteria, or be
-reported.
+    fp32   e(cuda) <= 1e-5, or 4 times the distance between the twin and its build in doubles where that is
+           more (ill-conditioned)
+    bf16   e(cuda) <= 2 e(twin --precision bf16) =: 2e, cosine >= 1 - (2e)^2; weights are bf16 numbers, so
+           both read the same
+Planted errors: a copy of train_litespark.cu in which PLANTED=i swaps one text for a wrong one must fail these
+criteria, or be reported.
 */
 #define LITESPARK_NO_MAIN
 #include "../train_litespark.c"
@@ -38,7 +40,7 @@ static const char *filters[64];
 static double timeout = 240;                // seconds for one process
 static uint64_t seed = 11;                  // of weights and data
 
-// ==== 1. Results ========================================================================================================
+// ==== 1. Results ===========================================================================================
 static int wanted(const char *name) {
     for (int i = 0; i < n_filters; i++) if (strstr(name, filters[i])) return 1;
     return n_filters == 0;
@@ -65,7 +67,7 @@ static void skip(const char *name, const char *why) {
     fflush(stdout);
 }
 
-// ==== 2. Processes ======================================================================================================
+// ==== 2. Processes =========================================================================================
 typedef struct Run {
     pid_t pid;
     int code;                               // exit status; 128 + signal; -1 after the timeout
@@ -110,7 +112,8 @@ static char *slurp(const char *path) {
 
 static int finish_in(Run *r, double seconds) {
     int status = 0, ended = 0;
-    while (!(ended = waitpid(r->pid, &status, WNOHANG) == r->pid) && now_seconds() - r->start < seconds) usleep(2000);
+    while (!(ended = waitpid(r->pid, &status, WNOHANG) == r->pid) && now_seconds() - r->start < seconds)
+        usleep(2000);
     if (!ended) {
         kill(-r->pid, SIGKILL);
         waitpid(r->pid, &status, 0);
@@ -152,7 +155,7 @@ static int remove_one(const char *path, const struct stat *info, int type, struc
 
 static int is_emu(void) { return strstr(cuda, "emu") && !strstr(cuda, "ptxcpu"); }
 
-// ==== 3. Models and data ================================================================================================
+// ==== 3. Models and data ===================================================================================
 typedef struct Case {
     const char *name, *family;
     int tied, V, L, C, H, K, D, F, B, T, chunk;
@@ -161,8 +164,8 @@ typedef struct Case {
     const char *more;                       // of config.json
 } Case;
 
-#define LLAMA3 "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, \"high_freq_factor\": 4, " \
-               "\"original_max_position_embeddings\": 64}"
+#define LLAMA3 "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, " \
+               "\"high_freq_factor\": 4, \"original_max_position_embeddings\": 64}"
 static const Case cases[] = {
 //   name          family     tied    V  L     C  H  K    D    F  B    T chunk doc levels
     {"llama",      "llama",   0,    203, 2,   48, 4, 2,  16,  40, 2,  37,  29,  0, ALL_LEVELS, LLAMA3},
@@ -216,10 +219,11 @@ static const char *case_folder(const Case *c) {
     if (!mkdir(dir, 0777)) {
         char *text = path_text(
             "{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, "
-            "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d, "
-            "\"max_position_embeddings\": 1024, \"tie_word_embeddings\": %s, \"rms_norm_eps\": 1e-5, "
-            "\"rope_theta\": 100.0%s%s}\n",
-            c->family, c->V, c->L, c->C, c->H, c->K, c->D, c->F, c->tied ? "true" : "false", *c->more ? ", " : "", c->more);
+            "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"head_dim\": %d, "
+            "\"intermediate_size\": %d, \"max_position_embeddings\": 1024, \"tie_word_embeddings\": %s, "
+            "\"rms_norm_eps\": 1e-5, \"rope_theta\": 100.0%s%s}\n",
+            c->family, c->V, c->L, c->C, c->H, c->K, c->D, c->F, c->tied ? "true" : "false",
+            *c->more ? ", " : "", c->more);
         char *path = path_text("%s/config.json", dir);
         write_text(path, text, strlen(text));
         Config config;
@@ -240,8 +244,9 @@ static const char *case_folder(const Case *c) {
         }
         int error = st_finish(w, NULL, NULL);
         if (error) die("test: cannot write %s/model.safetensors: %s", dir, strerror(error));
-        write_shard(path_text("%s/train.bin", dir), 8 * c->B * c->T + 1, c->V, c->document, seed ^ hash_string(c->name));
-        write_shard(path_text("%s/val.bin", dir), (3 * c->B + 1) * c->T + 1, c->V, c->document, ~seed ^ hash_string(c->name));
+        uint64_t key = seed ^ hash_string(c->name);
+        write_shard(path_text("%s/train.bin", dir), 8 * c->B * c->T + 1, c->V, c->document, key);
+        write_shard(path_text("%s/val.bin", dir), (3 * c->B + 1) * c->T + 1, c->V, c->document, ~key);
         free(path);
         free(text);
     }
@@ -254,12 +259,13 @@ static const char *case_options(const Case *c, const char *precision) {
     static int next;
     const char *dir = case_folder(c);
     char *t = text[next++ % 4];
-    snprintf(t, sizeof text[0], "--init-from %s --train-data %s/train.bin --seq-len %d --logits-chunk %d --precision %s "
-             "--document-mask %s --threads 1", dir, dir, c->T, c->chunk, precision, c->document ? "on" : "off");
+    snprintf(t, sizeof text[0], "--init-from %s --train-data %s/train.bin --seq-len %d --logits-chunk %d "
+             "--precision %s --document-mask %s --threads 1",
+             dir, dir, c->T, c->chunk, precision, c->document ? "on" : "off");
     return t;
 }
 
-// ==== 4. Comparing dumps ================================================================================================
+// ==== 4. Comparing dumps ===================================================================================
 typedef struct Error { double error, cosine; } Error;
 
 // Of tensor `t` of a against the one of that name in b.
@@ -276,14 +282,14 @@ static Error tensor_error(const StSet *a, const StSet *b, const char *name) {
         xx += (double)x[i] * x[i], yy += (double)y[i] * y[i], xy += (double)x[i] * y[i];
     }
     e.error = yy > 0 ? sqrt(difference / yy) : sqrt(xx);
-    e.cosine = xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : difference == 0 ? 1 : isnan(difference) ? NAN : 0;   // of a zero vector: 0
+    e.cosine = xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : difference == 0 ? 1 : isnan(difference) ? NAN : 0;
     free(x);
     free(y);
     return e;
 }
 
-// 1 when the dump meets the criterion; the summary names the worst tensor. paths: of the dump to test, of the twin's fp32, of the
-// twin's bf16 (NULL: the fp32 criterion), of the twin's in doubles (where there is one).
+// 1 when the dump meets the criterion; the summary names the worst tensor. paths: of the dump to test, of the
+// twin's fp32, of the twin's bf16 (NULL: the fp32 criterion), of the twin's in doubles (where there is one).
 static int compare(char *const paths[4], char *summary, size_t room) {
     StSet *sets[4] = {NULL};
     for (int i = 0; i < 4; i++) {
@@ -303,7 +309,8 @@ static int compare(char *const paths[4], char *summary, size_t room) {
         double tol = is_loss ? 1e-6 : 1e-5, ratio;
         // the loss is one number and may be right by chance
         if (sets[2]) tol = 2 * tensor_error(sets[2], sets[1], name).error + (is_loss ? 1e-3 : 1e-6);
-        else if (!(e.error <= tol) && sets[3]) tol = fmax(tol, 4 * tensor_error(sets[1], sets[3], name).error);
+        else if (!(e.error <= tol) && sets[3])
+            tol = fmax(tol, 4 * tensor_error(sets[1], sets[3], name).error);
         ratio = e.error / tol;
         if (sets[2] && !is_loss) ratio = fmax(ratio, isnan(e.cosine) ? NAN : (1 - e.cosine) / (tol * tol));
         if (isnan(e.error) || isnan(e.cosine)) ratio = INFINITY;
@@ -315,14 +322,15 @@ static int compare(char *const paths[4], char *summary, size_t room) {
     return !bad && worst <= 1;
 }
 
-// ==== 5. Gradients ======================================================================================================
+// ==== 5. Gradients =========================================================================================
 static char *dump_path(const Case *c, const char *who, const char *precision) {
     return path_text("%s/%s_%s_%s.st", top, c->name, who, precision);
 }
 
-static Run start_dump(const char *command, const char *who, const Case *c, const char *precision, const char *more) {
-    return start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s %s", command, case_options(c, precision),
-                 c->B, c->B * c->T, dump_path(c, who, precision), more);
+static Run start_dump(const char *command, const char *who, const Case *c, const char *precision,
+                      const char *more) {
+    return start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s %s",
+                 command, case_options(c, precision), c->B, c->B * c->T, dump_path(c, who, precision), more);
 }
 
 // The twin's three dumps of a case, once.
@@ -330,14 +338,16 @@ static void twin_dumps(const Case *c) {
     if (!access(dump_path(c, "twin", "bf16"), R_OK)) return;
     Run r[3] = {start_dump(twin, "twin", c, "fp32", ""), start_dump(twin, "twin", c, "bf16", "")};
     if (!access(doubles, X_OK)) r[2] = start_dump(doubles, "double", c, "fp32", "");
-    for (int i = 0; i < 3; i++) if (r[i].pid && finish(&r[i])) die("test: the twin fails on %s: %s", c->name, complaint(&r[i]));
+    for (int i = 0; i < 3; i++)
+        if (r[i].pid && finish(&r[i])) die("test: the twin fails on %s: %s", c->name, complaint(&r[i]));
 }
 
 // Does the dump `who` meet the criterion? `text` says how well.
 static int dump_is_right(const Case *c, const char *who, const char *precision, char *text, size_t room) {
     twin_dumps(c);
-    char *paths[4] = {dump_path(c, who, precision), dump_path(c, "twin", "fp32"),
-                      strcmp(precision, "bf16") ? NULL : dump_path(c, "twin", "bf16"), dump_path(c, "double", "fp32")};
+    char *bf16 = strcmp(precision, "bf16") ? NULL : dump_path(c, "twin", "bf16");
+    char *paths[4] = {dump_path(c, who, precision), dump_path(c, "twin", "fp32"), bf16,
+                      dump_path(c, "double", "fp32")};
     return compare(paths, text, room);
 }
 
@@ -355,8 +365,10 @@ static void check_gradients(void) {
         if ((c->levels & level) && wanted(name[n])) job[n++] = i;
     }
     for (int next = 0, i = 0; i < n; i++) {
-        for (; next < n && next < i + AT_ONCE; next++)
-            run[next] = start_dump(cuda, "cuda", &cases[job[next] % COUNT(cases)], precisions[job[next] < COUNT(cases)], "");
+        for (; next < n && next < i + AT_ONCE; next++) {
+            const Case *c = &cases[job[next] % COUNT(cases)];
+            run[next] = start_dump(cuda, "cuda", c, precisions[job[next] < COUNT(cases)], "");
+        }
         const Case *c = &cases[job[i] % COUNT(cases)];
         char text[400];
         if (finish(&run[i])) {
@@ -368,15 +380,15 @@ static void check_gradients(void) {
     }
 }
 
-// The MLP in both of its forms: products with SwiGLU as their epilogue, and a pass between cuBLASLt's products.
+// Both forms of the MLP: products with SwiGLU as their epilogue, and a pass between cuBLASLt's products.
 static void check_mlp_forms(void) {
     for (int i = 0; i < COUNT(cases); i++) for (int fused = 0; fused < 2; fused++) {
         const Case *c = &cases[i];
         char name[100], text[400];
         snprintf(name, sizeof name, "MLP %s %s bf16", fused ? "in the products" : "in passes", c->name);
         int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide");
-        if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused) || (level == PTX && !fused) ||
-            !wanted(name)) continue;
+        if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused)
+            || (level == PTX && !fused) || !wanted(name)) continue;
         char *command = path_text("env LITESPARK_FUSED_MLP=%d %s", fused, cuda);
         Run r = start_dump(command, fused ? "fused" : "passes", c, "bf16", "");
         if (finish(&r)) { result(name, 0, "%s", complaint(&r)); continue; }
@@ -388,21 +400,23 @@ static void check_mlp_forms(void) {
 // Other schedules of threads, blocks and copies must give the same bits.
 static void check_seeds(void) {
     const int n_orders = level == LONG ? 3 : 1;
-    for (int i = 0; i < COUNT(cases); i++) for (int p = 0; p < 2; p++) for (int order = 1; order <= n_orders; order++) {
+    for (int i = 0; i < COUNT(cases); i++) for (int p = 0; p < 2; p++) for (int k = 1; k <= n_orders; k++) {
         const Case *c = &cases[i];
         char name[100], who[20];
-        snprintf(name, sizeof name, "schedule %d %s %s", order, c->name, precisions[p]);
-        if (!(c->levels & level) || (level != LONG && (strcmp(c->name, "llama") || p == 0)) || !wanted(name)) continue;
+        snprintf(name, sizeof name, "schedule %d %s %s", k, c->name, precisions[p]);
+        int few = !strcmp(c->name, "llama") && p;
+        if (!(c->levels & level) || (level != LONG && !few) || !wanted(name)) continue;
         if (access(dump_path(c, "cuda", precisions[p]), R_OK)) {
             Run base = start_dump(cuda, "cuda", c, precisions[p], "");
             finish(&base);
         }
-        snprintf(who, sizeof who, "order%d", order);
-        char *command = path_text("env EMU_SEED=%d EMU_ASYNC=%d PTXCPU_SEED=%d PTXCPU_ASYNC=%d %s", order, order, order, order,
-                                  cuda);
+        snprintf(who, sizeof who, "order%d", k);
+        char *command = path_text("env EMU_SEED=%d EMU_ASYNC=%d PTXCPU_SEED=%d PTXCPU_ASYNC=%d %s",
+                                  k, k, k, k, cuda);
         Run r = start_dump(command, who, c, precisions[p], "");
         if (finish(&r)) result(name, 0, "%s", complaint(&r));
-        else result(name, same_files(dump_path(c, who, precisions[p]), dump_path(c, "cuda", precisions[p])), "the same bits");
+        else result(name, same_files(dump_path(c, who, precisions[p]), dump_path(c, "cuda", precisions[p])),
+                    "the same bits");
     }
 }
 
@@ -412,7 +426,8 @@ static void check_recompute(void) {
         const Case *c = case_named(names[i]);
         char name[100];
         snprintf(name, sizeof name, "recompute %s %s", c->name, precisions[p]);
-        if (!(c->levels & level) || (level != LONG && i % 2 != p) || (level == PTX && i > 1) || !wanted(name)) continue;
+        if (!(c->levels & level) || (level != LONG && i % 2 != p) || (level == PTX && i > 1)
+            || !wanted(name)) continue;
         Run r[3];
         for (int k = 0; k < 3; k++) {
             const char *const how[3] = {"none", "mlp", "block"};
@@ -422,9 +437,12 @@ static void check_recompute(void) {
         int bad = 0;
         for (int k = 0; k < 3; k++) if (finish(&r[k])) bad = 1 + k;
         if (bad) result(name, 0, "%s", complaint(&r[bad - 1]));
-        else result(name, same_files(dump_path(c, "none", precisions[p]), dump_path(c, "mlp", precisions[p])) &&
-                          same_files(dump_path(c, "none", precisions[p]), dump_path(c, "block", precisions[p])),
-                    "none, mlp and block give the same bits");
+        else {
+            char *none = dump_path(c, "none", precisions[p]), *mlp = dump_path(c, "mlp", precisions[p]);
+            char *block = dump_path(c, "block", precisions[p]);
+            result(name, same_files(none, mlp) && same_files(none, block),
+                   "none, mlp and block give the same bits");
+        }
     }
 }
 
@@ -445,22 +463,23 @@ static void check_splits(void) {
             }
         }
         char *a = dump_path(c, "whole", "fp32"), *b = dump_path(c, ranks == 1 ? "split" : "ranks", "fp32");
-        const char *options = case_options(c, "fp32"), *mpirun = ranks == 2 ? "mpirun -np 2 --oversubscribe" : "";
+        const char *options = case_options(c, "fp32");
+        const char *mpirun = ranks == 2 ? "mpirun -np 2 --oversubscribe" : "";
         int tokens = 2 * c->B * c->T;
-        Run r[2] = {start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", cuda, options, 2 * c->B,
-                          tokens, a),
-                    start("exec %s %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s", mpirun, cuda, options, c->B,
-                          tokens, b)};
+        Run r[2] = {start("exec %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s",
+                          cuda, options, 2 * c->B, tokens, a),
+                    start("exec %s %s %s --batch-size %d --total-batch-tokens %d --dump-grads %s",
+                          mpirun, cuda, options, c->B, tokens, b)};
         int bad = finish(&r[0]) ? 1 : 0;
         if (finish(&r[1])) bad = 2;
         if (bad) { result(name, 0, "%s", complaint(&r[bad - 1])); continue; }
-        char *paths[4] = {b, a, NULL, NULL};                                    // the same sums in another order
+        char *paths[4] = {b, a, NULL, NULL};            // the same sums in another order
         int ok = compare(paths, text, sizeof text);
         result(name, ok, "%s", text);
     }
 }
 
-// ==== 6. Training, checkpoints, text ====================================================================================
+// ==== 6. Training, checkpoints, text =======================================================================
 static const Case trained = {"trained", "llama", 0, 120, 2, 64, 4, 2, 16, 96, 2, 24, 40, 0, 0, LLAMA3};
 
 // The values of `key` in the records of a type in OUT/log.jsonl; returns their number.
@@ -648,7 +667,7 @@ static void check_generation(void) {
     result("long sample", r.code == 0 && words > 60, "exit status %d: %s", r.code, r.code ? complaint(&r) : "80 tokens");
 }
 
-// ==== 7. Memory and machines ============================================================================================
+// ==== 7. Memory and machines ===============================================================================
 static void check_memory(void) {
     const char *const more[] = {"", "--recompute block", "--recompute mlp --optimizer-dtype bf16"};
     for (int i = 0; i < COUNT(more); i++) {
@@ -717,7 +736,7 @@ static void check_refusals(void) {
     result("refused sizes", r.code == 1 && line && !line[1] && named, "%s", complaint(&r));
 }
 
-// ==== 8. Planted errors =================================================================================================
+// ==== 8. Planted errors ====================================================================================
 // In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row.
 static const struct Planted {
     const char *name, *anchor, *from, *to;
@@ -822,7 +841,7 @@ static void check_planted(void) {
     }
 }
 
-// ==== 9. main ===========================================================================================================
+// ==== 9. main ==============================================================================================
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--twin") && i + 1 < argc) twin = argv[++i];
