@@ -1178,7 +1178,7 @@ void model_alloc(Model *m) {
                 (double)bytes / 1048576, arena_names[i]);
         if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) memset(a->base, 0, bytes);
 #ifdef POISON
-        else memset(a->base, 255, bytes);
+        else for (size_t j = 0; j < bytes / sizeof(floatX); j++) ((floatX *)a->base)[j] = (floatX)NAN;
 #endif
     }
     layout(m);

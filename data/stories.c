@@ -1,16 +1,16 @@
-// stories.c: the default training data, made on the spot: little stories from a grammar whose entropy is known.
+// stories.c: the default training data, made on the spot: stories from a grammar whose entropy is known.
 //
 //     cc -O2 -o stories data/stories.c -lm && ./stories --print 3 && ./stories --out data/stories
 //
-// A language model's loss can never go below the entropy of its text, and for real text nobody knows that number.
-// Here we do: a story is a chain of random choices, each made with a known probability. If every choice shows in the
-// very next token, then
+// A language model's loss can never go below the entropy of its text, and of real text nobody knows it. Here
+// we do: a story is a chain of random choices, each made with a known probability. If every choice shows in
+// the very next token, then
 //     p(token | story so far) = product of the choices made since the last token
 // and -ln p of the validation tokens, averaged, is the floor: the loss of a perfect model.
 //
-// "Shows in the very next token" is the one rule to keep when you write a grammar of your own: at each choice the
-// alternatives begin with different tokens (the grammar is LL(1)). The test of this file recomputes every p from the
-// text alone, by summing over all derivations, and fails where the rule is broken.
+// "Shows in the very next token" is the one rule to keep when you write a grammar of your own: at each choice
+// the alternatives begin with different tokens (the grammar is LL(1)). dev/test_stories.c recomputes every p
+// from the text alone, by summing over all derivations, and fails where the rule is broken.
 //
 // The file in order: the words, the grammar, reading them, the storyteller, the files, main.
 // The bytes of every file written here are described in data/README.md.
@@ -31,8 +31,8 @@
 #include <unistd.h>
 
 // ---------------------------------------------------------------------------------------------------------
-// The words. A class is a list to draw from: `word*3` is three times as likely, `_` stands for a space inside a
-// word, @name includes another class. The feature decides how other words agree with it, see `forms`.
+// The words. A class is a list to draw from: `word*3` is three times as likely, `_` stands for a space inside
+// a word, @name includes another class. The feature decides how other words agree with it, see `forms`.
 
 typedef struct ClassText { const char *name, *feature, *words; } ClassText;
 
@@ -71,7 +71,8 @@ static const ClassText class_texts[] = {
     {"rag", "", "sock shoe spoon glove bottle"},
     {"crumbs", "", "dust sand leaves crumbs"},
     {"limb", "", "knee foot arm nose"},
-    {"trait", "", "little*2 kind brave clever gentle quiet funny curious shy busy polite careful dreamy cheeky"},
+    {"trait", "",
+     "little*2 kind brave clever gentle quiet funny curious shy busy polite careful dreamy cheeky"},
     {"size", "", "big small tiny huge strange round heavy pretty"},
     {"shiny", "", "shiny smooth warm beautiful"},
     {"sad", "", "sad*2 worried lonely gloomy tired"},
@@ -84,7 +85,8 @@ static const ClassText class_texts[] = {
     {"flower", "", "roses tulips daisies lilies poppies"},
     {"hobby", "", "sing*2 dance*2 read swim climb draw paint cook fish run"},
     {"game", "", "football cards marbles chess pirates"},
-    {"chore", "", "wash_the_windows feed_the_hens sweep_the_floor count_the_sheep water_the_flowers mend_the_roof"},
+    {"chore", "",
+     "wash_the_windows feed_the_hens sweep_the_floor count_the_sheep water_the_flowers mend_the_roof"},
     {"secret", "", "pumpkin rainbow butterfly cucumber moonlight bumblebee"},
     {"noise", "", "thunder lightning dark wind"},
     {"howl", "", "howl roar moan"},
@@ -99,8 +101,10 @@ static const ClassText class_texts[] = {
 
 // {hero.his} is the form "his" of the word that hero is bound to. Column 1 is that word's feature.
 static const struct { const char *feature, *form, *text; } forms[] = {
-    {"f", "he", " she"}, {"f", "He", " She"}, {"f", "his", " her"}, {"f", "His", " Her"}, {"f", "him", " her"},
-    {"m", "he", " he"},  {"m", "He", " He"},  {"m", "his", " his"}, {"m", "His", " His"}, {"m", "him", " him"},
+    {"f", "he", " she"}, {"f", "He", " She"},
+    {"f", "his", " her"}, {"f", "His", " Her"}, {"f", "him", " her"},
+    {"m", "he", " he"},  {"m", "He", " He"},
+    {"m", "his", " his"}, {"m", "His", " His"}, {"m", "him", " him"},
     {"in", "at", " in"}, {"by", "at", " by"}, {"on", "at", " on"},
     {"under", "at", " under"}, {"behind", "at", " behind"},
 };
@@ -108,12 +112,12 @@ static const struct { const char *feature, *form, *text; } forms[] = {
 // ---------------------------------------------------------------------------------------------------------
 // The grammar. Rows with the same name are the alternatives of one rule, with their weights. In the text:
 //     <class>        a word drawn from the class and forgotten
-//     {var=class}    a word drawn and remembered as var; words that the story already remembers are left out of the draw
+//     {var=class}    a word drawn and remembered as var; words that the story remembers already are left out
 //     {var} {var.form}   the remembered word, or a form of it: certain, if the reader has paid attention
 //     [rule] [rule var]  another rule; inside it {$...} means var
 //     `              a double quote
-// The space before < and { belongs to the word; a rule brings its own. An empty alternative shows in the token
-// that follows.
+// The space before < and { belongs to the word; a rule brings its own. An empty alternative shows in the next
+// token.
 
 typedef struct GrammarText { const char *rule; int weight; const char *text; } GrammarText;
 
@@ -194,8 +198,8 @@ static const GrammarText grammar_texts[] = {
                 " It was a surprise, so {hero.he} hid it[spot a].[visit]"
                 " `What are you hiding?` <asked> {friend}[tone]. `Nothing at all,` <said>"
                 " {hero}[tone].[pastime][aside]"
-                " At last {hero} said, `Close your eyes, {friend}.` {hero.He} looked {a.at} the {a}.[surprise]"
-                " `A {c} {x}, and it is for me!` <said> {friend}. {friend.He} was so <happy> that"
+                " At last {hero} said, `Close your eyes, {friend}.` {hero.He} looked {a.at} the {a}."
+                "[surprise] `A {c} {x}, and it is for me!` <said> {friend}. {friend.He} was so <happy> that"
                 " {friend.he}[rejoice]."},
     {"visit", 3, " Soon {friend} came to play."},
     {"visit", 2, " In the <daypart> {friend} knocked <number> times at the door."},
@@ -302,7 +306,8 @@ static const GrammarText grammar_texts[] = {
     {"wish", 1, " found a magic {x=treasure}[place p]. It was {c=colour} and very <shiny>."
                 " When {hero.he} rubbed it, a <size> {m=being} came out. `You have three wishes,` <said> the"
                 " {m}[tone]."
-                " First {hero} wished for some {f=food}. Then {hero.he} wished for a {d=colour} {y=toy}.[aside]"
+                " First {hero} wished for some {f=food}. Then {hero.he} wished for a {d=colour} {y=toy}."
+                "[aside]"
                 " But {hero.he} still felt {s=sad}.[advice]"
                 " So {hero} wished for a friend, and there was a <trait>[who friend]![share] {hero} was not"
                 " {s} any more."
@@ -362,11 +367,11 @@ static const GrammarText grammar_texts[] = {
 
 enum {
     SEQ_LEN = 256,        // T: a window has T+1 tokens, <|endoftext|> and whole stories
-    EOD = 256,            // <|endoftext|>: begin and end of a document; below it are the 256 bytes, above the words
+    EOD = 256,            // <|endoftext|>: begin and end of a document; ids below are bytes, above words
     MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8
 };
 
-typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight; } Word;   // text begins with a space
+typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight; } Word;     // text: a space first
 typedef struct Class { int n; Word words[MAX_CLASS_WORDS]; } Class;
 
 typedef struct Grammar {
@@ -412,7 +417,7 @@ static void copy_text(char *to, const char *from, const char *end) {
     to[end - from] = 0;
 }
 
-// Reads the item at *text and moves on; 0 at the end. A literal is a word or a mark, with the space before it.
+// Reads the item at *text and moves on; 0 at the end. A literal is a word or a mark, with a space before it.
 static int next_item(const char **text, Item *item) {
     const char *p = *text;
     if (!*p) return 0;
@@ -487,7 +492,8 @@ static void read_class(Class *c, int from) {
     int n_chars;
     for (const char *p = class_texts[from].words; sscanf(p, "%30s%n", text, &n_chars) == 1; p += n_chars) {
         if (text[0] == '@') { read_class(c, find_class(text + 1)); continue; }
-        if (c->n == MAX_CLASS_WORDS) die("class %s has more than %d words", class_texts[from].name, MAX_CLASS_WORDS);
+        if (c->n == MAX_CLASS_WORDS)
+            die("class %s has more than %d words", class_texts[from].name, MAX_CLASS_WORDS);
         Word *w = &c->words[c->n++];
         char *star = strchr(text, '*');
         w->weight = star ? atoi(star + 1) : 1;
@@ -733,26 +739,32 @@ static void make_dirs(const char *dir) {
         char c = *p;
         if (c && c != '/') continue;
         *p = 0;
-        if (mkdir(path, 0777) != 0 && errno != EEXIST) die("cannot make the folder %s: %s", path, strerror(errno));
+        if (mkdir(path, 0777) != 0 && errno != EEXIST)
+            die("cannot make the folder %s: %s", path, strerror(errno));
         if (!c) return;
         *p = c;
     }
 }
 
 // Every file is little endian, as every machine that this runs on.
-typedef struct Totals { int64_t tokens, stories, val_rows; double floor; int longest; } Totals;   // floor: of the validation rows
+typedef struct Totals {
+    int64_t tokens, stories, val_rows;
+    double floor;               // of the validation rows
+    int longest;
+} Totals;
 
-// DIR/SPLIT/SPLIT_000.ds: rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. So every target has its
-// whole story in sight. Beside it the true loss of each target (.nll) and what a reader must know (metadata.json).
-// Returns the mean of the true loss; adds the stories it took to *n_stories.
-static double write_rows(const Grammar *g, const char *dir, const char *split, uint64_t seed, uint64_t stream, int64_t n_rows,
-                         int64_t *n_stories) {
+// DIR/SPLIT/SPLIT_000.ds: rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. So every
+// target has its whole story in sight. Beside it the true loss of each target (.nll) and what a reader must
+// know (metadata.json). Returns the mean of the true loss; adds the stories it took to *n_stories.
+static double write_rows(const Grammar *g, const char *dir, const char *split, uint64_t seed, uint64_t stream,
+                         int64_t n_rows, int64_t *n_stories) {
     char folder[1024], name[64], json[512];
     File rows, nll, metadata;
     Story story;
     uint64_t index = 0;
     double sum = 0;
-    if (snprintf(folder, sizeof folder, "%s/%s", dir, split) >= (int)sizeof folder) die("the path %s is too long", dir);
+    if (snprintf(folder, sizeof folder, "%s/%s", dir, split) >= (int)sizeof folder)
+        die("the path %s is too long", dir);
     make_dirs(folder);
     snprintf(name, sizeof name, "%s_000.ds", split);
     file_open(&rows, folder, name);
@@ -775,10 +787,10 @@ static double write_rows(const Grammar *g, const char *dir, const char *split, u
     file_close(&rows);
     file_close(&nll);
     int n = snprintf(json, sizeof json,
-                     "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"%s\",\n"
-                     "  \"vocab_size\": %d,\n  \"sequence_length\": %d,\n  \"token_size_bytes\": 2,\n  \"eos_token_id\": %d,\n"
-                     "  \"total_sequences\": %lld,\n  \"total_tokens\": %lld\n}\n", split, g->n_pieces, SEQ_LEN, EOD,
-                     (long long)n_rows, (long long)n_rows * (SEQ_LEN + 1));
+        "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"%s\",\n"
+        "  \"vocab_size\": %d,\n  \"sequence_length\": %d,\n  \"token_size_bytes\": 2,\n"
+        "  \"eos_token_id\": %d,\n  \"total_sequences\": %lld,\n  \"total_tokens\": %lld\n}\n",
+        split, g->n_pieces, SEQ_LEN, EOD, (long long)n_rows, (long long)n_rows * (SEQ_LEN + 1));
     file_open(&metadata, folder, "metadata.json");
     file_write(&metadata, json, (size_t)n);
     file_close(&metadata);
@@ -805,16 +817,16 @@ static void write_marker(const Grammar *g, const char *dir, uint64_t seed, const
     char json[512];
     File file;
     int n = snprintf(json, sizeof json,
-                     "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n  \"val_rows\": %lld,\n"
-                     "  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n  \"floor\": %.6f,\n"
-                     "  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
-                     (long long)t->val_rows, g->n_pieces, g->n_content_words, t->longest, t->floor);
+        "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n  \"val_rows\": %lld,\n"
+        "  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n  \"floor\": %.6f,\n"
+        "  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
+        (long long)t->val_rows, g->n_pieces, g->n_content_words, t->longest, t->floor);
     file_open(&file, dir, "stories.json");
     file_write(&file, json, (size_t)n);
     file_close(&file);
 }
 
-// Makes the whole set. The marker goes first and comes back last, so an interrupted run is seen and made again.
+// Makes the whole set. The marker goes first and comes back last: an interrupted run is seen and made again.
 static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int64_t n_tokens, int64_t n_rows,
                           Totals *totals) {
     char marker[1100];
@@ -836,7 +848,8 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
 static const char usage[] =
     "usage: stories [--out DIR] [--train-tokens N] [--val-rows N] [--seed S]\n"
     "       stories --print N [--seed S]\n"
-    "Writes training and validation stories with their true loss to DIR (default data/stories), or prints N stories.\n";
+    "Writes training and validation stories with their true loss to DIR (default data/stories), "
+    "or prints N stories.\n";
 
 static void print_story(const Story *s) {
     for (int i = 0; i < s->n - 1; i++) fputs(s->g->pieces[s->tokens[i]], stdout);
@@ -859,7 +872,8 @@ int main(int argc, char **argv) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         if (strcmp(name, "--help") == 0) { fputs(usage, stdout); return 0; }
         if (strcmp(name, "--out") == 0 && *value) dir = value;
-        else if (strcmp(name, "--train-tokens") == 0) n_tokens = parse_int(name, value, SEQ_LEN + 1, 1000000000);
+        else if (strcmp(name, "--train-tokens") == 0)
+            n_tokens = parse_int(name, value, SEQ_LEN + 1, 1000000000);
         else if (strcmp(name, "--val-rows") == 0) n_rows = parse_int(name, value, 1, 1000000);
         else if (strcmp(name, "--seed") == 0) seed = parse_int(name, value, 0, INT64_MAX);
         else if (strcmp(name, "--print") == 0) n_print = parse_int(name, value, 1, 1000000);
@@ -869,7 +883,8 @@ int main(int argc, char **argv) {
 
     Grammar *g = grammar_create();
     Totals totals = {0, 0, 0, 0, longest_story(g)};
-    if (totals.longest > SEQ_LEN - 1) die("a story may take %d tokens, more than %d", totals.longest, SEQ_LEN - 1);
+    if (totals.longest > SEQ_LEN - 1)
+        die("a story may take %d tokens, more than %d", totals.longest, SEQ_LEN - 1);
     if (n_print) {
         Story story;
         for (int64_t i = 0; i < n_print; i++) {
@@ -881,10 +896,11 @@ int main(int argc, char **argv) {
     }
 
     write_stories(g, dir, (uint64_t)seed, n_tokens, n_rows, &totals);
-    printf("stories: %s | %lld training tokens in %lld stories | %lld validation rows of %d | vocabulary %d | "
-           "%d content words | floor %.4f nats per token | longest possible story %d tokens\n", dir,
-           (long long)totals.tokens, (long long)totals.stories, (long long)totals.val_rows, SEQ_LEN + 1, g->n_pieces,
-           g->n_content_words, totals.floor, totals.longest);
+    printf("stories: %s | %lld training tokens in %lld stories | %lld validation rows of %d | "
+           "vocabulary %d | %d content words | floor %.4f nats per token | "
+           "longest possible story %d tokens\n", dir,
+           (long long)totals.tokens, (long long)totals.stories, (long long)totals.val_rows, SEQ_LEN + 1,
+           g->n_pieces, g->n_content_words, totals.floor, totals.longest);
     free(g);
     return 0;
 }

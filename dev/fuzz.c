@@ -2,13 +2,14 @@
 Fuzzing of everything that litespark parses, with libFuzzer (clang). One program, the target chosen by name:
 
     make fuzz SECONDS_EACH=60                                   all targets
-    FUZZ_SEEDS=1 FUZZ_TARGET=shard build/fuzz build/corpus/shard      writes small valid inputs into that folder
-    FUZZ_TARGET=shard build/fuzz build/corpus/shard             fuzzes from there;  ... build/fuzz CRASH_FILE repeats one
+    FUZZ_SEEDS=1 FUZZ_TARGET=shard build/fuzz build/corpus/shard    writes small valid inputs into that folder
+    FUZZ_TARGET=shard build/fuzz build/corpus/shard                 fuzzes from there
+    FUZZ_TARGET=shard build/fuzz CRASH_FILE                         repeats one
 
-An input is either refused by die() (which comes back here) or used, and what is then promised is checked. Sanitizers watch for
-the rest. Memory that a die() leaves behind is freed here; what a success leaves behind is a leak and aborts (but for loaders,
-which the trainer keeps). So does an allocation that is much larger than the input: no field of a file may decide how much
-memory is taken.
+An input is either refused by die() (which comes back here) or used, and what is then promised is checked.
+Sanitizers watch for the rest. Memory that a die() leaves behind is freed here; what a success leaves behind
+is a leak and aborts (but for loaders, which the trainer keeps). So does an allocation much larger than the
+input: no field of a file may decide how much memory is taken.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -108,9 +109,10 @@ static void fuzz_safetensors(const uint8_t *data, size_t n) {
 
 static void fuzz_index(const uint8_t *data, size_t n) {
     static int ready;
-    static const char *const files[][2] = {{"m1",
-        "{\"a\":{\"dtype\":\"I8\",\"shape\":[3],\"data_offsets\":[0,3]},\"b\":{\"dtype\":\"I8\",\"shape\":[5],\"data_offsets\":[3,8]}}"},
-                                           {"m2", "{\"c\":{\"dtype\":\"F64\",\"shape\":[],\"data_offsets\":[0,8]}}"}};
+    static const char *const files[][2] = {
+        {"m1", "{\"a\":{\"dtype\":\"I8\",\"shape\":[3],\"data_offsets\":[0,3]},"
+               "\"b\":{\"dtype\":\"I8\",\"shape\":[5],\"data_offsets\":[3,8]}}"},
+        {"m2", "{\"c\":{\"dtype\":\"F64\",\"shape\":[],\"data_offsets\":[0,8]}}"}};
     for (int i = 0; i < 2 && !ready; i++) {
         unsigned char file[300] = {0};
         size_t k = strlen(files[i][1]);
@@ -123,7 +125,7 @@ static void fuzz_index(const uint8_t *data, size_t n) {
     st_close(st_open(dir));
 }
 
-// The first byte chooses T, B, rank, shuffle and document mask; bit 7: metadata.json and a .ds instead of a .bin.
+// The first byte chooses T, B, rank, shuffle, document mask; bit 7: metadata.json and a .ds, else a .bin.
 static void fuzz_shard(const uint8_t *data, size_t n) {
     if (n < 1) return;
     int how = *data++, T = 1 + (how & 7), B = 1 + (how >> 3 & 1), masked = how >> 6 & 1, vocab = 1000;
@@ -131,8 +133,9 @@ static void fuzz_shard(const uint8_t *data, size_t n) {
     else put("a.bin", data, n - 1);
     DataLoader dl;
     Batch batch;
-    loader_open(&dl, in_dir(how & 128 ? "a.ds" : "a.bin"), B, T, how >> 4 & 1, 2, 1, how >> 5 & 1, vocab, masked);
-    batch_alloc(&batch, B, T, masked, 1);
+    const char *data_path = in_dir(how & 128 ? "a.ds" : "a.bin");
+    loader_open(&dl, data_path, B, T, how >> 4 & 1, 2, 1, how >> 5 & 1, vocab, masked);
+    batch_alloc(&batch, B, T, masked, /*with_floor=*/1);
     for (int s = 0; s < 5; s++) {
         loader_next(&dl, &batch);
         for (int i = 0; i < B * T; i++) {
@@ -180,10 +183,10 @@ static void fuzz_options(const uint8_t *data, size_t n) {       // a word per li
     }
     options_parse(argc, argv);
     options_check();
-    for (int i = 0; i < COUNT(option_table); i++) {                       // the text of a value reads back as that value
+    for (int i = 0; i < COUNT(option_table); i++) {             // a value's text reads back as that value
         Option *o = &option_table[i];
+        if (o->type == OPT_GROUP || o->type == OPT_FLAG || o->type == OPT_TEXT) continue;
         const char *value = option_text(o);
-        if (!value || o->type == OPT_FLAG || o->type == OPT_TEXT) continue;
         char copy[80];
         snprintf(copy, sizeof copy, "%s", value);
         option_set(o, copy);
@@ -195,9 +198,9 @@ static void fuzz_options(const uint8_t *data, size_t n) {       // a word per li
 
 static void fuzz_state(const uint8_t *data, size_t n) {         // trainer_state.json, then checksums.txt
     TrainState t;
+    Options was;
     put_two("checksums.txt", "trainer_state.json", data, n);
     if (strchr(checkpoint_whole(dir).s, '\n')) abort();
-    Options was;
     options_default();
     checkpoint_read_state(dir, &t, &was);
     if (t.step < 0 || t.updates > t.step || t.loader.position < 0) abort();
@@ -205,13 +208,20 @@ static void fuzz_state(const uint8_t *data, size_t n) {         // trainer_state
     while (n_tracked) free(tracked[--n_tracked]);
 }
 
-static const char CONFIG[] = "{\"model_type\": \"qwen3\", \"vocab_size\": 57, \"hidden_size\": 24, \"num_hidden_layers\": 2, \"num_attention_heads\": 4, "
-    "\"num_key_value_heads\": 2, \"head_dim\": 8, \"intermediate_size\": 24, \"max_position_embeddings\": 128, \"rms_norm_eps\": 1e-06, \"tie_word_embeddings\": true, "
-    "\"rope_scaling\": {\"rope_type\": \"llama3\", \"rope_theta\": 500.0, \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, "
-    "\"original_max_position_embeddings\": 32}, \"eos_token_id\": [1, 2], \"sliding_window\": 64, \"use_sliding_window\": false, \"hidden_act\": \"silu\"}";
-static const char JSON[] = "{\"a\": [1, -2.5e3, true, null, \"\\u20ac\\ud834\\udd1e\\n\"], \"b\": {\"c\": {}}}";
-static const char INDEX[] = "{\"metadata\":{\"total_size\":16},\"weight_map\":{\"a\":\"m1\",\"b\":\"m1\",\"c\":\"m2\"}}";
-static const char OPTIONS[] = "--steps\n100\n--lr\n3e-4\n--schedule\nwsd\n--train-data\nx_*.bin\n--eval-only\n--init-from\ndir\n--precision\nbf16";
+static const char CONFIG[] =
+    "{\"model_type\": \"qwen3\", \"vocab_size\": 57, \"hidden_size\": 24, \"num_hidden_layers\": 2, "
+    "\"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"head_dim\": 8, \"intermediate_size\": 24, "
+    "\"max_position_embeddings\": 128, \"rms_norm_eps\": 1e-06, \"tie_word_embeddings\": true, "
+    "\"rope_scaling\": {\"rope_type\": \"llama3\", \"rope_theta\": 500.0, \"factor\": 8.0, "
+    "\"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 32}, "
+    "\"eos_token_id\": [1, 2], \"sliding_window\": 64, \"use_sliding_window\": false, "
+    "\"hidden_act\": \"silu\"}";
+static const char JSON[] =
+    "{\"a\": [1, -2.5e3, true, null, \"\\u20ac\\ud834\\udd1e\\n\"], \"b\": {\"c\": {}}}";
+static const char INDEX[] =
+    "{\"metadata\":{\"total_size\":16},\"weight_map\":{\"a\":\"m1\",\"b\":\"m1\",\"c\":\"m2\"}}";
+static const char OPTIONS[] = "--steps\n100\n--lr\n3e-4\n--schedule\nwsd\n--train-data\nx_*.bin\n"
+                              "--eval-only\n--init-from\ndir\n--precision\nbf16";
 
 // Small valid inputs of a target, for libFuzzer to start from.
 static void write_seeds(const char *target, const char *folder) {
@@ -226,8 +236,10 @@ static void write_seeds(const char *target, const char *folder) {
         if (!strcmp(target, "options")) n = (size_t)sprintf((char *)s, "%s", OPTIONS + (variant ? 12 : 0));
         if (!strcmp(target, "state")) {
             Text t = {NULL, 0, 0};
-            text_add(&t, "{\"format\": 1, \"step\": 12, \"updates\": 12, \"tokens\": 384, \"world\": 1, \"seconds\": 0.5, \"joules\": null, \"loader\": {\"seed\": 1, "
-                         "\"epoch\": 0, \"position\": 3}, \"options\": {\"lr\": \"0.001\", \"steps\": \"20\"}, \"n_healthy\": 12");
+            text_add(&t, "{\"format\": 1, \"step\": 12, \"updates\": 12, \"tokens\": 384, \"world\": 1, "
+                         "\"seconds\": 0.5, \"joules\": null, \"loader\": {\"seed\": 1, \"epoch\": 0, "
+                         "\"position\": 3}, \"options\": {\"lr\": \"0.001\", \"steps\": \"20\"}, "
+                         "\"n_healthy\": 12");
             for (int k = 0; k < 2; k++) {
                 text_add(&t, k ? "], \"norms\": [" : ", \"losses\": [");
                 for (int i = 0; i < SPIKE_WINDOW; i++) text_add(&t, i ? ",0" : "4.25");
@@ -241,8 +253,11 @@ static void write_seeds(const char *target, const char *folder) {
             n = (size_t)(sums.n + 1 + t.n);
         }
         if (!strcmp(target, "safetensors")) {
-            const char *header = "{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]},"
-                                 "\"b\":{\"dtype\":\"BF16\",\"shape\":[3],\"data_offsets\":[16,22]},\"c\":{\"dtype\":\"F16\",\"shape\":[],\"data_offsets\":[22,24]}}";
+            const char *header =
+                "{\"__metadata__\":{\"format\":\"pt\"},"
+                "\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]},"
+                "\"b\":{\"dtype\":\"BF16\",\"shape\":[3],\"data_offsets\":[16,22]},"
+                "\"c\":{\"dtype\":\"F16\",\"shape\":[],\"data_offsets\":[22,24]}}";
             n = strlen(header);
             s[0] = (uint8_t)n;
             s[1] = (uint8_t)(n >> 8);
@@ -251,8 +266,8 @@ static void write_seeds(const char *target, const char *folder) {
         }
         if (!strcmp(target, "shard") && variant == 2) {
             s[0] = 0xC2;
-            n = 1 + (size_t)sprintf((char *)s + 1,
-                "{\"vocab_size\": 1000, \"sequence_length\": 8, \"token_size_bytes\": 2, \"eos_token_id\": 3}") + 1;
+            n = 2 + (size_t)sprintf((char *)s + 1, "{\"vocab_size\": 1000, \"sequence_length\": 8, "
+                                    "\"token_size_bytes\": 2, \"eos_token_id\": 3}");
             for (int i = 0; i < 36; i++, n += 2) s[n] = (uint8_t)i;
         } else if (!strcmp(target, "shard")) {
             int32_t h[6] = {variant ? 20240801 : 20240520, variant ? 7 : 1, 40, variant ? 1000 : 0, 0, 4};
@@ -266,7 +281,7 @@ static void write_seeds(const char *target, const char *folder) {
             int32_t h[8] = {TOKENIZER_MAGIC, 1, variant, V, 259, -1, variant, 0}, longest = 8;
             s[0] = 9;
             n = 1;
-            if (variant == 2) memcpy(s + n, &longest, 4), n += 4;       // llama2.c's: <unk> BOS EOS, then the bytes
+            if (variant == 2) memcpy(s + n, &longest, 4), n += 4;   // llama2.c's: <unk> BOS EOS, then bytes
             else memcpy(s + n, h, 32), n += 32;
             for (int i = 0; i < V; i++) {
                 char piece[8] = {(char)i, 0};
@@ -290,8 +305,7 @@ static void write_seeds(const char *target, const char *folder) {
 // ---- libFuzzer
 static const struct { const char *name; void (*run)(const uint8_t *, size_t); } targets[] = {
     {"json", fuzz_json}, {"config", fuzz_config}, {"safetensors", fuzz_safetensors}, {"index", fuzz_index},
-        {"shard", fuzz_shard}, {"tokenizer", fuzz_tokenizer},
-    {"options", fuzz_options}, {"state", fuzz_state}};
+    {"shard", fuzz_shard}, {"tokenizer", fuzz_tokenizer}, {"options", fuzz_options}, {"state", fuzz_state}};
 static void (*target)(const uint8_t *, size_t);
 static jmp_buf escape;
 static void on_die(const char *message) {
@@ -307,7 +321,7 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const char *name = getenv("FUZZ_TARGET") ? getenv("FUZZ_TARGET") : "json";
-    for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) if (!strcmp(name, targets[i].name)) target = targets[i].run;
+    for (int i = 0; i < COUNT(targets); i++) if (!strcmp(name, targets[i].name)) target = targets[i].run;
     if (!target) die("FUZZ_TARGET=%s: no such target", name);
     if (getenv("FUZZ_SEEDS")) {
         write_seeds(name, (*argv)[*argc - 1]);

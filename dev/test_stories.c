@@ -1,6 +1,6 @@
 // test_stories.c: proves that the floor of data/stories.c is exact. No code of the storyteller is trusted:
-// the scorer below reads the text of the grammar tables itself, keeps every derivation that fits the story so far with its
-// probability (the forward algorithm, no LL(1) assumed), and recomputes p of each token from the text alone.
+// the scorer reads the text of the grammar tables itself, keeps every derivation that fits the story so far
+// with its probability (the forward algorithm, no LL(1) assumed), and recomputes p of each token.
 //
 //     cc -O2 -o test_stories test_stories.c -lm && ./test_stories [path of the stories program]
 #define STORIES_NO_MAIN
@@ -26,7 +26,7 @@ static void report(const char *name, int ok, const char *fmt, ...) {
     n_tests++;
 }
 
-// ---- the scorer: grammar text -> all derivations -------------------------------------------------------------------------
+// ---- the scorer: grammar text -> all derivations ----------------------------------------------------------
 enum { MAX_CONFIGS = 20000, DEPTH = 12, VARS = 24 };
 typedef struct Frame { const char *text; char param[12]; } Frame;
 typedef struct Entry { char text[32]; double weight; const char *feature; } Entry;
@@ -64,7 +64,10 @@ static void scorer_class(int to, int from) {
     free(copy);
 }
 
-static void set_pending(Config *c, const char *text) { snprintf(c->pending, sizeof c->pending, "%s", text); c->at = 0; }
+static void set_pending(Config *c, const char *text) {
+    snprintf(c->pending, sizeof c->pending, "%s", text);
+    c->at = 0;
+}
 
 static const Entry *value_of(const Config *c, const char *name) {
     for (int i = 0; i < c->n_vars; i++) if (strcmp(c->vars[i].name, name) == 0) return c->vars[i].word;
@@ -85,11 +88,13 @@ static void unfold(Config c, ConfigList *out) {
             size_t n = strcspn(open + 1, " ]");
             memcpy(rule, open + 1, n); rule[n] = 0;
             const char *close = strchr(open, ']');
-            if (open[1 + n] == ' ') snprintf(param, sizeof param, "%.*s", (int)(close - open - 2 - (long)n), open + 2 + n);
+            if (open[1 + n] == ' ')
+                snprintf(param, sizeof param, "%.*s", (int)(close - open - 2 - (long)n), open + 2 + n);
             if (!*param || strcmp(param, "$") == 0) strcpy(param, f->param);
             double total = 0;
             f->text = close + 1;
-            for (int i = 0; i < COUNT(grammar_texts); i++) if (strcmp(grammar_texts[i].rule, rule) == 0) total += grammar_texts[i].weight;
+            for (int i = 0; i < COUNT(grammar_texts); i++)
+                if (strcmp(grammar_texts[i].rule, rule) == 0) total += grammar_texts[i].weight;
             for (int i = 0; i < COUNT(grammar_texts); i++) {
                 if (strcmp(grammar_texts[i].rule, rule) != 0) continue;
                 Config d = c;
@@ -101,7 +106,8 @@ static void unfold(Config c, ConfigList *out) {
             return;
         }
         if (*open == '<' || *open == '{') {
-            const char *close = strpbrk(open, ">}"), *inside = open + 1, *mark = (const char *)memchr(inside, '=', (size_t)(close - inside));
+            const char *close = strpbrk(open, ">}"), *inside = open + 1;
+            const char *mark = (const char *)memchr(inside, '=', (size_t)(close - inside));
             char var[12] = "";
             f->text = close + 1;
             if (*open == '{') {
@@ -111,9 +117,10 @@ static void unfold(Config c, ConfigList *out) {
                 if (inside[n] != '=') {
                     const Entry *e = value_of(&c, var);
                     if (inside[n] == '}') { set_pending(&c, e->text); continue; }
+                    const size_t m = (size_t)(close - inside) - n - 1;
                     for (int i = 0; i < COUNT(forms); i++)
-                        if (strncmp(forms[i].form, inside + n + 1, (size_t)(close - inside) - n - 1) == 0 && strcmp(forms[i].feature, e->feature) == 0
-                            && strlen(forms[i].form) == (size_t)(close - inside) - n - 1) {
+                        if (strncmp(forms[i].form, inside + n + 1, m) == 0 && strlen(forms[i].form) == m
+                            && strcmp(forms[i].feature, e->feature) == 0) {
                             char text[40];
                             snprintf(text, sizeof text, "%s", forms[i].text);
                             set_pending(&c, text);
@@ -127,7 +134,8 @@ static void unfold(Config c, ConfigList *out) {
             for (int pass = 0; pass < 2; pass++)
                 for (int i = 0; i < n_entries[k]; i++) {
                     int used = 0;
-                    for (int v = 0; v < c.n_vars; v++) used |= strcmp(c.vars[v].word->text, entries[k][i].text) == 0;
+                    for (int v = 0; v < c.n_vars; v++)
+                        used |= strcmp(c.vars[v].word->text, entries[k][i].text) == 0;
                     if (*var && used) continue;
                     if (pass == 0) { total += entries[k][i].weight; continue; }
                     Config d = c;
@@ -146,7 +154,8 @@ static void unfold(Config c, ConfigList *out) {
         char unit[40];   // a literal unit
         int n = 0;
         if (*p == ' ') unit[n++] = *p++;
-        if ((*p | 32) >= 'a' && (*p | 32) <= 'z') while ((*p | 32) >= 'a' && (*p | 32) <= 'z') unit[n++] = *p++;
+        if ((*p | 32) >= 'a' && (*p | 32) <= 'z')
+            while ((*p | 32) >= 'a' && (*p | 32) <= 'z') unit[n++] = *p++;
         else unit[n++] = *p == '`' ? '"' : *p, p++;
         unit[n] = 0;
         f->text = p;
@@ -156,7 +165,7 @@ static void unfold(Config c, ConfigList *out) {
     out->c[out->n++] = c;
 }
 
-// ---- the tokenizer, from the bytes of tokenizer.bin ----------------------------------------------------------------------
+// ---- the tokenizer, from the bytes of tokenizer.bin -------------------------------------------------------
 static char (*pieces)[40];
 static int V;
 
@@ -164,17 +173,19 @@ static void read_tokenizer(const char *path) {
     FILE *f = fopen(path, "rb");
     int32_t h[8], length;
     float score;
-    int ok = f && fread(h, 4, 8, f) == 8 && h[0] == 20251002 && h[1] == 1 && h[2] == 1 && h[4] == 256 && h[5] == 256 && h[6] == 0 && h[7] == 0;
+    int ok = f && fread(h, 4, 8, f) == 8 && h[0] == 20251002 && h[1] == 1 && h[2] == 1 && h[4] == 256
+             && h[5] == 256 && h[6] == 0 && h[7] == 0;
     V = ok ? h[3] : 0;
     pieces = (char (*)[40])calloc((size_t)V + 1, 40);
     for (int i = 0; ok && i < V; i++)
-        ok = fread(&score, 4, 1, f) == 1 && fread(&length, 4, 1, f) == 1 && length > 0 && length < 40 && fread(pieces[i], 1, (size_t)length, f) == (size_t)length;
+        ok = fread(&score, 4, 1, f) == 1 && fread(&length, 4, 1, f) == 1 && length > 0 && length < 40
+             && fread(pieces[i], 1, (size_t)length, f) == (size_t)length;
     ok = ok && fgetc(f) == EOF;
     if (f) fclose(f);
     int repeated = 0;
     for (int i = 0; i < V; i++) for (int j = 0; j < i; j++) repeated += strcmp(pieces[i], pieces[j]) == 0;
-    report("tokenizer.bin reads back", ok && !repeated && strcmp(pieces[65], "<0x41>") == 0 && strcmp(pieces[256], "<|endoftext|>") == 0,
-           "%d pieces, %d repeated", V, repeated);
+    ok = ok && !repeated && strcmp(pieces[65], "<0x41>") == 0 && strcmp(pieces[256], "<|endoftext|>") == 0;
+    report("tokenizer.bin reads back", ok, "%d pieces, %d repeated", V, repeated);
 }
 
 static int longest_piece(const char *text) {   // -1: no piece, a byte
@@ -197,12 +208,17 @@ static int longest_piece(const char *text) {   // -1: no piece, a byte
     return best;
 }
 
-// ---- scoring a story -----------------------------------------------------------------------------------------------------
-typedef struct Check { double max_error, sum_nll, sum_entropy, sum_var, chi_sum; int64_t n_tokens; int max_alive, n_lost; double *seen, *p, *var; } Check;
+// ---- scoring a story --------------------------------------------------------------------------------------
+typedef struct Check {
+    double max_error, sum_nll, sum_entropy, sum_var, chi_sum;
+    int64_t n_tokens;
+    int max_alive, n_lost;
+    double *seen, *p, *var;
+} Check;
 
 static ConfigList before, after;
 
-// Recomputes -ln p of the n tokens of a story (the last may be <|endoftext|>) from its text and compares with nll.
+// Recomputes -ln p of the n tokens of a story (the last may be <|endoftext|>) from its text, against nll.
 static void score(const uint16_t *tokens, const float *nll, int n, Check *ck) {
     double p_of[2048];
     before.n = 1;
@@ -248,7 +264,9 @@ static void score(const uint16_t *tokens, const float *nll, int n, Check *ck) {
 
 static void check_init(Check *ck) {
     memset(ck, 0, sizeof *ck);
-    ck->seen = (double *)calloc(2048, 8); ck->p = (double *)calloc(2048, 8); ck->var = (double *)calloc(2048, 8);
+    ck->seen = (double *)calloc(2048, 8);
+    ck->p = (double *)calloc(2048, 8);
+    ck->var = (double *)calloc(2048, 8);
 }
 
 static void test_scores(const Grammar *g, int n_stories) {
@@ -260,7 +278,8 @@ static void test_scores(const Grammar *g, int n_stories) {
         char text[4096] = "";
         story_tell(&s, g, 99, TRAIN_STREAM, (uint64_t)i);
         size_t n = 0;
-        for (int t = 0; t < s.n - 1; t++) n += (size_t)snprintf(text + n, sizeof text - n, "%s", pieces[s.tokens[t]]);
+        for (int t = 0; t < s.n - 1; t++)
+            n += (size_t)snprintf(text + n, sizeof text - n, "%s", pieces[s.tokens[t]]);
         uint16_t ids[512];
         int m = 0;   // the text alone gives the tokens
         for (const char *p = text; *p && m < 511;) {
@@ -273,13 +292,16 @@ static void test_scores(const Grammar *g, int n_stories) {
         if (s.n > longest_seen) longest_seen = s.n;
         score(ids, s.nll, m, &ck);
     }
-    report("greedy longest match of the text gives the storyteller's tokens", n_broken == 0, "%d of %d stories differ", n_broken, n_stories);
+    report("greedy longest match of the text gives the storyteller's tokens", n_broken == 0,
+           "%d of %d stories differ", n_broken, n_stories);
     report("an independent scorer of the text finds the same -ln p", ck.n_lost == 0 && ck.max_error < 2e-6,
-           "%lld tokens, largest difference %.1e, %d stories without derivation", (long long)ck.n_tokens, ck.max_error, ck.n_lost);
-    report("the grammar is unambiguous and LL(1)", ck.max_alive == 1, "at most %d derivation(s) fit after each token", ck.max_alive);
+           "%lld tokens, largest difference %.1e, %d stories without derivation",
+           (long long)ck.n_tokens, ck.max_error, ck.n_lost);
+    report("the grammar is unambiguous and LL(1)", ck.max_alive == 1,
+           "at most %d derivation(s) fit after each token", ck.max_alive);
     double z = (ck.sum_nll - ck.sum_entropy) / sqrt(ck.sum_var);
-    report("the mean of -ln p is the entropy", fabs(z) < 4.5, "mean %.5f, entropy %.5f, z = %.2f", ck.sum_nll / (double)ck.n_tokens,
-           ck.sum_entropy / (double)ck.n_tokens, z);
+    report("the mean of -ln p is the entropy", fabs(z) < 4.5, "mean %.5f, entropy %.5f, z = %.2f",
+           ck.sum_nll / (double)ck.n_tokens, ck.sum_entropy / (double)ck.n_tokens, z);
     double worst = 0, chi = 0;
     int df = 0, at = 0, never = 0;
     for (int v = 256; v < V; v++) {
@@ -288,10 +310,11 @@ static void test_scores(const Grammar *g, int n_stories) {
         chi += zv * zv; df++;
         if (fabs(zv) > worst) { worst = fabs(zv); at = v; }
     }
-    report("every token comes as often as its p says", worst < 5, "%d tokens, largest |z| = %.2f (%s), mean z^2 = %.2f, %d never seen", df, worst,
-           pieces[at], chi / df, never);
-    report("the longest story fits the window", longest_seen <= longest_story(g) && longest_story(g) <= 255, "%d tokens seen, %d possible",
-           longest_seen, longest_story(g));
+    report("every token comes as often as its p says", worst < 5,
+           "%d tokens, largest |z| = %.2f (%s), mean z^2 = %.2f, %d never seen",
+           df, worst, pieces[at], chi / df, never);
+    report("the longest story fits the window", longest_seen <= longest_story(g) && longest_story(g) <= 255,
+           "%d tokens seen, %d possible", longest_seen, longest_story(g));
 }
 
 // Prefixes of story 0: the frequencies of the next token among n stories, against p.
@@ -328,11 +351,13 @@ static void test_prefixes(const Grammar *g, int n_stories) {
         n_choices++;
         if (z > worst) worst = z;
     }
-    report("next-token frequencies after short prefixes match p (chi-square)", worst < 4.5 && worst_sum < 1e-5 && n_choices >= 4,
-           "%d stories, %d choices, largest z = %.2f, |sum of p - 1| <= %.0e", n_stories, n_choices, worst, worst_sum);
+    report("next-token frequencies after short prefixes match p (chi-square)",
+           worst < 4.5 && worst_sum < 1e-5 && n_choices >= 4,
+           "%d stories, %d choices, largest z = %.2f, |sum of p - 1| <= %.0e",
+           n_stories, n_choices, worst, worst_sum);
 }
 
-// ---- the files -----------------------------------------------------------------------------------------------------------
+// ---- the files --------------------------------------------------------------------------------------------
 static unsigned char *slurp(const char *dir, const char *name, size_t *n) {
     char path[600];
     snprintf(path, sizeof path, "%s/%s", dir, name);
@@ -350,7 +375,9 @@ static unsigned char *slurp(const char *dir, const char *name, size_t *n) {
 }
 
 static int same_dirs(const char *a, const char *b) {
-    static const char *const names[] = {"tokenizer.bin", "train/train_000.ds", "train/train_000.nll", "train/metadata.json", "val/val_000.ds", "val/val_000.nll", "val/metadata.json", "stories.json"};
+    static const char *const names[] = {"tokenizer.bin", "train/train_000.ds", "train/train_000.nll",
+                                        "train/metadata.json", "val/val_000.ds", "val/val_000.nll",
+                                        "val/metadata.json", "stories.json"};
     int same = 1;
     for (int i = 0; i < COUNT(names); i++) {
         size_t n, m;
@@ -362,8 +389,8 @@ static int same_dirs(const char *a, const char *b) {
     return same;
 }
 
-// n_rows rows of DIR/SPLIT: each begins with <|endoftext|>, and the independent scorer finds the recorded loss of each target in the text.
-// Returns the mean loss.
+// n_rows rows of DIR/SPLIT: each begins with <|endoftext|>, and the scorer finds the recorded loss of each
+// target in the text. Returns the mean loss.
 static double check_rows(const char *dir, const char *split, int n_rows, int n_scored) {
     char name[64];
     size_t n, m, k;
@@ -373,7 +400,9 @@ static double check_rows(const char *dir, const char *split, int n_rows, int n_s
     unsigned char *nll = slurp(dir, name, &m);
     snprintf(name, sizeof name, "%s/metadata.json", split);
     unsigned char *json = slurp(dir, name, &k);
-    int ok = n == (size_t)n_rows * 257 * 2 && m == (size_t)n_rows * 256 * 4 && json && strstr((char *)json, "\"sequence_length\": 256,") && strstr((char *)json, "\"token_size_bytes\": 2,");
+    int ok = n == (size_t)n_rows * 257 * 2 && m == (size_t)n_rows * 256 * 4
+             && json && strstr((char *)json, "\"sequence_length\": 256,")
+             && strstr((char *)json, "\"token_size_bytes\": 2,");
     Check ck;
     check_init(&ck);
     double sum = 0;
@@ -389,7 +418,8 @@ static double check_rows(const char *dir, const char *split, int n_rows, int n_s
             t = end + 1;
         }
     }
-    report("rows and their .nll", ok && ck.n_tokens == n_scored * 256 && ck.max_error < 2e-6 && ck.n_lost == 0, "%s: mean %.6f over %d rows", split, sum / (n_rows * 256), n_rows);
+    ok = ok && ck.n_tokens == n_scored * 256 && ck.max_error < 2e-6 && ck.n_lost == 0;
+    report("rows and their .nll", ok, "%s: mean %.6f over %d rows", split, sum / (n_rows * 256), n_rows);
     free(rows); free(nll); free(json);
     return sum / (n_rows * 256);
 }
@@ -400,7 +430,8 @@ static void test_files(const Grammar *g) {
     read_tokenizer("build/out_test/a/tokenizer.bin");
     double floor_of_val = check_rows("build/out_test/a", "val", 40, 40);
     check_rows("build/out_test/a", "train", 1000, 40);
-    report("the floor is the mean of the validation rows", fabs(floor_of_val - totals.floor) < 1e-6 && totals.tokens == 256000, "%.6f", totals.floor);
+    report("the floor is the mean of the validation rows",
+           fabs(floor_of_val - totals.floor) < 1e-6 && totals.tokens == 256000, "%.6f", totals.floor);
     size_t n;
     int ok;
 
@@ -419,7 +450,8 @@ static void test_files(const Grammar *g) {
     write_stories(g, "build/out_test/b", 1, 1000, 40, &third);
     third.stories = 0;
     write_stories(g, "build/out_test/b", 1, 256000, 40, &third);
-    report("a rerun gives the same bytes, also after another run", ok && same_dirs("build/out_test/a", "build/out_test/b"), "yes");
+    report("a rerun gives the same bytes, also after another run",
+           ok && same_dirs("build/out_test/a", "build/out_test/b"), "yes");
 
     pid_t pid = fork();
     if (pid == 0) {   // disk full while the shards are written: one error line, exit 1, no marker
@@ -435,13 +467,16 @@ static void test_files(const Grammar *g) {
     waitpid(pid, &status, 0);
     unsigned char *message = slurp("build/out_test", "stderr.txt", &n);
     if (message && strchr((char *)message, '\n')) *strchr((char *)message, '\n') = 0;
-    report("an interrupted run leaves no marker", WIFEXITED(status) && WEXITSTATUS(status) == 1 && access("build/out_test/b/stories.json", F_OK) != 0
-           && message && strncmp((char *)message, "error: ", 7) == 0, "%s", message ? (char *)message : "");
+    ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && access("build/out_test/b/stories.json", F_OK) != 0
+         && message && strncmp((char *)message, "error: ", 7) == 0;
+    report("an interrupted run leaves no marker", ok, "%s", message ? (char *)message : "");
     free(message);
 }
 
 static void test_options(const char *program) {
-    static const char *const bad[] = {"--what 1", "--out", "--train-tokens x", "--train-tokens 0", "--val-rows -1", "--seed", "--print 0", "--print 5x", "stray", "--out /dev/null/x"};
+    static const char *const bad[] = {"--what 1", "--out", "--train-tokens x", "--train-tokens 0",
+                                      "--val-rows -1", "--seed", "--print 0", "--print 5x", "stray",
+                                      "--out /dev/null/x"};
     int n_ok = 0;
     for (int i = 0; i < COUNT(bad); i++) {
         char command[700];
@@ -451,14 +486,19 @@ static void test_options(const char *program) {
         unsigned char *e = slurp("build/out_test", "e", &n);
         int lines = 0;
         for (size_t k = 0; k < n; k++) lines += e[k] == '\n';
-        int good = WIFEXITED(rc) && WEXITSTATUS(rc) == 1 && lines == 1 && strncmp((char *)e, "error: ", 7) == 0;
+        int good = WIFEXITED(rc) && WEXITSTATUS(rc) == 1 && lines == 1
+                   && strncmp((char *)e, "error: ", 7) == 0;
         if (!good) printf("       %s: status %d, %s\n", bad[i], rc, e);
         n_ok += good;
         free(e);
     }
-    report("bad options end with one error line and exit 1", n_ok == COUNT(bad), "%d of %d", n_ok, COUNT(bad));
+    report("bad options end with one error line and exit 1", n_ok == COUNT(bad),
+           "%d of %d", n_ok, COUNT(bad));
     char command[700];
-    snprintf(command, sizeof command, "%s --print 3 | grep -c . | grep -qx 3 && %s --out build/out_test/a --train-tokens 300000 --val-rows 8 | grep -q 'floor 0'", program, program);
+    snprintf(command, sizeof command,
+             "%s --print 3 | grep -c . | grep -qx 3 && "
+             "%s --out build/out_test/a --train-tokens 300000 --val-rows 8 | grep -q 'floor 0'",
+             program, program);
     report("--print and --out work", system(command) == 0, "%s", program);
 }
 
