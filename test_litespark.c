@@ -594,7 +594,7 @@ static void test_json_accepts_and_refuses(void) {
         "{a:1}", "{1:1}", "01", "-", "+1", ".5",
         "1.", "1.e1", "1e", "1e+", "0x10", "NaN", "Infinity", "-Infinity", "nul", "TRUE", "truex", "1 2", "\"", "\"\\\"",
         "\"\\x\"", "\"\\u12\"", "\"\\u12g4\"",
-        "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\n\"", "\"\t\"", "\"\xff\"", "\"\xc0\x80\"",
+        "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\ud800\\u0000\"", "\"\\udc00\"", "\"\n\"", "\"\t\"", "\"\xff\"", "\"\xc0\x80\"",
         "\"\xed\xa0\x80\"", "\"\xf4\x90\x80\x80\"",
         "\"\xe2\x82\"", "\xef\xbb\xbf{}", "'a'", "{\"a\":1,\"a\":2}", "{\"a\":1,\"\\u0061\":2}", "{\"a\\u0000\":1}", "[1 2]",
         "{\"a\" 1}", "1e400", "//\n1", "[1]]"};
@@ -1263,6 +1263,13 @@ static void test_schedule_has_the_values_of_its_formula(void) {
     }
     o.warmup_steps = 0, o.steps = 1, o.schedule = SCHEDULE_COSINE;
     CHECK(isfinite(learning_rate(&o, 0)), "a run of one step has no learning rate");
+}
+
+static void test_durations_round_to_whole_units(void) {
+    const struct { double s; const char *text; } rows[] = {{0, "0 s"}, {59.4, "59 s"}, {59.6, "1 min 00 s"},
+        {3599.7, "1 h 00 min"}, {7229, "2 h 00 min"}, {7199, "2 h 00 min"}, {7231, "2 h 01 min"}};
+    for (int i = 0; i < COUNT(rows); i++)
+        CHECK(!strcmp(duration_text(rows[i].s).s, rows[i].text), "%g s is '%s'", rows[i].s, duration_text(rows[i].s).s);
 }
 
 static void test_flops_and_parameters_match_the_report(void) {
@@ -3764,6 +3771,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(loader_refuses_bad_shards, F32),
     TEST(loader_handles_more_shards_than_descriptors, F32),
     TEST(schedule_has_the_values_of_its_formula, F32),
+    TEST(durations_round_to_whole_units, F32),
     TEST(flops_and_parameters_match_the_report, F32),
     TEST(energy_counters_add_up_and_wrap, F32),
     TEST(matmul_matches_naive_on_odd_shapes, F32 | F64),

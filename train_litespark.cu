@@ -4095,11 +4095,11 @@ static char *json_escape(JsonParser *p, char *out) {
     const char *simple = p->at[1] ? strchr(from, p->at[1]) : NULL;
     if (simple) { p->at += 2; *out = to[simple - from]; return out + 1; }
     int code = json_hex4(p->at);
-    int low = code >= 0xD800 && code <= 0xDBFF ? json_hex4(p->at + 6) : 0;  // a pair is one code point
-    if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || (low && (low < 0xDC00 || low > 0xDFFF)))
+    const int pair = code >= 0xD800 && code <= 0xDBFF, low = pair ? json_hex4(p->at + 6) : 0xDC00;
+    if (code < 0 || (code >= 0xDC00 && code <= 0xDFFF) || low < 0xDC00 || low > 0xDFFF)
         json_fail(p, "an escape: \\\" \\\\ \\/ \\b \\f \\n \\r \\t, or \\uXXXX with surrogates in pairs");
-    p->at += low ? 12 : 6;
-    if (low) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    p->at += pair ? 12 : 6;
+    if (pair) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
     int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
     out[0] = (char)(n == 1 ? code : (0xF00 >> n & 0xFF) | code);
@@ -5597,10 +5597,11 @@ void log_record(Text *t) {
 }
 
 // "15 s" .. "3 h 20 min": for people
-Str duration_text(double s) {
-    if (s < 60) return str("%.0f s", s);
-    if (s < 3600) return str("%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
-    return str("%.0f h %02.0f min", floor(s / 3600), fmod(s / 60, 60));
+Str duration_text(double seconds) {
+    const int64_t s = (int64_t)(seconds + 0.5), min = (s + 30) / 60;
+    if (s < 60) return str("%d s", (int)s);
+    if (s < 3600) return str("%d min %02d s", (int)(s / 60), (int)(s % 60));
+    return str("%" PRId64 " h %02d min", min / 60, (int)(min % 60));
 }
 
 // "unavailable" rather than a wrong number
