@@ -282,6 +282,7 @@ typedef struct Batch {          // of one micro-step
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
     // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
     float *floor;
+    int past, keep;             // samples: tokens of the text before these; how many more keys and values to keep
 } Batch;
 
 typedef struct LoaderState {
@@ -333,6 +334,7 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int B, T, chunk;            // micro-step of B sequences of T tokens; rows of logits that exist at a time
     int bf16, bf16_state, recompute;
     int training;               // 0: evaluation and samples; weights and activations are all there is
+    int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
 // ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
@@ -1613,6 +1615,62 @@ void attention_forward(X *out, float *lse, const X *qkv, const int *doc_start, i
     });
 }
 
+// ---- attention_decode_kernel2: samples ---------------------------------------------------------------------
+// T tokens of one text after `past` others: out (T,HD) =; kv (past+T,2KD) holds all their keys and values
+// bytes   4·(past+T)·K·D for T 1: 0.5 MB at past 2048, K 2, D 128: less than a launch takes
+// idea    a block per token and head; its warps take keys in turn, each with a running softmax of its own, and
+//         the first adds up what they have. Lane l holds elements 4l..4l+3, so any D % 4 == 0 up to 128 works
+// variants: dev/attention_decode.cu 1 one warp, 2 this
+enum { DECODE_WARPS = 8 };
+
+template <typename floatX>
+__global__ void attention_decode_kernel2(floatX *out, const floatX *kv, const floatX *qkv, int past, int H, int K,
+                                         int D, float scale) {
+    __shared__ float tops[DECODE_WARPS], sums[DECODE_WARPS], outs[DECODE_WARPS][128];
+    const int h = blockIdx.x, t = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
+    const bool active = lane * 4 < D;
+    const floatX *k = kv + h / (H / K) * D + lane * 4, *v = k + K * D;
+    float q[4], k_s[4], v_s[4], o[4] = {}, top = -1e30f, sum = 0;
+    widen(q, load_if<4>(active, qkv + ((size_t)t * (H + 2 * K) + h) * D + lane * 4));
+    for (int s = warp; s <= past + t; s += DECODE_WARPS) {
+        widen(k_s, load_if<4>(active, k + (size_t)s * 2 * K * D));
+        widen(v_s, load_if<4>(active, v + (size_t)s * 2 * K * D));
+        const float score = warp_sum(q[0] * k_s[0] + q[1] * k_s[1] + q[2] * k_s[2] + q[3] * k_s[3]) * scale;
+        const float higher = fmaxf(top, score), shrink = exp_approx(top - higher), p = exp_approx(score - higher);
+        top = higher;
+        sum = sum * shrink + p;
+        for (int j = 0; j < 4; j++) o[j] = o[j] * shrink + p * v_s[j];
+    }
+    if (lane == 0) tops[warp] = top, sums[warp] = sum;
+    for (int j = 0; j < 4; j++) outs[warp][lane * 4 + j] = o[j];
+    __syncthreads();
+    if (warp > 0 || !active) return;
+    float total = 0, mean[4] = {};
+    for (int w = 0; w < DECODE_WARPS; w++) top = fmaxf(top, tops[w]);
+    for (int w = 0; w < DECODE_WARPS; w++) {
+        const float share = exp_approx(tops[w] - top);          // 0 of a warp without keys
+        total += sums[w] * share;
+        for (int j = 0; j < 4; j++) mean[j] += outs[w][lane * 4 + j] * share;
+    }
+    for (int j = 0; j < 4; j++) mean[j] /= total;
+    store(out + ((size_t)t * H + h) * D + lane * 4, narrow<floatX>(mean));
+}
+
+template <typename floatX>
+void attention_decode(floatX *out, const floatX *kv, const floatX *qkv, int past, int T, int H, int K, int D) {
+    assert(D % 4 == 0 && D <= 128 && H % K == 0);
+    launch(attention_decode_kernel2<floatX>, dim3(H, T), dim3(32, DECODE_WARPS), 0, gpu.stream,
+           out, kv, qkv, past, H, K, D, (float)(1 / sqrt((double)D)));
+}
+
+// kv (T,2KD) = the keys and values of T tokens
+template <typename floatX> void keep_keys_values(floatX *kv, const floatX *qkv, int T, int H, int K, int D) {
+    const size_t W = (size_t)(H + 2 * K) * D, n = (size_t)2 * K * D;
+    for (int t = 0; t < T; t++)                 // one, but for a prompt
+        cudaCheck(cudaMemcpyAsync(kv + t * n, qkv + t * W + H * D, n * sizeof(floatX),
+                                  cudaMemcpyDeviceToDevice, gpu.stream));
+}
+
 // ---- attention backward ------------------------------------------------------------------------------------------------------
 // With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
 //   dv_s = sum_t P_ts dout_t      dS_ts = P_ts (dout_t v_s - delta_t)
@@ -2341,11 +2399,12 @@ template <typename floatX> struct LayerActs {
     float *lse;                         // (N,H)
     floatX *x_mid;                      // (N,C)        after attention
     floatX *gate_up;                    // (N,2F)       backward overwrites it with its gradient
+    floatX *kv;                         // (S,2KD)      samples: keys and values of the text so far
 };
 
 // A batch on the device, and its rows sorted by token.
 typedef struct Feed {
-    int B, T, n_distinct;
+    int B, T, past, keep, n_distinct;
     int *inputs, *targets;              // (N)
     int *doc_start;                     // (N), NULL: one document
     int *order, *tokens, *starts;       // (N), (N), (N+1)      of sort_rows
@@ -2370,6 +2429,7 @@ struct Model {                          // what does not depend on the precision
     int *feed_host, *feed_device;
     double *weight_host, *weight;       // (N)          of targets
     cudaEvent_t fed, weighed;           // the last copy of either has left the host
+    int *kept, n_kept;                  // (S) tokens whose keys and values are in kv
     Arena arena[N_ARENAS];
 };
 
@@ -2458,6 +2518,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
         if (plan->training || l < 2) take(a, &y->x, N * c->C);
         else y->x = m->acts[l - 2].x;
         layout_layer(m, y, a, keep_block, keep_mlp);
+        take(a, &y->kv, plan->sample * 2 * KD);
     }
     take(a, &m->x_last, N * c->C);
     take(a, &m->rstd_last, N);
@@ -2494,6 +2555,7 @@ Model *model_plan(const Config *c, const Plan *plan) {
     m->chunk = plan->chunk < m->N ? plan->chunk : m->N;
     m->N_chunks = CEIL_DIV(m->N, m->chunk);
     param_table_build(&m->p, c, plan->ranks);
+    m->kept = (int *)xcalloc((size_t)plan->sample, sizeof(int));
     with_precision(m, [&](auto *m) {
         m->acts = (decltype(m->acts))xcalloc((size_t)c->L, sizeof *m->acts);
         layout(m);
@@ -2527,6 +2589,7 @@ void model_alloc(Model *m) {
 // Frees what model_plan took; the GPU's memory goes with the process.
 void model_free(Model *m) {
     with_precision(m, [](auto *m) { free(m->acts); });
+    free(m->kept);
     free(m->p.tensors);
     free(m->p.units);
     free(m);
@@ -2606,7 +2669,7 @@ void model_init(Model *m, uint64_t seed) {
 
 // ---- data to the device -----------------------------------------------------------------------------------
 static Feed feed_at(int *x, size_t N) {
-    return {0, 0, 0, x, x + N, x + 2 * N, x + 3 * N, x + 4 * N, x + 5 * N};
+    return {0, 0, 0, 0, 0, x, x + N, x + 2 * N, x + 3 * N, x + 4 * N, x + 5 * N};
 }
 
 // Copies a batch to the device and sorts its rows by token (for the embedding). The next call waits for this
@@ -2615,7 +2678,7 @@ static Feed feed_batch(Model *m, const Batch *batch) {
     const size_t N = m->N, rows = (size_t)batch->B * batch->T, bytes = rows * sizeof(int);
     const Feed host = feed_at(m->feed_host, N);
     Feed f = feed_at(m->feed_device, N);
-    f.B = batch->B, f.T = batch->T;
+    f.B = batch->B, f.T = batch->T, f.past = batch->past, f.keep = batch->keep;
     if (!batch->doc_start) f.doc_start = NULL;
     cudaCheck(cudaEventSynchronize(m->fed));
     memcpy(host.inputs, batch->inputs, bytes);
@@ -2646,9 +2709,12 @@ static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX
     const int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, c->eps, N, c->C);
     matmul_forward(y->qkv, m->norm, w->qkv, N, c->C, W, NULL, w->qkv_bias);
-    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, c->eps,
-                         c->H, c->K, c->D, N, batch->T);
-    attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
+    const size_t angles = (size_t)batch->past * (c->D / 2), kept = (size_t)batch->past * 2 * c->K * c->D;
+    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine + angles,
+                         m->sine + angles, c->eps, c->H, c->K, c->D, N, batch->T);
+    if (batch->keep) keep_keys_values(y->kv + kept, y->qkv, batch->keep, c->H, c->K, c->D);
+    if (batch->past) attention_decode(y->att, y->kv, y->qkv, batch->past, batch->T, c->H, c->K, c->D);
+    else attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
     matmul_forward(y->x_mid, y->att, w->o, N, HD, c->C, y->x, NULL);
 }
 
@@ -2721,21 +2787,26 @@ double model_loss(Model *m) {
     return loss;
 }
 
-// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does
-// not matter, so a power of two of rows runs: few shapes of matrix products.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
+// last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a
+// whole. What comes after the last id does not matter, so several run as a power of two: few shapes of products.
 void next_logits(Model *model, const int *ids, int n, float *logits) {
-    // row: in the chunk
-    const int room = model->N < model->T ? model->N : model->T, row = (n - 1) % model->chunk;
+    const int keep = n <= model->plan.sample, room = model->N < model->T ? model->N : model->T;
     Batch b = {};
-    b.B = 1;
-    for (b.T = 16; b.T < n; b.T *= 2) {}
+    while (keep && b.past < model->n_kept && b.past < n - 1 && model->kept[b.past] == ids[b.past]) b.past++;
+    model->n_kept = keep ? n : 0;
+    if (keep) memcpy(model->kept, ids, (size_t)n * sizeof(int));
+    const int T = n - b.past, row = (T - 1) % model->chunk;         // row: of the last id in its chunk of logits
+    b.B = b.T = 1;
+    while (b.T < T) b.T *= 2;
     if (b.T > room) b.T = room;
+    b.keep = keep ? T : 0;
     b.inputs = (int *)xcalloc((size_t)b.T, sizeof(int));
-    memcpy(b.inputs, ids, (size_t)n * sizeof(int));
+    memcpy(b.inputs, ids + b.past, (size_t)T * sizeof(int));
     llama_forward(model, &b);
     free(b.inputs);
     with_precision(model, [&](auto *m) {
-        auto *norm = m->norm + (size_t)(n - 1 - row) * m->c.C;
+        auto *norm = m->norm + (size_t)(T - 1 - row) * m->c.C;
         matmul_forward(m->logits, norm, head_weights(m).head, m->chunk, m->c.C, m->c.Vp, NULL, NULL);
         copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, logits);
     });
@@ -2839,6 +2910,7 @@ static void update_tensors(ModelOf<floatX> *m, double lr, double grad_scale, int
 
 // One AdamW update with gradients * grad_scale (clipping); step counts from 1.
 void model_update(Model *model, double lr, double grad_scale, int64_t step, const Options *o) {
+    model->n_kept = 0;                          // of other weights
     with_precision(model, [&](auto *m) {
         if (m->plan.bf16_state) update_tensors<bf16>(m, lr, grad_scale, step, o);
         else update_tensors<float>(m, lr, grad_scale, step, o);
@@ -3227,8 +3299,11 @@ static void resolve_schedule(Options *o, const Config *c) {
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
+    const int samples = opt.generate || (is_training() && opt.sample_every);
+    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;      // at most, with BOS and EOS
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training};
+                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
+                 samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};
     return plan;
 }
 
