@@ -286,7 +286,7 @@ typedef struct Batch {          // of one micro-step
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
     // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
     float *floor;
-    int past, keep;             // samples: tokens of the text before these; how many more keys and values to keep
+    int past, keep;             // samples: tokens before these; how many keys and values to keep of these
 } Batch;
 
 typedef struct LoaderState {
@@ -810,7 +810,8 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
 
 // Samples: T tokens of one text after `past` others. kv (past+T,2KD) holds all their keys and values.
 // out (T,H*D) =
-void attention_decode(floatX *out, const floatX *kv, const floatX *qkv, int past, int T, int H, int K, int D) {
+void attention_decode(floatX *out, const floatX *kv, const floatX *qkv, int past, int T, int H, int K,
+                      int D) {
     const floatX scale = (floatX)(1 / sqrt((double)D));
     #pragma omp parallel for collapse(2)
     for (int t = 0; t < T; t++) for (int h = 0; h < H; h++) {
@@ -1856,8 +1857,8 @@ static void resolve_schedule(Options *o, const Config *c) {
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
-    const int samples = opt.generate || (is_training() && opt.sample_every);
-    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;      // at most, with BOS and EOS
+    const int samples = opt.generate || (training && opt.sample_every);
+    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
                  opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
                  samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};

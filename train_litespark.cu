@@ -282,7 +282,7 @@ typedef struct Batch {          // of one micro-step
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
     // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
     float *floor;
-    int past, keep;             // samples: tokens of the text before these; how many more keys and values to keep
+    int past, keep;             // samples: tokens before these; how many keys and values to keep of these
 } Batch;
 
 typedef struct LoaderState {
@@ -3299,8 +3299,8 @@ static void resolve_schedule(Options *o, const Config *c) {
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
-    const int samples = opt.generate || (is_training() && opt.sample_every);
-    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;      // at most, with BOS and EOS
+    const int samples = opt.generate || (training && opt.sample_every);
+    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
                  opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
                  samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};
