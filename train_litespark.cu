@@ -466,6 +466,13 @@ static inline void cuda_check(cudaError_t e, const char *call, const char *file,
     if (s_ != CUBLAS_STATUS_SUCCESS) die("%s:%d: %s: cuBLAS status %d", __FILE__, __LINE__, #call, (int)s_); \
 } while (0)
 
+static int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
 // ---- launch: the one way to start a kernel ----------------------------------------------------------------
 // launch(kernel, grid, block, shared_bytes, args...) starts a kernel on gpu.stream and checks the launch.
 // More than 48 KiB of shared memory, static and dynamic together, is opted in to (no kernel here has more
@@ -675,13 +682,6 @@ __device__ __forceinline__ void keep_packed(Pack<floatX, E> (&row)[PACKS]) {
 // blocks that write partial sums, a row of gpu.scratch each: two per SM of an H100
 enum { MAX_PARTIALS = 264 };
 
-static int device_attribute(cudaDeviceAttr attribute) {
-    int device, value;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&value, attribute, device));
-    return value;
-}
-
 // Blocks for kernels that keep partial sums over many rows: each handles about two groups of `rows` rows or
 // more.
 static int partial_blocks(int N, int rows) {
@@ -752,8 +752,7 @@ static void sort_rows(int *order, int *starts, int *tokens, int *n_distinct, con
 
 // ---- embedding_forward_kernel3: rows in the order of their tokens -----------------------------------------
 // x (N,C) = w[ids]     w (V,C), ids (N), order (N): the rows sorted by token
-// bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048, 4000 distinct: 83 MB       floor 25 us
-//         (memory)
+// bytes   2·N·C out + 2·C per distinct token in; N 16384, C 2048, 4000 distinct: 83 MB   floor 25 us (memory)
 // idea    a warp has 32 neighbours of the order and 512 columns, and keeps the token's columns in registers
 //         until the token changes: a comma that is 5% of the rows is read 26 times, not 800
 // limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32
@@ -914,18 +913,17 @@ void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const floatX *w,
 }
 
 // ---- rmsnorm_backward_kernel3: dout, x and dx are read once -----------------------------------------------
-// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows
-// of dout_c n_c dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c (the forward's output
+// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j)),   dw_c += sum dout_c n_c
+// dx (N,C) += (the residual path), dw (C) += (over rows), norm_out (N,C) = n_c w_c (the forward's output
 // again, for the weight gradient; or NULL)
 // bytes   3·N·C in + 1·N·C (norm_out: 2·N·C) out, 2 bytes each = 268 MB (336 MB) for N 16384, C 2048
-//         floor 80 us (100 us). Partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2 x 2.2
-//               MB
+//         floor 80 us (100 us). Partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2.2 MB
+//         each
 // idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its
 //         share of dw over all its rows in shared memory (its own place: no barrier); the rows of a block are
 //         added there, the blocks by column_sums
 // limits  C % 4 == 0, C <= 16384 (fp32 on devices with 99 KiB of shared memory per block: 12640)
-// variants dev/rmsnorm_backward.cu: 0 a thread per row, one per column for dw, 1 a warp per row, 2 dw on the
-//         way, 3 this
+// variants dev/rmsnorm_backward.cu: 0 a thread per row, 1 a warp per row, 2 dw on the way, 3 this
 enum { ROW_QUADS = 4 };
 
 template <typename floatX>
@@ -1087,8 +1085,7 @@ void matmul(Out *out, const In *a, int trans_a, const In *b, int trans_b, int M,
                                p->out, &p->algo, gpu.workspace, LT_WORKSPACE, gpu.stream));
 }
 
-// out (N,OC) = x (N,C) w (OC,C)^T + add (N,OC) + bias (OC); add: the residual stream, or NULL; bias may be
-// NULL
+// out (N,OC) = x (N,C) w (OC,C)^T + add (N,OC) + bias (OC); add: the residual stream; either may be NULL
 template <typename floatX>
 void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC, or_null<floatX> add,
                     or_null<floatX> bias) {
@@ -1169,11 +1166,10 @@ static void rope_table(float *cosine, float *sine, const Config *config, int T) 
 // (N,H+K) = r = (mean y^2 + eps)^(-1/2), y *= r w (w = q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2})
 // turns by the angle of position n % T (cosine, sine (T,D/2)). q_norm NULL: no norm, qk_raw and qk_rstd are
 // not written.
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D
-//         128
-//         floor 48 us (memory)
-// idea    lane l of a head holds elements 4l..4l+3 of both halves, so that a pair meets in one lane and any D
-//         % 8 == 0 works (D 104: 13 of 16 lanes). The angles of those elements are the same for every head:
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2,
+//         D 128        floor 48 us (memory)
+// idea    lane l of a head holds elements 4l..4l+3 of both halves, so that a pair meets in one lane and any
+//         D % 8 == 0 works (D 104: 13 of 16 lanes). The angles of those elements are the same for every head:
 //         read once per row. Norm weights are in shared memory, once per block
 // limits  D % 8 == 0, D <= 256
 // variants dev/rope.cu: 0 a thread per head, 1 a warp per head, 2 this
@@ -1263,12 +1259,11 @@ void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, float *qk_rstd, const flo
 // ---- qk_norm_rope_backward_kernel2: the forward's layout, turned back -------------------------------------
 // dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation; v is not
 // touched.
-// e = dqkv turned by minus the angle;  without norm dqkv = e.  With norm, y = qk_raw, n_d = y_d r, g_d = e_d
-// w_d:
+// e = dqkv turned by minus the angle; without norm dqkv = e. With norm, y = qk_raw, n_d = y_d r,
+// g_d = e_d w_d:
 //   dqkv_d = r (g_d - n_d mean_j(g_j n_j))        dq_norm, dk_norm (D) += sum over rows and heads of e_d n_d
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D
-//         128
-//         floor 48 us (memory)
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2,
+//         D 128        floor 48 us (memory)
 // idea    as in the forward; a lane sees the same 8 elements of every head, so it keeps their weight
 //         gradients in registers
 // limits  as the forward
@@ -1476,8 +1471,8 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[MT][NT][4], const 
 // one product are, lane for lane, the left operand of the next.
 template <int MT, int NT, int WIDTH>
 __device__ __forceinline__ void multiply_probabilities(float (&sum)[MT][WIDTH / 8][4],
-                                                       const float (&p)[MT][NT][4], const Tile<8 * NT,
-                                                       WIDTH> &B) {
+                                                       const float (&p)[MT][NT][4],
+                                                       const Tile<8 * NT, WIDTH> &B) {
     const int lane = threadIdx.x % 32;
     const bf16 *b_lane = B.at(lane % 16, lane / 16 * 8);
     #pragma unroll
@@ -1612,7 +1607,7 @@ template <int MT> struct Softmax {
     }
 };
 
-// ---- attention_forward_kernel3: a block has 128 queries of a head, a warp 32 of them and all of their keys 
+// ---- attention_forward_kernel3: a block has 128 queries of a head, a warp 32 and all of their keys --------
 // out (N,HD) = softmax(q k^T / sqrt(D)) v,  lse (N,H) = log sum_s exp(q_t k_s / sqrt(D)) over s = first..t,
 // first = doc_start (N) or 0
 // bytes   2·N·(H+2K)·D in + 2·N·H·D + 4·N·H out = 152 MB: 45 us for N 16384, H 16, K 2, D 128.
@@ -1624,8 +1619,7 @@ template <int MT> struct Softmax {
 //         level with the 198 that mma.sync leaves time for
 // limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared
 //         memory and 255 registers: two blocks per SM (one on sm_86, sm_89, sm_120)
-// variants dev/attention_forward.cu: 0 a thread per query, 1 fp32 tiles, 2 tensor cores without overlap, 3
-//         this
+// variants dev/attention_forward.cu: 0 a thread per query, 1 fp32 tiles, 2 tensor cores, no overlap, 3 this
 template <int WIDTH> struct ForwardTiles {                  // of a block, in shared memory
     static constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64;
     Tile<QUERIES, WIDTH> q;
@@ -1634,9 +1628,8 @@ template <int WIDTH> struct ForwardTiles {                  // of a block, in sh
 
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *__restrict__ out,
-        float *__restrict__ lse, const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T,
-        int H, int K,
-        int D, float log2_scale) {
+        float *__restrict__ lse, const bf16 *__restrict__ qkv, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float log2_scale) {
     typedef ForwardTiles<WIDTH> Tiles;
     constexpr int MT = Tiles::MT, ROWS = Tiles::ROWS, QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *shared_memory<Tiles>();
@@ -1760,14 +1753,14 @@ void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *do
 // ---- attention backward -----------------------------------------------------------------------------------
 // With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
 //   dv_s = sum_t P_ts dout_t      dS_ts = P_ts (dout_t v_s - delta_t)
-//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =, each element
-//   written once.
-// Two kernels and no atomics: dq runs first, owns whole rows of dout and out, and leaves delta for dk dv.
+//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t
+// dqkv (N,(H+2K)D) =, each element written once. Two kernels and no atomics: dq runs first, owns whole rows
+// of dout and out, and leaves delta for dk dv.
 
 // ---- attention_backward_dq_kernel2: the walk of the forward, with P known from lse and dS in P's place ----
 // dq (in dqkv) =, delta (N,H) =
-// bytes   2·N·(H+2K)·D + 4·N·H·D + 4·N·H in + 2·N·H·D + 4·N·H out = 287 MB: 86 us for N 16384, H 16, K 2, D
-//         128. K and V from L2: 1.1 GB
+// bytes   2·N·(H+2K)·D + 4·N·H·D + 4·N·H in + 2·N·H·D + 4·N·H out = 287 MB: 86 us for N 16384, H 16, K 2,
+//         D 128. K and V from L2: 1.1 GB
 // FLOPs   3·N·(T+1)·H·D (three products) = 206 G at T 2048      floor 208 us (tensor; mma.sync: 336 us)
 // idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T
 //         and dO V^T are computed (7 products in all instead of 5): the price of sums without atomics
@@ -1880,13 +1873,11 @@ template <int WIDTH, int PAIRS> struct DkdvTiles {
 template <int WIDTH, int PAIRS>
 __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel2(
         bf16 *__restrict__ dqkv, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
-        const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D,
-        float scale) {
+        const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
     typedef DkdvTiles<WIDTH, PAIRS> Tiles;
     constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, KEYS = Tiles::KEYS;
-    constexpr int QUERIES = Tiles::QUERIES;
-    constexpr int THREADS = Tiles::THREADS;
+    constexpr int QUERIES = Tiles::QUERIES, THREADS = Tiles::THREADS;
     Tiles &tile = *shared_memory<Tiles>();
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;          // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -1912,8 +1903,8 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     }
     auto load_queries = [&](int h, int t, int buffer) {
         load_tile<THREADS>(tile.q[buffer], qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
-        load_tile<THREADS>(tile.dout[buffer], dout + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, T - t,
-                           D);
+        const bf16 *dout_t = dout + ((size_t)(row0 + t) * H + h) * D;
+        load_tile<THREADS>(tile.dout[buffer], dout_t, (size_t)H * D, T - t, D);
         if (threadIdx.x >= 2 * QUERIES) return;
         // past the end all is 0, and then dv += 1 * 0, dS = 1 * (0 - 0)
         const int row = t + (int)threadIdx.x % QUERIES;
@@ -1980,7 +1971,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
-// ---- attention_backward_dq_f32_kernel1, attention_backward_dkdv_f32_kernel1: a warp per query, per key
+// ---- attention_backward_dq_f32_kernel1, attention_backward_dkdv_f32_kernel1: a warp per query, per key ----
 __global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
         const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
         const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
@@ -2172,8 +2163,8 @@ __device__ __forceinline__ void mlp_pipeline(int steps, Stage *stages, Start sta
 
 // ---- gate_up_swiglu_kernel3: the product with SwiGLU as its epilogue --------------------------------------
 // gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up; h may be NULL
-// bytes   2·N·C + 4·C·F in, 2·3·N·F out: of 2·5·N·F with the passes above 4·N·F less (0.72 GB for N 16384, F
-//         11008)
+// bytes   2·N·C + 4·C·F in, 2·3·N·F out: of 2·5·N·F with the passes above 4·N·F less (0.72 GB for
+//         N 16384, F 11008)
 // idea    a warp's 64 columns are 32 of gate and the same 32 of up, so that both meet in one warp
 // limits  C % 8 == 0, F % 8 == 0; 61,440 bytes of shared memory: two blocks per SM on sm_80 and sm_90, one
 //         with 99 KiB
@@ -2459,14 +2450,14 @@ void sum_of_squares(double *out, const float *x, size_t n) {
 }
 
 // ---- adamw_update_kernel2: four parameters per thread -----------------------------------------------------
-// AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v +
-// (1-b2) g^2, master = master shrink - rate m / (sqrt(v vscale) + eps),
-//     with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
+// AdamW (Loshchilov & Hutter 2019), decoupled decay:
+//   g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+//   master = master shrink - rate m / (sqrt(v vscale) + eps)
+//   with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
 // master, m, v (n) are updated, w (n) = master rounded to floatX (fp32: may be master itself). floatM = float
 // or bf16 stores m and v; bf16 ones are rounded at random with the bits of (key, first + i), i in the n: to
 // the nearest, v would stand still where 1 - b2 is below half a unit in the last place.
-// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms
-//         (6.6 ms)
+// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G: 9.0 ms (6.6 ms)
 // limits  n % 4 == 0, all aligned to 4 elements
 // variants dev/adamw.cu: 0 a parameter per thread, 1 eight, 2 this
 typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; uint32_t key; size_t first; } AdamW;

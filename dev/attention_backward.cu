@@ -1,24 +1,32 @@
 // attention_backward: dqkv (N,(H+2K)D) =, from dout, out (N,H*D), qkv, lse (N,H); delta (N,H) is scratch.
 //   With P_ts = exp(scale q_t k_s - lse_t),  delta_t = dout_t . out_t,  dS_ts = P_ts (dout_t v_s - delta_t):
-//   dv_s = sum_t P_ts dout_t,  dq_t = scale sum_s dS_ts k_s,  dk_s = scale sum_t dS_ts q_t.  H/K query heads add up in dk and dv
+//   dv_s = sum_t P_ts dout_t,  dq_t = scale sum_s dS_ts k_s,  dk_s = scale sum_t dS_ts q_t.  H/K query heads
+//   add up in dk and dv
 // bytes   2·N·(H+2K)·D in and out + 2·2·N·H·D + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 304 MB = 91 us
-// FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344 G
-// floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products: 784 us)
-// idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any order; two passes
-//         rebuild P twice
+// FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344
+//         G
+// floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products:
+//         784 us)
+// idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any
+//         order; two passes rebuild P twice
 // limits  D % 8 == 0, D <= 128
-// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733 and
-//         2607 (all caches missed); 1 6.4 and 22; 2 4.3 and 29. Shared memory limits the last two, in few blocks: 2 has the larger
-//         tiles, and the model knows no latency, which they are for. Measured: not yet
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733
+//         and 2607 (all caches missed); 1 6.4 and 22; 2 4.3 and 29. Shared memory limits the last two, in few
+//         blocks: 2 has the larger tiles, and the model knows no latency, which they are for. Measured: not
+//         yet
 #include "bench.cuh"
 
-// ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv ----
+// ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv --
 template <typename floatX>
-__global__ void attention_backward_dq_kernel0(floatX *dqkv, float *delta, const floatX *dout, const floatX *qkv, const floatX *out, const float *lse,
-                                              const int *doc_start, int N, int T, int H, int K, int D, float scale) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T, W = (H + 2 * K) * D;
+__global__ void attention_backward_dq_kernel0(floatX *dqkv, float *delta, const floatX *dout,
+                                              const floatX *qkv, const floatX *out, const float *lse,
+                                              const int *doc_start, int N, int T, int H, int K, int D,
+                                              float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T;
+    const int W = (H + 2 * K) * D;
     if (row >= N) return;
-    const floatX *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D, *v = k + K * D;
+    const floatX *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D,
+        *v = k + K * D;
     const floatX *dout_t = dout + (size_t)i * D;
     float dq[128] = {}, sum = 0;
     for (int d = 0; d < D; d++) sum += to_float(dout_t[d]) * to_float(out[(size_t)i * D + d]);
@@ -36,9 +44,11 @@ __global__ void attention_backward_dq_kernel0(floatX *dqkv, float *delta, const 
 }
 
 template <typename floatX>
-__global__ void attention_backward_dkdv_kernel0(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse, const float *delta,
-                                                const int *doc_start, int N, int T, int H, int K, int D, float scale) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / K, kv = i % K, s = row % T, W = (H + 2 * K) * D;
+__global__ void attention_backward_dkdv_kernel0(floatX *dqkv, const floatX *dout, const floatX *qkv,
+                                                const float *lse, const float *delta, const int *doc_start,
+                                                int N, int T, int H, int K, int D, float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / K, kv = i % K, s = row % T;
+    const int W = (H + 2 * K) * D;
     if (row >= N) return;
     const size_t at = (size_t)row * W + (H + kv) * D;
     const floatX *k = qkv + at, *v = k + K * D;
@@ -47,23 +57,28 @@ __global__ void attention_backward_dkdv_kernel0(floatX *dqkv, const floatX *dout
         for (int t = s; t < T; t++) {
             const size_t row_t = (size_t)(row - s + t);
             const floatX *q = qkv + row_t * W + h * D, *dout_t = dout + (row_t * H + h) * D;
-            if (doc_start && doc_start[row_t] > s) break;                   // later queries look no further back
+            if (doc_start && doc_start[row_t] > s) break;  // later queries look no further back
             float score = 0, dp = 0;
-            for (int d = 0; d < D; d++) score += to_float(q[d]) * to_float(k[d]), dp += to_float(dout_t[d]) * to_float(v[d]);
+            for (int d = 0; d < D; d++)
+                score += to_float(q[d]) * to_float(k[d]), dp += to_float(dout_t[d]) * to_float(v[d]);
             const float p = expf(score * scale - lse[row_t * H + h]), ds = p * (dp - delta[row_t * H + h]);
             for (int d = 0; d < D; d++) dk[d] += ds * to_float(q[d]), dv[d] += p * to_float(dout_t[d]);
         }
-    for (int d = 0; d < D; d++) dqkv[at + d] = from_float<floatX>(dk[d] * scale), dqkv[at + K * D + d] = from_float<floatX>(dv[d]);
+    for (int d = 0; d < D; d++)
+        dqkv[at + d] = from_float<floatX>(dk[d] * scale), dqkv[at + K * D + d] = from_float<floatX>(dv[d]);
 }
 
-// ---- kernel 1: tensor cores, the tiles and products of the shipped kernels, but every copy is waited for, and delta has its
-// own kernel that reads dout and out once more
+// ---- kernel 1: tensor cores, the tiles and products of the shipped kernels, but every copy is waited for,
+// and delta has its own kernel that reads dout and out once more
 template <typename floatX>
-__global__ void attention_delta_kernel1(float *delta, const floatX *dout, const floatX *out, int rows, int D) {     // a warp per row
+// a warp per row
+__global__ void attention_delta_kernel1(float *delta, const floatX *dout, const floatX *out, int rows,
+                                        int D) {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
     float sum = 0;
-    for (int d = threadIdx.x; d < D; d += 32) sum += to_float(dout[(size_t)row * D + d]) * to_float(out[(size_t)row * D + d]);
+    for (int d = threadIdx.x; d < D; d += 32)
+        sum += to_float(dout[(size_t)row * D + d]) * to_float(out[(size_t)row * D + d]);
     sum = warp_sum(sum);
     if (threadIdx.x == 0) delta[row] = sum;
 }
@@ -76,7 +91,8 @@ template <int WIDTH> struct OneBufferTiles {
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(bf16 *__restrict__ dqkv,
         const float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
+        float scale) {
     constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT;
     OneBufferTiles<WIDTH> &tile = *shared_memory<OneBufferTiles<WIDTH>>();
     const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;
@@ -109,7 +125,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(
         multiply_rows<2>(score, warp_q, tile.k);
         mask_scores<false>(score, t, s0, doc_start, row0, T);
         #pragma unroll
-        for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+        for (int i = 0; i < MT * NT * 4; i++)
+            ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
         multiply_rows<2>(ds, warp_dout, tile.v);
         #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -129,7 +146,8 @@ template <int WIDTH> struct OneWarpTiles {
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel1(bf16 *__restrict__ dqkv,
         const float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
+        float scale) {
     constexpr int MT = 1, NT = 4, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT;
     OneWarpTiles<WIDTH> &tile = *shared_memory<OneWarpTiles<WIDTH>>();
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -147,7 +165,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
             if (doc_start && doc_start[row0 + t0] >= s0 + KEYS) break;      // the same for the whole block
             __syncthreads();
             load_tile<ATT_THREADS>(tile.q, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-            load_tile<ATT_THREADS>(tile.dout, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+            load_tile<ATT_THREADS>(tile.dout, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0,
+                                   D);
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
@@ -175,8 +194,9 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
     store_rows(dk_out + K * D, W, dv, 1, warp_v, T - key, D);
 }
 
-// ---- kernel 2, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from
-// the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its keys: one owns dv, one dk ----
+// ---- kernel 2, shipped: copies land while products run, two buffers for what is needed longest; dq runs
+// first, sums delta from the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its
+// keys: one owns dv, one dk ----
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(bf16 *__restrict__ dqkv,
         float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
@@ -255,13 +275,11 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
 template <int WIDTH, int PAIRS>
 __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel2(
         bf16 *__restrict__ dqkv, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
-        const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D,
-        float scale) {
+        const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
     typedef DkdvTiles<WIDTH, PAIRS> Tiles;
     constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, KEYS = Tiles::KEYS;
-    constexpr int QUERIES = Tiles::QUERIES;
-    constexpr int THREADS = Tiles::THREADS;
+    constexpr int QUERIES = Tiles::QUERIES, THREADS = Tiles::THREADS;
     Tiles &tile = *shared_memory<Tiles>();
     const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;          // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
@@ -287,8 +305,8 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     }
     auto load_queries = [&](int h, int t, int buffer) {
         load_tile<THREADS>(tile.q[buffer], qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
-        load_tile<THREADS>(tile.dout[buffer], dout + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, T - t,
-                           D);
+        const bf16 *dout_t = dout + ((size_t)(row0 + t) * H + h) * D;
+        load_tile<THREADS>(tile.dout[buffer], dout_t, (size_t)H * D, T - t, D);
         if (threadIdx.x >= 2 * QUERIES) return;
         // past the end all is 0, and then dv += 1 * 0, dS = 1 * (0 - 0)
         const int row = t + (int)threadIdx.x % QUERIES;
@@ -355,7 +373,7 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
-// ---- fp32, shipped: for proof rather than speed ----
+// ---- fp32, shipped: for proof rather than speed -----------------------------------------------------------
 __global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
         const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
         const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
@@ -401,13 +419,15 @@ __global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, co
     store_row(dqkv + at_k + K * D, dv_s, D);
 }
 
-template <typename floatX> static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
+template <typename floatX>
+static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
     const int N = B * T, W = (H + 2 * K) * D;
     std::vector<int> first(N);
     const double pairs = document_starts(first.data(), docs, N, T);
-    if (!bench_shape<floatX>(when, "attention_backward", sizeof(floatX) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H,
-                        10.0 * pairs * H * D,
-                        "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, document_kinds[docs], amplitude > 1 ? " peaked" : "")) return;
+    if (!bench_shape<floatX>(when, "attention_backward",
+                        sizeof(floatX) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H, 10.0 * pairs * H * D,
+                             "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, document_kinds[docs],
+                             amplitude > 1 ? " peaked" : "")) return;
     Tensor<floatX> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D),
         out("out", (size_t)N * H * D);
     Tensor<float> lse("lse", (size_t)N * H), delta("delta", (size_t)N * H);
@@ -420,14 +440,16 @@ template <typename floatX> static void shape(int when, int B, int T, int H, int 
     twin::precision(is_bf16<floatX>());
     twin::attention_forward(out.host, lse.host, qkv.host, docs ? doc.host : NULL, B, T, H, K, D);
     reference<floatX>([&](int b) {
-        twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host, docs ? doc.host : NULL, B, T, H, K, D);
+        twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host,
+                                 docs ? doc.host : NULL, B, T, H, K, D);
     });
     gpu.scratch = delta;
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
     std::function<void()> mma_tiles;
     if constexpr (is_bf16<floatX>()) mma_tiles = [&] {
-        launch(attention_delta_kernel1<floatX>, CEIL_DIV(N * H, 8), dim3(32, 8), 0, delta, dout, out, N * H, D);
+        launch(attention_delta_kernel1<floatX>, CEIL_DIV(N * H, 8), dim3(32, 8), 0, delta, dout, out, N * H,
+               D);
         with_width(D, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
             launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
@@ -438,14 +460,15 @@ template <typename floatX> static void shape(int when, int B, int T, int H, int 
     };
     const Variant variants[] = {
         {0, "one thread per query, one per key", [&] {
-            launch(attention_backward_dq_kernel0<floatX>, CEIL_DIV(N * H, 64), 64, 0, dqkv, delta, dout, qkv, out, lse,
-                   doc_start, N, T, H, K, D, scale);
-            launch(attention_backward_dkdv_kernel0<floatX>, CEIL_DIV(N * K, 64), 64, 0, dqkv, dout, qkv, lse, delta, doc_start,
-                   N, T, H, K, D, scale);
+            launch(attention_backward_dq_kernel0<floatX>, CEIL_DIV(N * H, 64), 64, 0, dqkv, delta, dout, qkv,
+                   out, lse, doc_start, N, T, H, K, D, scale);
+            launch(attention_backward_dkdv_kernel0<floatX>, CEIL_DIV(N * K, 64), 64, 0, dqkv, dout, qkv, lse,
+                   delta, doc_start, N, T, H, K, D, scale);
         }},
         {1, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
         {2, is_bf16<floatX>() ? "copies under products; delta inside dq" : "fp32, a warp per row", [&] {
-            attention_backward((floatX *)dqkv, (floatX *)dout, (floatX *)qkv, (floatX *)out, lse, doc_start, B, T, H, K, D);
+            attention_backward((floatX *)dqkv, (floatX *)dout, (floatX *)qkv, (floatX *)out, lse, doc_start,
+                               B, T, H, K, D);
         }, SHIPPED},
     };
     bench(variants);

@@ -1,23 +1,27 @@
 // attention_forward, causal, with grouped heads and documents:
 //   out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t
-// out (N,H*D) =, lse (N,H) = log of the softmax's denominator;  qkv (N,(H+2K)D), doc_start (N) or NULL; H/K query heads per k/v head
+// out (N,H*D) =, lse (N,H) = log of the softmax's denominator;  qkv (N,(H+2K)D), doc_start (N) or NULL; H/K
+// query heads per k/v head
 // bytes   2·N·(H+2K)·D in + 2·N·H·D out + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 152 MB = 45 us
 // FLOPs   4·D per visible pair = 2·B·H·T^2·D = 137 G
 // floor   139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us)
-// idea    the scores, T^2 per head, must not touch memory: a tile of queries walks over tiles of keys with a running softmax
-//         (Dao et al. 2022); everything else is how to feed the tensor cores
+// idea    the scores, T^2 per head, must not touch memory: a tile of queries walks over tiles of keys with a
+//         running softmax (Dao et al. 2022); everything else is how to feed the tensor cores
 // limits  D % 8 == 0, D <= 128
-// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.24 us): kernel 0 675 us (all caches missed); 1 40 us, bound by
-//         shared memory; 2 and 3 4.5 us: the model knows no latency, which is all that sets them apart. Measured: not yet
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.24 us): kernel 0 675 us (all caches missed);
+//         1 40 us, bound by shared memory; 2 and 3 4.5 us: the model knows no latency, which is all that sets
+//         them apart. Measured: not yet
 #include "bench.cuh"
 
-// ---- kernel 0: a thread per query and head: all scores for their maximum, all scores again for the sums ----
+// ---- kernel 0: a thread per query and head: all scores for their maximum, all scores again for the sums ---
 template <typename floatX>
-__global__ void attention_forward_kernel0(floatX *out, float *lse, const floatX *qkv, const int *doc_start, int N, int T, int H, int K,
-                                          int D, float scale) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T, W = (H + 2 * K) * D;
+__global__ void attention_forward_kernel0(floatX *out, float *lse, const floatX *qkv, const int *doc_start,
+                                          int N, int T, int H, int K, int D, float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T;
+    const int W = (H + 2 * K) * D;
     if (row >= N) return;
-    const floatX *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D, *v = k + K * D;
+    const floatX *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D,
+        *v = k + K * D;
     const int first = doc_start ? doc_start[row] : 0;
     float top = -INFINITY, sum = 0, o[128] = {};
     for (int walk = 0; walk < 2; walk++)
@@ -34,16 +38,17 @@ __global__ void attention_forward_kernel0(floatX *out, float *lse, const floatX 
     lse[i] = top + logf(sum);
 }
 
-// ---- kernel 1: tiles of 32 keys in shared memory as fp32, for 32 queries of a block; four lanes share a query: each has D/4
-// of q and of the sums in registers. One walk: sums shrink when a larger score appears. Everything is fp32 FMA: 1/15 of the
-// tensor peak
+// ---- kernel 1: tiles of 32 keys in shared memory as fp32, for 32 queries of a block; four lanes share a
+// query: each has D/4 of q and of the sums in registers. One walk: sums shrink when a larger score appears.
+// Everything is fp32 FMA: 1/15 of the tensor peak
 enum { TILE_QUERIES = 32, TILE_KEYS = 32 };
 
 template <typename floatX>
-__global__ void attention_forward_kernel1(floatX *out, float *lse, const floatX *qkv, const int *doc_start, int T, int H, int K, int D,
-                                          float scale) {
+__global__ void attention_forward_kernel1(floatX *out, float *lse, const floatX *qkv, const int *doc_start,
+                                          int T, int H, int K, int D, float scale) {
     float *k_tile = shared_memory<float>(), *v_tile = k_tile + TILE_KEYS * D;       // (TILE_KEYS,D) each
-    const int h = blockIdx.x % H, t0 = blockIdx.y * TILE_QUERIES, t = t0 + threadIdx.x / 4, W = (H + 2 * K) * D,
+    const int h = blockIdx.x % H, t0 = blockIdx.y * TILE_QUERIES, t = t0 + threadIdx.x / 4,
+        W = (H + 2 * K) * D,
         d0 = threadIdx.x % 4 * 4;
     const size_t row0 = (size_t)(blockIdx.x / H) * T;
     const floatX *q = qkv + (row0 + t) * W + h * D, *k = qkv + row0 * W + (H + h / (H / K)) * D;
@@ -54,7 +59,7 @@ __global__ void attention_forward_kernel1(floatX *out, float *lse, const floatX 
     for (int s0 = doc_start ? doc_start[row0 + t0] : 0; s0 < t0 + TILE_QUERIES && s0 < T; s0 += TILE_KEYS) {
         __syncthreads();
         for (int i = threadIdx.x * 4; i < TILE_KEYS * D; i += blockDim.x * 4) {
-            const int s = min(s0 + i / D, T - 1);                                   // what lies behind the end no query sees
+            const int s = min(s0 + i / D, T - 1);  // what lies behind the end no query sees
             widen(x, load<4>(k + (size_t)s * W + i % D));
             store(k_tile + i, narrow<float>(x));
             widen(x, load<4>(k + (size_t)s * W + K * D + i % D));
@@ -72,7 +77,8 @@ __global__ void attention_forward_kernel1(floatX *out, float *lse, const floatX 
             score += __shfl_xor_sync(~0u, score, 1);
             score += __shfl_xor_sync(~0u, score, 2);
             if (s < first || s > t) continue;
-            const float higher = fmaxf(top, score * scale), shrink = __expf(top - higher), p = __expf(score * scale - higher);
+            const float higher = fmaxf(top, score * scale), shrink = __expf(top - higher);
+            const float p = __expf(score * scale - higher);
             top = higher;
             sum = sum * shrink + p;
             #pragma unroll
@@ -92,12 +98,13 @@ __global__ void attention_forward_kernel1(floatX *out, float *lse, const floatX 
     if (threadIdx.x % 4 == 0) lse[(row0 + t) * H + h] = top + logf(sum);
 }
 
-// ---- kernel 2: tensor cores. A warp owns 32 queries and sees whole rows of scores; probabilities go from accumulators to
-// operands in registers. Tiles have rows of WIDTH + 8, which keeps ldmatrix free of bank conflicts. But everyone waits for
-// each tile to arrive
+// ---- kernel 2: tensor cores. A warp owns 32 queries and sees whole rows of scores; probabilities go from
+// accumulators to operands in registers. Tiles have rows of WIDTH + 8, which keeps ldmatrix free of bank
+// conflicts. But everyone waits for each tile to arrive
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel2(bf16 *__restrict__ out,
-        float *__restrict__ lse, const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H,
+        float *__restrict__ lse, const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T,
+        int H,
         int K, int D, float log2_scale) {
     typedef ForwardTiles<WIDTH> Tiles;
     constexpr int MT = Tiles::MT, ROWS = Tiles::ROWS, QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
@@ -121,7 +128,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel2(bf16 *_
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
-        if (s0 >= t + ROWS || t >= T) continue;             // the tile lies above this warp's part of the diagonal
+        if (s0 >= t + ROWS || t >= T) continue;  // the tile lies above this warp's part of the diagonal
         fill(p, 0);
         multiply_rows<WIDTH / 16>(p, warp_q, tile.k);
         if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(p, t, s0, doc_start, row0, T);
@@ -138,12 +145,11 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel2(bf16 *_
     store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, warp_q, T - t, D);
 }
 
-// ---- kernel 3, shipped: K and V take turns: one lands while the other is computed with ----
+// ---- kernel 3, shipped: K and V take turns: one lands while the other is computed with --------------------
 template <int WIDTH>
 __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *__restrict__ out,
-        float *__restrict__ lse, const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T,
-        int H, int K,
-        int D, float log2_scale) {
+        float *__restrict__ lse, const bf16 *__restrict__ qkv, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float log2_scale) {
     typedef ForwardTiles<WIDTH> Tiles;
     constexpr int MT = Tiles::MT, ROWS = Tiles::ROWS, QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *shared_memory<Tiles>();
@@ -198,7 +204,7 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
     store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, warp_q, T - t, D);
 }
 
-// ---- fp32, shipped: for proof rather than speed ----
+// ---- fp32, shipped: for proof rather than speed -----------------------------------------------------------
 __global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
         const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D,
         float scale) {
@@ -223,13 +229,16 @@ __global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__
     if (threadIdx.x == 0) lse[at] = top + logf(sum);
 }
 
-template <typename floatX> static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
+template <typename floatX>
+static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
     const int N = B * T, W = (H + 2 * K) * D;
     std::vector<int> first(N);
     const double pairs = document_starts(first.data(), docs, N, T);
-    if (!bench_shape<floatX>(when, "attention_forward", sizeof(floatX) * ((double)N * W + (double)N * H * D) + 4.0 * N * H,
-                        4.0 * pairs * H * D,
-                        "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, document_kinds[docs], amplitude > 1 ? " peaked" : "")) return;
+    if (!bench_shape<floatX>(when, "attention_forward",
+                             sizeof(floatX) * ((double)N * W + (double)N * H * D) + 4.0 * N * H,
+                             4.0 * pairs * H * D,
+                             "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, document_kinds[docs],
+                             amplitude > 1 ? " peaked" : "")) return;
     Tensor<floatX> qkv("qkv", (size_t)N * W), out("out", (size_t)N * H * D);
     Tensor<float> lse("lse", (size_t)N * H);
     Tensor<int> doc("doc_start", N);
@@ -251,14 +260,16 @@ template <typename floatX> static void shape(int when, int B, int T, int H, int 
     };
     const Variant variants[] = {
         {0, "one thread per query, scores computed twice", [&] {
-            launch(attention_forward_kernel0<floatX>, CEIL_DIV(N * H, 64), 64, 0, out, lse, qkv, doc_start, N, T, H, K, D, scale);
+            launch(attention_forward_kernel0<floatX>, CEIL_DIV(N * H, 64), 64, 0, out, lse, qkv, doc_start, N,
+                   T, H, K, D, scale);
         }},
         {1, "fp32 tiles in shared memory, running softmax", [&] {
-            launch(attention_forward_kernel1<floatX>, dim3(B * H, CEIL_DIV(T, TILE_QUERIES)), TILE_QUERIES * 4,
-                   2 * TILE_KEYS * D * sizeof(float), out, lse, qkv, doc_start, T, H, K, D, scale);
+            launch(attention_forward_kernel1<floatX>, dim3(B * H, CEIL_DIV(T, TILE_QUERIES)),
+                   TILE_QUERIES * 4, 2 * TILE_KEYS * D * sizeof(float), out, lse, qkv, doc_start, T, H, K, D,
+                   scale);
         }},
         {2, "tensor cores, no overlap of copies and products", mma_tiles},
-        {3, is_bf16<floatX>() ? "K and V take turns: one lands while the other works" : "fp32, a warp per query", [&] {
+        {3, is_bf16<floatX>() ? "K and V take turns: one lands, one works" : "fp32, a warp per query", [&] {
             attention_forward((floatX *)out, lse, (floatX *)qkv, doc_start, B, T, H, K, D);
         }, SHIPPED},
     };

@@ -1,21 +1,25 @@
-// cross_entropy: nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  weight (N), unless NULL = losses only:
-//   the logits (N,Vp) become the gradient weight_n (softmax - onehot), 0 where ignored. Columns V..Vp-1 are padding: no part of
-//   the softmax, gradient 0
-// add_sum: sum (1) += nll (N), each times its weight if there are weights, or the partials of sum_of_squares, in double, in a
+// cross_entropy: nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  weight (N), unless
+// NULL = losses only:
+//   the logits (N,Vp) become the gradient weight_n (softmax - onehot), 0 where ignored. Columns V..Vp-1 are
+//   padding: no part of the softmax, gradient 0
+// add_sum: sum (1) += nll (N), each times its weight if there are weights, or the partials of sum_of_squares,
+// in double, in a
 //   fixed order
 // bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000
 // FLOPs   ~8·N·V, and two SFU operations per element (283 us)
 // floor   626 us (memory)
-// idea    softmax needs the maximum, the sum and the values: three walks over a row. A running maximum with a running sum makes
-//         them two (Milakov & Gimelshein 2018), and a row that stays in shared memory is read from DRAM once
+// idea    softmax needs the maximum, the sum and the values: three walks over a row. A running maximum with a
+//         running sum makes them two (Milakov & Gimelshein 2018), and a row that stays in shared memory is
+//         read from DRAM once
 // limits  Vp % 8 == 0 (fp32: 4)
-// result  modelled (H100; N 64, V 32000, 8.2 MB compulsory, floor 2.4 us), MB in sectors and us: kernel 0 262 and 177; 1 16.4 and
-//         8.2; 2 12.3 and 3.8; 3 8.2 and 2.8. Measured: not yet
+// result  modelled (H100; N 64, V 32000, 8.2 MB compulsory, floor 2.4 us), MB in sectors and us: kernel 0 262
+//         and 177; 1 16.4 and 8.2; 2 12.3 and 3.8; 3 8.2 and 2.8. Measured: not yet
 #include "bench.cuh"
 
-// ---- kernel 0: a thread per row, three walks ----
+// ---- kernel 0: a thread per row, three walks --------------------------------------------------------------
 template <typename floatX>
-__global__ void cross_entropy_kernel0(float *nll, floatX *logits, const int *targets, const double *weight, int N, int V, int Vp) {
+__global__ void cross_entropy_kernel0(float *nll, floatX *logits, const int *targets, const double *weight,
+                                      int N, int V, int Vp) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     floatX *row = logits + (size_t)n * Vp;
@@ -43,9 +47,10 @@ __device__ float block_max(float x) {
     return x;
 }
 
-// ---- kernel 1: a block per row, three walks with block-wide reductions between them ----
+// ---- kernel 1: a block per row, three walks with block-wide reductions between them -----------------------
 template <typename floatX>
-__global__ void cross_entropy_kernel1(float *nll, floatX *logits, const int *targets, const double *weight, int V, int Vp) {
+__global__ void cross_entropy_kernel1(float *nll, floatX *logits, const int *targets, const double *weight,
+                                      int V, int Vp) {
     floatX *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
     const float weight_n = weight ? (float)weight[blockIdx.x] : 0;
@@ -63,10 +68,11 @@ __global__ void cross_entropy_kernel1(float *nll, floatX *logits, const int *tar
     }
 }
 
-// ---- kernel 2: two walks: each thread has its own maximum, and its sum shrinks when that grows; 16 bytes per access. The
-// second walk finds a row of 64 KB in the L2 cache, if not too many other rows came between
+// ---- kernel 2: two walks: each thread has its own maximum, and its sum shrinks when that grows; 16 bytes
+// per access. The second walk finds a row of 64 KB in the L2 cache, if not too many other rows came between
 template <typename floatX>
-__global__ void cross_entropy_kernel2(float *nll, floatX *logits, const int *targets, const double *weight, int V, int Vp) {
+__global__ void cross_entropy_kernel2(float *nll, floatX *logits, const int *targets, const double *weight,
+                                      int V, int Vp) {
     constexpr int E = 16 / sizeof(floatX);
     floatX *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
@@ -81,7 +87,8 @@ __global__ void cross_entropy_kernel2(float *nll, floatX *logits, const int *tar
         top = higher;
     }
     const float row_top = block_max(top), total = block_sum(sum * __expf(top - row_top));
-    if (threadIdx.x == 0) nll[blockIdx.x] = target == IGNORED ? 0 : logf(total) + row_top - to_float(row[target]);
+    if (threadIdx.x == 0)
+        nll[blockIdx.x] = target == IGNORED ? 0 : logf(total) + row_top - to_float(row[target]);
     __syncthreads();
     if (!weight) return;
     for (int v = threadIdx.x * E; v < Vp; v += blockDim.x * E) {
@@ -92,8 +99,8 @@ __global__ void cross_entropy_kernel2(float *nll, floatX *logits, const int *tar
     }
 }
 
-// ---- kernel 3, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and read from DRAM
-// once
+// ---- kernel 3, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and
+// read from DRAM once
 template <typename floatX>
 __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(float *nll, floatX *logits,
         const int *targets, const double *weight, int V, int Vp, int cached) {
@@ -145,12 +152,12 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(
     for (; v < Vp; v += step) differentiate(row, v);
 }
 
-// ---- add_sum, kernel 0: one thread ----
+// ---- add_sum, kernel 0: one thread ------------------------------------------------------------------------
 __global__ void add_sum_kernel0(double *sum, const float *nll, const double *weight, int N) {
     for (int n = 0; n < N; n++) *sum += weight ? weight[n] * nll[n] : nll[n];
 }
 
-// ---- kernel 1, shipped: one block ----
+// ---- kernel 1, shipped: one block -------------------------------------------------------------------------
 template <typename Real>
 __global__ void add_sum_kernel1(double *sum, const Real *x, const double *weight, int n) {
     double mine = 0;
@@ -160,22 +167,26 @@ __global__ void add_sum_kernel1(double *sum, const Real *x, const double *weight
 }
 
 enum { NONE, SOME, ALL };               // targets that are ignored
-enum { LOSSES, EQUAL, VARIED };         // weights of rows: there are none; one for all; another for each, negative and zero too
+// weights of rows: there are none; one for all; another for each, negative and zero too
+enum { LOSSES, EQUAL, VARIED };
 
-template <typename floatX> static void shape(int when, int N, int V, float amplitude, int weights, double scale, int ignored) {
-    const char *const ignored_text[] = {"", " some ignored", " all ignored"}, *const weights_text[] = {" loss only", "", " weighted"};
+template <typename floatX>
+static void shape(int when, int N, int V, float amplitude, int weights, double scale, int ignored) {
+    const char *const ignored_text[] = {"", " some ignored", " all ignored"},
+        *const weights_text[] = {" loss only", "", " weighted"};
     const int Vp = CEIL_DIV(V, 128) * 128;
     const size_t n = (size_t)N * Vp;
-    if (!bench_shape<floatX>(when, "cross_entropy", (weights == LOSSES ? 1.0 : 2.0) * n * sizeof(floatX) + 8.0 * N, 8.0 * n, "N %d V %d%s%s",
-                        N, V, weights_text[weights], ignored_text[ignored])) return;
+    if (!bench_shape<floatX>(when, "cross_entropy",
+                             (weights == LOSSES ? 1.0 : 2.0) * n * sizeof(floatX) + 8.0 * N, 8.0 * n,
+                             "N %d V %d%s%s", N, V, weights_text[weights], ignored_text[ignored])) return;
     Tensor<floatX> logits("logits", n);
     Tensor<float> nll("nll", N);
     Tensor<int> targets("targets", N);
     Tensor<double> weight("weight", N);
     logits.normal(amplitude);
     for (int i = 0; i < N; i++) {
-        targets.host[i] = ignored == ALL || (ignored == SOME && i % 3 == 1) ? IGNORED : i == 0 ? V - 1 : i == 2 ? 0
-            : (int)(i * 2654435761u % V);
+        const bool ignore = ignored == ALL || (ignored == SOME && i % 3 == 1);
+        targets.host[i] = ignore ? IGNORED : i == 0 ? V - 1 : i == 2 ? 0 : (int)(i * 2654435761u % V);
         weight.host[i] = scale * (weights == VARIED ? i % 4 - 1 : 1);
         for (int v = V; v < Vp; v++) logits.host[(size_t)i * Vp + v] = 50;      // padding must not count
     }
@@ -184,7 +195,8 @@ template <typename floatX> static void shape(int when, int N, int V, float ampli
         std::vector<double> loss(N);
         for (int i = 0; i < N; i++) std::copy(logits.host + (size_t)i * Vp, logits.host + (size_t)i * Vp + V,
                                               packed.data() + (size_t)i * V);
-        twin::cross_entropy(loss.data(), packed.data(), targets.host, weights == LOSSES ? NULL : weight.host, N, V);
+        twin::cross_entropy(loss.data(), packed.data(), targets.host, weights == LOSSES ? NULL : weight.host,
+                            N, V);
         std::copy(loss.begin(), loss.end(), nll.twin(b));
         float *gradient = logits.twin(b);
         if (weights == LOSSES) return;

@@ -1,11 +1,12 @@
 // sum_of_squares: out (1) += sum of x (n)^2 in double; the global norm of all gradients is its root.
 // bytes   4·n in;  1 G gradients: 4 GB        FLOPs 2·n        floor 1.2 ms (memory)
-// idea    a sum of a billion terms needs double, but Hopper has half as many fp64 units as fp32 units and consumer cards 1/64: a
-//         few products are added in fp32 first. Two kernels and partial sums of blocks, so that the order is fixed
+// idea    a sum of a billion terms needs double, but Hopper has half as many fp64 units as fp32 units and
+//         consumer cards 1/64: a few products are added in fp32 first. Two kernels and partial sums of
+//         blocks, so that the order is fixed
 // result  modelled (H100; n 2 M, floor 2.5 us): kernel 0 75 us; 1 and 2 2.9 us. Measured: not yet
 #include "bench.cuh"
 
-// ---- kernel 0: one block, each square in double ----
+// ---- kernel 0: one block, each square in double -----------------------------------------------------------
 __global__ void sum_of_squares_kernel0(double *out, const float *x, size_t n) {
     double sum = 0;
     for (size_t i = threadIdx.x; i < n; i += blockDim.x) sum += (double)x[i] * x[i];
@@ -13,7 +14,8 @@ __global__ void sum_of_squares_kernel0(double *out, const float *x, size_t n) {
     if (threadIdx.x == 0) *out += sum;
 }
 
-// ---- kernel 1: many blocks with partial sums, add_sum adds them; four bytes per access, one fp64 operation per element
+// ---- kernel 1: many blocks with partial sums, add_sum adds them; four bytes per access, one fp64 operation
+// per element
 __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t n) {
     double sum = 0;
     const size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)gridDim.x * blockDim.x;
@@ -22,7 +24,8 @@ __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t 
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// ---- kernel 2, shipped: four 16-byte loads in flight per thread, 16 squares added in fp32, then one fp64 addition ----
+// ---- kernel 2, shipped: four 16-byte loads in flight per thread, 16 squares added in fp32, then one fp64
+// addition
 __global__ void sum_of_squares_kernel2(double *partials, const float *x, size_t n) {
     const size_t quads = n / 4, step = (size_t)gridDim.x * SQUARES_THREADS * 4;
     double sum = 0;
@@ -56,7 +59,8 @@ static void shape(int when, size_t n) {
             launch(sum_of_squares_kernel1, blocks, 256, 0, partials, x, n);
             add_sum(out, (const double *)partials, NULL, blocks);
         }},
-        {2, "64 bytes in flight per thread, 16 squares in fp32 first", [&] { sum_of_squares(out, x, n); }, SHIPPED},
+        {2, "64 bytes in flight per thread, 16 squares in fp32 first", [&] { sum_of_squares(out, x, n); },
+         SHIPPED},
     };
     bench(variants);
 }

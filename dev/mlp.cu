@@ -1,18 +1,22 @@
 // gate_up_swiglu: gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up
-// swiglu_down_backward: dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F) = once more
-// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: 1.2 and 1.9 GB for N 16384,
-//         C 2048, F 11008. A product and then a pass would move 2·2·N·F more: gate_up read again; dh written and read
+// swiglu_down_backward: dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F)
+// = once more
+// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: 1.2 and 1.9
+//         GB for N 16384, C 2048, F 11008. A product and then a pass would move 2·2·N·F more: gate_up read
+//         again; dh written and read
 // FLOPs   4·N·C·F = 1.48 T; 2·N·C·F = 0.74 T
 // floor   1.49 ms; 0.75 ms (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak)
-// idea    a product does C multiplications per output: its epilogue is the cheap place for what comes next. Each byte from memory
-//         and from shared memory must meet as many multiplications as possible: large tiles, sums in registers
+// idea    a product does C multiplications per output: its epilogue is the cheap place for what comes next.
+//         Each byte from memory and from shared memory must meet as many multiplications as possible: large
+//         tiles, sums in registers
 // limits  bf16, C % 8 == 0, F % 8 == 0
-// result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0 2182 and 651
-//         (all caches missed); 1 13.4 and 15; 2 7.3 and 2.2; 3 2.9 and 2.0 (16 blocks).  backward (1.7 MB) 0 102 and 30; 1 9.7 and
-//         10; 2 2.4 and 2.5. Measured: not yet
+// result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0
+//         2182 and 651
+//         (all caches missed); 1 13.4 and 15; 2 7.3 and 2.2; 3 2.9 and 2.0 (16 blocks).  backward (1.7 MB) 0
+//         102 and 30; 1 9.7 and 10; 2 2.4 and 2.5. Measured: not yet
 #include "bench.cuh"
 
-// ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ----
+// ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ---------------------
 __global__ void gate_up_swiglu_kernel0(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int C, int F) {
     const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (f >= F) return;
@@ -23,16 +27,19 @@ __global__ void gate_up_swiglu_kernel0(bf16 *h, bf16 *gate_up, const bf16 *x, co
     }
     gate_up[(size_t)n * 2 * F + f] = from_float<bf16>(g[0]);
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(u[0]);
-    g[0] = to_float(from_float<bf16>(g[0])), u[0] = to_float(from_float<bf16>(u[0]));       // what a pass of its own would read
+    // what a pass of its own would read
+    g[0] = to_float(from_float<bf16>(g[0])), u[0] = to_float(from_float<bf16>(u[0]));
     swiglu(u, g, u);
     h[(size_t)n * F + f] = from_float<bf16>(u[0]);
 }
 
-// ---- kernel 1: 16 x 16 tiles in shared memory: each element read from memory serves 16 threads. But 3 loads from shared memory
-// for 2 multiplications: that is the limit now
+// ---- kernel 1: 16 x 16 tiles in shared memory: each element read from memory serves 16 threads. But 3 loads
+// from shared memory for 2 multiplications: that is the limit now
 enum { SIDE = 16 };
-__global__ void gate_up_swiglu_kernel1(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C, int F) {
-    __shared__ float x_tile[SIDE][SIDE + 1], g_tile[SIDE][SIDE + 1], u_tile[SIDE][SIDE + 1];    // + 1: a column lies on 16 banks
+__global__ void gate_up_swiglu_kernel1(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C,
+                                       int F) {
+    // + 1: a column lies on 16 banks
+    __shared__ float x_tile[SIDE][SIDE + 1], g_tile[SIDE][SIDE + 1], u_tile[SIDE][SIDE + 1];
     const int i = threadIdx.y, j = threadIdx.x, n = blockIdx.y * SIDE + i, f0 = blockIdx.x * SIDE, f = f0 + j;
     float g[1] = {}, u[1] = {};
     for (int c0 = 0; c0 < C; c0 += SIDE) {
@@ -41,7 +48,8 @@ __global__ void gate_up_swiglu_kernel1(bf16 *h, bf16 *gate_up, const bf16 *x, co
         g_tile[i][j] = row < F && c < C ? to_float(w[(size_t)row * C + c]) : 0;
         u_tile[i][j] = row < F && c < C ? to_float(w[(size_t)(F + row) * C + c]) : 0;
         __syncthreads();
-        for (int k = 0; k < SIDE; k++) g[0] += x_tile[i][k] * g_tile[j][k], u[0] += x_tile[i][k] * u_tile[j][k];
+        for (int k = 0; k < SIDE; k++)
+            g[0] += x_tile[i][k] * g_tile[j][k], u[0] += x_tile[i][k] * u_tile[j][k];
         __syncthreads();
     }
     if (n >= N || f >= F) return;
@@ -52,23 +60,27 @@ __global__ void gate_up_swiglu_kernel1(bf16 *h, bf16 *gate_up, const bf16 *x, co
     h[(size_t)n * F + f] = from_float<bf16>(u[0]);
 }
 
-// ---- kernel 2: tensor cores: a block of 4 warps owns 64 rows and 32 columns of h, a warp 16 rows of gate and up. One buffer:
-// copies and products take turns; 320 bytes of shared memory per mma, where kernel 3 needs 128
+// ---- kernel 2: tensor cores: a block of 4 warps owns 64 rows and 32 columns of h, a warp 16 rows of gate
+// and up. One buffer: copies and products take turns; 320 bytes of shared memory per mma, where kernel 3
+// needs 128
 struct SmallTiles {
-    Tile<64, 32> x, w;                                                          // w: 32 rows of gate, 32 of up
+    Tile<64, 32> x, w;  // w: 32 rows of gate, 32 of up
 };
 
-__global__ void __launch_bounds__(MLP_THREADS) gate_up_swiglu_kernel2(bf16 *__restrict__ h, bf16 *__restrict__ gate_up,
-        const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
+__global__ void __launch_bounds__(MLP_THREADS) gate_up_swiglu_kernel2(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C,
+        int F) {
     constexpr int DEPTH = 32, ROWS = 64, COLUMNS = 32;
     SmallTiles &tile = *shared_memory<SmallTiles>();
-    const int n0 = blockIdx.y * ROWS, f0 = blockIdx.x * COLUMNS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int n0 = blockIdx.y * ROWS, f0 = blockIdx.x * COLUMNS, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     float sum[1][2 * COLUMNS / 8][4];
     fill(sum, 0);
     for (int c = 0; c < C; c += DEPTH) {
         load_tile<MLP_THREADS>(tile.x, x + (size_t)n0 * C + c, C, N - n0, C - c);
         load_tile<MLP_THREADS>(rows_of<COLUMNS>(tile.w, 0), w + (size_t)f0 * C + c, C, F - f0, C - c);
-        load_tile<MLP_THREADS>(rows_of<COLUMNS>(tile.w, COLUMNS), w + (size_t)(F + f0) * C + c, C, F - f0, C - c);
+        load_tile<MLP_THREADS>(rows_of<COLUMNS>(tile.w, COLUMNS), w + (size_t)(F + f0) * C + c, C, F - f0,
+                               C - c);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -76,9 +88,11 @@ __global__ void __launch_bounds__(MLP_THREADS) gate_up_swiglu_kernel2(bf16 *__re
         __syncthreads();
     }
     for (int i = 0; i < COLUMNS / 8 * 4; i++) {                     // gate in sum[0][j], up in sum[0][j + 4]
-        const int j = i / 4, n = n0 + warp * 16 + lane / 4 + i % 4 / 2 * 8, f = f0 + j * 8 + lane % 4 * 2 + i % 2;
+        const int j = i / 4, n = n0 + warp * 16 + lane / 4 + i % 4 / 2 * 8;
+        const int f = f0 + j * 8 + lane % 4 * 2 + i % 2;
         if (n >= N || f >= F) continue;
-        const bf16 gate = from_float<bf16>(sum[0][j][i % 4]), up = from_float<bf16>(sum[0][j + COLUMNS / 8][i % 4]);
+        const bf16 gate = from_float<bf16>(sum[0][j][i % 4]);
+        const bf16 up = from_float<bf16>(sum[0][j + COLUMNS / 8][i % 4]);
         float g[1] = {to_float(gate)}, u[1] = {to_float(up)};
         swiglu(u, g, u);
         gate_up[(size_t)n * 2 * F + f] = gate;
@@ -87,8 +101,8 @@ __global__ void __launch_bounds__(MLP_THREADS) gate_up_swiglu_kernel2(bf16 *__re
     }
 }
 
-// ---- kernel 3, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight; rows leave through
-// shared memory in 16-byte stores ----
+// ---- kernel 3, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight;
+// rows leave through shared memory in 16-byte stores ----
 __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *__restrict__ h,
         bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C,
         int F) {
@@ -140,9 +154,10 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *_
     }
 }
 
-// ---- backward, kernel 0: a thread per element of h ----
+// ---- backward, kernel 0: a thread per element of h --------------------------------------------------------
 // g, u, dh become dg, h, du
-template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
+template <int E>
+__device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
     for (int k = 0; k < E; k++) {
         const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
         u[k] *= silu;
@@ -151,10 +166,12 @@ template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], 
     }
 }
 
-__global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int C, int F) {
+__global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int C,
+                                             int F) {
     const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (f >= F) return;
-    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])}, u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])}, d[1] = {};
+    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])},
+        u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])}, d[1] = {};
     for (int c = 0; c < C; c++) d[0] += to_float(dx[(size_t)n * C + c]) * to_float(w[(size_t)c * F + f]);
     d[0] = to_float(from_float<bf16>(d[0]));
     swiglu_gradient(g, u, d);
@@ -163,8 +180,9 @@ __global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
 }
 
-// ---- kernel 1: 16 x 16 tiles in shared memory ----
-__global__ void swiglu_down_backward_kernel1(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N, int C, int F) {
+// ---- kernel 1: 16 x 16 tiles in shared memory -------------------------------------------------------------
+__global__ void swiglu_down_backward_kernel1(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N,
+                                             int C, int F) {
     __shared__ float x_tile[SIDE][SIDE + 1], w_tile[SIDE][SIDE + 1];
     const int i = threadIdx.y, j = threadIdx.x, n = blockIdx.y * SIDE + i, f = blockIdx.x * SIDE + j;
     float d[1] = {};
@@ -176,7 +194,8 @@ __global__ void swiglu_down_backward_kernel1(bf16 *gate_up, bf16 *h, const bf16 
         __syncthreads();
     }
     if (n >= N || f >= F) return;
-    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])}, u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])};
+    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])},
+        u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])};
     d[0] = to_float(from_float<bf16>(d[0]));
     swiglu_gradient(g, u, d);
     h[(size_t)n * F + f] = from_float<bf16>(u[0]);
@@ -184,7 +203,8 @@ __global__ void swiglu_down_backward_kernel1(bf16 *gate_up, bf16 *h, const bf16 
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
 }
 
-// ---- kernel 2, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the tensor cores ----
+// ---- kernel 2, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the
+// tensor cores
 __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(bf16 *__restrict__ gate_up,
         bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
     DownStage *stages = shared_memory<DownStage>();
@@ -221,11 +241,13 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(b
 
 static void shape(int when, int N, int C, int F) {
     const size_t n = (size_t)N * F;
-    if (bench_shape<bf16>(when, "gate_up_swiglu", 2.0 * N * C + 4.0 * C * F + 6.0 * n, 4.0 * n * C, "N %d C %d F %d", N, C, F)) {
+    if (bench_shape<bf16>(when, "gate_up_swiglu", 2.0 * N * C + 4.0 * C * F + 6.0 * n, 4.0 * n * C,
+                          "N %d C %d F %d", N, C, F)) {
         Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), x("x", (size_t)N * C), w("w", (size_t)2 * F * C);
         gate_up.judge_apart(2 * F, {{"gate", 0, (size_t)F}, {"up", (size_t)F, (size_t)2 * F}});
         x.normal(1), w.normal(2 / sqrtf((float)C));
-        reference<bf16>([&](int b) { twin::mlp_forward(h.twin(b), gate_up.twin(b), x.host, w.host, N, C, F); });
+        reference<bf16>([&](int b) { twin::mlp_forward(h.twin(b), gate_up.twin(b), x.host, w.host, N, C,
+                                                       F); });
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
@@ -235,8 +257,8 @@ static void shape(int when, int N, int C, int F) {
                 launch(gate_up_swiglu_kernel1, tiles, tile, 0, h, gate_up, x, w, N, C, F);
             }},
             {2, "tensor cores, 64 x 64 sums per block, one buffer", [&] {
-                launch(gate_up_swiglu_kernel2, dim3(CEIL_DIV(F, 32), CEIL_DIV(N, 64)), MLP_THREADS, sizeof(SmallTiles),
-                       h, gate_up, x, w, N, C, F);
+                launch(gate_up_swiglu_kernel2, dim3(CEIL_DIV(F, 32), CEIL_DIV(N, 64)), MLP_THREADS,
+                       sizeof(SmallTiles), h, gate_up, x, w, N, C, F);
             }},
             {3, "128 x 128 sums per block, three stages in flight", [&] {
                 mlp_forward_products(h, gate_up, x, w, N, C, F);
@@ -244,8 +266,8 @@ static void shape(int when, int N, int C, int F) {
         };
         bench(variants);
     }
-    if (bench_shape<bf16>(when, "swiglu_down_backward", 2.0 * N * C + 2.0 * C * F + 10.0 * n, 2.0 * n * C, "N %d C %d F %d", N, C,
-                          F)) {
+    if (bench_shape<bf16>(when, "swiglu_down_backward", 2.0 * N * C + 2.0 * C * F + 10.0 * n, 2.0 * n * C,
+                          "N %d C %d F %d", N, C, F)) {
         Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), dx("dx", (size_t)N * C), w("w", (size_t)C * F);
         gate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(2), dx.normal(1), w.normal(1 / sqrtf((float)C));
@@ -255,7 +277,8 @@ static void shape(int when, int N, int C, int F) {
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
-                launch(swiglu_down_backward_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, gate_up, h, dx, w, C, F);
+                launch(swiglu_down_backward_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, gate_up, h, dx, w, C,
+                       F);
             }},
             {1, "16 x 16 tiles in shared memory, fp32", [&] {
                 launch(swiglu_down_backward_kernel1, tiles, tile, 0, gate_up, h, dx, w, N, C, F);

@@ -1,21 +1,23 @@
 // rmsnorm_backward: gradients of out = x r w, r = (mean x^2 + eps)^(-1/2) kept by the forward as rstd.
-// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
-// dx (N,C) +=, dw (C) +=, norm_out (N,C) = n_c w_c, the forward's output again (or NULL); dout, x (N,C), rstd (N), w (C)
+// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows
+// of dout_c n_c dx (N,C) +=, dw (C) +=, norm_out (N,C) = n_c w_c, the forward's output again (or NULL); dout,
+// x (N,C), rstd (N), w (C)
 // bytes   3·N·C (dout, x, dx) in + 2·N·C (dx, norm_out) out, 2 bytes each = 336 MB for N 16384, C 2048
 // FLOPs   ~13·N·C = 0.44 G
 // floor   336 MB / 3.35 TB/s = 100 us (memory-bound; the arithmetic alone is 7 us of fp32)
-// idea    two sums run in different directions: one along each row (mean), one down each column (dw). Whoever owns a row has a
-//         share of every column's sum and must put it somewhere without atomics, so that two runs give the same bits
+// idea    two sums run in different directions: one along each row (mean), one down each column (dw). Whoever
+//         owns a row has a share of every column's sum and must put it somewhere without atomics, so that two
+//         runs give the same bits
 // limits  C % 4 == 0, C <= 16384 (shipped)
-// result  modelled (H100; N 512, C 2048, 10.5 MB compulsory, floor 3.1 us), MB in sectors and us: kernel 0 243 and 73; 1 26 and
-//         8.7; 2 25 and 7.6; 3 11.9 and 3.7. Measured: not yet
+// result  modelled (H100; N 512, C 2048, 10.5 MB compulsory, floor 3.1 us), MB in sectors and us: kernel 0
+//         243 and 73; 1 26 and 8.7; 2 25 and 7.6; 3 11.9 and 3.7. Measured: not yet
 #include "bench.cuh"
 
-// ---- kernel 0: the formula. A thread per row for dx, then a thread per column for dw: rows are C apart, so a warp's loads are
-// 32 sectors
+// ---- kernel 0: the formula. A thread per row for dx, then a thread per column for dw: rows are C apart, so
+// a warp's loads are 32 sectors
 template <typename floatX>
-__global__ void rmsnorm_backward_kernel0(floatX *dx, floatX *norm_out, const floatX *dout, const floatX *x, const float *rstd, const floatX *w, int N,
-                                         int C) {
+__global__ void rmsnorm_backward_kernel0(floatX *dx, floatX *norm_out, const floatX *dout, const floatX *x,
+                                         const float *rstd, const floatX *w, int N, int C) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     dx += (size_t)n * C, dout += (size_t)n * C, x += (size_t)n * C;
@@ -30,19 +32,21 @@ __global__ void rmsnorm_backward_kernel0(floatX *dx, floatX *norm_out, const flo
 }
 
 template <typename floatX>
-__global__ void rmsnorm_backward_dw_kernel0(float *dw, const floatX *dout, const floatX *x, const float *rstd, int N, int C) {
+__global__ void rmsnorm_backward_dw_kernel0(float *dw, const floatX *dout, const floatX *x, const float *rstd,
+                                            int N, int C) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
     float sum = 0;
-    for (int n = 0; n < N; n++) sum += to_float(dout[(size_t)n * C + c]) * (to_float(x[(size_t)n * C + c]) * rstd[n]);
+    for (int n = 0; n < N; n++)
+        sum += to_float(dout[(size_t)n * C + c]) * (to_float(x[(size_t)n * C + c]) * rstd[n]);
     dw[c] += sum;
 }
 
-// ---- kernel 1: a warp per row: neighbouring lanes read neighbouring elements. Three walks over the row and a second kernel
-// still read dout and x three times
+// ---- kernel 1: a warp per row: neighbouring lanes read neighbouring elements. Three walks over the row and
+// a second kernel still read dout and x three times
 template <typename floatX>
-__global__ void rmsnorm_backward_kernel1(floatX *dx, floatX *norm_out, const floatX *dout, const floatX *x, const float *rstd, const floatX *w, int N,
-                                         int C) {
+__global__ void rmsnorm_backward_kernel1(floatX *dx, floatX *norm_out, const floatX *dout, const floatX *x,
+                                         const float *rstd, const floatX *w, int N, int C) {
     const int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
     dx += (size_t)n * C, dout += (size_t)n * C, x += (size_t)n * C;
@@ -57,18 +61,20 @@ __global__ void rmsnorm_backward_kernel1(floatX *dx, floatX *norm_out, const flo
     }
 }
 
-// ---- kernel 2: dw on the way. A block keeps sums of dw over its rows in shared memory, writes them once, and column_sums adds
-// the blocks: dout and x are read twice, the second time from the L1 or L2 cache if the row is still there
+// ---- kernel 2: dw on the way. A block keeps sums of dw over its rows in shared memory, writes them once,
+// and column_sums adds the blocks: dout and x are read twice, the second time from the L1 or L2 cache if the
+// row is still there
 template <typename floatX>
-__global__ void rmsnorm_backward_kernel2(floatX *dx, float *partials, floatX *norm_out, const floatX *dout, const floatX *x, const float *rstd,
-                                         const floatX *w, int N, int C) {
-    float *dw = shared_memory<float>();                         // (C): each thread meets its own columns only: no barrier
+__global__ void rmsnorm_backward_kernel2(floatX *dx, float *partials, floatX *norm_out, const floatX *dout,
+                                         const floatX *x, const float *rstd, const floatX *w, int N, int C) {
+    float *dw = shared_memory<float>();  // (C): each thread meets its own columns only: no barrier
     for (int c = threadIdx.x; c < C; c += blockDim.x) dw[c] = 0;
     for (int n = blockIdx.x; n < N; n += gridDim.x) {
         const size_t at = (size_t)n * C;
         const float r = rstd[n];
         float gn = 0;
-        for (int c = threadIdx.x; c < C; c += blockDim.x) gn += to_float(dout[at + c]) * to_float(w[c]) * to_float(x[at + c]);
+        for (int c = threadIdx.x; c < C; c += blockDim.x)
+            gn += to_float(dout[at + c]) * to_float(w[c]) * to_float(x[at + c]);
         const float mean = block_sum(gn) * r / C;
         for (int c = threadIdx.x; c < C; c += blockDim.x) {
             const float norm = to_float(x[at + c]) * r, d = to_float(dout[at + c]);
@@ -80,8 +86,8 @@ __global__ void rmsnorm_backward_kernel2(floatX *dx, float *partials, floatX *no
     for (int c = threadIdx.x; c < C; c += blockDim.x) partials[(size_t)blockIdx.x * C + c] = dw[c];
 }
 
-// ---- kernel 3, shipped: 16 elements of each operand stay in registers over the reduction, so each is read once, 4 at a time;
-// narrow rows share a block; w is copied to shared memory once per block
+// ---- kernel 3, shipped: 16 elements of each operand stay in registers over the reduction, so each is read
+// once, 4 at a time; narrow rows share a block; w is copied to shared memory once per block
 template <typename floatX>
 __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel3(floatX *dx, float *partials,
         floatX *norm_out, const floatX *dout, const floatX *x, const float *rstd, const floatX *w, int N,
@@ -151,31 +157,36 @@ __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel3(floatX *dx, flo
 
 template <typename floatX> static void shape(int when, int N, int C, int rebuild) {
     const size_t n = (size_t)N * C;
-    if (!bench_shape<floatX>(when, "rmsnorm_backward", (4.0 + rebuild) * n * sizeof(floatX), 13.0 * n, "N %d C %d%s", N, C,
-                        rebuild ? " with norm_out" : "")) return;
+    if (!bench_shape<floatX>(when, "rmsnorm_backward", (4.0 + rebuild) * n * sizeof(floatX), 13.0 * n,
+                             "N %d C %d%s", N, C, rebuild ? " with norm_out" : "")) return;
     Tensor<floatX> dx("dx", n), norm("norm_out", n), dout("dout", n), x("x", n), w("w", C);
     Tensor<float> dw("dw", C), rstd("rstd", N), scratch("scratch", (size_t)MAX_PARTIALS * C);
     dx.normal(1), dout.normal(1), x.normal(1.5f, 0.3f), w.normal(0.3f, 1), dw.normal(1);
     std::vector<float> unused(n);
     twin::rmsnorm_forward(unused.data(), rstd.host, x.host, w.host, 1e-5, N, C);
     reference<floatX>([&](int b) {
-        twin::rmsnorm_backward(dx.twin(b), dw.twin(b), rebuild ? norm.twin(b) : NULL, dout.host, x.host, rstd.host, w.host, N, C);
+        twin::rmsnorm_backward(dx.twin(b), dw.twin(b), rebuild ? norm.twin(b) : NULL, dout.host, x.host,
+                               rstd.host, w.host, N, C);
     });
     gpu.scratch = scratch;
     floatX *norm_out = rebuild ? (floatX *)norm : NULL;
     const int blocks = N < 264 ? N : 264;
-    auto dw_alone = [&] { launch(rmsnorm_backward_dw_kernel0<floatX>, CEIL_DIV(C, 128), 128, 0, dw, dout, x, rstd, N, C); };
+    auto dw_alone = [&] { launch(rmsnorm_backward_dw_kernel0<floatX>, CEIL_DIV(C, 128), 128, 0, dw, dout, x,
+                                 rstd, N, C); };
     const Variant variants[] = {
         {0, "one thread per row; dw: one thread per column", [&] {
-            launch(rmsnorm_backward_kernel0<floatX>, CEIL_DIV(N, 128), 128, 0, dx, norm_out, dout, x, rstd, w, N, C);
+            launch(rmsnorm_backward_kernel0<floatX>, CEIL_DIV(N, 128), 128, 0, dx, norm_out, dout, x, rstd, w,
+                   N, C);
             dw_alone();
         }},
         {1, "one warp per row; dw as before", [&] {
-            launch(rmsnorm_backward_kernel1<floatX>, CEIL_DIV(N, 8), dim3(32, 8), 0, dx, norm_out, dout, x, rstd, w, N, C);
+            launch(rmsnorm_backward_kernel1<floatX>, CEIL_DIV(N, 8), dim3(32, 8), 0, dx, norm_out, dout, x,
+                   rstd, w, N, C);
             dw_alone();
         }},
         {2, "dw summed on the way, in shared memory; rows read twice", [&] {
-            launch(rmsnorm_backward_kernel2<floatX>, blocks, 256, C * sizeof(float), dx, scratch, norm_out, dout, x, rstd, w, N, C);
+            launch(rmsnorm_backward_kernel2<floatX>, blocks, 256, C * sizeof(float), dx, scratch, norm_out,
+                   dout, x, rstd, w, N, C);
             column_sums(dw, scratch, blocks, C, C);
         }},
         {3, "rows in registers, 16-byte accesses, dw in shared memory", [&] {

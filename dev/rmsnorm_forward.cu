@@ -1,15 +1,18 @@
-// rmsnorm_forward: out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)  (Zhang & Sennrich 2019);  x (N,C), w (C)
+// rmsnorm_forward: out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)  (Zhang & Sennrich
+// 2019);  x (N,C), w (C)
 // bytes   2·N·C in + 2·N·C out + 4·N = 134 MB for N 16384, C 2048        FLOPs ~4·N·C = 0.13 G
 // floor   40 us (memory-bound; the arithmetic alone is 2 us of fp32)
 // idea    r needs the whole row before the first output: read the row twice, or keep it
 // limits  C % 8 == 0 (fp32: 4), C <= 16384 (shipped)
-// result  modelled (H100; N 1024, C 2048, 8.4 MB compulsory, floor 2.5 us), MB in sectors and us: kernel 0 203 and 61; 1 and 2 16.8
-//         and 5.0 (2 with an eighth of the instructions); 3 8.9 and 2.7. Measured: not yet
+// result  modelled (H100; N 1024, C 2048, 8.4 MB compulsory, floor 2.5 us), MB in sectors and us: kernel 0
+//         203 and 61; 1 and 2 16.8 and 5.0 (2 with an eighth of the instructions); 3 8.9 and 2.7. Measured:
+//         not yet
 #include "bench.cuh"
 
-// ---- kernel 0: a thread per row: neighbouring threads are C elements apart, every load is its own sector ----
+// ---- kernel 0: a thread per row: neighbouring threads are C elements apart, every load is its own sector --
 template <typename floatX>
-__global__ void rmsnorm_forward_kernel0(floatX *out, float *rstd, const floatX *x, const floatX *w, float eps, int N, int C) {
+__global__ void rmsnorm_forward_kernel0(floatX *out, float *rstd, const floatX *x, const floatX *w, float eps,
+                                        int N, int C) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     x += (size_t)n * C, out += (size_t)n * C;
@@ -20,23 +23,26 @@ __global__ void rmsnorm_forward_kernel0(floatX *out, float *rstd, const floatX *
     rstd[n] = r;
 }
 
-// ---- kernel 1: a warp per row: neighbouring lanes read neighbouring elements, 2 bytes each ----
+// ---- kernel 1: a warp per row: neighbouring lanes read neighbouring elements, 2 bytes each ----------------
 template <typename floatX>
-__global__ void rmsnorm_forward_kernel1(floatX *out, float *rstd, const floatX *x, const floatX *w, float eps, int N, int C) {
+__global__ void rmsnorm_forward_kernel1(floatX *out, float *rstd, const floatX *x, const floatX *w, float eps,
+                                        int N, int C) {
     const int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
     x += (size_t)n * C, out += (size_t)n * C;
     float squares = 0;
     for (int c = threadIdx.x; c < C; c += 32) squares += to_float(x[c]) * to_float(x[c]);
     const float r = rsqrtf(warp_sum(squares) / C + eps);
-    for (int c = threadIdx.x; c < C; c += 32) out[c] = from_float<floatX>(to_float(x[c]) * r * to_float(w[c]));
+    for (int c = threadIdx.x; c < C; c += 32)
+        out[c] = from_float<floatX>(to_float(x[c]) * r * to_float(w[c]));
     if (threadIdx.x == 0) rstd[n] = r;
 }
 
-// ---- kernel 2: 16 bytes per access: an eighth of the instructions. x is still read twice; the second time it is in a cache,
-// usually
+// ---- kernel 2: 16 bytes per access: an eighth of the instructions. x is still read twice; the second time
+// it is in a cache, usually
 template <typename floatX>
-__global__ void rmsnorm_forward_kernel2(floatX *out, float *rstd, const floatX *x, const floatX *w, float eps, int N, int C) {
+__global__ void rmsnorm_forward_kernel2(floatX *out, float *rstd, const floatX *x, const floatX *w, float eps,
+                                        int N, int C) {
     constexpr int E = 16 / sizeof(floatX);
     const int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
@@ -56,7 +62,8 @@ __global__ void rmsnorm_forward_kernel2(floatX *out, float *rstd, const floatX *
     if (threadIdx.x == 0) rstd[n] = r;
 }
 
-// ---- kernel 3, shipped: the row stays in registers, w in shared memory, enough warps per row for any width ----
+// ---- kernel 3, shipped: the row stays in registers, w in shared memory, enough warps per row for any
+// width
 template <typename floatX>
 __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel3(floatX *out, float *rstd, const floatX *x,
                                                                 const floatX *w, float eps, int N, int C) {
@@ -98,23 +105,27 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel3(floatX *out, flo
 
 template <typename floatX> static void shape(int when, int N, int C, float eps) {
     const size_t n = (size_t)N * C;
-    if (!bench_shape<floatX>(when, "rmsnorm_forward", 2.0 * n * sizeof(floatX) + 4.0 * N + sizeof(floatX) * C, 4.0 * n, "N %d C %d", N,
-                        C)) return;
+    if (!bench_shape<floatX>(when, "rmsnorm_forward", 2.0 * n * sizeof(floatX) + 4.0 * N + sizeof(floatX) * C,
+                             4.0 * n, "N %d C %d", N, C)) return;
     Tensor<floatX> out("out", n), x("x", n), w("w", C);
     Tensor<float> rstd("rstd", N);
     x.normal(1.5f, 0.3f), w.normal(0.3f, 1);
-    reference<floatX>([&](int b) { twin::rmsnorm_forward(out.twin(b), rstd.twin(b), x.host, w.host, eps, N, C); });
+    reference<floatX>([&](int b) { twin::rmsnorm_forward(out.twin(b), rstd.twin(b), x.host, w.host, eps, N,
+                                                         C); });
     const Variant variants[] = {
         {0, "one thread per row", [&] {
             launch(rmsnorm_forward_kernel0<floatX>, CEIL_DIV(N, 128), 128, 0, out, rstd, x, w, eps, N, C);
         }},
         {1, "one warp per row", [&] {
-            launch(rmsnorm_forward_kernel1<floatX>, CEIL_DIV(N, 8), dim3(32, 8), 0, out, rstd, x, w, eps, N, C);
+            launch(rmsnorm_forward_kernel1<floatX>, CEIL_DIV(N, 8), dim3(32, 8), 0, out, rstd, x, w, eps, N,
+                   C);
         }},
         {2, "16-byte accesses", [&] {
-            launch(rmsnorm_forward_kernel2<floatX>, CEIL_DIV(N, 8), dim3(32, 8), 0, out, rstd, x, w, eps, N, C);
+            launch(rmsnorm_forward_kernel2<floatX>, CEIL_DIV(N, 8), dim3(32, 8), 0, out, rstd, x, w, eps, N,
+                   C);
         }},
-        {3, "the row in registers: read once", [&] { rmsnorm_forward<floatX>(out, rstd, x, w, eps, N, C); }, SHIPPED},
+        {3, "the row in registers: read once", [&] { rmsnorm_forward<floatX>(out, rstd, x, w, eps, N, C); },
+         SHIPPED},
     };
     bench(variants);
 }

@@ -1,27 +1,34 @@
 // qk_norm_rope_forward, the q and k heads y of qkv (N,(H+2K)D) in place:
-//   with norm (Qwen3): qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2), y *= r w (w = q_norm or k_norm (D));
-//   then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T: cosine, sine (T,D/2). v is not touched
+//   with norm (Qwen3): qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2), y *= r w (w =
+//   q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T: cosine, sine
+//   (T,D/2). v is not touched
 // qk_norm_rope_backward: the way back for dqkv, in place; dq_norm, dk_norm (D) +=
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D of qk_raw) = 160 MB for N 16384, H 16, K 2, D 128
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D of qk_raw) = 160 MB for N 16384, H 16,
+//         K 2, D 128
 // FLOPs   ~3·N·(H+K)·D, with norm ~8                    floor 48 us (memory)
-// idea    the two halves of a pair are D/2 apart and must meet in one thread; the angles of a row serve all its heads
+// idea    the two halves of a pair are D/2 apart and must meet in one thread; the angles of a row serve all
+//         its heads
 // limits  D % 8 == 0, D <= 256 (shipped)
-// result  modelled (H100; N 256, H 16, K 2, D 128 with norm, 3.7 MB compulsory, floor 1.1 us), MB in sectors and us:
-//         forward kernel 0 78 and 23; 1 8.4 and 2.5; 2 3.8 and 1.8.  backward 0 103 and 38; 1 16 and 12; 2 3.9 and 4.8 (few blocks).
-//         Measured: not yet
+// result  modelled (H100; N 256, H 16, K 2, D 128 with norm, 3.7 MB compulsory, floor 1.1 us), MB in sectors
+//         and us:
+//         forward kernel 0 78 and 23; 1 8.4 and 2.5; 2 3.8 and 1.8.  backward 0 103 and 38; 1 16 and 12; 2
+//         3.9 and 4.8 (few blocks). Measured: not yet
 #include "bench.cuh"
 
-// ---- forward, kernel 0: a thread per head ----
+// ---- forward, kernel 0: a thread per head -----------------------------------------------------------------
 template <typename floatX>
-__global__ void qk_norm_rope_forward_kernel0(floatX *qkv, floatX *qk_raw, float *qk_rstd, const floatX *q_norm, const floatX *k_norm,
-                                              const float *cosine, const float *sine, float eps, int H, int K, int D, int N, int T) {
+__global__ void qk_norm_rope_forward_kernel0(floatX *qkv, floatX *qk_raw, float *qk_rstd,
+                                             const floatX *q_norm, const floatX *k_norm, const float *cosine,
+                                             const float *sine, float eps, int H, int K, int D, int N,
+                                             int T) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i / (H + K), h = i % (H + K);
     if (n >= N) return;
     floatX *x = qkv + ((size_t)n * (H + 2 * K) + h) * D;
     const floatX *w = h < H ? q_norm : k_norm;
     float squares = 0, r = 1;
     if (q_norm) {
-        for (int d = 0; d < D; d++) squares += to_float(x[d]) * to_float(x[d]), qk_raw[(size_t)i * D + d] = x[d];
+        for (int d = 0; d < D; d++)
+            squares += to_float(x[d]) * to_float(x[d]), qk_raw[(size_t)i * D + d] = x[d];
         qk_rstd[i] = r = rsqrtf(squares / D + eps);
     }
     for (int d = 0; d < D / 2; d++) {
@@ -33,18 +40,21 @@ __global__ void qk_norm_rope_forward_kernel0(floatX *qkv, floatX *qk_raw, float 
     }
 }
 
-// ---- kernel 1: a warp per head: neighbouring lanes, neighbouring pairs. 2-byte accesses, and each head reads the angles of
-// its row again
+// ---- kernel 1: a warp per head: neighbouring lanes, neighbouring pairs. 2-byte accesses, and each head
+// reads the angles of its row again
 template <typename floatX>
-__global__ void qk_norm_rope_forward_kernel1(floatX *qkv, floatX *qk_raw, float *qk_rstd, const floatX *q_norm, const floatX *k_norm,
-                                              const float *cosine, const float *sine, float eps, int H, int K, int D, int N, int T) {
+__global__ void qk_norm_rope_forward_kernel1(floatX *qkv, floatX *qk_raw, float *qk_rstd,
+                                             const floatX *q_norm, const floatX *k_norm, const float *cosine,
+                                             const float *sine, float eps, int H, int K, int D, int N,
+                                             int T) {
     const int i = blockIdx.x * blockDim.y + threadIdx.y, n = i / (H + K), h = i % (H + K);
     if (n >= N) return;
     floatX *x = qkv + ((size_t)n * (H + 2 * K) + h) * D;
     const floatX *w = h < H ? q_norm : k_norm;
     float squares = 0, r = 1;
     if (q_norm) {
-        for (int d = threadIdx.x; d < D; d += 32) squares += to_float(x[d]) * to_float(x[d]), qk_raw[(size_t)i * D + d] = x[d];
+        for (int d = threadIdx.x; d < D; d += 32)
+            squares += to_float(x[d]) * to_float(x[d]), qk_raw[(size_t)i * D + d] = x[d];
         r = rsqrtf(warp_sum(squares) / D + eps);
         if (threadIdx.x == 0) qk_rstd[i] = r;
     }
@@ -57,8 +67,8 @@ __global__ void qk_norm_rope_forward_kernel1(floatX *qkv, floatX *qk_raw, float 
     }
 }
 
-// ---- kernel 2, shipped: a warp per row; four neighbouring elements of both halves per lane, several heads at a time, angles
-// read once
+// ---- kernel 2, shipped: a warp per row; four neighbouring elements of both halves per lane, several heads
+// at a time, angles read once
 template <typename floatX, bool NORM>
 __global__ void qk_norm_rope_forward_kernel2(floatX *qkv, floatX *qk_raw, float *qk_rstd,
         const floatX *q_norm, const floatX *k_norm, const float *cosine, const float *sine, float eps, int H,
@@ -123,19 +133,23 @@ __global__ void qk_norm_rope_forward_kernel2(floatX *qkv, floatX *qk_raw, float 
     }
 }
 
-// ---- backward, kernel 0: first dq_norm and dk_norm, a thread per column over all rows and heads; then a thread per head ----
+// ---- backward, kernel 0: first dq_norm and dk_norm, a thread per column over all rows and heads; then a
+// thread per head
 template <typename floatX>
-__device__ void turn_back(float *a, float *b, const floatX *dx, const float *cosine, const float *sine, int d, int D) {
+__device__ void turn_back(float *a, float *b, const floatX *dx, const float *cosine, const float *sine, int d,
+                          int D) {
     const float x = to_float(dx[d]), y = to_float(dx[d + D / 2]);
     *a = x * cosine[d] + y * sine[d];
     *b = y * cosine[d] - x * sine[d];
 }
 
 template <typename floatX>
-__global__ void qk_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm, const floatX *dqkv, const floatX *qk_raw,
-                                                  const float *qk_rstd,
-                                                  const float *cosine, const float *sine, int H, int K, int D, int N, int T) {
-    const int d = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y == 0 ? 0 : H, end = blockIdx.y == 0 ? H : H + K;
+__global__ void qk_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm, const floatX *dqkv,
+                                                 const floatX *qk_raw, const float *qk_rstd,
+                                                 const float *cosine, const float *sine, int H, int K, int D,
+                                                 int N, int T) {
+    const int d = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y == 0 ? 0 : H;
+    const int end = blockIdx.y == 0 ? H : H + K;
     if (d >= D / 2) return;
     float lo = 0, hi = 0, a, b;
     for (int n = 0; n < N; n++) for (int h = first; h < end; h++) {
@@ -149,8 +163,10 @@ __global__ void qk_norm_rope_backward_dw_kernel0(float *dq_norm, float *dk_norm,
 }
 
 template <typename floatX>
-__global__ void qk_norm_rope_backward_kernel0(floatX *dqkv, const floatX *qk_raw, const float *qk_rstd, const floatX *q_norm, const floatX *k_norm,
-                                               const float *cosine, const float *sine, int H, int K, int D, int N, int T) {
+__global__ void qk_norm_rope_backward_kernel0(floatX *dqkv, const floatX *qk_raw, const float *qk_rstd,
+                                              const floatX *q_norm, const floatX *k_norm,
+                                              const float *cosine, const float *sine, int H, int K, int D,
+                                              int N, int T) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i / (H + K), h = i % (H + K), half = D / 2;
     if (n >= N) return;
     floatX *dx = dqkv + ((size_t)n * (H + 2 * K) + h) * D;
@@ -159,7 +175,8 @@ __global__ void qk_norm_rope_backward_kernel0(floatX *dqkv, const floatX *qk_raw
     float mean = 0, r = q_norm ? qk_rstd[i] : 1, a, b;
     if (q_norm) for (int d = 0; d < half; d++) {
         turn_back(&a, &b, dx, cosine, sine, d, D);
-        mean += (a * to_float(w[d]) * to_float(raw[d]) + b * to_float(w[d + half]) * to_float(raw[d + half])) * r / D;
+        mean += a * to_float(w[d]) * to_float(raw[d]) * r / D;
+        mean += b * to_float(w[d + half]) * to_float(raw[d + half]) * r / D;
     }
     for (int d = 0; d < half; d++) {
         turn_back(&a, &b, dx, cosine, sine, d, D);
@@ -171,10 +188,12 @@ __global__ void qk_norm_rope_backward_kernel0(floatX *dqkv, const floatX *qk_raw
     }
 }
 
-// ---- kernel 1: a warp per head for dqkv; dq_norm and dk_norm as before ----
+// ---- kernel 1: a warp per head for dqkv; dq_norm and dk_norm as before ------------------------------------
 template <typename floatX>
-__global__ void qk_norm_rope_backward_kernel1(floatX *dqkv, const floatX *qk_raw, const float *qk_rstd, const floatX *q_norm, const floatX *k_norm,
-                                               const float *cosine, const float *sine, int H, int K, int D, int N, int T) {
+__global__ void qk_norm_rope_backward_kernel1(floatX *dqkv, const floatX *qk_raw, const float *qk_rstd,
+                                              const floatX *q_norm, const floatX *k_norm,
+                                              const float *cosine, const float *sine, int H, int K, int D,
+                                              int N, int T) {
     const int i = blockIdx.x * blockDim.y + threadIdx.y, n = i / (H + K), h = i % (H + K), half = D / 2;
     if (n >= N) return;
     floatX *dx = dqkv + ((size_t)n * (H + 2 * K) + h) * D;
@@ -183,7 +202,8 @@ __global__ void qk_norm_rope_backward_kernel1(floatX *dqkv, const floatX *qk_raw
     float mean = 0, r = q_norm ? qk_rstd[i] : 1, a, b;
     if (q_norm) for (int d = threadIdx.x; d < half; d += 32) {
         turn_back(&a, &b, dx, cosine, sine, d, D);
-        mean += (a * to_float(w[d]) * to_float(raw[d]) + b * to_float(w[d + half]) * to_float(raw[d + half])) * r / D;
+        mean += a * to_float(w[d]) * to_float(raw[d]) * r / D;
+        mean += b * to_float(w[d + half]) * to_float(raw[d + half]) * r / D;
     }
     mean = warp_sum(mean);
     for (int d = threadIdx.x; d < half; d += 32) {
@@ -196,8 +216,8 @@ __global__ void qk_norm_rope_backward_kernel1(floatX *dqkv, const floatX *qk_raw
     }
 }
 
-// ---- kernel 2, shipped: the forward's layout; a lane sees the same 8 elements of every head and sums their weight gradients
-// in registers
+// ---- kernel 2, shipped: the forward's layout; a lane sees the same 8 elements of every head and sums their
+// weight gradients in registers
 template <typename floatX, bool NORM>
 __global__ void qk_norm_rope_backward_kernel2(floatX *dqkv, float *partials, const floatX *qk_raw,
         const float *qk_rstd, const floatX *q_norm, const floatX *k_norm, const float *cosine,
@@ -292,13 +312,15 @@ template <typename floatX> static void shape(int when, int B, int T, int H, int 
     const size_t n = (size_t)N * W, n_qk = (size_t)heads * D;
     const double bytes = (2.0 + (norm != 0)) * n_qk * sizeof(floatX) + 4.0 * T * D + (norm ? 4.0 * heads : 0),
         flops = (norm ? 8.0 : 3.0) * n_qk;
-    std::vector<float> angles[2] = {std::vector<float>((size_t)T * D / 2), std::vector<float>((size_t)T * D / 2)};
+    std::vector<float> angles[2] = {std::vector<float>((size_t)T * D / 2),
+                                    std::vector<float>((size_t)T * D / 2)};
     twin::rope_table_sizes(angles[0].data(), angles[1].data(), D, T);
 
-    if (bench_shape<floatX>(when, "qk_norm_rope_forward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
-                       norm ? " norm" : "")) {
+    if (bench_shape<floatX>(when, "qk_norm_rope_forward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H,
+                            K, D, norm ? " norm" : "")) {
         Tensor<floatX> qkv("qkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
-        Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size());
+        Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()),
+            sine("sine", angles[1].size());
         qkv.judge_apart(W, {{"q", 0, (size_t)H * D}, {"k", (size_t)H * D, (size_t)(H + K) * D},
                             {"v", (size_t)(H + K) * D, (size_t)W}});
         qkv.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1);
@@ -306,18 +328,19 @@ template <typename floatX> static void shape(int when, int B, int T, int H, int 
         std::copy(angles[1].begin(), angles[1].end(), sine.host);
         reference<floatX>([&](int b) {
             twin::qk_norm_rope_forward(qkv.twin(b), norm ? raw.twin(b) : NULL, norm ? rstd.twin(b) : NULL,
-                                       norm ? q_norm.host : NULL, norm ? k_norm.host : NULL, cosine.host, sine.host, eps,
+                                       norm ? q_norm.host : NULL, norm ? k_norm.host : NULL, cosine.host,
+                                       sine.host, eps,
                                        H, K, D, N, T);
         });
         floatX *qn = norm ? (floatX *)q_norm : NULL, *kn = norm ? (floatX *)k_norm : NULL;
         const Variant variants[] = {
             {0, "one thread per head", [&] {
-                launch(qk_norm_rope_forward_kernel0<floatX>, CEIL_DIV(heads, 128), 128, 0, qkv, raw, rstd, qn, kn, cosine, sine,
-                       eps, H, K, D, N, T);
+                launch(qk_norm_rope_forward_kernel0<floatX>, CEIL_DIV(heads, 128), 128, 0, qkv, raw, rstd, qn,
+                       kn, cosine, sine, eps, H, K, D, N, T);
             }},
             {1, "one warp per head", [&] {
-                launch(qk_norm_rope_forward_kernel1<floatX>, CEIL_DIV(heads, 8), dim3(32, 8), 0, qkv, raw, rstd, qn, kn, cosine,
-                       sine, eps, H, K, D, N, T);
+                launch(qk_norm_rope_forward_kernel1<floatX>, CEIL_DIV(heads, 8), dim3(32, 8), 0, qkv, raw,
+                       rstd, qn, kn, cosine, sine, eps, H, K, D, N, T);
             }},
             {2, "one warp per row, angles in registers", [&] {
                 qk_norm_rope_forward<floatX>(qkv, raw, rstd, qn, kn, cosine, sine, eps, H, K, D, N, T);
@@ -325,45 +348,51 @@ template <typename floatX> static void shape(int when, int B, int T, int H, int 
         };
         bench(variants);
     }
-    if (bench_shape<floatX>(when, "qk_norm_rope_backward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T, H, K, D,
-                       norm ? " norm" : "")) {
+    if (bench_shape<floatX>(when, "qk_norm_rope_backward", bytes, flops, "B %d T %d H %d K %d D %d%s", B, T,
+                            H, K, D, norm ? " norm" : "")) {
         Tensor<floatX> dqkv("dqkv", n), raw("qk_raw", n_qk), q_norm("q_norm", D), k_norm("k_norm", D);
-        Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()), sine("sine", angles[1].size()),
+        Tensor<float> rstd("qk_rstd", heads), cosine("cosine", angles[0].size()),
+            sine("sine", angles[1].size()),
             dq_norm("dq_norm", D), dk_norm("dk_norm", D), scratch("scratch", (size_t)MAX_PARTIALS * 2 * D);
         dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D},
                              {"dv", (size_t)(H + K) * D, (size_t)W}});
-        dqkv.normal(1), raw.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1), dq_norm.normal(1), dk_norm.normal(1);
+        dqkv.normal(1), raw.normal(1), q_norm.normal(0.3f, 1), k_norm.normal(0.3f, 1), dq_norm.normal(1),
+            dk_norm.normal(1);
         std::copy(angles[0].begin(), angles[0].end(), cosine.host);
         std::copy(angles[1].begin(), angles[1].end(), sine.host);
         for (int i = 0; i < heads; i++) {
             double squares = 0;
-            for (int d = 0; d < D; d++) squares += (double)raw.host[(size_t)i * D + d] * raw.host[(size_t)i * D + d];
+            for (int d = 0; d < D; d++)
+                squares += (double)raw.host[(size_t)i * D + d] * raw.host[(size_t)i * D + d];
             rstd.host[i] = (float)(1 / sqrt(squares / D + eps));
         }
         reference<floatX>([&](int b) {
             twin::qk_norm_rope_backward(dqkv.twin(b), dq_norm.twin(b), dk_norm.twin(b), raw.host, rstd.host,
-                                        norm ? q_norm.host : NULL, norm ? k_norm.host : NULL, cosine.host, sine.host,
+                                        norm ? q_norm.host : NULL, norm ? k_norm.host : NULL, cosine.host,
+                                        sine.host,
                                         H, K, D, N, T);
         });
         gpu.scratch = scratch;
         floatX *qn = norm ? (floatX *)q_norm : NULL, *kn = norm ? (floatX *)k_norm : NULL;
         auto dw = [&] {
-            if (norm) launch(qk_norm_rope_backward_dw_kernel0<floatX>, dim3(CEIL_DIV(D, 64), 2), 32, 0, dq_norm, dk_norm, dqkv,
-                             raw, rstd, cosine, sine, H, K, D, N, T);
+            if (norm)
+                launch(qk_norm_rope_backward_dw_kernel0<floatX>, dim3(CEIL_DIV(D, 64), 2), 32, 0, dq_norm,
+                       dk_norm, dqkv, raw, rstd, cosine, sine, H, K, D, N, T);
         };
         const Variant variants[] = {
             {0, "one thread per head; dw: one thread per column", [&] {
                 dw();
-                launch(qk_norm_rope_backward_kernel0<floatX>, CEIL_DIV(heads, 128), 128, 0, dqkv, raw, rstd, qn, kn, cosine,
-                       sine, H, K, D, N, T);
+                launch(qk_norm_rope_backward_kernel0<floatX>, CEIL_DIV(heads, 128), 128, 0, dqkv, raw, rstd,
+                       qn, kn, cosine, sine, H, K, D, N, T);
             }},
             {1, "one warp per head; dw as before", [&] {
                 dw();
-                launch(qk_norm_rope_backward_kernel1<floatX>, CEIL_DIV(heads, 8), dim3(32, 8), 0, dqkv, raw, rstd, qn, kn,
-                       cosine, sine, H, K, D, N, T);
+                launch(qk_norm_rope_backward_kernel1<floatX>, CEIL_DIV(heads, 8), dim3(32, 8), 0, dqkv, raw,
+                       rstd, qn, kn, cosine, sine, H, K, D, N, T);
             }},
             {2, "one warp per row, dw in registers", [&] {
-                qk_norm_rope_backward<floatX>(dqkv, dq_norm, dk_norm, raw, rstd, qn, kn, cosine, sine, H, K, D, N, T);
+                qk_norm_rope_backward<floatX>(dqkv, dq_norm, dk_norm, raw, rstd, qn, kn, cosine, sine, H, K,
+                                              D, N, T);
             }, SHIPPED},
         };
         bench(variants);

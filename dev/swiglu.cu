@@ -1,5 +1,6 @@
 // swiglu_forward: h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u
-// swiglu_backward, in place, with s = sigmoid(g):  gate_up (N,2F) becomes dg | du,  dg = dh u s (1 + g (1 - s)),  du = dh g s;
+// swiglu_backward, in place, with s = sigmoid(g):  gate_up (N,2F) becomes dg | du,  dg = dh u s (1 + g (1 -
+// s)),  du = dh g s;
 //   h (N,F) = g s u, the forward's output again
 // In bf16 on C % 8 == 0 both are epilogues of products: see mlp.cu
 // bytes   forward 3·2·N·F = 1.08 GB, backward 6·2·N·F = 2.16 GB for N 16384, F 11008
@@ -7,12 +8,13 @@
 // floor   323 us; 646 us: memory-bound
 // idea    elementwise: every byte once, in 16-byte accesses, and little arithmetic beside them
 // limits  F % 8 == 0 (fp32: 4)
-// result  modelled (H100; N 256, F 11008): all kernels move the compulsory 16.9 MB (backward 33.8) in 5.0 us (10.1); what tells
-//         them apart, instructions and bytes in flight, needs a GPU. Measured: not yet
+// result  modelled (H100; N 256, F 11008): all kernels move the compulsory 16.9 MB (backward 33.8) in 5.0 us
+//         (10.1); what tells them apart, instructions and bytes in flight, needs a GPU. Measured: not yet
 #include "bench.cuh"
 
-// ---- forward, kernel 0: a thread per element ----
-template <typename floatX> __global__ void swiglu_forward_kernel0(floatX *h, const floatX *gate_up, int N, int F) {
+// ---- forward, kernel 0: a thread per element --------------------------------------------------------------
+template <typename floatX>
+__global__ void swiglu_forward_kernel0(floatX *h, const floatX *gate_up, int N, int F) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)N * F) return;
     const size_t n = i / F, f = i % F;
@@ -20,9 +22,10 @@ template <typename floatX> __global__ void swiglu_forward_kernel0(floatX *h, con
     h[i] = from_float<floatX>(g / (1 + expf(-g)) * u);
 }
 
-// ---- kernel 1: 16 bytes per thread, approximate e^x and division (2 ulp, far below a rounding to bf16); one 64-bit division
-// per thread still looks for the row
-template <typename floatX> __global__ void swiglu_forward_kernel1(floatX *h, const floatX *gate_up, int N, int F) {
+// ---- kernel 1: 16 bytes per thread, approximate e^x and division (2 ulp, far below a rounding to bf16); one
+// 64-bit division per thread still looks for the row
+template <typename floatX>
+__global__ void swiglu_forward_kernel1(floatX *h, const floatX *gate_up, int N, int F) {
     constexpr int E = 16 / sizeof(floatX);
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (i >= (size_t)N * F) return;
@@ -34,7 +37,7 @@ template <typename floatX> __global__ void swiglu_forward_kernel1(floatX *h, con
     store(h + i, narrow<floatX>(u_f));
 }
 
-// ---- kernel 2, shipped: a block per row ----
+// ---- kernel 2, shipped: a block per row -------------------------------------------------------------------
 template <typename floatX> __global__ void swiglu_forward_kernel2(floatX *h, const floatX *gate_up, int F) {
     constexpr int E = 16 / sizeof(floatX);
     const floatX *gate = gate_up + (size_t)blockIdx.x * 2 * F, *up = gate + F;
@@ -48,18 +51,20 @@ template <typename floatX> __global__ void swiglu_forward_kernel2(floatX *h, con
     }
 }
 
-// ---- backward, kernel 0: a thread per element ----
-template <typename floatX> __global__ void swiglu_backward_kernel0(floatX *gate_up, floatX *h, const floatX *dh, int N, int F) {
+// ---- backward, kernel 0: a thread per element -------------------------------------------------------------
+template <typename floatX>
+__global__ void swiglu_backward_kernel0(floatX *gate_up, floatX *h, const floatX *dh, int N, int F) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)N * F) return;
     const size_t at = i / F * 2 * F + i % F;
-    const float g = to_float(gate_up[at]), u = to_float(gate_up[at + F]), d = to_float(dh[i]), s = 1 / (1 + expf(-g));
+    const float g = to_float(gate_up[at]), u = to_float(gate_up[at + F]), d = to_float(dh[i]);
+    const float s = 1 / (1 + expf(-g));
     h[i] = from_float<floatX>(g * s * u);
     gate_up[at] = from_float<floatX>(d * u * s * (1 + g * (1 - s)));
     gate_up[at + F] = from_float<floatX>(d * g * s);
 }
 
-// ---- kernel 1, shipped: a block per row, 16 bytes per thread ----
+// ---- kernel 1, shipped: a block per row, 16 bytes per thread ----------------------------------------------
 template <typename floatX>
 __global__ void swiglu_backward_kernel1(floatX *gate_up, floatX *h, const floatX *dh, int F) {
     constexpr int E = 16 / sizeof(floatX);
@@ -71,7 +76,8 @@ __global__ void swiglu_backward_kernel1(floatX *gate_up, floatX *h, const floatX
 
 template <typename floatX> static void shape(int when, int N, int F, float amplitude) {
     const size_t n = (size_t)N * F;
-    if (bench_shape<floatX>(when, "swiglu_forward", 3.0 * n * sizeof(floatX), 5.0 * n, "N %d F %d, g ~ %g", N, F, amplitude)) {
+    if (bench_shape<floatX>(when, "swiglu_forward", 3.0 * n * sizeof(floatX), 5.0 * n, "N %d F %d, g ~ %g", N,
+                            F, amplitude)) {
         Tensor<floatX> h("h", n), gate_up("gate_up", 2 * n);
         gate_up.normal(amplitude);
         reference<floatX>([&](int b) { twin::swiglu_forward(h.twin(b), gate_up.host, N, F); });
@@ -80,13 +86,16 @@ template <typename floatX> static void shape(int when, int N, int F, float ampli
                 launch(swiglu_forward_kernel0<floatX>, CEIL_DIV(n, 256), 256, 0, h, gate_up, N, F);
             }},
             {1, "16 bytes per thread, fast e^x and division", [&] {
-                launch(swiglu_forward_kernel1<floatX>, CEIL_DIV(n * sizeof(floatX) / 16, 256), 256, 0, h, gate_up, N, F);
+                launch(swiglu_forward_kernel1<floatX>, CEIL_DIV(n * sizeof(floatX) / 16, 256), 256, 0, h,
+                       gate_up, N, F);
             }},
-            {2, "a block per row: no division by F", [&] { swiglu_forward<floatX>(h, gate_up, N, F); }, SHIPPED},
+            {2, "a block per row: no division by F", [&] { swiglu_forward<floatX>(h, gate_up, N, F); },
+             SHIPPED},
         };
         bench(variants);
     }
-    if (bench_shape<floatX>(when, "swiglu_backward", 6.0 * n * sizeof(floatX), 10.0 * n, "N %d F %d, g ~ %g", N, F, amplitude)) {
+    if (bench_shape<floatX>(when, "swiglu_backward", 6.0 * n * sizeof(floatX), 10.0 * n, "N %d F %d, g ~ %g",
+                            N, F, amplitude)) {
         Tensor<floatX> gate_up("gate_up", 2 * n), h("h", n), dh("dh", n);
         gate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(amplitude), dh.normal(1);
@@ -95,7 +104,9 @@ template <typename floatX> static void shape(int when, int N, int F, float ampli
             {0, "one thread per element", [&] {
                 launch(swiglu_backward_kernel0<floatX>, CEIL_DIV(n, 256), 256, 0, gate_up, h, dh, N, F);
             }},
-            {1, "a block per row, 16 bytes per thread", [&] { swiglu_backward<floatX>(gate_up, h, dh, N, F); }, SHIPPED},
+            {1, "a block per row, 16 bytes per thread", [&] {
+                swiglu_backward<floatX>(gate_up, h, dh, N, F);
+            }, SHIPPED},
         };
         bench(variants);
     }
