@@ -73,19 +73,17 @@ def write_tokens(path, n, V):
         f.write(struct.pack("<256i", 20240520, 1, n, *[0] * 253) + struct.pack(f"<{n}H", *ids))
 
 
-def train(trainer, preset, seconds, tmp, more, fused=None):
+def train(trainer, preset, seconds, tmp, more, form="auto"):
     """One run: medians of its steps, or what it said instead."""
     out = os.path.join(tmp, "out")
     shutil.rmtree(out, ignore_errors=True)
-    env = dict(os.environ)
-    if fused is not None: env["LITESPARK_FUSED_MLP"] = str(fused)
     base = [trainer, "--preset", preset, "--train-data", f"{tmp}/tokens.bin", "--precision", "bf16", "--checkpoint-every", "0", "--val-every", "0",
-            "--sample-every", "0", "--lr", "1e-4", "--out", out, *more]
-    row = {"preset": preset, "options": list(more), "fused_mlp": fused}
+            "--sample-every", "0", "--lr", "1e-4", "--mlp", form, "--out", out, *more]
+    row = {"preset": preset, "options": list(more), "mlp": form}
     steps = 4
     for _ in range(4):                                      # more steps until they take long enough for the energy counter and the medians
         shutil.rmtree(out, ignore_errors=True)
-        status, text = run(base + ["--steps", str(steps)], 900, env=env)
+        status, text = run(base + ["--steps", str(steps)], 900)
         if status:
             return row | {"says": (re.findall(r"error: .*", text) or [text[-300:]])[0]}
         with open(f"{out}/log.jsonl") as f:
@@ -106,8 +104,8 @@ def training(trainer, presets, seconds, options):
     with tempfile.TemporaryDirectory() as tmp:
         write_tokens(f"{tmp}/tokens.bin", 4_000_000, 32000)     # a shard of unknown vocabulary: any preset of 32000 and more takes it
         for preset in presets:
-            for fused in (0, 1):
-                rows.append(train(trainer, preset, seconds, tmp, options, fused))
+            for form in ("passes", "products"):
+                rows.append(train(trainer, preset, seconds, tmp, options, form))
                 print(f"gpu-report: {json.dumps(rows[-1])[:300]}", flush=True)
         largest = next((r["preset"] for r in reversed(rows) if "says" not in r), None)
         for recompute in ("mlp", "block") if largest else ():
@@ -128,11 +126,10 @@ def markdown(report):
         text += ["## Training", "", "| preset | MLP | options | B x T | tokens/s | MFU (report) | MFU (causal) | ms per update | tokens per update | J/token | W |",
                  "|---|---|---|---|---|---|---|---|---|---|---|"]
         for r in report["training"]:
-            form = {None: "default", 0: "passes", 1: "products"}[r["fused_mlp"]]
-            if "says" in r: text.append(f"| {r['preset']} | {form} | {' '.join(r['options'])} | {r['says']} |" + " |" * 7)
+            if "says" in r: text.append(f"| {r['preset']} | {r['mlp']} | {' '.join(r['options'])} | {r['says']} |" + " |" * 7)
             else:
                 pct = lambda x: show(None if x is None else 100 * x, "{:.1f}%")
-                text.append(f"| {r['preset']} | {form} | {' '.join(r['options'])} | {r['batch_size']} x {r['seq_len']} | {r['tokens_per_sec']:.0f} | {pct(r['mfu'])} | {pct(r['mfu_causal'])} | "
+                text.append(f"| {r['preset']} | {r['mlp']} | {' '.join(r['options'])} | {r['batch_size']} x {r['seq_len']} | {r['tokens_per_sec']:.0f} | {pct(r['mfu'])} | {pct(r['mfu_causal'])} | "
                             f"{1e3 * r['time_per_iteration']:.2f} | {r['tokens_per_update']} | {show(r['joules_per_token'], '{:.3g}')} | {show(r['watts'], '{:.0f}')} |")
         text.append("")
     for op, r in report.get("kernels", {}).items():
