@@ -103,7 +103,7 @@ PTXAS_ARCH ?= 80 90
 PTXAS_OUT  := $(PTXAS_ARCH:%=build/ptxas_sm_%.txt)
 build/ptxas_sm_%.txt: train_litespark.cu
 	@mkdir -p build
-	$(NVCC) -O3 -std=c++17 -lineinfo -arch=sm_$* -Xptxas -v -cubin $< -o build/ptxas_sm_$*.cubin >$@.log 2>&1 || { cat $@.log; exit 1; }
+	$(NVCC) -O3 -std=c++17 -lineinfo -gencode arch=compute_$*,code=sm_$* -Xptxas -v -cubin $< -o build/ptxas_sm_$*.cubin >$@.log 2>&1 || { cat $@.log; exit 1; }
 	@mv $@.log $@
 ptxas: $(if $(NVCC),$(PTXAS_OUT))
 	@$(if $(NVCC),python3 dev/ptxas.py $(foreach a,$(PTXAS_ARCH),sm_$a=build/ptxas_sm_$a.txt),echo 'skipped: ptxas: no nvcc on PATH (CUDA Toolkit 12 or newer)')
