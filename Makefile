@@ -49,6 +49,7 @@ help:
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
+	@echo 'make gpu-quick   the same in six minutes on a lent machine (OUT=folder); gpu-quick-build: builds it here; test-gpu-quick: tests it here'
 	@echo 'make ptxas   registers and spills of the CUDA kernels     make clean'
 	@echo
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
@@ -76,7 +77,7 @@ train: $(or $(TRAINER_$(BUILT)),$(error DEVICE=$(DEVICE): choose auto, cpu, cuda
 # Empty files named after a set of flags: they change when the flags do, and what depends on them is built again.
 flags     = build/$(1)-$(shell echo '$(2)' | cksum | cut -d' ' -f1)
 FLAGS    := $(call flags,flags,$(CC) $(ALL) $(WITH_MPI))
-build/flags-% build/nv-flags-% build/emu-flags-%:
+build/flags-% build/nv-flags-% build/emu-flags-% build/quick-flags-%:
 	@mkdir -p build && rm -f $(@:%-$*=%)-* && touch $@
 
 build/train_litespark: train_litespark.c $(FLAGS)
@@ -203,6 +204,10 @@ test-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_
 	elif [ ! -f build/ptxcpu/made ]; then echo 'skipped: test-ptx: ptxcpu does not build, see build/ptxcpu.log (apt-get install libzstd-dev liblz4-dev)'; \
 	else build/test_cuda --timeout 900 --cuda 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' --level ptx $(T); fi
 
+# dev/gpu_quick.sh over the emulation, with stand-ins for nvidia-smi, ncu and such
+test-gpu-quick: $(if $(HAVE_CXX),build/train_litespark_emu $(PROVE))
+	@$(if $(HAVE_CXX),python3 dev/test_gpu_quick.py,echo 'skipped: $@: no C++ compiler (apt-get install g++)')
+
 # The floor of the default data, recomputed from the text by an independent scorer.
 build/test_stories: dev/test_stories.c data/stories.c
 	@mkdir -p build
@@ -237,10 +242,39 @@ PRESETS  ?= 15M smollm2-135M 100M llama3.2-1B 3B
 gpu-report: $(if $(and $(NVCC),$(GPU_CC)),build/train_litespark_cuda $(PROVE))
 	@python3 dev/gpu_report.py --parts '$(PARTS)' --presets '$(PRESETS)'
 
+# Minutes on a lent GPU: dev/gpu_quick.sh, which needs no make there. All it runs is built here, to run on another Debian or Ubuntu:
+# static but for libc and libcublasLt, no MPI.
+QUICK    := build/gpu-quick
+QUICK_ARCH ?= 90
+QUICK_CC := $(CC) -std=gnu11 -O3 -march=x86-64-v3 -fno-math-errno -fno-trapping-math -fopenmp -w -DPOISON
+QUICK_NV := $(NVCC) -O3 -std=c++17 -lineinfo $(foreach a,$(QUICK_ARCH),-gencode arch=compute_$(call arch,$a),code=[sm_$a,compute_$a]) -DLITESPARK_COMMIT='"$(COMMIT)"' \
+            -Xcompiler -static-libgcc,-static-libstdc++
+QUICK_FLAGS := $(call flags,quick-flags,$(QUICK_CC) $(QUICK_NV))
+QUICK_ALL := $(addprefix $(QUICK)/,train_litespark train_litespark_double test_cuda train_litespark_cuda attention_forward attention_backward)
+$(QUICK)/train_litespark $(QUICK)/train_litespark_double: train_litespark.c $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_CC) -DfloatX=$(if $(filter %double,$@),double,float) -static $< -o $@ -lm
+$(QUICK)/test_cuda: dev/test_cuda.c train_litespark.c $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_CC) -static $< -o $@ -lm
+$(QUICK)/train_litespark_cuda: train_litespark.cu $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_NV) $< -o $@ -lcublasLt -ldl
+build/dev/twin_quick.o: dev/twin.c train_litespark.c $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_CC) -fPIC -c $< -o $@
+$(QUICK)/attention_%: dev/attention_%.cu dev/bench.cuh dev/twin.h build/dev/attention_%/trainer.cuh build/dev/twin_quick.o $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_NV) -diag-suppress 177 -Ibuild/dev/attention_$* $< build/dev/twin_quick.o $(shell $(CC) -print-file-name=libgomp.a) -o $@ -ldl
+gpu-quick-build: $(if $(NVCC),$(QUICK_ALL))
+	@$(if $(NVCC),echo '$(COMMIT)' >$(QUICK)/commit && du -shL --apparent-size $(QUICK) | sed 's/^/gpu-quick-build: /',echo 'skipped: gpu-quick-build: no nvcc on PATH (CUDA Toolkit 12 or newer)')
+gpu-quick: $(if $(NVCC),gpu-quick-build)
+	@dev/gpu_quick.sh
+
 check:
 	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
 sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
 	@python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz gpu-report check sync clean
+.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean
