@@ -211,7 +211,7 @@ static floatX *tensor_grads(const Model *m, const Tensor *t) { return unit_grads
 
 // A model with weights in which nothing is trivial: norms are not 1, biases not 0.
 static Model *make_model(const Config *c, int B, int T, int chunk, int recompute, int bf16) {
-    const Plan plan = {1, 0, 0, B, T, chunk, bf16, bf16, recompute, /*training=*/1};
+    const Plan plan = {1, 0, 0, B, T, chunk, bf16, bf16, recompute, /*training=*/1, /*sample=*/0};
     Model *m = model_plan(c, &plan);
     model_alloc(m);
     model_zero_grads(m);
@@ -1970,7 +1970,7 @@ static void test_bf16_mode_is_close_to_fp32(void) {
 static void test_arenas_hold_what_the_tensors_need(void) {
     Config c = make_config("qwen3", 1, 300, 2, 48, 4, 2, 16, 40, "");
     for (int zero = 0; zero < 2; zero++) for (int bf16 = 0; bf16 < 2; bf16++) for (int ranks = 1; ranks <= 4; ranks += 3) {
-        const Plan plan = {ranks, ranks - 1, zero, 3, 37, 50, bf16, bf16, RECOMPUTE_NONE, /*training=*/1};
+        const Plan plan = {ranks, ranks - 1, zero, 3, 37, 50, bf16, bf16, RECOMPUTE_NONE, /*training=*/1, 0};
         Model *m = model_plan(&c, &plan);
         const size_t share = zero ? m->p.n / (size_t)ranks : m->p.n;
         const size_t need[] = {m->p.n, m->p.n, (bf16 ? 3 : 2) * share};
@@ -1996,7 +1996,7 @@ static void test_evaluation_takes_the_memory_of_weights_and_one_layer(void) {
     size_t acts[2];
     for (int i = 0; i < 2; i++) {
         Config c = make_config("llama", 0, 300, i ? 12 : 3, 48, 4, 2, 16, 40, "");
-        const Plan plan = {1, 0, 0, 3, 37, 50, 1, 0, RECOMPUTE_NONE, /*training=*/0};
+        const Plan plan = {1, 0, 0, 3, 37, 50, 1, 0, RECOMPUTE_NONE, /*training=*/0, 0};
         Model *m = model_plan(&c, &plan);
         CHECK(!m->arena[ARENA_GRADIENTS].used && !m->arena[ARENA_OPTIMIZER].used, "gradients or optimizer are there");
         acts[i] = m->arena[ARENA_ACTIVATIONS].used;
@@ -2005,10 +2005,46 @@ static void test_evaluation_takes_the_memory_of_weights_and_one_layer(void) {
     CHECK(acts[0] == acts[1], "activations take %zu bytes with 3 layers, %zu with 12", acts[0], acts[1]);
 }
 
+// Keys and values that are kept from token to token give the logits of a run over the whole text: a text that goes on, one
+// that branches off, one longer than what is kept, the same after an update of the weights.
+static void test_kept_keys_give_the_same_logits(void) {
+    enum { V = 61, T = 40, S = 30 };
+    const char *const families[] = {"llama", "qwen2", "qwen3"};
+    for (int f = 0; f < 3; f++) for (int training = 0; training < 2; training++) {
+        Config c = make_config(families[f], 0, V, 3, 48, 4, 2, 16, 40, "");
+        const Plan kept = {1, 0, 0, 1, T, 4, 0, 0, training ? RECOMPUTE_BLOCK : RECOMPUTE_NONE, training, S};
+        Model *whole_text = make_model(&c, 1, T, 4, 0, 0), *m = model_plan(&c, &kept);
+        model_alloc(m);
+        memcpy(m->weights, whole_text->weights, m->p.n * sizeof(floatX));
+        int ids[T];
+        float got[V], want[V];
+        const int lengths[] = {1, 2, 3, 10, 11, 12, 13, 8, 9, S, S + 1, S, 20, T};
+        for (int i = 0; i < COUNT(lengths); i++) {
+            const int n = lengths[i];
+            for (int t = i == 0 || n < 10 ? 0 : n - 1; t < T; t++) ids[t] = random_int(V);     // the text from n - 1 on is new
+            next_logits(m, ids, n, got);
+            next_logits(whole_text, ids, n, want);
+            double error = 0;
+            for (int v = 0; v < V; v++) error = fmax(error, fabs((double)got[v] - want[v]));
+            CHECK_ERROR(families[f], error, 2e-5);                  // sums in another order; logits are about 1
+            if (n == 12 && training) {
+                Options o;
+                memset(&o, 0, sizeof o);
+                o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8, o.weight_decay = 5;
+                model_zero_grads(m);
+                model_update(m, 0.1, 1, 1, &o);                     // decay alone: other weights
+                memcpy(whole_text->weights, m->weights, m->p.n * sizeof(floatX));
+            }
+        }
+        model_free(m);
+        model_free(whole_text);
+    }
+}
+
 static void test_init_depends_on_seed_and_name_only(void) {
     Config c = make_config("llama", 0, 300, 2, 64, 4, 2, 0, 40, "");
     Model *a = make_model(&c, 1, 4, 4, 0, 0);
-    const Plan plan = {3, 0, 0, 2, 8, 4, 0, 0, RECOMPUTE_NONE, 1};      // other padding, other places in the flat buffer
+    const Plan plan = {3, 0, 0, 2, 8, 4, 0, 0, RECOMPUTE_NONE, 1, 0};      // other padding, other places in the flat buffer
     Model *b = model_plan(&c, &plan);
     model_alloc(b);
     model_init(a, 5);
@@ -2478,7 +2514,7 @@ static void test_dry_run_prints_what_the_run_takes(void) {
         double total = 0, want;
         Config c = read_config(tiny_config, 0);
         const Plan plan = {1, 0, 0, 3, TINY_T, i == 3 ? 7 : 1 << 20, i == 1, i == 3,
-                           i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : RECOMPUTE_NONE, /*training=*/1};
+                           i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : RECOMPUTE_NONE, /*training=*/1, 0};
         want = plan_bytes(&c, &plan) / 1048576;
         CHECK(a && strstr(a, "total ") && sscanf(strstr(a, "total ") + 6, "%lf", &total) == 1 && fabs(total - want) <= 0.051,
             "it prints %.1f MiB, the arenas have %.3f", total, want);
@@ -3662,6 +3698,9 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"bf16 with one bit less", "bits.u = (bits.u + 0x7fff + ((bits.u >> 16) & 1)) & 0xffff0000u;",
     "bits.u = (bits.u + 0xffff + ((bits.u >> 17) & 1)) & 0xfffe0000u;", "bf16_error", 1},
     {"products not rounded to bf16", "if (!storing_bf16) return;", "return;", "bf16_error", 1},
+    {"keys of other weights kept", "m->n_kept = 0;  ", "", "kept_keys", 0},
+    {"angles of a sample begin anew", "w->q_norm, w->k_norm, m->cosine + angles,", "w->q_norm, w->k_norm, m->cosine,",
+    "kept_keys", 0},
     {"saving in place", "str(\"%s/tmp.step_%08\" PRId64, o->out, t->step);",
     "str(\"%s/step_%08\" PRId64, o->out, t->step);", "kill", 1},
 };
@@ -3798,6 +3837,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(adamw_decays_matrices_only, F32),
     TEST(bf16_mode_is_close_to_fp32, F32),
     TEST(evaluation_takes_the_memory_of_weights_and_one_layer, F32),
+    TEST(kept_keys_give_the_same_logits, F32),
     TEST(arenas_hold_what_the_tensors_need, F32),
     TEST(init_depends_on_seed_and_name_only, F32),
     TEST(fixture_llama_matches_pytorch, F32 | F64),

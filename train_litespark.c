@@ -286,6 +286,7 @@ typedef struct Batch {          // of one micro-step
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
     // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
     float *floor;
+    int past, keep;             // samples: tokens before these; how many keys and values to keep of these
 } Batch;
 
 typedef struct LoaderState {
@@ -340,6 +341,7 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int B, T, chunk;            // micro-step of B sequences of T tokens; rows of logits that exist at a time
     int bf16, bf16_state, recompute;
     int training;               // 0: evaluation and samples; weights and activations are all there is
+    int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
 // ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
@@ -605,6 +607,17 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
 // out (N,OC) = x w^T + add (N,OC), the residual stream, + bias (OC), stored once; add and bias may be NULL
 void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC, const floatX *add,
                     const floatX *bias) {
+    if (N == 1) {                                               // packing w would cost more than the product
+        #pragma omp parallel for
+        for (int o = 0; o < OC; o++) {
+            floatX sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (int k = 0; k < C; k++) sum += x[k] * w[(size_t)o * C + k];
+            out[o] = sum + (add ? add[o] : 0) + (bias ? bias[o] : 0);
+        }
+        store_matrix(out, OC);
+        return;
+    }
     const int accumulate = add || bias;                         // the product is added to what it finds
     #pragma omp parallel for if (accumulate)
     for (int n = 0; n < (accumulate ? N : 0); n++) {
@@ -796,6 +809,38 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
             lse[((size_t)b * T + t0 + i) * H + h] = highest[i] + (floatX)log(total[i]);
         }
     }
+}
+
+// Samples: T tokens of one text after `past` others. kv (past+T,2KD) holds all their keys and values.
+// out (T,H*D) =
+void attention_decode(floatX *out, const floatX *kv, const floatX *qkv, int past, int T, int H, int K,
+                      int D) {
+    const floatX scale = (floatX)(1 / sqrt((double)D));
+    #pragma omp parallel for collapse(2)
+    for (int t = 0; t < T; t++) for (int h = 0; h < H; h++) {
+        const floatX *q = qkv + ((size_t)t * (H + 2 * K) + h) * D, *k = kv + h / (H / K) * D;
+        floatX *out_t = out + ((size_t)t * H + h) * D, top = -INFINITY;
+        double sum = 0;
+        memset(out_t, 0, (size_t)D * sizeof(floatX));
+        for (int s = 0; s <= past + t; s++, k += 2 * K * D) {
+            floatX score = 0;
+            #pragma omp simd reduction(+ : score)
+            for (int d = 0; d < D; d++) score += q[d] * k[d];
+            const floatX higher = score * scale > top ? score * scale : top, shrink = exp_x(top - higher);
+            const floatX p = exp_x(score * scale - higher);
+            top = higher;
+            sum = sum * shrink + p;
+            for (int d = 0; d < D; d++) out_t[d] = out_t[d] * shrink + p * k[K * D + d];
+        }
+        for (int d = 0; d < D; d++) out_t[d] /= (floatX)sum;
+        store(out_t, D);
+    }
+}
+
+// kv (T,2KD) = the keys and values of T tokens
+void keep_keys_values(floatX *kv, const floatX *qkv, int T, int H, int K, int D) {
+    const size_t W = (size_t)(H + 2 * K) * D, n = (size_t)2 * K * D;
+    for (int t = 0; t < T; t++) memcpy(kv + t * n, qkv + t * W + H * D, n * sizeof(floatX));
 }
 
 // With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
@@ -1045,6 +1090,7 @@ typedef struct LayerActs {
     floatX *att, *lse;                  // (N,HD), (N,H)
     floatX *x_mid;                      // (N,C)        after attention
     floatX *gate_up;                    // (N,2F)       backward overwrites it with its gradient
+    floatX *kv;                         // (S,2KD)      samples: keys and values of the text so far
 } LayerActs;
 
 typedef struct Arena { char *base; size_t used; } Arena;       // used: bytes
@@ -1067,6 +1113,7 @@ struct Model {
     floatX *logits;                     // (chunk,V)
     double *nll;                        // (N)          loss of each target
     double loss;                        // sum since model_loss was asked
+    int *kept, n_kept;                  // (S) tokens whose keys and values are in kv
     floatX *cosine, *sine;              // (T,D/2)
     Arena arena[N_ARENAS];
 };
@@ -1135,6 +1182,7 @@ static void layout(Model *m) {
         *y = shared;
         y->x = plan->training || l < 2 ? take_x(a, N * c->C) : m->acts[l - 2].x;
         layout_layer(m, y, a, keep_block, keep_mlp);
+        y->kv = take_x(a, plan->sample * 2 * KD);
     }
     m->x_last = take_x(a, N * c->C);
     m->rstd_last = take_x(a, N);
@@ -1164,6 +1212,7 @@ Model *model_plan(const Config *c, const Plan *plan) {
     m->chunk = plan->chunk < m->N ? plan->chunk : m->N;
     param_table_build(&m->p, c, plan->ranks);
     m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
+    m->kept = (int *)xcalloc((size_t)plan->sample, sizeof(int));
     layout(m);
     return m;
 }
@@ -1192,6 +1241,7 @@ void model_alloc(Model *m) {
 void model_free(Model *m) {
     for (int i = 0; i < N_ARENAS; i++) free(m->arena[i].base);
     free(m->acts);
+    free(m->kept);
     free(m->p.tensors);
     free(m->p.units);
     free(m);
@@ -1260,9 +1310,12 @@ static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y
     const int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, c->eps, N, c->C);
     matmul_forward(y->qkv, m->norm, w->qkv, N, c->C, W, NULL, w->qkv_bias);
-    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, c->eps,
-                         c->H, c->K, c->D, N, batch->T);
-    attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
+    const size_t angles = (size_t)batch->past * (c->D / 2), kept = (size_t)batch->past * 2 * c->K * c->D;
+    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine + angles,
+                         m->sine + angles, c->eps, c->H, c->K, c->D, N, batch->T);
+    if (batch->keep) keep_keys_values(y->kv + kept, y->qkv, batch->keep, c->H, c->K, c->D);
+    if (batch->past) attention_decode(y->att, y->kv, y->qkv, batch->past, batch->T, c->H, c->K, c->D);
+    else attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
     matmul_forward(y->x_mid, y->att, w->o, N, HD, c->C, y->x, NULL);
 }
 
@@ -1312,16 +1365,23 @@ double model_loss(Model *m) {
     return loss;
 }
 
-// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
+// last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a
+// whole.
 void next_logits(Model *m, const int *ids, int n, float *logits) {
+    const int keep = n <= m->plan.sample;
     Batch b;
     memset(&b, 0, sizeof b);
+    while (keep && b.past < m->n_kept && b.past < n - 1 && m->kept[b.past] == ids[b.past]) b.past++;
+    m->n_kept = keep ? n : 0;
+    if (keep) memcpy(m->kept, ids, (size_t)n * sizeof(int));
     b.B = 1;
-    b.T = n;
-    b.inputs = (int *)ids;
+    b.T = n - b.past;
+    b.keep = keep ? b.T : 0;
+    b.inputs = (int *)ids + b.past;
     llama_forward(m, &b);
-    matmul_forward(m->logits, m->norm + (size_t)(n - 1) * m->c.C, head_weights(m).head, 1, m->c.C, m->c.V,
-                   NULL, NULL);
+    const floatX *last = m->norm + (size_t)(b.T - 1) * m->c.C;
+    matmul_forward(m->logits, last, head_weights(m).head, 1, m->c.C, m->c.V, NULL, NULL);
     for (int v = 0; v < m->c.V; v++) logits[v] = (float)m->logits[v];
 }
 
@@ -1400,6 +1460,7 @@ double gradient_norm(Model *m, const char **bad, int *n_bad) {
 // shares, then all gather the weights.
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
+    m->n_kept = 0;                              // of other weights
     for (int u = 0; u < m->p.n_units; u++) {
         const Unit *unit = &m->p.units[u];
         size_t first, n;
@@ -1799,8 +1860,11 @@ static void resolve_schedule(Options *o, const Config *c) {
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
+    const int samples = opt.generate || (training && opt.sample_every);
+    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training};
+                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
+                 samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};
     return plan;
 }
 

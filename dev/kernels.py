@@ -24,7 +24,7 @@ class Item:
     def __init__(self, text, code, start, end, section):
         self.text, self.code, self.start, self.end, self.section = text, code, start, end, section
         head = re.sub(r"__(launch_bounds|align|attribute)__\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", " ", code)
-        head = re.sub(r"^template\s*<[^>]*>\s*", "", head)
+        head = re.sub(r"^template\s*<[^>]*>\s*", "", head).strip()
         if m := re.match(r"#define\s+(\w+)", head):
             self.names = {m[1]}
         elif re.match(r"(typedef\s+)?enum\b", head):

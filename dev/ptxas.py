@@ -5,7 +5,8 @@
     dev/ptxas.py [--markdown] sm_80=FILE sm_90=FILE...      prints it from saved output; --markdown: as dev/results/ptxas.md
 
 Exit status 1 when a kernel spills registers or a file names no kernel. Shared memory is the static part; what a launch adds
-(dynamic) is not known to the compiler.
+(dynamic) is not known to the compiler. ptxas tells of what costs speed (wgmma made serial, setmaxnreg ignored, ...) as a note, which
+no -Werror stops: the notes are printed below the table, and a warning of ptxas likewise.
 """
 import re
 import subprocess
@@ -34,6 +35,12 @@ def parse(text):
             kernels[name] = (int(m.group(1)), int(smem.group(1)) if smem else 0) + spills
             name = None
     return kernels
+
+
+def remarks(text):
+    """What ptxas says besides the figures, each once: lines with a code "(C7510)", and warnings."""
+    found = re.findall(r"^ptxas (?:info|warning)\s*:\s*(?:\([^)]*\) )*?(\(C\d+\).*)$|^ptxas warning\s*:\s*(.*)$", text, re.M)
+    return list(dict.fromkeys((a or b).strip() for a, b in found))
 
 
 def demangle(names):
@@ -72,15 +79,20 @@ def main(args):
     if not files:
         print(__doc__)
         return 2
-    tables = {}
+    tables, notes = {}, []
     for arch, path in files:
-        with open(path) as f:
-            text = f.read()
+        try:
+            with open(path, errors="replace") as f: text = f.read()
+        except OSError as e:
+            print(f"ptxas: cannot read {path}: {e.strerror}")
+            return 1
+        notes += [f"{arch}: {x}" for x in remarks(text)]
         tables[arch] = parse(text)
         if not tables[arch]:
             print(f"ptxas: no kernel in {path}: {text.strip().splitlines()[-1] if text.strip() else 'empty'}")
             return 1
     names = demangle(sorted({k for t in tables.values() for k in t}))
+    for mangled, short in sorted(names.items(), key=lambda x: -len(x[0])): notes = [x.replace(mangled, short) for x in notes]
     head = ["kernel"] + [f"{arch} {what}" for arch in tables for what in ("registers", "shared B", "spill st/ld B")]
     rows = []
     for mangled in sorted(names, key=lambda n: names[n]):
@@ -98,6 +110,7 @@ def main(args):
         width = [max(len(r[i]) for r in [head] + rows) for i in range(len(head))]
         for r in [head] + rows:
             print(" | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))))
+    for x in notes: print(("\n" if markdown else "") + f"note: {x}")
     spilling = [f"{names[k]} on {arch}" for arch, t in tables.items() for k, v in t.items() if v[2] or v[3]]
     print(("\n" if markdown else "") + f"{len(rows)} kernels, {len(spilling)} spill" + (": " + ", ".join(spilling) if spilling else ""))
     return 1 if spilling else 0
