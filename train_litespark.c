@@ -3894,9 +3894,9 @@ static int word_end(const WordRule *w, const char *text, const uint8_t *class_of
     return last > at ? last : end;
 }
 
-static int encode_words(const Tokenizer *t, const char *text, int n, int *ids) {
+// The class of each character at its first byte; the caller frees.
+static uint8_t *text_classes(const Tokenizer *t, const char *text, int n) {
     uint8_t *class_of = (uint8_t *)xmalloc((size_t)n + 1);
-    int count = 0;
     for (int at = 0, bytes; at < n; at += bytes) {
         bytes = utf8_length(text + at, (size_t)(n - at));
         memset(class_of + at, INSIDE, (size_t)(bytes ? bytes : 1));
@@ -3904,6 +3904,12 @@ static int encode_words(const Tokenizer *t, const char *text, int n, int *ids) {
         if (!bytes) bytes = 1;
     }
     class_of[n] = TEXT_END;
+    return class_of;
+}
+
+static int encode_words(const Tokenizer *t, const char *text, int n, int *ids) {
+    uint8_t *class_of = text_classes(t, text, n);
+    int count = 0;
     for (int at = 0, end; at < n; at = end) {
         end = word_end(&word_rules[t->words], text, class_of, n, at);
         int id = t->whole_words ? *tokenizer_slot(t, text + at, (size_t)(end - at)) : -1;

@@ -111,12 +111,12 @@ def hugging_face(parts, special, bos, eos):
 
 
 def bpe(vocab, rank, **more):
-    """A BPE model where any two neighbours join whose union is a piece with a rank, the lowest rank first."""
-    merges = sorted((r, k, f"{p[:k]} {p[k:]}") for p, r in rank.items() for k in range(1, len(p))
-                    if p[:k] in rank and p[k:] in rank)
+    """A BPE model where any two neighbours join whose union is a piece with a rank, the lowest rank first. Of equal
+    ranks (SentencePiece has them for runs of spaces) the leftmost is first, so a run grows from its left: long + short."""
+    merges = sorted((r, -k, p) for p, r in rank.items() for k in range(1, len(p)) if p[:k] in rank and p[k:] in rank)
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **more,
-            "vocab": vocab, "merges": [m for _, _, m in merges]}
+            "vocab": vocab, "merges": [f"{p[:-k]} {p[-k:]}" for _, k, p in merges]}
 
 
 def byte_level(ranks, special, words):
@@ -364,8 +364,8 @@ def hf_tokenizer(path, data):
         return {"tokenizer_config.json": json.dumps({k: v for k, v in {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos if add_bos else None, "eos_token": eos}.items()
             if v}, indent=1, ensure_ascii=False).encode(), **files}
-    normalizers = [p.get("type") for p in parts(spec.get("normalizer")) if p.get("type") not in ("Sequence", "Prepend")
-                   and not (p.get("type") == "Replace" and p.get("content") == "\u2581")]
+    normalizers = [p["type"] for p in parts(spec.get("normalizer")) if p.get("type") not in (None, "Sequence", "Prepend")
+                   and not (p["type"] == "Replace" and p.get("content") == "\u2581")]
     words = byte_level_words(spec.get("pre_tokenizer") or {}) if byte_level else ""
     if not byte_level and spec.get("pre_tokenizer") and not (
             spec["pre_tokenizer"].get("type") == "Metaspace" and spec["pre_tokenizer"].get("split") is False):
