@@ -362,8 +362,8 @@ def hf_tokenizer(path, data):
                     files[name] = f.read()
         # without a config, AutoTokenizer would take the class of the model, which has rules of its own
         return {"tokenizer_config.json": json.dumps({k: v for k, v in {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos if add_bos else None, "eos_token": eos}.items()
-            if v}, indent=1, ensure_ascii=False).encode(), **files}
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos if add_bos else None, "eos_token": eos,
+            "split_special_tokens": True}.items() if v}, indent=1, ensure_ascii=False).encode(), **files}
     normalizers = [p["type"] for p in parts(spec.get("normalizer")) if p.get("type") not in (None, "Sequence", "Prepend")
                    and not (p["type"] == "Replace" and p.get("content") == "\u2581")]
     words = byte_level_words(spec.get("pre_tokenizer") or {}) if byte_level else ""
@@ -444,12 +444,13 @@ def find_inputs(paths):
                 for n in names:
                     (found if INPUT.search(n) and not NOT_IN_FOLDER.search(n) else rest).append(os.path.join(folder, n))
                 rest += [os.path.join(folder, n, "") for n in folders if os.path.islink(os.path.join(folder, n))]
+            some = ", ".join(n[len(os.path.join(path, "")):] for n in sorted(rest)[:5]) + ", ..." * (len(rest) > 5)
+            if not found:
+                raise UserError(f"{path}: no .txt, .jsonl or .parquet file in this folder{f' ({some})' if rest else ''}; "
+                                "name the files")
             if rest:
-                some = ", ".join(n[len(os.path.join(path, "")):] for n in sorted(rest)[:5]) + ", ..." * (len(rest) > 5)
                 print(f"note: {path}: {len(rest)} not read ({some}); name a file or a linked folder to read it",
                       file=sys.stderr)
-            if not found:
-                raise UserError(f"{path}: no .txt, .jsonl or .parquet file in this folder; name the files")
             files += sorted(found)
         elif not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
