@@ -452,11 +452,12 @@ def word_tokenizers(d):
     cuts = {w: pre.Sequence([pre.Split(tk.Regex(r), "isolated"), bare()]) for w, r in tokens.WORDS.items() if r}
     cuts.update({"own": pre.ByteLevel(add_prefix_space=False), "own, space first": pre.ByteLevel(add_prefix_space=True), "whole": bare(),
                  "digits": pre.Sequence([pre.Digits(True), pre.ByteLevel(add_prefix_space=False)])})
+    lines = shared_lines(40)
     for name, cut in cuts.items():
         tok = tk.Tokenizer(tk.models.BPE(ignore_merges=name in ("llama3", "o200k")))
         tok.pre_tokenizer = cut
-        tok.train_from_iterator(odd_texts(400, 1) + sample_texts(300, 2) + shared_lines(100), tk.trainers.BpeTrainer(
-            vocab_size=1500, special_tokens=["<|endoftext|>"], initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+        tok.train_from_iterator(odd_texts(300, 1) + sample_texts(200, 2) + lines, tk.trainers.BpeTrainer(
+            vocab_size=1200, special_tokens=["<|end_of_text|>"], initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
         os.makedirs(f"{d}/{name}")
         tok.save(f"{d}/{name}/tokenizer.json")
         tok.encode_special_tokens = True
@@ -482,9 +483,9 @@ def test_prompts_are_encoded_as_by_the_library(d):
             found.append((name, save(f"{d}/{name}/tokenizer.json", data),
                           lambda t, tok=tok: tok.encode(t, add_special_tokens=False).ids))
         found += word_tokenizers(d)
-    lines, odd = shared_lines(250), odd_texts(300, 3) + sample_texts(100, 4)
+    lines, odd = shared_lines(100), odd_texts(200, 3) + sample_texts(60, 4)
     for name, model, library_encode in found:
-        must("--export-tokenizer", model, "--out", f"{d}/tokenizer.bin")
+        save(f"{d}/tokenizer.bin", tokens.tokenizer_bin(tokens.load_tokenizer(model))[0])
         encode = trainer_encoder(d, f"{d}/tokenizer.bin")
         # SentencePiece's own space and unknown characters without bytes are another matter
         texts = [t for t in odd if "\0" not in t and "\u2581" not in t] if "byte_fallback" in name or name == "sentencepiece" else odd

@@ -29,7 +29,7 @@ What holds, whatever the input:
     - A shard ends with the document that fills it, so no document is cut unless it is longer than a shard.
 """
 import argparse, base64, collections, concurrent.futures, concurrent.futures.process, contextlib, gzip
-import hashlib, importlib, io, json, os, re, struct, sys, threading, time, unicodedata, zlib
+import functools, hashlib, importlib, io, json, os, re, struct, sys, threading, time, unicodedata, zlib
 
 PIECE = 1 << 18          # bytes of text that are encoded at once
 BATCH = 1 << 20          # bytes of text handed to a worker at once
@@ -54,15 +54,15 @@ def need(module, package=None):
 
 # ---- Tokenizers: each loader returns a Tokenizer; its encoder needs the library, its pieces do not ------
 class Tokenizer(argparse.Namespace):
-    """name; kind, pieces, scores, bos, eos, prefix_space, words, whole_words: what tokenizer.bin holds; unlike: what a
-    prompt's text goes through that tokenizer.bin does not know; encoder() -> f(text, continued) gives ids; add_bos: put
-    BOS before documents by default; side_files() -> {name: bytes} beside the shards, from where a checkpoint takes them.
+    """name; kind, pieces, scores, bos, eos, prefix_space, words, whole_words: what tokenizer.bin holds; unlike: what
+    happens to a prompt that tokenizer.bin does not know of; encoder() -> f(text, continued) gives ids; add_bos: put BOS
+    before documents by default; side_files() -> {name: bytes} to lie beside the shards: checkpoints take them from there.
     `continued` says that the text goes on where the last piece ended (no space is to be put in front)."""
     prefix_space, words, whole_words, unlike = 0, "", False, None
 
 
-# Byte-level tokenizers cut the text into words first, by one of these patterns; the place in this table is the class that
-# tokenizer.bin holds. cl100k is llama3's but for white space at the end of the text, which stays whole there.
+# Byte-level tokenizers cut the text into words first, by one of these patterns; its place in this table is the word rule
+# of tokenizer.bin. cl100k is llama3's but for white space at the end of the text, which stays whole there.
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -87,9 +87,9 @@ def bytes_tokenizer():
         np = need("numpy")
         return lambda text, continued: np.frombuffer(text.encode(), np.uint8)
     pieces, end = [b"<0x%02X>" % i for i in range(256)] + [b"<|endoftext|>"], {"<|endoftext|>": 256}
+    model = lambda: byte_level({bytes([i]): i for i in range(256)}, end, "")
     return Tokenizer(name="bytes", kind=1, pieces=pieces, scores=[0.0] * 257, bos=256, eos=256, encoder=encoder,
-                     add_bos=False, side_files=lambda: hugging_face(byte_level({bytes([i]): i for i in range(256)}, end, ""),
-                                                                    end, None, "<|endoftext|>"))
+                     add_bos=False, side_files=lambda: hugging_face(model(), end, None, "<|endoftext|>"))
 
 
 # ---- The same tokenizer in Hugging Face's form, so that AutoTokenizer reads a checkpoint --------------------------
@@ -111,8 +111,8 @@ def hugging_face(parts, special, bos, eos):
 
 
 def bpe(vocab, rank, **more):
-    """A BPE model where any two neighbours join whose union is a piece with a rank, the lowest rank first. Of equal
-    ranks (SentencePiece has them for runs of spaces) the leftmost is first, so a run grows from its left: long + short."""
+    """A BPE model where any two neighbours join whose union is a piece with a rank, the lowest rank first. Of equals
+    (SentencePiece has them for runs of spaces) the leftmost is first, so a run grows from its left: long + short."""
     merges = sorted((r, -k, p) for p, r in rank.items() for k in range(1, len(p)) if p[:k] in rank and p[k:] in rank)
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **more,
@@ -122,9 +122,9 @@ def bpe(vocab, rank, **more):
 def byte_level(ranks, special, words):
     char = {b: c for c, b in gpt2_bytes().items()}
     rank = {"".join(char[b] for b in text): i for text, i in ranks.items()}
-    split = [{"type": "Split", "pattern": {"Regex": WORDS[words]}, "behavior": "Isolated", "invert": False}] if words else []
+    split = [{"type": "Split", "pattern": {"Regex": WORDS[words]}, "behavior": "Isolated", "invert": False}]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": split + [level]},
+    return {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": split * bool(words) + [level]},
             "decoder": level, "model": bpe({**rank, **special}, rank, ignore_merges=True)}
 
 
@@ -184,9 +184,9 @@ def sentencepiece_tokenizer(path, data):
         replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
         prefix = [{"type": "Prepend", "prepend": "\u2581"}] if normalizer[3] else []
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normalizer[3] else []
-        parts = {"normalizer": {"type": "Sequence", "normalizers": prefix + [replace(" ", "\u2581")]}, "pre_tokenizer": None,
-                 "decoder": {"type": "Sequence", "decoders": [replace("\u2581", " "), {"type": "ByteFallback"},
-                                                              {"type": "Fuse"}, *strip]},
+        parts = {"normalizer": {"type": "Sequence", "normalizers": prefix + [replace(" ", "\u2581")]},
+                 "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
+                     replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
                  "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=next(
                      (t for i, t in enumerate(text) if types[i] == 2), None), byte_fallback=6 in types, fuse_unk=True)}
         name = lambda i: text[i] if i >= 0 else None
@@ -199,15 +199,18 @@ def sentencepiece_tokenizer(path, data):
 
 # Known by the SHA-256 of the file: two sets may have as many ranks and other words.
 RANKS = {  # name: words, ranks, SHA-256, special tokens
-    "r50k": ("gpt2", 50256, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", {"<|endoftext|>": 50256}),
-    "p50k": ("gpt2", 50281, "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069", {"<|endoftext|>": 50256}),
+    "r50k": ("gpt2", 50256, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", {
+        "<|endoftext|>": 50256}),
+    "p50k": ("gpt2", 50281, "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069", {
+        "<|endoftext|>": 50256}),
     "cl100k": ("cl100k", 100256, "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7", {
         "<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260,
         "<|endofprompt|>": 100276}),
     "o200k": ("o200k", 199998, "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d", {
         "<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
     "llama3": ("llama3", 128000, "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55", {
-        "<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, **{f"<|reserved_{i}|>": i for i in range(128002, 128256)}}),
+        "<|begin_of_text|>": 128000, "<|end_of_text|>": 128001,
+        **{f"<|reserved_{i}|>": i for i in range(128002, 128256)}}),
     "qwen2": ("qwen2", 151643, "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186", {
         "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}),
     "tekken": ("tekken", None, None, {}),
@@ -285,8 +288,8 @@ def byte_level_words(pre):
         return "gpt2" if own else "whole"
     if len(steps) == 2 and first.get("type") == "Digits" and first.get("individual_digits") and own:
         return "gpt2-digits"
-    if len(steps) > 2 or first.get("type") != "Split" or own or (first.get("behavior"), bool(first.get("invert"))) not in (
-            ("Isolated", False), ("Removed", True)):
+    how = first.get("behavior"), bool(first.get("invert"))
+    if len(steps) > 2 or first.get("type") != "Split" or own or how not in (("Isolated", False), ("Removed", True)):
         return None
     regex = first.get("pattern", {}).get("Regex")
     also = {"'s|'t|'re|'ve|'m|'ll|'d" + WORDS["gpt2"][len("'(?:[sdmt]|ll|ve|re)"):]: "gpt2"}
@@ -364,8 +367,8 @@ def hf_tokenizer(path, data):
         return {"tokenizer_config.json": json.dumps({k: v for k, v in {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos if add_bos else None, "eos_token": eos,
             "split_special_tokens": True}.items() if v}, indent=1, ensure_ascii=False).encode(), **files}
-    normalizers = [p["type"] for p in parts(spec.get("normalizer")) if p.get("type") not in (None, "Sequence", "Prepend")
-                   and not (p["type"] == "Replace" and p.get("content") == "\u2581")]
+    normalizers = [p["type"] for p in parts(spec.get("normalizer")) if "type" in p and p["type"] not in (
+        "Sequence", "Prepend") and not (p["type"] == "Replace" and p.get("content") == "\u2581")]
     words = byte_level_words(spec.get("pre_tokenizer") or {}) if byte_level else ""
     if not byte_level and spec.get("pre_tokenizer") and not (
             spec["pre_tokenizer"].get("type") == "Metaspace" and spec["pre_tokenizer"].get("split") is False):
@@ -399,14 +402,15 @@ def load_tokenizer(path, pattern=None):
 
 def character_class(c):
     """0 other, 1 upper and title case, 2 lower case, 3 other letters, 4 marks, 5 numbers, 6 white space."""
-    if c in (9, 10, 11, 12, 13, 32, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000) or 0x2000 <= c <= 0x200A:
+    if 9 <= c <= 13 or 0x2000 <= c <= 0x200A or c in (32, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000):
         return 6            # \s of these patterns; str.isspace() has four more
     category = unicodedata.category(chr(c))
     return {"Lu": 1, "Lt": 1, "Ll": 2}.get(category) or {"L": 3, "M": 4, "N": 5}.get(category[0], 0)
 
 
+@functools.lru_cache(None)
 def character_classes():
-    """Where the class of a character changes: words of class << 24 | first code point. 1.1 million code points: 0.3 s."""
+    """Where the class of a character changes: words of class << 24 | first code point. 1.1 million of them: 0.3 s."""
     classes = [character_class(c) for c in range(0x110000)]
     rows = [k << 24 | c for c, k in enumerate(classes) if c == 0 or k != classes[c - 1]]
     return struct.pack(f"<i{len(rows)}I", len(rows), *rows)
@@ -446,7 +450,7 @@ def find_inputs(paths):
                 rest += [os.path.join(folder, n, "") for n in folders if os.path.islink(os.path.join(folder, n))]
             some = ", ".join(n[len(os.path.join(path, "")):] for n in sorted(rest)[:5]) + ", ..." * (len(rest) > 5)
             if not found:
-                raise UserError(f"{path}: no .txt, .jsonl or .parquet file in this folder{f' ({some})' if rest else ''}; "
+                raise UserError(f"{path}: no .txt, .jsonl or .parquet file in this folder ({some or 'it is empty'}); "
                                 "name the files")
             if rest:
                 print(f"note: {path}: {len(rest)} not read ({some}); name a file or a linked folder to read it",
@@ -455,7 +459,7 @@ def find_inputs(paths):
         elif not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
         elif not INPUT.search(path):
-            raise UserError(f"{path}: unknown kind of input; name it .txt or .jsonl (also with .gz, .zst, .xz or .bz2), "
+            raise UserError(f"{path}: unknown kind of input; name it .txt or .jsonl (also with .gz, .zst, .xz, .bz2), "
                             "or .parquet")
         else:
             files.append(path)
@@ -463,7 +467,7 @@ def find_inputs(paths):
 
 
 def cut_point(buf, at=0):
-    """Where to end a piece of at most PIECE bytes that begins at `at` in a longer UTF-8 text; see the top of the file."""
+    """Where to end a piece of at most PIECE bytes that begins at `at` in a longer UTF-8 text; see the file's top."""
     m = LINE_CUT.match(buf, at, at + PIECE)
     i = m.end() if m else buf.rfind(b"\n", at, at + PIECE) + 1
     if i <= at:
@@ -540,7 +544,8 @@ def parquet_rows(path, key, progress):
     parquet, before, number = need("pyarrow.parquet", "pyarrow"), progress.done, 0
     file = parquet.ParquetFile(path)
     if key not in file.schema_arrow.names:
-        raise UserError(f"{path}: no column \"{key}\" (it has {', '.join(file.schema_arrow.names)}); pass --text-key NAME")
+        raise UserError(f"{path}: no column \"{key}\" (it has {', '.join(file.schema_arrow.names)}); "
+                        "pass --text-key NAME")
     for batch in file.iter_batches(256, columns=[key]):
         column = batch.column(0)
         if str(column.type) in ("string", "large_string"):      # as bytes, so that encode_batch tells what is not UTF-8
@@ -565,7 +570,7 @@ class Zstd(io.RawIOBase):
 
     def readinto(self, buffer):
         while not self.text:
-            data, self.rest = self.rest or self.raw.read(1 << 12), b""      # little, since it may be 30,000 times more text
+            data, self.rest = self.rest or self.raw.read(1 << 12), b""      # little: it may be 30,000 times more text
             if not data:
                 if self.frame:
                     raise EOFError("it ends inside a frame")
@@ -621,8 +626,8 @@ def read_documents(files, separator, text_key, progress):
             except UserError:
                 raise
             except Exception as e:      # each library has errors of its own; one with an errno is the disk's
-                if not isinstance(e, (EOFError, zlib.error)) and not re.match("Zstd|LZMA|Arrow", type(e).__name__) and not (
-                        isinstance(e, OSError) and e.errno is None):
+                known = isinstance(e, (EOFError, zlib.error)) or re.match("Zstd|LZMA|Arrow", type(e).__name__)
+                if not known and not (isinstance(e, OSError) and e.errno is None):
                     raise
                 raise UserError(f"{path}: damaged {ending} file ({e}); get it again")
             progress.done = before + size
@@ -865,7 +870,8 @@ def in_validation(document, args):
 
 
 def write_shards(args, files, separator, vocab, progress, train_tokens=None):
-    """-> (train, val, bytes of text). train_tokens: so many, then validation; None: each document as in_validation says."""
+    """-> (train, val, bytes of text). train_tokens: so many, then validation; None: each document as in_validation
+    says."""
     def header(count, crc):
         magic = (20240520, 1) if args.token_bytes == 2 else (20240801, 7)
         return struct.pack("<4iIi", *magic, count, vocab, crc, args.eos_id + 1) + bytes(1000)
@@ -932,7 +938,8 @@ def prepare(args):
         remove_shards(args)
         progress.done = 0
         train, val, text_bytes = write_shards(args, files, separator, vocab, progress, count - last_share(args, count))
-        print(f"note: no document fell to validation, so the last {val.count:,} of {count:,} tokens did", file=sys.stderr)
+        print(f"note: no document fell to validation, so the last {val.count:,} of {count:,} tokens did",
+              file=sys.stderr)
     side_files = tokenizer.side_files()
     for split, name in ((train, "train"), (val, "validation")):
         if split.files:
@@ -942,7 +949,7 @@ def prepare(args):
     write_whole(os.path.join(args.out, "tokens.json"), json.dumps(
         {"options": options, "complete": True, **done}, indent=1).encode())
     for name, s in (("train", train), ("val", val)):
-        tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" if args.format == "ds" else ""
+        tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" * (args.format == "ds")
         print(f"{name:5s} | {s.documents:,} documents | {s.count:,} tokens{tail} | {len(s.files)} shards")
     print(f"vocabulary {vocab}, uint{8 * args.token_bytes}, {text_bytes / (train.count + val.count):.2f} bytes per "
           f"token, {time.time() - progress.start:.1f} s -> {args.out}")
