@@ -287,7 +287,7 @@ def test_other_preparations_are_left_alone(d):
     before = everything()
     for out, more in outs.items():
         must(text, "--out", out, *more)
-    check("again: nothing else is gone", everything() == before, before.keys() ^ everything().keys())
+        check(f"{out} again: nothing else is gone", everything() == before, before.keys() ^ everything().keys())
     must(text, "--out", f"{d}/k", *outs[f"{d}/m"])
     save(f"{d}/k/train/tokens.json", before[f"{d}/n/tokens.json"])
     refused("another preparation where ours goes", [f"{d}/k/train", "another preparation"], text, "--out", f"{d}/k", *outs[f"{d}/m"])

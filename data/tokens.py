@@ -56,12 +56,12 @@ def need(module, package=None):
 class Tokenizer(argparse.Namespace):
     """name; kind, pieces, scores, bos, eos, prefix_space, words, whole_words: what tokenizer.bin holds; unlike: what
     happens to a prompt that tokenizer.bin does not know of; encoder() -> f(text, continued) gives ids; add_bos: put BOS
-    before documents by default; side_files() -> {name: bytes} to lie beside the shards: checkpoints take them from there.
+    before documents by default; side_files() -> {name: bytes} to lie beside the shards, for checkpoints to copy.
     `continued` says that the text goes on where the last piece ended (no space is to be put in front)."""
     prefix_space, words, whole_words, unlike = 0, "", False, None
 
 
-# Byte-level tokenizers cut the text into words first, by one of these patterns; its place in this table is the word rule
+# Byte-level tokenizers cut the text into words first, by one of these patterns; its place in the table is the word rule
 # of tokenizer.bin. cl100k is llama3's but for white space at the end of the text, which stays whole there.
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
