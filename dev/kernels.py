@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Moves kernels between train_litespark.cu and the benches in dev/, and prints what compiler and emulator say.
+"""Moves kernels between train_litespark.cu and the benches in dev/, and prints what compiler and emulator say
+of them.
 
-    dev/kernels.py extract dev/OP.cu    the parts of the trainer that a bench needs, to standard output. What the
-                                        bench (or bench.cuh) defines itself is only declared there, so the
-                                        trainer's launchers start the bench's kernels
-    dev/kernels.py check                every __global__ function of the trainer stands in a bench, with the same
-                                        text; so do __device__ functions that a bench defines too
-    dev/kernels.py sync                 copies the trainer's text over functions of the same name in dev/*.cu
-    dev/kernels.py counts LOG=REPORT... a table: what OP --model N printed beside what ptxcpu --report counted
+    dev/kernels.py extract dev/OP.cu  the parts of the trainer that a bench needs, to standard output. What
+                                      the bench (or bench.cuh) defines itself is only declared there, so the
+                                      trainer's launchers start the bench's kernels
+    dev/kernels.py check              every __global__ function of the trainer stands in a bench, with the
+                                      same text; so do __device__ functions that a bench defines too
+    dev/kernels.py sync               copies the trainer's text over functions of the same name in dev/*.cu
+    dev/kernels.py counts LOG=REPORT... table: what OP --model N printed beside what ptxcpu --report counted
 """
 import glob
 import json
@@ -193,7 +194,7 @@ def table(head, rows):
 
 
 def counts(pairs):
-    """One row per variant: compulsory and all sectors in MB, shared-memory conflicts, time, what limits it."""
+    """One row per variant: compulsory and all sectors in MB, shared-memory conflicts, time and its limit."""
     head = ["#", "idea", "MB once", "MB all", "bank", "occupancy", "us", "limit", "regs", "smem", "spill"]
     tables = {}
     for pair in pairs:
