@@ -42,7 +42,7 @@ row() {
 # ---- the parts that need no python ------------------------------------------------------------------------------------------
 facts() {
     row part facts name commit value "$(cat "$BIN/commit" 2>/dev/null || echo unknown)"
-    row part facts name machine value "$(nproc) CPUs, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), Linux $(uname -r)"
+    row part facts name machine value "$(grep -c ^processor /proc/cpuinfo) CPUs, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), Linux $(uname -r)"
     row part facts name libcublasLt value "${CUBLAS:-on the usual path}"
     fields=name,driver_version,compute_cap,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu,ecc.mode.current,mig.mode.current
     values=$(nvidia-smi --query-gpu=$fields --format=csv,noheader | head -n 1)

@@ -39,7 +39,7 @@ def start(out, parts, path=f"{FAKE}:{os.environ['PATH']}", **env):
 
 
 def finish(process):
-    text = process.communicate(timeout=200)[0]
+    text = process.communicate(timeout=600)[0]
     return process.returncode, text
 
 
@@ -86,7 +86,8 @@ with open(f"{BIN}/commit", "w") as f: f.write("abc1234\n")
 
 try:
     # every part, over the emulation
-    status, text, rows, ends, summary = run(f"{TOP}/all", "facts proof vocabulary sanitizer training kernels attention hf", PROOF_WORDS="d104", PROOF_CASES="d104", DEADLINE="150")
+    status, text, rows, ends, summary = run(f"{TOP}/all", "facts proof vocabulary sanitizer training kernels attention hf", PROOF_WORDS="d104", PROOF_CASES="d104", DEADLINE="600",
+                                            LIMITS="proof=100 vocabulary=100 sanitizer=100 training=200")     # a busy machine
     of = lambda part: [r for r in rows if r["part"] == part and "end" not in r]
     check("all parts end", status == 0 and list(ends) == "facts proof vocabulary sanitizer training kernels attention hf".split(), (status, ends, text[-1500:]))
     check("hf is skipped and says why", ends.get("hf") == "skipped: torch cannot be imported", ends)
@@ -103,7 +104,7 @@ try:
           and any(r["kernel"] == "cuBLASLt" and r["us"] == 10 for r in of("kernels")), of("kernels"))
     check("attention benches", [(r["name"], r.get("us"), r.get("tflops")) for r in of("attention")] ==
           [("attention_forward", 229.5, 299.57), ("torch", None, None), ("attention_backward", 229.5, 299.57)], of("attention"))
-    wanted = ["# gpu-quick: NVIDIA Pretence", "| power.limit | 700.00 W |", "| proof, --mlp products | 1 | 0 | 0 | yes |", "| hf | skipped: torch cannot be imported | 0 |",
+    wanted = ["# gpu-quick: NVIDIA Pretence", "| power.limit | 700.00 W |", "| proof, --mlp products | 1 | 0 | 0 | yes |", "| hf | skipped: torch cannot be imported |",
               "| passes | attention_forward | 2 | 4.0 |", "| litespark | attention_forward | B 8 T 2048 H 16 K 2 D 128 bf16 | 229.5 | 299.57 |", "| 3B, whole |", "racecheck | 1 | 0 | 0 | yes |"]
     check("the summary", all(x in summary for x in wanted), [x for x in wanted if x not in summary] + [summary])
     check("it is also printed last", text.endswith(summary), text[-500:])
