@@ -196,7 +196,7 @@ static void fuzz_options(const uint8_t *data, size_t n) {       // a word per li
 static void fuzz_state(const uint8_t *data, size_t n) {         // trainer_state.json, then checksums.txt
     TrainState t;
     put_two("checksums.txt", "trainer_state.json", data, n);
-    if (strchr(checkpoint_whole(dir).s, '\n')) abort();
+    if (strchr(checkpoint_whole(dir, 0).s, '\n')) abort();
     Options was;
     options_default();
     checkpoint_read_state(dir, &t, &was);
