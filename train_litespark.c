@@ -187,7 +187,8 @@ enum { START, GIVEN, FIXED };
       "of samples: 0 = always the likeliest token, 1 = as the model says") \
     X(INT, "--log-every", log_every, GIVEN, "1", 1, 1e12, \
       "updates between lines on the screen (log.jsonl has all)") \
-    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, "print the loss on --val-data and stop") \
+    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, \
+      "print the loss on --val-data and stop; with --out also into its eval.jsonl") \
     X(FLAG, "--generate", generate, START, NULL, 0, 0, "print a sample of text and stop") \
     GROUP("Output") \
     X(TEXT, "--out", out, START, "out", 0, 0, \
@@ -1743,7 +1744,7 @@ static void train(Trainer *tr) {
         const int last = step == opt.steps;
         const int evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
         due |= opt.checkpoint_every && step % opt.checkpoint_every == 0;
-        const int saving = due && !tr->bad_in_a_row;        // or five bad ones push out the last good one
+        const int saving = due && !tr->bad_in_a_row;        // five bad ones must not push out a good one
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
@@ -4352,8 +4353,8 @@ static Str free_name(const char *out, int64_t step) {
 static int is_free_name(const char *name) {             // "tmp.old": of an earlier version
     const size_t n = strncmp(name, "tmp.step_", 9) ? 0 : step_digits(name + 9);
     const char *rest = name + 9 + n;
-    return !strcmp(name, "tmp.old") || (n && (!*rest || (*rest == '.' && strspn(rest + 1, "0123456789")
-                                                         && !rest[1 + strspn(rest + 1, "0123456789")])));
+    if (n && *rest == '.' && rest[1]) rest += 1 + strspn(rest + 1, "0123456789");
+    return !strcmp(name, "tmp.old") || (n && !*rest);
 }
 
 static int is_real_folder(const char *path) {           // and no link to one
