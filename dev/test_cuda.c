@@ -335,7 +335,9 @@ static const char *const precisions[2] = {"fp32", "bf16"};
 
 // The values of `key` in the records of a type in OUT/log.jsonl; returns their number.
 static int log_values(const char *out, const char *type, const char *key, double *x, int most) {
-    char *path = path_text("%s/log.jsonl", out), *text = slurp(path), *save = NULL;
+    char *path = path_text("%s/log.jsonl", out);
+    if (access(path, F_OK)) free(path), path = path_text("%s/eval.jsonl", out);     // of --eval-only
+    char *text = slurp(path), *save = NULL;
     int n = 0;
     for (char *line = strtok_r(text, "\n", &save); line && n < most; line = strtok_r(NULL, "\n", &save)) {
         Json *j = json_parse(line, strlen(line), "log.jsonl");
