@@ -3228,7 +3228,8 @@ static void test_out_is_of_one_run(void) {
         && !access(file_at("a/b/out/step_00000007"), F_OK) && access(file_at("a/b/out/step_00000004"), F_OK),
         "5 and 7 are the two whole ones: %s", r.err);
     // one command line for the first start and for the ones after it
-    const char *const words = "--init-from %s --train-data %s --resume auto --steps %d --threads 1 --sample-every 0 --out %s";
+    const char *const words = "--init-from %s --train-data %s --seq-len 16 --batch-size 1 --resume auto --steps %d "
+                              "--threads 1 --sample-every 0 --out %s";
     for (int steps = 1; steps <= 2; steps++) {
         char line[1200];
         snprintf(line, sizeof line, words, file_at("a/b/out/step_00000007"), train_glob, steps, file_at("tuned"));
