@@ -3483,8 +3483,8 @@ static void config_keep_rest(Config *c, const Json *j, const char *text) {
     char *written = config_to_json(c, "");
     Json *known = json_parse(written, strlen(written), "config.json");
     for (const Json *e = j->child; e; e = e->next) {
-        // the last one is in rope_parameters by now
-        if (json_member(known, e->key) || !strcmp(e->key, "original_max_position_embeddings")) continue;
+        int in_rope = c->rope_factor > 0 && !strcmp(e->key, "original_max_position_embeddings");
+        if (json_member(known, e->key) || in_rope) continue;
         text_add(&rest, "  ");
         text_add_string(&rest, e->key);
         text_add(&rest, ": %.*s,\n", (int)(e->end - e->begin), text + e->begin);

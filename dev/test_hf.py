@@ -432,14 +432,14 @@ def check_inference(family, ls, work, model, files):
 
 def check_defaults(family, ls, work, files):
     """config.json without each key in turn: what litespark saves is what AutoConfig reads."""
-    base = dict(model_type=family, vocab_size=250, hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+    base = dict(model_type=family, vocab_size=300, hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.03,
                 rope_theta=77.0, tie_word_embeddings=True, sliding_window=64, bos_token_id=3, eos_token_id=4, hidden_act="silu",
                 use_sliding_window=True, max_window_layers=1, attention_bias=False, mlp_bias=False, attention_dropout=0.0)
     small = dict(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=8)  # where the default is large
     extra = dict(vocab_size=small, num_attention_heads=dict(head_dim=8),
                  num_key_value_heads=dict(num_attention_heads=32), intermediate_size=small, num_hidden_layers=small,
-                 hidden_size=dict(head_dim=8, vocab_size=250))
+                 hidden_size=dict(head_dim=8))
     path = os.path.join(work, "absent.json")
     rows = [(k, {**base, **extra.get(k, {})}) for k in base if k != "model_type"]
     rows += [("all ids", {k: v for k, v in base.items() if k != "bos_token_id"})]
