@@ -150,7 +150,7 @@ enum { START, GIVEN, FIXED };
     X(REAL, "--dpo-beta", dpo_beta, GIVEN, "0.1", 0, 1e3, "dpo: how strongly the reference model holds") \
     GROUP("Batch") \
     X(INT, "--seq-len", seq_len, GIVEN, "0", 0, 1 << 24, \
-      "tokens of a sequence, 0 = the model's, at most 1024") \
+      "tokens of a sequence, 0 = a row of .ds data, else 1024; at most the model's") \
     X(INT, "--batch-size", batch_size, GIVEN, "0", 0, 1 << 20, \
       "sequences per rank at a time, 0 = as many as fit") \
     X(INT, "--total-batch-tokens", total_batch_tokens, GIVEN, "0", 0, 1e12, \
@@ -233,7 +233,13 @@ static Options opt;             // resolved: what the user left open is decided 
 typedef struct Option Option;
 
 // ---- a model ----------------------------------------------------------------------------------------------
-typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
+enum { WINDOW_IGNORED, WINDOW_COUNTS, WINDOW_SWITCHED };  // sliding_window; the last: if use_sliding_window
+typedef struct Family {         // a class of transformers, and what keys mean there that config.json lacks
+    const char *name, *class_name;
+    int qkv_bias, qk_norm, windows;
+    int V, L, C, H, K, D, F, max_T, sliding_window, bos, eos;
+} Family;
+enum { MAX_STOPS = 16 };
 typedef struct Config {         // Hugging Face's config.json
     const Family *family;
     // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
@@ -247,10 +253,13 @@ typedef struct Config {         // Hugging Face's config.json
     double rope_factor;         // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
     double rope_low, rope_high;
     int rope_original_T;
-    // 0 = none, else how far layers >= window_layer look back; a longer seq-len is refused
+    // 0 = in no layer, else how far some layers look back; a longer seq-len is refused
     int sliding_window;
-    int window_layer;           // Qwen's max_window_layers
-    int bos, eos;               // token ids, -1 = none
+    int bos, pad;               // token ids, -1 = none
+    // ids that end a text: n_eos of config.json, then those that generation_config.json adds
+    int n_eos, n_stops, stops[MAX_STOPS];
+    // members of config.json for checkpoints only, and the names of those that mean nothing here; NULL: none
+    char *rest, *rest_keys;
 } Config;
 
 enum { INIT_NORMAL, INIT_ONE, INIT_ZERO };
@@ -391,10 +400,10 @@ double config_params(const Config *c);
 void param_table_build(ParamTable *p, const Config *c, int world);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
 // 12, 13
-Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder);
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
-int data_vocabulary(const char *pattern);
+int data_declares(const char *pattern, int *V, int *S);
 void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
                  int shuffle, int vocab_size, int document_mask);
 void loader_log(const DataLoader *dl, const char *name, FILE *f);
@@ -428,8 +437,8 @@ void checkpoint_read_model(const char *dir, Model *m, int state);
 Str checkpoint_whole(const char *dir, int weights_only);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
 void weights_read(const char *dir, Model *m, const Config *c);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
-                     const char *side_folder);
+void side_files_read(const char *model_dir, const Tokenizer *t);
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -1529,7 +1538,6 @@ typedef struct Trainer {
     int batches_read;
     double *weight;                         // (N) of a micro-step's targets
     Tokenizer *tokenizer;
-    const char *side_folder;                // where tokenizer files are copied from, or NULL
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
     int64_t micro_steps;                    // per update
@@ -1740,7 +1748,6 @@ static void generate(Trainer *tr) {
     if (comm_rank() || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
     const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos;
-    const int eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
     const int room = (int)opt.seq_len;
     int *prompt = NULL, n = 0;
     const int n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0;
@@ -1748,9 +1755,6 @@ static void generate(Trainer *tr) {
     float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
     if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
     for (int i = 0; i < n_prompt; i++) {
-        if (prompt[i] >= tr->c.V)
-            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer",
-                prompt[i], tr->c.V);
         tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
@@ -1760,7 +1764,9 @@ static void generate(Trainer *tr) {
         next_logits(tr->m, ids + n - window, window, logits);
         ids[n] = sample_token(logits, tr->c.V, opt.temperature,
                               random_uniform((uint64_t)opt.seed, hash_string("sample"), draw));
-        if (ids[n] == eos) break;
+        int stop = tok && ids[n] == tok->eos;
+        for (int k = 0; k < tr->c.n_stops; k++) stop |= ids[n] == tr->c.stops[k];
+        if (stop) break;
         if (tok && ids[n] < tok->V) tokenizer_print(tok, ids[n - 1], ids[n], stdout);
         else printf(" %d", ids[n]);
         fflush(stdout);
@@ -1776,7 +1782,7 @@ static void generate(Trainer *tr) {
 static void save(Trainer *tr) {
     if (tr->saved_step == tr->state.step) return;
     const double start = now_seconds();
-    checkpoint_save(tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
+    checkpoint_save(tr->m, &tr->state, &tr->c, &opt);
     tr->saved_step = tr->state.step;
     printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out,
            tr->state.step, now_seconds() - start);
@@ -1893,10 +1899,20 @@ static double plan_bytes(const Config *c, const Plan *plan) {
     return bytes;
 }
 
+// A row of .ds data, else 1024; at most what the model is made for.
+static int default_seq_len(const Config *c) {
+    const char *data = opt.generate ? NULL : opt.eval_only ? opt.val_data : opt.train_data;
+    int V, T = 0;
+    if (data) data_declares(data, &V, &T);
+    if (!T) T = 1024;
+    if (T > c->max_T) T = c->max_T;
+    return c->sliding_window && T > c->sliding_window ? c->sliding_window : T;
+}
+
 // What the user left open of sequence, update and micro-step, for `machine`.
 static void resolve_batch(const Config *c, const Machine *machine) {
     const int small = config_params(c) < 5e6, open = !opt.batch_size;
-    if (!opt.seq_len) opt.seq_len = c->max_T < 1024 ? c->max_T : 1024;
+    if (!opt.seq_len) opt.seq_len = default_seq_len(c);
     if (opt.seq_len > c->max_T)
         die("--seq-len %" PRId64 " is beyond the model's max_position_embeddings %d", opt.seq_len, c->max_T);
     if (c->sliding_window && opt.seq_len > c->sliding_window)
@@ -1976,26 +1992,52 @@ static char *setup_resume(Trainer *tr, Options *was) {
     return dir;
 }
 
-// Model and tokenizer. `tiny` takes its vocabulary from the data.
+// What a sample begins with is checked before the run, not at its end.
+static void check_prompt(const Trainer *tr) {
+    const Tokenizer *tok = tr->tokenizer;
+    int *ids, n;
+    if (!opt.sample_tokens || !(opt.generate || (is_training() && opt.sample_every))) return;
+    if (!tok && opt.prompt[0])
+        die("--prompt needs a tokenizer, and none lies beside model or data; name one with --tokenizer");
+    if (tok && tok->bos >= tr->c.V)
+        die("tokenizer '%s' begins a text with token %d, outside the model's vocabulary of %d; "
+            "name the model's with --tokenizer", tok->path, tok->bos, tr->c.V);
+    if (!tok) return;
+    for (n = tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &ids); n > 0; n--)
+        if (ids[n - 1] >= tr->c.V)
+            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer",
+                ids[n - 1], tr->c.V);
+    free(ids);
+}
+
+// Model and tokenizer. `tiny` takes its vocabulary from tokenizer or data.
 static void setup_model(Trainer *tr, const char *resume_dir) {
     Config *c = &tr->c;
+    const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     const int needs_data = is_training() || opt.dump_grads;
+    int V = 0, S;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
+    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && !data_declares(opt.train_data, &V, &S))
         die("the default data is not here; `make data` writes it to data/stories, or name your own with "
             "--train-data");
     *c = choose_config(resume_dir);
-    tr->tokenizer = tokenizer_choose(c, resume_dir ? resume_dir : opt.init_from, &tr->side_folder);
-    if (c->V) return;
-    c->V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
-    if (c->V <= 0 && opt.dry_run) c->V = 1024;
-    if (c->V <= 0)
-        die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a "
-            "--tokenizer", opt.train_data);
-    config_set_vocab(c, c->V);
-    c->bos = tr->tokenizer ? tr->tokenizer->bos : -1;
-    c->eos = tr->tokenizer ? tr->tokenizer->eos : -1;
+    if (c->rest_keys && !resume_dir) printf("config.json | passed on, not used: %s\n", c->rest_keys);
+    const Tokenizer *tok = tr->tokenizer = tokenizer_choose(c, model_dir);
+    side_files_read(model_dir, tok);
+    if (!c->V) {
+        if (tok) V = tok->V;
+        else data_declares(opt.train_data, &V, &S);
+        if (V <= 0 && opt.dry_run) V = 1024;
+        if (V <= 0)
+            die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a "
+                "--tokenizer", opt.train_data);
+        config_set_vocab(c, V);
+        c->bos = tok ? tok->bos : -1;
+        c->n_eos = c->n_stops = tok && tok->eos >= 0;
+        if (c->n_eos) c->stops[0] = tok->eos;
+    }
+    check_prompt(tr);
 }
 
 // Sizes of everything; nothing is allocated yet.
@@ -2544,13 +2586,20 @@ static const char *shortest(double x) {
 }
 
 // A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path:
-// missing, a folder, not readable.
+// missing, a folder, not readable, the pointer that Git LFS leaves for a file it has not fetched.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    if (S_ISDIR(st.st_mode)) die("%s '%s' is a folder; name a file in it", what, path);
     if (!S_ISREG(st.st_mode)) die("%s '%s' is not a file; name the file itself", what, path);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    static const char lfs[] = "version https://git-lfs";
+    char head[sizeof lfs - 1];
+    if (st.st_size < 1024 && pread(fd, head, sizeof head, 0) == sizeof head
+        && !memcmp(head, lfs, sizeof head))
+        die("%s '%s' is a Git LFS pointer, not the file it stands for; `git lfs pull` fetches that",
+            what, path);
     if (bytes) *bytes = (size_t)st.st_size;
     return fd;
 }
@@ -2581,7 +2630,8 @@ static int find_files(const char *pattern, glob_t *found) {
     Text escaped = {NULL, 0, 0};
     for (size_t i = 0; i < n; i++) text_add(&escaped, "\\%c", pattern[i]);
     text_add(&escaped, "%s", pattern + n);
-    const int failed = glob(escaped.s, 0, NULL, found);
+    const int failed = glob(escaped.s, GLOB_ERR, NULL, found);
+    if (failed && failed != GLOB_NOMATCH) die("cannot look for '%s': %s", pattern, strerror(errno));
     free(escaped.s);
     return !failed;
 }
@@ -2690,6 +2740,9 @@ void options_help(void) {
         }
         printf("  %-24s %s", str("%s%s", o->name, wants[o->type]).s, o->help);
         printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
+        for (int i = 0; i < COUNT(refused); i++) if (!strcmp(refused[i].option, o->name))
+            printf("  %-24s   %s%s%s\n", "", refused[i].value ? refused[i].value : "",
+                   refused[i].value ? " " : "", refused[i].why);
     }
 }
 
@@ -2735,6 +2788,7 @@ struct Json {
     double num;
     int64_t inum;          // valid when is_int: written without '.' and exponent, and it fits
     int is_int, n;         // n = number of children
+    size_t begin, end;     // its bytes in the source
     struct Json *child, *next;
 };
 
@@ -2887,6 +2941,7 @@ static void json_container(JsonParser *p, Json *v, int depth) {
 static void json_value(JsonParser *p, Json *v, int depth) {
     static const char *const words[] = {"true", "false", "null"};
     json_space(p);
+    v->begin = (size_t)(p->at - p->text);
     if (*p->at == '{' || *p->at == '[') json_container(p, v, depth + 1);
     else if (*p->at == '-' || isdigit((unsigned char)*p->at)) json_scan_number(p, v);
     else if (*p->at == '"') {
@@ -2899,6 +2954,7 @@ static void json_value(JsonParser *p, Json *v, int depth) {
         v->type = "tf0"[i];
         p->at += strlen(words[i]);
     }
+    v->end = (size_t)(p->at - p->text);
 }
 
 // Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory has the nodes
@@ -2924,12 +2980,17 @@ Json *json_read_file(const char *path, size_t max_bytes) {
     return root;
 }
 
+// The member `key`, be it null; NULL when obj is not an object or has none.
+static const Json *json_member(const Json *obj, const char *key) {
+    if (!obj || obj->type != 'o') return NULL;
+    for (const Json *e = obj->child; e; e = e->next) if (!strcmp(e->key, key)) return e;
+    return NULL;
+}
+
 // The value of `key`; NULL when obj is not an object, or when the key is absent or null.
 const Json *json_get(const Json *obj, const char *key) {
-    if (!obj || obj->type != 'o') return NULL;
-    for (const Json *e = obj->child; e; e = e->next)
-        if (!strcmp(e->key, key)) return e->type == '0' ? NULL : e;
-    return NULL;
+    const Json *e = json_member(obj, key);
+    return e && e->type != '0' ? e : NULL;
 }
 
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
@@ -3098,7 +3159,7 @@ static void st_add_file(StSet *s, const char *path) {
     size_t start = 8 + (size_t)n_header, at = start;
     for (const Json *e = header->child; e; e = e->next) {
         if (strcmp(e->key, "__metadata__")) st_add_tensor(s, e, path, start, size - start);
-        else if (e->type != 'o') die("%s: __metadata__ is no JSON object", path);
+        else if (e->type != 'o' && e->type != '0') die("%s: __metadata__ is no JSON object", path);
     }
     qsort(s->tensors + first, (size_t)(s->n_tensors - first), sizeof *s->tensors, st_compare_offsets);
     for (const StTensor *t = s->tensors + first; t < s->tensors + s->n_tensors; at += t++->n_bytes)
@@ -3121,7 +3182,8 @@ static void st_sort_names(StSet *s) {
             die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
 }
 
-// Opens every file that the index names; index and files must agree on where each tensor is.
+// Opens every file that the index names. Which tensors there are, the files say: some indexes list tensors
+// that are in none, or leave some out.
 static void st_open_index(StSet *s, const char *folder, const char *index_path) {
     Json *index = json_read_file(index_path, ST_MAX_HEADER);
     const Json *map = json_get(index, "weight_map");
@@ -3135,15 +3197,6 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         if (f < 0) st_add_file(s, path.s);
     }
     if (!s->n_files) die("%s: \"weight_map\" names no file", index_path);
-    st_sort_names(s);
-    for (const Json *e = map->child; e; e = e->next) {
-        const StTensor *t = st_find(s, e->key);
-        if (!t || strcmp(strrchr(s->paths[t->file], '/') + 1, e->str))
-            die("%s: tensor %s is not in %s", index_path, e->key, e->str);
-    }
-    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)    // names are unique: one is not listed
-        if (!json_get(map, t->name))
-            die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     free(index);
 }
 
@@ -3302,7 +3355,7 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
 }
 
 // ==== 11. Model configuration: Hugging Face's config.json and the presets ==================================
-// The integers of a model: field, key in config.json, smallest and largest value, what an absent key means.
+// The integers of a model: field, key in config.json, smallest and largest value, what null means.
 #define CONFIG_INTS(X) \
     X(V,     "vocab_size",              2, 1 << 24, JSON_REQUIRED) \
     X(L,     "num_hidden_layers",       1, 1 << 12, JSON_REQUIRED) \
@@ -3312,24 +3365,33 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     X(D,     "head_dim",                1, 1 << 14, 0 /* = C/H */) \
     X(F,     "intermediate_size",       1, 1 << 22, JSON_REQUIRED) \
     X(max_T, "max_position_embeddings", 1, 1 << 28, JSON_REQUIRED)
+// The numbers, and what null or an absent key means.
 #define CONFIG_NUMBERS(X) \
     X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
     X(init_std, "initializer_range", 0, 1, 0.02)
 
-// window_switch: sliding_window counts only if use_sliding_window says so
+// Absent keys mean the defaults of these classes in transformers 5.24.0 (configuration_llama.py and such),
+// so do the numbers above, rope_theta 10000 and tie_word_embeddings false. dev/test_hf.py compares them all.
 static const Family config_families[] = {
-    {"llama",   "LlamaForCausalLM",   0, 0, 0},
-    {"mistral", "MistralForCausalLM", 0, 0, 0},
-    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},
-    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
+    // bias of q, k, v; norm of q, k; sliding_window;
+    //     V, L, C, H, K (0: H), D (0: C/H), F, max_T, sliding_window, bos, eos
+    {"llama",   "LlamaForCausalLM",   0, 0, WINDOW_IGNORED,
+         32000, 32, 4096, 32,  0,   0, 11008,   2048,    0,  1,  2},
+    {"mistral", "MistralForCausalLM", 0, 0, WINDOW_COUNTS,
+         32000, 32, 4096, 32,  8,   0, 14336, 131072, 4096,  1,  2},
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, WINDOW_SWITCHED,
+        151936, 32, 4096, 32, 32,   0, 22016,  32768, 4096, -1, -1},
+    {"qwen3",   "Qwen3ForCausalLM",   0, 1, WINDOW_SWITCHED,
+        151936, 32, 4096, 32, 32, 128, 22016,  32768, 4096, -1, -1},
 };
 
-// Keys that would change the computation, and the one value that we compute.
-static const struct { const char *key, *only; } config_fixed[] = {
-    {"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}, {"attention_dropout", "0"},
-    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"},
-    {"num_experts", "0"}, {"num_local_experts", "0"}, {"n_routed_experts", "0"},
-    {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
+// Keys that would change the computation, the one value that we compute, and the families that have the key.
+static const struct { const char *key, *only, *families; } config_fixed[] = {
+    {"hidden_act", "silu", NULL}, {"attention_bias", "false", "llama qwen3"}, {"mlp_bias", "false", "llama"},
+    {"attention_dropout", "0", NULL}, {"partial_rotary_factor", "1", NULL},
+    {"quantization_config", "null", NULL}, {"quantization", "null", NULL}, {"num_experts", "0", NULL},
+    {"num_local_experts", "0", NULL}, {"n_routed_experts", "0", NULL}, {"num_experts_per_tok", "0", NULL},
+    {"moe_intermediate_size", "0", NULL},
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
@@ -3400,121 +3462,31 @@ void config_check(const Config *c, const char *where) {
     if (c->H % c->K)
         die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d",
             where, c->H, c->K);
+    if (!strcmp(c->family->name, "llama") && c->C % c->H)       // its class insists, with a head_dim, too
+        die("%s: \"hidden_size\" is %d; expected a multiple of \"num_attention_heads\", %d",
+            where, c->C, c->H);
     if (c->D % 8 || c->D > 128)
         die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
     if (c->rope_factor > 0 && !(c->rope_low < c->rope_high))
         die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g",
             where, c->rope_high, c->rope_low);
-    if (c->bos >= c->V || c->eos >= c->V)
+    if (c->bos >= c->V || c->pad >= c->V)
         die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
-            c->bos >= c->V ? "bos_token_id" : "eos_token_id", c->bos >= c->V ? c->bos : c->eos, c->V);
+            c->bos >= c->V ? "bos_token_id" : "pad_token_id", c->bos >= c->V ? c->bos : c->pad, c->V);
     if (config_params(c) >= 0x1p40)
         die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
 }
 
-// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into
-// rope_parameters. As there, rope_scaling wins over rope_parameters, and rope_theta inside over one outside.
-static void config_read_rope(Config *c, const Json *j, const char *where) {
-    const Json *rope = json_get(j, "rope_scaling");
-    if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
-    if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
-    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type";  // before transformers 4.43
-    const char *type = json_string(rope, type_key, where, "default");
-    if (strcmp(type, "default") && strcmp(type, "llama3"))
-        json_refuse(json_get(rope, type_key), "rope_type", where,
-                    "\"default\" or \"llama3\", the supported kinds of RoPE");
-    const Json *part = json_get(rope, "partial_rotary_factor");
-    if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
-    for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
-        if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
-    c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
-    if (strcmp(type, "llama3")) return;
-    c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
-    c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
-    c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
-    c->rope_original_T = (int)json_int(rope, "original_max_position_embeddings", where, 1, 1 << 28, c->max_T);
-}
+static void text_add_id(Text *t, int id) { text_add(t, id < 0 ? "null" : "%d", id); }
 
-// Sliding windows: Qwen's count only when switched on, and only from layer max_window_layers on.
-static void config_read_window(Config *c, const Json *j, const char *where) {
-    int has_switch = c->family->window_switch, l = 0;
-    const Json *types = has_switch ? json_get(j, "layer_types") : NULL;
-    c->sliding_window = (int)json_int(j, "sliding_window", where, 0, INT_MAX, 0);
-    if (!json_bool(j, "use_sliding_window", where, !has_switch)) c->sliding_window = 0;
-    c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
-    if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
-    for (const Json *e = types ? types->child : NULL; e; e = e->next) {
-        int slides = c->sliding_window && l++ >= c->window_layer;
-        const char *want = slides ? "sliding_attention" : "full_attention";
-        if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
+// null, a number or a list of them
+static void config_add_eos(Text *t, const Config *c) {
+    text_add(t, c->n_eos > 1 ? "[" : "");
+    for (int i = 0; i < c->n_eos || i == 0; i++) {
+        text_add(t, i ? ", " : "");
+        text_add_id(t, i < c->n_eos ? c->stops[i] : -1);
     }
-}
-
-// Reads and checks config.json of transformers 4 or 5; dies naming `where`, the key, its value and what was
-// expected. null means absent; keys that do not change the computation are ignored.
-void config_from_json(Config *c, const char *text, size_t n, const char *where) {
-    Json *j = json_parse(text, n, where);
-    memset(c, 0, sizeof *c);
-    if (j->type != 'o') die("%s: expected a JSON object", where);
-    if (!config_set_family(c, json_string(j, "model_type", where, NULL)))
-        json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
-    for (int i = 0; i < COUNT(config_fixed); i++) {
-        const Json *v = json_get(j, config_fixed[i].key);
-        const char *only = config_fixed[i].only;
-        int same = !v || (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
-                          v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
-        if (!same) json_refuse(v, config_fixed[i].key, where, only);
-    }
-#define READ_INT(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
-#define READ_NUMBER(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
-    CONFIG_INTS(READ_INT) CONFIG_NUMBERS(READ_NUMBER)
-    config_set_vocab(c, c->V);
-    if (!c->K) c->K = c->H;
-    if (!c->D && c->C % c->H)
-        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of "
-            "\"num_attention_heads\", %d", where, c->C, c->H);
-    if (!c->D) c->D = c->C / c->H;
-    c->tied = json_bool(j, "tie_word_embeddings", where, 0);
-    config_read_rope(c, j, where);
-    config_read_window(c, j, where);
-    c->bos = (int)json_int(j, "bos_token_id", where, -1, INT_MAX, -1);
-    const Json *eos = json_get(j, "eos_token_id");       // chat models list several: the first
-    if (eos && eos->type == 'a') {
-        if (!eos->child || !eos->child->is_int || eos->child->inum < 0 || eos->child->inum > INT_MAX)
-            json_refuse(eos->child, "eos_token_id", where, "token ids");
-        c->eos = (int)eos->child->inum;
-    } else c->eos = (int)json_int(j, "eos_token_id", where, -1, INT_MAX, -1);
-    free(j);
-    config_check(c, where);
-}
-
-// " tiny 15M ...": for messages
-const char *config_preset_names(void) {
-    static char names[512];
-    names[0] = 0;
-    for (int i = 0; i < COUNT(config_presets); i++) strcat(strcat(names, " "), config_presets[i].name);
-    return names;
-}
-
-// Fills c from the preset table; 0 when the name is unknown.
-int config_preset(Config *c, const char *name) {
-    int i = 0;
-    while (i < COUNT(config_presets) && strcmp(name, config_presets[i].name)) i++;
-    if (i == COUNT(config_presets)) return 0;
-    memset(c, 0, sizeof *c);
-    config_set_family(c, config_presets[i].family);
-#define COPY(field, ...) c->field = config_presets[i].field;
-    CONFIG_INTS(COPY) CONFIG_NUMBERS(COPY)
-    COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos) COPY(eos)
-#undef COPY
-    config_set_vocab(c, c->V);
-    if (c->rope_factor > 0) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
-    config_check(c, name);
-    return 1;
-}
-
-static void config_add_id(Text *t, const char *key, int id) {
-    text_add(t, id < 0 ? "  \"%s\": null,\n" : "  \"%s\": %d,\n", key, id);
+    text_add(t, c->n_eos > 1 ? "]" : "");
 }
 
 // The members of rope_scaling, and with rope_theta those of rope_parameters.
@@ -3541,21 +3513,193 @@ char *config_to_json(const Config *c, const char *dtype) {
     CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (llama) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    if (c->family->window_switch)
-        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n",
-                 c->sliding_window ? "true" : "false", c->window_layer);
-    if (c->sliding_window || !llama)
-        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+    if (c->family->windows == WINDOW_COUNTS) {
+        text_add(&t, "  \"sliding_window\": ");
+        text_add_id(&t, c->sliding_window ? c->sliding_window : -1);
+        text_add(&t, ",\n");
+    }
     text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
     if (c->rope_factor > 0) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
     text_add(&t, ",\n  \"rope_parameters\": ");
     config_add_rope(&t, c, /*with_theta=*/1);
-    text_add(&t, ",\n");
-    config_add_id(&t, "bos_token_id", c->bos);
-    config_add_id(&t, "eos_token_id", c->eos);
-    text_add(&t, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\"\n}\n", dtype, dtype);
+    text_add(&t, ",\n  \"bos_token_id\": ");
+    text_add_id(&t, c->bos);
+    text_add(&t, ",\n  \"eos_token_id\": ");
+    config_add_eos(&t, c);
+    text_add(&t, ",\n%s  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\"\n}\n", c->rest ? c->rest : "",
+             dtype, dtype);
     return t.s;
+}
+
+// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into
+// rope_parameters. As there, rope_scaling wins over rope_parameters, rope_theta inside over one outside, but
+// original_max_position_embeddings outside over one inside (when 5.24.0 builds the model; AutoConfig alone
+// still shows the one inside).
+static void config_read_rope(Config *c, const Json *j, const char *where) {
+    const Json *rope = json_get(j, "rope_scaling");
+    if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
+    if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
+    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type";  // before transformers 4.43
+    const char *type = json_string(rope, type_key, where, "default");
+    if (strcmp(type, "default") && strcmp(type, "llama3"))
+        json_refuse(json_get(rope, type_key), "rope_type", where,
+                    "\"default\" or \"llama3\", the supported kinds of RoPE");
+    const Json *part = json_get(rope, "partial_rotary_factor");
+    if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
+    for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
+        if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
+    c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
+    if (strcmp(type, "llama3")) return;
+    c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
+    c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
+    c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
+    const char *original = "original_max_position_embeddings";
+    if (json_get(j, original)) rope = j;
+    c->rope_original_T = (int)json_int(rope, original, where, 1, 1 << 28, c->max_T);
+}
+
+// Sliding windows: Llama's class ignores them, Mistral's has them in all layers, Qwen's in those that
+// layer_types names, else from max_window_layers on, if use_sliding_window says so.
+static void config_read_window(Config *c, const Json *j, const char *where) {
+    const Json *types = json_get(j, "layer_types");
+    int sliding = 0;
+    if (types && (types->type != 'a' || types->n != c->L))
+        json_refuse(types, "layer_types", where, str("a list of \"num_hidden_layers\", %d, words", c->L).s);
+    if (c->family->windows == WINDOW_IGNORED) return;
+    if (c->family->windows == WINDOW_SWITCHED) {
+        const int most = (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28);
+        const int on = json_bool(j, "use_sliding_window", where, 0) && (types || c->L > most);
+        for (const Json *e = types ? types->child : NULL; e; e = e->next) {
+            int slides = e->type == 's' && !strcmp(e->str, "sliding_attention");
+            if (!slides && (e->type != 's' || strcmp(e->str, "full_attention")))
+                json_refuse(e, "layer_types", where, "\"full_attention\" or \"sliding_attention\"");
+            sliding += slides;
+        }
+        if (sliding && (!on || (json_member(j, "sliding_window") && !json_get(j, "sliding_window"))))
+            die("%s: \"layer_types\" has \"sliding_attention\"; expected \"use_sliding_window\" true and "
+                "a \"sliding_window\" with it", where);
+        if (!on || (types && !sliding)) return;
+    }
+    if (!json_member(j, "sliding_window") || json_get(j, "sliding_window"))     // null: none
+        c->sliding_window = (int)json_int(j, "sliding_window", where, 1, INT_MAX, c->family->sliding_window);
+}
+
+// The id of `key`; absent: the class's; null and negative numbers: -1, none.
+static int config_read_id(const Json *j, const char *key, const char *where, int absent) {
+    int id = (int)json_int(j, key, where, INT_MIN, INT_MAX, json_member(j, key) ? -1 : absent);
+    return id < 0 ? -1 : id;
+}
+
+// Adds "eos_token_id", one or a list, to the ids that end a text.
+static void config_read_eos(Config *c, const Json *j, const char *where) {
+    const Json *eos = json_get(j, "eos_token_id"), *list = eos && eos->type == 'a' ? eos->child : NULL;
+    for (const Json *e = list ? list : eos && eos->type != 'a' ? eos : NULL; e; e = list ? e->next : NULL) {
+        int known = e->inum < 0;                // none
+        for (int i = 0; i < c->n_stops; i++) known |= c->stops[i] == e->inum;
+        if (!e->is_int || e->inum >= c->V || (!known && c->n_stops == MAX_STOPS))
+            json_refuse(e, "eos_token_id", where,
+                        str("at most %d token ids below \"vocab_size\", %d", MAX_STOPS, c->V).s);
+        if (!known) c->stops[c->n_stops++] = (int)e->inum;
+    }
+}
+
+// Whether a key that config_to_json does not write means something to us.
+static int config_reads(const Config *c, const char *key) {
+    static const char *const windows[] = {"use_sliding_window", "sliding_window", "max_window_layers",
+                                          "layer_types"};
+    for (int i = 0; i < COUNT(windows); i++)
+        if (!strcmp(key, windows[i])) return c->family->windows == WINDOW_SWITCHED;
+    for (int i = 0; i < COUNT(config_fixed); i++) if (!strcmp(key, config_fixed[i].key))
+        return !config_fixed[i].families || strstr(config_fixed[i].families, c->family->name) != NULL;
+    return !strcmp(key, "pad_token_id");
+}
+
+// Collects the members that config_to_json would not write: what we do not know must still reach checkpoints.
+static void config_keep_rest(Config *c, const Json *j, const char *text) {
+    Text rest = {NULL, 0, 0}, keys = {NULL, 0, 0};
+    char *written = config_to_json(c, "");
+    Json *known = json_parse(written, strlen(written), "config.json");
+    for (const Json *e = j->child; e; e = e->next) {
+        int in_rope = c->rope_factor > 0 && !strcmp(e->key, "original_max_position_embeddings");
+        if (json_member(known, e->key) || in_rope) continue;
+        text_add(&rest, "  ");
+        text_add_string(&rest, e->key);
+        text_add(&rest, ": %.*s,\n", (int)(e->end - e->begin), text + e->begin);
+        if (config_reads(c, e->key)) continue;
+        text_add(&keys, "%s", keys.n ? ", " : "");
+        text_add_string(&keys, e->key);
+    }
+    c->rest = rest.s, c->rest_keys = keys.s;
+    free(known);
+    free(written);
+}
+
+// Reads and checks config.json of transformers 4 or 5; dies naming `where`, the key, its value and what was
+// expected. Where nothing else is said null means absent.
+void config_from_json(Config *c, const char *text, size_t n, const char *where) {
+    Json *j = json_parse(text, n, where);
+    memset(c, 0, sizeof *c);
+    if (j->type != 'o') die("%s: expected a JSON object", where);
+    if (!config_set_family(c, json_string(j, "model_type", where, NULL)))
+        json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    for (int i = 0; i < COUNT(config_fixed); i++) {
+        const Json *v = json_get(j, config_fixed[i].key);
+        const char *only = config_fixed[i].only, *families = config_fixed[i].families;
+        int same = !v || (families && !strstr(families, c->family->name)) ||
+                   (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
+                          v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
+        if (!same) json_refuse(v, config_fixed[i].key, where, only);
+    }
+#define READ_INT(field, key, lo, hi, null) \
+    c->field = (int)json_int(j, key, where, lo, hi, json_member(j, key) ? null : c->family->field);
+#define READ_NUMBER(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
+    CONFIG_INTS(READ_INT) CONFIG_NUMBERS(READ_NUMBER)
+    config_set_vocab(c, c->V);
+    if (!c->K) c->K = c->H;
+    if (!c->D && c->C % c->H)
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of "
+            "\"num_attention_heads\", %d", where, c->C, c->H);
+    if (!c->D) c->D = c->C / c->H;
+    c->tied = json_bool(j, "tie_word_embeddings", where, 0);
+    config_read_rope(c, j, where);
+    config_read_window(c, j, where);
+    c->bos = config_read_id(j, "bos_token_id", where, c->family->bos);
+    c->pad = config_read_id(j, "pad_token_id", where, -1);
+    config_read_eos(c, j, where);
+    if (!json_member(j, "eos_token_id") && c->family->eos >= 0) c->stops[c->n_stops++] = c->family->eos;
+    c->n_eos = c->n_stops;
+    config_check(c, where);
+    config_keep_rest(c, j, text);
+    free(j);
+}
+
+// " tiny 15M ...": for messages
+const char *config_preset_names(void) {
+    static char names[512];
+    names[0] = 0;
+    for (int i = 0; i < COUNT(config_presets); i++) strcat(strcat(names, " "), config_presets[i].name);
+    return names;
+}
+
+// Fills c from the preset table; 0 when the name is unknown.
+int config_preset(Config *c, const char *name) {
+    int i = 0;
+    while (i < COUNT(config_presets) && strcmp(name, config_presets[i].name)) i++;
+    if (i == COUNT(config_presets)) return 0;
+    memset(c, 0, sizeof *c);
+    config_set_family(c, config_presets[i].family);
+#define COPY(field, ...) c->field = config_presets[i].field;
+    CONFIG_INTS(COPY) CONFIG_NUMBERS(COPY)
+    COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos)
+#undef COPY
+    c->pad = -1;
+    c->n_eos = c->n_stops = config_presets[i].eos >= 0;
+    if (c->n_eos) c->stops[0] = config_presets[i].eos;
+    config_set_vocab(c, c->V);
+    if (c->rope_factor > 0) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
+    config_check(c, name);
+    return 1;
 }
 
 // ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ----------------
@@ -3644,10 +3788,15 @@ const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
 static Config read_config(const char *dir_or_file, int is_dir) {
     Config c;
     Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
+    Str generation = str("%s/generation_config.json", dir_or_file);
     size_t n;
     char *text = read_text_file(path.s, 1 << 24, &n);
     config_from_json(&c, text, n, path.s);
     free(text);
+    if (!is_dir || access(generation.s, F_OK)) return c;
+    Json *j = json_read_file(generation.s, 1 << 24);
+    config_read_eos(&c, j, generation.s);
+    free(j);
     return c;
 }
 
@@ -3663,8 +3812,14 @@ Config choose_config(const char *resume_dir) {
     if (!resume_dir) return c;
     Config saved = read_config(resume_dir, 1);
     if (opt.preset || opt.config) {
-        if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
-        char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
+        Config d = saved;
+        if (!c.V) {
+            config_set_vocab(&c, d.V);
+            c.bos = d.bos, c.n_eos = d.n_eos;
+            memcpy(c.stops, d.stops, sizeof c.stops);
+        }
+        c.rest = d.rest = NULL;
+        char *a = config_to_json(&c, "float32"), *b = config_to_json(&d, "float32");
         if (strcmp(a, b))
             die("--resume %s: the checkpoint holds another model than %s; leave that option out "
                 "or name another --out", resume_dir, opt.preset ? "--preset" : "--config");
@@ -3882,29 +4037,27 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
 }
 
 // Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL:
-// none fits c. *side_folder: where tokenizer files of checkpoints come from, or NULL.
-Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder) {
+// there is none. It may have more pieces than the model has rows, or fewer: what counts are the ids in use.
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir) {
     const char *slash = strrchr(opt.train_data, '/');
     const Str data = str("%.*s", slash ? (int)(slash - opt.train_data) : 1, slash ? opt.train_data : ".");
     const Str above = str("%s/..", data.s);
     const char *folders[3] = {model_dir, data.s, above.s}, *found = opt.tokenizer;
+    int i = 0;
     Str path;
-    for (int i = 0; i < 3 && !found; i++) if (folders[i]) {
+    for (; i < 3 && !found; i++) if (folders[i]) {
         path = str("%s/tokenizer.bin", folders[i]);
         if (!access(path.s, R_OK)) found = path.s;
     }
     Tokenizer *t = found ? tokenizer_open(found) : NULL;
-    const int spare = t ? c->V - t->V : 0;      // a model may have rows to spare, never too few
-    if (t && c->V && (spare < 0 || spare > c->V / 100)) {
-        if (opt.tokenizer)
-            die("--tokenizer %s has %d tokens, the model %d; name the model's own", found, t->V, c->V);
-        tokenizer_free(t);                      // beside the data by chance
-        t = NULL;
-    }
-    slash = t ? strrchr(t->path, '/') : NULL;
-    *side_folder = model_dir ? model_dir : !t ? NULL
-                 : slash ? xstrdup(str("%.*s", (int)(slash - t->path), t->path).s) : ".";
-    return t;
+    if (!t || !c->V || t->V == c->V) return t;
+    // beside data that this run does not read: by chance
+    const int chance = i > 1 && opt.generate && !option_given("--train-data");
+    printf("tokenizer | %s has %d tokens, the model %d%s\n", found, t->V, c->V,
+           chance ? ": not used; name the model's with --tokenizer" : "");
+    if (!chance) return t;
+    tokenizer_free(t);
+    return NULL;
 }
 
 // ==== 13. Token shards and the DataLoader ==================================================================
@@ -3932,19 +4085,14 @@ typedef struct Shard {
     int64_t first_window;               // number of its first window among those of all shards
     int width;                          // bytes per token: 2 or 4
     int row;                            // .ds: S+1 tokens per row; .bin: 0
+    int vocab;                          // of the tokenizer that made it, 0 = unknown
     int eod;                            // id of the end-of-document token, -1 = unknown
     uint32_t crc;                       // of the token bytes, 0 = unknown
+    uint32_t begin_crc;                 // of its size and its first bytes
     char *floor_path;                   // evaluation: its .nll file, NULL = it has none
 } Shard;
 
-// The shard's vocabulary against the model's, which may have up to 1% more: Qwen2 pads 151,665 to 151,936.
-static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
-    if (shard_vocab > vocab_size || vocab_size - shard_vocab > vocab_size / 100)
-        die("token shard '%s' was tokenized for a vocabulary of %" PRId64 ", the model has %d; "
-            "use the tokenizer of the model, or a model for this vocabulary", path, shard_vocab, vocab_size);
-}
-
-static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
+static void shard_open_bin(Shard *s, size_t bytes) {
     int32_t h[256];
     if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
         die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again",
@@ -3965,12 +4113,12 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
     if (bytes != expected)
         die("token shard '%s' %s: %zu bytes, its header promises %zu; write it again", s->path,
             bytes < expected ? "is truncated" : "has extra bytes", bytes, expected);
-    if (h[3]) check_vocab(s->path, h[3], vocab_size);
+    s->vocab = h[3];
     s->crc = (uint32_t)h[4];
     s->eod = h[5] - 1;
 }
 
-static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
+static void shard_open_ds(Shard *s, size_t bytes) {
     const char *slash = strrchr(s->path, '/');
     const int folder = slash ? (int)(slash + 1 - s->path) : 0;
     Str here = str("%.*smetadata.json", folder, s->path);
@@ -3981,7 +4129,7 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
             "put it there, or write the shard again", s->path);
     Json *meta = json_read_file(where, 1 << 20);
     if (meta->type != 'o') die("'%s' must hold one JSON object", where);
-    check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
+    s->vocab = (int)json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED);
     s->row = (int)json_int(meta, "sequence_length", where, 1, 1 << 28, JSON_REQUIRED) + 1;
     s->width = (int)json_int(meta, "token_size_bytes", where, 2, 4, JSON_REQUIRED);
     s->eod = (int)json_int(meta, "eos_token_id", where, -1, INT_MAX, -1);
@@ -4008,16 +4156,24 @@ static void shard_find_floor(Shard *s) {
     s->floor_path = xstrdup(path.s);
 }
 
-static void shard_open(DataLoader *dl, Shard *s) {
+// What a shard says of itself; its length is checked, its tokens are not read.
+static void shard_describe(Shard *s) {
     size_t bytes;
     char start[4096];
     s->fd = open_regular(s->path, "token shard", &bytes);
     if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
     const size_t n = read_at(s->fd, s->path, start, sizeof start, 0);
-    dl->crc = crc32_update(crc32_update(dl->crc, &bytes, sizeof bytes), start, n);
+    s->begin_crc = crc32_update(crc32_update(0, &bytes, sizeof bytes), start, n);
     const char *dot = strrchr(s->path, '.');
-    if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
-    else shard_open_bin(s, bytes, dl->vocab_size);
+    if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes);
+    else shard_open_bin(s, bytes);
+    close(s->fd);
+    s->fd = -1;
+}
+
+static void shard_open(DataLoader *dl, Shard *s) {
+    shard_describe(s);
+    dl->crc = crc32_update(dl->crc, &s->begin_crc, sizeof s->begin_crc);
     if (s->eod >= dl->vocab_size)
         die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again",
             s->path, s->eod, dl->vocab_size);
@@ -4032,8 +4188,6 @@ static void shard_open(DataLoader *dl, Shard *s) {
     dl->n_windows += (int64_t)s->n_windows;
     dl->n_tokens += (int64_t)s->n_tokens;
     dl->n_dropped += (int64_t)(s->n_tokens - used);
-    close(s->fd);
-    s->fd = -1;
     if (!dl->shuffle) shard_find_floor(s);
 }
 
@@ -4117,6 +4271,10 @@ void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
             "%" PRId64 " tokens dropped%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
             dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "");
+    const double share = 100.0 * (double)dl->n_dropped / (double)dl->n_tokens;
+    if (share > 1)
+        fprintf(f, "warning: %.0f%% of the %s tokens are in no window of %d; another --seq-len may take more"
+                "\n", share, name, dl->T);
 }
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
@@ -4226,24 +4384,28 @@ void loader_next(DataLoader *dl, Batch *batch) {
     }
 }
 
-// Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
-int data_vocabulary(const char *pattern) {
+// What the first shard that matches says of the vocabulary (*V) and the tokens per row (*S), 0 = nothing;
+// returns 0 when there is no shard.
+int data_declares(const char *pattern, int *V, int *S) {
     glob_t found;
-    if (!find_files(pattern, &found)) return -1;
-    int words[4] = {0, 0, 0, 0};
-    FILE *f = fopen(found.gl_pathv[0], "rb");
-    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
-    if (f) fclose(f);
+    Shard s;
+    if (!find_files(pattern, &found)) return 0;
+    memset(&s, 0, sizeof s);
+    s.path = found.gl_pathv[0];
+    shard_describe(&s);
     globfree(&found);
-    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
+    *V = s.vocab;
+    *S = s.row ? s.row - 1 : 0;
+    return 1;
 }
 
 // ==== 14. Schedule, FLOPs, log =============================================================================
 // Learning rate of update `step` (0, 1, ...): linear warm-up, then lr to min_lr (wsd: over the last fifth).
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
-    int64_t rest = o->steps - o->warmup_steps;
-    double done = rest > 1 ? fmin(1, (double)(step - o->warmup_steps) / (double)(rest - 1)) : 1;
+    // the first update after the warm-up has lr, the last min_lr; a run of one has lr
+    const double intervals = fmax(1, (double)(o->steps - o->warmup_steps - 1));
+    const double done = fmin(1, (double)(step - o->warmup_steps) / intervals);
     switch (o->schedule) {
     case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.141592653589793 * done));
     case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
@@ -4340,8 +4502,13 @@ Str flops_text(double x) {
 #define IO_CHUNK ((size_t)1 << 20)
 static float io_values[IO_CHUNK];       // what passes between disk and model at a time
 
-static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model",
-                                         "tokenizer_config.json", "special_tokens_map.json"};
+// What a checkpoint takes over unchanged from where the run began. It is read then: that may be a checkpoint
+// which the run itself removes.
+static const char *const side_names[] = {"tokenizer.bin", "generation_config.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json"};
+enum { SIDE_TOKENIZER, SIDE_GENERATION };                       // the first names
+static struct { char *data; size_t n; } side_files[COUNT(side_names)];  // NULL: there is none
 
 static Str optimizer_file(int part, int parts) {
     return str("optimizer-%05d-of-%05d.safetensors", part, parts);
@@ -4352,7 +4519,7 @@ static int is_checkpoint_file(const char *name) {
                                         "trainer_state.json", "checksums.txt"};
     int part, parts;
     for (int i = 0; i < COUNT(files); i++) if (!strcmp(name, files[i])) return 1;
-    for (int i = 0; i < COUNT(side_files); i++) if (!strcmp(name, side_files[i])) return 1;
+    for (int i = 0; i < COUNT(side_names); i++) if (!strcmp(name, side_names[i])) return 1;
     return sscanf(name, "optimizer-%d-of-%d.", &part, &parts) == 2
         && !strcmp(name, optimizer_file(part, parts).s);
 }
@@ -4656,26 +4823,36 @@ static void save_trainer_state(Saving *s, const TrainState *t) {
     free(j.s);
 }
 
-// What Hugging Face wants beside the weights; side files come from `from` (a folder) where they exist.
-static void save_side_files(Saving *s, const Config *c, const Options *o, const char *from) {
+// Reads the side files of the folder model_dir or, where that is NULL, of the tokenizer's; tokenizer.bin is
+// t, if there is one.
+void side_files_read(const char *model_dir, const Tokenizer *t) {
+    const char *slash = t ? strrchr(t->path, '/') : NULL;
+    const Str beside = str("%.*s", slash ? (int)(slash - t->path) : 1, slash ? t->path : ".");
+    for (int i = 0; i < COUNT(side_names) && (model_dir || t) && !comm_rank(); i++) {
+        Str path = str("%s/%s", model_dir ? model_dir : beside.s, side_names[i]);
+        if (i == SIDE_GENERATION && !model_dir) continue;       // that of another model
+        if (i == SIDE_TOKENIZER && t) path = str("%s", t->path);
+        if (access(path.s, F_OK)) continue;
+        side_files[i].data = read_text_file(path.s, (size_t)1 << 30, &side_files[i].n);
+    }
+}
+
+// What Hugging Face wants beside the weights.
+static void save_side_files(Saving *s, const Config *c, const Options *o) {
     char *config = config_to_json(c, o->precision == BF16 ? "bfloat16" : "float32");
     save_file(s, "config.json", config, strlen(config));
     free(config);
     Text g = {NULL, 0, 0};
     text_add(&g, "{");
     if (c->bos >= 0) text_add(&g, "\"bos_token_id\": %d, ", c->bos);
-    if (c->eos >= 0) text_add(&g, "\"eos_token_id\": %d, ", c->eos);
-    text_add(&g, "\"do_sample\": true}\n");
-    save_file(s, "generation_config.json", g.s, (size_t)g.n);
+    if (c->pad >= 0) text_add(&g, "\"pad_token_id\": %d, ", c->pad);
+    text_add(&g, "\"eos_token_id\": ");
+    config_add_eos(&g, c);
+    text_add(&g, ", \"do_sample\": true}\n");
+    if (!side_files[SIDE_GENERATION].data) save_file(s, "generation_config.json", g.s, (size_t)g.n);
     free(g.s);
-    for (int i = 0; from && i < COUNT(side_files); i++) {
-        Str path = str("%s/%s", from, side_files[i]);
-        if (access(path.s, R_OK)) continue;
-        size_t n;
-        char *data = read_text_file(path.s, (size_t)1 << 30, &n);
-        save_file(s, side_files[i], data, n);
-        free(data);
-    }
+    for (int i = 0; i < COUNT(side_names); i++)
+        if (side_files[i].data) save_file(s, side_names[i], side_files[i].data, side_files[i].n);
 }
 
 // Removes all but the `keep` newest whole checkpoints up to step `saved`. Later ones can only be damaged ones
@@ -4709,8 +4886,7 @@ static void checkpoint_place(Saving *s, const char *tmp, const Options *o, int64
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
-                     const char *side_folder) {
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
     Str tmp = free_name(o->out, t->step);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
@@ -4725,7 +4901,7 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     }
     if (rank == 0 && !s.error.n) {
         save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
-        save_side_files(&s, c, o, side_folder);
+        save_side_files(&s, c, o);
         save_trainer_state(&s, t);
     }
     sums[2 * parts] = s.error.n != 0;
@@ -4930,7 +5106,26 @@ void checkpoint_read_model(const char *dir, Model *m, int state) {
     st_close(s);
 }
 
-// Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
+static Str shape_text(int n_dims, int64_t rows, int64_t cols) {
+    if (n_dims == 1) return str("[%" PRId64 "]", rows);
+    return n_dims == 2 ? str("[%" PRId64 ", %" PRId64 "]", rows, cols) : str("of %d dimensions", n_dims);
+}
+
+static int same_values(const StSet *s, const StTensor *a, const StTensor *b) {
+    int same = a->n_dims == b->n_dims && !memcmp(a->shape, b->shape, sizeof a->shape);
+    float *other = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (size_t done = 0; same && done < a->n; done += IO_CHUNK) {
+        size_t k = min_size(a->n - done, IO_CHUNK);
+        st_read(s, a, done, k, io_values);
+        st_read(s, b, done, k, other);
+        same = !memcmp(io_values, other, k * sizeof(float));
+    }
+    free(other);
+    return same;
+}
+
+// Weights of any Hugging Face directory into m. Every tensor must be there with its shape; those without a
+// place in the model are said and left out, as in transformers.
 void weights_read(const char *dir, Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
     if (!comm_rank() && !access(str("%s/checksums.txt", dir).s, F_OK)) {        // one of ours
@@ -4939,24 +5134,36 @@ void weights_read(const char *dir, Model *m, const Config *c) {
             die("--init-from %s: %s; if it was changed on purpose, remove checksums.txt", dir, why.s);
     }
     StSet *s = st_open(dir);
+    char *used = (char *)xcalloc((size_t)s->n_tensors + 1, 1);
+    const StTensor *head = st_find(s, "lm_head.weight");
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
+        if (!from && !strncmp(t->name, "model.", 6)) from = st_find(s, t->name + 6);    // without a head
+        if (c->tied && head && t->unit == UNIT_EMBED) {     // one of the two may be absent, or both are equal
+            if (from && !same_values(s, from, head))
+                die("%s: lm_head.weight is not %s, but config.json says that they are one; set "
+                    "\"tie_word_embeddings\" to false there to train both", dir, t->name);
+            from = from ? from : head;
+            used[head - s->tensors] = 1;
+        }
         if (!from)
             die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
         if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]",
-                dir, t->name, from->shape[0], from->shape[1], t->rows, t->cols);
+            die("%s: tensor %s has shape %s, config.json asks for %s", dir, t->name,
+                shape_text(from->n_dims, from->shape[0], from->shape[1]).s,
+                shape_text(t->cols ? 2 : 1, t->rows, t->cols).s);
         read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->unit, t->at);
+        used[from - s->tensors] = 1;
     }
-    for (int j = 0; j < s->n_tensors; j++) {
-        const char *name = s->tensors[j].name;
-        int known = strstr(name, "rotary_emb.inv_freq") || (c->tied && !strcmp(name, "lm_head.weight"));
-        for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
-        if (!known)
-            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together",
-                dir, name, c->family->name);
-    }
+    Text left = {NULL, 0, 0};
+    int n_left = 0;
+    for (int j = 0; j < s->n_tensors; j++)
+        if (!used[j] && n_left++ < 8) text_add(&left, n_left > 1 ? ", %s" : "%s", s->tensors[j].name);
+    if (n_left) printf("weights | left out, no place in the model: %s%s\n", left.s,
+                       n_left > 8 ? str(" and %d more", n_left - 8).s : "");
+    free(left.s);
+    free(used);
     st_close(s);
 }
 // SHARED END
