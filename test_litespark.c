@@ -1023,6 +1023,118 @@ static void test_tokenizer_round_trips_any_bytes(void) {
     tokenizer_free(t);
 }
 
+// The same in version 2: a word rule, and the classes of the characters that the tests use.
+static const uint32_t test_classes[] = {OTHER << 24, SPACE << 24 | 9, OTHER << 24 | 14, SPACE << 24 | 32,
+    OTHER << 24 | 33, NUMBER << 24 | '0', OTHER << 24 | ':', UPPER << 24 | 'A', OTHER << 24 | '[',
+    LOWER << 24 | 'a', OTHER << 24 | '{', LOWER << 24 | 0xE9, OTHER << 24 | 0xEA, MARK << 24 | 0x300,
+    OTHER << 24 | 0x370, LETTER << 24 | 0x4E00, OTHER << 24 | 0xA000};
+
+static void write_word_tokenizer(const char *path, int words, int prefix_space, const char *const *pieces,
+                                 int n_pieces) {
+    write_tokenizer(path, 0, prefix_space, pieces, n_pieces);
+    size_t n;
+    char *v1 = read_text_file(path, 1 << 20, &n);
+    char *v2 = (char *)xmalloc(n + 4 + sizeof test_classes);
+    int32_t version = 2, count = COUNT(test_classes);
+    memcpy(v2, v1, 32);
+    memcpy(v2 + 4, &version, 4);
+    memcpy(v2 + 28, &words, 4);
+    memcpy(v2 + 32, &count, 4);
+    memcpy(v2 + 36, test_classes, sizeof test_classes);
+    memcpy(v2 + 36 + sizeof test_classes, v1 + 32, n - 32);
+    write_bytes(path, v2, n + 4 + sizeof test_classes);
+    free(v1);
+    free(v2);
+}
+
+static void test_tokenizer_words_are_those_of_the_patterns(void) {
+    // words as the regular expressions of data/tokens.py give them, in the tokenizers library
+    #define ACCENT "\xcc\x81"
+    #define HAN "\xe4\xb8\x80"
+    const char *const text = "I'm SURE'LL 1234  aB" ACCENT "Cd,\n\n " HAN "! /a\r\n/  '" ACCENT ACCENT " 5x\n  ";
+    #define END1 "| " HAN "|!| /|a|\r|\n|/| | '" ACCENT ACCENT
+    #define END2 "| " HAN "|!| /|a|\r\n|/| | '" ACCENT ACCENT "| |5|x|\n"
+    const char *const words[] = {NULL,
+        "I|'m| SURE|'|LL| 1234| | aB|" ACCENT "|Cd|,|\n\n" END1 "| 5|x|\n  |",
+        "I|'m| SURE|'LL| |123|4| | aB|" ACCENT "Cd|,\n\n" END2 "  |",
+        "I|'m| SURE|'LL| |123|4| | aB|" ACCENT "Cd|,\n\n" END2 "|  |",
+        "I|'m| SURE|'LL| |1|2|3|4| | aB|" ACCENT "Cd|,\n\n" END2 "|  |",
+        "I'm| SURE'LL| |123|4| | a|B" ACCENT "Cd|,\n\n" END2 "|  |",
+        "I|'m| SURE|'LL| |1|2|3|4| | a|B" ACCENT "Cd|,\n\n" END2 "|  |",
+        "I|'m| SURE|'|LL| |1|2|3|4| | aB|" ACCENT "|Cd|,|\n\n" END1 "| |5|x|\n  |",
+        NULL};
+    CHECK(COUNT(words) == COUNT(word_rules), "%d rules, %d tested", COUNT(word_rules), COUNT(words));
+    for (int w = 1; w < COUNT(words); w++) {
+        write_word_tokenizer(file_at("t.bin"), w, 0, test_pieces, COUNT(test_pieces));
+        Tokenizer *t = tokenizer_open(file_at("t.bin"));
+        uint8_t *class_of = text_classes(t, text, (int)strlen(text));
+        Text got = {NULL, 0, 0};
+        for (int at = 0, end; at < (int)strlen(text); at = end) {
+            end = word_end(&word_rules[w], text, class_of, (int)strlen(text), at);
+            text_add(&got, "%.*s|", end - at, text + at);
+        }
+        Str whole = str("%s|", text);
+        CHECK(!strcmp(got.s, words[w] ? words[w] : whole.s), "rule %d: %s", w, got.s);
+        free(got.s);
+        free(class_of);
+        tokenizer_free(t);
+    }
+}
+
+static int one_encoding(const char *path, const char *text, int *first) {
+    Tokenizer *t = tokenizer_open(path);
+    check_round_trip(t, text, strlen(text));
+    int *ids, n = tokenizer_encode(t, text, strlen(text), &ids);
+    *first = n ? ids[0] : -1;
+    free(ids);
+    tokenizer_free(t);
+    return n;
+}
+
+static void test_tokenizer_joins_within_words(void) {
+    // 256 "e a" crosses two words; 257 and 258 make " a" and "th"; nothing joins to 259 "xyz"
+    const char *const pieces[] = {"e a", " a", "th", "xyz", "e ", "\xa9\xc3"};
+    char path[400];
+    int first;
+    snprintf(path, sizeof path, "%s", file_at("t.bin"));
+    write_tokenizer(path, 0, 0, pieces, COUNT(pieces));
+    CHECK(one_encoding(path, "the a", &first) == 2, "without words: th, e_a");
+    write_word_tokenizer(path, 1, 0, pieces, COUNT(pieces));
+    CHECK(one_encoding(path, "the a", &first) == 3 && first == 258, "th, e | _a");
+    CHECK(one_encoding(path, "e a", &first) == 2 && first == 'e', "e | _a");
+    CHECK(one_encoding(path, "xyz", &first) == 3, "x, y, z: no join makes xyz");
+    write_word_tokenizer(path, 1 + 256, 0, pieces, COUNT(pieces));
+    CHECK(one_encoding(path, "xyz", &first) == 1 && first == 259, "a word that is a piece is taken");
+    // bytes are joined, not characters: the last byte of one e acute and the first of the next
+    CHECK(one_encoding(path, "\xc3\xa9\xc3\xa9", &first) == 3 && first == 0xC3, "c3, a9 c3, a9");
+    write_word_tokenizer(path, 1, 2, pieces, COUNT(pieces));
+    Tokenizer *t = tokenizer_open(path);
+    int *ids, n = tokenizer_encode(t, " a", 2, &ids);
+    CHECK(n == 1 && ids[0] == 257, "the space that is there is the one in front");
+    free(ids);
+    n = tokenizer_encode(t, "a", 1, &ids);
+    CHECK(n == 1 && ids[0] == 257, "a space is put in front");
+    free(ids);
+    tokenizer_free(t);
+    char random[3000];
+    for (int w = 1; w < COUNT(word_rules); w++) {
+        for (int i = 0; i < 3000; i++) random[i] = (char)random_int(256);
+        write_word_tokenizer(path, w, 0, pieces, COUNT(pieces));
+        t = tokenizer_open(path);
+        check_round_trip(t, random, sizeof random);
+        tokenizer_free(t);
+    }
+    const struct { int word; uint32_t value; const char *part; } rows[] = {{7, COUNT(word_rules), "header"},
+        {7, 512, "header"}, {7, (uint32_t)-1, "header"}, {6, 3, "header"}, {1, 1, "header"}, {8, 0, "classes"},
+        {8, (uint32_t)-1, "classes"}, {8, 1 << 30, "classes"}, {9, 1, "class 0"}, {10, SPACE << 24, "class 1"},
+        {12, 7u << 24 | 32, "class 3"}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        write_word_tokenizer(path, 1, 0, pieces, COUNT(pieces));
+        damage_file(path, 4 * rows[i].word, &rows[i].value, 4);
+        CHECK_DIES(tokenizer_open(path), path, rows[i].part);
+    }
+}
+
 static void test_tokenizer_refuses_damaged_files(void) {
     char path[400];
     snprintf(path, sizeof path, "%s", file_at("t.bin"));
@@ -1032,7 +1144,7 @@ static void test_tokenizer_refuses_damaged_files(void) {
         write_bytes(path, foreign[i], i == 3 ? 15 : strlen(foreign[i]));
         CHECK_DIES(tokenizer_open(path), path, "no tokenizer");
     }
-    const struct { int word; int32_t value; const char *part; } rows[] = {{1, 2, "version 2"}, {2, 2, "header"},
+    const struct { int word; int32_t value; const char *part; } rows[] = {{1, 3, "version 3"}, {1, 2, "classes"}, {2, 2, "header"},
         {2, -1, "header"}, {3, 0, "header"}, {3, -1, "header"},
         {3, 100, "damaged"}, {3, 2147483647, "truncated"}, {4, 269, "header"}, {4, -2, "header"}, {5, 300, "header"},
         {6, 2, "header"}, {7, 1, "header"}, {8, -1, "piece 0"},
@@ -4229,6 +4341,8 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(safetensors_writer_keeps_every_bit, F32),
     TEST(safetensors_writer_reports_a_full_disk, F32),
     TEST(tokenizer_round_trips_any_bytes, F32),
+    TEST(tokenizer_words_are_those_of_the_patterns, F32),
+    TEST(tokenizer_joins_within_words, F32),
     TEST(tokenizer_refuses_damaged_files, F32),
     TEST(loader_covers_each_window_once_per_epoch, F32),
     TEST(loader_shuffle_is_uniform, F32),

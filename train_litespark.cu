@@ -317,6 +317,9 @@ typedef struct DataLoader {
 
 typedef struct Tokenizer {
     int kind, V, bos, eos, prefix_space;        // bos and eos: -1 = none
+    int words, whole_words;     // how a text is cut into words, 0 = not; a word that is a piece is taken
+    int classes;
+    uint32_t *class_from;       // (classes) ascending: class << 24 | the first code point of that class
     struct Piece *piece;        // (V)
     int byte_id[256];           // the piece that stands for a byte: "<0xHH>", else the byte itself, else -1
     uint32_t slots;             // power of two >= 2V
@@ -5537,19 +5540,43 @@ Config choose_config(const char *resume_dir) {
 
 // ==== 12. Tokenizer: text -> ids for prompts, ids -> bytes for samples =====================================
 // Two file formats, both little endian (ours: data/README.md; the other is llama2.c's tokenizer.bin):
-//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V
-//             | 4 BOS or -1 | 5 EOS or -1 | 6 a space goes before the text: 0, 1 | 7 zero;
-//             then V records: float32 score, int32 length, bytes
+//   ours      words of 4 bytes: 0 magic 20251002 | 1 version 1, 2 | 2 kind: 0 BPE, 1 greedy | 3 vocabulary V
+//             | 4 BOS or -1 | 5 EOS or -1 | 6 a space goes before the text: 0, 1, 2 unless one is there
+//             | 7 word rule, + 256: a word that is a piece is taken; in version 2 the number of character
+//             classes and those; then V records: float32 score, int32 length, bytes
 //   llama2.c  int32 longest piece; then such records until the file ends. BPE with a space before the text;
 //             ids 0 <unk>, 1 BOS, 2 EOS, 3..258 the bytes <0x00>..<0xFF>
 // Kind 0 takes the code points of the text that are pieces, the bytes of those that are not, and then joins,
-// again and again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals.
-// Kind 1 takes the longest piece at each position. Text never becomes BOS, EOS, or a piece with score -1e30
-// (other special tokens).
+// again and again, the adjacent pair whose union is the piece with the highest score, the leftmost of equals;
+// with a word rule it takes bytes only, and joins within each word. Kind 1 takes the longest piece at each
+// position. Text never becomes BOS, EOS, or a piece with score -1e30 (other special tokens).
 #define TOKENIZER_MAGIC 20251002
 #define NO_MERGE (-1e30f)
 
 typedef struct Piece { const char *s; int n; float score; } Piece;     // n bytes in the file, may be 0
+
+// The classes of characters; INSIDE: a later byte of the same one; TEXT_END: after the text.
+enum { OTHER, UPPER, LOWER, LETTER, MARK, NUMBER, SPACE, INSIDE, TEXT_END };
+enum { OWN_WORD = 1, AT_END, ANY_CASE = 4 };
+// What the word patterns of byte-level tokenizers differ in; data/tokens.py has them as regular expressions.
+typedef struct WordRule {
+    int contraction;            // 's 't 're 've 'm 'll 'd: a word, or the end of one
+    int letters;                // 0: a space and letters; 1: any sign and letters; 2: so, a capital begins
+    int digits;                 // so many at most, 0: a space and any number
+    const char *after;          // what else a word of punctuation takes; "" also: newlines are not apart
+    int end_whole;              // white space at the end of the text is one word
+} WordRule;
+static const WordRule word_rules[] = {
+    {0, 0, 0, "", 0},
+    {OWN_WORD, 0, 0, "", 0},                            // gpt2
+    {OWN_WORD | ANY_CASE, 1, 3, "\r\n", 1},             // cl100k
+    {OWN_WORD | ANY_CASE, 1, 3, "\r\n", 0},             // llama3
+    {OWN_WORD | ANY_CASE, 1, 1, "\r\n", 0},             // qwen2
+    {AT_END | ANY_CASE, 2, 3, "\r\n/", 0},              // o200k
+    {0, 2, 1, "\r\n/", 0},                              // tekken
+    {OWN_WORD, 0, 1, "", 0},                            // gpt2-digits: each digit is cut out before the rest
+    {0, 0, 0, NULL, 0},                                 // whole: the text is one word
+};
 
 // The slot where the piece with these bytes is, or where it would go.
 static int *tokenizer_slot(const Tokenizer *t, const char *s, size_t n) {
@@ -5560,9 +5587,9 @@ static int *tokenizer_slot(const Tokenizer *t, const char *s, size_t n) {
 }
 
 // The byte that a piece of the form <0xHH> stands for, else -1.
-static int piece_byte(const Piece *piece) {
+static int piece_byte(const Tokenizer *t, const Piece *piece) {
     const char *hex = "0123456789ABCDEF", *s = piece->s;
-    if (piece->n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
+    if (t->words || piece->n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || !s[3] || !s[4]) return -1;
     const char *high = strchr(hex, s[3]), *low = strchr(hex, s[4]);
     return high && low ? (int)(high - hex) * 16 + (int)(low - hex) : -1;
 }
@@ -5589,6 +5616,23 @@ static void tokenizer_records(Tokenizer *t, size_t at, size_t file_bytes) {
     t->V = (int)id;
 }
 
+// Reads the character classes at `at`; returns where they end.
+static size_t tokenizer_classes(Tokenizer *t, size_t at, size_t file_bytes) {
+    int32_t count = -1;
+    if (file_bytes - at >= 4) memcpy(&count, t->file + at, 4);
+    if (count < (t->words > 0) || (size_t)count > (file_bytes - at) / 4 - 1)
+        die("tokenizer '%s' is damaged or truncated: %d character classes; make it again", t->path, count);
+    t->classes = count;
+    t->class_from = (uint32_t *)xmalloc((size_t)count * 4 + 4);
+    memcpy(t->class_from, t->file + at + 4, (size_t)count * 4);
+    for (int i = 0; i < count; i++)
+        if (t->class_from[i] >> 24 > SPACE
+            || (i ? (t->class_from[i] & 0xFFFFFF) <= (t->class_from[i-1] & 0xFFFFFF) : t->class_from[i] << 8))
+            die("tokenizer '%s' is damaged: character class %d begins at the wrong place; make it again",
+                t->path, i);
+    return at + 4 + (size_t)count * 4;
+}
+
 // Fills the hash table with what text can become, and byte_id.
 static void tokenizer_index(Tokenizer *t) {
     memset(t->byte_id, 255, sizeof t->byte_id);             // all -1, as is the table
@@ -5597,7 +5641,7 @@ static void tokenizer_index(Tokenizer *t) {
     memset(t->slot, 255, t->slots * sizeof(int));
     for (int id = 0; id < t->V; id++) {
         const Piece *p = &t->piece[id];
-        int byte = piece_byte(p);
+        int byte = piece_byte(t, p);
         if (p->n == 0 || id == t->bos || id == t->eos) continue;
         if (byte >= 0) t->byte_id[byte] = id;
         else if (p->n == 1 && t->byte_id[(unsigned char)*p->s] < 0) t->byte_id[(unsigned char)*p->s] = id;
@@ -5617,13 +5661,16 @@ Tokenizer *tokenizer_open(const char *path) {
     memcpy(h, t->file, n < sizeof h ? n : sizeof h);
     if (n >= 4 && h[0] == TOKENIZER_MAGIC) {
         if (n < sizeof h) die("tokenizer '%s' is truncated inside its header; make it again", path);
-        if (h[1] != 1) die("tokenizer '%s' has version %d, this program reads version 1", path, h[1]);
+        if (h[1] < 1 || h[1] > 2)
+            die("tokenizer '%s' has version %d, this program reads versions 1 and 2", path, h[1]);
         if (h[2] < 0 || h[2] > 1 || h[3] < 1 || h[4] < -1 || h[4] >= h[3] || h[5] < -1 || h[5] >= h[3]
-            || h[6] < 0 || h[6] > 1 || h[7] != 0)
+            || h[6] < 0 || h[6] > h[1] || h[7] < 0 || (h[7] & 255) >= COUNT(word_rules) || h[7] > 511
+            || (h[1] == 1 && h[7]))
             die("tokenizer '%s' has a damaged header: kind %d, %d pieces, BOS %d, EOS %d, space %d, %d; "
                 "make it again", path, h[2], h[3], h[4], h[5], h[6], h[7]);
         t->kind = h[2]; t->V = h[3]; t->bos = h[4]; t->eos = h[5]; t->prefix_space = h[6];
-        tokenizer_records(t, sizeof h, n);
+        t->words = h[7] & 255; t->whole_words = h[7] >> 8;
+        tokenizer_records(t, h[1] == 1 ? sizeof h : tokenizer_classes(t, sizeof h, n), n);
     } else {
         if (n < 12 || h[0] < 1 || h[0] > 4096 || h[2] < 0 || h[2] > h[0])
             die("'%s' is no tokenizer: neither litespark's (make it with data/tokens.py) nor llama2.c's",
@@ -5632,7 +5679,7 @@ Tokenizer *tokenizer_open(const char *path) {
         tokenizer_records(t, 4, n);
         for (int id = 0; id < (t->V < 259 ? 259 : t->V); id++)
             if (id >= t->V || t->piece[id].n > h[0]
-                || (id >= 3 && id < 259 && piece_byte(&t->piece[id]) != id - 3))
+                || (id >= 3 && id < 259 && piece_byte(t, &t->piece[id]) != id - 3))
                 die("tokenizer '%s' is damaged, or not llama2.c's: piece %d is too long, or not its byte",
                     path, id);
         t->piece[0].score = NO_MERGE;           // <unk> is not text; bytes, BOS and EOS are left out anyway
@@ -5643,7 +5690,7 @@ Tokenizer *tokenizer_open(const char *path) {
 
 void tokenizer_free(Tokenizer *t) {
     if (!t) return;
-    free(t->piece); free(t->slot); free(t->path); free(t->file);
+    free(t->piece); free(t->slot); free(t->class_from); free(t->path); free(t->file);
     free(t);
 }
 
@@ -5679,8 +5726,8 @@ static int encode_bpe(const Tokenizer *t, const char *text, int n, int *ids) {
     int *best = (int *)xcalloc(2 * (size_t)n, sizeof(int)), previous = -1, count = 0;
     for (int at = 0; at < n; ) {
         // a stray byte stands for itself
-        int k = utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;
-        int id = *tokenizer_slot(t, text + at, (size_t)bytes);
+        int k = t->words ? 1 : utf8_length(text + at, (size_t)(n - at)), bytes = k ? k : 1;
+        int id = t->words ? -1 : *tokenizer_slot(t, text + at, (size_t)bytes);
         for (int end = at + bytes; at < end; at += s[at].bytes) {
             Symbol symbol = {id < 0 ? 1 : bytes, id < 0 ? tokenizer_byte(t, text[at]) : id, previous, -1, 0};
             s[at] = symbol;
@@ -5704,6 +5751,117 @@ static int encode_bpe(const Tokenizer *t, const char *text, int n, int *ids) {
     return count;
 }
 
+// ---- words
+static int char_class(const Tokenizer *t, const char *s, int bytes) {
+    uint32_t code = (unsigned char)s[0];
+    int low = 0, high = t->classes;
+    if (bytes > 1) code &= 0x7Fu >> bytes;
+    for (int i = 1; i < bytes; i++) code = code << 6 | ((unsigned char)s[i] & 0x3Fu);
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if ((t->class_from[middle] & 0xFFFFFF) <= code) low = middle;
+        else high = middle;
+    }
+    return (int)(t->class_from[low] >> 24);
+}
+
+// Where the run of characters of these classes that begins at `at` ends.
+static int run_end(const uint8_t *class_of, int at, unsigned classes) {
+    if (classes >> class_of[at] & 1) while ((classes | 1u << INSIDE) >> class_of[at] & 1) at++;
+    return at;
+}
+
+static int char_end(const uint8_t *class_of, int at) {
+    do at++; while (class_of[at] == INSIDE);
+    return at;
+}
+
+// Where the contraction at `at` ends, or `at`. The long s is an s to patterns that ignore case.
+static int contraction_end(const char *text, int n, int at, int any_case) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    if (at >= n || text[at] != '\'') return at;
+    if (any_case && n - at >= 3 && !memcmp(text + at, "'\xC5\xBF", 3)) return at + 3;
+    for (int i = 0; i < COUNT(endings); i++) {
+        int k = (int)strlen(endings[i]);
+        if (n - at > k && !(any_case ? strncasecmp : strncmp)(text + at + 1, endings[i], (size_t)k))
+            return at + 1 + k;
+    }
+    return at;
+}
+
+// Capitals, then small letters, at least one; what has no case is both. -1: not so.
+static int cased_end(const uint8_t *class_of, int at) {
+    const unsigned both = 1u << LETTER | 1u << MARK;
+    int capitals = run_end(class_of, at, both | 1u << UPPER);
+    int end = run_end(class_of, capitals, both | 1u << LOWER);
+    if (end > capitals) return end;
+    while (capitals > at && !(both >> class_of[--capitals] & 1)) {}
+    return both >> class_of[capitals] & 1 ? char_end(class_of, capitals) : -1;
+}
+
+// Where the word at `at` ends: the alternatives of the pattern in their order.
+static int word_end(const WordRule *w, const char *text, const uint8_t *class_of, int n, int at) {
+    const unsigned letters = 1u << UPPER | 1u << LOWER | 1u << LETTER;
+    const int first = class_of[at], space = at + (text[at] == ' ');
+    int from = space, end = at;
+    if (!w->after) return n;
+    if (w->contraction & OWN_WORD) end = contraction_end(text, n, at, w->contraction & ANY_CASE);
+    if (end > at) return end;
+    if (w->letters)
+        from = (letters | 1u << NUMBER) >> first & 1 || text[at] == '\r' || text[at] == '\n'
+             ? at : char_end(class_of, at);
+    if (w->letters < 2) end = run_end(class_of, from, letters);
+    else {
+        end = cased_end(class_of, from);
+        if (end < 0 && first == MARK) end = cased_end(class_of, from = at);
+        if (end < 0) end = run_end(class_of, from, 1u << UPPER);
+    }
+    if (end > from) return w->contraction & AT_END ? contraction_end(text, n, end, 1) : end;
+    if (w->digits) {
+        end = at;
+        for (int i = 0; i < w->digits && class_of[end] == NUMBER; i++) end = char_end(class_of, end);
+        if (end > at) return end;
+    } else if ((end = run_end(class_of, space, 1u << NUMBER)) > space) return end;
+    end = run_end(class_of, space, 1u << OTHER | 1u << MARK);
+    if (end > space) {
+        while (end < n && text[end] && strchr(w->after, text[end])) end++;
+        return end;
+    }
+    end = run_end(class_of, at, 1u << SPACE);
+    if (end == n && w->end_whole) return end;
+    for (int i = end; *w->after && i > at; i--) if (text[i-1] == '\n' || text[i-1] == '\r') return i;
+    if (end == n || (w->digits && !*w->after && class_of[end] == NUMBER)) return end;
+    int last = end;                             // the last one goes with what follows, if it is not alone
+    do last--; while (class_of[last] == INSIDE);
+    return last > at ? last : end;
+}
+
+// The class of each character at its first byte; the caller frees.
+static uint8_t *text_classes(const Tokenizer *t, const char *text, int n) {
+    uint8_t *class_of = (uint8_t *)xmalloc((size_t)n + 1);
+    for (int at = 0, bytes; at < n; at += bytes) {
+        bytes = utf8_length(text + at, (size_t)(n - at));
+        memset(class_of + at, INSIDE, (size_t)(bytes ? bytes : 1));
+        class_of[at] = (uint8_t)(bytes ? char_class(t, text + at, bytes) : OTHER);
+        if (!bytes) bytes = 1;
+    }
+    class_of[n] = TEXT_END;
+    return class_of;
+}
+
+static int encode_words(const Tokenizer *t, const char *text, int n, int *ids) {
+    uint8_t *class_of = text_classes(t, text, n);
+    int count = 0;
+    for (int at = 0, end; at < n; at = end) {
+        end = word_end(&word_rules[t->words], text, class_of, n, at);
+        int id = t->whole_words ? *tokenizer_slot(t, text + at, (size_t)(end - at)) : -1;
+        if (id >= 0) ids[count++] = id;
+        else count += encode_bpe(t, text + at, end - at, ids + count);
+    }
+    free(class_of);
+    return count;
+}
+
 // Kind 1.
 static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *ids) {
     size_t longest = 1;
@@ -5721,14 +5879,15 @@ static int encode_greedy(const Tokenizer *t, const char *text, size_t n, int *id
 // The ids of n bytes of text, without BOS, in *ids (the caller frees); returns how many.
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) {
     if (n >= (size_t)1 << 28) die("a text of %zu bytes is too long for one prompt", n);
-    int space = t->prefix_space && n > 0;
+    int space = n > 0 && (t->prefix_space == 1 || (t->prefix_space == 2 && text[0] != ' '));
     char *spaced = (char *)xmalloc(n + 1);
     spaced[0] = ' ';
     memcpy(spaced + 1, text, n);
     text = spaced + 1 - space;
     n += (size_t)space;
     *ids = (int *)xmalloc(n * sizeof(int));                 // a token is at least one byte
-    int count = t->kind == 0 ? encode_bpe(t, text, (int)n, *ids) : encode_greedy(t, text, n, *ids);
+    int count = t->kind == 1 ? encode_greedy(t, text, n, *ids)
+              : (t->words ? encode_words : encode_bpe)(t, text, (int)n, *ids);
     free(spaced);
     return count;
 }
@@ -5738,7 +5897,8 @@ int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids) 
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     if (id < 0 || id >= t->V || id == t->bos || id == t->eos) return;
     const Piece *p = &t->piece[id];
-    int byte = piece_byte(p), skip = t->prefix_space && previous_id == t->bos && p->n > 0 && p->s[0] == ' ';
+    int byte = piece_byte(t, p);
+    int skip = t->prefix_space && previous_id == t->bos && p->n > 0 && p->s[0] == ' ';
     if (byte >= 0) fputc(byte, f);
     else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }

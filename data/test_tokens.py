@@ -7,12 +7,12 @@
 The oracles are the input text itself (decoded shards equal it), the tokenizer libraries called on whole documents,
 and a plain reimplementation of the tokenizer.bin merge rule. Files of ../shared/data are used where they exist.
 """
-import base64, contextlib, gzip, importlib, json, os, random, resource, shutil, signal, struct, subprocess, sys
-import tempfile, time, zlib
+import base64, bz2, contextlib, ctypes, gzip, importlib, json, lzma, os, random, resource, shutil, signal, struct
+import subprocess, sys, tempfile, time, zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(HERE, "..", "..", "shared", "data")
-SCRIPT = os.path.join(HERE, "tokens.py")
+SCRIPT, TRAINER = os.path.join(HERE, "tokens.py"), os.path.join(HERE, "..", "train_litespark.c")
 passed, failed = 0, 0
 
 
@@ -87,9 +87,14 @@ def shard_ids(out, prefix):
 def read_tokenizer(path):
     with open(path, "rb") as f:
         data = f.read()
-    magic, version, kind, size, bos, eos, prefix, zero = struct.unpack_from("<8i", data)
-    check("tokenizer.bin header", (magic, version, zero) == (20251002, 1, 0))
+    magic, version, kind, size, bos, eos, prefix, words = struct.unpack_from("<8i", data)
     at, pieces, scores = 32, [], []
+    check("tokenizer.bin header", magic == 20251002 and version in (1, 2) and (version == 2 or words == 0 and prefix < 2))
+    if version == 2:
+        rows = struct.unpack_from(f"<{struct.unpack_from('<i', data, 32)[0]}I", data, 36)
+        check("classes ascend from 0", not words or rows[0] & 0xFFFFFF == 0 and all(
+            a & 0xFFFFFF < b & 0xFFFFFF and a >> 24 != b >> 24 for a, b in zip(rows, rows[1:])))
+        at += 4 + 4 * len(rows)
     for _ in range(size):
         score, n = struct.unpack_from("<fi", data, at)
         pieces.append(data[at + 8:at + 8 + n])
@@ -207,13 +212,114 @@ def test_compressed_and_folder(d):
     refused("damaged zst", ["y.txt.zst", "damaged"], save(f"{d}/y.txt.zst", b"not zstd at all"), "--out", f"{d}/y")
 
 
+def texts_of(out):
+    return [t.decode() for t in documents(shard_ids(out, "train"), read_tokenizer(f"{out}/tokenizer.bin"))]
+
+
+def test_every_file_is_read_or_named(d):
+    line = lambda t: json.dumps({"text": t}).encode() + b"\n"
+    files = {"A.TXT": b"0", "b.NDJSON": line("1"), "c.jsonl.xz": lzma.compress(line("2")), "d.txt.bz2": bz2.compress(b"3"),
+             "e/f.Txt.GZ": gzip.compress(b"4"), "g.json": line("no"), "h.csv": b"no", "x.md": b"no", ".i.txt": b"no"}
+    for name, data in files.items():
+        save(f"{d}/in/{name}", data)
+    save(f"{d}/elsewhere/k.txt", "no")
+    os.symlink(f"{d}/elsewhere", f"{d}/in/link")
+    r = run(f"{d}/in", "--out", f"{d}/o", "--val-fraction", 0)
+    check("each kind is read", r.returncode == 0 and texts_of(f"{d}/o") == list("01234"), r.stderr)
+    check("what is not read is named and counted", "5 not read (.i.txt, g.json, h.csv, link/, x.md)" in r.stderr, r.stderr)
+    must(f"{d}/in/link", f"{d}/in/g.json", "--out", f"{d}/named", "--val-fraction", 0)
+    check("what is named is read", texts_of(f"{d}/named") == ["no", "no"])
+    text = os.urandom(20000).hex().encode()
+    whole = {"gz": gzip.compress(text), "xz": lzma.compress(text), "bz2": bz2.compress(text)}
+    with contextlib.suppress(Skip):
+        zstd = library("zstandard")
+        whole["zst"] = zstd.ZstdCompressor(write_content_size=False).compress(text)
+        # as `zstd --long=31` writes it: header without content size, window 2^31, one raw block that is the last
+        wide = b"\x28\xb5\x2f\xfd\0" + bytes([31 - 10 << 3]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
+        must(save(f"{d}/wide.txt.zst", wide), "--out", f"{d}/wide", "--val-fraction", 0)
+        check("a window of 2^31", texts_of(f"{d}/wide") == [text.decode()])
+    for kind, data in whole.items():
+        for name, some in (("cut", data[:len(data) // 2]), ("end", data[:-3]), ("empty", b"")):
+            path = save(f"{d}/{name}.txt.{kind}", some)
+            refused(f"{name} {kind}", [path, "damaged"], path, "--out", f"{d}/{name}{kind}")
+            with open(f"{d}/{name}{kind}/tokens.json") as f:
+                check(f"{name} {kind} is not complete", json.load(f)["complete"] is False)
+    refused("cut.txt.zst", ["damaged", "inside a frame"], shared("faults/cut.txt.zst"), "--out", f"{d}/o1")
+    check("a window of 2^28", "200 documents" in must(shared("faults/window_2_28.jsonl.zst"), "--out", f"{d}/o2",
+                                                      "--val-fraction", 0))
+    refused("utf16.txt", ["UTF-16"], shared("faults/utf16.txt"), "--out", f"{d}/o3")
+
+
+def test_parquet(d):
+    arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+    texts = [t for t in sample_texts(700) if t.strip()]
+    table = arrow.table({"id": list(range(len(texts))), "text": texts, "large": arrow.array(texts, arrow.large_string())})
+    parquet.write_table(table, f"{d}/s.parquet", row_group_size=300)
+    for key in ("text", "large"):
+        must(f"{d}/s.parquet", "--out", f"{d}/{key}", "--val-fraction", 0, "--text-key", key)
+        check("parquet: every row", texts_of(f"{d}/{key}") == texts)
+    refused("no such column", ["id, text, large", "--text-key"], f"{d}/s.parquet", "--out", f"{d}/o1", "--text-key", "body")
+    refused("a column of numbers", ["row 1", "not a string"], f"{d}/s.parquet", "--out", f"{d}/o2", "--text-key", "id")
+    data = open(f"{d}/s.parquet", "rb").read()
+    refused("cut parquet", ["cut.parquet", "damaged"], save(f"{d}/cut.parquet", data[:-9]), "--out", f"{d}/o3")
+
+
+def test_long_lines_take_linear_time(d):
+    tokens = importlib.import_module("tokens")
+    def seconds(size):
+        data, times = b"word " * (size // 5), []
+        for _ in range(3):
+            start = time.process_time()
+            check("pieces are the whole", sum(map(len, tokens.split_pieces(data))) == len(data))
+            times.append(time.process_time() - start)
+        return min(times)
+    small, large = seconds(8 << 20), seconds(64 << 20)
+    check("a line eight times as long takes about eight times as long", large < 24 * small, (small, large))
+
+
+def test_other_preparations_are_left_alone(d):
+    text = save_jsonl(f"{d}/in.jsonl", ["hello there"] * 40)
+    outs = {f"{d}/n": [], f"{d}/n/sub": [], f"{d}/n/train": [], f"{d}/m": ["--format", "ds", "--seq-len", 8]}
+    everything = lambda: {os.path.join(f, n): open(os.path.join(f, n), "rb").read()
+                          for f, _, names in os.walk(d) for n in names}
+    for out, more in outs.items():
+        must(text, "--out", out, *more)
+    before = everything()
+    for out, more in outs.items():
+        must(text, "--out", out, *more)
+    check("again: nothing else is gone", everything() == before, before.keys() ^ everything().keys())
+    must(text, "--out", f"{d}/k", *outs[f"{d}/m"])
+    save(f"{d}/k/train/tokens.json", before[f"{d}/n/tokens.json"])
+    refused("another preparation where ours goes", [f"{d}/k/train", "another preparation"], text, "--out", f"{d}/k", *outs[f"{d}/m"])
+
+
+def test_few_documents_still_validate(d):
+    book = long_text(400000)
+    path, few = save(f"{d}/book.txt", book), save_jsonl(f"{d}/few.jsonl", ["one " * 300, "two " * 300, "three " * 300])
+    must(path, "--out", f"{d}/whole", "--val-fraction", 0)
+    whole = shard_ids(f"{d}/whole", "train")
+    for name, more, share in (("book", [], len(whole) // 100), ("tenth", ["--val-fraction", 0.1], len(whole) // 10),
+                              ("tokens", ["--val-tokens", 5000], 5000), ("shards", ["--shard-tokens", 90000], len(whole) // 100)):
+        r = run(path, "--out", f"{d}/{name}", *more)
+        train, val = (shard_ids(f"{d}/{name}", p) for p in ("train", "val"))
+        check(f"{name}: the end of the text validates", train + val == whole and abs(len(val) - max(share, 4096)) < 2, len(val))
+        check(f"{name}: said", "last" in r.stderr and f"{len(val):,}" in r.stderr, r.stderr)
+        check(f"{name}: every shard is of this run", sorted(n for n in os.listdir(f"{d}/{name}") if n.endswith(".tmp")) == [])
+    must(few, "--out", f"{d}/few")
+    check("three documents", len(shard_ids(f"{d}/few", "val")) > 300 and len(shard_ids(f"{d}/few", "train")) > 2500)
+    must(path, "--out", f"{d}/ds", "--format", "ds", "--seq-len", 64)
+    rows = [os.path.getsize(f"{d}/ds/{n}") // 130 for n in ("train/train_000.ds", "validation/val_000.ds")]
+    end = max(round(len(whole) / 100), 4096)
+    check("ds rows", rows == [(len(whole) - end - 1) // 64, (end - 1) // 64], rows)
+
+
 def sentencepiece_model(d):
     try:
         return shared("tokenizers/mistral_tokenizer.model.v1")
     except Skip:
         sp = library("sentencepiece")
         save(f"{d}/corpus.txt", long_text(200000))
-        sp.SentencePieceTrainer.train(input=f"{d}/corpus.txt", model_prefix=f"{d}/spm", vocab_size=500, model_type="bpe",
+        sp.SentencePieceTrainer.train(input=f"{d}/corpus.txt", model_prefix=f"{d}/spm", vocab_size=500, model_type="bpe", hard_vocab_limit=False,
                                       byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
                                       remove_extra_whitespaces=False, character_coverage=0.999)
         return f"{d}/spm.model"
@@ -285,13 +391,155 @@ def test_encoders(d):
         words = sorted({w for w in long_text(20000).split() if w.isascii() and w.isalpha()})
         check(f"{name}: words by the merge rule", [w for w in words if merge_encode(tok, w) != list(encode(w))] == [])
         must(f"{d}/long.txt", "--tokenizer", model, "--out", o + "_long", "--jobs", 2)
-        got, want = shard_ids(o + "_long", "train"), frame(whole)
+        got, want = shard_ids(o + "_long", "train") + shard_ids(o + "_long", "val"), frame(whole)
         first = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), None)
         check(f"{name}: a long document is encoded as if whole", got == want, (first, len(got), len(want)))
     check("HF files copied", not any("tokenizers" in f[0] for f in found)
           or os.path.exists(f"{d}/tokenizers_byte-level_out/tokenizer.json"))
     for need in {"sentencepiece", "tiktoken", "tokenizers"} - {f[0].split()[0] for f in found}:
         print(f"skipped: {need} as an oracle (pip install {need}; the GPT-2 ranks are in shared/data)")
+
+
+# ---- The trainer's own encoder, as a library ---------------------------------------------------------------
+def trainer_encoder(d, tokenizer):
+    """f(text) -> ids by tokenizer_encode of train_litespark.c, with a tokenizer.bin."""
+    if not os.path.exists(f"{d}/trainer.so"):
+        if not shutil.which("cc"):
+            raise Skip("no C compiler")
+        subprocess.run(["cc", "-std=gnu11", "-O1", "-w", "-shared", "-fPIC", "-DLITESPARK_NO_MAIN", TRAINER, "-o", f"{d}/trainer.so",
+                        "-lm"], check=True)
+    c, libc = ctypes.CDLL(f"{d}/trainer.so"), ctypes.CDLL(None)
+    c.tokenizer_open.restype = ctypes.c_void_p
+    c.tokenizer_encode.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]
+    libc.free.argtypes = [ctypes.c_void_p]
+    t = c.tokenizer_open(tokenizer.encode())
+
+    def encode(text):
+        ids, data = ctypes.POINTER(ctypes.c_int)(), text.encode()
+        n = c.tokenizer_encode(t, data, len(data), ctypes.byref(ids))
+        out = ids[:n]
+        libc.free(ids)
+        return out
+    return encode
+
+
+def odd_texts(n, seed):
+    """What word patterns see differently: capitals, marks, numbers, contractions, kinds of white space."""
+    rng = random.Random(seed)
+    letters = "ABzqsSdDtTmMlLrReEvV''\u2019\u017fK\u00e9\u00c9\u00df\u01c5\u02b0\u00aa\u6771\u3042\u0905\u0301\u0903\u20dd0123\u00b2\u2166\u0663"
+    others = "  \t\n\r\u00a0\u3000\u0085\u2028\u001c\u200b.,!?/-_()\U0001f600\u200d\0"
+    parts = ["'s", "'LL", "'Re", "'ve", "'D", "'\u017f", " ", "  ", "\n", "\n\n  "]
+    return ["".join(rng.choice(parts) if rng.random() < 0.2 else rng.choice(letters + others) * rng.choice([1, 1, 1, 2, 3])
+                    for _ in range(rng.randint(1, 40))) for _ in range(n)]
+
+
+def shared_lines(most):
+    """Up to so many lines of each text, spread over it."""
+    out = []
+    with contextlib.suppress(Skip):
+        for name in ("pd_children_books.txt", "tinyshakespeare.txt", "wiki_demo.txt", "c4_demo.jsonl"):
+            with open(shared(f"text/{name}"), encoding="utf-8") as f:
+                lines = [t for t in (json.loads(t)["text"] if name.endswith("l") else t.rstrip("\n") for t in f) if t.strip()]
+            out += [t[:4000] for t in lines[::max(1, len(lines) // most)]]
+    return out
+
+
+def word_tokenizers(d):
+    """One small tokenizer.json for each way to cut words, made by the library itself."""
+    tk, tokens = library("tokenizers"), importlib.import_module("tokens")
+    pre = tk.pre_tokenizers
+    bare = lambda: pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    cuts = {w: pre.Sequence([pre.Split(tk.Regex(r), "isolated"), bare()]) for w, r in tokens.WORDS.items() if r}
+    cuts.update({"own": pre.ByteLevel(add_prefix_space=False), "own, space first": pre.ByteLevel(add_prefix_space=True), "whole": bare(),
+                 "digits": pre.Sequence([pre.Digits(True), pre.ByteLevel(add_prefix_space=False)])})
+    lines = shared_lines(40)
+    for name, cut in cuts.items():
+        tok = tk.Tokenizer(tk.models.BPE(ignore_merges=name in ("llama3", "o200k")))
+        tok.pre_tokenizer = cut
+        tok.train_from_iterator(odd_texts(300, 1) + sample_texts(200, 2) + lines, tk.trainers.BpeTrainer(
+            vocab_size=1200, special_tokens=["<|end_of_text|>"], initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+        os.makedirs(f"{d}/{name}")
+        tok.save(f"{d}/{name}/tokenizer.json")
+        tok.encode_special_tokens = True
+        yield name, f"{d}/{name}/tokenizer.json", lambda t, tok=tok: tok.encode(t, add_special_tokens=False).ids
+
+
+def differing(encode, library_encode, texts):
+    return [t for t in texts if encode(t) != list(library_encode(t))]
+
+
+def test_prompts_are_encoded_as_by_the_library(d):
+    tokens = importlib.import_module("tokens")
+    found = [(name, model, encode) for name, model, encode, _, _ in encoders(d) if "byte-level" not in name]
+    with contextlib.suppress(Skip):
+        tk = library("tokenizers")
+        both = tokens.load_tokenizer(sentencepiece_model(d)).side_files()["tokenizer.json"]      # as its tokenizer.json
+        spec = json.loads(both)
+        spec.update(normalizer=None, pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first",
+                                                    "split": False})
+        for name, data in (("byte_fallback", both), ("byte_fallback, Metaspace", json.dumps(spec).encode())):
+            tok = tk.Tokenizer.from_str(data.decode())
+            tok.encode_special_tokens = True
+            found.append((name, save(f"{d}/{name}/tokenizer.json", data),
+                          lambda t, tok=tok: tok.encode(t, add_special_tokens=False).ids))
+        found += word_tokenizers(d)
+    lines, odd = shared_lines(100), odd_texts(200, 3) + sample_texts(60, 4)
+    for name, model, library_encode in found:
+        save(f"{d}/tokenizer.bin", tokens.tokenizer_bin(tokens.load_tokenizer(model))[0])
+        encode = trainer_encoder(d, f"{d}/tokenizer.bin")
+        # SentencePiece's own space and unknown characters without bytes are another matter
+        texts = [t for t in odd if "\0" not in t and "\u2581" not in t] if "byte_fallback" in name or name == "sentencepiece" else odd
+        texts = [] if name == "tokenizers metaspace" else texts + lines
+        bad = differing(encode, library_encode, texts)
+        check(f"{name}: {len(bad)} of {len(texts)} prompts differ", not bad, repr(bad[:1])[:200])
+    scores = [s for p, s in zip(*read_tokenizer(f"{d}/tokenizer.bin")[1:3])]
+    check("nothing was skipped", len(scores) > 256)
+
+
+def test_characters_are_text_below_all_merges(d):
+    spec = {"model": {"type": "BPE", "byte_fallback": True, "merges": ["a b", "ab c"], "vocab": {
+        "<unk>": 0, "<0x61>": 1, "a": 2, "b": 3, "c": 4, "ab": 5, "abc": 6, "\u00e9": 7, "lone": 8}}}
+    must("--export-tokenizer", save(f"{d}/tokenizer.json", json.dumps(spec)), "--out", f"{d}/tokenizer.bin")
+    kind, pieces, scores, *_ = read_tokenizer(f"{d}/tokenizer.bin")
+    score = dict(zip(pieces, scores))
+    check("characters", all(-1e29 < score[c] < score[b"abc"] < score[b"ab"] for c in (b"a", b"b", b"c", "\u00e9".encode())), score)
+    check("what no merge makes", all(score[c] < -1e29 for c in (b"<unk>", b"<0x61>", b"lone")), score)
+    check("encodes", trainer_encoder(d, f"{d}/tokenizer.bin")("ab\u00e9c") == [5, 7, 4])
+
+
+def test_auto_tokenizer(d):
+    """What lies beside the shards goes into checkpoints: there AutoTokenizer gives the ids of the shards, BOS included."""
+    tk, tokens = library("tokenizers"), importlib.import_module("tokens")
+    os.environ["HF_HUB_OFFLINE"], os.environ["TRANSFORMERS_VERBOSITY"] = "1", "error"
+    auto = library("transformers").AutoTokenizer
+    models = [("bytes", [])]
+    with contextlib.suppress(Skip):
+        library("sentencepiece")
+        models.append((sentencepiece_model(d), []))
+    with contextlib.suppress(Skip):
+        library("tiktoken")
+        models.append((shared("tokenizers/r50k_base.tiktoken"), []))
+        ranks = {bytes([i]): i for i in range(256)}
+        ranks.update((t, 256 + i) for i, t in enumerate([b" t", b"he", b" the", b"'s", b"  ", b"\n ", b"12", b"123", b"in", b"xyzzy"]))
+        save(f"{d}/toy", "".join(f"{base64.b64encode(k).decode()} {v}\n" for k, v in ranks.items()))
+        models += [(f"{d}/toy", ["--tiktoken-pattern", p]) for p in ("cl100k", "llama3", "o200k")]
+    texts = [t for t in sample_texts(60, 5) + odd_texts(60, 6) if t.strip()] + ["a" + " " * n + "b" for n in range(1, 80)] + [
+        "</s> <s> <unk>", " a", "  a ", "a\n  ", "<0x0A>", "xyzzy"] + shared_lines(20)
+    save_jsonl(f"{d}/in.jsonl", texts)
+    for i, (model, more) in enumerate(models):
+        out = f"{d}/o{i}"
+        must(f"{d}/in.jsonl", "--tokenizer", model, *more, "--out", out, "--val-fraction", 0)
+        ids, eos = shard_ids(out, "train"), read_tokenizer(f"{out}/tokenizer.bin")[4]
+        for family, name in (("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM"), ("qwen3", "Qwen3ForCausalLM"))[:3 if i < 2 else 1]:
+            save(f"{out}/config.json", json.dumps({"model_type": family, "architectures": [name], "vocab_size": 32000}))
+            loaded = auto.from_pretrained(out)
+            got = [loaded(t).input_ids + [eos] for t in texts]
+            at, bad = 0, []
+            for t, g in zip(texts, got):
+                bad += [t] if ids[at:at + len(g)] != g else []
+                at = ids.index(eos, at) + 1
+            check(f"{os.path.basename(model)} {more[1:]} {family}: AutoTokenizer's ids", sum(got, []) == ids and not bad, repr(bad[:1]))
+            check(f"{os.path.basename(model)} {family}: EOS", loaded.eos_token_id == eos)
 
 
 def test_cl100k_pattern(d):
@@ -306,6 +554,12 @@ def test_cl100k_pattern(d):
          "--val-fraction", 0)
     check("cl100k pattern equals the published one",
           shard_ids(f"{d}/o", "train") == [i for t in texts for i in enc.encode_ordinary(t) + [50256]])
+    tokens = importlib.import_module("tokens")
+    published = {"gpt2": openai_public.r50k_pat_str, "cl100k": openai_public.cl100k_base()["pat_str"],
+                 "o200k": openai_public.o200k_base()["pat_str"]}
+    for words, pattern in published.items():
+        one, two = (tiktoken.Encoding(words, pat_str=p, mergeable_ranks=ranks, special_tokens={}) for p in (pattern, tokens.WORDS[words]))
+        check(f"{words}: as published", differing(one.encode_ordinary, two.encode_ordinary, odd_texts(1000, 8) + ["a\n  "]) == [])
 
 
 def test_merge_rule(d):
@@ -341,7 +595,7 @@ def test_shards_and_split(d):
     must(f"{d}/in.jsonl", "--out", f"{d}/valtok", "--val-tokens", 500)
     n = len(shard_ids(f"{d}/valtok", "val"))
     check("--val-tokens is reached by the last document", 500 <= n < 570, n)
-    must(save(f"{d}/long.txt", "y" * 5000), "--out", f"{d}/cut", "--shard-tokens", 1000)
+    must(save(f"{d}/long.txt", "y" * 5000), "--out", f"{d}/cut", "--shard-tokens", 1000, "--val-fraction", 0)
     check("a document longer than two shards is cut", [len(read_bin(f"{d}/cut/train_{i:03d}.bin")[0]) for i in range(3)]
           == [2000, 2000, 1001])
 
@@ -455,7 +709,7 @@ def test_bad_input(d):
     refused("empty folder", ["no .txt"], os.path.dirname(save(f"{d}/e/x.csv", "a")), *o)
     latin = save(f"{d}/latin.txt", b"a" * 700001 + b"\xe9t\xe9")
     refused("wrong encoding", ["latin.txt", "byte 700001", "0xe9", "--errors replace"], latin, "--out", f"{d}/o1")
-    must(latin, "--out", f"{d}/o2", "--errors", "replace")
+    must(latin, "--out", f"{d}/o2", "--errors", "replace", "--val-fraction", 0)
     text = documents(shard_ids(f"{d}/o2", "train"), read_tokenizer(f"{d}/o2/tokenizer.bin"))[0].decode()
     check("--errors replace", text == "a" * 700001 + "\ufffdt\ufffd")
     for name, line, words in (("bad JSON", b'{"text": ', ["bad JSON"]), ("no key", b'{"x": 1}', ["--text-key"]),
@@ -483,7 +737,7 @@ def test_bad_input(d):
     refused("disk full", [f"{d}/o8", "--out"], save(f"{d}/b.txt", "b" * 3000000), "--out", f"{d}/o8", preexec_fn=limit)
     check("no shard of a failed run", [n for n in os.listdir(f"{d}/o8") if n.endswith((".bin", ".tmp"))] == [])
     block = save(f"{d}/block/sentencepiece.py", "raise ImportError('blocked')")
-    for name in ("tiktoken", "tokenizers", "zstandard", "numpy"):
+    for name in ("tiktoken", "tokenizers", "zstandard", "pyarrow", "numpy"):
         shutil.copy(block, f"{d}/block/{name}.py")
     env = {**os.environ, "PYTHONPATH": f"{d}/block"}
     refused("no numpy", ["pip install numpy"], good, *o, env=env)
@@ -491,10 +745,25 @@ def test_bad_input(d):
     with contextlib.suppress(Skip):
         refused("no sentencepiece", ["pip install sentencepiece"], good, *o, "--tokenizer",
                 shared("tokenizers/mistral_tokenizer.model.v1"), env=env)
-    refused("no tiktoken", ["pip install tiktoken"], good, *o, "--tokenizer", save(f"{d}/t2", "YQ== 0\nYg== 1\n"), env=env)
+    refused("no tiktoken", ["pip install tiktoken"], good, *o, "--tokenizer", save(f"{d}/t2", "YQ== 0\nYg== 1\n"),
+            "--tiktoken-pattern", "r50k", env=env)
     refused("no tokenizers", ["pip install tokenizers"], good, *o, "--tokenizer",
             save(f"{d}/t3", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'), env=env)
     refused("no zstandard", ["pip install zstandard"], save(f"{d}/q.txt.zst", "x"), "--out", f"{d}/o9", env=env)
+    refused("no pyarrow", ["pip install pyarrow"], save(f"{d}/q.parquet", "x"), "--out", f"{d}/o10", env=env)
+    for name, text, kind in (("mark", "\ufeffhello", "utf-16"), ("le", "hello", "utf-16le"), ("be", "hello", "utf-16be"),
+                             ("wide", "\ufeffhello", "utf-32")):
+        code = {"utf-16": "utf-16le", "utf-32": "utf-32le"}.get(kind, kind)
+        path = save(f"{d}/{name}.txt", text.encode(code))
+        refused(f"UTF-16 {name}", [f"{name}.txt", kind.upper(), f"iconv -f {kind}"], path, "--errors", "replace",
+                "--out", f"{d}/o11")
+        shutil.rmtree(f"{d}/o11")
+    many = save(f"{d}/many", "".join(f"{base64.b64encode(i.to_bytes(3, 'big')).decode()} {i}\n" for i in range(200000)))
+    refused("200,000 ranks", ["200,000", "--tiktoken-pattern", "o200k"], good, *o, "--tokenizer", many)
+    with contextlib.suppress(Skip):      # as many ranks as GPT-2 has, but others
+        with open(shared("tokenizers/r50k_base.tiktoken"), "rb") as f:
+            other = save(f"{d}/other", f.read().replace(b"IHQ= 256\nIGE= 257\n", b"IGE= 256\nIHQ= 257\n"))
+        refused("50,256 other ranks", ["50,256", "--tiktoken-pattern"], good, *o, "--tokenizer", other)
 
 
 def test_wide_tokens(d):
@@ -504,10 +773,11 @@ def test_wide_tokens(d):
     ranks[b"ab"] = 70000
     model = save(f"{d}/wide.tiktoken", "".join(f"{base64.b64encode(k).decode()} {v}\n" for k, v in ranks.items()))
     text = save_jsonl(f"{d}/in.jsonl", ["xx", "ab"])
-    must(text, "--tokenizer", model, "--out", f"{d}/o", "--val-fraction", 0)
+    model = ("--tokenizer", model, "--tiktoken-pattern", "r50k")
+    must(text, *model, "--out", f"{d}/o", "--val-fraction", 0)
     ids, head = read_bin(f"{d}/o/train_000.bin")
     check("uint32 shard", head[:2] == (20240801, 7) and 70000 in ids and head[3] == 70001 and head[5] == 257)
-    refused("id too large for uint16", ["70000", "document 1"], text, "--tokenizer", model, "--out", f"{d}/p", "--token-bytes", 2)
+    refused("id too large for uint16", ["70000", "document 1"], text, *model, "--out", f"{d}/p", "--token-bytes", 2)
 
 
 def test_inspect(d):

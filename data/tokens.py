@@ -9,16 +9,19 @@
     python3 data/tokens.py --export-tokenizer tokenizer.model --out tokenizer.bin
     python3 data/test_tokens.py
 
-Inputs are .txt, .jsonl or .json (one JSON object per line), plain, .gz or .zst; folders are searched.
+Inputs are .txt, .jsonl, .ndjson or .json (one JSON object per line), plain, .gz, .zst, .xz or .bz2, and .parquet;
+folders are searched, and what they hold besides is named.
 Outputs (byte tables in data/README.md):
     bin   OUT/train_000.bin ..., OUT/val_000.bin ..., OUT/tokenizer.bin, OUT/tokens.json
     ds    the same as OUT/train/train_000.ds and OUT/validation/val_000.ds, each folder with metadata.json
 
 What holds, whatever the input:
-    - Memory is bounded: text flows through in pieces of at most 256 KiB (one JSON line is read whole).
+    - Memory is bounded: text flows through in pieces of at most 256 KiB (one JSON line or parquet row is read
+      whole; a .zst file may ask for its window, up to 2 GiB).
     - The same inputs and options give the same bytes, for any --jobs: batches are cut by the reader and
       written in the reader's order.
-    - A document goes to validation if hash(seed, its index) says so; document 0 always trains.
+    - A document goes to validation if hash(seed, its index) says so; document 0 always trains. Where that leaves
+      validation empty (one book, a few files), the end of the text is validation instead.
     - A document longer than a piece is cut where a line begins with a letter or digit. No GPT-2 or
       Llama token crosses such a place, so the tokens are those of the whole document.
     - A shard is written under a temporary name, fsynced, then renamed. A kill leaves whole shards only,
@@ -26,15 +29,15 @@ What holds, whatever the input:
     - A shard ends with the document that fills it, so no document is cut unless it is longer than a shard.
 """
 import argparse, base64, collections, concurrent.futures, concurrent.futures.process, contextlib, gzip
-import hashlib, json, os, re, shutil, struct, sys, threading, time, zlib
+import functools, hashlib, importlib, io, json, os, re, struct, sys, threading, time, unicodedata, zlib
 
 PIECE = 1 << 18          # bytes of text that are encoded at once
 BATCH = 1 << 20          # bytes of text handed to a worker at once
 LINE_MAX = 1 << 28       # the longest JSON line
 NEVER = -1e30            # score of a piece that no merge may produce (below any reader's "no merge yet")
-INPUT = re.compile(r"\.(txt|jsonl?)(\.gz|\.zst)?$")
-IN_FOLDER = re.compile(r"^[^.].*\.((txt|jsonl)(\.gz|\.zst)?|json(\.gz|\.zst))$")   # not a stray info.json
-OURS = re.compile(r"^\.?(train|val)_\d{3,}\.(bin|ds)(\.tmp)?$")
+INPUT = re.compile(r"(?i)\.(txt|json|jsonl|ndjson)(\.gz|\.zst|\.xz|\.bz2)?$|\.parquet$")
+NOT_IN_FOLDER = re.compile(r"(?i)^\.|\.json$")         # hidden, or a stray info.json
+WIDE = [("utf-32", b"\xff\xfe\0\0"), ("utf-32", b"\0\0\xfe\xff"), ("utf-16", b"\xff\xfe"), ("utf-16", b"\xfe\xff")]
 LINE_CUT = re.compile(rb"(?s).*\S\n(?=[0-9A-Za-z])")    # greedy: the last such place
 
 
@@ -44,25 +47,85 @@ class UserError(Exception):
 
 def need(module, package=None):
     try:
-        return __import__(module)
+        return importlib.import_module(module)
     except ImportError:
         raise UserError(f"the Python library {module} is missing; run: pip install {package or module}")
 
 
 # ---- Tokenizers: each loader returns a Tokenizer; its encoder needs the library, its pieces do not ------
 class Tokenizer(argparse.Namespace):
-    """name; kind, pieces, scores, bos, eos, prefix_space: what tokenizer.bin holds; encoder() -> f(text, continued)
-    gives ids; add_bos: put BOS before documents by default; side_files: (source, name) to copy beside shards.
+    """name; kind, pieces, scores, bos, eos, prefix_space, words, whole_words: what tokenizer.bin holds; unlike: what
+    happens to a prompt that tokenizer.bin does not know of; encoder() -> f(text, continued) gives ids; add_bos: put BOS
+    before documents by default; side_files() -> {name: bytes} to lie beside the shards: checkpoints take them from there.
     `continued` says that the text goes on where the last piece ended (no space is to be put in front)."""
+    prefix_space, words, whole_words, unlike = 0, "", False, None
+
+
+# Byte-level tokenizers cut the text into words first, by one of these patterns; its place in this table is the word rule
+# of tokenizer.bin. cl100k is llama3's but for white space at the end of the text, which stays whole there.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = {
+    "": None,       # no words: SentencePiece
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": LLAMA3.replace(r"|\s*[", r"|\s++\z|\s*["),
+    "llama3": LLAMA3,
+    "qwen2": LLAMA3.replace("{1,3}", ""),
+    "o200k": TEKKEN.replace(f"{LOWER}+|", f"{LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|").replace(
+        rf"{LOWER}*|\p{{N}}", rf"{LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{{N}}{{1,3}}"),
+    "tekken": TEKKEN,
+    "gpt2-digits": None,        # each digit by itself, then gpt2 on what lies between (StarCoder, SmolLM)
+    "whole": None,              # byte-level without words
+}
 
 
 def bytes_tokenizer():
     def encoder():
         np = need("numpy")
         return lambda text, continued: np.frombuffer(text.encode(), np.uint8)
-    pieces = [b"<0x%02X>" % i for i in range(256)] + [b"<|endoftext|>"]
-    return Tokenizer(name="bytes", kind=1, pieces=pieces, scores=[0.0] * 257, bos=256, eos=256, prefix_space=False,
-                     encoder=encoder, add_bos=False, side_files=[])
+    pieces, end = [b"<0x%02X>" % i for i in range(256)] + [b"<|endoftext|>"], {"<|endoftext|>": 256}
+    model = lambda: byte_level({bytes([i]): i for i in range(256)}, end, "")
+    return Tokenizer(name="bytes", kind=1, pieces=pieces, scores=[0.0] * 257, bos=256, eos=256, encoder=encoder,
+                     add_bos=False, side_files=lambda: hugging_face(model(), end, None, "<|endoftext|>"))
+
+
+# ---- The same tokenizer in Hugging Face's form, so that AutoTokenizer reads a checkpoint --------------------------
+def hugging_face(parts, special, bos, eos):
+    """{name: bytes} of tokenizer.json and tokenizer_config.json. PreTrainedTokenizerFast takes tokenizer.json as it is;
+    the class of the model (LlamaTokenizer, ...) would put its own rules in the place of these. split_special_tokens:
+    "</s>" inside a text is text, as it was when the model was trained."""
+    front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    template = {"type": "TemplateProcessing", "single": front + [{"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": front + [{"Sequence": {"id": i, "type_id": 0}} for i in "AB"], "special_tokens":
+                {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}} if bos else {}}
+    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [
+        {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True} for t, i in sorted(special.items(), key=lambda x: x[1])], **parts, "post_processor": template}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(bos), "add_eos_token": False,
+              "bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False, "split_special_tokens": True}
+    return {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode(), "tokenizer_config.json":
+            json.dumps({k: v for k, v in config.items() if v is not None}, indent=1, ensure_ascii=False).encode()}
+
+
+def bpe(vocab, rank, **more):
+    """A BPE model where any two neighbours join whose union is a piece with a rank, the lowest rank first. Of equals
+    (SentencePiece has them for runs of spaces) the leftmost is first, so a run grows from its left: long + short."""
+    merges = sorted((r, -k, p) for p, r in rank.items() for k in range(1, len(p)) if p[:k] in rank and p[k:] in rank)
+    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **more,
+            "vocab": vocab, "merges": [f"{p[:-k]} {p[-k:]}" for _, k, p in merges]}
+
+
+def byte_level(ranks, special, words):
+    char = {b: c for c, b in gpt2_bytes().items()}
+    rank = {"".join(char[b] for b in text): i for text, i in ranks.items()}
+    split = [{"type": "Split", "pattern": {"Regex": WORDS[words]}, "behavior": "Isolated", "invert": False}]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": split * bool(words) + [level]},
+            "decoder": level, "model": bpe({**rank, **special}, rank, ignore_merges=True)}
 
 
 def protobuf_fields(data):
@@ -89,13 +152,14 @@ def protobuf_fields(data):
 
 def sentencepiece_tokenizer(path, data):
     """ModelProto: 1 = piece {1 text, 2 score, 3 type}, 2 = trainer {3 model type, 41 bos, 42 eos},
-    3 = normalizer {3 add_dummy_prefix, 4 remove_extra_whitespaces}."""
-    pieces, scores = [], []
-    trainer, normalizer = {3: 1, 41: 1, 42: 2}, {3: 1, 4: 1}
+    3 = normalizer {2 character map, 3 add_dummy_prefix, 4 remove_extra_whitespaces}."""
+    pieces, scores, types = [], [], []
+    trainer, normalizer = {3: 1, 41: 1, 42: 2}, {2: b"", 3: 1, 4: 1}
     for field, value in protobuf_fields(data):
         if field == 1:
             piece = dict(protobuf_fields(value))
-            normal = piece.get(3, 1) in (1, 4)      # the others (unknown, control, unused, byte) never merge
+            types.append(piece.get(3, 1))
+            normal = types[-1] in (1, 4)      # the others (unknown, control, unused, byte) never merge
             pieces.append(piece[1].replace("\u2581".encode(), b" "))
             scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0] if normal else NEVER)
         elif field in (2, 3):
@@ -109,20 +173,47 @@ def sentencepiece_tokenizer(path, data):
         # white space drop the newline at the end of a piece, and need the prefix in its place.
         rest = first if normalizer[4] else sp.SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
         return lambda text, continued: (rest if continued else first).encode(text)
+
+    def side_files():
+        files = {"tokenizer.model": data}
+        if trainer[3] != 2 or normalizer[2] or normalizer[4]:
+            return files            # what it does to the text has no exact counterpart there
+        text = [p.decode().replace(" ", "\u2581") for p in pieces]
+        special = {t: i for i, t in enumerate(text) if types[i] in (2, 3)}
+        rank = {t: -scores[i] for i, t in enumerate(text) if types[i] in (1, 4)}
+        replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
+        prefix = [{"type": "Prepend", "prepend": "\u2581"}] if normalizer[3] else []
+        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normalizer[3] else []
+        parts = {"normalizer": {"type": "Sequence", "normalizers": prefix + [replace(" ", "\u2581")]},
+                 "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
+                     replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+                 "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=next(
+                     (t for i, t in enumerate(text) if types[i] == 2), None), byte_fallback=6 in types, fuse_unk=True)}
+        name = lambda i: text[i] if i >= 0 else None
+        return {**files, **hugging_face(parts, special, name(bos), name(eos))}
+    unlike = ("is not a BPE model" if trainer[3] != 2 else "normalizes its text" if normalizer[2] else
+              "squeezes white space" if normalizer[4] else None)
     return Tokenizer(name=path, kind=0, pieces=pieces, scores=scores, bos=bos, eos=eos, encoder=encoder, add_bos=True,
-                     bpe=trainer[3] == 2, prefix_space=bool(normalizer[3]), side_files=[(path, "tokenizer.model")])
+                     unlike=unlike, prefix_space=int(normalizer[3]), side_files=side_files)
 
 
-# Word patterns published with tiktoken; llama3 splits words as cl100k does.
-CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-TIKTOKEN = {  # name: ranks, pattern, special tokens
-    "r50k": (50256, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-             {"<|endoftext|>": 50256}),
-    "cl100k": (100256, CL100K, {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
-                                "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
-    "llama3": (128000, CL100K, {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, **{
-        f"<|reserved_{i}|>": i for i in range(128002, 128256)}}),
+# Known by the SHA-256 of the file: two sets may have as many ranks and other words.
+RANKS = {  # name: words, ranks, SHA-256, special tokens
+    "r50k": ("gpt2", 50256, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", {
+        "<|endoftext|>": 50256}),
+    "p50k": ("gpt2", 50281, "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069", {
+        "<|endoftext|>": 50256}),
+    "cl100k": ("cl100k", 100256, "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7", {
+        "<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260,
+        "<|endofprompt|>": 100276}),
+    "o200k": ("o200k", 199998, "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d", {
+        "<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
+    "llama3": ("llama3", 128000, "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55", {
+        "<|begin_of_text|>": 128000, "<|end_of_text|>": 128001,
+        **{f"<|reserved_{i}|>": i for i in range(128002, 128256)}}),
+    "qwen2": ("qwen2", 151643, "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186", {
+        "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}),
+    "tekken": ("tekken", None, None, {}),
 }
 
 
@@ -135,24 +226,27 @@ def tiktoken_tokenizer(path, data, pattern):
                 ranks[base64.b64decode(text, validate=True)] = int(rank)
         except ValueError:
             raise UserError(f"{path}:{number}: not a tiktoken line (base64, rank); get the file again")
-    size = max(ranks.values()) + 1
-    if not pattern:      # by size: the largest known set that is not larger
-        pattern = ([n for n, row in TIKTOKEN.items() if row[0] <= size] or ["r50k"])[-1]
-    known, regex, special = TIKTOKEN[pattern]
+    size, digest = max(ranks.values()) + 1, hashlib.sha256(data.replace(b"\r\n", b"\n")).hexdigest()
+    pattern = pattern or next((name for name, row in RANKS.items() if row[2] == digest), None)
+    if not pattern:
+        raise UserError(f"{path}: {size:,} ranks, none of the known sets; tell how it splits words: --tiktoken-pattern "
+                        + "|".join(RANKS))
+    words, known, _, special = RANKS[pattern]
     if size != known:    # some other rank set: the first free id ends a document
         special = {"<|endoftext|>": min(set(range(size + 1)) - set(ranks.values()))}
 
     def encoder():
-        encoding = need("tiktoken").Encoding(os.path.basename(path), pat_str=regex, mergeable_ranks=ranks,
+        encoding = need("tiktoken").Encoding(os.path.basename(path), pat_str=WORDS[words], mergeable_ranks=ranks,
                                              special_tokens=special)
         return lambda text, continued: encoding.encode_ordinary(text)
     vocab = {i: (t, -float(i)) for t, i in ranks.items()}
     vocab.update((i, (t.encode(), NEVER)) for t, i in special.items())
     pieces, scores = fill_gaps(vocab)
-    eos = special.get("<|endoftext|>", special.get("<|end_of_text|>"))
-    bos = special.get("<|begin_of_text|>", eos)
-    return Tokenizer(name=path, kind=0, pieces=pieces, scores=scores, bos=bos, eos=eos, encoder=encoder,
-                     add_bos=bos != eos, prefix_space=False, side_files=[])
+    end = "<|endoftext|>" if "<|endoftext|>" in special else "<|end_of_text|>"
+    begin = "<|begin_of_text|>" if "<|begin_of_text|>" in special else None
+    return Tokenizer(name=path, kind=0, pieces=pieces, scores=scores, bos=special[begin or end], eos=special[end],
+                     encoder=encoder, add_bos=begin is not None, words=words, whole_words=True,
+                     side_files=lambda: hugging_face(byte_level(ranks, special, words), special, begin, end))
 
 
 def fill_gaps(vocab):
@@ -177,8 +271,29 @@ def parts(node):
 
 
 def puts_space_first(part):
-    return (part.get("type") == "Prepend" or part.get("prepend_scheme", "never") != "never"
-            or bool(part.get("add_prefix_space")))
+    """0 no, 1 always, 2 unless the text begins with one."""
+    if part.get("type") == "Prepend":
+        return 1
+    return 2 * (part.get("prepend_scheme", "never") != "never" or bool(part.get("add_prefix_space")))
+
+
+def byte_level_words(pre):
+    """The name in WORDS of what a pre_tokenizer with ByteLevel does, or None for something else."""
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    level = [p for p in steps if p.get("type") == "ByteLevel"]
+    if len(level) != 1 or steps[-1] is not level[0] or level[0].get("add_prefix_space") and len(steps) > 1:
+        return None
+    own, first = level[0].get("use_regex", True), steps[0]
+    if len(steps) == 1:
+        return "gpt2" if own else "whole"
+    if len(steps) == 2 and first.get("type") == "Digits" and first.get("individual_digits") and own:
+        return "gpt2-digits"
+    how = first.get("behavior"), bool(first.get("invert"))
+    if len(steps) > 2 or first.get("type") != "Split" or own or how not in (("Isolated", False), ("Removed", True)):
+        return None
+    regex = first.get("pattern", {}).get("Regex")
+    also = {"'s|'t|'re|'ve|'m|'ll|'d" + WORDS["gpt2"][len("'(?:[sdmt]|ll|ve|re)"):]: "gpt2"}
+    return {**{r: name for name, r in WORDS.items() if r}, **also}.get(regex)
 
 
 def without_prefix(spec):
@@ -206,8 +321,10 @@ def hf_tokenizer(path, data):
             return bytes(byte_of[c] for c in piece)
         return piece.replace("\u2581", " ").encode()
     score = {}
-    for rank, pair in enumerate(model["merges"]):
-        score.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), -float(rank))
+    if not byte_level:       # a character is text though no merge makes it; bytes stand for the others
+        score = {p: -float(len(model["merges"])) for p in model["vocab"] if len(p) == 1}
+    for rank, pair in reversed(list(enumerate(model["merges"]))):
+        score["".join(pair.split(" ") if isinstance(pair, str) else pair)] = -float(rank)
     vocab = {i: (raw(p), score.get(p, NEVER)) for p, i in model["vocab"].items()}
     added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
     vocab.update((i, (text.encode(), NEVER)) for text, i in added.items())
@@ -239,12 +356,29 @@ def hf_tokenizer(path, data):
             both[-1].no_truncation()
             both[-1].encode_special_tokens = True      # "<|endoftext|>" inside a text is text
         return lambda text, continued: both[continued].encode(text, add_special_tokens=False).ids
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    side = [(path, names[0])] + [(os.path.join(folder, n), n) for n in names[1:]]
-    prefix = any(puts_space_first(p) for p in parts([spec.get("normalizer"), spec.get("pre_tokenizer")]))
+
+    def side_files():
+        files = {"tokenizer.json": data}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if os.path.exists(os.path.join(folder, name)):
+                with open(os.path.join(folder, name), "rb") as f:
+                    files[name] = f.read()
+        # without a config, AutoTokenizer would take the class of the model, which has rules of its own
+        return {"tokenizer_config.json": json.dumps({k: v for k, v in {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos if add_bos else None, "eos_token": eos,
+            "split_special_tokens": True}.items() if v}, indent=1, ensure_ascii=False).encode(), **files}
+    normalizers = [p["type"] for p in parts(spec.get("normalizer")) if "type" in p and p["type"] not in (
+        "Sequence", "Prepend") and not (p["type"] == "Replace" and p.get("content") == "\u2581")]
+    words = byte_level_words(spec.get("pre_tokenizer") or {}) if byte_level else ""
+    if not byte_level and spec.get("pre_tokenizer") and not (
+            spec["pre_tokenizer"].get("type") == "Metaspace" and spec["pre_tokenizer"].get("split") is False):
+        words = None
     return Tokenizer(name=path, kind=0, pieces=pieces, scores=scores, bos=added.get(bos, -1), eos=added.get(eos, -1),
-                     encoder=encoder, add_bos=add_bos, prefix_space=prefix,
-                     side_files=[(a, b) for a, b in side if os.path.exists(a)])
+                     encoder=encoder, add_bos=add_bos, words=words or "", whole_words=bool(model.get("ignore_merges")),
+                     unlike=f"normalizes its text ({normalizers[0]})" if normalizers else
+                     "splits words in a way unknown here" if words is None else None,
+                     prefix_space=max(map(puts_space_first, parts([spec.get("normalizer"), spec.get("pre_tokenizer")])),
+                                      default=0), side_files=side_files)
 
 
 def load_tokenizer(path, pattern=None):
@@ -266,12 +400,33 @@ def load_tokenizer(path, pattern=None):
                     "name one of these, or use --tokenizer bytes")
 
 
+def character_class(c):
+    """0 other, 1 upper and title case, 2 lower case, 3 other letters, 4 marks, 5 numbers, 6 white space."""
+    if 9 <= c <= 13 or 0x2000 <= c <= 0x200A or c in (32, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000):
+        return 6            # \s of these patterns; str.isspace() has four more
+    category = unicodedata.category(chr(c))
+    return {"Lu": 1, "Lt": 1, "Ll": 2}.get(category) or {"L": 3, "M": 4, "N": 5}.get(category[0], 0)
+
+
+@functools.lru_cache(None)
+def character_classes():
+    """Where the class of a character changes: words of class << 24 | first code point. 1.1 million of them: 0.3 s."""
+    classes = [character_class(c) for c in range(0x110000)]
+    rows = [k << 24 | c for c, k in enumerate(classes) if c == 0 or k != classes[c - 1]]
+    return struct.pack(f"<i{len(rows)}I", len(rows), *rows)
+
+
 def tokenizer_bin(t):
-    if not getattr(t, "bpe", True):
-        print(f"note: {t.name} is not a BPE model: tokenizer.bin decodes exactly, but encodes prompts differently",
+    """-> the file, and a checksum of all but the character classes, which depend on Python's Unicode version."""
+    if t.unlike:
+        print(f"note: {t.name} {t.unlike}: tokenizer.bin decodes exactly, but encodes prompts differently",
               file=sys.stderr)
-    head = struct.pack("<8i", 20251002, 1, t.kind, len(t.pieces), t.bos, t.eos, t.prefix_space, 0)
-    return head + b"".join(struct.pack("<fi", s, len(p)) + p for p, s in zip(t.pieces, t.scores))
+    new = t.words or t.prefix_space == 2         # else the bytes that older readers know
+    head = struct.pack("<8i", 20251002, 2 if new else 1, t.kind, len(t.pieces), t.bos, t.eos, t.prefix_space,
+                       list(WORDS).index(t.words) + 256 * bool(t.words and t.whole_words))
+    records = b"".join(struct.pack("<fi", s, len(p)) + p for p, s in zip(t.pieces, t.scores))
+    classes = character_classes() if t.words else struct.pack("<i", 0) if new else b""
+    return head + classes + records, zlib.crc32(head + records)
 
 
 def write_whole(path, data):
@@ -283,45 +438,55 @@ def write_whole(path, data):
     os.replace(path + ".tmp", path)
 
 
-# ---- Reading: files -> (document index, first, last, path, line or byte offset, is JSON, bytes) ---------
+# ---- Reading: files -> (document index, first, last, path, line, row or byte offset, kind, bytes) -----
 def find_inputs(paths):
     files = []
     for path in paths:
         if os.path.isdir(path):
-            found = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names
-                           if IN_FOLDER.match(n))
+            found, rest = [], []
+            for folder, folders, names in os.walk(path):
+                for n in names:
+                    (found if INPUT.search(n) and not NOT_IN_FOLDER.search(n) else rest).append(os.path.join(folder, n))
+                rest += [os.path.join(folder, n, "") for n in folders if os.path.islink(os.path.join(folder, n))]
+            some = ", ".join(n[len(os.path.join(path, "")):] for n in sorted(rest)[:5]) + ", ..." * (len(rest) > 5)
             if not found:
-                raise UserError(f"{path}: no .txt or .jsonl file in this folder; name the files")
-            files += found
+                raise UserError(f"{path}: no .txt, .jsonl or .parquet file in this folder ({some or 'it is empty'}); "
+                                "name the files")
+            if rest:
+                print(f"note: {path}: {len(rest)} not read ({some}); name a file or a linked folder to read it",
+                      file=sys.stderr)
+            files += sorted(found)
         elif not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
         elif not INPUT.search(path):
-            raise UserError(f"{path}: unknown kind of input; name it .txt or .jsonl (also with .gz or .zst)")
+            raise UserError(f"{path}: unknown kind of input; name it .txt or .jsonl (also with .gz, .zst, .xz, .bz2), "
+                            "or .parquet")
         else:
             files.append(path)
     return files
 
 
-def cut_point(buf):
-    """Where to end a piece of at most PIECE bytes of a longer UTF-8 text; see the top of the file."""
-    m = LINE_CUT.match(buf, 0, PIECE)
-    i = m.end() if m else buf.rfind(b"\n", 0, PIECE) + 1
-    if i <= 0:
-        i = buf.rfind(b" ", 1, PIECE)        # a word carries the space before it
-    if i <= 0:
-        i = PIECE
-        while i > PIECE - 4 and buf[i] & 0xC0 == 0x80:      # not inside a character
+def cut_point(buf, at=0):
+    """Where to end a piece of at most PIECE bytes that begins at `at` in a longer UTF-8 text; see the file's top."""
+    m = LINE_CUT.match(buf, at, at + PIECE)
+    i = m.end() if m else buf.rfind(b"\n", at, at + PIECE) + 1
+    if i <= at:
+        i = buf.rfind(b" ", at + 1, at + PIECE)      # a word carries the space before it
+    if i <= at:
+        i = at + PIECE
+        while i > at + PIECE - 4 and buf[i] & 0xC0 == 0x80:      # not inside a character
             i -= 1
     return i
 
 
 def split_pieces(data):
-    while len(data) >= 2 * PIECE:
-        cut = cut_point(data)
-        yield data[:cut]
-        data = data[cut:]
-    if data:
-        yield data
+    at = 0
+    while len(data) - at >= 2 * PIECE:
+        cut = cut_point(data, at)
+        yield data[at:cut]
+        at = cut
+    if at < len(data):
+        yield data[at:]
 
 
 def text_pieces(stream, separator):
@@ -375,34 +540,97 @@ def make_separator(how):
     return lambda line: line.strip() == how.encode() or regex.fullmatch(line.strip()) is not None
 
 
+def parquet_rows(path, key, progress):
+    parquet, before, number = need("pyarrow.parquet", "pyarrow"), progress.done, 0
+    file = parquet.ParquetFile(path)
+    if key not in file.schema_arrow.names:
+        raise UserError(f"{path}: no column \"{key}\" (it has {', '.join(file.schema_arrow.names)}); "
+                        "pass --text-key NAME")
+    for batch in file.iter_batches(256, columns=[key]):
+        column = batch.column(0)
+        if str(column.type) in ("string", "large_string"):      # as bytes, so that encode_batch tells what is not UTF-8
+            column = column.cast(str(column.type).replace("string", "binary"))
+        for value in column.to_pylist():
+            number += 1
+            if not isinstance(value, bytes):
+                raise UserError(f"{path}: row {number}: \"{key}\" is not a string; pass --text-key NAME")
+            progress.done = before + os.path.getsize(path) * number // file.metadata.num_rows
+            yield number, True, True, value
+
+
+class Zstd(io.RawIOBase):
+    """The text of a .zst file. The library's own reader takes a file that ends inside a frame for a whole one."""
+    def __init__(self, raw):
+        library = need("zstandard")      # a frame of `zstd --long=31` needs 2 GiB, which is refused by default
+        self.raw, self.decompressor = raw, library.ZstdDecompressor(max_window_size=1 << 31)
+        self.frame, self.rest, self.text = None, b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.text:
+            data, self.rest = self.rest or self.raw.read(1 << 12), b""      # little: it may be 30,000 times more text
+            if not data:
+                if self.frame:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            self.text = memoryview(self.frame.decompress(data))
+            if self.frame.eof:
+                self.frame, self.rest = None, self.frame.unused_data
+        n = min(len(buffer), len(self.text))
+        buffer[:n], self.text = self.text[:n], self.text[n:]
+        return n
+
+
 def open_input(path, raw):
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if path.endswith(".zst"):
-        import io
-        return io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True),
-                                 BATCH)
+        return io.BufferedReader(Zstd(raw), BATCH)
+    if path.endswith((".xz", ".bz2")):
+        return need("lzma" if path.endswith(".xz") else "bz2").open(raw)
     return raw
 
 
-def read_documents(files, separator, progress):
+def refuse_wide(path, head):
+    """UTF-16 is told by its first two bytes, or by a zero in every second one: those would pass as UTF-8."""
+    kind = next((name for name, mark in WIDE if head.startswith(mark)), None)
+    if not kind and head.count(0) > len(head) // 4:
+        kind = "utf-16le" if head[1::2].count(0) > head[::2].count(0) else "utf-16be"
+    if kind:
+        raise UserError(f"{path}: this is {kind.upper()} text, not UTF-8; convert it (iconv -f {kind} -t utf-8)")
+
+
+def read_documents(files, separator, text_key, progress):
     document = -1
     for path in files:
+        ending = os.path.splitext(path)[1].lower()[1:]
+        kind = {"": "row", "txt": "text"}.get((INPUT.search(path)[1] or "").lower(), "line")
         with open(path, "rb") as raw:
-            stream, is_json, before = open_input(path, raw), ".json" in path[-11:], progress.done
+            before, size = progress.done, os.path.getsize(path)
             try:
-                for where, first, last, data in (json_lines(path, stream) if is_json
-                                                 else text_pieces(stream, separator)):
+                if kind != "row":
+                    if not size and ending in ("gz", "zst", "xz", "bz2"):
+                        raise EOFError("it is empty")
+                    stream = open_input(path.lower(), raw)
+                    refuse_wide(path, stream.peek(1024)[:1024])
+                for where, first, last, data in (parquet_rows(path, text_key, progress) if kind == "row" else
+                                                 json_lines(path, stream) if kind == "line" else
+                                                 text_pieces(stream, separator)):
                     document += first
-                    progress.done = before + raw.tell()
-                    yield document, first, last, path, where, is_json, data
-            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-                raise UserError(f"{path}: damaged gzip file ({e}); get it again")
-            except Exception as e:
-                if type(e).__name__ != "ZstdError":
+                    if kind != "row":
+                        progress.done = before + raw.tell()
+                    yield document, first, last, path, where, kind, data
+            except UserError:
+                raise
+            except Exception as e:      # each library has errors of its own; one with an errno is the disk's
+                known = isinstance(e, (EOFError, zlib.error)) or re.match("Zstd|LZMA|Arrow", type(e).__name__)
+                if not known and not (isinstance(e, OSError) and e.errno is None):
                     raise
-                raise UserError(f"{path}: damaged zst file ({e}); get it again")
-            progress.done = before + os.path.getsize(path)
+                raise UserError(f"{path}: damaged {ending} file ({e}); get it again")
+            progress.done = before + size
 
 
 def batches(items):
@@ -433,11 +661,12 @@ def start_worker(args, parent):
         threading.Thread(target=watch, daemon=True).start()
 
 
-def decode_text(data, errors, path, where, is_json):
+def decode_text(data, errors, path, where, kind):
     try:
         return data.decode("utf-8", errors)
     except UnicodeDecodeError as e:
-        place = f"{path}:{where}: byte {e.start} of the line" if is_json else f"{path}: byte {where + e.start}"
+        place = {"text": f"{path}: byte {where + e.start}", "row": f"{path}: row {where}: a byte",
+                 "line": f"{path}:{where}: byte {e.start} of the line"}[kind]
         raise UserError(f"{place} (0x{data[e.start]:02x}) is not UTF-8; convert the file "
                         "(iconv -f latin1 -t utf-8) or pass --errors replace")
 
@@ -445,7 +674,7 @@ def decode_text(data, errors, path, where, is_json):
 def json_text(line, path, number):
     args = worker.args
     try:
-        text = json.loads(decode_text(line, args.errors, path, number, True).lstrip("\ufeff"))[args.text_key]
+        text = json.loads(decode_text(line, args.errors, path, number, "line").lstrip("\ufeff"))[args.text_key]
         if not isinstance(text, str):
             raise UserError(f"{path}:{number}: \"{args.text_key}\" is not a string; pass --text-key NAME")
         return text.encode("utf-8", args.errors)        # half a surrogate pair is legal JSON, but no text
@@ -461,14 +690,14 @@ def json_text(line, path, number):
 def encode_batch(batch):
     """-> (uint16 or uint32 ids of all pieces, [(document, ids in this piece, first, last, text bytes)])."""
     np, args, out, spans = need("numpy"), worker.args, [], []
-    for document, first, last, path, where, is_json, data in batch:
-        if is_json:
+    for document, first, last, path, where, kind, data in batch:
+        if kind == "line":
             data = json_text(data, path, where)
         if first and last and not data.strip():
             continue
         start = len(out)
         for part in split_pieces(data):
-            text = decode_text(part, args.errors, path, where, is_json)
+            text = decode_text(part, args.errors, path, where, kind)
             out.append(np.asarray(worker.encode(text, not first or len(out) > start)))
         if first and args.bos_id >= 0:
             out.insert(start, np.array([args.bos_id]))
@@ -512,9 +741,9 @@ class Shards:
         self.folder, self.prefix, self.args, self.header = folder, prefix, args, header
         self.file, self.files, self.count, self.documents, self.rows, self.pending = None, [], 0, 0, 0, None
 
-    def add(self, ids, last):
+    def add(self, ids, first, last):
         self.count += len(ids)
-        self.documents += last
+        self.documents += first
         if self.args.format == "ds":
             return self.add_rows(ids)
         while len(ids):
@@ -598,9 +827,14 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def claim_folder(out, options):
+def split_folders(args):
+    """Where the training and the validation shards lie."""
+    return [os.path.join(args.out, n) for n in ("train", "validation")] if args.format == "ds" else [args.out] * 2
+
+
+def claim_folder(args, options):
     """An empty folder, or one that the same command filled before: its shards are then written anew."""
-    state = os.path.join(out, "tokens.json")
+    out, state = args.out, os.path.join(args.out, "tokens.json")
     if os.path.isdir(out) and os.listdir(out):
         if not os.path.exists(state):
             raise UserError(f"{out} is not empty and holds no tokens.json; choose another --out")
@@ -610,12 +844,21 @@ def claim_folder(out, options):
             if before.get(key) != options[key]:
                 raise UserError(f"{out} was made with other options ({key} = {before.get(key)}, now {options[key]}); "
                                 "choose another --out or remove the folder")
-        for folder, _, names in os.walk(out):
-            for name in names:
-                if OURS.match(name) or name == "metadata.json":
-                    os.unlink(os.path.join(folder, name))
+        for folder in split_folders(args):
+            if folder != out and os.path.exists(os.path.join(folder, "tokens.json")):
+                raise UserError(f"{folder} holds another preparation (tokens.json); choose another --out")
+        remove_shards(args)
     os.makedirs(out, exist_ok=True)
     write_whole(state, json.dumps({"options": options, "complete": False}, indent=1).encode())
+
+
+def remove_shards(args):
+    """Of this preparation only: what lies in other folders below --out is not ours."""
+    for folder, prefix in zip(split_folders(args), ("train", "val")):
+        ours = re.compile(rf"\.?{prefix}_\d{{3,}}\.{args.format}(\.tmp)?")
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            if ours.fullmatch(name) or name == "metadata.json" and args.format == "ds":
+                os.unlink(os.path.join(folder, name))
 
 
 def in_validation(document, args):
@@ -624,6 +867,54 @@ def in_validation(document, args):
     share = 0.1 if args.val_tokens else args.val_fraction
     digest = hashlib.blake2b(f"{args.seed}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2.0 ** 64
+
+
+def write_shards(args, files, separator, vocab, progress, train_tokens=None):
+    """-> (train, val, bytes of text). train_tokens: so many, then validation; None: each document as in_validation
+    says."""
+    def header(count, crc):
+        magic = (20240520, 1) if args.token_bytes == 2 else (20240801, 7)
+        return struct.pack("<4iIi", *magic, count, vocab, crc, args.eos_id + 1) + bytes(1000)
+    train, val = (Shards(f, p, args, header) for f, p in zip(split_folders(args), ("train", "val")))
+    split, text_bytes = train, 0
+    try:
+        documents = read_documents(files, separator, args.text_key, progress)
+        for ids, spans in encoded(batches(documents), args):
+            at = 0
+            for document, count, first, last, size in spans:
+                if train_tokens is not None:
+                    here = min(count, train_tokens - train.count)
+                    train.add(ids[at:at + here], first, last and here == count)
+                    if here < count:
+                        val.add(ids[at + here:at + count], first or here > 0, last)
+                else:
+                    if first:
+                        split = val if in_validation(document, args) and not (
+                            args.val_tokens and val.count >= args.val_tokens) else train
+                    split.add(ids[at:at + count], first, last)
+                at, text_bytes = at + count, text_bytes + size
+            progress.show(train.count + val.count)
+        if not train.count:
+            raise UserError(f"no text in {', '.join(args.inputs[:3])}: nothing to tokenize")
+        if args.format == "ds" and not train.rows:
+            raise UserError(f"{train.count} training tokens fill no row of {args.seq_len} + 1; use a smaller --seq-len")
+        train.close()
+        val.close()
+    except OSError as e:
+        raise UserError(f"{e.filename}: {e.strerror}" if e.filename else
+                        f"{args.out}: {e.strerror}; free space or choose another --out")
+    finally:
+        train.abandon()
+        val.abandon()
+        progress.clear()
+    return train, val, text_bytes
+
+
+def last_share(args, tokens):
+    """How much of so many tokens the end of the text gives to validation: the share asked for, but enough to measure
+    with (a tenth, up to 4,096 tokens, and a row), and never more than half."""
+    share = min(args.val_tokens, tokens // 10) if args.val_tokens else round(args.val_fraction * tokens)
+    return min(max(share, min(tokens // 10, 4096), args.seq_len + 1), tokens // 2)
 
 
 def prepare(args):
@@ -635,55 +926,34 @@ def prepare(args):
     args.jobs = max(1, min(args.jobs, total // (4 * BATCH)))
     args.bos_id = boundary(args.bos, tokenizer, tokenizer.bos, tokenizer.add_bos, "--bos")
     args.eos_id = boundary(args.eos, tokenizer, tokenizer.eos, True, "--eos")
-    vocab, export = len(tokenizer.pieces), tokenizer_bin(tokenizer)
+    vocab, (export, crc) = len(tokenizer.pieces), tokenizer_bin(tokenizer)
     args.token_bytes = args.token_bytes or (2 if vocab <= 65536 else 4)
     options = {k: v for k, v in vars(args).items() if k not in ("jobs", "out", "inspect", "export_tokenizer")}
-    claim_folder(args.out, {**options, "tokenizer_crc": zlib.crc32(export)})
-
-    def header(count, crc):
-        magic = (20240520, 1) if args.token_bytes == 2 else (20240801, 7)
-        return struct.pack("<4iIi", *magic, count, vocab, crc, args.eos_id + 1) + bytes(1000)
-    ds, progress = args.format == "ds", Progress(total)
-    train = Shards(os.path.join(args.out, "train") if ds else args.out, "train", args, header)
-    val = Shards(os.path.join(args.out, "validation") if ds else args.out, "val", args, header)
-    split, text_bytes = train, 0
-    try:
-        for ids, spans in encoded(batches(read_documents(files, separator, progress)), args):
-            at = 0
-            for document, count, first, last, size in spans:
-                if first:
-                    split = val if in_validation(document, args) and not (
-                        args.val_tokens and val.count >= args.val_tokens) else train
-                split.add(ids[at:at + count], last)
-                at, text_bytes = at + count, text_bytes + size
-            progress.show(train.count + val.count)
-        if not train.count:
-            raise UserError(f"no text in {', '.join(args.inputs[:3])}: nothing to tokenize")
-        if ds and not train.rows:
-            raise UserError(f"{train.count} training tokens fill no row of {args.seq_len} + 1; use a smaller --seq-len")
-        train.close()
-        val.close()
-    except OSError as e:
-        raise UserError(f"{e.filename}: {e.strerror}" if e.filename else
-                        f"{args.out}: {e.strerror}; free space or choose another --out")
-    finally:
-        train.abandon()
-        val.abandon()
-        progress.clear()
+    options["tokenizer_crc"] = crc
+    claim_folder(args, options)
+    progress, wanted = Progress(total), args.val_tokens or args.val_fraction
+    train, val, text_bytes = write_shards(args, files, separator, vocab, progress)
+    if wanted and not val.count and train.count >= 2 * (args.seq_len + 2):
+        count = train.count
+        remove_shards(args)
+        progress.done = 0
+        train, val, text_bytes = write_shards(args, files, separator, vocab, progress, count - last_share(args, count))
+        print(f"note: no document fell to validation, so the last {val.count:,} of {count:,} tokens did",
+              file=sys.stderr)
+    side_files = tokenizer.side_files()
     for split, name in ((train, "train"), (val, "validation")):
         if split.files:
-            finish_folder(split, name, args, tokenizer, export)
+            finish_folder(split, name, args, tokenizer, {"tokenizer.bin": export, **side_files})
     done = {n: {"documents": s.documents, "tokens": s.count, "rows": s.rows, "shards": len(s.files)}
             for n, s in (("train", train), ("val", val))}
     write_whole(os.path.join(args.out, "tokens.json"), json.dumps(
-        {"options": {**options, "tokenizer_crc": zlib.crc32(export)}, "complete": True, **done}, indent=1).encode())
+        {"options": options, "complete": True, **done}, indent=1).encode())
     for name, s in (("train", train), ("val", val)):
-        tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" if ds else ""
+        tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" * (args.format == "ds")
         print(f"{name:5s} | {s.documents:,} documents | {s.count:,} tokens{tail} | {len(s.files)} shards")
     print(f"vocabulary {vocab}, uint{8 * args.token_bytes}, {text_bytes / (train.count + val.count):.2f} bytes per "
           f"token, {time.time() - progress.start:.1f} s -> {args.out}")
-    wanted = args.val_tokens or (1 if args.val_fraction else 0)
-    if (val.rows * args.seq_len if ds else val.count) < wanted:
+    if wanted and (val.rows * args.seq_len if args.format == "ds" else val.count) < (args.val_tokens or 1):
         print(f"note: validation got {val.count} tokens of {train.documents + val.documents} documents; for more use a "
               "larger --val-fraction, or more documents (--split-on)", file=sys.stderr)
 
@@ -701,10 +971,9 @@ def boundary(choice, tokenizer, usual, wanted, option):
     return tokenizer.pieces.index(choice.encode())
 
 
-def finish_folder(split, name, args, tokenizer, export):
-    write_whole(os.path.join(split.folder, "tokenizer.bin"), export)
-    for source, target in tokenizer.side_files:
-        shutil.copyfile(source, os.path.join(split.folder, target))
+def finish_folder(split, name, args, tokenizer, files):
+    for target, data in files.items():
+        write_whole(os.path.join(split.folder, target), data)
     if args.format == "ds":
         meta = {"dataset": os.path.basename(os.path.abspath(args.out)), "split": name, "tokenizer": tokenizer.name,
                 "vocab_size": len(tokenizer.pieces), "sequence_length": args.seq_len,
@@ -722,9 +991,9 @@ def read_tokenizer_bin(path):
     with open(path, "rb") as f:
         data = f.read()
     magic, version, kind, size, bos, eos, prefix, _ = struct.unpack_from("<8i", data)
-    if magic != 20251002 or version != 1:
+    if magic != 20251002 or version not in (1, 2):
         raise UserError(f"{path}: not a litespark tokenizer.bin")
-    at, pieces = 32, []
+    at, pieces = 32 + (4 + 4 * struct.unpack_from("<i", data, 32)[0] if version == 2 else 0), []
     for _ in range(size):
         length = struct.unpack_from("<i", data, at + 4)[0]
         pieces.append(data[at + 8:at + 8 + length])
@@ -799,7 +1068,8 @@ def parse(argv):
     p.add_argument("--out", metavar="DIR", help="new or empty folder (a file for --export-tokenizer)")
     p.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE", help="SentencePiece model, tiktoken ranks or "
                    "tokenizer.json, told apart by content (default: bytes)")
-    p.add_argument("--tiktoken-pattern", choices=list(TIKTOKEN), help="word pattern (default: by number of ranks)")
+    p.add_argument("--tiktoken-pattern", choices=list(RANKS), help="how tiktoken ranks split words "
+                   "(default: that of the published file)")
     p.add_argument("--format", choices=["bin", "ds"], default="bin")
     p.add_argument("--seq-len", type=int, default=0, metavar="N", help="row length, ds only")
     p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="a shard ends with the document "
@@ -839,7 +1109,7 @@ def main(argv):
             inspect(args.inspect)
         elif args.export_tokenizer:
             tokenizer = load_tokenizer(args.export_tokenizer, args.tiktoken_pattern)
-            write_whole(args.out, tokenizer_bin(tokenizer))
+            write_whole(args.out, tokenizer_bin(tokenizer)[0])
             print(f"{args.out}: {len(tokenizer.pieces)} pieces, bos {tokenizer.bos}, eos {tokenizer.eos}")
         else:
             prepare(args)
