@@ -8,8 +8,6 @@ endif
 OUT      ?= out
 DEVICE   ?= auto
 SAN      ?= 0
-WARN     := -Wall -Wextra -Wshadow -Werror
-
 comma    := ,
 # Probes: each compiles, links or runs the thing itself. Say MPI=0 to do without.
 compiles  = $(shell echo '$(1)' | $(CC) -x c - -o /dev/null $(2) >/dev/null 2>&1 && echo 1 || echo 0)
@@ -17,10 +15,18 @@ NATIVE   := $(if $(filter 1,$(call compiles,int main(void){return 0;},-march=nat
 OPENMP   := $(if $(filter 1,$(call compiles,int main(void){return 0;},-fopenmp)),-fopenmp,-Wno-unknown-pragmas)
 MPI_C    := $(shell mpicc --showme:compile 2>/dev/null)
 MPI_L    := $(shell mpicc --showme:link 2>/dev/null)
-MPI      ?= $(call compiles,int main(void){return MPI_Init(0,0);},-include mpi.h $(MPI_C) $(MPI_L))
-MPIRUN   := $(shell command -v mpirun 2>/dev/null)
+ifndef MPI
+MPI      := $(call compiles,int main(void){return MPI_Init(0,0);},-include mpi.h $(MPI_C) $(MPI_L))
+endif
 NVCC     := $(shell command -v nvcc 2>/dev/null)
-GPU_CC   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -o '^[0-9]*\.[0-9]*' | sort -u | tr -d .)
+# of this machine's GPUs, those of compute capability 8.0 and newer: 80, 90
+GPU_CC   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([89]\|1[0-9]\)\.\([0-9]\).*/\1\2/p' | sort -u)
+# only the CUDA trainer needs it, and only with MPI: several GPUs
+ifndef NCCL
+NCCL     := $(if $(and $(NVCC),$(filter 1,$(MPI))),$(call compiles,int main(void){return ncclGetVersion(0);},-include nccl.h -I$(dir $(realpath $(NVCC)))../include -lnccl),0)
+endif
+# clang fails where a loop marked simd stays scalar; gcc does not know the word
+WARN     := -Wall -Wextra -Wshadow -Werror $(if $(filter 1,$(call compiles,int main(void){return 0;},-Wpass-failed)),-Wno-pass-failed)
 COMMIT   := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 # no-math-errno, no-trapping-math: let sqrt and selects become vector code; results are the same
@@ -43,15 +49,17 @@ help:
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
+	@echo 'make gpu-quick   the same in six minutes on a lent machine (OUT=folder); gpu-quick-build: builds it here; test-gpu-quick: tests it here'
 	@echo 'make ptxas   registers and spills of the CUDA kernels     make clean'
 	@echo
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \
-	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) | git commit $(COMMIT)'
+	      'MPI $(if $(filter 1,$(MPI)),yes,no: one process (apt-get install openmpi-bin libopenmpi-dev)) |' \
+	      '$(if $(NVCC),nvcc yes$(if $(filter 1,$(MPI)),$(comma) NCCL $(if $(filter 1,$(NCCL)),yes,no: one GPU (apt-get install libnccl2 libnccl-dev))),nvcc no) | git commit $(COMMIT)'
 
 # One name for the trainer of this machine: ./train_litespark is a link to build/.
 ifeq ($(DEVICE),auto)
 BUILT    := $(if $(and $(NVCC),$(GPU_CC)),cuda,cpu)
-WHY      := $(if $(GPU_CC),$(if $(NVCC),a GPU answers,a GPU answers but there is no nvcc),no GPU answers)
+WHY      := $(if $(GPU_CC),$(if $(NVCC),a GPU answers,a GPU answers but there is no nvcc),no GPU of compute capability 8.0 or newer answers)
 else
 BUILT    := $(DEVICE)
 WHY      := DEVICE=$(DEVICE)
@@ -59,30 +67,35 @@ endif
 TRAINER_cpu  := build/train_litespark
 TRAINER_cuda := build/train_litespark_cuda
 TRAINER_emu  := build/train_litespark_emu
+MPI_cpu = $(MPI)
+MPI_emu = $(MPI)
+MPI_cuda = $(and $(filter 1,$(MPI)),$(filter 1,$(NCCL)))
 train: $(or $(TRAINER_$(BUILT)),$(error DEVICE=$(DEVICE): choose auto, cpu, cuda or emu)) data/stories/stories.json
 	@ln -sf $< train_litespark
-	@echo 'train: ./train_litespark is the $(subst emu,emulated CUDA,$(BUILT)) trainer, $(if $(filter 1,$(MPI)),with,without) MPI ($(WHY))'
+	@echo 'train: ./train_litespark is the $(subst emu,emulated CUDA,$(BUILT)) trainer, $(if $(filter 1,$(MPI_$(BUILT))),with,without) MPI ($(WHY))'
 
-# these change when the flags do, and what depends on them is built again
-FLAGS    := build/flags-$(shell echo '$(ALL) $(WITH_MPI)' | cksum | cut -d' ' -f1)
-$(FLAGS):
-	@mkdir -p build && rm -f build/flags-* && touch $@
-build/san-$(SAN):
-	@mkdir -p build && rm -f build/san-* && touch $@
+# Empty files named after a set of flags: they change when the flags do, and what depends on them is built again.
+flags     = build/$(1)-$(shell echo '$(2)' | cksum | cut -d' ' -f1)
+FLAGS    := $(call flags,flags,$(CC) $(ALL) $(WITH_MPI))
+build/flags-% build/nv-flags-% build/emu-flags-% build/quick-flags-%:
+	@mkdir -p build && rm -f $(@:%-$*=%)-* && touch $@
 
 build/train_litespark: train_litespark.c $(FLAGS)
 	$(CC) $(ALL) $(WITH_MPI) $< -o $@ $(LINK_MPI) -lm
 
-# GPU_ARCH: bare numbers, each with machine code and PTX; default: this machine's GPUs, else a fat binary. ptxcpu needs CUDART=shared.
+# GPU_ARCH: bare numbers, each with machine code and PTX, or native; default: this machine's GPUs, else a fat binary. ptxcpu needs CUDART=shared.
 GPU_ARCH ?= $(or $(GPU_CC),80 90)
+arch      = $(or $(shell echo '$(1)' | grep -Ex '([89]|1[0-9])[0-9][af]?'),$(error GPU_ARCH=$(1): $(if $(filter sm_% compute_%,$(1)),say $(subst sm_,,$(1:compute_%=%)),litespark needs compute capability 8.0 or newer: numbers from 80 on, such as GPU_ARCH='80 90')))
+override GPU_ARCH := $(foreach a,$(patsubst native,$(if $(filter native,$(GPU_ARCH)),$(or $(GPU_CC),$(error GPU_ARCH=native: no GPU of compute capability 8.0 or newer answers (nvidia-smi); say numbers, such as GPU_ARCH=90))),$(GPU_ARCH)),$(call arch,$a))
 CUDART   ?= static
 NVFLAGS  := -O3 -std=c++17 -lineinfo -Werror all-warnings -Xcompiler -Wall -cudart $(CUDART) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=[sm_$(a),compute_$(a)]) \
             -DLITESPARK_COMMIT='"$(COMMIT)"'
-ifeq ($(MPI),1)
+ifneq ($(MPI_cuda),)
 NV_MPI   := -DUSE_MPI $(MPI_C) $(subst -pthread,-Xcompiler -pthread,$(subst -Wl$(comma),-Xlinker=,$(MPI_L))) -lnccl
 endif
-build/train_litespark_cuda: train_litespark.cu Makefile
-	@mkdir -p build
+NV_FLAGS := $(call flags,nv-flags,$(NVCC) $(NVFLAGS) $(NV_MPI))
+build/train_litespark_cuda: train_litespark.cu $(NV_FLAGS)
+	$(if $(filter-out 1,$(NCCL)),$(if $(filter-out file,$(firstword $(origin MPI))),$(if $(filter 1,$(MPI)),$(error MPI=1: the CUDA trainer needs NCCL too (apt-get install libnccl2 libnccl-dev); MPI=0 builds it for one GPU))))
 	$(if $(NVCC),,$(error DEVICE=cuda needs nvcc (CUDA Toolkit 12 or newer) on PATH; DEVICE=cpu builds the CPU trainer))
 	$(NVCC) $(NVFLAGS) $< -o $@ $(NV_MPI) -lcublasLt -ldl
 
@@ -91,16 +104,17 @@ PTXAS_ARCH ?= 80 90
 PTXAS_OUT  := $(PTXAS_ARCH:%=build/ptxas_sm_%.txt)
 build/ptxas_sm_%.txt: train_litespark.cu
 	@mkdir -p build
-	$(NVCC) -O3 -std=c++17 -lineinfo -arch=sm_$* -Xptxas -v -cubin $< -o build/ptxas_sm_$*.cubin >$@.log 2>&1 || { cat $@.log; exit 1; }
+	$(NVCC) -O3 -std=c++17 -lineinfo -gencode arch=compute_$*,code=sm_$* -Xptxas -v -cubin $< -o build/ptxas_sm_$*.cubin >$@.log 2>&1 || { cat $@.log; exit 1; }
 	@mv $@.log $@
 ptxas: $(if $(NVCC),$(PTXAS_OUT))
 	@$(if $(NVCC),python3 dev/ptxas.py $(foreach a,$(PTXAS_ARCH),sm_$a=build/ptxas_sm_$a.txt),echo 'skipped: ptxas: no nvcc on PATH (CUDA Toolkit 12 or newer)')
 
 # The CUDA source as plain C++ over dev/emu: no CUDA toolkit, no GPU.
 CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
-build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) Makefile build/san-$(SAN)
-	@mkdir -p build
-	$(CXX) -x c++ -std=c++17 -O2 -g $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
+EMU      := $(CXX) -x c++ -std=c++17 -g $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu
+EMU_FLAGS := $(call flags,emu-flags,$(EMU) $(WITH_MPI))
+build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) $(EMU_FLAGS)
+	$(EMU) -O2 $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
 
 PTXCPU   ?= $(wildcard ../shared/ptxcpu)
 BENCH_BINARIES := $(if $(and $(NVCC),$(GPU_CC)),gpu,emu $(if $(NVCC),ptx))
@@ -127,18 +141,17 @@ bench: $(if $(filter all,$(K)),$(BENCHES:%=build/dev/%/emu),$(foreach b,$(BENCH_
 endif
 
 # Kernels, one bench per op: make bench K=rmsnorm_backward [V='0 1'], K=all checks all. A GPU measures; else dev/emu checks and nvcc and ptxcpu count.
-build/dev/twin.o: dev/twin.c train_litespark.c
+build/dev/twin.o: dev/twin.c train_litespark.c $(FLAGS)
 	@mkdir -p build/dev
 	$(CC) -std=gnu11 -O2 $(NATIVE) -fno-math-errno -fno-trapping-math $(OPENMP) -w -c $< -o $@
 build/dev/%/trainer.cuh: dev/%.cu dev/bench.cuh dev/kernels.py train_litespark.cu
 	@mkdir -p $(@D)
 	@python3 dev/kernels.py extract $< >$@.part && mv $@.part $@
-build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h) build/san-$(SAN)
+build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h) $(EMU_FLAGS)
 	@echo '$(CXX) ... $< -o $@'
-	@$(CXX) -x c++ -std=c++17 -O1 -g $(OPENMP) -Wall -Wno-unused-function -Wno-unknown-pragmas $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) \
-	    -Idev/emu -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
+	@$(EMU) -O1 -Wall -Wno-unused-function -Wno-unknown-pragmas -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
 BENCH_NV := -O3 -std=c++17 -lineinfo -diag-suppress 177 -Xptxas -v $(OPENMP:%=-Xcompiler %)
-build/dev/%/gpu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o
+build/dev/%/gpu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(NV_FLAGS)
 	@echo '$(NVCC) ... $< -o $@'
 	@$(NVCC) $(BENCH_NV) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
 build/dev/%/ptx: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o
@@ -154,10 +167,8 @@ data: data/stories/stories.json
 data/stories/stories.json: build/stories
 	build/stories --out data/stories
 
-# mpirun refuses root unless told, and kills ranks 1 s after a signal, too soon for a checkpoint.
-MPIENV   := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_odls_base_sigkill_timeout=60 OMPI_MCA_hwloc_base_binding_policy=none
 run: train
-	$(if $(and $(filter 1,$(MPI)),$(MPIRUN)),$(MPIENV) mpirun -np 1 )./train_litespark --resume auto --out $(OUT) $(ARGS)
+	./train_litespark --resume auto --out $(OUT) $(ARGS)
 
 # ---- tests: in-process in floats and in doubles, and the program as a user runs it
 TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered -DPOISON
@@ -193,6 +204,10 @@ test-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_
 	elif [ ! -f build/ptxcpu/made ]; then echo 'skipped: test-ptx: ptxcpu does not build, see build/ptxcpu.log (apt-get install libzstd-dev liblz4-dev)'; \
 	else build/test_cuda --timeout 900 --cuda 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' --level ptx $(T); fi
 
+# dev/gpu_quick.sh over the emulation, with stand-ins for nvidia-smi, ncu and such
+test-gpu-quick: $(if $(HAVE_CXX),build/train_litespark_emu $(PROVE))
+	@$(if $(HAVE_CXX),python3 dev/test_gpu_quick.py,echo 'skipped: $@: no C++ compiler (apt-get install g++)')
+
 # The floor of the default data, recomputed from the text by an independent scorer.
 build/test_stories: dev/test_stories.c data/stories.c
 	@mkdir -p build
@@ -227,10 +242,39 @@ PRESETS  ?= 15M smollm2-135M 100M llama3.2-1B 3B
 gpu-report: $(if $(and $(NVCC),$(GPU_CC)),build/train_litespark_cuda $(PROVE))
 	@python3 dev/gpu_report.py --parts '$(PARTS)' --presets '$(PRESETS)'
 
+# Minutes on a lent GPU: dev/gpu_quick.sh, which needs no make there. All it runs is built here, to run on another Debian or Ubuntu
+# (glibc 2.34): no MPI; the CPU programs static; of the CUDA programs libgomp and cudart static, libcublasLt is found there.
+QUICK    := build/gpu-quick
+QUICK_ARCH ?= 90
+QUICK_CC := $(CC) -std=gnu11 -O3 -march=x86-64-v3 -fno-math-errno -fno-trapping-math -fopenmp -w -DPOISON
+QUICK_NV := $(NVCC) -O3 -std=c++17 -lineinfo $(foreach a,$(QUICK_ARCH),-gencode arch=compute_$(call arch,$a),code=[sm_$a,compute_$a]) -DLITESPARK_COMMIT='"$(COMMIT)"'
+QUICK_FLAGS := $(call flags,quick-flags,$(QUICK_CC) $(QUICK_NV))
+QUICK_ALL := $(addprefix $(QUICK)/,train_litespark train_litespark_double test_cuda train_litespark_cuda attention_forward attention_backward)
+$(QUICK)/train_litespark $(QUICK)/train_litespark_double: train_litespark.c $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_CC) -DfloatX=$(if $(filter %double,$@),double,float) -static $< -o $@ -lm
+$(QUICK)/test_cuda: dev/test_cuda.c train_litespark.c $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_CC) -static $< -o $@ -lm
+$(QUICK)/train_litespark_cuda: train_litespark.cu $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_NV) $< -o $@ -lcublasLt -ldl
+build/dev/twin_quick.o: dev/twin.c train_litespark.c $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	$(QUICK_CC) -fPIC -c $< -o $@
+$(QUICK)/attention_%: dev/attention_%.cu dev/bench.cuh dev/twin.h build/dev/attention_%/trainer.cuh build/dev/twin_quick.o $(QUICK_FLAGS)
+	@mkdir -p $(@D)
+	@echo '$(NVCC) ... $< -o $@'
+	@$(QUICK_NV) -w -Ibuild/dev/attention_$* $< build/dev/twin_quick.o $(shell $(CC) -print-file-name=libgomp.a) -o $@ -ldl
+gpu-quick-build: $(if $(NVCC),$(QUICK_ALL))
+	@$(if $(NVCC),echo '$(COMMIT)' >$(QUICK)/commit && du -shL --apparent-size $(QUICK) | sed 's/^/gpu-quick-build: /',echo 'skipped: gpu-quick-build: no nvcc on PATH (CUDA Toolkit 12 or newer)')
+gpu-quick: $(if $(NVCC),gpu-quick-build)
+	@dev/gpu_quick.sh
+
 check:
 	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
 sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
 	@python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz gpu-report check sync clean
+.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean

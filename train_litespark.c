@@ -64,6 +64,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -133,7 +134,7 @@ enum { START, GIVEN, FIXED };
     X(TEXT, "--init-from", init_from, START, NULL, 0, 0, \
       "start from the weights of a Hugging Face checkpoint folder") \
     X(TEXT, "--resume", resume, START, NULL, 0, 0, \
-      "continue this checkpoint folder; auto: the newest whole one in --out") \
+      "continue this checkpoint folder; auto: the newest whole one in --out, if any") \
     GROUP("Data") \
     X(TEXT, "--train-data", train_data, GIVEN, NULL, 0, 0, \
       "token shards, as a quoted pattern (default: generated stories)") \
@@ -186,10 +187,12 @@ enum { START, GIVEN, FIXED };
       "of samples: 0 = always the likeliest token, 1 = as the model says") \
     X(INT, "--log-every", log_every, GIVEN, "1", 1, 1e12, \
       "updates between lines on the screen (log.jsonl has all)") \
-    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, "print the loss on --val-data and stop") \
+    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, \
+      "print the loss on --val-data and stop; with --out also into its eval.jsonl") \
     X(FLAG, "--generate", generate, START, NULL, 0, 0, "print a sample of text and stop") \
     GROUP("Output") \
-    X(TEXT, "--out", out, START, "out", 0, 0, "folder of checkpoints and log.jsonl") \
+    X(TEXT, "--out", out, START, "out", 0, 0, \
+      "folder of checkpoints and log.jsonl, of one run; --resume DIR: the folder around DIR") \
     X(INT, "--checkpoint-every", checkpoint_every, GIVEN, "-1", -1, 1e12, \
       "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
     X(INT, "--keep", keep, GIVEN, "2", 1, 1e9, "checkpoints to keep") \
@@ -286,6 +289,7 @@ typedef struct Batch {          // of one micro-step
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
     // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
     float *floor;
+    int past, keep;             // samples: tokens before these; how many keys and values to keep of these
 } Batch;
 
 typedef struct LoaderState {
@@ -300,6 +304,7 @@ typedef struct DataLoader {
     int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
     int B, T, rank, world, shuffle, vocab_size, document_mask;
     int has_floor;              // evaluation: every shard has its .nll
+    uint32_t crc;               // of the size and the first bytes of each shard: tells data from other data
     LoaderState state;
     void *buffer;               // one window as it lies in the file
     struct Shard *open_shard[MAX_OPEN_SHARDS];  // who has the descriptor of this place, NULL = none
@@ -321,6 +326,9 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     int64_t tokens;
     double seconds, joules;     // spent in steps; joules NAN: unavailable
     LoaderState loader;         // where the data of the next update begin
+    // the data that loader.position counts in (0: not known): windows of seq_len tokens, DataLoader.crc
+    int64_t n_windows, seq_len, data_crc;
+    uint64_t run;               // a random number from the first start on, so that no run prunes another's
     double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
     int64_t n_healthy;
 } TrainState;
@@ -337,6 +345,7 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int B, T, chunk;            // micro-step of B sequences of T tokens; rows of logits that exist at a time
     int bf16, bf16_state, recompute;
     int training;               // 0: evaluation and samples; weights and activations are all there is
+    int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
 // ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
@@ -396,17 +405,27 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
 // 14
 double learning_rate(const Options *o, int64_t step);
 double flops_per_token(const Config *c, int T, int causal);
-void log_open(const char *out);
+void log_open(const char *path);
 void log_record(Text *t);
+void log_close(void);
 void text_add_options(Text *t, int as_given);
 Str duration_text(double seconds);
 Str measured_text(double x, const char *format);
 Str flops_text(double x);
 // 15
+void out_check(const char *out);
+void out_make(const char *out);
+void out_lock(const char *out, int make);
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
+void out_remove_leftovers(const char *out);
+Str folder_above(const char *path);
+int same_folder(const char *a, const char *b);
 char *checkpoint_choose(const char *resume, const char *out);
 int checkpoint_list(const char *out, int64_t **steps);
+Str checkpoint_path(const char *out, int64_t step);
 void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
 void checkpoint_read_model(const char *dir, Model *m, int state);
+Str checkpoint_whole(const char *dir, int weights_only);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
 void weights_read(const char *dir, Model *m, const Config *c);
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
@@ -602,6 +621,17 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
 // out (N,OC) = x w^T + add (N,OC), the residual stream, + bias (OC), stored once; add and bias may be NULL
 void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC, const floatX *add,
                     const floatX *bias) {
+    if (N == 1) {                                               // packing w would cost more than the product
+        #pragma omp parallel for
+        for (int o = 0; o < OC; o++) {
+            floatX sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (int k = 0; k < C; k++) sum += x[k] * w[(size_t)o * C + k];
+            out[o] = sum + (add ? add[o] : 0) + (bias ? bias[o] : 0);
+        }
+        store_matrix(out, OC);
+        return;
+    }
     const int accumulate = add || bias;                         // the product is added to what it finds
     #pragma omp parallel for if (accumulate)
     for (int n = 0; n < (accumulate ? N : 0); n++) {
@@ -793,6 +823,38 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
             lse[((size_t)b * T + t0 + i) * H + h] = highest[i] + (floatX)log(total[i]);
         }
     }
+}
+
+// Samples: T tokens of one text after `past` others. kv (past+T,2KD) holds all their keys and values.
+// out (T,H*D) =
+void attention_decode(floatX *out, const floatX *kv, const floatX *qkv, int past, int T, int H, int K,
+                      int D) {
+    const floatX scale = (floatX)(1 / sqrt((double)D));
+    #pragma omp parallel for collapse(2)
+    for (int t = 0; t < T; t++) for (int h = 0; h < H; h++) {
+        const floatX *q = qkv + ((size_t)t * (H + 2 * K) + h) * D, *k = kv + h / (H / K) * D;
+        floatX *out_t = out + ((size_t)t * H + h) * D, top = -INFINITY;
+        double sum = 0;
+        memset(out_t, 0, (size_t)D * sizeof(floatX));
+        for (int s = 0; s <= past + t; s++, k += 2 * K * D) {
+            floatX score = 0;
+            #pragma omp simd reduction(+ : score)
+            for (int d = 0; d < D; d++) score += q[d] * k[d];
+            const floatX higher = score * scale > top ? score * scale : top, shrink = exp_x(top - higher);
+            const floatX p = exp_x(score * scale - higher);
+            top = higher;
+            sum = sum * shrink + p;
+            for (int d = 0; d < D; d++) out_t[d] = out_t[d] * shrink + p * k[K * D + d];
+        }
+        for (int d = 0; d < D; d++) out_t[d] /= (floatX)sum;
+        store(out_t, D);
+    }
+}
+
+// kv (T,2KD) = the keys and values of T tokens
+void keep_keys_values(floatX *kv, const floatX *qkv, int T, int H, int K, int D) {
+    const size_t W = (size_t)(H + 2 * K) * D, n = (size_t)2 * K * D;
+    for (int t = 0; t < T; t++) memcpy(kv + t * n, qkv + t * W + H * D, n * sizeof(floatX));
 }
 
 // With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
@@ -1042,6 +1104,7 @@ typedef struct LayerActs {
     floatX *att, *lse;                  // (N,HD), (N,H)
     floatX *x_mid;                      // (N,C)        after attention
     floatX *gate_up;                    // (N,2F)       backward overwrites it with its gradient
+    floatX *kv;                         // (S,2KD)      samples: keys and values of the text so far
 } LayerActs;
 
 typedef struct Arena { char *base; size_t used; } Arena;       // used: bytes
@@ -1064,6 +1127,7 @@ struct Model {
     floatX *logits;                     // (chunk,V)
     double *nll;                        // (N)          loss of each target
     double loss;                        // sum since model_loss was asked
+    int *kept, n_kept;                  // (S) tokens whose keys and values are in kv
     floatX *cosine, *sine;              // (T,D/2)
     Arena arena[N_ARENAS];
 };
@@ -1132,6 +1196,7 @@ static void layout(Model *m) {
         *y = shared;
         y->x = plan->training || l < 2 ? take_x(a, N * c->C) : m->acts[l - 2].x;
         layout_layer(m, y, a, keep_block, keep_mlp);
+        y->kv = take_x(a, plan->sample * 2 * KD);
     }
     m->x_last = take_x(a, N * c->C);
     m->rstd_last = take_x(a, N);
@@ -1161,6 +1226,7 @@ Model *model_plan(const Config *c, const Plan *plan) {
     m->chunk = plan->chunk < m->N ? plan->chunk : m->N;
     param_table_build(&m->p, c, plan->ranks);
     m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
+    m->kept = (int *)xcalloc((size_t)plan->sample, sizeof(int));
     layout(m);
     return m;
 }
@@ -1189,6 +1255,7 @@ void model_alloc(Model *m) {
 void model_free(Model *m) {
     for (int i = 0; i < N_ARENAS; i++) free(m->arena[i].base);
     free(m->acts);
+    free(m->kept);
     free(m->p.tensors);
     free(m->p.units);
     free(m);
@@ -1257,9 +1324,12 @@ static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y
     const int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, c->eps, N, c->C);
     matmul_forward(y->qkv, m->norm, w->qkv, N, c->C, W, NULL, w->qkv_bias);
-    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, c->eps,
-                         c->H, c->K, c->D, N, batch->T);
-    attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
+    const size_t angles = (size_t)batch->past * (c->D / 2), kept = (size_t)batch->past * 2 * c->K * c->D;
+    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine + angles,
+                         m->sine + angles, c->eps, c->H, c->K, c->D, N, batch->T);
+    if (batch->keep) keep_keys_values(y->kv + kept, y->qkv, batch->keep, c->H, c->K, c->D);
+    if (batch->past) attention_decode(y->att, y->kv, y->qkv, batch->past, batch->T, c->H, c->K, c->D);
+    else attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
     matmul_forward(y->x_mid, y->att, w->o, N, HD, c->C, y->x, NULL);
 }
 
@@ -1309,16 +1379,23 @@ double model_loss(Model *m) {
     return loss;
 }
 
-// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
+// last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a
+// whole.
 void next_logits(Model *m, const int *ids, int n, float *logits) {
+    const int keep = n <= m->plan.sample;
     Batch b;
     memset(&b, 0, sizeof b);
+    while (keep && b.past < m->n_kept && b.past < n - 1 && m->kept[b.past] == ids[b.past]) b.past++;
+    m->n_kept = keep ? n : 0;
+    if (keep) memcpy(m->kept, ids, (size_t)n * sizeof(int));
     b.B = 1;
-    b.T = n;
-    b.inputs = (int *)ids;
+    b.T = n - b.past;
+    b.keep = keep ? b.T : 0;
+    b.inputs = (int *)ids + b.past;
     llama_forward(m, &b);
-    matmul_forward(m->logits, m->norm + (size_t)(n - 1) * m->c.C, head_weights(m).head, 1, m->c.C, m->c.V,
-                   NULL, NULL);
+    const floatX *last = m->norm + (size_t)(b.T - 1) * m->c.C;
+    matmul_forward(m->logits, last, head_weights(m).head, 1, m->c.C, m->c.V, NULL, NULL);
     for (int v = 0; v < m->c.V; v++) logits[v] = (float)m->logits[v];
 }
 
@@ -1397,6 +1474,7 @@ double gradient_norm(Model *m, const char **bad, int *n_bad) {
 // shares, then all gather the weights.
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
+    m->n_kept = 0;                              // of other weights
     for (int u = 0; u < m->p.n_units; u++) {
         const Unit *unit = &m->p.units[u];
         size_t first, n;
@@ -1720,28 +1798,31 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
+    int due = 0;                                            // a checkpoint
     window_turn(tr, /*of_updates=*/0);
     while (tr->state.step < opt.steps && train_step(tr)) {
         const int64_t step = tr->state.step;
         const int last = step == opt.steps;
         const int evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
-        const int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
+        due |= opt.checkpoint_every && step % opt.checkpoint_every == 0;
+        const int saving = due && !tr->bad_in_a_row;        // five bad ones must not push out a good one
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate(tr);
-        if (saving) save(tr);
+        if (saving) save(tr), due = 0;
         if (sampling) generate(tr);
         window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
     window_turn(tr, /*of_updates=*/1);
     const int stopped = stop_requested();
-    if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
+    if (opt.checkpoint_every || stopped) save(tr);          // skipped updates at the end changed no weight
     if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
     else report_end(tr);
     if (!stopped && opt.sample_every) generate(tr);
+    log_close();
 }
 
 // The gradients of the first update as a safetensors file, under Hugging Face's names.
@@ -1796,8 +1877,11 @@ static void resolve_schedule(Options *o, const Config *c) {
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
+    const int samples = opt.generate || (training && opt.sample_every);
+    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training};
+                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
+                 samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};
     return plan;
 }
 
@@ -1857,14 +1941,38 @@ static void say_what_changed(const Trainer *tr, Options *was) {
 }
 
 // The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no
-// others.
+// others. OUT is that of one run: what it holds must be what this run saved before.
 static char *setup_resume(Trainer *tr, Options *was) {
-    if (!opt.resume) return NULL;
-    char *dir = checkpoint_choose(opt.resume, opt.out);
-    if (!dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
-    if (!dir) return NULL;
-    checkpoint_read_state(dir, &tr->state, was);
-    if (!strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
+    const char *resume = opt.resume, *folder = opt.out;     // folder: where auto looks
+    if (resume && strcmp(resume, "auto")) {
+        int64_t *steps;
+        const int is_out = checkpoint_list(resume, &steps) && access(str("%s/checksums.txt", resume).s, F_OK);
+        free(steps);
+        if (!option_given("--out")) opt.out = is_out ? resume : xstrdup(folder_above(resume).s);
+        if (is_out) folder = resume, resume = "auto";
+    }
+    const int is_auto = resume && !strcmp(resume, "auto");
+    if (is_training() && !comm_rank()) {
+        out_check(opt.out);
+        out_lock(opt.out, /*make=*/0);
+    }
+    char *dir = resume ? checkpoint_choose(resume, folder) : NULL;
+    if (resume && !dir) {
+        if (!is_training() && !opt.init_from) die("--resume auto: no checkpoint in %s", folder);
+        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", folder);
+    }
+    if (dir) {
+        opt.init_from = NULL;                               // it was for the first start
+        checkpoint_read_state(dir, &tr->state, was);
+        if (same_folder(dir, checkpoint_path(opt.out, tr->state.step).s)) tr->saved_step = tr->state.step;
+    }
+    const int continued = tr->saved_step >= 0;
+    if (!continued || !tr->state.run) {                     // a new run, or a branch in a folder of its own
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        tr->state.run = random_bits((uint64_t)now.tv_sec, (uint64_t)now.tv_nsec, (uint64_t)getpid());
+    }
+    if (is_training() && !comm_rank()) out_check_run(opt.out, &tr->state, continued, is_auto);
     return dir;
 }
 
@@ -1891,21 +1999,32 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 }
 
 // Sizes of everything; nothing is allocated yet.
-static void setup_sizes(Trainer *tr, const char *resume_dir) {
+static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
-    int64_t *steps;
     device_check_sizes(&tr->c);
     resolve_schedule(&opt, &tr->c);
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     resolve_batch(&tr->c, &machine);
-    const int n_steps = is_training() && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
-    if (n_steps)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out,
-            steps[n_steps - 1]);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
         tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
+}
+
+// Goes on where the checkpoint was in its data; in other data that place means nothing.
+static void resume_data(Trainer *tr) {
+    TrainState *s = &tr->state;
+    const DataLoader *dl = &tr->train;
+    const int same = !s->n_windows
+                  || (s->n_windows == dl->n_windows && s->seq_len == dl->T && s->data_crc == dl->crc);
+    tr->train.state = tr->state.loader;
+    if (same && s->loader.position < dl->n_windows) return;
+    tr->train.state.position = 0;
+    Str were = {""};
+    if (s->n_windows)
+        were = str("were %" PRId64 " windows of %" PRId64 " tokens, ", s->n_windows, s->seq_len);
+    printf("resume: data | %sare %" PRId64 " windows of %d tokens%s: their order begins anew\n", were.s,
+           dl->n_windows, dl->T, s->data_crc == dl->crc ? "" : ", from other shards");
 }
 
 static void setup_data(Trainer *tr, const char *resume_dir) {
@@ -1917,11 +2036,11 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
         tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
         for (int64_t i = 0; i < tr->micro_steps; i++)
             batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
-        if (resume_dir) {
-            tr->train.state = tr->state.loader;
-            tr->train.state.position %= tr->train.n_windows;
-        }
+        if (resume_dir) resume_data(tr);
         tr->state.loader = tr->train.state;
+        tr->state.n_windows = tr->train.n_windows;
+        tr->state.seq_len = T;
+        tr->state.data_crc = tr->train.crc;
         loader_log(&tr->train, "train", stdout);
     }
     if (opt.eval_only && !opt.val_data) die("--eval-only needs --val-data");
@@ -1969,18 +2088,24 @@ static void log_header(const Trainer *tr) {
     text_add_string(&r, host);
     text_add(&r, ", \"ranks\": %d, \"parameters\": %zu", comm_world(), model_table(tr->m)->n_params);
     text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
-    text_add(&r, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
+    text_add(&r, ", \"run\": \"%016" PRIx64 "\", \"step\": %" PRId64 ", \"options\": ", tr->state.run,
+             tr->state.step);
     text_add_options(&r, /*as_given=*/0);
     log_record(&r);
 }
 
 // After all checks, so that a refused run leaves nothing behind.
 static void setup_output(Trainer *tr, const char *resume_dir) {
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
-        die("cannot make --out %s: %s", opt.out, strerror(errno));
+    if (comm_rank() == 0) out_make(opt.out);
+    if (comm_rank() == 0 && is_training()) {
+        out_lock(opt.out, /*make=*/1);
+        // again: another run may have come and gone before there was a lock
+        out_check_run(opt.out, &tr->state, tr->saved_step >= 0, /*later_are_damaged=*/1);
+        out_remove_leftovers(opt.out);
+    }
     comm_barrier();
     if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
-    log_open(opt.out);
+    log_open(str("%s/%s", opt.out, is_training() ? "log.jsonl" : "eval.jsonl").s);
     if (!is_training()) return;
     tr->peak = device_peak(opt.precision == BF16);
     printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
@@ -1998,7 +2123,7 @@ static void setup(Trainer *tr) {
     tr->objective = &objectives[opt.stage];
     char *resume_dir = setup_resume(tr, &was);
     setup_model(tr, resume_dir);
-    setup_sizes(tr, resume_dir);
+    setup_sizes(tr);
     if (resume_dir) say_what_changed(tr, &was);
     if (opt.dry_run) return;
     setup_data(tr, resume_dir);
@@ -2007,7 +2132,8 @@ static void setup(Trainer *tr) {
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     signal(SIGUSR1, on_signal);
-    if (is_training() || opt.eval_only) setup_output(tr, resume_dir);
+    // an evaluation leaves something only where it is told to
+    if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
 }
 
 #ifndef LITESPARK_NO_MAIN
@@ -2022,7 +2148,10 @@ int main(int argc, char **argv) {
         device_open();
         setup(tr);
         if (opt.dry_run) print_model(tr);
-        else if (opt.eval_only) evaluate(tr);
+        else if (opt.eval_only) {
+            evaluate(tr);
+            if (!isfinite(tr->val_loss) && !signals) die("--eval-only: the loss is not finite");
+        }
         else if (opt.generate) generate(tr);
         else if (opt.dump_grads) dump_grads(tr);
         else train(tr);
@@ -2443,6 +2572,20 @@ static void read_exactly(int fd, const char *path, void *out, size_t n, size_t o
     if (read_at(fd, path, out, n, offset) != n) die("'%s' became shorter while it was read", path);
 }
 
+// The files that `pattern` means, sorted by name; 0: none. As much of its front as is there under exactly
+// that name is no pattern: the folder 'run[1]' of 'run[1]/*.bin'. The caller calls globfree.
+static int find_files(const char *pattern, glob_t *found) {
+    size_t n = strlen(pattern);
+    while (n && access(str("%.*s", (int)n, pattern).s, F_OK))
+        for (n--; n && pattern[n - 1] != '/'; n--) {}
+    Text escaped = {NULL, 0, 0};
+    for (size_t i = 0; i < n; i++) text_add(&escaped, "\\%c", pattern[i]);
+    text_add(&escaped, "%s", pattern + n);
+    const int failed = glob(escaped.s, 0, NULL, found);
+    free(escaped.s);
+    return !failed;
+}
+
 char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
     int fd = open_regular(path, "file", n);
     if (*n > max_bytes)
@@ -2569,8 +2712,9 @@ void options_parse(int argc, char **argv) {
 void options_check(void) {
     if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
         die("choose one of --preset, --config and --init-from");
-    if (opt.resume && opt.init_from)
-        die("--resume continues a run with its weights; it excludes --init-from");
+    if (opt.resume && strcmp(opt.resume, "auto") && opt.init_from)
+        die("--resume DIR continues a run with its weights, without --init-from; --resume auto may have "
+            "--init-from, for its first start");
     if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
         die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
     if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
@@ -3007,7 +3151,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
 static StSet *st_open_all(const char *pattern) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return NULL;
+    if (!find_files(pattern, &found)) return NULL;
     for (size_t i = 0; i < found.gl_pathc; i++) st_add_file(s, found.gl_pathv[i]);
     globfree(&found);
     st_sort_names(s);
@@ -3866,8 +4010,11 @@ static void shard_find_floor(Shard *s) {
 
 static void shard_open(DataLoader *dl, Shard *s) {
     size_t bytes;
+    char start[4096];
     s->fd = open_regular(s->path, "token shard", &bytes);
     if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
+    const size_t n = read_at(s->fd, s->path, start, sizeof start, 0);
+    dl->crc = crc32_update(crc32_update(dl->crc, &bytes, sizeof bytes), start, n);
     const char *dot = strrchr(s->path, '.');
     if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
     else shard_open_bin(s, bytes, dl->vocab_size);
@@ -3943,7 +4090,7 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     memset(dl, 0, sizeof *dl);
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
-    if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
+    if (!find_files(pattern, &found))
         die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others",
             pattern);
     dl->n_shards = (int)found.gl_pathc;
@@ -4082,7 +4229,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
 // Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
 int data_vocabulary(const char *pattern) {
     glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return -1;
+    if (!find_files(pattern, &found)) return -1;
     int words[4] = {0, 0, 0, 0};
     FILE *f = fopen(found.gl_pathv[0], "rb");
     if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
@@ -4114,13 +4261,13 @@ double flops_per_token(const Config *c, int T, int causal) {
 }
 
 // ---- log.jsonl: one JSON object per line, only rank 0 writes ----------------------------------------------
-static FILE *log_file;
+static struct { int fd; int64_t lost; Str path; } log_file = {-1, 0, {""}};
 
-void log_open(const char *out) {
+void log_open(const char *path) {
     if (comm_rank() != 0) return;
-    Str path = str("%s/log.jsonl", out);
-    log_file = fopen(path.s, "a");
-    if (!log_file) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
+    log_file.path = str("%s", path);
+    log_file.fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (log_file.fd < 0) die("cannot write %s: %s; choose another --out", path, strerror(errno));
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
@@ -4140,13 +4287,27 @@ void text_add_options(Text *t, int as_given) {
     text_add(t, "}");
 }
 
-// Writes the record t as one line and frees it.
+// Writes the record t as one line and frees it. A full disk ends no training: the record is lost, whole.
 void log_record(Text *t) {
-    if (log_file) {
-        fprintf(log_file, "%s}\n", t->s);
-        fflush(log_file);
+    text_add(t, "}\n");
+    if (log_file.fd >= 0) {
+        const off_t end = lseek(log_file.fd, 0, SEEK_END);
+        errno = 0;
+        if (write(log_file.fd, t->s, (size_t)t->n) != t->n) {
+            if (!log_file.lost++)
+                fprintf(stderr, "warning: cannot write %s: %s; training goes on without these records\n",
+                        log_file.path.s, strerror(errno ? errno : ENOSPC));
+            if (ftruncate(log_file.fd, end)) {}             // a half line would spoil the next one
+        }
     }
     free(t->s);
+}
+
+void log_close(void) {
+    if (log_file.lost)
+        fprintf(stderr, "warning: %" PRId64 " records are missing in %s\n", log_file.lost, log_file.path.s);
+    if (log_file.fd >= 0) close(log_file.fd);
+    log_file.fd = -1;
 }
 
 // "15 s" .. "3 h 20 min": for people
@@ -4174,19 +4335,41 @@ Str flops_text(double x) {
 //       OFFSET on of the flat unit
 //   trainer_state.json: step, options, data position, sums of the run
 //   checksums.txt: a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
-// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
+// Written as OUT/tmp.step_N, fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
+// OUT/lock: held by the run that trains here.
 #define IO_CHUNK ((size_t)1 << 20)
 static float io_values[IO_CHUNK];       // what passes between disk and model at a time
 
 static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model",
                                          "tokenizer_config.json", "special_tokens_map.json"};
 
-static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
-    DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(str("%s/%s", dir, e->d_name).s);
+static Str optimizer_file(int part, int parts) {
+    return str("optimizer-%05d-of-%05d.safetensors", part, parts);
+}
+
+static int is_checkpoint_file(const char *name) {
+    static const char *const files[] = {"config.json", "generation_config.json", "model.safetensors",
+                                        "trainer_state.json", "checksums.txt"};
+    int part, parts;
+    for (int i = 0; i < COUNT(files); i++) if (!strcmp(name, files[i])) return 1;
+    for (int i = 0; i < COUNT(side_files); i++) if (!strcmp(name, side_files[i])) return 1;
+    return sscanf(name, "optimizer-%d-of-%d.", &part, &parts) == 2
+        && !strcmp(name, optimizer_file(part, parts).s);
+}
+
+// Removes a folder of a checkpoint and the files that such a folder has. What else lies there stays and is
+// said; nothing is removed through a link.
+static void remove_folder(const char *dir) {
+    Str left = {""};
+    DIR *d = fdopendir(open(dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        if (!is_checkpoint_file(e->d_name) || unlinkat(dirfd(d), e->d_name, 0)) left = str("%s", e->d_name);
+    }
     if (d) closedir(d);
-    rmdir(dir);
+    if (rmdir(dir) && errno != ENOENT)
+        fprintf(stderr, *left.s ? "warning: %s stays: it holds %s, which litespark did not write or cannot "
+                "remove\n" : "warning: %s stays: %s\n", dir, *left.s ? left.s : strerror(errno));
 }
 
 static void sync_folder(const char *dir) {
@@ -4196,6 +4379,12 @@ static void sync_folder(const char *dir) {
     close(fd);
 }
 
+// How many characters at s are a step as these names have it: %08d.
+static size_t step_digits(const char *s) {
+    const size_t n = strspn(s, "0123456789");
+    return n == 8 || (n > 8 && *s != '0') ? n : 0;
+}
+
 // Steps of the checkpoints in OUT, ascending; the caller frees *steps.
 int checkpoint_list(const char *out, int64_t **steps) {
     int n = 0, room = 0;
@@ -4203,7 +4392,8 @@ int checkpoint_list(const char *out, int64_t **steps) {
     DIR *d = opendir(out);
     for (struct dirent *e; d && (e = readdir(d));) {
         int64_t step;
-        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5, &step)) continue;
+        if (strncmp(e->d_name, "step_", 5) || !step_digits(e->d_name + 5)
+            || !parse_int(e->d_name + 5, &step)) continue;
         *steps = (int64_t *)array_room(*steps, n + 1, &room, sizeof step);
         int at = n++;
         for (; at > 0 && (*steps)[at - 1] > step; at--) (*steps)[at] = (*steps)[at - 1];
@@ -4213,7 +4403,151 @@ int checkpoint_list(const char *out, int64_t **steps) {
     return n;
 }
 
-static Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
+Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
+
+// A name for the folder of a step that is being written or removed: OUT/tmp.step_N, or where something is in
+// the way OUT/tmp.step_N.1 and so on.
+static Str free_name(const char *out, int64_t step) {
+    struct stat info;
+    const Str first = str("%s/tmp.step_%08" PRId64, out, step);
+    Str name = first;
+    for (int i = 1; !lstat(name.s, &info); i++) name = str("%s.%d", first.s, i);
+    return name;
+}
+
+static int is_free_name(const char *name) {             // "tmp.old": of an earlier version
+    const size_t n = strncmp(name, "tmp.step_", 9) ? 0 : step_digits(name + 9);
+    const char *rest = name + 9 + n;
+    if (n && *rest == '.' && rest[1]) rest += 1 + strspn(rest + 1, "0123456789");
+    return !strcmp(name, "tmp.old") || (n && !*rest);
+}
+
+static int is_real_folder(const char *path) {           // and no link to one
+    struct stat info;
+    return !lstat(path, &info) && S_ISDIR(info.st_mode);
+}
+
+// Of a killed run; the caller has the lock.
+void out_remove_leftovers(const char *out) {
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        const Str path = str("%s/%s", out, e->d_name);
+        if (is_free_name(e->d_name) && is_real_folder(path.s)) remove_folder(path.s);
+    }
+    if (d) closedir(d);
+}
+
+// ---- OUT --------------------------------------------------------------------------------------------------
+Str folder_above(const char *path) {                    // "a/b/" -> "a", "b" -> "."
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    char *real = path[n - 1] == '.' ? realpath(path, NULL) : NULL;      // "a/..": of the folder that it means
+    if (real) path = real, n = strlen(real);
+    while (n && path[n - 1] != '/') n--;
+    while (n > 1 && path[n - 1] == '/') n--;
+    const Str above = n ? str("%.*s", (int)n, path) : str(".");
+    free(real);
+    return above;
+}
+
+int same_folder(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+// mkdir -p
+void out_make(const char *out) {
+    if (mkdir(out, 0777) && errno == ENOENT && strchr(out, '/')) {
+        out_make(folder_above(out).s);
+        mkdir(out, 0777);
+    }
+    const int failed = errno;
+    struct stat info;
+    if (stat(out, &info) || !S_ISDIR(info.st_mode)) die("cannot make --out %s: %s", out, strerror(failed));
+}
+
+// Dies unless OUT is a writable folder or can become one; leaves nothing behind.
+void out_check(const char *out) {
+    struct stat info;
+    Str at = str("%s", out), missing = {""};
+    while (stat(at.s, &info) && (errno == ENOENT || errno == ENOTDIR) && strcmp(at.s, ".")) {
+        missing = at;
+        at = folder_above(at.s);
+    }
+    if (stat(at.s, &info)) die("cannot make --out %s: %s: %s", out, at.s, strerror(errno));
+    if (!S_ISDIR(info.st_mode)) die("--out %s: %s is a file; name a folder", out, at.s);
+    if (!*missing.s && access(out, W_OK | X_OK)) die("--out %s is not writable: %s", out, strerror(errno));
+    if (!*missing.s) return;
+    if (!mkdir(missing.s, 0777)) rmdir(missing.s);      // the only way to know
+    else if (errno != EEXIST) die("cannot make --out %s: %s: %s", out, missing.s, strerror(errno));
+}
+
+// One run at a time trains in OUT. The kernel takes the lock back however the process ends. Not make: only
+// if the file is there, as it is after the first run.
+void out_lock(const char *out, int make) {
+    static int fd = -1;
+    const Str path = str("%s/lock", out);
+    char host[256] = "", holder[512] = "another run";
+    if (fd >= 0) return;
+    fd = open(path.s, O_RDWR | O_CLOEXEC | (make ? O_CREAT : 0), 0666);
+    if (fd < 0 && !make && errno == ENOENT) return;
+    if (fd < 0) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
+    if (!flock(fd, LOCK_EX | LOCK_NB)) {
+        gethostname(host, sizeof host - 1);
+        // only a hint: that it fails is no harm
+        if (ftruncate(fd, 0) || dprintf(fd, "process %d on %s\n", (int)getpid(), host) < 0) {}
+    } else if (errno == EWOULDBLOCK) {
+        const ssize_t n = pread(fd, holder, sizeof holder - 1, 0);
+        if (n > 0) holder[n] = 0, holder[strcspn(holder, "\n")] = 0;
+        die("--out %s is in use by %s: wait for its end, or name another --out", out, holder);
+    } else
+        fprintf(stderr, "warning: cannot lock %s: %s; see to it that no other run uses this --out\n", path.s,
+                strerror(errno));
+}
+
+// trainer_state.json names a run, and it is not this one. (Only its first line is looked at: damaged ones and
+// those of earlier versions name none.)
+static int is_of_another_run(const char *dir, uint64_t run) {
+    char line[256] = "";
+    FILE *f = fopen(str("%s/trainer_state.json", dir).s, "r");
+    if (f && !fgets(line, sizeof line, f)) *line = 0;
+    if (f) fclose(f);
+    return strstr(line, "\"run\": \"") && !strstr(line, str("\"run\": \"%016" PRIx64 "\"", run).s);
+}
+
+// Dies unless what OUT holds is what this run saved before. continued: the run was read from a folder of OUT;
+// later_are_damaged: as auto found them.
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged) {
+    int64_t *steps;
+    const int n = checkpoint_list(out, &steps);
+    if (n && !continued)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", out,
+            steps[n - 1]);
+    for (int i = 0; i < n; i++) {
+        const Str dir = checkpoint_path(out, steps[i]);
+        if (is_of_another_run(dir.s, t->run))
+            die("%s is of another run: move it away, or name another --out", dir.s);
+        if (steps[i] > t->step && !later_are_damaged && !checkpoint_whole(dir.s, /*weights_only=*/0).s[0])
+            die("%s is later than step %" PRId64 ": --resume auto continues it; to go another way from here, "
+                "name another --out, or move the later steps away", dir.s, t->step);
+    }
+    free(steps);
+}
+
+// Folders of checkpoints that this process wrote or has read: whole, without reading them again.
+static struct { char **dir; int n, room; } trusted;
+
+static void trust(const char *dir) {
+    trusted.dir = (char **)array_room(trusted.dir, trusted.n + 1, &trusted.room, sizeof *trusted.dir);
+    trusted.dir[trusted.n++] = xstrdup(dir);
+}
+
+static int is_whole(const char *dir) {
+    for (int i = 0; i < trusted.n; i++) if (!strcmp(trusted.dir[i], dir)) return 1;
+    if (checkpoint_whole(dir, /*weights_only=*/0).s[0]) return 0;
+    trust(dir);
+    return 1;
+}
 
 // ---- writing ----------------------------------------------------------------------------------------------
 // The first failure ends the saving; nothing dies while a half-written folder lies there.
@@ -4305,12 +4639,14 @@ static void text_add_series(Text *t, const char *key, const double *x) {
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64
-             ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
+    text_add(&j, "{\"format\": 2, \"run\": \"%016" PRIx64 "\",\n \"step\": %" PRId64 ", \"updates\": %"
+             PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->run, t->step, t->updates, t->tokens,
+             comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
     text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64
-             "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
+             ", \"windows\": %" PRId64 ", \"seq_len\": %" PRId64 ", \"crc\": %" PRId64 "},\n \"options\": ",
+             t->loader.seed, t->loader.epoch, t->loader.position, t->n_windows, t->seq_len, t->data_crc);
     text_add_options(&j, /*as_given=*/1);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     text_add_series(&j, "losses", t->losses);
@@ -4342,38 +4678,48 @@ static void save_side_files(Saving *s, const Config *c, const Options *o, const 
     }
 }
 
-static void checkpoint_prune(const char *out, int64_t keep) {
-    int64_t *steps;
-    int n = checkpoint_list(out, &steps);
-    Str gone = str("%s/tmp.old", out);
-    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint
-        if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
+// Removes all but the `keep` newest whole checkpoints up to step `saved`. Later ones can only be damaged ones
+// that a resume went back behind.
+static void checkpoint_prune(const char *out, int64_t saved, int64_t keep) {
+    int64_t *steps, kept = 0;
+    for (int i = checkpoint_list(out, &steps) - 1; i >= 0; i--) {
+        const Str dir = checkpoint_path(out, steps[i]), gone = free_name(out, steps[i]);
+        if (steps[i] > saved || !is_real_folder(dir.s)) continue;
+        if (kept < keep) kept += is_whole(dir.s);
+        // renamed first: a kill in between leaves no half checkpoint
+        else if (!rename(dir.s, gone.s)) remove_folder(gone.s);
+        else fprintf(stderr, "warning: cannot remove %s: %s\n", dir.s, strerror(errno));
+    }
     free(steps);
 }
 
-static void remove_leftovers(const char *out) {         // of a killed run
-    DIR *d = opendir(out);
-    for (struct dirent *e; d && (e = readdir(d));)
-        if (!strncmp(e->d_name, "tmp.", 4)) remove_folder(str("%s/%s", out, e->d_name).s);
-    if (d) closedir(d);
+// tmp, which is whole, becomes OUT/step_N, in the place of a damaged one if need be.
+static void checkpoint_place(Saving *s, const char *tmp, const Options *o, int64_t step) {
+    const Str final = checkpoint_path(o->out, step), old = free_name(o->out, step);
+    const int replaces = !rename(final.s, old.s);
+    if (rename(tmp, final.s)) {
+        text_add(&s->error, "%s: %s", final.s, strerror(errno));
+        if (replaces) rename(old.s, final.s);
+        return;
+    }
+    sync_folder(o->out);
+    if (replaces) remove_folder(old.s);
+    trust(final.s);
+    checkpoint_prune(o->out, step, o->keep);
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
                      const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
-    Str final = checkpoint_path(o->out, t->step), tmp = str("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Str old = str("%s/tmp.old", o->out);
+    Str tmp = free_name(o->out, t->step);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     // CRC-32 and bytes of each optimizer file; failures
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));
-    if (rank == 0) {
-        remove_leftovers(o->out);
-        if (mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
-    }
-    comm_barrier();
+    if (rank == 0 && mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
+    comm_broadcast(&tmp, sizeof tmp);                   // of rank 0; now it is there
     if (rank < parts && !s.error.n) {
-        save_optimizer(&s, m, str("optimizer-%05d-of-%05d.safetensors", rank, parts).s);
+        save_optimizer(&s, m, optimizer_file(rank, parts).s);
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
@@ -4387,16 +4733,12 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
         for (int i = 1; i < parts; i++)             // rank 0's own is there
-            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n",
-                     (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
+            text_add(&s.checksums, "%08x %.0f %s\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
+                     optimizer_file(i, parts).s);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
         save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
         sync_folder(tmp.s);
-        rename(final.s, old.s);                         // a damaged one of the same step
-        if (!s.error.n && rename(tmp.s, final.s)) text_add(&s.error, "%s: %s", final.s, strerror(errno));
-        remove_folder(old.s);
-        sync_folder(o->out);
-        if (!s.error.n) checkpoint_prune(o->out, o->keep);
+        if (!s.error.n) checkpoint_place(&s, tmp.s, o, t->step);
     }
     if (s.error.n) {
         if (rank == 0) remove_folder(tmp.s);
@@ -4420,8 +4762,9 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
     return ok;
 }
 
-// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong.
-Str checkpoint_whole(const char *dir) {
+// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong. weights_only:
+// of the model's files, which --init-from reads.
+Str checkpoint_whole(const char *dir, int weights_only) {
     Str path = str("%s/checksums.txt", dir), why = {""};
     struct stat info;
     size_t size;
@@ -4439,6 +4782,7 @@ Str checkpoint_whole(const char *dir) {
         if (*next) *next++ = 0;
         int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
         Str file = str("%s/%.255s", dir, line + name);
+        if (weights_only && strncmp(line + name, "model", 5) && strcmp(line + name, "config.json")) continue;
         if (fields != 2 || !name) why = str("%s has a bad line", path.s);
         else if (!file_crc(file.s, &found_crc, &found)) why = str("%s is missing", file.s);
         else if (found != bytes) why = str("%s has %zu bytes, not %zu", file.s, found, bytes);
@@ -4452,15 +4796,17 @@ Str checkpoint_whole(const char *dir) {
 char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
-        if (!comm_rank()) why = checkpoint_whole(resume);
+        if (!comm_rank()) why = checkpoint_whole(resume, /*weights_only=*/0);
         if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
+        trust(resume);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
     int n = checkpoint_list(out, &steps);
     for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
-        why = checkpoint_whole(checkpoint_path(out, steps[i]).s);
-        if (!why.s[0]) chosen = steps[i];
+        const Str dir = checkpoint_path(out, steps[i]);
+        why = checkpoint_whole(dir.s, /*weights_only=*/0);
+        if (!why.s[0]) chosen = steps[i], trust(dir.s);
         else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why.s);
     }
     free(steps);
@@ -4524,6 +4870,10 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
     t->loader.seed = (uint64_t)json_int(loader, "seed", where, 0, INT64_MAX, JSON_REQUIRED);
     t->loader.epoch = json_int(loader, "epoch", where, 0, MOST, JSON_REQUIRED);
     t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
+    t->n_windows = json_int(loader, "windows", where, 0, MOST, 0);
+    t->seq_len = json_int(loader, "seq_len", where, 0, INT_MAX, 0);
+    t->data_crc = json_int(loader, "crc", where, 0, UINT32_MAX, 0);
+    t->run = strtoull(json_string(root, "run", where, "0"), NULL, 16);
     options_resume(json_get(root, "options"), where, format, was);
     free(root);
 }
@@ -4533,7 +4883,12 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
                         Model *m, int kind, int u, size_t at) {
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
+        int bad = 0;
         st_read(s, t, first + done, k, io_values);
+        for (size_t i = 0; i < k; i++) bad |= !isfinite(io_values[i]);
+        if (bad)
+            die("%s: tensor %s holds a value that is not finite; use the weights from before",
+                s->paths[t->file], t->name);
         model_write(m, kind, u, at + done, k, io_values);
     }
 }
@@ -4578,6 +4933,11 @@ void checkpoint_read_model(const char *dir, Model *m, int state) {
 // Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
 void weights_read(const char *dir, Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
+    if (!comm_rank() && !access(str("%s/checksums.txt", dir).s, F_OK)) {        // one of ours
+        const Str why = checkpoint_whole(dir, /*weights_only=*/1);
+        if (why.s[0])
+            die("--init-from %s: %s; if it was changed on purpose, remove checksums.txt", dir, why.s);
+    }
     StSet *s = st_open(dir);
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];

@@ -43,7 +43,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 12 tokenizer, 13 data, 14 schedule and log, 15 checkpoints.
 */
 
-// ==== 2. Vocabulary: types, options, and what the plumbing offers ================================================
+// ==== 2. Vocabulary: types, options, and what the plumbing offers ==========================================
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -66,6 +66,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <algorithm>
@@ -129,7 +130,7 @@ enum { START, GIVEN, FIXED };
     X(TEXT, "--init-from", init_from, START, NULL, 0, 0, \
       "start from the weights of a Hugging Face checkpoint folder") \
     X(TEXT, "--resume", resume, START, NULL, 0, 0, \
-      "continue this checkpoint folder; auto: the newest whole one in --out") \
+      "continue this checkpoint folder; auto: the newest whole one in --out, if any") \
     GROUP("Data") \
     X(TEXT, "--train-data", train_data, GIVEN, NULL, 0, 0, \
       "token shards, as a quoted pattern (default: generated stories)") \
@@ -182,10 +183,12 @@ enum { START, GIVEN, FIXED };
       "of samples: 0 = always the likeliest token, 1 = as the model says") \
     X(INT, "--log-every", log_every, GIVEN, "1", 1, 1e12, \
       "updates between lines on the screen (log.jsonl has all)") \
-    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, "print the loss on --val-data and stop") \
+    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, \
+      "print the loss on --val-data and stop; with --out also into its eval.jsonl") \
     X(FLAG, "--generate", generate, START, NULL, 0, 0, "print a sample of text and stop") \
     GROUP("Output") \
-    X(TEXT, "--out", out, START, "out", 0, 0, "folder of checkpoints and log.jsonl") \
+    X(TEXT, "--out", out, START, "out", 0, 0, \
+      "folder of checkpoints and log.jsonl, of one run; --resume DIR: the folder around DIR") \
     X(INT, "--checkpoint-every", checkpoint_every, GIVEN, "-1", -1, 1e12, \
       "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
     X(INT, "--keep", keep, GIVEN, "2", 1, 1e9, "checkpoints to keep") \
@@ -282,6 +285,7 @@ typedef struct Batch {          // of one micro-step
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
     // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
     float *floor;
+    int past, keep;             // samples: tokens before these; how many keys and values to keep of these
 } Batch;
 
 typedef struct LoaderState {
@@ -296,6 +300,7 @@ typedef struct DataLoader {
     int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
     int B, T, rank, world, shuffle, vocab_size, document_mask;
     int has_floor;              // evaluation: every shard has its .nll
+    uint32_t crc;               // of the size and the first bytes of each shard: tells data from other data
     LoaderState state;
     void *buffer;               // one window as it lies in the file
     struct Shard *open_shard[MAX_OPEN_SHARDS];  // who has the descriptor of this place, NULL = none
@@ -317,6 +322,9 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     int64_t tokens;
     double seconds, joules;     // spent in steps; joules NAN: unavailable
     LoaderState loader;         // where the data of the next update begin
+    // the data that loader.position counts in (0: not known): windows of seq_len tokens, DataLoader.crc
+    int64_t n_windows, seq_len, data_crc;
+    uint64_t run;               // a random number from the first start on, so that no run prunes another's
     double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
     int64_t n_healthy;
 } TrainState;
@@ -333,6 +341,7 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int B, T, chunk;            // micro-step of B sequences of T tokens; rows of logits that exist at a time
     int bf16, bf16_state, recompute;
     int training;               // 0: evaluation and samples; weights and activations are all there is
+    int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
 // ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
@@ -392,17 +401,27 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
 // 14
 double learning_rate(const Options *o, int64_t step);
 double flops_per_token(const Config *c, int T, int causal);
-void log_open(const char *out);
+void log_open(const char *path);
 void log_record(Text *t);
+void log_close(void);
 void text_add_options(Text *t, int as_given);
 Str duration_text(double seconds);
 Str measured_text(double x, const char *format);
 Str flops_text(double x);
 // 15
+void out_check(const char *out);
+void out_make(const char *out);
+void out_lock(const char *out, int make);
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
+void out_remove_leftovers(const char *out);
+Str folder_above(const char *path);
+int same_folder(const char *a, const char *b);
 char *checkpoint_choose(const char *resume, const char *out);
 int checkpoint_list(const char *out, int64_t **steps);
+Str checkpoint_path(const char *out, int64_t step);
 void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
 void checkpoint_read_model(const char *dir, Model *m, int state);
+Str checkpoint_whole(const char *dir, int weights_only);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
 void weights_read(const char *dir, Model *m, const Config *c);
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
@@ -452,9 +471,12 @@ double gradient_norm(Model *m, const char **bad, int *n_bad);
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o);
 // SHARED END
 
-// ==== 3. Ops: forward order, each backward below its forward =====================================================
-// ---- the GPU, and the verbs: error checks, the one way to launch a kernel, all inline PTX of this file, reductions ----------
-// A plain C++ compiler reads dev/emu/emu_verbs.h instead of the PTX: same names, same meaning, on the CPU.
+// ==== 3. Ops: forward order, each backward below its forward ===============================================
+// Outputs first, then inputs, then sizes; of each output it is said whether it is = or +=. floatX is bf16 or
+// float. A kernel's letters are those of the formula above it: dout_c, n_c and g_c are elements c of a row.
+// `_kernel3` says how far the climb in dev/ went; the last line of its header names the steps.
+
+// ---- the GPU of this rank, and checks of what its libraries say -------------------------------------------
 typedef struct Gpu {
     cudaDeviceProp device;
     cudaStream_t stream;                // everything but communication
@@ -465,7 +487,7 @@ typedef struct Gpu {
     cudaEvent_t ready, summed;
     void *nccl;                         // ncclComm_t, NULL with one rank
 } Gpu;
-static Gpu gpu;                         // this rank's; every op works on gpu.stream
+static Gpu gpu;                         // every op works on gpu.stream
 
 #define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
 static inline void cuda_check(cudaError_t e, const char *call, const char *file, int line) {
@@ -477,42 +499,57 @@ static inline void cuda_check(cudaError_t e, const char *call, const char *file,
     if (s_ != CUBLAS_STATUS_SUCCESS) die("%s:%d: %s: cuBLAS status %d", __FILE__, __LINE__, #call, (int)s_); \
 } while (0)
 
-// launch(kernel, grid, block, smem_bytes, stream, args...) starts a kernel and checks the launch. More than 48 KiB of shared
-// memory, static and dynamic together, is opted in to (no kernel here has more than 17 KiB of static). Errors inside the kernel
-// show at the next synchronising call (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
+static int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+// ---- launch: the one way to start a kernel ----------------------------------------------------------------
+// launch(kernel, grid, block, shared_bytes, args...) starts a kernel on gpu.stream and checks the launch.
+// More than 48 KiB of shared memory, static and dynamic together, is opted in to (no kernel here has more
+// than 17 KiB of static). Errors inside the kernel show at the next synchronising call
+// (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
 #define launch(...) launch_kernel("launch(" #__VA_ARGS__ ")", __FILE__, __LINE__, __VA_ARGS__)
 template <typename... P, typename... A>
-void launch_kernel(const char *call, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
-                   cudaStream_t stream, A... args) {
-    if (smem_bytes > 31 << 10)
-        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes), call, file, line);
+void launch_kernel(const char *call, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block,
+                   size_t shared_bytes, A... args) {
+    if (shared_bytes > 31 << 10)
+        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                   (int)shared_bytes), call, file, line);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
-    config.dynamicSmemBytes = smem_bytes;
-    config.stream = stream;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = gpu.stream;
     cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), call, file, line);
 }
 
+// ---- hardware verbs: all inline PTX of this file ----------------------------------------------------------
+// A plain C++ compiler reads dev/emu/emu_verbs.h instead: same names, same meaning, on the CPU.
 #ifdef __CUDACC__
 // The block's dynamic shared memory, aligned to 128 bytes.
-template <typename T = unsigned char> __device__ __forceinline__ T *shared_memory() {
+template <typename Element> __device__ __forceinline__ Element *shared_memory() {
     extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
-    return reinterpret_cast<T *>(dynamic_shared_memory);
+    return reinterpret_cast<Element *>(dynamic_shared_memory);
 }
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
 
 // d (16,8) += a (16,16) b (16,8) for the warp; bf16 in, fp32 sums. With g = lane/4, t = lane%4:
 //   a[0] = a(g, 2t..2t+1)   a[1] = a(g+8, 2t..)   a[2] = a(g, 2t+8..)   a[3] = a(g+8, 2t+8..)
 //   b[0] = b(2t..2t+1, g)   b[1] = b(2t+8.., g)   d = d(g, 2t), d(g, 2t+1), d(g+8, 2t), d(g+8, 2t+1)
 __device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Loads 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte aligned);
-// every lane gets r[i] = m_i(g, 2t..2t+1), transposed: m_i(2t, g), m_i(2t+1, g).
+// Loads 4 matrices of 8x8 bf16 from shared memory. Lane 8i+j passes the address of row j of matrix i (16-byte
+// aligned); every lane gets r[i] = m_i(g, 2t..2t+1), transposed: m_i(2t, g), m_i(2t+1, g).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
@@ -522,18 +559,20 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void *row
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// Asynchronous copy of 16 bytes, global -> shared; bytes from `valid` on become zero and are not read (0: src is not touched).
-// Visible to this thread after commit and wait, to the block after a barrier that follows.
+// Asynchronous copy of 16 bytes, global -> shared; bytes from `valid` on become zero and are not read (0: src
+// is not touched). Visible to this thread after commit and wait, to the block after a barrier that follows.
 __device__ __forceinline__ void cp_async_16(void *dst, const void *src, int valid = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
 }
-__device__ __forceinline__ void cp_async_4(void *dst, const void *src, int valid = 4) {      // the same for 4 bytes
+// the same for 4 bytes
+__device__ __forceinline__ void cp_async_4(void *dst, const void *src, int valid = 4) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(valid) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int n> __device__ __forceinline__ void cp_async_wait() {      // at most n committed groups are still in flight
+// at most n committed groups are still in flight
+template <int n> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
 }
 
@@ -545,11 +584,15 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {                 // 2^x, relative error 2^-22; results below 2^-126 are 0
+// 2^x, relative error 2^-22; results below 2^-126 are 0
+__device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// Hides from the compiler where the bits of a word came from.
+__device__ __forceinline__ void forget_origin(uint32_t &word) { asm volatile("" : "+r"(word)); }
 
 __device__ __forceinline__ uint4 load_16B(const void *p) { return *(const uint4 *)p; }
 __device__ __forceinline__ void store_16B(void *p, uint4 v) { *(uint4 *)p = v; }
@@ -560,40 +603,166 @@ __device__ __forceinline__ void store_16B(void *p, uint4 v) { *(uint4 *)p = v; }
 // e^x, relative error 2^-22 + |x| 2^-24
 __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.44269504f); }
 
-// ---- conversions: to fp32 exact, from fp32 one rounding to nearest even ---------------------------------------------------
+// ---- conversions: to fp32 exact, from fp32 one rounding to nearest even -----------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // two values as one mma operand register
+// two values as one mma operand register
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     uint32_t bits;
     memcpy(&bits, &pair, 4);
     return bits;
 }
 
-// ---- reductions: every lane or thread gets the result, in an order that depends only on the block size ---------------------
-template <typename T> __device__ __forceinline__ T warp_sum(T x, int lanes = 32) {  // of each 2^n lanes
+// ---- reductions: all lanes or threads get the result, in an order that depends only on the block size -----
+// of each 2^n lanes
+template <typename Real> __device__ __forceinline__ Real warp_sum(Real x, int lanes = 32) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
     return x;
 }
 __device__ __forceinline__ float warp_max(float x, int lanes = 32) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
     return x;
 }
-__device__ __forceinline__ int thread_in_block() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
-__device__ __forceinline__ int threads_in_block() { return blockDim.x * blockDim.y * blockDim.z; }  // a multiple of 32 below
-template <typename T> __device__ T block_sum(T x) {
-    __shared__ T part[32];
+__device__ __forceinline__ int thread_in_block() {
+    return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+__device__ __forceinline__ int threads_in_block() {     // a multiple of 32 below
+    return blockDim.x * blockDim.y * blockDim.z;
+}
+template <typename Real> __device__ Real block_sum(Real x) {
+    __shared__ Real part[32];
     const int lane = thread_in_block() % 32, warp = thread_in_block() / 32;
     x = warp_sum(x);
     if (lane == 0) part[warp] = x;
     __syncthreads();
-    x = warp_sum(lane < threads_in_block() / 32 ? part[lane] : T(0));
-    __syncthreads();                                                    // part is free for the next call
+    x = warp_sum(lane < threads_in_block() / 32 ? part[lane] : Real(0));
+    __syncthreads();                                                        // part is free for the next call
     return x;
 }
 
-// ---- small things of the host ------------------------------------------------------------------------------------------------
-// Counting sort of a batch's rows by token: rows order[starts[i]] .. order[starts[i+1]-1] have token tokens[i]; tokens ascend.
+// Sum over the threads with this threadIdx.y (whole warps); all of them get it. The one barrier inside is
+// enough if calls alternate `turn` between 0 and 1: a warp can be at most one call ahead of another.
+__device__ __forceinline__ float row_sum(float x, int turn) {
+    __shared__ float part[2][32];
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.y * warps;
+    x = warp_sum(x);
+    if (lane == 0) part[turn][first + threadIdx.x / 32] = x;
+    __syncthreads();
+    return warps == 1 ? x : warp_sum(lane < warps ? part[turn][first + lane] : 0);
+}
+
+// ---- packs: E neighbouring elements as they lie in memory -------------------------------------------------
+// One access of 16 bytes (8 bf16, 4 fp32) or of 8 (4 bf16). Kernels where fp32 sums lie beside bf16 values
+// take 4 elements per lane: both sides of the access are then contiguous over the warp. Arrays of constant
+// size live in registers if every loop over them unrolls: the compiler sees to short ones, the pragma to
+// others.
+template <typename floatX, int E> struct __align__(E * sizeof(floatX)) Pack {
+    uint32_t word[E * sizeof(floatX) / 4];
+};
+
+template <int E, typename floatX> __device__ __forceinline__ Pack<floatX, E> load(const floatX *p) {
+    Pack<floatX, E> pack;
+    if constexpr (sizeof pack == 16) { uint4 bits = load_16B(p); memcpy(&pack, &bits, sizeof pack); }
+    else { uint2 bits = *(const uint2 *)p; memcpy(&pack, &bits, sizeof pack); }
+    return pack;
+}
+template <int E, typename floatX>
+__device__ __forceinline__ void store(floatX *p, const Pack<floatX, E> &pack) {
+    if constexpr (sizeof pack == 16)
+        store_16B(p, make_uint4(pack.word[0], pack.word[1], pack.word[2], pack.word[3]));
+    else *(uint2 *)p = make_uint2(pack.word[0], pack.word[1]);
+}
+template <int E, typename floatX>                                           // else zeros
+__device__ __forceinline__ Pack<floatX, E> load_if(bool condition, const floatX *p) {
+    Pack<floatX, E> pack = {};
+    if (condition) pack = load<E>(p);
+    return pack;
+}
+template <int E> __device__ __forceinline__ void widen(float (&x)[E], const Pack<float, E> &pack) {
+    for (int k = 0; k < E; k++) x[k] = __uint_as_float(pack.word[k]);
+}
+template <int E> __device__ __forceinline__ void widen(float (&x)[E], const Pack<bf16, E> &pack) {
+    for (int k = 0; k < E; k += 2) {
+        x[k] = __uint_as_float(pack.word[k / 2] << 16);
+        x[k + 1] = __uint_as_float(pack.word[k / 2] & 0xFFFF0000u);
+    }
+}
+template <typename floatX, int E>                                           // rounds to nearest even
+__device__ __forceinline__ Pack<floatX, E> narrow(const float (&x)[E]) {
+    Pack<floatX, E> pack;
+    if constexpr (sizeof(floatX) == 4) for (int k = 0; k < E; k++) pack.word[k] = __float_as_uint(x[k]);
+    else for (int k = 0; k < E; k += 2) pack.word[k / 2] = pack_bf16(x[k], x[k + 1]);
+    return pack;
+}
+
+template <int E, typename floatX>                                           // sum += p[0..E-1]
+__device__ __forceinline__ void accumulate(float (&sum)[E], const floatX *p) {
+    float x[E];
+    widen(x, load<E>(p));
+    for (int k = 0; k < E; k++) sum[k] += x[k];
+}
+
+// For a row that is used again after a reduction. Else the compiler keeps the fp32 copies that the first pass
+// made, twice the registers of the bf16 values.
+template <typename floatX, int E, int PACKS>
+__device__ __forceinline__ void keep_packed(Pack<floatX, E> (&row)[PACKS]) {
+    for (int j = 0; j < PACKS; j++) for (uint32_t &word : row[j].word) forget_origin(word);
+}
+
+// ---- sums over rows go through partial sums of blocks -----------------------------------------------------
+// blocks that write partial sums, a row of gpu.scratch each: two per SM of an H100
+enum { MAX_PARTIALS = 264 };
+
+// Blocks for kernels that keep partial sums over many rows: each handles about two groups of `rows` rows or
+// more.
+static int partial_blocks(int N, int rows) {
+    static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
+    return min(CEIL_DIV(N, 2 * rows), min(2 * sm_count, (int)MAX_PARTIALS));
+}
+
+// ---- column_sums_kernel1: the blocks, in a fixed order ----------------------------------------------------
+// out (cols) += column sums of x (rows, stride)
+// bytes   4·rows·cols + 8·cols = 2.2 MB for 264 rows of 2048: a launch, not a throughput, is its cost
+// idea    32 columns per block, its 32 warps share out the rows
+// variants dev/bias_backward.cu: 0 a thread per column, 1 this
+__global__ void column_sums_kernel1(float *out, const float *x, int rows, int cols, int stride) {
+    __shared__ float part[32][32];
+    const int column = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0;
+    if (column < cols)
+        for (int row = threadIdx.y; row < rows; row += 32) sum += x[(size_t)row * stride + column];
+    part[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= cols) return;
+    float total = 0;
+    for (int warp = 0; warp < 32; warp++) total += part[warp][threadIdx.x];
+    out[column] += total;
+}
+
+void column_sums(float *out, const float *x, int rows, int cols, int stride) {
+    launch(column_sums_kernel1, CEIL_DIV(cols, 32), dim3(32, 32), 0, out, x, rows, cols, stride);
+}
+
+// ---- add_sum_kernel1: one number --------------------------------------------------------------------------
+// sum (1) += x (n), each times its weight (n) unless that is NULL, in double and in a fixed order
+// idea    one block: what is summed so (losses, partial sums) is little beside a step
+// variants dev/cross_entropy.cu: 0 one thread, 1 this
+template <typename Real>
+__global__ void add_sum_kernel1(double *sum, const Real *x, const double *weight, int n) {
+    double mine = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) mine += weight ? weight[i] * x[i] : (double)x[i];
+    mine = block_sum(mine);
+    if (threadIdx.x == 0) *sum += mine;
+}
+
+template <typename Real> void add_sum(double *sum, const Real *x, const double *weight, int n) {
+    launch(add_sum_kernel1<Real>, 1, 1024, 0, sum, x, weight, n);
+}
+
+// ---- the rows of a batch by token: both directions of the embedding go through them in this order ---------
+// Counting sort: rows order[starts[i]] .. order[starts[i+1]-1] have token tokens[i]; tokens ascend.
 static void sort_rows(int *order, int *starts, int *tokens, int *n_distinct, const int *ids, int N, int V) {
     static int *count, room;
     if (room < V + 1) {
@@ -614,195 +783,72 @@ static void sort_rows(int *order, int *starts, int *tokens, int *n_distinct, con
     for (int n = 0; n < N; n++) order[count[ids[n]]++] = n;
 }
 
-// cos and sin (T, D/2) on the device of t * theta^(-2i/D), for Llama 3 stretched: see the twin.
-static void rope_table(float *cosine, float *sine, const Config *c, int T) {
-    const double PI = 3.14159265358979323846;
-    size_t n = (size_t)T * (c->D / 2);
-    float *host = (float *)xmalloc(2 * n * sizeof(float));
-    for (int i = 0; i < c->D / 2; i++) {
-        double freq = pow(c->rope_theta, -2.0 * i / c->D);
-        if (c->rope_factor > 0) {
-            double turns = c->rope_original_T * freq / (2 * PI);
-            double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
-            freq *= keep + (1 - keep) / c->rope_factor;
-        }
-        for (int t = 0; t < T; t++) {
-            host[(size_t)t * (c->D / 2) + i] = (float)cos(t * freq);
-            host[n + (size_t)t * (c->D / 2) + i] = (float)sin(t * freq);
-        }
-    }
-    cudaCheck(cudaMemcpy(cosine, host, n * sizeof(float), cudaMemcpyHostToDevice));
-    cudaCheck(cudaMemcpy(sine, host + n, n * sizeof(float), cudaMemcpyHostToDevice));
-    free(host);
-}
-
-// *sum += x (n), each times its weight (n) unless that is NULL, in double and in a fixed order. One block: what is summed so is
-// little beside a step.
-template <typename T> __global__ void add_sum_kernel1(double *sum, const T *x, const double *weight, int n) {
-    double mine = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) mine += weight ? weight[i] * x[i] : (double)x[i];
-    mine = block_sum(mine);
-    if (threadIdx.x == 0) *sum += mine;
-}
-
-template <typename T> void add_sum(double *sum, const T *x, const double *weight, int n) {
-    launch(add_sum_kernel1<T>, 1, 1024, 0, gpu.stream, sum, x, weight, n);
-}
-
-// ---- what the kernels of this section share -----------------------------------------------------------------------------
-// floatX is X here. Sums over rows go through partial sums of blocks, which column_sums adds in a fixed order. Arrays of
-// constant size live in registers if every loop over them unrolls: the compiler sees to short ones, the pragma to others.
-
-// N neighbouring elements as they lie in memory: one 16-byte (8 bf16, 4 fp32) or 8-byte (4 bf16) access. Kernels where fp32 sums
-// lie beside bf16 values take 4 elements per lane: both sides of the access are then contiguous over the warp.
-template <typename T, int N> struct __align__(N * sizeof(T)) Vec { uint32_t word[N * sizeof(T) / 4]; };
-
-template <int N, typename T> __device__ __forceinline__ Vec<T, N> load(const T *p) {
-    Vec<T, N> v;
-    if constexpr (sizeof v == 16) { uint4 bits = load_16B(p); memcpy(&v, &bits, sizeof v); }
-    else { uint2 bits = *(const uint2 *)p; memcpy(&v, &bits, sizeof v); }
-    return v;
-}
-template <int N, typename T> __device__ __forceinline__ void store(T *p, const Vec<T, N> &v) {
-    if constexpr (sizeof v == 16) store_16B(p, make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
-    else *(uint2 *)p = make_uint2(v.word[0], v.word[1]);
-}
-template <int N, typename T> __device__ __forceinline__ Vec<T, N> load_if(bool condition, const T *p) {     // else zeros
-    Vec<T, N> v = {};
-    if (condition) v = load<N>(p);
-    return v;
-}
-template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<float, N> &v) {
-    for (int k = 0; k < N; k++) x[k] = __uint_as_float(v.word[k]);
-}
-template <int N> __device__ __forceinline__ void widen(float (&x)[N], const Vec<bf16, N> &v) {
-    for (int k = 0; k < N; k += 2) {
-        x[k] = __uint_as_float(v.word[k / 2] << 16);
-        x[k + 1] = __uint_as_float(v.word[k / 2] & 0xFFFF0000u);
-    }
-}
-template <typename T, int N> __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {     // rounds to nearest even
-    Vec<T, N> v;
-    if constexpr (sizeof(T) == 4) for (int k = 0; k < N; k++) v.word[k] = __float_as_uint(x[k]);
-    else for (int k = 0; k < N; k += 2) v.word[k / 2] = pack_bf16(x[k], x[k + 1]);
-    return v;
-}
-
-template <int N, typename T> __device__ __forceinline__ void accumulate(float (&sum)[N], const T *p) {  // sum += p[0..N-1]
-    float x[N];
-    widen(x, load<N>(p));
-    for (int k = 0; k < N; k++) sum[k] += x[k];
-}
-
-// Hides from the compiler where the bits of a row came from. Else it keeps the fp32 copies that a first pass over the row made,
-// twice the registers of the bf16 values, for the second pass after the reduction.
-template <typename T, int N, int n> __device__ __forceinline__ void keep_packed(Vec<T, N> (&row)[n]) {
-    for (int j = 0; j < n; j++) for (uint32_t &word : row[j].word) asm volatile("" : "+r"(word));
-}
-
-enum { MAX_PARTIALS = 264 };        // blocks that write partial sums, a row of `scratch` each: two per SM of an H100
-
-static int device_attribute(cudaDeviceAttr attribute) {
-    int device, value;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&value, attribute, device));
-    return value;
-}
-
-// Blocks for kernels that keep partial sums in registers over many rows: each handles about two groups of `rows` rows or more.
-static int partial_blocks(int N, int rows) {
-    static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
-    return min(CEIL_DIV(N, 2 * rows), min(2 * sm_count, (int)MAX_PARTIALS));
-}
-
-// out (cols) += column sums of x (rows, stride)       one warp row of 32 columns, 32 warps share out the rows
-__global__ void column_sums_kernel1(float *out, const float *x, int rows, int cols, int stride) {
-    __shared__ float part[32][32];
-    const int c = blockIdx.x * 32 + threadIdx.x;
-    float sum = 0;
-    if (c < cols) for (int r = threadIdx.y; r < rows; r += 32) sum += x[(size_t)r * stride + c];
-    part[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y > 0 || c >= cols) return;
-    float total = 0;
-    for (int w = 0; w < 32; w++) total += part[w][threadIdx.x];
-    out[c] += total;
-}
-
-void column_sums(float *out, const float *x, int rows, int cols, int stride) {
-    launch(column_sums_kernel1, CEIL_DIV(cols, 32), dim3(32, 32), 0, gpu.stream, out, x, rows, cols, stride);
-}
-
-// Sum over the threads with this threadIdx.y (whole warps); all of them get it. The one barrier inside is enough if calls
-// alternate `turn` between 0 and 1: a warp can be at most one call ahead of another.
-__device__ __forceinline__ float row_sum(float x, int turn) {
-    __shared__ float part[2][32];
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, first = threadIdx.y * warps;
-    x = warp_sum(x);
-    if (lane == 0) part[turn][first + threadIdx.x / 32] = x;
-    __syncthreads();
-    return warps == 1 ? x : warp_sum(lane < warps ? part[turn][first + lane] : 0);
-}
-
-// ---- embedding_forward_kernel1: rows in the order of their tokens -----------------------------------------------------------
+// ---- embedding_forward_kernel3: rows in the order of their tokens -----------------------------------------
 // x (N,C) = w[ids]     w (V,C), ids (N), order (N): the rows sorted by token
-// bytes   2·N·C out + 2·C per distinct token in;  N 16384, C 2048, 4000 distinct: 83 MB       floor 25 us (memory)
-// idea    a warp has 32 neighbours of the order and 512 columns, and keeps the token's columns in registers until the token
-//         changes: a comma that is 5% of the rows is read 26 times, not 800
+// bytes   2·N·C out + 2·C per distinct token in; N 16384, C 2048, 4000 distinct: 83 MB   floor 25 us (memory)
+// idea    a warp has 32 neighbours of the order and 512 columns, and keeps the token's columns in registers
+//         until the token changes: a comma that is 5% of the rows is read 26 times, not 800
 // limits  C % 8 == 0 in bf16, C % 4 == 0 in fp32
+// variants dev/embedding.cu: 0 a thread per element, 1 16 bytes per thread, 2 a warp per row, 3 this
 enum { EMBED_WARPS = 8, EMBED_QUADS = 4, EMBED_COLUMNS = EMBED_QUADS * 128, EMBED_RUN = 32 };
 
-template <typename X>
-__global__ void embedding_forward_kernel1(X *__restrict__ x, const int *ids, const int *order, const X *__restrict__ w,
-                                          int N, int C) {
-    constexpr int E = 16 / sizeof(X), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;
+template <typename floatX>
+__global__ void embedding_forward_kernel3(floatX *__restrict__ x, const int *ids, const int *order,
+                                          const floatX *__restrict__ w, int N, int C) {
+    constexpr int E = 16 / sizeof(floatX), STEP = 32 * E, PACKS = EMBED_COLUMNS / STEP;
     const int c0 = blockIdx.y * EMBED_COLUMNS + threadIdx.x * E;
     const int first = (blockIdx.x * EMBED_WARPS + threadIdx.y) * EMBED_RUN, last = min(first + EMBED_RUN, N);
-    Vec<X, E> row[PACKS] = {};
+    Pack<floatX, E> row[PACKS] = {};
     for (int j = first, held = -1; j < last; j++) {
         const int n = order[j], token = ids[n];
         if (token != held) {
             held = token;
-            for (int i = 0; i < PACKS; i++) row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
+            for (int i = 0; i < PACKS; i++)
+                row[i] = load_if<E>(c0 + i * STEP < C, w + (size_t)token * C + c0 + i * STEP);
         }
-        for (int i = 0; i < PACKS; i++) if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
+        for (int i = 0; i < PACKS; i++)
+            if (c0 + i * STEP < C) store(x + (size_t)n * C + c0 + i * STEP, row[i]);
     }
 }
 
-template <typename X>
-void embedding_forward(X *x, const int *ids, const int *order, const X *w, int N, int C) {
-    assert(C % (16 / sizeof(X)) == 0);
+template <typename floatX>
+void embedding_forward(floatX *x, const int *ids, const int *order, const floatX *w, int N, int C) {
+    assert(C % (16 / sizeof(floatX)) == 0);
     const dim3 grid(CEIL_DIV(N, EMBED_WARPS * EMBED_RUN), CEIL_DIV(C, EMBED_COLUMNS));
-    launch(embedding_forward_kernel1<X>, grid, dim3(32, EMBED_WARPS), 0, gpu.stream, x, ids, order, w, N, C);
+    launch(embedding_forward_kernel3<floatX>, grid, dim3(32, EMBED_WARPS), 0, x, ids, order, w, N, C);
 }
 
-// ---- embedding_backward_kernel1: the rows of a token are one sum ----------------------------------------------------------
-// dw (Vp,C) += for each token the sum of its rows of dx (N,C): rows order[starts[i]] .. order[starts[i+1]-1] have token tokens[i]
-// bytes   2·N·C in + 8·C per distinct token (dw read and written);  N 16384, C 2048, 4000 distinct: 133 MB     floor 40 us
-// idea    rows sorted by token on the host: every row of dw has one writer, no atomics. A warp owns a token and 512 columns;
-//         tokens with more than LONG rows (a comma can be 5% of a batch) are summed by all warps of the block together
+// ---- embedding_backward_kernel3: the rows of a token are one sum ------------------------------------------
+// dw (Vp,C) += for each token the sum of its rows of dx (N,C), those of sort_rows' order, starts and tokens
+// bytes   2·N·C in + 8·C per distinct token (dw read and written);  N 16384, C 2048, 4000 distinct: 133 MB
+//         floor 40 us (memory)
+// idea    rows sorted by token: every row of dw has one writer, no atomics. A warp owns a token and 512
+//         columns; tokens with more than LONG rows (a comma can be 5% of a batch) are summed by all warps of
+//         the block together
 // limits  C % 4 == 0
+// variants dev/embedding.cu: 0 a thread per column, 1 atomics, 2 rows sorted, a warp per token, 3 this
 enum { EMBED_LONG = 16 };
 
-template <typename X>
-__device__ __forceinline__ void add_rows(float (&sum)[EMBED_QUADS][4], const X *dx, const int *order, int first, int last,
-                                         int step, int c0, int C) {
+template <typename floatX>
+__device__ __forceinline__ void add_rows(float (&sum)[EMBED_QUADS][4], const floatX *dx, const int *order,
+                                         int first, int last, int step, int c0, int C) {
     for (int q = 0; q < EMBED_QUADS; q++) for (int k = 0; k < 4; k++) sum[q][k] = 0;
     #pragma unroll 2
     for (int j = first; j < last; j += step) {
-        const X *dx_n = dx + (size_t)order[j] * C;
+        const floatX *dx_n = dx + (size_t)order[j] * C;
         for (int q = 0; q < EMBED_QUADS; q++) if (c0 + q * 128 < C) accumulate(sum[q], dx_n + c0 + q * 128);
     }
 }
 
-template <typename X>
-__global__ void embedding_backward_kernel1(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct,
-                                           const X *dx, int C) {
-    __shared__ int first[EMBED_WARPS + 1];                      // rows first[i] .. first[i+1]-1 are those of the block's token i
+template <typename floatX>
+__global__ void embedding_backward_kernel3(float *dw, const int *order, const int *starts, const int *tokens,
+                                           int n_distinct, const floatX *dx, int C) {
+    __shared__ int first[EMBED_WARPS + 1];  // rows first[i] .. first[i+1]-1 are those of the block's token i
     __shared__ __align__(16) float part[EMBED_WARPS][EMBED_QUADS][32][4];
     const int lane = threadIdx.x, warp = threadIdx.y, token0 = blockIdx.x * EMBED_WARPS;
     const int c0 = blockIdx.y * EMBED_COLUMNS + lane * 4;
-    if (warp == 0 && lane <= EMBED_WARPS) first[lane] = starts[token0 + lane < n_distinct ? token0 + lane : n_distinct];
+    if (warp == 0 && lane <= EMBED_WARPS)
+        first[lane] = starts[token0 + lane < n_distinct ? token0 + lane : n_distinct];
     __syncthreads();
     float sum[EMBED_QUADS][4];
     int rows = first[warp + 1] - first[warp];
@@ -823,7 +869,7 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
         int c = c0 + warp * 128;
         if (warp < EMBED_QUADS && c < C) {
             float *dw_i = dw + (size_t)tokens[token0 + i] * C + c, total[4] = {};
-            for (int w = 0; w < EMBED_WARPS; w++) accumulate(total, part[w][warp][lane]);
+            for (int j = 0; j < EMBED_WARPS; j++) accumulate(total, part[j][warp][lane]);
             accumulate(total, dw_i);
             store(dw_i, narrow<float>(total));
         }
@@ -831,28 +877,32 @@ __global__ void embedding_backward_kernel1(float *dw, const int *order, const in
     }
 }
 
-template <typename X>
-void embedding_backward(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct, const X *dx,
-                        int N, int C) {
+template <typename floatX>
+void embedding_backward(float *dw, const int *order, const int *starts, const int *tokens, int n_distinct,
+                        const floatX *dx, int N, int C) {
     assert(C % 4 == 0 && n_distinct > 0 && n_distinct <= N);
     const dim3 grid(CEIL_DIV(n_distinct, EMBED_WARPS), CEIL_DIV(C, EMBED_COLUMNS));
-    launch(embedding_backward_kernel1<X>, grid, dim3(32, EMBED_WARPS), 0, gpu.stream, dw, order, starts, tokens, n_distinct, dx, C);
+    launch(embedding_backward_kernel3<floatX>, grid, dim3(32, EMBED_WARPS), 0, dw, order, starts, tokens,
+           n_distinct, dx, C);
 }
 
-// ---- rmsnorm_forward_kernel1: the row stays in registers --------------------------------------------------------------------
+// ---- rmsnorm_forward_kernel3: the row stays in registers --------------------------------------------------
 // out (N,C) = x_c r w_c,  rstd (N) = r = (mean_c x_c^2 + eps)^(-1/2)      (Zhang & Sennrich 2019)
-// bytes   2·N·C in + 2·N·C out = 134 MB for N 16384, C 2048        floor 40 us (memory). x already holds the residual sum:
-//         the product before it has added it (matmul_forward's `add`), for one read of x there and none here
-// idea    a row is read once and kept as bf16 in registers (4 packs per thread); w is copied once per block to shared memory,
-//         asynchronously under the first rows, and serves at least 8 rows
+// bytes   2·N·C in + 2·N·C out = 134 MB for N 16384, C 2048        floor 40 us (memory). x already holds the
+//         residual sum: the product before it has added it (matmul_forward's `add`), for one read of x there
+//         and none here
+// idea    a row is read once and kept as bf16 in registers (4 packs per thread); w is copied once per block
+//         to shared memory, asynchronously under the first rows, and serves at least 8 rows
 // limits  C % 8 == 0 (fp32: C % 4 == 0), C <= 16384 (1024 threads x 4 packs of fp32)
+// variants dev/rmsnorm_forward.cu: 0 a thread per row, 1 a warp per row, 2 16-byte accesses, 3 this
 enum { ROW_PACKS = 4, ROW_THREADS = 512 };
 
-template <typename X>
-__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *rstd, const X *x, const X *w, float eps,
-                                                                int N, int C) {
-    constexpr int E = 16 / sizeof(X), STEP = 32 * E;            // a warp has ROW_PACKS * STEP columns next to each other
-    X *w_shared = shared_memory<X>();                           // (C)
+template <typename floatX>
+__global__ void __launch_bounds__(1024) rmsnorm_forward_kernel3(floatX *out, float *rstd, const floatX *x,
+                                                                const floatX *w, float eps, int N, int C) {
+    // a warp has ROW_PACKS * STEP columns next to each other
+    constexpr int E = 16 / sizeof(floatX), STEP = 32 * E;
+    floatX *w_shared = shared_memory<floatX>();             // (C)
     const int c0 = threadIdx.x / 32 * ROW_PACKS * STEP + threadIdx.x % 32 * E;
     for (int c = thread_in_block() * E; c < C; c += threads_in_block() * E) cp_async_16(w_shared + c, w + c);
     cp_async_commit();
@@ -860,105 +910,112 @@ __global__ void __launch_bounds__(1024) rmsnorm_forward_kernel1(X *out, float *r
     for (int n0 = blockIdx.x * blockDim.y; n0 < N; n0 += gridDim.x * blockDim.y, turn ^= 1) {
         const int n = n0 + threadIdx.y, end = n < N ? C : 0;
         const size_t at = (size_t)n * C + c0;
-        Vec<X, E> row[ROW_PACKS];
+        Pack<floatX, E> row[ROW_PACKS];
         for (int j = 0; j < ROW_PACKS; j++) row[j] = load_if<E>(c0 + j * STEP < end, x + at + j * STEP);
         float squares = 0;
         #pragma unroll
         for (int j = 0; j < ROW_PACKS; j++) {
-            float a[E];
-            widen(a, row[j]);
-            for (int k = 0; k < E; k++) squares += a[k] * a[k];
+            float x_c[E];
+            widen(x_c, row[j]);
+            for (int k = 0; k < E; k++) squares += x_c[k] * x_c[k];
         }
         keep_packed(row);
-        cp_async_wait<0>();                                     // w is visible after the barrier in row_sum
+        cp_async_wait<0>();                                 // w is visible after the barrier in row_sum
         const float r = rsqrtf(row_sum(squares, turn) / C + eps);
         if (threadIdx.x == 0 && n < N) rstd[n] = r;
         #pragma unroll
         for (int j = 0; j < ROW_PACKS; j++) {
             if (c0 + j * STEP >= end) continue;
-            float a[E], w_j[E];
-            widen(a, row[j]);
-            widen(w_j, load<E>(w_shared + c0 + j * STEP));
-            for (int k = 0; k < E; k++) a[k] = a[k] * r * w_j[k];     // in this order in rmsnorm_backward too: the same bits
-            store(out + at + j * STEP, narrow<X>(a));
+            float x_c[E], w_c[E], out_c[E];
+            widen(x_c, row[j]);
+            widen(w_c, load<E>(w_shared + c0 + j * STEP));
+            // backward in this order: the same bits
+            for (int k = 0; k < E; k++) out_c[k] = x_c[k] * r * w_c[k];
+            store(out + at + j * STEP, narrow<floatX>(out_c));
         }
     }
 }
 
-template <typename X>
-void rmsnorm_forward(X *out, float *rstd, const X *x, const X *w, float eps, int N, int C) {
-    const int E = 16 / sizeof(X), threads = CEIL_DIV(C, 32 * ROW_PACKS * E) * 32;
+template <typename floatX>
+void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const floatX *w, float eps, int N, int C) {
+    const int E = 16 / sizeof(floatX), threads = CEIL_DIV(C, 32 * ROW_PACKS * E) * 32;
     const int rows = max(ROW_THREADS / threads, 1), turns = CEIL_DIV(8, rows);
     assert(C % E == 0 && threads <= 1024);
-    launch(rmsnorm_forward_kernel1<X>, CEIL_DIV(N, rows * turns), dim3(threads, rows), C * sizeof(X), gpu.stream,
-           out, rstd, x, w, eps, N, C);
+    launch(rmsnorm_forward_kernel3<floatX>, CEIL_DIV(N, rows * turns), dim3(threads, rows),
+           C * sizeof(floatX), out, rstd, x, w, eps, N, C);
 }
 
-// ---- rmsnorm_backward_kernel1: dout, x and dx are read once ---------------------------------------------------------------
-// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j))      dw_c += sum over rows of dout_c n_c
-// dx (N,C) += (the residual path), dw (C) +=, norm_out (N,C) = n_c w_c (the forward's output again, for the weight gradient;
-// or NULL)
-// bytes   3·N·C in + 1·N·C (norm_out: 2·N·C) out, 2 bytes each = 268 MB (336 MB) for N 16384, C 2048   floor 80 us (100 us)
-//         partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2 x 2.2 MB
-// idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its share of dw over all its
-//         rows in shared memory (its own place: no barrier); the rows of a block are added there, the blocks by column_sums
+// ---- rmsnorm_backward_kernel3: dout, x and dx are read once -----------------------------------------------
+// With g_c = dout_c w_c and n_c = x_c r:   dx_c += r (g_c - n_c mean_j(g_j n_j)),   dw_c += sum dout_c n_c
+// dx (N,C) += (the residual path), dw (C) += (over rows), norm_out (N,C) = n_c w_c (the forward's output
+// again, for the weight gradient; or NULL)
+// bytes   3·N·C in + 1·N·C (norm_out: 2·N·C) out, 2 bytes each = 268 MB (336 MB) for N 16384, C 2048
+//         floor 80 us (100 us). Partial sums of dw: 264·C·4 bytes written, then read by column_sums: 2.2 MB
+//         each
+// idea    16 elements per thread of each operand stay in registers over the reduction. A thread adds its
+//         share of dw over all its rows in shared memory (its own place: no barrier); the rows of a block are
+//         added there, the blocks by column_sums
 // limits  C % 4 == 0, C <= 16384 (fp32 on devices with 99 KiB of shared memory per block: 12640)
+// variants dev/rmsnorm_backward.cu: 0 a thread per row, 1 a warp per row, 2 dw on the way, 3 this
 enum { ROW_QUADS = 4 };
 
-template <typename X>
-__global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *partials, X *norm_out, const X *dout, const X *x,
-                                                                 const float *rstd, const X *w, int N, int C) {
-    constexpr bool early = sizeof(X) == 2;                      // fp32 has no registers left to hold dx over the reduction
-    constexpr int STEP = 32 * 4;                                // a warp has ROW_QUADS * STEP columns next to each other
-    float *sums = shared_memory<float>(), *dw = sums + threadIdx.y * C;     // (blockDim.y,C): what this block's rows add to dw
-    X *w_shared = (X *)(sums + blockDim.y * C);                 // (C)
+template <typename floatX>
+__global__ void __launch_bounds__(1024) rmsnorm_backward_kernel3(floatX *dx, float *partials,
+        floatX *norm_out, const floatX *dout, const floatX *x, const float *rstd, const floatX *w, int N,
+        int C) {
+    constexpr bool early = sizeof(floatX) == 2;  // fp32 has no registers left to hold dx over the reduction
+    constexpr int STEP = 32 * 4;  // a warp has ROW_QUADS * STEP columns next to each other
+    // (blockDim.y,C): of this block's rows
+    float *sums = shared_memory<float>(), *dw = sums + threadIdx.y * C;
+    floatX *w_shared = (floatX *)(sums + blockDim.y * C);   // (C)
     const int c0 = threadIdx.x / 32 * ROW_QUADS * STEP + threadIdx.x % 32 * 4;
-    for (int c = thread_in_block() * 4; c < C; c += threads_in_block() * 4) store(w_shared + c, load<4>(w + c));
-    for (int j = 0; j < ROW_QUADS; j++) if (c0 + j * STEP < C) store(dw + c0 + j * STEP, Vec<float, 4>{});
+    for (int c = thread_in_block() * 4; c < C; c += threads_in_block() * 4)
+        store(w_shared + c, load<4>(w + c));
+    for (int j = 0; j < ROW_QUADS; j++) if (c0 + j * STEP < C) store(dw + c0 + j * STEP, Pack<float, 4>{});
     __syncthreads();
     int turn = 0;
     for (int n0 = blockIdx.x * blockDim.y; n0 < N; n0 += gridDim.x * blockDim.y, turn ^= 1) {
         const int n = n0 + threadIdx.y, end = n < N ? C : 0;
         const size_t at = (size_t)n * C + c0;
-        Vec<X, 4> dout_r[ROW_QUADS], x_r[ROW_QUADS], dx_r[ROW_QUADS];
+        Pack<floatX, 4> dout_row[ROW_QUADS], x_row[ROW_QUADS], dx_row[ROW_QUADS];
         #pragma unroll
         for (int j = 0; j < ROW_QUADS; j++) {
-            dout_r[j] = load_if<4>(c0 + j * STEP < end, dout + at + j * STEP);
-            x_r[j] = load_if<4>(c0 + j * STEP < end, x + at + j * STEP);
-            if (early) dx_r[j] = load_if<4>(c0 + j * STEP < end, dx + at + j * STEP);
+            dout_row[j] = load_if<4>(c0 + j * STEP < end, dout + at + j * STEP);
+            x_row[j] = load_if<4>(c0 + j * STEP < end, x + at + j * STEP);
+            if (early) dx_row[j] = load_if<4>(c0 + j * STEP < end, dx + at + j * STEP);
         }
         float gn = 0;
         #pragma unroll
         for (int j = 0; j < ROW_QUADS; j++) {
             if (c0 + j * STEP >= end) continue;
-            float d[4], v[4], w_j[4];
-            widen(d, dout_r[j]);
-            widen(v, x_r[j]);
-            widen(w_j, load<4>(w_shared + c0 + j * STEP));
-            for (int k = 0; k < 4; k++) gn += d[k] * w_j[k] * v[k];
+            float dout_c[4], x_c[4], w_c[4];
+            widen(dout_c, dout_row[j]);
+            widen(x_c, x_row[j]);
+            widen(w_c, load<4>(w_shared + c0 + j * STEP));
+            for (int k = 0; k < 4; k++) gn += dout_c[k] * w_c[k] * x_c[k];
         }
-        keep_packed(dout_r);
-        keep_packed(x_r);
+        keep_packed(dout_row);
+        keep_packed(x_row);
         const float r = n < N ? rstd[n] : 0, mean = row_sum(gn, turn) * r / C;
         #pragma unroll
         for (int j = 0; j < ROW_QUADS; j++) {
             if (c0 + j * STEP >= end) continue;
-            if (!early) dx_r[j] = load<4>(dx + at + j * STEP);
-            float d[4], v[4], w_j[4], dx_j[4], dw_j[4];
-            widen(d, dout_r[j]);
-            widen(v, x_r[j]);
-            widen(w_j, load<4>(w_shared + c0 + j * STEP));
-            widen(dx_j, dx_r[j]);
-            widen(dw_j, load<4>(dw + c0 + j * STEP));
+            if (!early) dx_row[j] = load<4>(dx + at + j * STEP);
+            float dout_c[4], x_c[4], w_c[4], dx_c[4], dw_c[4], norm_c[4];
+            widen(dout_c, dout_row[j]);
+            widen(x_c, x_row[j]);
+            widen(w_c, load<4>(w_shared + c0 + j * STEP));
+            widen(dx_c, dx_row[j]);
+            widen(dw_c, load<4>(dw + c0 + j * STEP));
             for (int k = 0; k < 4; k++) {
-                v[k] *= r;                                      // n_c
-                dw_j[k] += d[k] * v[k];
-                dx_j[k] += r * (d[k] * w_j[k] - v[k] * mean);
-                v[k] *= w_j[k];
+                const float n_c = x_c[k] * r, g_c = dout_c[k] * w_c[k];
+                dw_c[k] += dout_c[k] * n_c;
+                dx_c[k] += r * (g_c - n_c * mean);
+                norm_c[k] = n_c * w_c[k];
             }
-            store(dw + c0 + j * STEP, narrow<float>(dw_j));
-            store(dx + at + j * STEP, narrow<X>(dx_j));
-            if (norm_out) store(norm_out + at + j * STEP, narrow<X>(v));
+            store(dw + c0 + j * STEP, narrow<float>(dw_c));
+            store(dx + at + j * STEP, narrow<floatX>(dx_c));
+            if (norm_out) store(norm_out + at + j * STEP, narrow<floatX>(norm_c));
         }
     }
     __syncthreads();
@@ -969,238 +1026,21 @@ __global__ void __launch_bounds__(1024) rmsnorm_backward_kernel1(X *dx, float *p
     }
 }
 
-template <typename X>
-void rmsnorm_backward(X *dx, float *dw, X *norm_out, const X *dout, const X *x, const float *rstd, const X *w,
-                      int N, int C) {
+template <typename floatX>
+void rmsnorm_backward(floatX *dx, float *dw, floatX *norm_out, const floatX *dout, const floatX *x,
+                      const float *rstd, const floatX *w, int N, int C) {
     const int threads = CEIL_DIV(C, 32 * 4 * ROW_QUADS) * 32, rows = max(ROW_THREADS / threads, 1);
     const int blocks = partial_blocks(N, rows);
     assert(C % 4 == 0 && threads <= 1024);
-    launch(rmsnorm_backward_kernel1<X>, blocks, dim3(threads, rows), C * (rows * sizeof(float) + sizeof(X)), gpu.stream,
-           dx, gpu.scratch, norm_out, dout, x, rstd, w, N, C);
+    launch(rmsnorm_backward_kernel3<floatX>, blocks, dim3(threads, rows),
+           C * (rows * sizeof(float) + sizeof(floatX)), dx, gpu.scratch, norm_out, dout, x, rstd, w, N, C);
     column_sums(dw, gpu.scratch, blocks, C, C);
 }
 
-// ---- qk_norm_rope_forward_kernel1: one warp per row, angles in registers --------------------------------------------------
-// The q and k heads y of qkv (N,(H+2K)D), in place:  qk_raw (N,(H+K)D) = y, qk_rstd (N,H+K) = r = (mean y^2 + eps)^(-1/2),
-// y *= r w (w = q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2}) turns by the angle of position n % T (cosine, sine
-// (T,D/2)). q_norm NULL: no norm, qk_raw and qk_rstd are not written.
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128
-//         floor 48 us
-// idea    lane l of a head holds elements 4l..4l+3 of both halves, so that a pair meets in one lane and any D % 8 == 0 works
-//         (D 104: 13 of 16 lanes). The angles of those elements are the same for every head: read once per row.
-//         Norm weights are in shared memory, once per block
-// limits  D % 8 == 0, D <= 256
-enum { ROPE_WARPS = 8 };                                        // rows of a block
-
-static int lanes_per_head(int D) {                              // a power of two, so that a head's sum is a butterfly
-    int lanes = 1;
-    while (lanes * 8 < D) lanes *= 2;
-    assert(D % 8 == 0 && lanes <= 32);
-    return lanes;
-}
-
-template <typename X, bool NORM>
-__global__ void qk_norm_rope_forward_kernel1(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm,
-                                              const float *cosine, const float *sine, float eps, int H, int K, int D, int lanes,
-                                              int N, int T) {
-    constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
-    X *w_shared = shared_memory<X>();                           // (2,D) if NORM
-    const int lane = threadIdx.x % 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
-    const bool active = i < half;
-    if (NORM) {
-        for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4)
-            store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
-        __syncthreads();
-    }
-    for (int n = blockIdx.x * ROPE_WARPS + threadIdx.x / 32; n < N; n += gridDim.x * ROPE_WARPS) {
-        X *x = qkv + (size_t)n * (H + 2 * K) * D + i;
-        const size_t angle = (size_t)(n % T) * half + i;
-        float c[4], s[4];
-        widen(c, load_if<4>(active, cosine + angle));
-        widen(s, load_if<4>(active, sine + angle));
-        for (int h0 = 0; h0 < H + K; h0 += AHEAD * heads) {
-            Vec<X, 4> lo[AHEAD], hi[AHEAD];
-            #pragma unroll
-            for (int u = 0; u < AHEAD; u++) {
-                const int h = h0 + u * heads + head;
-                lo[u] = load_if<4>(active && h < H + K, x + h * D);
-                hi[u] = load_if<4>(active && h < H + K, x + h * D + half);
-            }
-            #pragma unroll
-            for (int u = 0; u < AHEAD; u++) {
-                const int h = h0 + u * heads + head;
-                const bool here = active && h < H + K;
-                float a[4], b[4], w_lo[4], w_hi[4];
-                widen(a, lo[u]);
-                widen(b, hi[u]);
-                if (NORM) {
-                    float squares = 0;
-                    for (int k = 0; k < 4; k++) squares += a[k] * a[k] + b[k] * b[k];
-                    const float r = rsqrtf(warp_sum(squares, lanes) / D + eps);
-                    if (here) {
-                        const size_t at = (size_t)n * (H + K) + h;
-                        const X *w = w_shared + (h < H ? 0 : D) + i;
-                        store(qk_raw + at * D + i, lo[u]);
-                        store(qk_raw + at * D + i + half, hi[u]);
-                        if (i == 0) qk_rstd[at] = r;
-                        widen(w_lo, load<4>(w));
-                        widen(w_hi, load<4>(w + half));
-                        for (int k = 0; k < 4; k++) a[k] *= r * w_lo[k], b[k] *= r * w_hi[k];
-                    }
-                }
-                if (!here) continue;
-                for (int k = 0; k < 4; k++) {
-                    float turned = a[k] * c[k] - b[k] * s[k];
-                    b[k] = b[k] * c[k] + a[k] * s[k];
-                    a[k] = turned;
-                }
-                store(x + h * D, narrow<X>(a));
-                store(x + h * D + half, narrow<X>(b));
-            }
-        }
-    }
-}
-
-template <typename X>
-void qk_norm_rope_forward(X *qkv, X *qk_raw, float *qk_rstd, const X *q_norm, const X *k_norm, const float *cosine,
-                           const float *sine, float eps, int H, int K, int D, int N, int T) {
-    launch(q_norm ? qk_norm_rope_forward_kernel1<X, true> : qk_norm_rope_forward_kernel1<X, false>, CEIL_DIV(N, ROPE_WARPS),
-           32 * ROPE_WARPS, 2 * D * sizeof(X), gpu.stream, qkv, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, eps, H, K, D,
-           lanes_per_head(D), N, T);
-}
-
-// ---- qk_norm_rope_backward_kernel1: the forward's layout, turned back -----------------------------------------------------
-// dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation; v is not touched.
-// e = dqkv turned by minus the angle;  without norm dqkv = e.  With norm, y = qk_raw, n_d = y_d r, g_d = e_d w_d:
-//   dqkv_d = r (g_d - n_d mean_j(g_j n_j))        dq_norm, dk_norm (D) += sum over rows and heads of e_d n_d
-// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2, D 128
-//         floor 48 us
-// idea    as in the forward; a lane sees the same 8 elements of every head, so it keeps their weight gradients in registers
-template <typename X, bool NORM>
-__global__ void qk_norm_rope_backward_kernel1(X *dqkv, float *partials, const X *qk_raw, const float *qk_rstd, const X *q_norm,
-                                               const X *k_norm, const float *cosine, const float *sine, int H, int K, int D,
-                                               int lanes, int N, int T) {
-    constexpr int AHEAD = NORM || sizeof(X) == 4 ? 2 : 4;       // heads that a lane reads at a time
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
-    const bool active = i < half;
-    float dw[4][4] = {};                                        // q: lower half, upper half; k: the same
-    for (int n = blockIdx.x * ROPE_WARPS + warp; n < N; n += gridDim.x * ROPE_WARPS) {
-        const size_t angle = (size_t)(n % T) * half + i;
-        float c[4], s[4];
-        widen(c, load_if<4>(active, cosine + angle));
-        widen(s, load_if<4>(active, sine + angle));
-        #pragma unroll
-        for (int part = 0; part < 2; part++) {                  // q, k
-            const int count = part == 0 ? H : K, first = part == 0 ? 0 : H;
-            const size_t at = (size_t)n * (H + K) + first;
-            X *dx = dqkv + ((size_t)n * (H + 2 * K) + first) * D + i;
-            float w_lo[4], w_hi[4];
-            if (NORM) widen(w_lo, load_if<4>(active, (part == 0 ? q_norm : k_norm) + i));
-            if (NORM) widen(w_hi, load_if<4>(active, (part == 0 ? q_norm : k_norm) + half + i));
-            for (int h0 = 0; h0 < count; h0 += AHEAD * heads) {
-                Vec<X, 4> lo[AHEAD], hi[AHEAD], raw_lo[AHEAD], raw_hi[AHEAD];
-                float rstd[AHEAD];
-                #pragma unroll
-                for (int u = 0; u < AHEAD; u++) {
-                    const int h = h0 + u * heads + head;
-                    const bool here = active && h < count;
-                    lo[u] = load_if<4>(here, dx + h * D);
-                    hi[u] = load_if<4>(here, dx + h * D + half);
-                    if (!NORM) continue;
-                    raw_lo[u] = load_if<4>(here, qk_raw + (at + h) * D + i);
-                    raw_hi[u] = load_if<4>(here, qk_raw + (at + h) * D + i + half);
-                    rstd[u] = here ? qk_rstd[at + h] : 0;
-                }
-                #pragma unroll
-                for (int u = 0; u < AHEAD; u++) {
-                    const int h = h0 + u * heads + head;
-                    float a[4], b[4], norm_a[4], norm_b[4];
-                    widen(a, lo[u]);
-                    widen(b, hi[u]);
-                    for (int k = 0; k < 4; k++) {
-                        float turned = a[k] * c[k] + b[k] * s[k];
-                        b[k] = b[k] * c[k] - a[k] * s[k];
-                        a[k] = turned;
-                    }
-                    if (NORM) {
-                        float gn = 0, r = rstd[u];
-                        widen(norm_a, raw_lo[u]);
-                        widen(norm_b, raw_hi[u]);
-                        for (int k = 0; k < 4; k++) {
-                            norm_a[k] *= r, norm_b[k] *= r;
-                            dw[2 * part][k] += a[k] * norm_a[k], dw[2 * part + 1][k] += b[k] * norm_b[k];
-                            a[k] *= w_lo[k], b[k] *= w_hi[k];
-                            gn += a[k] * norm_a[k] + b[k] * norm_b[k];
-                        }
-                        const float mean = warp_sum(gn, lanes) / D;
-                        for (int k = 0; k < 4; k++) a[k] = r * (a[k] - norm_a[k] * mean), b[k] = r * (b[k] - norm_b[k] * mean);
-                    }
-                    if (!active || h >= count) continue;
-                    store(dx + h * D, narrow<X>(a));
-                    store(dx + h * D + half, narrow<X>(b));
-                }
-            }
-        }
-    }
-    if constexpr (NORM) {
-        for (int q = 0; q < 4; q++) for (int k = 0; k < 4; k++)             // over the heads that the warp has at a time
-            for (int offset = lanes; offset < 32; offset *= 2) dw[q][k] += __shfl_xor_sync(0xFFFFFFFFu, dw[q][k], offset);
-        __shared__ __align__(16) float sums[ROPE_WARPS][4][128];
-        if (active && head == 0) for (int q = 0; q < 4; q++) store(sums[warp][q] + i, narrow<float>(dw[q]));
-        __syncthreads();
-        for (int d = threadIdx.x; d < 4 * 128; d += blockDim.x) {
-            if (d % 128 >= half) continue;
-            float total = 0;
-            for (int w = 0; w < ROPE_WARPS; w++) total += sums[w][d / 128][d % 128];
-            partials[(size_t)blockIdx.x * 2 * D + d / 128 * half + d % 128] = total;
-        }
-    }
-}
-
-template <typename X>
-void qk_norm_rope_backward(X *dqkv, float *dq_norm, float *dk_norm, const X *qk_raw, const float *qk_rstd, const X *q_norm,
-                            const X *k_norm, const float *cosine, const float *sine, int H, int K, int D,
-                            int N, int T) {
-    const int lanes = lanes_per_head(D), blocks = q_norm ? partial_blocks(N, ROPE_WARPS) : CEIL_DIV(N, ROPE_WARPS);
-    launch(q_norm ? qk_norm_rope_backward_kernel1<X, true> : qk_norm_rope_backward_kernel1<X, false>, blocks,
-           32 * ROPE_WARPS, 0, gpu.stream, dqkv, gpu.scratch, qk_raw, qk_rstd, q_norm, k_norm, cosine, sine, H, K, D, lanes, N, T);
-    if (!q_norm) return;
-    column_sums(dq_norm, gpu.scratch, blocks, D, 2 * D);
-    column_sums(dk_norm, gpu.scratch + D, blocks, D, 2 * D);
-}
-
-// ---- bias_backward_kernel1 -------------------------------------------------------------------------------------------------
-// dbias (OC) += column sums of dqkv (N,OC)
-// bytes   2·N·OC in + partial sums 2·4·chunks·OC;  N 16384, OC 2560: 84 + 1 MB        floor 25 us (memory)
-// idea    a block sums 128 columns of a chunk of rows, a lane four columns; column_sums adds the chunks
-enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                        // a chunk has about BIAS_ROWS rows or more
-
-template <typename X> __global__ void bias_backward_kernel1(float *partials, const X *dqkv, int N, int OC) {
-    __shared__ __align__(16) float part[BIAS_WARPS][32][4];
-    const int c = (blockIdx.x * 32 + threadIdx.x) * 4;
-    float sum[4] = {};
-    #pragma unroll 8
-    for (int n = blockIdx.y * BIAS_WARPS + threadIdx.y; c < OC && n < N; n += gridDim.y * BIAS_WARPS)
-        accumulate(sum, dqkv + (size_t)n * OC + c);
-    store(part[threadIdx.y][threadIdx.x], narrow<float>(sum));
-    __syncthreads();
-    if (threadIdx.y > 0 || c >= OC) return;
-    for (int w = 1; w < BIAS_WARPS; w++) accumulate(sum, part[w][threadIdx.x]);
-    store(partials + (size_t)blockIdx.y * OC + c, narrow<float>(sum));
-}
-
-template <typename X> void bias_backward(float *dbias, const X *dqkv, int N, int OC) {
-    const int columns = CEIL_DIV(OC, 128), most = min(CEIL_DIV(4 * MAX_PARTIALS, columns), (int)MAX_PARTIALS);
-    const int chunks = min(CEIL_DIV(N, BIAS_ROWS), most);               // `most` blocks fill the device
-    assert(OC % 4 == 0);
-    launch(bias_backward_kernel1<X>, dim3(columns, chunks), dim3(32, BIAS_WARPS), 0, gpu.stream, gpu.scratch, dqkv, N, OC);
-    column_sums(dbias, gpu.scratch, chunks, OC, OC);
-}
-
-// ---- matmul: cuBLASLt ----------------------------------------------------------------------------------------------------
-// cuBLASLt is column-major, so a row-major out (M,N) is its (N,M) matrix: out^T = op(b)^T op(a)^T. The algorithm of each shape is
-// the first that the heuristic names, never the fastest of a trial: two runs multiply alike. Sums are fp32; TF32 is off.
+// ---- matmul: cuBLASLt -------------------------------------------------------------------------------------
+// cuBLASLt is column-major, so a row-major out (M,N) is its (N,M) matrix: out^T = op(b)^T op(a)^T. The
+// algorithm of each shape is the first that the heuristic names, never the fastest of a trial: two runs
+// multiply alike. Sums are fp32; TF32 is off.
 enum { MAX_PLANS = 256 };
 static const size_t LT_WORKSPACE = (size_t)32 << 20;    // what cuBLAS recommends for Hopper
 
@@ -1214,9 +1054,10 @@ typedef struct MatmulPlan {
 static MatmulPlan matmul_plans[MAX_PLANS];
 static int n_matmul_plans;
 
-static cublasLtMatrixLayout_t matrix_layout(int bf16_type, int rows, int cols) {   // row-major (rows, cols), contiguous
+static cublasLtMatrixLayout_t matrix_layout(int is_bf16, int rows, int cols) {      // row-major, contiguous
     cublasLtMatrixLayout_t layout;
-    cublasCheck(cublasLtMatrixLayoutCreate(&layout, bf16_type ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)cols, (uint64_t)rows, cols));
+    cublasCheck(cublasLtMatrixLayoutCreate(&layout, is_bf16 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)cols,
+                                           (uint64_t)rows, cols));
     return layout;
 }
 
@@ -1247,36 +1088,37 @@ static const MatmulPlan *matmul_plan(cublasLtHandle_t lt, const MatmulPlan *key)
     for (cublasLtMatmulPreferenceAttributes_t operand : {
              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-        prefer(operand, (uint32_t)16);                                  // what every one has; cuBLASLt would assume 256
+        prefer(operand, (uint32_t)16);                      // what every one has; cuBLASLt would assume 256
     cublasLtMatmulHeuristicResult_t found;
     int n_found = 0;
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference, 1, &found,
-                                                           &n_found);
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->out, p->out, preference,
+                                                           1, &found, &n_found);
     if (status != CUBLAS_STATUS_SUCCESS || !n_found || found.state != CUBLAS_STATUS_SUCCESS)
-        die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d (cuBLAS status %d); choose sizes that are "
-            "multiples of 8", p->M, p->N, p->K, (int)status);
+        die("cuBLASLt has no algorithm for a matrix product of %d x %d x %d (cuBLAS status %d); choose sizes "
+            "that are multiples of 8", p->M, p->N, p->K, (int)status);
     p->algo = found.algo;
     cublasLtMatmulPreferenceDestroy(preference);
     return p;
 }
 
-// A pointer to const T that the compiler does not deduce T from, so that a call may say NULL
-template <typename T> using or_null = const std::common_type_t<T> *;
+// A pointer that the compiler does not deduce floatX from, so that a call may say NULL
+template <typename floatX> using or_null = const std::common_type_t<floatX> *;
 
-// out (M,N) = op(a) op(b) + add (M,N) + bias (N), each sum rounded once; add (may be out itself: +=) and bias may be NULL.
-// a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
+// out (M,N) = op(a) op(b) + add (M,N) + bias (N), each sum rounded once; add (may be out itself: +=) and bias
+// may be NULL. a is (M,K), or (K,M) if trans_a; b is (K,N), or (N,K) if trans_b. Types: bf16 or float.
 template <typename Out, typename In>
 void matmul(Out *out, const In *a, int trans_a, const In *b, int trans_b, int M, int N, int K,
             or_null<Out> add, or_null<Out> bias) {
     const MatmulPlan key = {M, N, K, trans_a, trans_b, sizeof(In) == 2, sizeof(Out) == 2, bias != NULL};
     const MatmulPlan *p = matmul_plan(gpu.lt, &key);
-    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-    float alpha = 1, beta = add ? 1.0f : 0.0f;
-    cublasCheck(cublasLtMatmul(gpu.lt, p->op, &alpha, b, p->b, a, p->a, &beta, add ? add : out, p->out, out, p->out, &p->algo,
-                               gpu.workspace, LT_WORKSPACE, gpu.stream));
+    const auto pointer = CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->op, pointer, &bias, sizeof bias));
+    const float alpha = 1, beta = add ? 1.0f : 0.0f;
+    cublasCheck(cublasLtMatmul(gpu.lt, p->op, &alpha, b, p->b, a, p->a, &beta, add ? add : out, p->out, out,
+                               p->out, &p->algo, gpu.workspace, LT_WORKSPACE, gpu.stream));
 }
 
-// out (N,OC) = x (N,C) w (OC,C)^T + add (N,OC) + bias (OC); add: the residual stream, or NULL; bias may be NULL
+// out (N,OC) = x (N,C) w (OC,C)^T + add (N,OC) + bias (OC); add: the residual stream; either may be NULL
 template <typename floatX>
 void matmul_forward(floatX *out, const floatX *x, const floatX *w, int N, int C, int OC, or_null<floatX> add,
                     or_null<floatX> bias) {
@@ -1295,266 +1137,591 @@ void matmul_backward_w(float *dw, const floatX *dout, const floatX *x, int N, in
     matmul(dw, dout, 1, x, 0, OC, C, N, dw, NULL);
 }
 
-// ---- causal attention with grouped heads, O(T) memory (Dao et al. 2022; Dao 2023) -----------------------------------------
-// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads share a k/v head.
-//
-// One warp owns 16*MT rows of a score tile and sees all of its columns, so a row's maximum and sum never leave four lanes,
-// and the accumulators of one matrix product are, lane for lane, the left operand of the next: scores become probabilities
-// and are multiplied by V without touching shared memory. mma.m16n8k16 holds D[g][2t,2t+1] and D[g+8][2t,2t+1] in lane 4g+t.
-//
-// Tiles lie in shared memory as rows of WIDTH + 8 bf16, D padded with zeros to WIDTH. A row is then an odd number of 16-byte
-// units, so the 8 rows that ldmatrix reads at a time fall on 8 different bank groups: no conflicts, and no index arithmetic.
-enum { ATT_THREADS = 128, ATT_WARPS = 4 };
+// ---- bias_backward_kernel2: the bias of q, k and v (Qwen2); the product above adds it ---------------------
+// dbias (OC) += column sums of dqkv (N,OC)
+// bytes   2·N·OC in + partial sums 2·4·chunks·OC;  N 16384, OC 2560: 84 + 1 MB        floor 25 us (memory)
+// idea    a block sums 128 columns of a chunk of rows, a lane four columns; column_sums adds the chunks
+// limits  OC % 4 == 0
+// variants dev/bias_backward.cu: 0 a thread per column, 1 chunks of rows, 2 this
+enum { BIAS_WARPS = 8, BIAS_ROWS = 64 };                    // a chunk has about BIAS_ROWS rows or more
 
-// Starts copying rows of D elements, `stride` apart in memory, to a tile. Rows past `rows` and columns past D become zero:
-// a zero adds nothing to a product, where stale bits (perhaps NaN) times a zero probability would.
-template <int WIDTH, int ROWS, int THREADS = ATT_THREADS>
-__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *src, size_t stride, int rows, int D) {
-    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = THREADS / LANES;      // 16 bytes per thread, LANES threads per row
-    const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * 8, valid = col < D ? 16 : 0;
-    if (col >= WIDTH) return;
-    src += row * stride + (valid ? col : 0);
-    tile += row * (WIDTH + 8) + col;
+template <typename floatX>
+__global__ void bias_backward_kernel2(float *partials, const floatX *dqkv, int N, int OC) {
+    __shared__ __align__(16) float part[BIAS_WARPS][32][4];
+    const int column = (blockIdx.x * 32 + threadIdx.x) * 4;
+    float sum[4] = {};
+    #pragma unroll 8
+    for (int n = blockIdx.y * BIAS_WARPS + threadIdx.y; column < OC && n < N; n += gridDim.y * BIAS_WARPS)
+        accumulate(sum, dqkv + (size_t)n * OC + column);
+    store(part[threadIdx.y][threadIdx.x], narrow<float>(sum));
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= OC) return;
+    for (int warp = 1; warp < BIAS_WARPS; warp++) accumulate(sum, part[warp][threadIdx.x]);
+    store(partials + (size_t)blockIdx.y * OC + column, narrow<float>(sum));
+}
+
+template <typename floatX> void bias_backward(float *dbias, const floatX *dqkv, int N, int OC) {
+    const int columns = CEIL_DIV(OC, 128), most = min(CEIL_DIV(4 * MAX_PARTIALS, columns), (int)MAX_PARTIALS);
+    const int chunks = min(CEIL_DIV(N, BIAS_ROWS), most);   // `most` blocks fill the device
+    assert(OC % 4 == 0);
+    launch(bias_backward_kernel2<floatX>, dim3(columns, chunks), dim3(32, BIAS_WARPS), 0, gpu.scratch, dqkv,
+           N, OC);
+    column_sums(dbias, gpu.scratch, chunks, OC, OC);
+}
+
+// ---- rotary embedding (Su et al. 2021): the angles --------------------------------------------------------
+// cosine, sine (T,D/2) on the device, of t * theta^(-2i/D), for Llama 3 stretched: see the twin.
+static void rope_table(float *cosine, float *sine, const Config *config, int T) {
+    const double PI = 3.14159265358979323846;
+    const int D = config->D;
+    size_t n = (size_t)T * (D / 2);
+    float *host = (float *)xmalloc(2 * n * sizeof(float));
+    for (int i = 0; i < D / 2; i++) {
+        double freq = pow(config->rope_theta, -2.0 * i / D);
+        if (config->rope_factor > 0) {
+            double turns = config->rope_original_T * freq / (2 * PI);
+            double keep = (turns - config->rope_low) / (config->rope_high - config->rope_low);
+            keep = fmin(fmax(keep, 0), 1);
+            freq *= keep + (1 - keep) / config->rope_factor;
+        }
+        for (int t = 0; t < T; t++) {
+            host[(size_t)t * (D / 2) + i] = (float)cos(t * freq);
+            host[n + (size_t)t * (D / 2) + i] = (float)sin(t * freq);
+        }
+    }
+    cudaCheck(cudaMemcpy(cosine, host, n * sizeof(float), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(sine, host + n, n * sizeof(float), cudaMemcpyHostToDevice));
+    free(host);
+}
+
+// ---- qk_norm_rope_forward_kernel2: one warp per row, angles in registers ----------------------------------
+// The q and k heads y of qkv (N,(H+2K)D), in place.  With norm (Qwen3): qk_raw (N,(H+K)D) = y, qk_rstd
+// (N,H+K) = r = (mean y^2 + eps)^(-1/2), y *= r w (w = q_norm or k_norm (D)); then the pair (y_i, y_{i+D/2})
+// turns by the angle of position n % T (cosine, sine (T,D/2)). q_norm NULL: no norm, qk_raw and qk_rstd are
+// not written.
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2,
+//         D 128        floor 48 us (memory)
+// idea    lane l of a head holds elements 4l..4l+3 of both halves, so that a pair meets in one lane and any
+//         D % 8 == 0 works (D 104: 13 of 16 lanes). The angles of those elements are the same for every head:
+//         read once per row. Norm weights are in shared memory, once per block
+// limits  D % 8 == 0, D <= 256
+// variants dev/rope.cu: 0 a thread per head, 1 a warp per head, 2 this
+enum { ROPE_WARPS = 8 };                                    // rows of a block
+
+static int lanes_per_head(int D) {  // a power of two, so that a head's sum is a butterfly
+    int lanes = 1;
+    while (lanes * 8 < D) lanes *= 2;
+    assert(D % 8 == 0 && lanes <= 32);
+    return lanes;
+}
+
+template <typename floatX, bool NORM>
+__global__ void qk_norm_rope_forward_kernel2(floatX *qkv, floatX *qk_raw, float *qk_rstd,
+        const floatX *q_norm, const floatX *k_norm, const float *cosine, const float *sine, float eps, int H,
+        int K, int D, int lanes,
+        int N, int T) {
+    constexpr int AHEAD = NORM || sizeof(floatX) == 4 ? 2 : 4;  // heads that a lane reads at a time
+    floatX *w_shared = shared_memory<floatX>();                 // (2,D) if NORM
+    const int lane = threadIdx.x % 32, head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4;
+    const int half = D / 2;
+    const bool active = i < half;
+    if (NORM) {
+        for (int d = threadIdx.x * 4; d < 2 * D; d += blockDim.x * 4)
+            store(w_shared + d, load<4>(d < D ? q_norm + d : k_norm + d - D));
+        __syncthreads();
+    }
+    for (int n = blockIdx.x * ROPE_WARPS + threadIdx.x / 32; n < N; n += gridDim.x * ROPE_WARPS) {
+        floatX *y = qkv + (size_t)n * (H + 2 * K) * D + i;
+        const size_t angle = (size_t)(n % T) * half + i;
+        float cosine_i[4], sine_i[4];
+        widen(cosine_i, load_if<4>(active, cosine + angle));
+        widen(sine_i, load_if<4>(active, sine + angle));
+        for (int h0 = 0; h0 < H + K; h0 += AHEAD * heads) {
+            Pack<floatX, 4> lo[AHEAD], hi[AHEAD];
+            #pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                const int h = h0 + u * heads + head;
+                lo[u] = load_if<4>(active && h < H + K, y + h * D);
+                hi[u] = load_if<4>(active && h < H + K, y + h * D + half);
+            }
+            #pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                const int h = h0 + u * heads + head;
+                const bool here = active && h < H + K;
+                float y_lo[4], y_hi[4], w_lo[4], w_hi[4];
+                widen(y_lo, lo[u]);
+                widen(y_hi, hi[u]);
+                if (NORM) {
+                    float squares = 0;
+                    for (int k = 0; k < 4; k++) squares += y_lo[k] * y_lo[k] + y_hi[k] * y_hi[k];
+                    const float r = rsqrtf(warp_sum(squares, lanes) / D + eps);
+                    if (here) {
+                        const size_t at = (size_t)n * (H + K) + h;
+                        const floatX *w = w_shared + (h < H ? 0 : D) + i;
+                        store(qk_raw + at * D + i, lo[u]);
+                        store(qk_raw + at * D + i + half, hi[u]);
+                        if (i == 0) qk_rstd[at] = r;
+                        widen(w_lo, load<4>(w));
+                        widen(w_hi, load<4>(w + half));
+                        for (int k = 0; k < 4; k++) y_lo[k] *= r * w_lo[k], y_hi[k] *= r * w_hi[k];
+                    }
+                }
+                if (!here) continue;
+                for (int k = 0; k < 4; k++) {
+                    const float turned = y_lo[k] * cosine_i[k] - y_hi[k] * sine_i[k];
+                    y_hi[k] = y_hi[k] * cosine_i[k] + y_lo[k] * sine_i[k];
+                    y_lo[k] = turned;
+                }
+                store(y + h * D, narrow<floatX>(y_lo));
+                store(y + h * D + half, narrow<floatX>(y_hi));
+            }
+        }
+    }
+}
+
+template <typename floatX>
+void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, float *qk_rstd, const floatX *q_norm,
+                          const floatX *k_norm, const float *cosine, const float *sine, float eps, int H,
+                          int K, int D, int N, int T) {
+    const auto kernel = q_norm ? qk_norm_rope_forward_kernel2<floatX, true>
+                               : qk_norm_rope_forward_kernel2<floatX, false>;
+    launch(kernel, CEIL_DIV(N, ROPE_WARPS), 32 * ROPE_WARPS, 2 * D * sizeof(floatX), qkv, qk_raw, qk_rstd,
+           q_norm, k_norm, cosine, sine, eps, H, K, D, lanes_per_head(D), N, T);
+}
+
+// ---- qk_norm_rope_backward_kernel2: the forward's layout, turned back -------------------------------------
+// dqkv (N,(H+2K)D) in place: gradients after the rotation become gradients before norm and rotation; v is not
+// touched.
+// e = dqkv turned by minus the angle; without norm dqkv = e. With norm, y = qk_raw, n_d = y_d r,
+// g_d = e_d w_d:
+//   dqkv_d = r (g_d - n_d mean_j(g_j n_j))        dq_norm, dk_norm (D) += sum over rows and heads of e_d n_d
+// bytes   2·N·(H+K)·D in + out + 4·N·D of angles (norm: + 2·N·(H+K)·D raw) = 160 MB for N 16384, H 16, K 2,
+//         D 128        floor 48 us (memory)
+// idea    as in the forward; a lane sees the same 8 elements of every head, so it keeps their weight
+//         gradients in registers
+// limits  as the forward
+// variants dev/rope.cu: 0 a thread per head, 1 a warp per head, 2 this
+template <typename floatX, bool NORM>
+__global__ void qk_norm_rope_backward_kernel2(floatX *dqkv, float *partials, const floatX *qk_raw,
+        const float *qk_rstd, const floatX *q_norm, const floatX *k_norm, const float *cosine,
+        const float *sine,
+        int H, int K, int D, int lanes, int N, int T) {
+    constexpr int AHEAD = NORM || sizeof(floatX) == 4 ? 2 : 4;  // heads that a lane reads at a time
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int head = lane / lanes, heads = 32 / lanes, i = lane % lanes * 4, half = D / 2;
+    const bool active = i < half;
+    float dw[4][4] = {};                                        // q: lower half, upper half; k: the same
+    for (int n = blockIdx.x * ROPE_WARPS + warp; n < N; n += gridDim.x * ROPE_WARPS) {
+        const size_t angle = (size_t)(n % T) * half + i;
+        float cosine_i[4], sine_i[4];
+        widen(cosine_i, load_if<4>(active, cosine + angle));
+        widen(sine_i, load_if<4>(active, sine + angle));
+        #pragma unroll
+        for (int part = 0; part < 2; part++) {                  // q, k
+            const int count = part == 0 ? H : K, first = part == 0 ? 0 : H;
+            const size_t at = (size_t)n * (H + K) + first;
+            const floatX *w = part == 0 ? q_norm : k_norm;
+            floatX *dy = dqkv + ((size_t)n * (H + 2 * K) + first) * D + i;
+            float w_lo[4], w_hi[4];
+            if (NORM) widen(w_lo, load_if<4>(active, w + i));
+            if (NORM) widen(w_hi, load_if<4>(active, w + half + i));
+            for (int h0 = 0; h0 < count; h0 += AHEAD * heads) {
+                Pack<floatX, 4> lo[AHEAD], hi[AHEAD], raw_lo[AHEAD], raw_hi[AHEAD];
+                float rstd[AHEAD];
+                #pragma unroll
+                for (int u = 0; u < AHEAD; u++) {
+                    const int h = h0 + u * heads + head;
+                    const bool here = active && h < count;
+                    lo[u] = load_if<4>(here, dy + h * D);
+                    hi[u] = load_if<4>(here, dy + h * D + half);
+                    if (!NORM) continue;
+                    raw_lo[u] = load_if<4>(here, qk_raw + (at + h) * D + i);
+                    raw_hi[u] = load_if<4>(here, qk_raw + (at + h) * D + i + half);
+                    rstd[u] = here ? qk_rstd[at + h] : 0;
+                }
+                #pragma unroll
+                for (int u = 0; u < AHEAD; u++) {
+                    const int h = h0 + u * heads + head;
+                    float e_lo[4], e_hi[4];
+                    widen(e_lo, lo[u]);
+                    widen(e_hi, hi[u]);
+                    for (int k = 0; k < 4; k++) {
+                        const float turned = e_lo[k] * cosine_i[k] + e_hi[k] * sine_i[k];
+                        e_hi[k] = e_hi[k] * cosine_i[k] - e_lo[k] * sine_i[k];
+                        e_lo[k] = turned;
+                    }
+                    if (NORM) {
+                        float n_lo[4], n_hi[4], g_lo[4], g_hi[4], gn = 0, r = rstd[u];
+                        widen(n_lo, raw_lo[u]);
+                        widen(n_hi, raw_hi[u]);
+                        for (int k = 0; k < 4; k++) {
+                            n_lo[k] *= r, n_hi[k] *= r;
+                            dw[2 * part][k] += e_lo[k] * n_lo[k], dw[2 * part + 1][k] += e_hi[k] * n_hi[k];
+                            g_lo[k] = e_lo[k] * w_lo[k], g_hi[k] = e_hi[k] * w_hi[k];
+                            gn += g_lo[k] * n_lo[k] + g_hi[k] * n_hi[k];
+                        }
+                        const float mean = warp_sum(gn, lanes) / D;
+                        for (int k = 0; k < 4; k++) {
+                            e_lo[k] = r * (g_lo[k] - n_lo[k] * mean);
+                            e_hi[k] = r * (g_hi[k] - n_hi[k] * mean);
+                        }
+                    }
+                    if (!active || h >= count) continue;
+                    store(dy + h * D, narrow<floatX>(e_lo));
+                    store(dy + h * D + half, narrow<floatX>(e_hi));
+                }
+            }
+        }
+    }
+    if constexpr (NORM) {
+        for (int q = 0; q < 4; q++) for (int k = 0; k < 4; k++)  // over the heads that the warp has at a time
+            for (int offset = lanes; offset < 32; offset *= 2)
+                dw[q][k] += __shfl_xor_sync(0xFFFFFFFFu, dw[q][k], offset);
+        __shared__ __align__(16) float sums[ROPE_WARPS][4][128];
+        if (active && head == 0) for (int q = 0; q < 4; q++) store(sums[warp][q] + i, narrow<float>(dw[q]));
+        __syncthreads();
+        for (int d = threadIdx.x; d < 4 * 128; d += blockDim.x) {
+            if (d % 128 >= half) continue;
+            float total = 0;
+            for (int j = 0; j < ROPE_WARPS; j++) total += sums[j][d / 128][d % 128];
+            partials[(size_t)blockIdx.x * 2 * D + d / 128 * half + d % 128] = total;
+        }
+    }
+}
+
+template <typename floatX>
+void qk_norm_rope_backward(floatX *dqkv, float *dq_norm, float *dk_norm, const floatX *qk_raw,
+                           const float *qk_rstd, const floatX *q_norm, const floatX *k_norm,
+                           const float *cosine, const float *sine,
+                           int H, int K, int D, int N, int T) {
+    const auto kernel = q_norm ? qk_norm_rope_backward_kernel2<floatX, true>
+                               : qk_norm_rope_backward_kernel2<floatX, false>;
+    const int blocks = q_norm ? partial_blocks(N, ROPE_WARPS) : CEIL_DIV(N, ROPE_WARPS);
+    launch(kernel, blocks, 32 * ROPE_WARPS, 0, dqkv, gpu.scratch, qk_raw, qk_rstd, q_norm, k_norm, cosine,
+           sine, H, K, D, lanes_per_head(D), N, T);
+    if (!q_norm) return;
+    column_sums(dq_norm, gpu.scratch, blocks, D, 2 * D);
+    column_sums(dk_norm, gpu.scratch + D, blocks, D, 2 * D);
+}
+
+// ---- tiles: matrices of bf16 in shared memory, and their products on tensor cores -------------------------
+// A warp owns 16*MT rows and 8*NT columns of a product as MT x NT fragments: mma.m16n8k16 holds
+// sum[g][2t,2t+1] and sum[g+8][2t,2t+1] in lane 4g+t.
+
+// A row has 8 elements more than COLUMNS (a multiple of 16). It is then an odd number of 16-byte units, so
+// the 8 rows that ldmatrix reads at a time fall on 8 different bank groups: no conflicts, and no index
+// arithmetic.
+template <int ROWS, int COLUMNS> struct __align__(16) Tile {
+    static constexpr int STRIDE = COLUMNS + 8;
+    bf16 element[ROWS * STRIDE];
+    __device__ __forceinline__ bf16 *at(int row, int column) { return element + (row * STRIDE + column); }
+    __device__ __forceinline__ const bf16 *at(int row, int column) const {
+        return element + (row * STRIDE + column);
+    }
+};
+
+// The HEIGHT rows from `first` on
+template <int HEIGHT, int ROWS, int COLUMNS>
+__device__ __forceinline__ Tile<HEIGHT, COLUMNS> &rows_of(Tile<ROWS, COLUMNS> &tile, int first) {
+    return reinterpret_cast<Tile<HEIGHT, COLUMNS> &>(*tile.at(first, 0));
+}
+
+// Starts copying rows of D elements, `stride` apart in memory, to a tile; THREADS: of the block. Rows past
+// `rows` and columns past D become zero: a zero adds nothing to a product, where stale bits (perhaps NaN)
+// times a zero probability would.
+template <int THREADS, int ROWS, int WIDTH>
+__device__ __forceinline__ void load_tile(Tile<ROWS, WIDTH> &tile, const bf16 *src, size_t stride, int rows,
+                                          int D) {
+    // 16 bytes per thread, LANES per row
+    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8, STEP = THREADS / LANES;
+    const int row = threadIdx.x / LANES, column = threadIdx.x % LANES * 8, valid = column < D ? 16 : 0;
+    if (column >= WIDTH) return;
+    src += row * stride + (valid ? column : 0);
+    bf16 *dst = tile.at(row, column);
     if (rows >= ROWS) {
         #pragma unroll
-        for (int i = 0; i < ROWS; i += STEP, src += STEP * stride) cp_async_16(tile + i * (WIDTH + 8), src, valid);
+        for (int i = 0; i < ROWS; i += STEP, src += STEP * stride)
+            cp_async_16(dst + i * tile.STRIDE, src, valid);
     } else {
         #pragma unroll 1
         for (int i = 0; i < ROWS; i += STEP) {
             const bool inside = row + i < rows;
-            cp_async_16(tile + i * (WIDTH + 8), inside ? src + i * stride : src - row * stride, inside ? valid : 0);
+            const bf16 *from = inside ? src + i * stride : src - row * stride;
+            cp_async_16(dst + i * tile.STRIDE, from, inside ? valid : 0);
         }
     }
 }
 
-// s (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). B: this lane's row of b in shared memory, rows STRIDE apart; BY_COLUMNS: of b^T,
-// whose rows are what mma wants of b, so that only the other case is transposed on the way.
+// sum (16*MT, 8*NT) += a (16*MT, 16) b (16, 8*NT). b_lane: this lane's row of b in shared memory, rows STRIDE
+// apart; BY_COLUMNS: of b^T, whose rows are what mma wants of b, so that only the other case is transposed on
+// the way.
 template <int STRIDE, bool BY_COLUMNS, int MT, int NT>
-__device__ __forceinline__ void multiply_step(float (&s)[MT][NT][4], const uint32_t (&a)[MT][4], const bf16 *B) {
+__device__ __forceinline__ void multiply_step(float (&sum)[MT][NT][4], const uint32_t (&a)[MT][4],
+                                              const bf16 *b_lane) {
     uint32_t b[4];
     #pragma unroll
     for (int n = 0; n < NT; n += 2) {
-        if (BY_COLUMNS) ldmatrix_x4(b, B + n * 8 * STRIDE);
-        else ldmatrix_x4_trans(b, B + n * 8);
+        if (BY_COLUMNS) ldmatrix_x4(b, b_lane + n * 8 * STRIDE);
+        else ldmatrix_x4_trans(b, b_lane + n * 8);
         for (int m = 0; m < MT; m++) {
-            mma_bf16(s[m][n], a[m], b);
-            mma_bf16(s[m][n + 1], a[m], b + 2);
+            mma_bf16(sum[m][n], a[m], b);
+            mma_bf16(sum[m][n + 1], a[m], b + 2);
         }
     }
 }
 
-// s (16*MT, 8*NT) += A B^T: A holds this warp's 16*MT rows, B 8*NT rows, both WIDTH long in shared memory.
-// UNROLL steps of 16 are scheduled together: more hide more latency, until fetching ahead costs registers that the sums need.
-template <int WIDTH, int UNROLL, int MT, int NT>
-__device__ __forceinline__ void multiply_rows(float (&s)[MT][NT][4], const bf16 *A, const bf16 *B) {
+// sum += A B^T. UNROLL steps of 16 are scheduled together: more hide more latency, until fetching ahead costs
+// registers that the sums need.
+template <int UNROLL, int MT, int NT, int WIDTH>
+__device__ __forceinline__ void multiply_rows(float (&sum)[MT][NT][4], const Tile<16 * MT, WIDTH> &A,
+                                              const Tile<8 * NT, WIDTH> &B) {
     const int lane = threadIdx.x % 32;
-    A += lane % 16 * (WIDTH + 8) + lane / 16 * 8;                           // 16 x 16: four 8 x 8 matrices, down then right
-    B += (lane / 16 * 8 + lane % 8) * (WIDTH + 8) + lane / 8 % 2 * 8;       // 16 rows x 16: right, then down
+    const bf16 *a_lane = A.at(lane % 16, lane / 16 * 8);  // 16 x 16: four 8 x 8 matrices, down then right
+    const bf16 *b_lane = B.at(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);  // 16 rows x 16: right, then down
     #pragma unroll UNROLL
     for (int k = 0; k < WIDTH; k += 16) {
         uint32_t a[MT][4];
-        for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (WIDTH + 8) + k);
-        multiply_step<WIDTH + 8, true>(s, a, B + k);
+        for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], a_lane + m * 16 * A.STRIDE + k);
+        multiply_step<Tile<8 * NT, WIDTH>::STRIDE, true>(sum, a, b_lane + k);
     }
 }
 
-// s (16*MT, 8*NT) += A B: A holds this warp's 16*MT rows, DEPTH long, B DEPTH rows, WIDTH long, from this warp's first column on.
-template <int DEPTH, int WIDTH, int MT, int NT>
-__device__ __forceinline__ void multiply_columns(float (&s)[MT][NT][4], const bf16 *A, const bf16 *B) {
+// sum += A B, of B the 8*NT columns from `column` on
+template <int MT, int NT, int DEPTH, int WIDTH>
+__device__ __forceinline__ void multiply_columns(float (&sum)[MT][NT][4], const Tile<16 * MT, DEPTH> &A,
+                                                 const Tile<DEPTH, WIDTH> &B, int column) {
     const int lane = threadIdx.x % 32;
-    A += lane % 16 * (DEPTH + 8) + lane / 16 * 8;
-    B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
+    const bf16 *a_lane = A.at(lane % 16, lane / 16 * 8), *b_lane = B.at(lane % 16, column + lane / 16 * 8);
     #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
         uint32_t a[MT][4];
-        for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], A + m * 16 * (DEPTH + 8) + k);
-        multiply_step<WIDTH + 8, false>(s, a, B + k * (WIDTH + 8));
+        for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], a_lane + m * 16 * A.STRIDE + k);
+        multiply_step<Tile<DEPTH, WIDTH>::STRIDE, false>(sum, a, b_lane + k * B.STRIDE);
     }
 }
 
-// o (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B (8*NT, WIDTH): p in registers as multiply_rows left it, B in shared memory.
-template <int WIDTH, int MT, int NT>
-__device__ __forceinline__ void multiply_probabilities(float (&o)[MT][WIDTH / 8][4], const float (&p)[MT][NT][4],
-                                                       const bf16 *B) {
+// sum (16*MT, WIDTH) += bf16(p) (16*MT, 8*NT) B: p in registers as multiply_rows left it. The accumulators of
+// one product are, lane for lane, the left operand of the next.
+template <int MT, int NT, int WIDTH>
+__device__ __forceinline__ void multiply_probabilities(float (&sum)[MT][WIDTH / 8][4],
+                                                       const float (&p)[MT][NT][4],
+                                                       const Tile<8 * NT, WIDTH> &B) {
     const int lane = threadIdx.x % 32;
-    B += lane % 16 * (WIDTH + 8) + lane / 16 * 8;
+    const bf16 *b_lane = B.at(lane % 16, lane / 16 * 8);
     #pragma unroll
-    for (int k = 0; k < NT; k += 2) {                                       // 16 columns of p, 16 rows of B
+    for (int k = 0; k < NT; k += 2) {                               // 16 columns of p, 16 rows of B
         uint32_t a[MT][4];
         for (int m = 0; m < MT; m++)
-            for (int i = 0; i < 4; i++) a[m][i] = pack_bf16(p[m][k + i / 2][i % 2 * 2], p[m][k + i / 2][i % 2 * 2 + 1]);
-        multiply_step<WIDTH + 8, false>(o, a, B + k * 8 * (WIDTH + 8));
+            for (int i = 0; i < 4; i++)
+                a[m][i] = pack_bf16(p[m][k + i / 2][i % 2 * 2], p[m][k + i / 2][i % 2 * 2 + 1]);
+        multiply_step<Tile<8 * NT, WIDTH>::STRIDE, false>(sum, a, b_lane + k * 8 * B.STRIDE);
     }
 }
 
 template <int MT, int NT>
-__device__ __forceinline__ void fill(float (&x)[MT][NT][4], float value) {
+__device__ __forceinline__ void fill(float (&sum)[MT][NT][4], float value) {
     #pragma unroll
-    for (int i = 0; i < MT * NT * 4; i++) x[i / 4 / NT][i / 4 % NT][i % 4] = value;
+    for (int i = 0; i < MT * NT * 4; i++) sum[i / 4 / NT][i / 4 % NT][i % 4] = value;
 }
 
-// tile (16*MT, 8*NT) = o * scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only
+// tile = sum * scale, rounded to bf16 once. The warp turns its fragments into rows in shared memory that only
 // this warp still uses, so that what follows can move 16 bytes at a time.
 template <int MT, int NT>
-__device__ __forceinline__ void fragments_to_rows(bf16 *tile, const float (&o)[MT][NT][4], float scale) {
+__device__ __forceinline__ void fragments_to_rows(Tile<16 * MT, 8 * NT> &tile, const float (&sum)[MT][NT][4],
+                                                  float scale) {
     const int lane = threadIdx.x % 32;
-    __syncwarp();                                                           // the warp's last ldmatrix from the tile is over
+    __syncwarp();  // the warp's last ldmatrix from the tile is over
     #pragma unroll
     for (int m = 0; m < MT; m++)
         for (int n = 0; n < NT; n++)
             for (int r = 0; r < 2; r++)
-                *(uint32_t *)(tile + (m * 16 + r * 8 + lane / 4) * (8 * NT + 8) + n * 8 + lane % 4 * 2) =
-                    pack_bf16(o[m][n][r * 2] * scale, o[m][n][r * 2 + 1] * scale);
+                *(uint32_t *)tile.at(m * 16 + r * 8 + lane / 4, n * 8 + lane % 4 * 2) =
+                    pack_bf16(sum[m][n][r * 2] * scale, sum[m][n][r * 2 + 1] * scale);
     __syncwarp();
 }
 
-// The first `rows` of 16*MT rows and D columns of o * scale, to memory.
-template <int WIDTH, int MT>
-__device__ __forceinline__ void store_rows(bf16 *out, size_t stride, const float (&o)[MT][WIDTH / 8][4], float scale,
-                                           bf16 *tile, int rows, int D) {
-    const int lane = threadIdx.x % 32;
-    fragments_to_rows(tile, o, scale);
-    constexpr int LANES = WIDTH > 64 ? 16 : WIDTH / 8;
-    const int col = lane % LANES * 8;
-    if (col >= D) return;
+// The first `rows` rows and D columns of sum * scale to memory, by way of a tile of the warp
+template <int MT, int NT>
+__device__ __forceinline__ void store_rows(bf16 *out, size_t stride, const float (&sum)[MT][NT][4],
+                                           float scale, Tile<16 * MT, 8 * NT> &tile, int rows, int D) {
+    constexpr int WIDTH = 8 * NT, LANES = WIDTH > 64 ? 16 : WIDTH / 8;
+    const int lane = threadIdx.x % 32, column = lane % LANES * 8;
+    fragments_to_rows(tile, sum, scale);
+    if (column >= D) return;
     for (int row = lane / LANES; row < 16 * MT && row < rows; row += 32 / LANES)
-        store_16B(out + row * stride + col, load_16B(tile + row * (WIDTH + 8) + col));
+        store_16B(out + row * stride + column, load_16B(tile.at(row, column)));
 }
 
-// Scores that the mask hides become -inf: query t sees keys first..t. The tile's corner is (t0, s0); its rows are queries,
-// or keys if it lies ON_SIDE.
+// ---- causal attention with grouped heads, O(T) memory (Dao et al. 2022; Dao 2023) -------------------------
+// out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads
+// share a k/v head. One warp owns whole rows of a tile of scores, so a row's maximum and sum never leave four
+// lanes, and scores become probabilities and are multiplied by V without touching shared memory. D is padded
+// with zeros to WIDTH.
+enum { ATT_THREADS = 128, ATT_WARPS = 4 };
+
+// Scores that the mask hides become -inf: query t sees keys first..t. The tile's corner is (t0, s0); its rows
+// are queries, or keys if it lies ON_SIDE.
 template <bool ON_SIDE, int MT, int NT>
-__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int t0, int s0, const int *doc_start, int row0, int T) {
+__device__ __forceinline__ void mask_scores(float (&score)[MT][NT][4], int t0, int s0, const int *doc_start,
+                                            int row0, int T) {
     const int lane = threadIdx.x % 32;
-    auto row = [=](int i) { return i * 8 + lane / 4; };                     // of the lane's 2*MT rows and 2*NT columns
-    auto col = [=](int i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; };
+    auto row = [=](int i) { return i * 8 + lane / 4; };  // of the lane's 2*MT rows and 2*NT columns
+    auto column = [=](int j) { return j / 2 * 8 + lane % 4 * 2 + j % 2; };
     #pragma unroll
-    for (int q = 0; q < 2 * (ON_SIDE ? NT : MT); q++) {                     // its queries: each looks up its document once
-        const int t = t0 + (ON_SIDE ? col(q) : row(q)), first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
-        for (int k = 0; k < 2 * (ON_SIDE ? MT : NT); k++) {                 // its keys
-            const int key = s0 + (ON_SIDE ? row(k) : col(k)), r = ON_SIDE ? k : q, c = ON_SIDE ? q : k;
-            if (key > t || key < first) s[r / 2][c / 2][r % 2 * 2 + c % 2] = -INFINITY;
+    for (int q = 0; q < 2 * (ON_SIDE ? NT : MT); q++) {  // its queries: each looks up its document once
+        const int t = t0 + (ON_SIDE ? column(q) : row(q));
+        const int first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
+        for (int k = 0; k < 2 * (ON_SIDE ? MT : NT); k++) {         // its keys
+            const int key = s0 + (ON_SIDE ? row(k) : column(k)), i = ON_SIDE ? k : q, j = ON_SIDE ? q : k;
+            if (key > t || key < first) score[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
         }
     }
 }
 
-// The softmax of a row while its scores pass by tile after tile: p = 2^(c*score - base), sum = all p so far. Any base gives the
-// same out = sum p v / sum p; only overflow asks for the maximum. So base moves only when a score exceeds it by 2^8, which is
-// rare after the first tile, and then all that was summed shrinks. (p up to 2^8 costs nothing: bf16 and fp32 are floating.)
+// The softmax of a row while its scores pass by tile after tile: p = 2^(log2_scale*score - base), sum = all p
+// so far. Any base gives the same out = sum p v / sum p; only overflow asks for the maximum. So base moves
+// only when a score exceeds it by 2^8, which is rare after the first tile, and then all that was summed
+// shrinks. (p up to 2^8 costs nothing: bf16 and fp32 are floating.)
 template <int MT> struct Softmax {
-    float base[MT][2], sum[MT][2];      // rows lane/4 and lane/4 + 8 of each 16; sum: this lane's columns only, until finish()
+    // rows lane/4 and lane/4 + 8 of each 16; sum: this lane's columns, until finish()
+    float base[MT][2], sum[MT][2];
 
     __device__ __forceinline__ void init() {
-        for (int i = 0; i < MT * 2; i++) base[i / 2][i % 2] = -1e30f, sum[i / 2][i % 2] = 0;     // not -inf: -inf - -inf is NaN
+        for (int i = 0; i < MT * 2; i++) {
+            base[i / 2][i % 2] = -1e30f;                            // not -inf: -inf - -inf is NaN
+            sum[i / 2][i % 2] = 0;
+        }
     }
-    // s: scores -> probabilities; o: what was accumulated so far. c = log2(e) / sqrt(D): one FFMA and one 2^x per score.
+    // p: scores -> probabilities; out: what was accumulated so far. log2_scale = log2(e) / sqrt(D): one FFMA
+    // and one 2^x per score.
     template <int NT, int OT>
-    __device__ __forceinline__ void update(float (&s)[MT][NT][4], float (&o)[MT][OT][4], float c) {
+    __device__ __forceinline__ void update(float (&p)[MT][NT][4], float (&out)[MT][OT][4], float log2_scale) {
         float top[MT][2];
         bool move = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             for (int r = 0; r < 2; r++) {
                 top[m][r] = -INFINITY;
-                for (int n = 0; n < NT; n++) top[m][r] = fmaxf(top[m][r], fmaxf(s[m][n][r * 2], s[m][n][r * 2 + 1]));
-                move |= top[m][r] * c > base[m][r] + 8;
+                for (int n = 0; n < NT; n++)
+                    top[m][r] = fmaxf(top[m][r], fmaxf(p[m][n][r * 2], p[m][n][r * 2 + 1]));
+                move |= top[m][r] * log2_scale > base[m][r] + 8;
             }
         if (__any_sync(~0u, move)) {
             #pragma unroll
             for (int m = 0; m < MT; m++)
                 for (int r = 0; r < 2; r++) {
-                    const float x = warp_max(top[m][r], 4);                 // the four lanes of a row agree on its base
-                    const float higher = fmaxf(base[m][r], x * c), shrink = exp2_approx(base[m][r] - higher);
+                    // the four lanes of a row agree on its base
+                    const float row_top = warp_max(top[m][r], 4);
+                    const float higher = fmaxf(base[m][r], row_top * log2_scale);
+                    const float shrink = exp2_approx(base[m][r] - higher);
                     base[m][r] = higher;
                     sum[m][r] *= shrink;
-                    for (int n = 0; n < OT; n++) o[m][n][r * 2] *= shrink, o[m][n][r * 2 + 1] *= shrink;
+                    for (int n = 0; n < OT; n++) out[m][n][r * 2] *= shrink, out[m][n][r * 2 + 1] *= shrink;
                 }
         }
         #pragma unroll
         for (int m = 0; m < MT; m++)
             for (int n = 0; n < NT; n++)
                 for (int i = 0; i < 4; i++) {
-                    s[m][n][i] = exp2_approx(s[m][n][i] * c - base[m][i / 2]);
-                    sum[m][i / 2] += s[m][n][i];
+                    p[m][n][i] = exp2_approx(p[m][n][i] * log2_scale - base[m][i / 2]);
+                    sum[m][i / 2] += p[m][n][i];
                 }
     }
-    // sum becomes the whole row's, in every lane of the row, and o the means.
-    template <int OT> __device__ __forceinline__ void finish(float (&o)[MT][OT][4]) {
+    // sum becomes the whole row's, in every lane of the row, and out the means.
+    template <int OT> __device__ __forceinline__ void finish(float (&out)[MT][OT][4]) {
         #pragma unroll
         for (int i = 0; i < MT * 2; i++) {
-            float &x = sum[i / 2][i % 2];
-            x = warp_sum(x, 4);
-            const float inverse = 1 / x;
-            for (int n = 0; n < OT; n++) o[i / 2][n][i % 2 * 2] *= inverse, o[i / 2][n][i % 2 * 2 + 1] *= inverse;
+            float &total = sum[i / 2][i % 2];
+            total = warp_sum(total, 4);
+            const float inverse = 1 / total;
+            for (int n = 0; n < OT; n++)
+                out[i / 2][n][i % 2 * 2] *= inverse, out[i / 2][n][i % 2 * 2 + 1] *= inverse;
         }
     }
 };
 
-// ---- attention_forward_kernel1: a block has 128 queries of a head, a warp 32 of them and all of their keys ------------------
+// ---- attention_forward_kernel3: a block has 128 queries of a head, a warp 32 and all of their keys --------
 // out (N,HD) = softmax(q k^T / sqrt(D)) v,  lse (N,H) = log sum_s exp(q_t k_s / sqrt(D)) over s = first..t,
 // first = doc_start (N) or 0
 // bytes   2·N·(H+2K)·D in + 2·N·H·D + 4·N·H out = 152 MB: 45 us for N 16384, H 16, K 2, D 128.
 //         K, V again per 128 queries, from L2: 1.1 GB
-// FLOPs   2·N·(T+1)·H·D (two products) = 137 G at T 2048   floor 139 us (tensor; mma.sync: 224 us; 269 M exponentials: 72 us)
-// idea    scores never leave registers: the accumulators of Q K^T are the left operand of P V. K and V take turns, one buffer
-//         each: one lands while the other is used. 192 bytes of shared memory per mma, level with the 198 that mma.sync leaves
-//         time for
-// limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared memory and 255
-//         registers: two blocks per SM (one on sm_86, sm_89, sm_120)
+// FLOPs   2·N·(T+1)·H·D (two products) = 137 G at T 2048   floor 139 us (tensor; mma.sync: 224 us; 269 M
+//         exponentials: 72 us)
+// idea    scores never leave registers: the accumulators of Q K^T are the left operand of P V. K and V take
+//         turns, one buffer each: one lands while the other is used. 192 bytes of shared memory per mma,
+//         level with the 198 that mma.sync leaves time for
+// limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared
+//         memory and 255 registers: two blocks per SM (one on sm_86, sm_89, sm_120)
+// variants dev/attention_forward.cu: 0 a thread per query, 1 fp32 tiles, 2 tensor cores, no overlap, 3 this
+template <int WIDTH> struct ForwardTiles {                  // of a block, in shared memory
+    static constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64;
+    Tile<QUERIES, WIDTH> q;
+    Tile<KEYS, WIDTH> k, v;
+};
+
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel1(bf16 *__restrict__ out, float *__restrict__ lse,
-        const bf16 *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float c) {
-    constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64, STRIDE = WIDTH + 8;
-    bf16 *q_tile = shared_memory<bf16>(), *k_tile = q_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;     // long rows first
-    const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, lane = threadIdx.x % 32;
+__global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *__restrict__ out,
+        float *__restrict__ lse, const bf16 *__restrict__ qkv, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float log2_scale) {
+    typedef ForwardTiles<WIDTH> Tiles;
+    constexpr int MT = Tiles::MT, ROWS = Tiles::ROWS, QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
+    Tiles &tile = *shared_memory<Tiles>();
+    // long rows first
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;
+    const int row0 = blockIdx.x / H * T, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
+    const int lane = threadIdx.x % 32;
     // where the last of this warp's rows t..t+31 begins to look
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
     const int end = min(t0 + QUERIES, T), doc_first = doc_start ? doc_start[row0 + min(t, T - 1)] : 0;
 
-    float s[MT][KEYS / 8][4], o[MT][WIDTH / 8][4] = {};
+    float p[MT][KEYS / 8][4], out_t[MT][WIDTH / 8][4] = {};         // p: scores, then probabilities
     Softmax<MT> softmax;
     softmax.init();
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;     // walks from tile to tile; v = k + K*D
-    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
+    // walks from tile to tile; v = k + K*D
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
+    load_tile<ATT_THREADS>(tile.q, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<ATT_THREADS>(tile.k, k, W, T - s0, D);
     cp_async_commit();
+    Tile<ROWS, WIDTH> &warp_q = rows_of<ROWS>(tile.q, warp_row);
     for (; s0 < end; s0 += KEYS) {
         // K and V take turns: one is being computed with while the other lands.
         cp_async_wait<0>();
-        __syncthreads();                                    // K is here, and every warp has left the previous V
-        load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+        __syncthreads();  // K is here, and every warp has left the previous V
+        load_tile<ATT_THREADS>(tile.v, k + K * D, W, T - s0, D);
         cp_async_commit();
         k += (size_t)KEYS * W;
-        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;   // else above the diagonal or before its documents
+        // else above the diagonal or before its documents
+        const bool visible = s0 < t + ROWS && t < T && s0 + KEYS > doc_first;
         if (visible) {
-            fill(s, 0);
-            multiply_rows<WIDTH, WIDTH / 16>(s, q_tile + warp_row * STRIDE, k_tile);
+            fill(p, 0);
+            multiply_rows<WIDTH / 16>(p, warp_q, tile.k);
         }
         cp_async_wait<0>();
-        __syncthreads();                                    // V is here, and every warp has left K
-        if (s0 + KEYS < end) load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0 - KEYS, D);
+        __syncthreads();                                            // V is here, and every warp has left K
+        if (s0 + KEYS < end) load_tile<ATT_THREADS>(tile.k, k, W, T - s0 - KEYS, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
-            softmax.update(s, o, c);
-            multiply_probabilities<WIDTH>(o, s, v_tile);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(p, t, s0, doc_start, row0, T);
+            softmax.update(p, out_t, log2_scale);
+            multiply_probabilities(out_t, p, tile.v);
         }
     }
-    softmax.finish(o);
+    softmax.finish(out_t);
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
         const float log2_sum = softmax.base[i / 2][i % 2] + log2f(softmax.sum[i / 2][i % 2]);
         if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
     }
-    store_rows<WIDTH>(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, o, 1, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, warp_q, T - t, D);
 }
 
-// ---- fp32: the formulas by plain loops; --precision bf16 is the fast one ------------------------------------------------
-// One warp per row and head, the mask is the range of its loop. Lane l has elements 4l..4l+3 of every row of D, so a dot
-// product is a sum over the warp. A block's warps have neighbouring rows of one head and find in L1 what others have read.
+// ---- attention_forward_f32_kernel1: the formula by plain loops; --precision bf16 is the fast one ----------
+// out (N,H*D) =, lse (N,H) =, the softmax running: when a larger score appears, what was summed shrinks
+// idea    one warp per row and head, the mask is the range of its loop. Lane l has elements 4l..4l+3 of every
+//         row of D, so a dot product is a sum over the warp. A block's warps have neighbouring rows of one
+//         head and find in L1 what others have read
 enum { F32_WARPS = 16 };
 
 __device__ __forceinline__ void load_row(float (&x)[4], const float *row, int D) {          // zeros past D
@@ -1567,29 +1734,31 @@ __device__ __forceinline__ float dot(const float (&a)[4], const float (&b)[4]) {
     return warp_sum(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]);
 }
 
-// out (N,H*D) =, lse (N,H) =, the softmax running: when a larger score appears, what was summed shrinks
 __global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
-        const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+        const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D,
+        float scale) {
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y;
+    const int W = (H + 2 * K) * D;
     if (t >= T) return;
     const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
     const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
-    float q[4], k_s[4], v_s[4], o[4] = {}, top = -INFINITY, sum = 0;
-    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    float q_t[4], k_s[4], v_s[4], out_t[4] = {}, top = -INFINITY, sum = 0;
+    load_row(q_t, qkv + (row0 + t) * W + h * D, D);
     for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
         load_row(k_s, k + (size_t)s * W, D);
         load_row(v_s, v + (size_t)s * W, D);
-        const float score = dot(q, k_s) * scale, higher = fmaxf(top, score);
+        const float score = dot(q_t, k_s) * scale, higher = fmaxf(top, score);
         const float shrink = expf(top - higher), p = expf(score - higher);
         top = higher;
         sum = sum * shrink + p;
-        for (int j = 0; j < 4; j++) o[j] = o[j] * shrink + p * v_s[j];
+        for (int j = 0; j < 4; j++) out_t[j] = out_t[j] * shrink + p * v_s[j];
     }
-    for (int j = 0; j < 4; j++) o[j] /= sum;
-    store_row(out + at * D, o, D);
+    for (int j = 0; j < 4; j++) out_t[j] /= sum;
+    store_row(out + at * D, out_t, D);
     if (threadIdx.x == 0) lse[at] = top + logf(sum);
 }
 
+// ---- attention_forward: the kernel for a precision and a head size ----------------------------------------
 // f(std::integral_constant<int, WIDTH>()) with the narrowest compiled WIDTH that holds D
 template <typename F> static void with_width(int D, F f) {
     if (D <= 32) f(std::integral_constant<int, 32>());
@@ -1599,143 +1768,220 @@ template <typename F> static void with_width(int D, F f) {
     else f(std::integral_constant<int, 128>());
 }
 
-template <typename X>
-void attention_forward(X *out, float *lse, const X *qkv, const int *doc_start, int B, int T, int H, int K, int D) {
+template <typename floatX>
+void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *doc_start, int B, int T, int H,
+                       int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    if constexpr (sizeof(X) == 4)
-        launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, gpu.stream,
+    if constexpr (sizeof(floatX) == 4)
+        launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0,
                out, lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
     else with_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value;
-        launch(attention_forward_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
-               (128 + 2 * 64) * (WIDTH + 8) * sizeof(X), gpu.stream,
-               out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
+        typedef ForwardTiles<WIDTH> Tiles;
+        launch(attention_forward_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)), ATT_THREADS,
+               sizeof(Tiles), out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
     });
 }
 
-// ---- attention backward ------------------------------------------------------------------------------------------------------
+// ---- attention_decode_kernel2: samples --------------------------------------------------------------------
+// T tokens of one text after `past` others: out (T,HD) =; kv (past+T,2KD) holds all their keys and values
+// bytes   4·(past+T)·K·D for T 1: 0.5 MB at past 2048, K 2, D 128: less than a launch takes
+// idea    a block per token and head; its warps take keys in turn, each with a running softmax of its own,
+//         and the first adds up what they have. Lane l holds elements 4l..4l+3: any D % 4 == 0 up to 128
+// variants: dev/attention_decode.cu 1 one warp, 2 this
+enum { DECODE_WARPS = 8 };
+
+template <typename floatX>
+__global__ void attention_decode_kernel2(floatX *out, const floatX *kv, const floatX *qkv, int past, int H,
+                                         int K, int D, float scale) {
+    __shared__ float tops[DECODE_WARPS], sums[DECODE_WARPS], outs[DECODE_WARPS][128];
+    const int h = blockIdx.x, t = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
+    const bool active = lane * 4 < D;
+    const floatX *k = kv + h / (H / K) * D + lane * 4, *v = k + K * D;
+    float q[4], k_s[4], v_s[4], o[4] = {}, top = -1e30f, sum = 0;
+    widen(q, load_if<4>(active, qkv + ((size_t)t * (H + 2 * K) + h) * D + lane * 4));
+    for (int s = warp; s <= past + t; s += DECODE_WARPS) {
+        widen(k_s, load_if<4>(active, k + (size_t)s * 2 * K * D));
+        widen(v_s, load_if<4>(active, v + (size_t)s * 2 * K * D));
+        const float score = warp_sum(q[0] * k_s[0] + q[1] * k_s[1] + q[2] * k_s[2] + q[3] * k_s[3]) * scale;
+        const float higher = fmaxf(top, score), shrink = exp_approx(top - higher);
+        const float p = exp_approx(score - higher);
+        top = higher;
+        sum = sum * shrink + p;
+        for (int j = 0; j < 4; j++) o[j] = o[j] * shrink + p * v_s[j];
+    }
+    if (lane == 0) tops[warp] = top, sums[warp] = sum;
+    for (int j = 0; j < 4; j++) outs[warp][lane * 4 + j] = o[j];
+    __syncthreads();
+    if (warp > 0 || !active) return;
+    float total = 0, mean[4] = {};
+    for (int w = 0; w < DECODE_WARPS; w++) top = fmaxf(top, tops[w]);
+    for (int w = 0; w < DECODE_WARPS; w++) {
+        const float share = exp_approx(tops[w] - top);          // 0 of a warp without keys
+        total += sums[w] * share;
+        for (int j = 0; j < 4; j++) mean[j] += outs[w][lane * 4 + j] * share;
+    }
+    for (int j = 0; j < 4; j++) mean[j] /= total;
+    store(out + ((size_t)t * H + h) * D + lane * 4, narrow<floatX>(mean));
+}
+
+template <typename floatX>
+void attention_decode(floatX *out, const floatX *kv, const floatX *qkv, int past, int T, int H, int K,
+                      int D) {
+    assert(D % 4 == 0 && D <= 128 && H % K == 0);
+    launch(attention_decode_kernel2<floatX>, dim3(H, T), dim3(32, DECODE_WARPS), 0,
+           out, kv, qkv, past, H, K, D, (float)(1 / sqrt((double)D)));
+}
+
+// kv (T,2KD) = the keys and values of T tokens
+template <typename floatX> void keep_keys_values(floatX *kv, const floatX *qkv, int T, int H, int K, int D) {
+    const size_t W = (size_t)(H + 2 * K) * D, n = (size_t)2 * K * D;
+    for (int t = 0; t < T; t++)                 // one, but for a prompt
+        cudaCheck(cudaMemcpyAsync(kv + t * n, qkv + t * W + H * D, n * sizeof(floatX),
+                                  cudaMemcpyDeviceToDevice, gpu.stream));
+}
+
+// ---- attention backward -----------------------------------------------------------------------------------
 // With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
 //   dv_s = sum_t P_ts dout_t      dS_ts = P_ts (dout_t v_s - delta_t)
-//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =, each element written once.
-// Two kernels and no atomics: dq runs first, owns whole rows of dout and out, and leaves delta for dk dv.
+//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t
+// dqkv (N,(H+2K)D) =, each element written once. Two kernels and no atomics: dq runs first, owns whole rows
+// of dout and out, and leaves delta for dk dv.
 
-// ---- attention_backward_dq_kernel1: the walk of the forward, with P known from lse and dS in P's place ------------------------
+// ---- attention_backward_dq_kernel2: the walk of the forward, with P known from lse and dS in P's place ----
 // dq (in dqkv) =, delta (N,H) =
-// bytes   2·N·(H+2K)·D + 4·N·H·D + 4·N·H in + 2·N·H·D + 4·N·H out = 287 MB: 86 us for N 16384, H 16, K 2, D 128.
-//         K and V from L2: 1.1 GB
+// bytes   2·N·(H+2K)·D + 4·N·H·D + 4·N·H in + 2·N·H·D + 4·N·H out = 287 MB: 86 us for N 16384, H 16, K 2,
+//         D 128. K and V from L2: 1.1 GB
 // FLOPs   3·N·(T+1)·H·D (three products) = 206 G at T 2048      floor 208 us (tensor; mma.sync: 336 us)
-// idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T and dO V^T are
-//         computed (7 products in all instead of 5): the price of sums without atomics
+// idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T
+//         and dO V^T are computed (7 products in all instead of 5): the price of sums without atomics
 // limits  as the forward; 95,744 bytes at D 128: two blocks per SM on sm_90, one on sm_80
+// variants dev/attention_backward.cu: 0 a thread per query, 1 tensor cores without overlap, 2 this
+template <int WIDTH> struct DqTiles {
+    static constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT;
+    Tile<QUERIES, WIDTH> q, dout;
+    Tile<KEYS, WIDTH> k[2], v;
+};
+
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(bf16 *__restrict__ dqkv,
-        float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const bf16 *__restrict__ out,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    bf16 *q_tile = shared_memory<bf16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    bf16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
+        const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef DqTiles<WIDTH> Tiles;
+    constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, QUERIES = Tiles::QUERIES;
+    constexpr int KEYS = Tiles::KEYS;
+    Tiles &tile = *shared_memory<Tiles>();
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
     const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
-    const float c = scale * (float)M_LOG2E;
+    const float log2_scale = scale * (float)M_LOG2E;
 
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
-    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
-    load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;      // walks; v = k + K*D
+    load_tile<ATT_THREADS>(tile.q, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<ATT_THREADS>(tile.dout, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    load_tile<ATT_THREADS>(tile.k[0], k, W, T - s0, D);
+    load_tile<ATT_THREADS>(tile.v, k + K * D, W, T - s0, D);
     cp_async_commit();
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4] = {};
+    Tile<ROWS, WIDTH> &warp_q = rows_of<ROWS>(tile.q, warp_row);
+    Tile<ROWS, WIDTH> &warp_dout = rows_of<ROWS>(tile.dout, warp_row);
+    float row_lse[MT][2], row_delta[MT][2], score[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4] = {};
     cp_async_wait<0>();
-    __syncthreads();                                        // dO is here
+    __syncthreads();                                                // dO is here
     #pragma unroll
-    for (int i = 0; i < MT * 2; i++) {                      // the four lanes of a row share out its D
+    for (int i = 0; i < MT * 2; i++) {                              // the four lanes of a row share out its D
         const int row = t + i * 8 + lane / 4;
         const size_t at = (size_t)(row0 + row) * H + h;
         float sum = 0;
         for (int d = lane % 4 * 8; row < T && d < D; d += 32) {
-            float a[8], b[8];
-            widen(a, load<8>(do_tile + (warp_row + i * 8 + lane / 4) * STRIDE + d));
-            widen(b, load<8>(out + at * D + d));
-            for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+            float dout_d[8], out_d[8];
+            widen(dout_d, load<8>(warp_dout.at(i * 8 + lane / 4, d)));
+            widen(out_d, load<8>(out + at * D + d));
+            for (int j = 0; j < 8; j++) sum += dout_d[j] * out_d[j];
         }
         sum = warp_sum(sum, 4);
         row_delta[i / 2][i % 2] = sum;
-        row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
+        row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;  // past the end p = 0
         if (lane % 4 == 0 && row < T) delta[at] = sum;
     }
     for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
-        const bf16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
         const int next = s0 + KEYS;
         k += (size_t)KEYS * W;
         cp_async_wait<0>();
-        __syncthreads();                                    // K, V are here; every warp has left the other K
-        if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
+        __syncthreads();  // K, V are here; every warp has left the other K
+        if (next < end) load_tile<ATT_THREADS>(tile.k[buffer ^ 1], k, W, T - next, D);
         cp_async_commit();
         const bool visible = s0 < t + ROWS && t < T && (!doc_start || s0 + KEYS > doc_start[row0 + t]);
         if (visible) {
-            fill(s, 0);
-            multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
+            fill(score, 0);
+            multiply_rows<2>(score, warp_q, tile.k[buffer]);
             #pragma unroll
-            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
-            multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
+            for (int i = 0; i < MT * NT * 4; i++)
+                ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+            multiply_rows<2>(ds, warp_dout, tile.v);
         }
-        __syncthreads();                                    // every warp has left V
-        if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
+        __syncthreads();                                            // every warp has left V
+        if (next < end) load_tile<ATT_THREADS>(tile.v, k + K * D, W, T - next, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(score, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
                 for (int n = 0; n < NT; n++)
-                    for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
-            multiply_probabilities<WIDTH>(dq, ds, k_tile);
+                    for (int i = 0; i < 4; i++)
+                        ds[m][n][i] *= exp2_approx(score[m][n][i] * log2_scale - row_lse[m][i / 2]);
+            multiply_probabilities(dq, ds, tile.k[buffer]);
         }
     }
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, warp_q, T - t, D);
 }
 
-// ---- attention_backward_dkdv_kernel1: a block has up to 128 keys and walks all queries that see them, head after head --------
-// dk, dv (in dqkv) =: sums over the H/K query heads that share them, in that order
+// ---- attention_backward_dkdv_kernel2: a block has up to 128 keys and walks all queries that see them ------
+// dk, dv (in dqkv) =: sums over the H/K query heads that share them, head after head
 // bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128.
 //         q and dO again per block, from L2
 // FLOPs   4·N·(T+1)·H·D (four products) = 275 G at T 2048        floor 278 us (tensor; mma.sync: 448 us)
-// idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and no sum crosses
-//         warps. A pair of warps shares 16*MT keys: one computes P and owns dV, the other computes dP and owns dK, so each holds
-//         one accumulator of twice the rows, and an operand from shared memory serves twice the products: 227 bytes per mma at
-//         D 128 instead of 348 with a warp for both (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so
-//         that dS is rounded once, and a named barrier of the pair says when
-// limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs and 100,096
-template <int WIDTH, int PAIRS> struct DkdvTile {
+// idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and
+//         no sum crosses warps. A pair of warps shares 16*MT keys: one computes P and owns dV, the other
+//         computes dP and owns dK, so each holds one accumulator of twice the rows, and an operand from
+//         shared memory serves twice the products: 227 bytes per mma at D 128 instead of 348 with a warp for
+//         both (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so that dS is rounded
+//         once, and a named barrier of the pair says when
+// limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs
+//         and 100,096
+// variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, no overlap, 2 this
+template <int WIDTH, int PAIRS> struct DkdvTiles {
     static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : 6;
-    static constexpr int ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT;
-    static constexpr int THREADS = 64 * PAIRS, EXCHANGE = MT * NT * 32;     // float4s of a pair's P
-    static constexpr int SMEM = (2 * KEYS + 4 * QUERIES) * (WIDTH + 8) * 2 + PAIRS * EXCHANGE * 16 + 4 * QUERIES * 4;
+    static constexpr int ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT, THREADS = 64 * PAIRS;
+    float4 exchange[PAIRS][MT * NT][32];                    // P of a pair: each lane's fragments
+    float stats[2][2 * QUERIES];                            // of two tiles of queries: lse, then delta
+    Tile<KEYS, WIDTH> k, v;
+    Tile<QUERIES, WIDTH> q[2], dout[2];
 };
 
 template <int WIDTH, int PAIRS>
-__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(bf16 *__restrict__ dqkv,
-        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    typedef DkdvTile<WIDTH, PAIRS> Tile;
-    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS;
-    constexpr int STRIDE = WIDTH + 8;
-    float4 *exchanges = shared_memory<float4>();
-    float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
-    bf16 *k_tile = (bf16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
-    bf16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;                  // early keys have most queries
+__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel2(
+        bf16 *__restrict__ dqkv, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
+        const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef DkdvTiles<WIDTH, PAIRS> Tiles;
+    constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, KEYS = Tiles::KEYS;
+    constexpr int QUERIES = Tiles::QUERIES, THREADS = Tiles::THREADS;
+    Tiles &tile = *shared_memory<Tiles>();
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;          // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler it is uniform: fewer registers
-    const int pair = warp % PAIRS, owns_dk = warp / PAIRS;                  // with 4 pairs a pair is on one scheduler
-    const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
-    const float c = scale * (float)M_LOG2E;
-    float4 *exchange = exchanges + pair * Tile::EXCHANGE + lane;
-    bf16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
+    // tells the compiler it is uniform: fewer registers
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const int pair = warp % PAIRS, owns_dk = warp / PAIRS;          // with 4 pairs a pair is on one scheduler
+    const int pair_row = pair * ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
+    const float log2_scale = scale * (float)M_LOG2E;
+    float4 *exchange = &tile.exchange[pair][0][lane];
+    Tile<ROWS, WIDTH> &left = rows_of<ROWS>(owns_dk ? tile.v : tile.k, pair_row);   // only this warp's
 
-    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
+    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends.
+    // Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
     int t_end = T;
     if (doc_start) {
@@ -1747,93 +1993,97 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         t_end = t_first + seen * QUERIES;
     }
     auto load_queries = [&](int h, int t, int buffer) {
-        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W,
-                                           T - t, D);
-        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D,
-                                           (size_t)H * D, T - t, D);
+        load_tile<THREADS>(tile.q[buffer], qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
+        const bf16 *dout_t = dout + ((size_t)(row0 + t) * H + h) * D;
+        load_tile<THREADS>(tile.dout[buffer], dout_t, (size_t)H * D, T - t, D);
         if (threadIdx.x >= 2 * QUERIES) return;
-        const int row = t + (int)threadIdx.x % QUERIES;     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        // past the end all is 0, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        const int row = t + (int)threadIdx.x % QUERIES;
         const float *stat = threadIdx.x < QUERIES ? lse : delta;
-        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat,
+        cp_async_4(&tile.stats[buffer][threadIdx.x], row < T ? stat + (size_t)(row0 + row) * H + h : stat,
                    row < T ? 4 : 0);
     };
 
     const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
-    load_tile<WIDTH, KEYS, THREADS>(k_tile, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS, THREADS>(v_tile, k + K * D, W, T - s0, D);
+    load_tile<THREADS>(tile.k, k, W, T - s0, D);
+    load_tile<THREADS>(tile.v, k + K * D, W, T - s0, D);
     int h = kv * (H / K), t = t_first;
     const int h_end = h + H / K;
     load_queries(h, t, 0);
     cp_async_commit();
 
-    float sum[MT][WIDTH / 8][4] = {}, s[MT][NT][4];                              // of dV or dK; scores, or dP
+    float sum[MT][WIDTH / 8][4] = {}, p[MT][NT][4];  // sum: dV or dK. p: scores, then P; or dP, then dS
     for (int buffer = 0; h < h_end; buffer ^= 1) {
-        const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
+        const float *lse_tile = tile.stats[buffer], *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
-        __syncthreads();                                                    // this tile is here, every warp has left the last one
-        const bf16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
+        __syncthreads();  // this tile is here, every warp has left the last one
+        Tile<QUERIES, WIDTH> &q_tile = tile.q[buffer], &dout_tile = tile.dout[buffer];
         const int t0 = t;
         t += QUERIES;
         if (t >= t_end) t = t_first, h++;
         if (h < h_end) load_queries(h, t, buffer ^ 1);
         cp_async_commit();
-        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS))
-            continue;                                                       // nothing to see
+        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + ROWS))
+            continue;                                               // nothing to see
         #pragma unroll
-        for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
+        for (int n = 0; n < NT; n++) {                              // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
             for (int m = 0; m < MT; m++)
-                for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
+                for (int j = 0; j < 4; j++) p[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
         }
-        multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
+        multiply_rows<1>(p, left, owns_dk ? dout_tile : q_tile);
         if (!owns_dk) {
-            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
-                mask_scores<true>(s, t0, key, doc_start, row0, T);
+            if (t0 < key + ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
+                mask_scores<true>(p, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
                 const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
                 for (int m = 0; m < MT; m++)
-                    for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
+                    for (int j = 0; j < 4; j++)
+                        p[m][n][j] = exp2_approx(p[m][n][j] * log2_scale - (j % 2 ? odd : even));
             }
             #pragma unroll
-            for (int i = 0; i < MT * NT; i++) store((float *)(exchange + i * 32), narrow<float>(s[i / NT][i % NT]));
+            for (int i = 0; i < MT * NT; i++)
+                store((float *)(exchange + i * 32), narrow<float>(p[i / NT][i % NT]));
             barrier_arrive(1 + pair, 64);
         } else {
-            barrier_sync(1 + pair, 64);                                     // P is here
+            barrier_sync(1 + pair, 64);                             // P is here
             #pragma unroll
             for (int i = 0; i < MT * NT; i++) {
-                float p[4];
-                widen(p, load<4>((const float *)(exchange + i * 32)));
-                for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
+                float other[4];
+                widen(other, load<4>((const float *)(exchange + i * 32)));
+                for (int j = 0; j < 4; j++) p[i / NT][i % NT][j] *= other[j];
             }
         }
-        multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
+        multiply_probabilities(sum, p, owns_dk ? q_tile : dout_tile);
     }
     bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
+    store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
-// ---- fp32: a warp per query, then a warp per key ------------------------------------------------------------------------
+// ---- attention_backward_dq_f32_kernel1, attention_backward_dkdv_f32_kernel1: a warp per query, per key ----
 __global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
         const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
+        float scale) {
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y;
+    const int W = (H + 2 * K) * D;
     if (t >= T) return;
     const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
     const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
-    float q[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq[4] = {};
-    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    float q_t[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq_t[4] = {};
+    load_row(q_t, qkv + (row0 + t) * W + h * D, D);
     load_row(dout_t, dout + at * D, D);
     load_row(out_t, out + at * D, D);
     const float delta_t = dot(dout_t, out_t), lse_t = lse[at];
     for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
         load_row(k_s, k + (size_t)s * W, D);
         load_row(v_s, v + (size_t)s * W, D);
-        const float p = expf(dot(q, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
-        for (int j = 0; j < 4; j++) dq[j] += ds * scale * k_s[j];
+        const float p = expf(dot(q_t, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
+        for (int j = 0; j < 4; j++) dq_t[j] += ds * scale * k_s[j];
     }
-    store_row(dqkv + (row0 + t) * W + h * D, dq, D);
+    store_row(dqkv + (row0 + t) * W + h * D, dq_t, D);
     if (threadIdx.x == 0) delta[at] = delta_t;
 }
 
@@ -1843,148 +2093,158 @@ __global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, co
     const int kv = blockIdx.x % K, s = blockIdx.y * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
     if (s >= T) return;
     const size_t row0 = (size_t)(blockIdx.x / K) * T, at_k = (row0 + s) * W + (H + kv) * D;
-    float k[4], v[4], q_t[4], dout_t[4], dk[4] = {}, dv[4] = {};
-    load_row(k, qkv + at_k, D);
-    load_row(v, qkv + at_k + K * D, D);
+    float k_s[4], v_s[4], q_t[4], dout_t[4], dk_s[4] = {}, dv_s[4] = {};
+    load_row(k_s, qkv + at_k, D);
+    load_row(v_s, qkv + at_k + K * D, D);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
         for (int t = s; t < T && (!doc_start || doc_start[row0 + t] <= s); t++) {
             const size_t at = (row0 + t) * H + h;
             load_row(q_t, qkv + (row0 + t) * W + h * D, D);
             load_row(dout_t, dout + at * D, D);
-            const float p = expf(dot(q_t, k) * scale - lse[at]), ds = p * (dot(dout_t, v) - delta[at]);
-            for (int j = 0; j < 4; j++) dk[j] += ds * scale * q_t[j], dv[j] += p * dout_t[j];
+            const float p = expf(dot(q_t, k_s) * scale - lse[at]), ds = p * (dot(dout_t, v_s) - delta[at]);
+            for (int j = 0; j < 4; j++) dk_s[j] += ds * scale * q_t[j], dv_s[j] += p * dout_t[j];
         }
-    store_row(dqkv + at_k, dk, D);
-    store_row(dqkv + at_k + K * D, dv, D);
+    store_row(dqkv + at_k, dk_s, D);
+    store_row(dqkv + at_k + K * D, dv_s, D);
 }
 
-template <typename X>
-void attention_backward(X *dqkv, const X *dout, const X *qkv, const X *out, const float *lse, const int *doc_start,
-                        int B, int T, int H, int K, int D) {
+// ---- attention_backward: the kernels for a precision, a head size and a device ----------------------------
+template <typename floatX>
+void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out,
+                        const float *lse, const int *doc_start, int B, int T, int H, int K, int D) {
     const float scale = (float)(1 / sqrt((double)D));
     float *delta = gpu.scratch;             // (N,H)
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    if constexpr (sizeof(X) == 4) {
-        launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, gpu.stream,
+    if constexpr (sizeof(floatX) == 4) {
+        const dim3 rows(32, F32_WARPS);
+        launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), rows, 0,
                dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-        launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, gpu.stream,
+        launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), rows, 0,
                dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
     } else with_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value, PAIRS = WIDTH <= 64 ? 2 : 4;
-        static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-        launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
-               (2 * 128 + 3 * 32) * (WIDTH + 8) * sizeof(X), gpu.stream,
-               dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+        static int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        typedef DqTiles<WIDTH> Tiles;
+        launch(attention_backward_dq_kernel2<WIDTH>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)), ATT_THREADS,
+               sizeof(Tiles), dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
         const auto dkdv = [&](auto pairs) {
-            typedef DkdvTile<WIDTH, decltype(pairs)::value> Tile;
-            launch(attention_backward_dkdv_kernel1<WIDTH, decltype(pairs)::value>, dim3(B * K, CEIL_DIV(T, Tile::KEYS)),
-                   Tile::THREADS, Tile::SMEM, gpu.stream, dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+            typedef DkdvTiles<WIDTH, decltype(pairs)::value> Tiles;
+            launch(attention_backward_dkdv_kernel2<WIDTH, decltype(pairs)::value>,
+                   dim3(B * K, CEIL_DIV(T, Tiles::KEYS)), Tiles::THREADS, sizeof(Tiles),
+                   dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
         };
-        if (DkdvTile<WIDTH, PAIRS>::SMEM <= smem_limit) dkdv(std::integral_constant<int, PAIRS>());
+        if ((int)sizeof(DkdvTiles<WIDTH, PAIRS>) <= shared_limit) dkdv(std::integral_constant<int, PAIRS>());
         else dkdv(std::integral_constant<int, 2>());
     });
 }
 
-// ---- MLP: h = silu(gate) up ---------------------------------------------------------------------------------------------------
-// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u = x (N,C) w (2F,C)^T      (Shazeer 2020)
-// backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the gradient of w_down.
-// Two forms: passes of their own between cuBLASLt's products, or the epilogues of products of our own. See mlp_forward.
-template <int E> __device__ __forceinline__ void swiglu(float (&u)[E], const float (&g)[E]) {                   // u becomes h
-    for (int k = 0; k < E; k++) u[k] *= __fdividef(g[k], 1 + exp_approx(-g[k]));
+// ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) --------------------------------------------------------
+// h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u = x (N,C) w (2F,C)^T
+// backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the
+// gradient of w_down. Two forms: passes of their own between cuBLASLt's products, or the epilogues of
+// products of our own.
+
+// of E elements; h may be u
+template <int E>
+__device__ __forceinline__ void swiglu(float (&h)[E], const float (&g)[E], const float (&u)[E]) {
+    for (int k = 0; k < E; k++) h[k] = u[k] * __fdividef(g[k], 1 + exp_approx(-g[k]));
 }
-// E columns in memory: g, u become dg, du, and h =; dh may be h
-template <int E, typename X> __device__ __forceinline__ void swiglu_backward_pack(X *gate, X *up, X *h, const X *dh) {
-    float g[E], u[E], d[E];
+
+// E columns in memory: gate, up become dg, du, and h =; dh may be h
+template <int E, typename floatX>
+__device__ __forceinline__ void swiglu_backward_pack(floatX *gate, floatX *up, floatX *h, const floatX *dh) {
+    float g[E], u[E], dh_f[E], dg[E], du[E], h_f[E];
     widen(g, load<E>(gate));
     widen(u, load<E>(up));
-    widen(d, load<E>(dh));
+    widen(dh_f, load<E>(dh));
     for (int k = 0; k < E; k++) {
-        const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
-        u[k] *= silu;
-        d[k] *= silu;
-        g[k] = dsilu * s * (1 + g[k] * (1 - s));
+        const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = dh_f[k] * u[k];
+        h_f[k] = u[k] * silu;
+        du[k] = dh_f[k] * silu;
+        dg[k] = dsilu * s * (1 + g[k] * (1 - s));
     }
-    store(h, narrow<X>(u));
-    store(gate, narrow<X>(g));
-    store(up, narrow<X>(d));
+    store(h, narrow<floatX>(h_f));
+    store(gate, narrow<floatX>(dg));
+    store(up, narrow<floatX>(du));
 }
 
-// ---- swiglu_forward_kernel1 ------------------------------------------------------------------------------------------------
+// ---- swiglu_forward_kernel2: a block per row --------------------------------------------------------------
 // bytes   2·2·N·F in + 2·N·F out = 1.08 GB for N 16384, F 11008
 //         floor 323 us (memory; two SFU operations per element: 98 us)
-// idea    a block per row, so that no division finds the row; 16-byte packs
-template <typename X> __global__ void swiglu_forward_kernel1(X *h, const X *gate_up, int F) {
-    constexpr int E = 16 / sizeof(X);
-    const X *g = gate_up + (size_t)blockIdx.x * 2 * F, *u = g + F;
-    X *h_n = h + (size_t)blockIdx.x * F;
+// idea    no division finds the row; 16-byte packs
+// limits  F % 8 == 0 (fp32: 4)
+// variants dev/swiglu.cu: 0 a thread per element, 1 16 bytes per thread, 2 this
+template <typename floatX> __global__ void swiglu_forward_kernel2(floatX *h, const floatX *gate_up, int F) {
+    constexpr int E = 16 / sizeof(floatX);
+    const floatX *gate = gate_up + (size_t)blockIdx.x * 2 * F, *up = gate + F;
+    floatX *h_n = h + (size_t)blockIdx.x * F;
     for (int f = threadIdx.x * E; f < F; f += blockDim.x * E) {
-        float g_f[E], u_f[E];
-        widen(g_f, load<E>(g + f));
-        widen(u_f, load<E>(u + f));
-        swiglu(u_f, g_f);
-        store(h_n + f, narrow<X>(u_f));
+        float g[E], u[E], h_f[E];
+        widen(g, load<E>(gate + f));
+        widen(u, load<E>(up + f));
+        swiglu(h_f, g, u);
+        store(h_n + f, narrow<floatX>(h_f));
     }
 }
 
-template <typename X> void swiglu_forward(X *h, const X *gate_up, int N, int F) {
-    const int E = 16 / sizeof(X);
+template <typename floatX> void swiglu_forward(floatX *h, const floatX *gate_up, int N, int F) {
+    const int E = 16 / sizeof(floatX);
     assert(F % E == 0);
-    launch(swiglu_forward_kernel1<X>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, gpu.stream, h, gate_up, F);
+    launch(swiglu_forward_kernel2<floatX>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, h, gate_up, F);
 }
 
-// ---- swiglu_backward_kernel1 -----------------------------------------------------------------------------------------------
+// ---- swiglu_backward_kernel1: a block per row -------------------------------------------------------------
 // gate_up (N,2F) becomes its gradient, h (N,F) =; dh (N,F) may be h
 // bytes   2·3·N·F in + 2·3·N·F out = 2.16 GB for N 16384, F 11008       floor 646 us (memory)
-template <typename X> __global__ void swiglu_backward_kernel1(X *gate_up, X *h, const X *dh, int F) {
-    constexpr int E = 16 / sizeof(X);
+// limits  F % 8 == 0 (fp32: 4)
+// variants dev/swiglu.cu: 0 a thread per element, 1 this
+template <typename floatX>
+__global__ void swiglu_backward_kernel1(floatX *gate_up, floatX *h, const floatX *dh, int F) {
+    constexpr int E = 16 / sizeof(floatX);
     const size_t row = (size_t)blockIdx.x * F;
-    X *gate = gate_up + 2 * row, *up = gate + F;
+    floatX *gate = gate_up + 2 * row, *up = gate + F;
     for (int f = threadIdx.x * E; f < F; f += blockDim.x * E)
         swiglu_backward_pack<E>(gate + f, up + f, h + row + f, dh + row + f);
 }
 
-template <typename X> void swiglu_backward(X *gate_up, X *h, const X *dh, int N, int F) {
-    const int E = 16 / sizeof(X);
+template <typename floatX> void swiglu_backward(floatX *gate_up, floatX *h, const floatX *dh, int N, int F) {
+    const int E = 16 / sizeof(floatX);
     assert(F % E == 0);
-    launch(swiglu_backward_kernel1<X>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, gpu.stream, gate_up, h, dh, F);
+    launch(swiglu_backward_kernel1<floatX>, N, min(CEIL_DIV(F, 32 * E) * 32, 256), 0, gate_up, h, dh, F);
 }
 
-// ---- gate_up_swiglu_kernel1, swiglu_down_backward_kernel1: products with SwiGLU as their epilogue -----------------------------
-// forward    gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up; h may be NULL
-// backward   dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F) =
-// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out:
-//         of 2·5·N·F and 2·7·N·F with the passes above 4·N·F less each way (N 16384, F 11008: 1.44 GB less in all)
+// ---- products of our own for the MLP: what both directions share ------------------------------------------
 // FLOPs   4·N·C·F = 1.48 T forward, 2·N·C·F backward: 4.7 and 2.4 ms at the 312 TFLOP/s of an A100
-// idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 192 bytes of shared memory per mma, 64 of
-//         them the copies', where an A100 leaves time for 256. Two stages of 32 columns are in flight (cp.async) while one is
-//         used. A warp's 64 columns are 32 of gate and the same 32 of up, so that both meet in one warp. The numbers are rounded
-//         where the passes round them
-// limits  C % 8 == 0, F % 8 == 0; 61,440 bytes of shared memory: two blocks per SM on sm_80 and sm_90, one with 99 KiB
-enum { MLP_ROWS = 128, MLP_COLS = 128, MLP_DEPTH = 32, MLP_STAGES = 3, MLP_STAGE = (MLP_ROWS + MLP_COLS) * (MLP_DEPTH + 8),
-       MLP_WARP = 64, MLP_SMEM = MLP_STAGES * MLP_STAGE * 2, MLP_GROUP = 16 };
+// idea    a block of 4 warps owns 128 x 128 sums, a warp 64 x 64 of them in registers: 192 bytes of shared
+//         memory per mma, 64 of them the copies', where an A100 leaves time for 256. Two stages of 32 columns
+//         are in flight (cp.async) while one is used. The numbers are rounded where the passes round them
+enum { MLP_THREADS = 128, MLP_ROWS = 128, MLP_COLUMNS = 128, MLP_DEPTH = 32, MLP_STAGES = 3, MLP_WARP = 64,
+       MLP_GROUP = 16 };
+typedef Tile<MLP_WARP, MLP_WARP> MlpWarpTile;               // a warp's result, on its way to memory
 
-// The block's tile of (tile_rows, tile_cols). Blocks in flight have neighbouring numbers: 16 x 16 tiles at a time share what they
-// read in L2.
-__device__ __forceinline__ int2 mlp_tile(int tile_rows, int tile_cols) {
-    const int first = blockIdx.x / (MLP_GROUP * tile_cols) * MLP_GROUP, height = min(tile_rows - first, (int)MLP_GROUP);
-    const int i = blockIdx.x % (MLP_GROUP * tile_cols);
+// The block's place among (rows, columns) of tiles. Blocks in flight have neighbouring numbers: 16 x 16 tiles
+// at a time share what they read in L2.
+__device__ __forceinline__ int2 mlp_place(int rows, int columns) {
+    const int first = blockIdx.x / (MLP_GROUP * columns) * MLP_GROUP;
+    const int height = min(rows - first, (int)MLP_GROUP);
+    const int i = blockIdx.x % (MLP_GROUP * columns);
     return make_int2(first + i % height, i / height);
 }
 
-// load(i, stage) starts the copies of step i, multiply(stage) uses them.
-template <typename Load, typename Multiply>
-__device__ __forceinline__ void mlp_pipeline(int steps, bf16 *stages, Load load, Multiply multiply) {
+// start(i, stage) starts the copies of step i, use(stage) multiplies them.
+template <typename Stage, typename Start, typename Use>
+__device__ __forceinline__ void mlp_pipeline(int steps, Stage *stages, Start start, Use use) {
     #pragma unroll
     for (int i = 0; i < MLP_STAGES - 1; i++) {
-        if (i < steps) load(i, stages + i * MLP_STAGE);
+        if (i < steps) start(i, stages[i]);
         cp_async_commit();
     }
     for (int i = 0, now = 0, then = MLP_STAGES - 1; i < steps; i++) {
         cp_async_wait<MLP_STAGES - 2>();
-        __syncthreads();                                    // step i is here, and every warp has left step i - 1
-        if (i + MLP_STAGES - 1 < steps) load(i + MLP_STAGES - 1, stages + then * MLP_STAGE);
+        __syncthreads();  // step i is here, and every warp has left step i - 1
+        if (i + MLP_STAGES - 1 < steps) start(i + MLP_STAGES - 1, stages[then]);
         cp_async_commit();
-        multiply(stages + now * MLP_STAGE);
+        use(stages[now]);
         now = now == MLP_STAGES - 1 ? 0 : now + 1;
         then = then == MLP_STAGES - 1 ? 0 : then + 1;
     }
@@ -1992,84 +2252,116 @@ __device__ __forceinline__ void mlp_pipeline(int steps, bf16 *stages, Load load,
     __syncthreads();                                        // the stages are free
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(bf16 *__restrict__ h,
-        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
-    constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
-    bf16 *stages = shared_memory<bf16>();
-    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
-    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
-    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
-    // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
-    // repeat the last: their sums are never stored.
-    const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
-    const bf16 *src[8];
+// ---- gate_up_swiglu_kernel3: the product with SwiGLU as its epilogue --------------------------------------
+// gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up; h may be NULL
+// bytes   2·N·C + 4·C·F in, 2·3·N·F out: of 2·5·N·F with the passes above 4·N·F less (0.72 GB for
+//         N 16384, F 11008)
+// idea    a warp's 64 columns are 32 of gate and the same 32 of up, so that both meet in one warp
+// limits  C % 8 == 0, F % 8 == 0; 61,440 bytes of shared memory: two blocks per SM on sm_80 and sm_90, one
+//         with 99 KiB
+// variants dev/mlp.cu: 0 a thread per element, 1 fp32 tiles, 2 tensor cores, 64 x 64 sums, one buffer, 3 this
+struct GateUpStage {
+    Tile<MLP_ROWS, MLP_DEPTH> x;
+    Tile<MLP_COLUMNS, MLP_DEPTH> w;  // 32 rows of gate, 32 of up, the next 32 of gate, of up
+};
+
+__global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C,
+        int F) {
+    constexpr int HALF = MLP_WARP / 2;
+    GateUpStage *stages = shared_memory<GateUpStage>();
+    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS / 2));
+    const int n0 = place.x * MLP_ROWS, f0 = place.y * (MLP_COLUMNS / 2), lane = threadIdx.x % 32;
+    // warps 0 1 above 2 3
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;
+    float sum[MLP_WARP / 16][MLP_WARP / 8][4] = {};
+    // A thread copies 16 bytes of 4 rows each of x and of w. Rows past the end repeat the last: their sums
+    // are never stored.
+    const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
+    const bf16 *x_src[4], *w_src[4];
     #pragma unroll
     for (int i = 0; i < 4; i++) {
-        src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
-        src[4 + i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + col;
+        x_src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + column;
+        w_src[i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + column;
     }
-    auto load_stage = [&](int i, bf16 *stage) {
-        const int valid = i * MLP_DEPTH + col < C ? 16 : 0;
+    auto load_stage = [&](int i, GateUpStage &stage) {
+        const int valid = i * MLP_DEPTH + column < C ? 16 : 0;
         #pragma unroll
-        for (int j = 0; j < 8; j++) cp_async_16(stage + (32 * j + row) * STRIDE + col, src[j] + i * MLP_DEPTH, valid);
+        for (int j = 0; j < 4; j++)
+            cp_async_16(stage.x.at(32 * j + row, column), x_src[j] + i * MLP_DEPTH, valid);
+        #pragma unroll
+        for (int j = 0; j < 4; j++)
+            cp_async_16(stage.w.at(32 * j + row, column), w_src[j] + i * MLP_DEPTH, valid);
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
-        multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](GateUpStage &stage) {
+        multiply_rows<2>(sum, rows_of<MLP_WARP>(stage.x, warp_row),
+                         rows_of<MLP_WARP>(stage.w, warp_half * MLP_WARP));
     });
-    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    fragments_to_rows(rows, s, 1);
+    MlpWarpTile &rows = reinterpret_cast<MlpWarpTile *>(stages)[threadIdx.x / 32];
+    fragments_to_rows(rows, sum, 1);
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
-    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
+    // rows 4 apart: other banks
+    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {
         const size_t n = n0 + warp_row + r;
-        const bf16 *at = rows + r * (MLP_WARP + 8) + f;
-        const Vec<bf16, 8> gate = load<8>(at), up = load<8>(at + HALF);
+        const Pack<bf16, 8> gate = load<8>(rows.at(r, f)), up = load<8>(rows.at(r, f + HALF));
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
-        float g[8], u[8];
+        float g[8], u[8], h_f[8];
         widen(g, gate);
         widen(u, up);
-        swiglu(u, g);
-        store(h + n * F + out_f, narrow<bf16>(u));
+        swiglu(h_f, g, u);
+        store(h + n * F + out_f, narrow<bf16>(h_f));
     }
 }
 
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(bf16 *__restrict__ gate_up,
+// ---- swiglu_down_backward_kernel2: the gradient of h stays on the chip ------------------------------------
+// dh = dx (N,C) w (C,F); gate_up (N,2F) becomes its gradient, h (N,F) =
+// bytes   2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: of 2·7·N·F with the passes above 4·N·F less
+// limits  C % 8 == 0, F % 8 == 0; 56,832 bytes of shared memory: two blocks per SM on sm_80 and sm_90, one
+//         with 99 KiB
+// variants dev/mlp.cu: 0 a thread per element, 1 fp32 tiles, 2 this
+struct DownStage {
+    Tile<MLP_ROWS, MLP_DEPTH> dx;
+    Tile<MLP_DEPTH, MLP_COLUMNS> w;
+};
+
+__global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(bf16 *__restrict__ gate_up,
         bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
-    bf16 *stages = shared_memory<bf16>();
-    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
-    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
-    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
-    const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
-    const bf16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
-    for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
-    auto load_stage = [&](int i, bf16 *stage) {
+    DownStage *stages = shared_memory<DownStage>();
+    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS));
+    const int n0 = place.x * MLP_ROWS, f0 = place.y * MLP_COLUMNS, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_column = threadIdx.x / 32 % 2 * MLP_WARP;
+    float sum[MLP_WARP / 16][MLP_WARP / 8][4] = {};
+    const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
+    const int w_row = threadIdx.x / 16, w_column = threadIdx.x % 16 * 8;
+    const bf16 *dx_src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_column, F - 8);
+    for (int i = 0; i < 4; i++) dx_src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + column;
+    auto load_stage = [&](int i, DownStage &stage) {
         const int c = i * MLP_DEPTH;
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
-            bf16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
-            cp_async_16(w_tile, w_src + (size_t)(c + 8 * j) * F, c + 8 * j + w_row < C ? 16 : 0);
+            cp_async_16(stage.dx.at(32 * j + row, column), dx_src[j] + c, c + column < C ? 16 : 0);
+            cp_async_16(stage.w.at(8 * j + w_row, w_column), w_src + (size_t)(c + 8 * j) * F,
+                        c + 8 * j + w_row < C ? 16 : 0);
         }
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
-        multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](DownStage &stage) {
+        multiply_columns(sum, rows_of<MLP_WARP>(stage.dx, warp_row), stage.w, warp_column);
     });
-    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    fragments_to_rows(rows, s, 1);
-    const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
+    MlpWarpTile &rows = reinterpret_cast<MlpWarpTile *>(stages)[threadIdx.x / 32];
+    fragments_to_rows(rows, sum, 1);
+    const int f = lane % 8 * 8, out_f = f0 + warp_column + f;
     if (out_f >= F) return;
     for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {
         const size_t n = n0 + warp_row + r;
         bf16 *gate = gate_up + n * 2 * F + out_f;
-        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows + r * (MLP_WARP + 8) + f);
+        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows.at(r, f));
     }
 }
 
-// ---- the two forms, and which one a device gets -----------------------------------------------------------------
+// ---- mlp_forward, mlp_backward_gate_up: the two forms, and which one a device gets ------------------------
 // gate_up (N,2F), h (N,F) = of x (N,C), w (2F,C); h may be NULL
 template <typename floatX>
 void mlp_forward_passes(floatX *h, floatX *gate_up, const floatX *x, const floatX *w, int N, int C, int F) {
@@ -2077,9 +2369,10 @@ void mlp_forward_passes(floatX *h, floatX *gate_up, const floatX *x, const float
     if (h) swiglu_forward(h, gate_up, N, F);
 }
 static void mlp_forward_products(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C, int F) {
+    static_assert(MLP_STAGES * sizeof(GateUpStage) >= MLP_THREADS / 32 * sizeof(MlpWarpTile));
     assert(C % 8 == 0 && F % 8 == 0);
-    launch(gate_up_swiglu_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS / 2), ATT_THREADS, MLP_SMEM, gpu.stream,
-           h, gate_up, x, w, N, C, F);
+    launch(gate_up_swiglu_kernel3, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLUMNS / 2), MLP_THREADS,
+           MLP_STAGES * sizeof(GateUpStage), h, gate_up, x, w, N, C, F);
 }
 
 // gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F)
@@ -2088,15 +2381,17 @@ void mlp_backward_passes(floatX *gate_up, floatX *h, const floatX *dx, const flo
     matmul_backward_x(h, dx, w, N, F, C);                   // dh, in h's place
     swiglu_backward(gate_up, h, (const floatX *)h, N, F);
 }
-static void mlp_backward_products(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N, int C, int F) {
+static void mlp_backward_products(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N, int C,
+                                  int F) {
+    static_assert(MLP_STAGES * sizeof(DownStage) >= MLP_THREADS / 32 * sizeof(MlpWarpTile));
     assert(C % 8 == 0 && F % 8 == 0);
-    launch(swiglu_down_backward_kernel1, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLS), ATT_THREADS, MLP_SMEM, gpu.stream,
-           gate_up, h, dx, w, N, C, F);
+    launch(swiglu_down_backward_kernel2, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLUMNS), MLP_THREADS,
+           MLP_STAGES * sizeof(DownStage), gate_up, h, dx, w, N, C, F);
 }
 
-// The bf16 kernels that differ between devices: by compute capability, the last row that is not above it. Products of our own
-// run on mma.sync: all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0, where cuBLASLt and a pass over its
-// result are faster (dev/SPEED.md 6). --mlp overrides the table.
+// The bf16 kernels that differ between devices: by compute capability, the last row that is not above it.
+// Products of our own run on mma.sync: all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0,
+// where cuBLASLt and a pass over its result are faster (dev/SPEED.md 6). --mlp overrides the table.
 typedef void MlpForward(bf16 *, bf16 *, const bf16 *, const bf16 *, int, int, int);
 typedef struct Kernels { int capability; MlpForward *mlp_forward, *mlp_backward; } Kernels;
 static const Kernels kernel_table[] = {
@@ -2108,8 +2403,8 @@ static Kernels kernels;
 
 static void choose_kernels(int capability) {
     for (const Kernels &row : kernel_table) if (row.capability <= capability) kernels = row;
-    if (opt.mlp == MLP_PASSES) kernels.mlp_forward = mlp_forward_passes<bf16>, kernels.mlp_backward = mlp_backward_passes<bf16>;
-    if (opt.mlp == MLP_PRODUCTS) kernels.mlp_forward = mlp_forward_products, kernels.mlp_backward = mlp_backward_products;
+    if (opt.mlp == MLP_PASSES) kernels = {capability, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>};
+    if (opt.mlp == MLP_PRODUCTS) kernels = {capability, mlp_forward_products, mlp_backward_products};
 }
 
 // As mlp_forward_passes and mlp_backward_passes
@@ -2119,50 +2414,57 @@ static void mlp_forward(float *h, float *gate_up, const float *x, const float *w
 static void mlp_forward(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C, int F) {
     kernels.mlp_forward(h, gate_up, x, w, N, C, F);
 }
-static void mlp_backward_gate_up(float *gate_up, float *h, const float *dx, const float *w, int N, int C, int F) {
+static void mlp_backward_gate_up(float *gate_up, float *h, const float *dx, const float *w, int N, int C,
+                                 int F) {
     mlp_backward_passes(gate_up, h, dx, w, N, C, F);
 }
 static void mlp_backward_gate_up(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N, int C, int F) {
     kernels.mlp_backward(gate_up, h, dx, w, N, C, F);
 }
 
-// ---- cross_entropy_kernel1: a block per row, the row stays in shared memory ------------------------------------------------
-// nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  weight (N) = d objective / d nll of each row: the logits
-// (N,Vp) become the objective's gradient weight (softmax - onehot), 0 where ignored; weight NULL: losses only.
-// Columns V..Vp-1 are padding: no part of the softmax, gradient 0.
+// ---- cross_entropy_kernel3: a block per row, the row stays in shared memory -------------------------------
+// nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  weight (N) = d objective / d nll of
+// each row: the logits x (N,Vp) become the objective's gradient weight (softmax - onehot), 0 where ignored;
+// weight NULL: losses only. Columns V..Vp-1 are padding: no part of the softmax, gradient 0.
 // bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000
 //         floor 626 us (memory; two SFU operations per element: 283 us)
-// idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each thread reads back only
-//         what it copied and has its own maximum and sum, so the block meets at one barrier. It also orders the read of x_target
-//         before any write. What does not fit (V 151,936: a quarter of the row) is read a second time, and the block, then
-//         alone on its SM, has twice the threads
+// idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each
+//         thread reads back only what it copied and has its own maximum and sum, so the block meets at one
+//         barrier. It also orders the read of x_target before any write. What does not fit (V 151,936: a
+//         quarter of the row) is read a second time, and the block, then alone on its SM, has twice the
+//         threads
+// limits  Vp % 8 == 0 (fp32: 4)
+// variants dev/cross_entropy.cu: 0 a thread per row, 1 a block per row, three walks, 2 two walks, 3 this
 enum { CLASSIFIER_THREADS = 512 };
 
-// Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its gradient.
-template <int E, typename X> __device__ __forceinline__ void load_logits(float (&x)[E], const X *row, int v, int V) {
+// Columns v.. of a row in fp32; padding becomes -inf: e^-inf = 0 is both its share of the sum and its
+// gradient.
+template <int E, typename floatX>
+__device__ __forceinline__ void load_logits(float (&x)[E], const floatX *row, int v, int V) {
     widen(x, load<E>(row + v));
     if (v + E > V) for (int k = 0; k < E; k++) if (v + k >= V) x[k] = -INFINITY;
 }
 
-template <typename X>
-__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(float *nll, X *logits, const int *targets,
-                                                                            const double *weight, int V, int Vp, int cached) {
-    constexpr int E = 16 / sizeof(X);
+template <typename floatX>
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(float *nll, floatX *logits,
+        const int *targets, const double *weight, int V, int Vp, int cached) {
+    constexpr int E = 16 / sizeof(floatX);
     __shared__ float tops[32], sums[32];
-    X *cache = shared_memory<X>(), *row = logits + (size_t)blockIdx.x * Vp;     // the first `cached` columns; the others in place
+    // the first `cached` columns; the others in place
+    floatX *cache = shared_memory<floatX>(), *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x], lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int first = threadIdx.x * E, step = blockDim.x * E;
     if (target == IGNORED) {
         if (threadIdx.x == 0) nll[blockIdx.x] = 0;
-        if (weight) for (int v = first; v < Vp; v += step) store(row + v, Vec<X, E>{});
+        if (weight) for (int v = first; v < Vp; v += step) store(row + v, Pack<floatX, E>{});
         return;
     }
     for (int v = first; v < cached; v += step) cp_async_16(cache + v, row + v);
     cp_async_commit();
-    const float at_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
+    const float x_target = threadIdx.x == 0 ? to_float(row[target]) : 0;
     cp_async_wait<0>();
-    float top = -FLT_MAX, sum = 0;                              // of this thread's columns: sum of e^(x - top)
-    auto add = [&](const X *from, int v) {
+    float top = -FLT_MAX, sum = 0;                          // of this thread's columns: sum of e^(x - top)
+    auto add = [&](const floatX *from, int v) {
         float x[E], higher = top;
         load_logits(x, from, v, V);
         for (int k = 0; k < E; k++) higher = fmaxf(higher, x[k]);
@@ -2179,42 +2481,51 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel1(
     __syncthreads();
     const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
     const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0);
-    if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - at_target;
+    if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - x_target;
     if (!weight) return;
     const float weight_n = (float)weight[blockIdx.x], factor = weight_n / total;
-    auto differentiate = [&](const X *from, int v) {
+    auto differentiate = [&](const floatX *from, int v) {
         float x[E];
         load_logits(x, from, v, V);
         for (int k = 0; k < E; k++) x[k] = exp_approx(x[k] - row_top) * factor;
         if (v <= target && target < v + E) for (int k = 0; k < E; k++) if (v + k == target) x[k] -= weight_n;
-        store(row + v, narrow<X>(x));
+        store(row + v, narrow<floatX>(x));
     };
     v = first;
     for (; v < cached; v += step) differentiate(cache, v);
     for (; v < Vp; v += step) differentiate(row, v);
 }
 
-template <typename X>
-void cross_entropy(float *nll, X *logits, const int *targets, const double *weight, int N, int V, int Vp) {
-    static int smem_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
-    const int E = 16 / sizeof(X), cached = min(Vp, smem_limit / 16 * E);
+template <typename floatX>
+void cross_entropy(float *nll, floatX *logits, const int *targets, const double *weight, int N, int V,
+                   int Vp) {
+    static int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
+    const int E = 16 / sizeof(floatX), cached = min(Vp, shared_limit / 16 * E);
     const int threads = min(CEIL_DIV(Vp, 32 * E) * 32, CLASSIFIER_THREADS * (cached < Vp ? 2 : 1));
     assert(Vp % E == 0 && V <= Vp);
-    launch(cross_entropy_kernel1<X>, N, threads, cached * sizeof(X), gpu.stream, nll, logits, targets, weight, V, Vp, cached);
+    launch(cross_entropy_kernel3<floatX>, N, threads, cached * sizeof(floatX), nll, logits, targets, weight,
+           V, Vp, cached);
 }
 
-// ---- sum_of_squares_kernel1: global norm ---------------------------------------------------------------------------------
+// ---- sum_of_squares_kernel2: global norm ------------------------------------------------------------------
 // out (1) += sum of x (n)^2, in double; not finite if any x is not (or beyond 1e19)
-// bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory). 16 products are added in fp32, then in double
+// bytes   4·n in;  1 G gradients: 4 GB, floor 1.2 ms (memory)
+// idea    16 products are added in fp32, then in double; the blocks' sums by add_sum
+// limits  n % 4 == 0, x aligned to 16 bytes
+// variants dev/global_norm.cu: 0 one block, 1 many blocks, each square in double, 2 this
 enum { SQUARES_BLOCKS = 1024, SQUARES_THREADS = 256 };
 
-__global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t n) {
+__global__ void sum_of_squares_kernel2(double *partials, const float *x, size_t n) {
     const size_t quads = n / 4, step = (size_t)gridDim.x * SQUARES_THREADS * 4;
     double sum = 0;
     for (size_t i0 = (size_t)blockIdx.x * SQUARES_THREADS * 4 + threadIdx.x; i0 < quads; i0 += step) {
         float squares = 0, q[4][4];
-        for (int j = 0; j < 4; j++) widen(q[j], load_if<4>(i0 + j * SQUARES_THREADS < quads, x + 4 * (i0 + j * SQUARES_THREADS)));
-        for (int j = 0; j < 4; j++) squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
+        for (int j = 0; j < 4; j++) {
+            const size_t i = i0 + j * SQUARES_THREADS;
+            widen(q[j], load_if<4>(i < quads, x + 4 * i));
+        }
+        for (int j = 0; j < 4; j++)
+            squares += (q[j][0] * q[j][0] + q[j][1] * q[j][1]) + (q[j][2] * q[j][2] + q[j][3] * q[j][3]);
         sum += squares;
     }
     sum = block_sum(sum);
@@ -2223,22 +2534,27 @@ __global__ void sum_of_squares_kernel1(double *partials, const float *x, size_t 
 
 void sum_of_squares(double *out, const float *x, size_t n) {
     const int blocks = (int)min(CEIL_DIV(n, (size_t)SQUARES_THREADS * 16), (size_t)SQUARES_BLOCKS);
-    assert(n % 4 == 0 && (uintptr_t)x % 16 == 0 && (uintptr_t)gpu.scratch % 8 == 0);
-    launch(sum_of_squares_kernel1, blocks, SQUARES_THREADS, 0, gpu.stream, (double *)gpu.scratch, x, n);
-    add_sum(out, (const double *)gpu.scratch, NULL, blocks);
+    double *partials = (double *)gpu.scratch;
+    assert(n % 4 == 0 && (uintptr_t)x % 16 == 0 && (uintptr_t)partials % 8 == 0);
+    launch(sum_of_squares_kernel2, blocks, SQUARES_THREADS, 0, partials, x, n);
+    add_sum(out, (const double *)partials, NULL, blocks);
 }
 
-// ---- adamw_update_kernel1 ----------------------------------------------------------------------------------------------------
-// AdamW (Loshchilov & Hutter 2019), decoupled decay:  g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
-// master = master shrink - rate m / (sqrt(v vscale) + eps),
-//     with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
-// master, m, v (n) are updated, w (n) = master rounded to X (fp32: may be master itself). M = float or bf16 stores m and v; bf16
-// ones are rounded at random with the bits of (key, first + i), i in the n: to the nearest, v would stand still where 1 - b2 is
-// below half a unit in the last place.
-// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G parameters: 9.0 ms (6.6 ms)
+// ---- adamw_update_kernel2: four parameters per thread -----------------------------------------------------
+// AdamW (Loshchilov & Hutter 2019), decoupled decay:
+//   g = grad gscale,  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+//   master = master shrink - rate m / (sqrt(v vscale) + eps)
+//   with shrink = 1 - lr decay, rate = lr / (1-b1^step), vscale = 1 / (1-b2^step).
+// master, m, v (n) are updated, w (n) = master rounded to floatX (fp32: may be master itself). floatM = float
+// or bf16 stores m and v; bf16 ones are rounded at random with the bits of (key, first + i), i in the n: to
+// the nearest, v would stand still where 1 - b2 is below half a unit in the last place.
+// bytes   per parameter 4 (grad) + 8 (master) + 16 (m, v; bf16: 8) + 2 (w) = 30 (22);  1 G: 9.0 ms (6.6 ms)
+// limits  n % 4 == 0, all aligned to 4 elements
+// variants dev/adamw.cu: 0 a parameter per thread, 1 eight, 2 this
 typedef struct AdamW { float b1, b2, eps, rate, vscale, shrink, gscale; uint32_t key; size_t first; } AdamW;
 
-// x, finite, rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the mean is x.
+// x, finite, rounded to one of its two neighbours in bf16 by 16 random bits, with probabilities such that the
+// mean is x.
 __device__ __forceinline__ float round_bf16_randomly(float x, uint32_t random) {
     return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000u);
 }
@@ -2251,43 +2567,50 @@ __device__ __forceinline__ uint32_t update_bits(uint32_t key, uint64_t index) {
     return h ^ h >> 15;
 }
 
-// Parameter i of the n. m and v come back as numbers that M holds exactly.
-template <typename M>
-__device__ __forceinline__ void adamw_step(float &p, float &m, float &v, float grad, const AdamW &a, size_t i) {
+// Parameter i of the n. m and v come back as numbers that floatM holds exactly.
+template <typename floatM>
+__device__ __forceinline__ void adamw_step(float &master, float &m, float &v, float grad, const AdamW &a,
+                                           size_t i) {
     const float g = grad * a.gscale;
     m = a.b1 * m + (1 - a.b1) * g;
     v = a.b2 * v + (1 - a.b2) * g * g;
-    p = p * a.shrink - a.rate * m / (sqrtf(v * a.vscale) + a.eps);
-    if constexpr (sizeof(M) == 2) {
+    master = master * a.shrink - a.rate * m / (sqrtf(v * a.vscale) + a.eps);
+    if constexpr (sizeof(floatM) == 2) {
         const uint32_t random = update_bits(a.key, a.first + i);
         m = round_bf16_randomly(m, random), v = round_bf16_randomly(v, random >> 16);
     }
 }
 
-template <typename X, typename M>
-__global__ void adamw_update_kernel1(X *w, float *master, M *m, M *v, const float *grad, size_t n, AdamW a) {
+template <typename floatX, typename floatM>
+__global__ void adamw_update_kernel2(floatX *w, float *master, floatM *m, floatM *v, const float *grad,
+                                     size_t n, AdamW a) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= n) return;
-    float g[4], p[4], m_i[4], v_i[4];
-    widen(g, load<4>(grad + i));
-    widen(p, load<4>(master + i));
+    float grad_i[4], master_i[4], m_i[4], v_i[4];
+    widen(grad_i, load<4>(grad + i));
+    widen(master_i, load<4>(master + i));
     widen(m_i, load<4>(m + i));
     widen(v_i, load<4>(v + i));
-    for (int k = 0; k < 4; k++) adamw_step<M>(p[k], m_i[k], v_i[k], g[k], a, i + k);
-    store(master + i, narrow<float>(p));
-    store(m + i, narrow<M>(m_i));
-    store(v + i, narrow<M>(v_i));
-    if ((const void *)w != (const void *)master) store(w + i, narrow<X>(p));
+    for (int k = 0; k < 4; k++) adamw_step<floatM>(master_i[k], m_i[k], v_i[k], grad_i[k], a, i + k);
+    store(master + i, narrow<float>(master_i));
+    store(m + i, narrow<floatM>(m_i));
+    store(v + i, narrow<floatM>(v_i));
+    if ((const void *)w != (const void *)master) store(w + i, narrow<floatX>(master_i));
 }
 
-template <typename X, typename M>
-void adamw_update(X *w, float *master, M *m, M *v, const float *grad, size_t n, double lr, double beta1, double beta2, double eps,
-                  double decay, double grad_scale, int64_t step, uint32_t key, size_t first) {
+template <typename floatX, typename floatM>
+void adamw_update(floatX *w, float *master, floatM *m, floatM *v, const float *grad, size_t n, double lr,
+                  double beta1, double beta2, double eps, double decay, double grad_scale, int64_t step,
+                  uint32_t key,
+                  size_t first) {
     const AdamW a = {(float)beta1, (float)beta2, (float)eps, (float)(lr / (1 - pow(beta1, (double)step))),
-                     (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale, key, first};
-    assert(n % 4 == 0 && ((uintptr_t)master | (uintptr_t)grad) % 16 == 0 && (uintptr_t)w % (4 * sizeof(X)) == 0);
-    assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(M)) == 0);
-    launch(adamw_update_kernel1<X, M>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, gpu.stream, w, master, m, v, grad, n, a);
+                     (float)(1 / (1 - pow(beta2, (double)step))), (float)(1 - lr * decay), (float)grad_scale,
+                     key, first};
+    assert(n % 4 == 0 && ((uintptr_t)master | (uintptr_t)grad) % 16 == 0);
+    assert((uintptr_t)w % (4 * sizeof(floatX)) == 0);
+    assert(((uintptr_t)m | (uintptr_t)v) % (4 * sizeof(floatM)) == 0);
+    launch(adamw_update_kernel2<floatX, floatM>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, w, master, m, v,
+           grad, n, a);
 }
 
 // ==== 4. Model: layout, forward, head and loss, backward, update ===========================================
@@ -2341,11 +2664,12 @@ template <typename floatX> struct LayerActs {
     float *lse;                         // (N,H)
     floatX *x_mid;                      // (N,C)        after attention
     floatX *gate_up;                    // (N,2F)       backward overwrites it with its gradient
+    floatX *kv;                         // (S,2KD)      samples: keys and values of the text so far
 };
 
 // A batch on the device, and its rows sorted by token.
 typedef struct Feed {
-    int B, T, n_distinct;
+    int B, T, past, keep, n_distinct;
     int *inputs, *targets;              // (N)
     int *doc_start;                     // (N), NULL: one document
     int *order, *tokens, *starts;       // (N), (N), (N+1)      of sort_rows
@@ -2370,6 +2694,7 @@ struct Model {                          // what does not depend on the precision
     int *feed_host, *feed_device;
     double *weight_host, *weight;       // (N)          of targets
     cudaEvent_t fed, weighed;           // the last copy of either has left the host
+    int *kept, n_kept;                  // (S) tokens whose keys and values are in kv
     Arena arena[N_ARENAS];
 };
 
@@ -2458,6 +2783,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
         if (plan->training || l < 2) take(a, &y->x, N * c->C);
         else y->x = m->acts[l - 2].x;
         layout_layer(m, y, a, keep_block, keep_mlp);
+        take(a, &y->kv, plan->sample * 2 * KD);
     }
     take(a, &m->x_last, N * c->C);
     take(a, &m->rstd_last, N);
@@ -2494,6 +2820,7 @@ Model *model_plan(const Config *c, const Plan *plan) {
     m->chunk = plan->chunk < m->N ? plan->chunk : m->N;
     m->N_chunks = CEIL_DIV(m->N, m->chunk);
     param_table_build(&m->p, c, plan->ranks);
+    m->kept = (int *)xcalloc((size_t)plan->sample, sizeof(int));
     with_precision(m, [&](auto *m) {
         m->acts = (decltype(m->acts))xcalloc((size_t)c->L, sizeof *m->acts);
         layout(m);
@@ -2527,6 +2854,7 @@ void model_alloc(Model *m) {
 // Frees what model_plan took; the GPU's memory goes with the process.
 void model_free(Model *m) {
     with_precision(m, [](auto *m) { free(m->acts); });
+    free(m->kept);
     free(m->p.tensors);
     free(m->p.units);
     free(m);
@@ -2606,7 +2934,7 @@ void model_init(Model *m, uint64_t seed) {
 
 // ---- data to the device -----------------------------------------------------------------------------------
 static Feed feed_at(int *x, size_t N) {
-    return {0, 0, 0, x, x + N, x + 2 * N, x + 3 * N, x + 4 * N, x + 5 * N};
+    return {0, 0, 0, 0, 0, x, x + N, x + 2 * N, x + 3 * N, x + 4 * N, x + 5 * N};
 }
 
 // Copies a batch to the device and sorts its rows by token (for the embedding). The next call waits for this
@@ -2615,7 +2943,7 @@ static Feed feed_batch(Model *m, const Batch *batch) {
     const size_t N = m->N, rows = (size_t)batch->B * batch->T, bytes = rows * sizeof(int);
     const Feed host = feed_at(m->feed_host, N);
     Feed f = feed_at(m->feed_device, N);
-    f.B = batch->B, f.T = batch->T;
+    f.B = batch->B, f.T = batch->T, f.past = batch->past, f.keep = batch->keep;
     if (!batch->doc_start) f.doc_start = NULL;
     cudaCheck(cudaEventSynchronize(m->fed));
     memcpy(host.inputs, batch->inputs, bytes);
@@ -2646,9 +2974,12 @@ static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX
     const int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     rmsnorm_forward(m->norm, y->rstd1, y->x, w->norm1, c->eps, N, c->C);
     matmul_forward(y->qkv, m->norm, w->qkv, N, c->C, W, NULL, w->qkv_bias);
-    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine, m->sine, c->eps,
-                         c->H, c->K, c->D, N, batch->T);
-    attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
+    const size_t angles = (size_t)batch->past * (c->D / 2), kept = (size_t)batch->past * 2 * c->K * c->D;
+    qk_norm_rope_forward(y->qkv, y->qk_raw, y->qk_rstd, w->q_norm, w->k_norm, m->cosine + angles,
+                         m->sine + angles, c->eps, c->H, c->K, c->D, N, batch->T);
+    if (batch->keep) keep_keys_values(y->kv + kept, y->qkv, batch->keep, c->H, c->K, c->D);
+    if (batch->past) attention_decode(y->att, y->kv, y->qkv, batch->past, batch->T, c->H, c->K, c->D);
+    else attention_forward(y->att, y->lse, y->qkv, batch->doc_start, batch->B, batch->T, c->H, c->K, c->D);
     matmul_forward(y->x_mid, y->att, w->o, N, HD, c->C, y->x, NULL);
 }
 
@@ -2721,21 +3052,27 @@ double model_loss(Model *m) {
     return loss;
 }
 
-// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. What comes after the last id does
-// not matter, so a power of two of rows runs: few shapes of matrix products.
+// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
+// last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a
+// whole. What comes after the last id does not matter, so several run as a power of two: few shapes of
+// matrix products.
 void next_logits(Model *model, const int *ids, int n, float *logits) {
-    // row: in the chunk
-    const int room = model->N < model->T ? model->N : model->T, row = (n - 1) % model->chunk;
+    const int keep = n <= model->plan.sample, room = model->N < model->T ? model->N : model->T;
     Batch b = {};
-    b.B = 1;
-    for (b.T = 16; b.T < n; b.T *= 2) {}
+    while (keep && b.past < model->n_kept && b.past < n - 1 && model->kept[b.past] == ids[b.past]) b.past++;
+    model->n_kept = keep ? n : 0;
+    if (keep) memcpy(model->kept, ids, (size_t)n * sizeof(int));
+    const int T = n - b.past, row = (T - 1) % model->chunk;     // row: of the last id in its chunk of logits
+    b.B = b.T = 1;
+    while (b.T < T) b.T *= 2;
     if (b.T > room) b.T = room;
+    b.keep = keep ? T : 0;
     b.inputs = (int *)xcalloc((size_t)b.T, sizeof(int));
-    memcpy(b.inputs, ids, (size_t)n * sizeof(int));
+    memcpy(b.inputs, ids + b.past, (size_t)T * sizeof(int));
     llama_forward(model, &b);
     free(b.inputs);
     with_precision(model, [&](auto *m) {
-        auto *norm = m->norm + (size_t)(n - 1 - row) * m->c.C;
+        auto *norm = m->norm + (size_t)(T - 1 - row) * m->c.C;
         matmul_forward(m->logits, norm, head_weights(m).head, m->chunk, m->c.C, m->c.Vp, NULL, NULL);
         copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, logits);
     });
@@ -2839,6 +3176,7 @@ static void update_tensors(ModelOf<floatX> *m, double lr, double grad_scale, int
 
 // One AdamW update with gradients * grad_scale (clipping); step counts from 1.
 void model_update(Model *model, double lr, double grad_scale, int64_t step, const Options *o) {
+    model->n_kept = 0;                          // of other weights
     with_precision(model, [&](auto *m) {
         if (m->plan.bf16_state) update_tensors<bf16>(m, lr, grad_scale, step, o);
         else update_tensors<float>(m, lr, grad_scale, step, o);
@@ -3151,28 +3489,31 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
+    int due = 0;                                            // a checkpoint
     window_turn(tr, /*of_updates=*/0);
     while (tr->state.step < opt.steps && train_step(tr)) {
         const int64_t step = tr->state.step;
         const int last = step == opt.steps;
         const int evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
-        const int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
+        due |= opt.checkpoint_every && step % opt.checkpoint_every == 0;
+        const int saving = due && !tr->bad_in_a_row;        // five bad ones must not push out a good one
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate(tr);
-        if (saving) save(tr);
+        if (saving) save(tr), due = 0;
         if (sampling) generate(tr);
         window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
     window_turn(tr, /*of_updates=*/1);
     const int stopped = stop_requested();
-    if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
+    if (opt.checkpoint_every || stopped) save(tr);          // skipped updates at the end changed no weight
     if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
     else report_end(tr);
     if (!stopped && opt.sample_every) generate(tr);
+    log_close();
 }
 
 // The gradients of the first update as a safetensors file, under Hugging Face's names.
@@ -3227,8 +3568,11 @@ static void resolve_schedule(Options *o, const Config *c) {
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
+    const int samples = opt.generate || (training && opt.sample_every);
+    const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
     Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training};
+                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
+                 samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};
     return plan;
 }
 
@@ -3288,14 +3632,38 @@ static void say_what_changed(const Trainer *tr, Options *was) {
 }
 
 // The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no
-// others.
+// others. OUT is that of one run: what it holds must be what this run saved before.
 static char *setup_resume(Trainer *tr, Options *was) {
-    if (!opt.resume) return NULL;
-    char *dir = checkpoint_choose(opt.resume, opt.out);
-    if (!dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
-    if (!dir) return NULL;
-    checkpoint_read_state(dir, &tr->state, was);
-    if (!strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
+    const char *resume = opt.resume, *folder = opt.out;     // folder: where auto looks
+    if (resume && strcmp(resume, "auto")) {
+        int64_t *steps;
+        const int is_out = checkpoint_list(resume, &steps) && access(str("%s/checksums.txt", resume).s, F_OK);
+        free(steps);
+        if (!option_given("--out")) opt.out = is_out ? resume : xstrdup(folder_above(resume).s);
+        if (is_out) folder = resume, resume = "auto";
+    }
+    const int is_auto = resume && !strcmp(resume, "auto");
+    if (is_training() && !comm_rank()) {
+        out_check(opt.out);
+        out_lock(opt.out, /*make=*/0);
+    }
+    char *dir = resume ? checkpoint_choose(resume, folder) : NULL;
+    if (resume && !dir) {
+        if (!is_training() && !opt.init_from) die("--resume auto: no checkpoint in %s", folder);
+        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", folder);
+    }
+    if (dir) {
+        opt.init_from = NULL;                               // it was for the first start
+        checkpoint_read_state(dir, &tr->state, was);
+        if (same_folder(dir, checkpoint_path(opt.out, tr->state.step).s)) tr->saved_step = tr->state.step;
+    }
+    const int continued = tr->saved_step >= 0;
+    if (!continued || !tr->state.run) {                     // a new run, or a branch in a folder of its own
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        tr->state.run = random_bits((uint64_t)now.tv_sec, (uint64_t)now.tv_nsec, (uint64_t)getpid());
+    }
+    if (is_training() && !comm_rank()) out_check_run(opt.out, &tr->state, continued, is_auto);
     return dir;
 }
 
@@ -3322,21 +3690,32 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 }
 
 // Sizes of everything; nothing is allocated yet.
-static void setup_sizes(Trainer *tr, const char *resume_dir) {
+static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
-    int64_t *steps;
     device_check_sizes(&tr->c);
     resolve_schedule(&opt, &tr->c);
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     resolve_batch(&tr->c, &machine);
-    const int n_steps = is_training() && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
-    if (n_steps)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out,
-            steps[n_steps - 1]);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
         tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
+}
+
+// Goes on where the checkpoint was in its data; in other data that place means nothing.
+static void resume_data(Trainer *tr) {
+    TrainState *s = &tr->state;
+    const DataLoader *dl = &tr->train;
+    const int same = !s->n_windows
+                  || (s->n_windows == dl->n_windows && s->seq_len == dl->T && s->data_crc == dl->crc);
+    tr->train.state = tr->state.loader;
+    if (same && s->loader.position < dl->n_windows) return;
+    tr->train.state.position = 0;
+    Str were = {""};
+    if (s->n_windows)
+        were = str("were %" PRId64 " windows of %" PRId64 " tokens, ", s->n_windows, s->seq_len);
+    printf("resume: data | %sare %" PRId64 " windows of %d tokens%s: their order begins anew\n", were.s,
+           dl->n_windows, dl->T, s->data_crc == dl->crc ? "" : ", from other shards");
 }
 
 static void setup_data(Trainer *tr, const char *resume_dir) {
@@ -3348,11 +3727,11 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
         tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
         for (int64_t i = 0; i < tr->micro_steps; i++)
             batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
-        if (resume_dir) {
-            tr->train.state = tr->state.loader;
-            tr->train.state.position %= tr->train.n_windows;
-        }
+        if (resume_dir) resume_data(tr);
         tr->state.loader = tr->train.state;
+        tr->state.n_windows = tr->train.n_windows;
+        tr->state.seq_len = T;
+        tr->state.data_crc = tr->train.crc;
         loader_log(&tr->train, "train", stdout);
     }
     if (opt.eval_only && !opt.val_data) die("--eval-only needs --val-data");
@@ -3400,18 +3779,24 @@ static void log_header(const Trainer *tr) {
     text_add_string(&r, host);
     text_add(&r, ", \"ranks\": %d, \"parameters\": %zu", comm_world(), model_table(tr->m)->n_params);
     text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
-    text_add(&r, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
+    text_add(&r, ", \"run\": \"%016" PRIx64 "\", \"step\": %" PRId64 ", \"options\": ", tr->state.run,
+             tr->state.step);
     text_add_options(&r, /*as_given=*/0);
     log_record(&r);
 }
 
 // After all checks, so that a refused run leaves nothing behind.
 static void setup_output(Trainer *tr, const char *resume_dir) {
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
-        die("cannot make --out %s: %s", opt.out, strerror(errno));
+    if (comm_rank() == 0) out_make(opt.out);
+    if (comm_rank() == 0 && is_training()) {
+        out_lock(opt.out, /*make=*/1);
+        // again: another run may have come and gone before there was a lock
+        out_check_run(opt.out, &tr->state, tr->saved_step >= 0, /*later_are_damaged=*/1);
+        out_remove_leftovers(opt.out);
+    }
     comm_barrier();
     if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
-    log_open(opt.out);
+    log_open(str("%s/%s", opt.out, is_training() ? "log.jsonl" : "eval.jsonl").s);
     if (!is_training()) return;
     tr->peak = device_peak(opt.precision == BF16);
     printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
@@ -3429,7 +3814,7 @@ static void setup(Trainer *tr) {
     tr->objective = &objectives[opt.stage];
     char *resume_dir = setup_resume(tr, &was);
     setup_model(tr, resume_dir);
-    setup_sizes(tr, resume_dir);
+    setup_sizes(tr);
     if (resume_dir) say_what_changed(tr, &was);
     if (opt.dry_run) return;
     setup_data(tr, resume_dir);
@@ -3438,7 +3823,8 @@ static void setup(Trainer *tr) {
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     signal(SIGUSR1, on_signal);
-    if (is_training() || opt.eval_only) setup_output(tr, resume_dir);
+    // an evaluation leaves something only where it is told to
+    if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
 }
 
 #ifndef LITESPARK_NO_MAIN
@@ -3453,7 +3839,10 @@ int main(int argc, char **argv) {
         device_open();
         setup(tr);
         if (opt.dry_run) print_model(tr);
-        else if (opt.eval_only) evaluate(tr);
+        else if (opt.eval_only) {
+            evaluate(tr);
+            if (!isfinite(tr->val_loss) && !signals) die("--eval-only: the loss is not finite");
+        }
         else if (opt.generate) generate(tr);
         else if (opt.dump_grads) dump_grads(tr);
         else train(tr);
@@ -3890,6 +4279,20 @@ static void read_exactly(int fd, const char *path, void *out, size_t n, size_t o
     if (read_at(fd, path, out, n, offset) != n) die("'%s' became shorter while it was read", path);
 }
 
+// The files that `pattern` means, sorted by name; 0: none. As much of its front as is there under exactly
+// that name is no pattern: the folder 'run[1]' of 'run[1]/*.bin'. The caller calls globfree.
+static int find_files(const char *pattern, glob_t *found) {
+    size_t n = strlen(pattern);
+    while (n && access(str("%.*s", (int)n, pattern).s, F_OK))
+        for (n--; n && pattern[n - 1] != '/'; n--) {}
+    Text escaped = {NULL, 0, 0};
+    for (size_t i = 0; i < n; i++) text_add(&escaped, "\\%c", pattern[i]);
+    text_add(&escaped, "%s", pattern + n);
+    const int failed = glob(escaped.s, 0, NULL, found);
+    free(escaped.s);
+    return !failed;
+}
+
 char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
     int fd = open_regular(path, "file", n);
     if (*n > max_bytes)
@@ -4016,8 +4419,9 @@ void options_parse(int argc, char **argv) {
 void options_check(void) {
     if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
         die("choose one of --preset, --config and --init-from");
-    if (opt.resume && opt.init_from)
-        die("--resume continues a run with its weights; it excludes --init-from");
+    if (opt.resume && strcmp(opt.resume, "auto") && opt.init_from)
+        die("--resume DIR continues a run with its weights, without --init-from; --resume auto may have "
+            "--init-from, for its first start");
     if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
         die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
     if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
@@ -4454,7 +4858,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
 static StSet *st_open_all(const char *pattern) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return NULL;
+    if (!find_files(pattern, &found)) return NULL;
     for (size_t i = 0; i < found.gl_pathc; i++) st_add_file(s, found.gl_pathv[i]);
     globfree(&found);
     st_sort_names(s);
@@ -5313,8 +5717,11 @@ static void shard_find_floor(Shard *s) {
 
 static void shard_open(DataLoader *dl, Shard *s) {
     size_t bytes;
+    char start[4096];
     s->fd = open_regular(s->path, "token shard", &bytes);
     if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
+    const size_t n = read_at(s->fd, s->path, start, sizeof start, 0);
+    dl->crc = crc32_update(crc32_update(dl->crc, &bytes, sizeof bytes), start, n);
     const char *dot = strrchr(s->path, '.');
     if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
     else shard_open_bin(s, bytes, dl->vocab_size);
@@ -5390,7 +5797,7 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     memset(dl, 0, sizeof *dl);
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
-    if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
+    if (!find_files(pattern, &found))
         die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others",
             pattern);
     dl->n_shards = (int)found.gl_pathc;
@@ -5529,7 +5936,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
 // Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
 int data_vocabulary(const char *pattern) {
     glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return -1;
+    if (!find_files(pattern, &found)) return -1;
     int words[4] = {0, 0, 0, 0};
     FILE *f = fopen(found.gl_pathv[0], "rb");
     if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
@@ -5561,13 +5968,13 @@ double flops_per_token(const Config *c, int T, int causal) {
 }
 
 // ---- log.jsonl: one JSON object per line, only rank 0 writes ----------------------------------------------
-static FILE *log_file;
+static struct { int fd; int64_t lost; Str path; } log_file = {-1, 0, {""}};
 
-void log_open(const char *out) {
+void log_open(const char *path) {
     if (comm_rank() != 0) return;
-    Str path = str("%s/log.jsonl", out);
-    log_file = fopen(path.s, "a");
-    if (!log_file) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
+    log_file.path = str("%s", path);
+    log_file.fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (log_file.fd < 0) die("cannot write %s: %s; choose another --out", path, strerror(errno));
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
@@ -5587,13 +5994,27 @@ void text_add_options(Text *t, int as_given) {
     text_add(t, "}");
 }
 
-// Writes the record t as one line and frees it.
+// Writes the record t as one line and frees it. A full disk ends no training: the record is lost, whole.
 void log_record(Text *t) {
-    if (log_file) {
-        fprintf(log_file, "%s}\n", t->s);
-        fflush(log_file);
+    text_add(t, "}\n");
+    if (log_file.fd >= 0) {
+        const off_t end = lseek(log_file.fd, 0, SEEK_END);
+        errno = 0;
+        if (write(log_file.fd, t->s, (size_t)t->n) != t->n) {
+            if (!log_file.lost++)
+                fprintf(stderr, "warning: cannot write %s: %s; training goes on without these records\n",
+                        log_file.path.s, strerror(errno ? errno : ENOSPC));
+            if (ftruncate(log_file.fd, end)) {}             // a half line would spoil the next one
+        }
     }
     free(t->s);
+}
+
+void log_close(void) {
+    if (log_file.lost)
+        fprintf(stderr, "warning: %" PRId64 " records are missing in %s\n", log_file.lost, log_file.path.s);
+    if (log_file.fd >= 0) close(log_file.fd);
+    log_file.fd = -1;
 }
 
 // "15 s" .. "3 h 20 min": for people
@@ -5621,19 +6042,41 @@ Str flops_text(double x) {
 //       OFFSET on of the flat unit
 //   trainer_state.json: step, options, data position, sums of the run
 //   checksums.txt: a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
-// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
+// Written as OUT/tmp.step_N, fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
+// OUT/lock: held by the run that trains here.
 #define IO_CHUNK ((size_t)1 << 20)
 static float io_values[IO_CHUNK];       // what passes between disk and model at a time
 
 static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model",
                                          "tokenizer_config.json", "special_tokens_map.json"};
 
-static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
-    DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(str("%s/%s", dir, e->d_name).s);
+static Str optimizer_file(int part, int parts) {
+    return str("optimizer-%05d-of-%05d.safetensors", part, parts);
+}
+
+static int is_checkpoint_file(const char *name) {
+    static const char *const files[] = {"config.json", "generation_config.json", "model.safetensors",
+                                        "trainer_state.json", "checksums.txt"};
+    int part, parts;
+    for (int i = 0; i < COUNT(files); i++) if (!strcmp(name, files[i])) return 1;
+    for (int i = 0; i < COUNT(side_files); i++) if (!strcmp(name, side_files[i])) return 1;
+    return sscanf(name, "optimizer-%d-of-%d.", &part, &parts) == 2
+        && !strcmp(name, optimizer_file(part, parts).s);
+}
+
+// Removes a folder of a checkpoint and the files that such a folder has. What else lies there stays and is
+// said; nothing is removed through a link.
+static void remove_folder(const char *dir) {
+    Str left = {""};
+    DIR *d = fdopendir(open(dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        if (!is_checkpoint_file(e->d_name) || unlinkat(dirfd(d), e->d_name, 0)) left = str("%s", e->d_name);
+    }
     if (d) closedir(d);
-    rmdir(dir);
+    if (rmdir(dir) && errno != ENOENT)
+        fprintf(stderr, *left.s ? "warning: %s stays: it holds %s, which litespark did not write or cannot "
+                "remove\n" : "warning: %s stays: %s\n", dir, *left.s ? left.s : strerror(errno));
 }
 
 static void sync_folder(const char *dir) {
@@ -5643,6 +6086,12 @@ static void sync_folder(const char *dir) {
     close(fd);
 }
 
+// How many characters at s are a step as these names have it: %08d.
+static size_t step_digits(const char *s) {
+    const size_t n = strspn(s, "0123456789");
+    return n == 8 || (n > 8 && *s != '0') ? n : 0;
+}
+
 // Steps of the checkpoints in OUT, ascending; the caller frees *steps.
 int checkpoint_list(const char *out, int64_t **steps) {
     int n = 0, room = 0;
@@ -5650,7 +6099,8 @@ int checkpoint_list(const char *out, int64_t **steps) {
     DIR *d = opendir(out);
     for (struct dirent *e; d && (e = readdir(d));) {
         int64_t step;
-        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5, &step)) continue;
+        if (strncmp(e->d_name, "step_", 5) || !step_digits(e->d_name + 5)
+            || !parse_int(e->d_name + 5, &step)) continue;
         *steps = (int64_t *)array_room(*steps, n + 1, &room, sizeof step);
         int at = n++;
         for (; at > 0 && (*steps)[at - 1] > step; at--) (*steps)[at] = (*steps)[at - 1];
@@ -5660,7 +6110,151 @@ int checkpoint_list(const char *out, int64_t **steps) {
     return n;
 }
 
-static Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
+Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
+
+// A name for the folder of a step that is being written or removed: OUT/tmp.step_N, or where something is in
+// the way OUT/tmp.step_N.1 and so on.
+static Str free_name(const char *out, int64_t step) {
+    struct stat info;
+    const Str first = str("%s/tmp.step_%08" PRId64, out, step);
+    Str name = first;
+    for (int i = 1; !lstat(name.s, &info); i++) name = str("%s.%d", first.s, i);
+    return name;
+}
+
+static int is_free_name(const char *name) {             // "tmp.old": of an earlier version
+    const size_t n = strncmp(name, "tmp.step_", 9) ? 0 : step_digits(name + 9);
+    const char *rest = name + 9 + n;
+    if (n && *rest == '.' && rest[1]) rest += 1 + strspn(rest + 1, "0123456789");
+    return !strcmp(name, "tmp.old") || (n && !*rest);
+}
+
+static int is_real_folder(const char *path) {           // and no link to one
+    struct stat info;
+    return !lstat(path, &info) && S_ISDIR(info.st_mode);
+}
+
+// Of a killed run; the caller has the lock.
+void out_remove_leftovers(const char *out) {
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        const Str path = str("%s/%s", out, e->d_name);
+        if (is_free_name(e->d_name) && is_real_folder(path.s)) remove_folder(path.s);
+    }
+    if (d) closedir(d);
+}
+
+// ---- OUT --------------------------------------------------------------------------------------------------
+Str folder_above(const char *path) {                    // "a/b/" -> "a", "b" -> "."
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    char *real = path[n - 1] == '.' ? realpath(path, NULL) : NULL;      // "a/..": of the folder that it means
+    if (real) path = real, n = strlen(real);
+    while (n && path[n - 1] != '/') n--;
+    while (n > 1 && path[n - 1] == '/') n--;
+    const Str above = n ? str("%.*s", (int)n, path) : str(".");
+    free(real);
+    return above;
+}
+
+int same_folder(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+// mkdir -p
+void out_make(const char *out) {
+    if (mkdir(out, 0777) && errno == ENOENT && strchr(out, '/')) {
+        out_make(folder_above(out).s);
+        mkdir(out, 0777);
+    }
+    const int failed = errno;
+    struct stat info;
+    if (stat(out, &info) || !S_ISDIR(info.st_mode)) die("cannot make --out %s: %s", out, strerror(failed));
+}
+
+// Dies unless OUT is a writable folder or can become one; leaves nothing behind.
+void out_check(const char *out) {
+    struct stat info;
+    Str at = str("%s", out), missing = {""};
+    while (stat(at.s, &info) && (errno == ENOENT || errno == ENOTDIR) && strcmp(at.s, ".")) {
+        missing = at;
+        at = folder_above(at.s);
+    }
+    if (stat(at.s, &info)) die("cannot make --out %s: %s: %s", out, at.s, strerror(errno));
+    if (!S_ISDIR(info.st_mode)) die("--out %s: %s is a file; name a folder", out, at.s);
+    if (!*missing.s && access(out, W_OK | X_OK)) die("--out %s is not writable: %s", out, strerror(errno));
+    if (!*missing.s) return;
+    if (!mkdir(missing.s, 0777)) rmdir(missing.s);      // the only way to know
+    else if (errno != EEXIST) die("cannot make --out %s: %s: %s", out, missing.s, strerror(errno));
+}
+
+// One run at a time trains in OUT. The kernel takes the lock back however the process ends. Not make: only
+// if the file is there, as it is after the first run.
+void out_lock(const char *out, int make) {
+    static int fd = -1;
+    const Str path = str("%s/lock", out);
+    char host[256] = "", holder[512] = "another run";
+    if (fd >= 0) return;
+    fd = open(path.s, O_RDWR | O_CLOEXEC | (make ? O_CREAT : 0), 0666);
+    if (fd < 0 && !make && errno == ENOENT) return;
+    if (fd < 0) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
+    if (!flock(fd, LOCK_EX | LOCK_NB)) {
+        gethostname(host, sizeof host - 1);
+        // only a hint: that it fails is no harm
+        if (ftruncate(fd, 0) || dprintf(fd, "process %d on %s\n", (int)getpid(), host) < 0) {}
+    } else if (errno == EWOULDBLOCK) {
+        const ssize_t n = pread(fd, holder, sizeof holder - 1, 0);
+        if (n > 0) holder[n] = 0, holder[strcspn(holder, "\n")] = 0;
+        die("--out %s is in use by %s: wait for its end, or name another --out", out, holder);
+    } else
+        fprintf(stderr, "warning: cannot lock %s: %s; see to it that no other run uses this --out\n", path.s,
+                strerror(errno));
+}
+
+// trainer_state.json names a run, and it is not this one. (Only its first line is looked at: damaged ones and
+// those of earlier versions name none.)
+static int is_of_another_run(const char *dir, uint64_t run) {
+    char line[256] = "";
+    FILE *f = fopen(str("%s/trainer_state.json", dir).s, "r");
+    if (f && !fgets(line, sizeof line, f)) *line = 0;
+    if (f) fclose(f);
+    return strstr(line, "\"run\": \"") && !strstr(line, str("\"run\": \"%016" PRIx64 "\"", run).s);
+}
+
+// Dies unless what OUT holds is what this run saved before. continued: the run was read from a folder of OUT;
+// later_are_damaged: as auto found them.
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged) {
+    int64_t *steps;
+    const int n = checkpoint_list(out, &steps);
+    if (n && !continued)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", out,
+            steps[n - 1]);
+    for (int i = 0; i < n; i++) {
+        const Str dir = checkpoint_path(out, steps[i]);
+        if (is_of_another_run(dir.s, t->run))
+            die("%s is of another run: move it away, or name another --out", dir.s);
+        if (steps[i] > t->step && !later_are_damaged && !checkpoint_whole(dir.s, /*weights_only=*/0).s[0])
+            die("%s is later than step %" PRId64 ": --resume auto continues it; to go another way from here, "
+                "name another --out, or move the later steps away", dir.s, t->step);
+    }
+    free(steps);
+}
+
+// Folders of checkpoints that this process wrote or has read: whole, without reading them again.
+static struct { char **dir; int n, room; } trusted;
+
+static void trust(const char *dir) {
+    trusted.dir = (char **)array_room(trusted.dir, trusted.n + 1, &trusted.room, sizeof *trusted.dir);
+    trusted.dir[trusted.n++] = xstrdup(dir);
+}
+
+static int is_whole(const char *dir) {
+    for (int i = 0; i < trusted.n; i++) if (!strcmp(trusted.dir[i], dir)) return 1;
+    if (checkpoint_whole(dir, /*weights_only=*/0).s[0]) return 0;
+    trust(dir);
+    return 1;
+}
 
 // ---- writing ----------------------------------------------------------------------------------------------
 // The first failure ends the saving; nothing dies while a half-written folder lies there.
@@ -5752,12 +6346,14 @@ static void text_add_series(Text *t, const char *key, const double *x) {
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64
-             ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
+    text_add(&j, "{\"format\": 2, \"run\": \"%016" PRIx64 "\",\n \"step\": %" PRId64 ", \"updates\": %"
+             PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->run, t->step, t->updates, t->tokens,
+             comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
     text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64
-             "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
+             ", \"windows\": %" PRId64 ", \"seq_len\": %" PRId64 ", \"crc\": %" PRId64 "},\n \"options\": ",
+             t->loader.seed, t->loader.epoch, t->loader.position, t->n_windows, t->seq_len, t->data_crc);
     text_add_options(&j, /*as_given=*/1);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     text_add_series(&j, "losses", t->losses);
@@ -5789,38 +6385,48 @@ static void save_side_files(Saving *s, const Config *c, const Options *o, const 
     }
 }
 
-static void checkpoint_prune(const char *out, int64_t keep) {
-    int64_t *steps;
-    int n = checkpoint_list(out, &steps);
-    Str gone = str("%s/tmp.old", out);
-    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint
-        if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
+// Removes all but the `keep` newest whole checkpoints up to step `saved`. Later ones can only be damaged ones
+// that a resume went back behind.
+static void checkpoint_prune(const char *out, int64_t saved, int64_t keep) {
+    int64_t *steps, kept = 0;
+    for (int i = checkpoint_list(out, &steps) - 1; i >= 0; i--) {
+        const Str dir = checkpoint_path(out, steps[i]), gone = free_name(out, steps[i]);
+        if (steps[i] > saved || !is_real_folder(dir.s)) continue;
+        if (kept < keep) kept += is_whole(dir.s);
+        // renamed first: a kill in between leaves no half checkpoint
+        else if (!rename(dir.s, gone.s)) remove_folder(gone.s);
+        else fprintf(stderr, "warning: cannot remove %s: %s\n", dir.s, strerror(errno));
+    }
     free(steps);
 }
 
-static void remove_leftovers(const char *out) {         // of a killed run
-    DIR *d = opendir(out);
-    for (struct dirent *e; d && (e = readdir(d));)
-        if (!strncmp(e->d_name, "tmp.", 4)) remove_folder(str("%s/%s", out, e->d_name).s);
-    if (d) closedir(d);
+// tmp, which is whole, becomes OUT/step_N, in the place of a damaged one if need be.
+static void checkpoint_place(Saving *s, const char *tmp, const Options *o, int64_t step) {
+    const Str final = checkpoint_path(o->out, step), old = free_name(o->out, step);
+    const int replaces = !rename(final.s, old.s);
+    if (rename(tmp, final.s)) {
+        text_add(&s->error, "%s: %s", final.s, strerror(errno));
+        if (replaces) rename(old.s, final.s);
+        return;
+    }
+    sync_folder(o->out);
+    if (replaces) remove_folder(old.s);
+    trust(final.s);
+    checkpoint_prune(o->out, step, o->keep);
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
                      const char *side_folder) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
-    Str final = checkpoint_path(o->out, t->step), tmp = str("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Str old = str("%s/tmp.old", o->out);
+    Str tmp = free_name(o->out, t->step);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     // CRC-32 and bytes of each optimizer file; failures
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));
-    if (rank == 0) {
-        remove_leftovers(o->out);
-        if (mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
-    }
-    comm_barrier();
+    if (rank == 0 && mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
+    comm_broadcast(&tmp, sizeof tmp);                   // of rank 0; now it is there
     if (rank < parts && !s.error.n) {
-        save_optimizer(&s, m, str("optimizer-%05d-of-%05d.safetensors", rank, parts).s);
+        save_optimizer(&s, m, optimizer_file(rank, parts).s);
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
@@ -5834,16 +6440,12 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
         for (int i = 1; i < parts; i++)             // rank 0's own is there
-            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n",
-                     (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
+            text_add(&s.checksums, "%08x %.0f %s\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
+                     optimizer_file(i, parts).s);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
         save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
         sync_folder(tmp.s);
-        rename(final.s, old.s);                         // a damaged one of the same step
-        if (!s.error.n && rename(tmp.s, final.s)) text_add(&s.error, "%s: %s", final.s, strerror(errno));
-        remove_folder(old.s);
-        sync_folder(o->out);
-        if (!s.error.n) checkpoint_prune(o->out, o->keep);
+        if (!s.error.n) checkpoint_place(&s, tmp.s, o, t->step);
     }
     if (s.error.n) {
         if (rank == 0) remove_folder(tmp.s);
@@ -5867,8 +6469,9 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
     return ok;
 }
 
-// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong.
-Str checkpoint_whole(const char *dir) {
+// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong. weights_only:
+// of the model's files, which --init-from reads.
+Str checkpoint_whole(const char *dir, int weights_only) {
     Str path = str("%s/checksums.txt", dir), why = {""};
     struct stat info;
     size_t size;
@@ -5886,6 +6489,7 @@ Str checkpoint_whole(const char *dir) {
         if (*next) *next++ = 0;
         int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
         Str file = str("%s/%.255s", dir, line + name);
+        if (weights_only && strncmp(line + name, "model", 5) && strcmp(line + name, "config.json")) continue;
         if (fields != 2 || !name) why = str("%s has a bad line", path.s);
         else if (!file_crc(file.s, &found_crc, &found)) why = str("%s is missing", file.s);
         else if (found != bytes) why = str("%s has %zu bytes, not %zu", file.s, found, bytes);
@@ -5899,15 +6503,17 @@ Str checkpoint_whole(const char *dir) {
 char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
-        if (!comm_rank()) why = checkpoint_whole(resume);
+        if (!comm_rank()) why = checkpoint_whole(resume, /*weights_only=*/0);
         if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
+        trust(resume);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
     int n = checkpoint_list(out, &steps);
     for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
-        why = checkpoint_whole(checkpoint_path(out, steps[i]).s);
-        if (!why.s[0]) chosen = steps[i];
+        const Str dir = checkpoint_path(out, steps[i]);
+        why = checkpoint_whole(dir.s, /*weights_only=*/0);
+        if (!why.s[0]) chosen = steps[i], trust(dir.s);
         else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why.s);
     }
     free(steps);
@@ -5971,6 +6577,10 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
     t->loader.seed = (uint64_t)json_int(loader, "seed", where, 0, INT64_MAX, JSON_REQUIRED);
     t->loader.epoch = json_int(loader, "epoch", where, 0, MOST, JSON_REQUIRED);
     t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
+    t->n_windows = json_int(loader, "windows", where, 0, MOST, 0);
+    t->seq_len = json_int(loader, "seq_len", where, 0, INT_MAX, 0);
+    t->data_crc = json_int(loader, "crc", where, 0, UINT32_MAX, 0);
+    t->run = strtoull(json_string(root, "run", where, "0"), NULL, 16);
     options_resume(json_get(root, "options"), where, format, was);
     free(root);
 }
@@ -5980,7 +6590,12 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
                         Model *m, int kind, int u, size_t at) {
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         size_t k = min_size(n - done, IO_CHUNK);
+        int bad = 0;
         st_read(s, t, first + done, k, io_values);
+        for (size_t i = 0; i < k; i++) bad |= !isfinite(io_values[i]);
+        if (bad)
+            die("%s: tensor %s holds a value that is not finite; use the weights from before",
+                s->paths[t->file], t->name);
         model_write(m, kind, u, at + done, k, io_values);
     }
 }
@@ -6025,6 +6640,11 @@ void checkpoint_read_model(const char *dir, Model *m, int state) {
 // Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
 void weights_read(const char *dir, Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
+    if (!comm_rank() && !access(str("%s/checksums.txt", dir).s, F_OK)) {        // one of ours
+        const Str why = checkpoint_whole(dir, /*weights_only=*/1);
+        if (why.s[0])
+            die("--init-from %s: %s; if it was changed on purpose, remove checksums.txt", dir, why.s);
+    }
     StSet *s = st_open(dir);
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];

@@ -1,25 +1,33 @@
 // attention_backward: dqkv (N,(H+2K)D) =, from dout, out (N,H*D), qkv, lse (N,H); delta (N,H) is scratch.
 //   With P_ts = exp(scale q_t k_s - lse_t),  delta_t = dout_t . out_t,  dS_ts = P_ts (dout_t v_s - delta_t):
-//   dv_s = sum_t P_ts dout_t,  dq_t = scale sum_s dS_ts k_s,  dk_s = scale sum_t dS_ts q_t.  H/K query heads add up in dk and dv
+//   dv_s = sum_t P_ts dout_t,  dq_t = scale sum_s dS_ts k_s,  dk_s = scale sum_t dS_ts q_t.  H/K query heads
+//   add up in dk and dv
 // bytes   2·N·(H+2K)·D in and out + 2·2·N·H·D + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 304 MB = 91 us
-// FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344 G
-// floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products: 784 us)
-// idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any order; two passes
-//         rebuild P twice
+// FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344
+//         G
+// floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products:
+//         784 us)
+// idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any
+//         order; two passes rebuild P twice
 // limits  D % 8 == 0, D <= 128
-// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733 and
-//         2607 (all caches missed); 2 6.4 and 22; 1 4.3 and 29. Shared memory limits the last two, in few blocks: 1 has the larger
-//         tiles, and the model knows no latency, which they are for. Measured: not yet
+// result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733
+//         and 2607 (all caches missed); 1 6.4 and 22; 2 4.3 and 29. Shared memory limits the last two, in few
+//         blocks: 2 has the larger tiles, and the model knows no latency, which they are for. Measured: not
+//         yet
 #include "bench.cuh"
 
-// ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv ----
-template <typename X>
-__global__ void attention_backward_dq_kernel0(X *dqkv, float *delta, const X *dout, const X *qkv, const X *out, const float *lse,
-                                              const int *doc_start, int N, int T, int H, int K, int D, float scale) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T, W = (H + 2 * K) * D;
+// ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv --
+template <typename floatX>
+__global__ void attention_backward_dq_kernel0(floatX *dqkv, float *delta, const floatX *dout,
+                                              const floatX *qkv, const floatX *out, const float *lse,
+                                              const int *doc_start, int N, int T, int H, int K, int D,
+                                              float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / H, h = i % H, t = row % T;
+    const int W = (H + 2 * K) * D;
     if (row >= N) return;
-    const X *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D, *v = k + K * D;
-    const X *dout_t = dout + (size_t)i * D;
+    const floatX *q = qkv + (size_t)row * W + h * D, *k = qkv + (size_t)(row - t) * W + (H + h / (H / K)) * D,
+        *v = k + K * D;
+    const floatX *dout_t = dout + (size_t)i * D;
     float dq[128] = {}, sum = 0;
     for (int d = 0; d < D; d++) sum += to_float(dout_t[d]) * to_float(out[(size_t)i * D + d]);
     delta[i] = sum;
@@ -32,56 +40,70 @@ __global__ void attention_backward_dq_kernel0(X *dqkv, float *delta, const X *do
         const float ds = expf(score * scale - lse[i]) * (dp - sum);
         for (int d = 0; d < D; d++) dq[d] += ds * to_float(k[(size_t)s * W + d]);
     }
-    for (int d = 0; d < D; d++) dqkv[(size_t)row * W + h * D + d] = from_float<X>(dq[d] * scale);
+    for (int d = 0; d < D; d++) dqkv[(size_t)row * W + h * D + d] = from_float<floatX>(dq[d] * scale);
 }
 
-template <typename X>
-__global__ void attention_backward_dkdv_kernel0(X *dqkv, const X *dout, const X *qkv, const float *lse, const float *delta,
-                                                const int *doc_start, int N, int T, int H, int K, int D, float scale) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / K, kv = i % K, s = row % T, W = (H + 2 * K) * D;
+template <typename floatX>
+__global__ void attention_backward_dkdv_kernel0(floatX *dqkv, const floatX *dout, const floatX *qkv,
+                                                const float *lse, const float *delta, const int *doc_start,
+                                                int N, int T, int H, int K, int D, float scale) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / K, kv = i % K, s = row % T;
+    const int W = (H + 2 * K) * D;
     if (row >= N) return;
     const size_t at = (size_t)row * W + (H + kv) * D;
-    const X *k = qkv + at, *v = k + K * D;
+    const floatX *k = qkv + at, *v = k + K * D;
     float dk[128] = {}, dv[128] = {};
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
         for (int t = s; t < T; t++) {
             const size_t row_t = (size_t)(row - s + t);
-            const X *q = qkv + row_t * W + h * D, *dout_t = dout + (row_t * H + h) * D;
-            if (doc_start && doc_start[row_t] > s) break;                   // later queries look no further back
+            const floatX *q = qkv + row_t * W + h * D, *dout_t = dout + (row_t * H + h) * D;
+            if (doc_start && doc_start[row_t] > s) break;  // later queries look no further back
             float score = 0, dp = 0;
-            for (int d = 0; d < D; d++) score += to_float(q[d]) * to_float(k[d]), dp += to_float(dout_t[d]) * to_float(v[d]);
+            for (int d = 0; d < D; d++)
+                score += to_float(q[d]) * to_float(k[d]), dp += to_float(dout_t[d]) * to_float(v[d]);
             const float p = expf(score * scale - lse[row_t * H + h]), ds = p * (dp - delta[row_t * H + h]);
             for (int d = 0; d < D; d++) dk[d] += ds * to_float(q[d]), dv[d] += p * to_float(dout_t[d]);
         }
-    for (int d = 0; d < D; d++) dqkv[at + d] = from_float<X>(dk[d] * scale), dqkv[at + K * D + d] = from_float<X>(dv[d]);
+    for (int d = 0; d < D; d++)
+        dqkv[at + d] = from_float<floatX>(dk[d] * scale), dqkv[at + K * D + d] = from_float<floatX>(dv[d]);
 }
 
-// ---- kernel 2: tensor cores, the tiles and products of the shipped kernels, but every copy is waited for, and delta has its
-// own kernel that reads dout and out once more
-template <typename X>
-__global__ void attention_delta_kernel2(float *delta, const X *dout, const X *out, int rows, int D) {     // a warp per row
+// ---- kernel 1: tensor cores, the tiles and products of the shipped kernels, but every copy is waited for,
+// and delta has its own kernel that reads dout and out once more
+template <typename floatX>
+// a warp per row
+__global__ void attention_delta_kernel1(float *delta, const floatX *dout, const floatX *out, int rows,
+                                        int D) {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
     float sum = 0;
-    for (int d = threadIdx.x; d < D; d += 32) sum += to_float(dout[(size_t)row * D + d]) * to_float(out[(size_t)row * D + d]);
+    for (int d = threadIdx.x; d < D; d += 32)
+        sum += to_float(dout[(size_t)row * D + d]) * to_float(out[(size_t)row * D + d]);
     sum = warp_sum(sum);
     if (threadIdx.x == 0) delta[row] = sum;
 }
 
+template <int WIDTH> struct OneBufferTiles {
+    Tile<128, WIDTH> q, dout;
+    Tile<32, WIDTH> k, v;
+};
+
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(bf16 *__restrict__ dqkv,
-                                                                                const float *__restrict__ delta,
-        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
-        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    bf16 *q_tile = shared_memory<bf16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    bf16 *k_tile = do_tile + QUERIES * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row, row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
-    const float c = scale * (float)M_LOG2E;
-    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(bf16 *__restrict__ dqkv,
+        const float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
+        float scale) {
+    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT;
+    OneBufferTiles<WIDTH> &tile = *shared_memory<OneBufferTiles<WIDTH>>();
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
+    const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
+    const float log2_scale = scale * (float)M_LOG2E;
+    load_tile<ATT_THREADS>(tile.q, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<ATT_THREADS>(tile.dout, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    Tile<ROWS, WIDTH> &warp_q = rows_of<ROWS>(tile.q, warp_row);
+    Tile<ROWS, WIDTH> &warp_dout = rows_of<ROWS>(tile.dout, warp_row);
+    float row_lse[MT][2], row_delta[MT][2], score[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4];
     #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
         const int row = t + i * 8 + lane / 4;
@@ -93,42 +115,48 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
     for (int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0; s0 < end; s0 += KEYS) {
         const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;
         __syncthreads();                                    // every warp has left the previous K and V
-        load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
-        load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+        load_tile<ATT_THREADS>(tile.k, k, W, T - s0, D);
+        load_tile<ATT_THREADS>(tile.v, k + K * D, W, T - s0, D);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
         if (s0 >= t + ROWS || t >= T) continue;
-        fill(s, 0);
-        multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
-        mask_scores<false>(s, t, s0, doc_start, row0, T);
-        #pragma unroll
-        for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
-        multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
+        fill(score, 0);
+        multiply_rows<2>(score, warp_q, tile.k);
+        mask_scores<false>(score, t, s0, doc_start, row0, T);
         #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++)
-            ds[i / 4 / NT][i / 4 % NT][i % 4] *= exp2_approx(s[i / 4 / NT][i / 4 % NT][i % 4] * c
-                - row_lse[i / 4 / NT][i % 4 / 2]);
-        multiply_probabilities<WIDTH>(dq, ds, k_tile);
+            ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+        multiply_rows<2>(ds, warp_dout, tile.v);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            for (int n = 0; n < NT; n++)
+                for (int i = 0; i < 4; i++)
+                    ds[m][n][i] *= exp2_approx(score[m][n][i] * log2_scale - row_lse[m][i / 2]);
+        multiply_probabilities(dq, ds, tile.k);
     }
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, warp_q, T - t, D);
 }
 
+template <int WIDTH> struct OneWarpTiles {
+    Tile<64, WIDTH> k, v;
+    Tile<32, WIDTH> q, dout;
+};
+
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel2(bf16 *__restrict__ dqkv,
-                                                                                  const float *__restrict__ delta,
-        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
-        const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    constexpr int MT = 1, NT = 4, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT, STRIDE = WIDTH + 8;
-    bf16 *k_tile = shared_memory<bf16>(), *v_tile = k_tile + KEYS * STRIDE;
-    bf16 *q_tile = v_tile + KEYS * STRIDE, *do_tile = q_tile + QUERIES * STRIDE;
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32,
-        row0 = blockIdx.x / K * T;
-    const int warp_row = threadIdx.x / 32 * ROWS, key = s0 + warp_row;
-    const float c = scale * (float)M_LOG2E;
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel1(bf16 *__restrict__ dqkv,
+        const float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
+        float scale) {
+    constexpr int MT = 1, NT = 4, ROWS = 16 * MT, KEYS = ROWS * ATT_WARPS, QUERIES = 8 * NT;
+    OneWarpTiles<WIDTH> &tile = *shared_memory<OneWarpTiles<WIDTH>>();
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
+    const int row0 = blockIdx.x / K * T, warp_row = threadIdx.x / 32 * ROWS, key = s0 + warp_row;
+    const float log2_scale = scale * (float)M_LOG2E;
     const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
-    load_tile<WIDTH, KEYS>(k_tile, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    load_tile<ATT_THREADS>(tile.k, k, W, T - s0, D);
+    load_tile<ATT_THREADS>(tile.v, k + K * D, W, T - s0, D);
+    Tile<ROWS, WIDTH> &warp_k = rows_of<ROWS>(tile.k, warp_row), &warp_v = rows_of<ROWS>(tile.v, warp_row);
     float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4], p[MT][NT][4], ds[MT][NT][4];
     fill(dk, 0);
     fill(dv, 0);
@@ -136,127 +164,135 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dkdv_kernel
         for (int t0 = s0 / QUERIES * QUERIES; t0 < T; t0 += QUERIES) {
             if (doc_start && doc_start[row0 + t0] >= s0 + KEYS) break;      // the same for the whole block
             __syncthreads();
-            load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-            load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+            load_tile<ATT_THREADS>(tile.q, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+            load_tile<ATT_THREADS>(tile.dout, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0,
+                                   D);
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
             if (t0 + QUERIES <= key || key >= T) continue;
             fill(p, 0);
-            multiply_rows<WIDTH, 2>(p, k_tile + warp_row * STRIDE, q_tile);
+            multiply_rows<2>(p, warp_k, tile.q);
             mask_scores<true>(p, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int j = 0; j < NT * 4; j++) {
                 const int t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
                 const size_t at = (size_t)(row0 + min(t, T - 1)) * H + h;
-                p[0][j / 4][j % 4] = t < T ? exp2_approx(p[0][j / 4][j % 4] * c - lse[at] * (float)M_LOG2E) : 0;
+                const float score = p[0][j / 4][j % 4];
+                p[0][j / 4][j % 4] = t < T ? exp2_approx(score * log2_scale - lse[at] * (float)M_LOG2E) : 0;
                 ds[0][j / 4][j % 4] = -delta[at];
             }
-            multiply_rows<WIDTH, 2>(ds, v_tile + warp_row * STRIDE, do_tile);
-            multiply_probabilities<WIDTH>(dv, p, do_tile);
+            multiply_rows<2>(ds, warp_v, tile.dout);
+            multiply_probabilities(dv, p, tile.dout);
             #pragma unroll
             for (int j = 0; j < NT * 4; j++) ds[0][j / 4][j % 4] *= p[0][j / 4][j % 4];
-            multiply_probabilities<WIDTH>(dk, ds, q_tile);
+            multiply_probabilities(dk, ds, tile.q);
         }
     bf16 *dk_out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
     __syncthreads();
-    store_rows<WIDTH>(dk_out, W, dk, scale, k_tile + warp_row * STRIDE, T - key, D);
-    store_rows<WIDTH>(dk_out + K * D, W, dv, 1, v_tile + warp_row * STRIDE, T - key, D);
+    store_rows(dk_out, W, dk, scale, warp_k, T - key, D);
+    store_rows(dk_out + K * D, W, dv, 1, warp_v, T - key, D);
 }
 
-// ---- kernel 1, shipped: copies land while products run, two buffers for what is needed longest; dq runs first, sums delta from
-// the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its keys: one owns dv, one dk ----
+// ---- kernel 2, shipped: copies land while products run, two buffers for what is needed longest; dq runs
+// first, sums delta from the dout it holds anyway and leaves it for dk dv. There a pair of warps shares its
+// keys: one owns dv, one dk ----
 template <int WIDTH>
-__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel1(bf16 *__restrict__ dqkv,
-        float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const bf16 *__restrict__ out,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT, STRIDE = WIDTH + 8;
-    bf16 *q_tile = shared_memory<bf16>(), *do_tile = q_tile + QUERIES * STRIDE;
-    bf16 *k_tiles = do_tile + QUERIES * STRIDE, *v_tile = k_tiles + 2 * KEYS * STRIDE;
-    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
+__global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
+        const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef DqTiles<WIDTH> Tiles;
+    constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, QUERIES = Tiles::QUERIES;
+    constexpr int KEYS = Tiles::KEYS;
+    Tiles &tile = *shared_memory<Tiles>();
+    const int h = blockIdx.x % H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES, W = (H + 2 * K) * D;
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * ROWS, t = t0 + warp_row;
     const int row0 = blockIdx.x / H * T, end = min(t0 + QUERIES, T);
     const int doc_last = doc_start ? doc_start[row0 + min(t + ROWS, T) - 1] : 0;
-    const float c = scale * (float)M_LOG2E;
+    const float log2_scale = scale * (float)M_LOG2E;
 
     int s0 = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
-    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;         // walks; v = k + K*D
-    load_tile<WIDTH, QUERIES>(q_tile, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
-    load_tile<WIDTH, QUERIES>(do_tile, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
-    load_tile<WIDTH, KEYS>(k_tiles, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - s0, D);
+    const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + h / (H / K)) * D;      // walks; v = k + K*D
+    load_tile<ATT_THREADS>(tile.q, qkv + (size_t)(row0 + t0) * W + h * D, W, T - t0, D);
+    load_tile<ATT_THREADS>(tile.dout, dout + ((size_t)(row0 + t0) * H + h) * D, (size_t)H * D, T - t0, D);
+    load_tile<ATT_THREADS>(tile.k[0], k, W, T - s0, D);
+    load_tile<ATT_THREADS>(tile.v, k + K * D, W, T - s0, D);
     cp_async_commit();
-    float row_lse[MT][2], row_delta[MT][2], s[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4] = {};
+    Tile<ROWS, WIDTH> &warp_q = rows_of<ROWS>(tile.q, warp_row);
+    Tile<ROWS, WIDTH> &warp_dout = rows_of<ROWS>(tile.dout, warp_row);
+    float row_lse[MT][2], row_delta[MT][2], score[MT][NT][4], ds[MT][NT][4], dq[MT][WIDTH / 8][4] = {};
     cp_async_wait<0>();
-    __syncthreads();                                        // dO is here
+    __syncthreads();                                                // dO is here
     #pragma unroll
-    for (int i = 0; i < MT * 2; i++) {                      // the four lanes of a row share out its D
+    for (int i = 0; i < MT * 2; i++) {                              // the four lanes of a row share out its D
         const int row = t + i * 8 + lane / 4;
         const size_t at = (size_t)(row0 + row) * H + h;
         float sum = 0;
         for (int d = lane % 4 * 8; row < T && d < D; d += 32) {
-            float a[8], b[8];
-            widen(a, load<8>(do_tile + (warp_row + i * 8 + lane / 4) * STRIDE + d));
-            widen(b, load<8>(out + at * D + d));
-            for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+            float dout_d[8], out_d[8];
+            widen(dout_d, load<8>(warp_dout.at(i * 8 + lane / 4, d)));
+            widen(out_d, load<8>(out + at * D + d));
+            for (int j = 0; j < 8; j++) sum += dout_d[j] * out_d[j];
         }
         sum = warp_sum(sum, 4);
         row_delta[i / 2][i % 2] = sum;
-        row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;      // past the end p = 0
+        row_lse[i / 2][i % 2] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;  // past the end p = 0
         if (lane % 4 == 0 && row < T) delta[at] = sum;
     }
     for (int buffer = 0; s0 < end; s0 += KEYS, buffer ^= 1) {
-        const bf16 *k_tile = k_tiles + buffer * KEYS * STRIDE;
         const int next = s0 + KEYS;
         k += (size_t)KEYS * W;
         cp_async_wait<0>();
-        __syncthreads();                                    // K, V are here; every warp has left the other K
-        if (next < end) load_tile<WIDTH, KEYS>(k_tiles + (buffer ^ 1) * KEYS * STRIDE, k, W, T - next, D);
+        __syncthreads();  // K, V are here; every warp has left the other K
+        if (next < end) load_tile<ATT_THREADS>(tile.k[buffer ^ 1], k, W, T - next, D);
         cp_async_commit();
         const bool visible = s0 < t + ROWS && t < T && (!doc_start || s0 + KEYS > doc_start[row0 + t]);
         if (visible) {
-            fill(s, 0);
-            multiply_rows<WIDTH, 2>(s, q_tile + warp_row * STRIDE, k_tile);
+            fill(score, 0);
+            multiply_rows<2>(score, warp_q, tile.k[buffer]);
             #pragma unroll
-            for (int i = 0; i < MT * NT * 4; i++) ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
-            multiply_rows<WIDTH, 2>(ds, do_tile + warp_row * STRIDE, v_tile);
+            for (int i = 0; i < MT * NT * 4; i++)
+                ds[i / 4 / NT][i / 4 % NT][i % 4] = -row_delta[i / 4 / NT][i % 4 / 2];
+            multiply_rows<2>(ds, warp_dout, tile.v);
         }
-        __syncthreads();                                    // every warp has left V
-        if (next < end) load_tile<WIDTH, KEYS>(v_tile, k + K * D, W, T - next, D);
+        __syncthreads();                                            // every warp has left V
+        if (next < end) load_tile<ATT_THREADS>(tile.v, k + K * D, W, T - next, D);
         cp_async_commit();
         if (visible) {
-            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(s, t, s0, doc_start, row0, T);
+            if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(score, t, s0, doc_start, row0, T);
             #pragma unroll
             for (int m = 0; m < MT; m++)
                 for (int n = 0; n < NT; n++)
-                    for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_approx(s[m][n][i] * c - row_lse[m][i / 2]);
-            multiply_probabilities<WIDTH>(dq, ds, k_tile);
+                    for (int i = 0; i < 4; i++)
+                        ds[m][n][i] *= exp2_approx(score[m][n][i] * log2_scale - row_lse[m][i / 2]);
+            multiply_probabilities(dq, ds, tile.k[buffer]);
         }
     }
-    store_rows<WIDTH>(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, q_tile + warp_row * STRIDE, T - t, D);
+    store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, warp_q, T - t, D);
 }
 
 template <int WIDTH, int PAIRS>
-__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel1(bf16 *__restrict__ dqkv,
-        const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv, const float *__restrict__ lse,
-        const float *__restrict__ delta, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    typedef DkdvTile<WIDTH, PAIRS> Tile;
-    constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, THREADS = Tile::THREADS;
-    constexpr int STRIDE = WIDTH + 8;
-    float4 *exchanges = shared_memory<float4>();
-    float *stats = (float *)(exchanges + PAIRS * Tile::EXCHANGE);           // (2, 2, QUERIES): lse and delta of two tiles
-    bf16 *k_tile = (bf16 *)(stats + 4 * QUERIES), *v_tile = k_tile + KEYS * STRIDE;
-    bf16 *q_tiles = v_tile + KEYS * STRIDE, *do_tiles = q_tiles + 2 * QUERIES * STRIDE;
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;                  // early keys have most queries
+__global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel2(
+        bf16 *__restrict__ dqkv, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
+        const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef DkdvTiles<WIDTH, PAIRS> Tiles;
+    constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, KEYS = Tiles::KEYS;
+    constexpr int QUERIES = Tiles::QUERIES, THREADS = Tiles::THREADS;
+    Tiles &tile = *shared_memory<Tiles>();
+    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;          // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);                 // tells the compiler it is uniform: fewer registers
-    const int pair = warp % PAIRS, owns_dk = warp / PAIRS;                  // with 4 pairs a pair is on one scheduler
-    const int pair_row = pair * Tile::ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
-    const float c = scale * (float)M_LOG2E;
-    float4 *exchange = exchanges + pair * Tile::EXCHANGE + lane;
-    bf16 *left = (owns_dk ? v_tile : k_tile) + pair_row * STRIDE;  // only this warp's
+    // tells the compiler it is uniform: fewer registers
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const int pair = warp % PAIRS, owns_dk = warp / PAIRS;          // with 4 pairs a pair is on one scheduler
+    const int pair_row = pair * ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
+    const float log2_scale = scale * (float)M_LOG2E;
+    float4 *exchange = &tile.exchange[pair][0][lane];
+    Tile<ROWS, WIDTH> &left = rows_of<ROWS>(owns_dk ? tile.v : tile.k, pair_row);   // only this warp's
 
-    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends. Then the next head.
+    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends.
+    // Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
     int t_end = T;
     if (doc_start) {
@@ -268,93 +304,97 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         t_end = t_first + seen * QUERIES;
     }
     auto load_queries = [&](int h, int t, int buffer) {
-        load_tile<WIDTH, QUERIES, THREADS>(q_tiles + buffer * QUERIES * STRIDE, qkv + (size_t)(row0 + t) * W + h * D, W,
-                                           T - t, D);
-        load_tile<WIDTH, QUERIES, THREADS>(do_tiles + buffer * QUERIES * STRIDE, dout + ((size_t)(row0 + t) * H + h) * D,
-                                           (size_t)H * D, T - t, D);
+        load_tile<THREADS>(tile.q[buffer], qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
+        const bf16 *dout_t = dout + ((size_t)(row0 + t) * H + h) * D;
+        load_tile<THREADS>(tile.dout[buffer], dout_t, (size_t)H * D, T - t, D);
         if (threadIdx.x >= 2 * QUERIES) return;
-        const int row = t + (int)threadIdx.x % QUERIES;     // past the end all is zero, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        // past the end all is 0, and then dv += 1 * 0, dS = 1 * (0 - 0)
+        const int row = t + (int)threadIdx.x % QUERIES;
         const float *stat = threadIdx.x < QUERIES ? lse : delta;
-        cp_async_4(stats + buffer * 2 * QUERIES + threadIdx.x, row < T ? stat + (size_t)(row0 + row) * H + h : stat,
+        cp_async_4(&tile.stats[buffer][threadIdx.x], row < T ? stat + (size_t)(row0 + row) * H + h : stat,
                    row < T ? 4 : 0);
     };
 
     const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
-    load_tile<WIDTH, KEYS, THREADS>(k_tile, k, W, T - s0, D);
-    load_tile<WIDTH, KEYS, THREADS>(v_tile, k + K * D, W, T - s0, D);
+    load_tile<THREADS>(tile.k, k, W, T - s0, D);
+    load_tile<THREADS>(tile.v, k + K * D, W, T - s0, D);
     int h = kv * (H / K), t = t_first;
     const int h_end = h + H / K;
     load_queries(h, t, 0);
     cp_async_commit();
 
-    float sum[MT][WIDTH / 8][4] = {}, s[MT][NT][4];                              // of dV or dK; scores, or dP
+    float sum[MT][WIDTH / 8][4] = {}, p[MT][NT][4];  // sum: dV or dK. p: scores, then P; or dP, then dS
     for (int buffer = 0; h < h_end; buffer ^= 1) {
-        const float *lse_tile = stats + buffer * 2 * QUERIES, *delta_tile = lse_tile + QUERIES;
+        const float *lse_tile = tile.stats[buffer], *delta_tile = lse_tile + QUERIES;
         cp_async_wait<0>();
-        __syncthreads();                                                    // this tile is here, every warp has left the last one
-        const bf16 *q_tile = q_tiles + buffer * QUERIES * STRIDE, *do_tile = do_tiles + buffer * QUERIES * STRIDE;
+        __syncthreads();  // this tile is here, every warp has left the last one
+        Tile<QUERIES, WIDTH> &q_tile = tile.q[buffer], &dout_tile = tile.dout[buffer];
         const int t0 = t;
         t += QUERIES;
         if (t >= t_end) t = t_first, h++;
         if (h < h_end) load_queries(h, t, buffer ^ 1);
         cp_async_commit();
-        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + Tile::ROWS))
-            continue;                                                       // nothing to see
+        if (t0 + QUERIES <= key || key >= T || (doc_start && doc_start[row0 + t0] >= key + ROWS))
+            continue;                                               // nothing to see
         #pragma unroll
-        for (int n = 0; n < NT; n++) {                                      // dP starts from -delta
+        for (int n = 0; n < NT; n++) {                              // dP starts from -delta
             const float2 two = *(const float2 *)(delta_tile + n * 8 + lane % 4 * 2);
             for (int m = 0; m < MT; m++)
-                for (int j = 0; j < 4; j++) s[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
+                for (int j = 0; j < 4; j++) p[m][n][j] = !owns_dk ? 0 : j % 2 ? -two.y : -two.x;
         }
-        multiply_rows<WIDTH, 1>(s, left, owns_dk ? do_tile : q_tile);
+        multiply_rows<1>(p, left, owns_dk ? dout_tile : q_tile);
         if (!owns_dk) {
-            if (t0 < key + Tile::ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
-                mask_scores<true>(s, t0, key, doc_start, row0, T);
+            if (t0 < key + ROWS - 1 || (doc_start && doc_start[row0 + min(t0 + QUERIES, T) - 1] > key))
+                mask_scores<true>(p, t0, key, doc_start, row0, T);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 const float2 two = *(const float2 *)(lse_tile + n * 8 + lane % 4 * 2);
                 const float even = two.x * (float)M_LOG2E, odd = two.y * (float)M_LOG2E;
                 for (int m = 0; m < MT; m++)
-                    for (int j = 0; j < 4; j++) s[m][n][j] = exp2_approx(s[m][n][j] * c - (j % 2 ? odd : even));
+                    for (int j = 0; j < 4; j++)
+                        p[m][n][j] = exp2_approx(p[m][n][j] * log2_scale - (j % 2 ? odd : even));
             }
             #pragma unroll
-            for (int i = 0; i < MT * NT; i++) store((float *)(exchange + i * 32), narrow<float>(s[i / NT][i % NT]));
+            for (int i = 0; i < MT * NT; i++)
+                store((float *)(exchange + i * 32), narrow<float>(p[i / NT][i % NT]));
             barrier_arrive(1 + pair, 64);
         } else {
-            barrier_sync(1 + pair, 64);                                     // P is here
+            barrier_sync(1 + pair, 64);                             // P is here
             #pragma unroll
             for (int i = 0; i < MT * NT; i++) {
-                float p[4];
-                widen(p, load<4>((const float *)(exchange + i * 32)));
-                for (int j = 0; j < 4; j++) s[i / NT][i % NT][j] *= p[j];   // dS
+                float other[4];
+                widen(other, load<4>((const float *)(exchange + i * 32)));
+                for (int j = 0; j < 4; j++) p[i / NT][i % NT][j] *= other[j];
             }
         }
-        multiply_probabilities<WIDTH>(sum, s, owns_dk ? q_tile : do_tile);
+        multiply_probabilities(sum, p, owns_dk ? q_tile : dout_tile);
     }
     bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows<WIDTH>(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
+    store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
-// ---- fp32, shipped: for proof rather than speed ----
+// ---- fp32, shipped: for proof rather than speed -----------------------------------------------------------
 __global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
         const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
-        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D, float scale) {
-    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
+        const float *__restrict__ lse, const int *__restrict__ doc_start, int T, int H, int K, int D,
+        float scale) {
+    const int h = blockIdx.x % H, t = (gridDim.y - 1 - blockIdx.y) * F32_WARPS + threadIdx.y;
+    const int W = (H + 2 * K) * D;
     if (t >= T) return;
     const size_t row0 = (size_t)(blockIdx.x / H) * T, at = (row0 + t) * H + h;
     const float *k = qkv + row0 * W + (H + h / (H / K)) * D, *v = k + K * D;
-    float q[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq[4] = {};
-    load_row(q, qkv + (row0 + t) * W + h * D, D);
+    float q_t[4], dout_t[4], out_t[4], k_s[4], v_s[4], dq_t[4] = {};
+    load_row(q_t, qkv + (row0 + t) * W + h * D, D);
     load_row(dout_t, dout + at * D, D);
     load_row(out_t, out + at * D, D);
     const float delta_t = dot(dout_t, out_t), lse_t = lse[at];
     for (int s = doc_start ? doc_start[row0 + t] : 0; s <= t; s++) {
         load_row(k_s, k + (size_t)s * W, D);
         load_row(v_s, v + (size_t)s * W, D);
-        const float p = expf(dot(q, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
-        for (int j = 0; j < 4; j++) dq[j] += ds * scale * k_s[j];
+        const float p = expf(dot(q_t, k_s) * scale - lse_t), ds = p * (dot(dout_t, v_s) - delta_t);
+        for (int j = 0; j < 4; j++) dq_t[j] += ds * scale * k_s[j];
     }
-    store_row(dqkv + (row0 + t) * W + h * D, dq, D);
+    store_row(dqkv + (row0 + t) * W + h * D, dq_t, D);
     if (threadIdx.x == 0) delta[at] = delta_t;
 }
 
@@ -364,29 +404,31 @@ __global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, co
     const int kv = blockIdx.x % K, s = blockIdx.y * F32_WARPS + threadIdx.y, W = (H + 2 * K) * D;
     if (s >= T) return;
     const size_t row0 = (size_t)(blockIdx.x / K) * T, at_k = (row0 + s) * W + (H + kv) * D;
-    float k[4], v[4], q_t[4], dout_t[4], dk[4] = {}, dv[4] = {};
-    load_row(k, qkv + at_k, D);
-    load_row(v, qkv + at_k + K * D, D);
+    float k_s[4], v_s[4], q_t[4], dout_t[4], dk_s[4] = {}, dv_s[4] = {};
+    load_row(k_s, qkv + at_k, D);
+    load_row(v_s, qkv + at_k + K * D, D);
     for (int h = kv * (H / K); h < (kv + 1) * (H / K); h++)
         for (int t = s; t < T && (!doc_start || doc_start[row0 + t] <= s); t++) {
             const size_t at = (row0 + t) * H + h;
             load_row(q_t, qkv + (row0 + t) * W + h * D, D);
             load_row(dout_t, dout + at * D, D);
-            const float p = expf(dot(q_t, k) * scale - lse[at]), ds = p * (dot(dout_t, v) - delta[at]);
-            for (int j = 0; j < 4; j++) dk[j] += ds * scale * q_t[j], dv[j] += p * dout_t[j];
+            const float p = expf(dot(q_t, k_s) * scale - lse[at]), ds = p * (dot(dout_t, v_s) - delta[at]);
+            for (int j = 0; j < 4; j++) dk_s[j] += ds * scale * q_t[j], dv_s[j] += p * dout_t[j];
         }
-    store_row(dqkv + at_k, dk, D);
-    store_row(dqkv + at_k + K * D, dv, D);
+    store_row(dqkv + at_k, dk_s, D);
+    store_row(dqkv + at_k + K * D, dv_s, D);
 }
 
-template <typename X> static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
+template <typename floatX>
+static void shape(int when, int B, int T, int H, int K, int D, int docs, float amplitude) {
     const int N = B * T, W = (H + 2 * K) * D;
     std::vector<int> first(N);
     const double pairs = document_starts(first.data(), docs, N, T);
-    if (!bench_shape<X>(when, "attention_backward", sizeof(X) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H,
-                        10.0 * pairs * H * D,
-                        "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, document_kinds[docs], amplitude > 1 ? " peaked" : "")) return;
-    Tensor<X> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D),
+    if (!bench_shape<floatX>(when, "attention_backward",
+                        sizeof(floatX) * (2.0 * N * W + 2.0 * N * H * D) + 4.0 * N * H, 10.0 * pairs * H * D,
+                             "B %d T %d H %d K %d D %d%s%s", B, T, H, K, D, document_kinds[docs],
+                             amplitude > 1 ? " peaked" : "")) return;
+    Tensor<floatX> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D),
         out("out", (size_t)N * H * D);
     Tensor<float> lse("lse", (size_t)N * H), delta("delta", (size_t)N * H);
     Tensor<int> doc("doc_start", N);
@@ -395,35 +437,38 @@ template <typename X> static void shape(int when, int B, int T, int H, int K, in
     qkv.normal(amplitude), dout.normal(1);
     std::copy(first.begin(), first.end(), doc.host);
     // what the forward has stored
-    twin::precision(is_bf16<X>());
+    twin::precision(is_bf16<floatX>());
     twin::attention_forward(out.host, lse.host, qkv.host, docs ? doc.host : NULL, B, T, H, K, D);
-    reference<X>([&](int b) {
-        twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host, docs ? doc.host : NULL, B, T, H, K, D);
+    reference<floatX>([&](int b) {
+        twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host,
+                                 docs ? doc.host : NULL, B, T, H, K, D);
     });
     gpu.scratch = delta;
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
     std::function<void()> mma_tiles;
-    if constexpr (is_bf16<X>()) mma_tiles = [&] {
-        launch(attention_delta_kernel2<X>, CEIL_DIV(N * H, 8), dim3(32, 8), 0, 0, delta, dout, out, N * H, D);
+    if constexpr (is_bf16<floatX>()) mma_tiles = [&] {
+        launch(attention_delta_kernel1<floatX>, CEIL_DIV(N * H, 8), dim3(32, 8), 0, delta, dout, out, N * H,
+               D);
         with_width(D, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
-            launch(attention_backward_dq_kernel2<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
-                   (2 * 128 + 2 * 32) * (WIDTH + 8) * 2, 0, dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
-            launch(attention_backward_dkdv_kernel2<WIDTH>, dim3(B * K, CEIL_DIV(T, 64)), ATT_THREADS,
-                   (2 * 64 + 2 * 32) * (WIDTH + 8) * 2, 0, dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
+            launch(attention_backward_dq_kernel1<WIDTH>, dim3(B * H, CEIL_DIV(T, 128)), ATT_THREADS,
+                   sizeof(OneBufferTiles<WIDTH>), dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
+            launch(attention_backward_dkdv_kernel1<WIDTH>, dim3(B * K, CEIL_DIV(T, 64)), ATT_THREADS,
+                   sizeof(OneWarpTiles<WIDTH>), dqkv, delta, dout, qkv, lse, doc_start, T, H, K, D, scale);
         });
     };
     const Variant variants[] = {
         {0, "one thread per query, one per key", [&] {
-            launch(attention_backward_dq_kernel0<X>, CEIL_DIV(N * H, 64), 64, 0, 0, dqkv, delta, dout, qkv, out, lse,
-                   doc_start, N, T, H, K, D, scale);
-            launch(attention_backward_dkdv_kernel0<X>, CEIL_DIV(N * K, 64), 64, 0, 0, dqkv, dout, qkv, lse, delta, doc_start,
-                   N, T, H, K, D, scale);
+            launch(attention_backward_dq_kernel0<floatX>, CEIL_DIV(N * H, 64), 64, 0, dqkv, delta, dout, qkv,
+                   out, lse, doc_start, N, T, H, K, D, scale);
+            launch(attention_backward_dkdv_kernel0<floatX>, CEIL_DIV(N * K, 64), 64, 0, dqkv, dout, qkv, lse,
+                   delta, doc_start, N, T, H, K, D, scale);
         }},
-        {2, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
-        {1, is_bf16<X>() ? "copies under products; delta inside dq" : "fp32, a warp per row", [&] {
-            attention_backward((X *)dqkv, (X *)dout, (X *)qkv, (X *)out, lse, doc_start, B, T, H, K, D);
+        {1, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
+        {2, is_bf16<floatX>() ? "copies under products; delta inside dq" : "fp32, a warp per row", [&] {
+            attention_backward((floatX *)dqkv, (floatX *)dout, (floatX *)qkv, (floatX *)out, lse, doc_start,
+                               B, T, H, K, D);
         }, SHIPPED},
     };
     bench(variants);

@@ -200,7 +200,7 @@ static void fuzz_state(const uint8_t *data, size_t n) {         // trainer_state
     TrainState t;
     Options was;
     put_two("checksums.txt", "trainer_state.json", data, n);
-    if (strchr(checkpoint_whole(dir).s, '\n')) abort();
+    if (strchr(checkpoint_whole(dir, 0).s, '\n')) abort();
     options_default();
     checkpoint_read_state(dir, &t, &was);
     if (t.step < 0 || t.updates > t.step || t.loader.position < 0) abort();

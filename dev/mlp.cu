@@ -1,18 +1,22 @@
 // gate_up_swiglu: gate_up (N,2F) = x (N,C) w (2F,C)^T,  h (N,F) = silu(gate) up
-// swiglu_down_backward: dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F) = once more
-// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: 1.2 and 1.9 GB for N 16384,
-//         C 2048, F 11008. A product and then a pass would move 2·2·N·F more: gate_up read again; dh written and read
+// swiglu_down_backward: dh = dx (N,C) w (C,F) stays on the chip; gate_up (N,2F) becomes its gradient, h (N,F)
+// = once more
+// bytes   forward 2·N·C + 4·C·F in, 2·3·N·F out; backward 2·N·C + 2·C·F + 4·N·F in, 2·3·N·F out: 1.2 and 1.9
+//         GB for N 16384, C 2048, F 11008. A product and then a pass would move 2·2·N·F more: gate_up read
+//         again; dh written and read
 // FLOPs   4·N·C·F = 1.48 T; 2·N·C·F = 0.74 T
 // floor   1.49 ms; 0.75 ms (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak)
-// idea    a product does C multiplications per output: its epilogue is the cheap place for what comes next. Each byte from memory
-//         and from shared memory must meet as many multiplications as possible: large tiles, sums in registers
+// idea    a product does C multiplications per output: its epilogue is the cheap place for what comes next.
+//         Each byte from memory and from shared memory must meet as many multiplications as possible: large
+//         tiles, sums in registers
 // limits  bf16, C % 8 == 0, F % 8 == 0
-// result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0 2182 and 651
-//         (all caches missed); 2 13.4 and 15; 3 7.3 and 2.2; 1 2.9 and 2.0 (16 blocks).  backward (1.7 MB) 0 102 and 30; 2 9.7 and
-//         10; 1 2.4 and 2.5. Measured: not yet
+// result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0
+//         2182 and 651
+//         (all caches missed); 1 13.4 and 15; 2 7.3 and 2.2; 3 2.9 and 2.0 (16 blocks).  backward (1.7 MB) 0
+//         102 and 30; 1 9.7 and 10; 2 2.4 and 2.5. Measured: not yet
 #include "bench.cuh"
 
-// ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ----
+// ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ---------------------
 __global__ void gate_up_swiglu_kernel0(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int C, int F) {
     const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (f >= F) return;
@@ -23,16 +27,19 @@ __global__ void gate_up_swiglu_kernel0(bf16 *h, bf16 *gate_up, const bf16 *x, co
     }
     gate_up[(size_t)n * 2 * F + f] = from_float<bf16>(g[0]);
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(u[0]);
-    g[0] = to_float(from_float<bf16>(g[0])), u[0] = to_float(from_float<bf16>(u[0]));       // what a pass of its own would read
-    swiglu(u, g);
+    // what a pass of its own would read
+    g[0] = to_float(from_float<bf16>(g[0])), u[0] = to_float(from_float<bf16>(u[0]));
+    swiglu(u, g, u);
     h[(size_t)n * F + f] = from_float<bf16>(u[0]);
 }
 
-// ---- kernel 2: 16 x 16 tiles in shared memory: each element read from memory serves 16 threads. But 3 loads from shared memory
-// for 2 multiplications: that is the limit now ----
+// ---- kernel 1: 16 x 16 tiles in shared memory: each element read from memory serves 16 threads. But 3 loads
+// from shared memory for 2 multiplications: that is the limit now
 enum { SIDE = 16 };
-__global__ void gate_up_swiglu_kernel2(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C, int F) {
-    __shared__ float x_tile[SIDE][SIDE + 1], g_tile[SIDE][SIDE + 1], u_tile[SIDE][SIDE + 1];    // + 1: a column lies on 16 banks
+__global__ void gate_up_swiglu_kernel1(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C,
+                                       int F) {
+    // + 1: a column lies on 16 banks
+    __shared__ float x_tile[SIDE][SIDE + 1], g_tile[SIDE][SIDE + 1], u_tile[SIDE][SIDE + 1];
     const int i = threadIdx.y, j = threadIdx.x, n = blockIdx.y * SIDE + i, f0 = blockIdx.x * SIDE, f = f0 + j;
     float g[1] = {}, u[1] = {};
     for (int c0 = 0; c0 < C; c0 += SIDE) {
@@ -41,97 +48,116 @@ __global__ void gate_up_swiglu_kernel2(bf16 *h, bf16 *gate_up, const bf16 *x, co
         g_tile[i][j] = row < F && c < C ? to_float(w[(size_t)row * C + c]) : 0;
         u_tile[i][j] = row < F && c < C ? to_float(w[(size_t)(F + row) * C + c]) : 0;
         __syncthreads();
-        for (int k = 0; k < SIDE; k++) g[0] += x_tile[i][k] * g_tile[j][k], u[0] += x_tile[i][k] * u_tile[j][k];
+        for (int k = 0; k < SIDE; k++)
+            g[0] += x_tile[i][k] * g_tile[j][k], u[0] += x_tile[i][k] * u_tile[j][k];
         __syncthreads();
     }
     if (n >= N || f >= F) return;
     gate_up[(size_t)n * 2 * F + f] = from_float<bf16>(g[0]);
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(u[0]);
     g[0] = to_float(from_float<bf16>(g[0])), u[0] = to_float(from_float<bf16>(u[0]));
-    swiglu(u, g);
+    swiglu(u, g, u);
     h[(size_t)n * F + f] = from_float<bf16>(u[0]);
 }
 
-// ---- kernel 3: tensor cores: a block of 4 warps owns 64 rows and 32 columns of h, a warp 16 rows of gate and up. One buffer:
-// copies and products take turns; 320 bytes of shared memory per mma, where kernel 1 needs 128 ----
-__global__ void __launch_bounds__(ATT_THREADS) gate_up_swiglu_kernel3(bf16 *__restrict__ h, bf16 *__restrict__ gate_up,
-        const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
-    constexpr int DEPTH = 32, STRIDE = DEPTH + 8, ROWS = 64, COLS = 32;
-    bf16 *x_tile = shared_memory<bf16>(), *w_tile = x_tile + ROWS * STRIDE;                 // w: 32 rows of gate, 32 of up
-    const int n0 = blockIdx.y * ROWS, f0 = blockIdx.x * COLS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float s[1][2 * COLS / 8][4];
-    fill(s, 0);
+// ---- kernel 2: tensor cores: a block of 4 warps owns 64 rows and 32 columns of h, a warp 16 rows of gate
+// and up. One buffer: copies and products take turns; 320 bytes of shared memory per mma, where kernel 3
+// needs 128
+struct SmallTiles {
+    Tile<64, 32> x, w;  // w: 32 rows of gate, 32 of up
+};
+
+__global__ void __launch_bounds__(MLP_THREADS) gate_up_swiglu_kernel2(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C,
+        int F) {
+    constexpr int DEPTH = 32, ROWS = 64, COLUMNS = 32;
+    SmallTiles &tile = *shared_memory<SmallTiles>();
+    const int n0 = blockIdx.y * ROWS, f0 = blockIdx.x * COLUMNS, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    float sum[1][2 * COLUMNS / 8][4];
+    fill(sum, 0);
     for (int c = 0; c < C; c += DEPTH) {
-        load_tile<DEPTH, ROWS>(x_tile, x + (size_t)n0 * C + c, C, N - n0, C - c);
-        load_tile<DEPTH, COLS>(w_tile, w + (size_t)f0 * C + c, C, F - f0, C - c);
-        load_tile<DEPTH, COLS>(w_tile + COLS * STRIDE, w + (size_t)(F + f0) * C + c, C, F - f0, C - c);
+        load_tile<MLP_THREADS>(tile.x, x + (size_t)n0 * C + c, C, N - n0, C - c);
+        load_tile<MLP_THREADS>(rows_of<COLUMNS>(tile.w, 0), w + (size_t)f0 * C + c, C, F - f0, C - c);
+        load_tile<MLP_THREADS>(rows_of<COLUMNS>(tile.w, COLUMNS), w + (size_t)(F + f0) * C + c, C, F - f0,
+                               C - c);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
-        multiply_rows<DEPTH, 2>(s, x_tile + warp * 16 * STRIDE, w_tile);
+        multiply_rows<2>(sum, rows_of<16>(tile.x, warp * 16), tile.w);
         __syncthreads();
     }
-    for (int i = 0; i < COLS / 8 * 4; i++) {                                                // gate in s[0][j], up in s[0][j + 4]
-        const int j = i / 4, n = n0 + warp * 16 + lane / 4 + i % 4 / 2 * 8, f = f0 + j * 8 + lane % 4 * 2 + i % 2;
+    for (int i = 0; i < COLUMNS / 8 * 4; i++) {                     // gate in sum[0][j], up in sum[0][j + 4]
+        const int j = i / 4, n = n0 + warp * 16 + lane / 4 + i % 4 / 2 * 8;
+        const int f = f0 + j * 8 + lane % 4 * 2 + i % 2;
         if (n >= N || f >= F) continue;
-        const bf16 gate = from_float<bf16>(s[0][j][i % 4]), up = from_float<bf16>(s[0][j + COLS / 8][i % 4]);
+        const bf16 gate = from_float<bf16>(sum[0][j][i % 4]);
+        const bf16 up = from_float<bf16>(sum[0][j + COLUMNS / 8][i % 4]);
         float g[1] = {to_float(gate)}, u[1] = {to_float(up)};
-        swiglu(u, g);
+        swiglu(u, g, u);
         gate_up[(size_t)n * 2 * F + f] = gate;
         gate_up[(size_t)n * 2 * F + F + f] = up;
         h[(size_t)n * F + f] = from_float<bf16>(u[0]);
     }
 }
 
-// ---- kernel 1, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight; rows leave through
-// shared memory in 16-byte stores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) gate_up_swiglu_kernel1(bf16 *__restrict__ h,
-        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C, int F) {
-    constexpr int HALF = MLP_WARP / 2, STRIDE = MLP_DEPTH + 8;
-    bf16 *stages = shared_memory<bf16>();
-    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS / 2));
-    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * (MLP_COLS / 2), lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;     // warps 0 1 above 2 3
-    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
-    // A thread copies 16 bytes of 8 rows: 4 of x; 1 each of 32 rows of gate, of up, the next 32 of gate, of up. Rows past the end
-    // repeat the last: their sums are never stored.
-    const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8;
-    const bf16 *src[8];
+// ---- kernel 3, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight;
+// rows leave through shared memory in 16-byte stores ----
+__global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C,
+        int F) {
+    constexpr int HALF = MLP_WARP / 2;
+    GateUpStage *stages = shared_memory<GateUpStage>();
+    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS / 2));
+    const int n0 = place.x * MLP_ROWS, f0 = place.y * (MLP_COLUMNS / 2), lane = threadIdx.x % 32;
+    // warps 0 1 above 2 3
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;
+    float sum[MLP_WARP / 16][MLP_WARP / 8][4] = {};
+    // A thread copies 16 bytes of 4 rows each of x and of w. Rows past the end repeat the last: their sums
+    // are never stored.
+    const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
+    const bf16 *x_src[4], *w_src[4];
     #pragma unroll
     for (int i = 0; i < 4; i++) {
-        src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
-        src[4 + i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + col;
+        x_src[i] = x + (size_t)min(n0 + 32 * i + row, N - 1) * C + column;
+        w_src[i] = w + ((size_t)(i % 2) * F + min(f0 + i / 2 * HALF + row, F - 1)) * C + column;
     }
-    auto load_stage = [&](int i, bf16 *stage) {
-        const int valid = i * MLP_DEPTH + col < C ? 16 : 0;
+    auto load_stage = [&](int i, GateUpStage &stage) {
+        const int valid = i * MLP_DEPTH + column < C ? 16 : 0;
         #pragma unroll
-        for (int j = 0; j < 8; j++) cp_async_16(stage + (32 * j + row) * STRIDE + col, src[j] + i * MLP_DEPTH, valid);
+        for (int j = 0; j < 4; j++)
+            cp_async_16(stage.x.at(32 * j + row, column), x_src[j] + i * MLP_DEPTH, valid);
+        #pragma unroll
+        for (int j = 0; j < 4; j++)
+            cp_async_16(stage.w.at(32 * j + row, column), w_src[j] + i * MLP_DEPTH, valid);
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
-        multiply_rows<MLP_DEPTH, 2>(s, a + warp_row * STRIDE, a + (MLP_ROWS + warp_half * MLP_WARP) * STRIDE);
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](GateUpStage &stage) {
+        multiply_rows<2>(sum, rows_of<MLP_WARP>(stage.x, warp_row),
+                         rows_of<MLP_WARP>(stage.w, warp_half * MLP_WARP));
     });
-    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    fragments_to_rows(rows, s, 1);
+    MlpWarpTile &rows = reinterpret_cast<MlpWarpTile *>(stages)[threadIdx.x / 32];
+    fragments_to_rows(rows, sum, 1);
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
-    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {     // rows 4 apart: other banks
+    // rows 4 apart: other banks
+    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {
         const size_t n = n0 + warp_row + r;
-        const bf16 *at = rows + r * (MLP_WARP + 8) + f;
-        const Vec<bf16, 8> gate = load<8>(at), up = load<8>(at + HALF);
+        const Pack<bf16, 8> gate = load<8>(rows.at(r, f)), up = load<8>(rows.at(r, f + HALF));
         store(gate_up + n * 2 * F + out_f, gate);
         store(gate_up + n * 2 * F + F + out_f, up);
         if (!h) continue;
-        float g[8], u[8];
+        float g[8], u[8], h_f[8];
         widen(g, gate);
         widen(u, up);
-        swiglu(u, g);
-        store(h + n * F + out_f, narrow<bf16>(u));
+        swiglu(h_f, g, u);
+        store(h + n * F + out_f, narrow<bf16>(h_f));
     }
 }
 
-// ---- backward, kernel 0: a thread per element of h ----
+// ---- backward, kernel 0: a thread per element of h --------------------------------------------------------
 // g, u, dh become dg, h, du
-template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
+template <int E>
+__device__ __forceinline__ void swiglu_gradient(float (&g)[E], float (&u)[E], float (&d)[E]) {
     for (int k = 0; k < E; k++) {
         const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = d[k] * u[k];
         u[k] *= silu;
@@ -140,10 +166,12 @@ template <int E> __device__ __forceinline__ void swiglu_gradient(float (&g)[E], 
     }
 }
 
-__global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int C, int F) {
+__global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int C,
+                                             int F) {
     const int f = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (f >= F) return;
-    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])}, u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])}, d[1] = {};
+    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])},
+        u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])}, d[1] = {};
     for (int c = 0; c < C; c++) d[0] += to_float(dx[(size_t)n * C + c]) * to_float(w[(size_t)c * F + f]);
     d[0] = to_float(from_float<bf16>(d[0]));
     swiglu_gradient(g, u, d);
@@ -152,8 +180,9 @@ __global__ void swiglu_down_backward_kernel0(bf16 *gate_up, bf16 *h, const bf16 
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
 }
 
-// ---- kernel 2: 16 x 16 tiles in shared memory ----
-__global__ void swiglu_down_backward_kernel2(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N, int C, int F) {
+// ---- kernel 1: 16 x 16 tiles in shared memory -------------------------------------------------------------
+__global__ void swiglu_down_backward_kernel1(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N,
+                                             int C, int F) {
     __shared__ float x_tile[SIDE][SIDE + 1], w_tile[SIDE][SIDE + 1];
     const int i = threadIdx.y, j = threadIdx.x, n = blockIdx.y * SIDE + i, f = blockIdx.x * SIDE + j;
     float d[1] = {};
@@ -165,7 +194,8 @@ __global__ void swiglu_down_backward_kernel2(bf16 *gate_up, bf16 *h, const bf16 
         __syncthreads();
     }
     if (n >= N || f >= F) return;
-    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])}, u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])};
+    float g[1] = {to_float(gate_up[(size_t)n * 2 * F + f])},
+        u[1] = {to_float(gate_up[(size_t)n * 2 * F + F + f])};
     d[0] = to_float(from_float<bf16>(d[0]));
     swiglu_gradient(g, u, d);
     h[(size_t)n * F + f] = from_float<bf16>(u[0]);
@@ -173,67 +203,71 @@ __global__ void swiglu_down_backward_kernel2(bf16 *gate_up, bf16 *h, const bf16 
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
 }
 
-// ---- kernel 1, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the tensor cores ----
-__global__ void __launch_bounds__(ATT_THREADS, 2) swiglu_down_backward_kernel1(bf16 *__restrict__ gate_up,
+// ---- kernel 2, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the
+// tensor cores
+__global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(bf16 *__restrict__ gate_up,
         bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
-    bf16 *stages = shared_memory<bf16>();
-    const int2 tile = mlp_tile(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLS));
-    const int n0 = tile.x * MLP_ROWS, f0 = tile.y * MLP_COLS, lane = threadIdx.x % 32;
-    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_col = threadIdx.x / 32 % 2 * MLP_WARP;
-    float s[MLP_WARP / 16][MLP_WARP / 8][4] = {};
-    const int row = threadIdx.x / 4, col = threadIdx.x % 4 * 8, w_row = threadIdx.x / 16, w_col = threadIdx.x % 16 * 8;
-    const bf16 *src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_col, F - 8);
-    for (int i = 0; i < 4; i++) src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + col;
-    auto load_stage = [&](int i, bf16 *stage) {
+    DownStage *stages = shared_memory<DownStage>();
+    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS));
+    const int n0 = place.x * MLP_ROWS, f0 = place.y * MLP_COLUMNS, lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_column = threadIdx.x / 32 % 2 * MLP_WARP;
+    float sum[MLP_WARP / 16][MLP_WARP / 8][4] = {};
+    const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
+    const int w_row = threadIdx.x / 16, w_column = threadIdx.x % 16 * 8;
+    const bf16 *dx_src[4], *w_src = w + (size_t)w_row * F + min(f0 + w_column, F - 8);
+    for (int i = 0; i < 4; i++) dx_src[i] = dx + (size_t)min(n0 + 32 * i + row, N - 1) * C + column;
+    auto load_stage = [&](int i, DownStage &stage) {
         const int c = i * MLP_DEPTH;
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            cp_async_16(stage + (32 * j + row) * (MLP_DEPTH + 8) + col, src[j] + c, c + col < C ? 16 : 0);
-            bf16 *w_tile = stage + MLP_ROWS * (MLP_DEPTH + 8) + (8 * j + w_row) * (MLP_COLS + 8) + w_col;
-            cp_async_16(w_tile, w_src + (size_t)(c + 8 * j) * F, c + 8 * j + w_row < C ? 16 : 0);
+            cp_async_16(stage.dx.at(32 * j + row, column), dx_src[j] + c, c + column < C ? 16 : 0);
+            cp_async_16(stage.w.at(8 * j + w_row, w_column), w_src + (size_t)(c + 8 * j) * F,
+                        c + 8 * j + w_row < C ? 16 : 0);
         }
     };
-    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](const bf16 *a) {
-        multiply_columns<MLP_DEPTH, MLP_COLS>(s, a + warp_row * (MLP_DEPTH + 8), a + MLP_ROWS * (MLP_DEPTH + 8) + warp_col);
+    mlp_pipeline(CEIL_DIV(C, MLP_DEPTH), stages, load_stage, [&](DownStage &stage) {
+        multiply_columns(sum, rows_of<MLP_WARP>(stage.dx, warp_row), stage.w, warp_column);
     });
-    bf16 *rows = stages + threadIdx.x / 32 * MLP_WARP * (MLP_WARP + 8);
-    fragments_to_rows(rows, s, 1);
-    const int f = lane % 8 * 8, out_f = f0 + warp_col + f;
+    MlpWarpTile &rows = reinterpret_cast<MlpWarpTile *>(stages)[threadIdx.x / 32];
+    fragments_to_rows(rows, sum, 1);
+    const int f = lane % 8 * 8, out_f = f0 + warp_column + f;
     if (out_f >= F) return;
     for (int r = lane / 8; r < MLP_WARP && n0 + warp_row + r < N; r += 4) {
         const size_t n = n0 + warp_row + r;
         bf16 *gate = gate_up + n * 2 * F + out_f;
-        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows + r * (MLP_WARP + 8) + f);
+        swiglu_backward_pack<8>(gate, gate + F, h + n * F + out_f, rows.at(r, f));
     }
 }
 
 static void shape(int when, int N, int C, int F) {
     const size_t n = (size_t)N * F;
-    if (bench_shape<bf16>(when, "gate_up_swiglu", 2.0 * N * C + 4.0 * C * F + 6.0 * n, 4.0 * n * C, "N %d C %d F %d", N, C, F)) {
+    if (bench_shape<bf16>(when, "gate_up_swiglu", 2.0 * N * C + 4.0 * C * F + 6.0 * n, 4.0 * n * C,
+                          "N %d C %d F %d", N, C, F)) {
         Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), x("x", (size_t)N * C), w("w", (size_t)2 * F * C);
         gate_up.judge_apart(2 * F, {{"gate", 0, (size_t)F}, {"up", (size_t)F, (size_t)2 * F}});
         x.normal(1), w.normal(2 / sqrtf((float)C));
-        reference<bf16>([&](int b) { twin::mlp_forward(h.twin(b), gate_up.twin(b), x.host, w.host, N, C, F); });
+        reference<bf16>([&](int b) { twin::mlp_forward(h.twin(b), gate_up.twin(b), x.host, w.host, N, C,
+                                                       F); });
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
-                launch(gate_up_swiglu_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, 0, h, gate_up, x, w, C, F);
+                launch(gate_up_swiglu_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, h, gate_up, x, w, C, F);
             }},
-            {2, "16 x 16 tiles in shared memory, fp32", [&] {
-                launch(gate_up_swiglu_kernel2, tiles, tile, 0, 0, h, gate_up, x, w, N, C, F);
+            {1, "16 x 16 tiles in shared memory, fp32", [&] {
+                launch(gate_up_swiglu_kernel1, tiles, tile, 0, h, gate_up, x, w, N, C, F);
             }},
-            {3, "tensor cores, 64 x 64 sums per block, one buffer", [&] {
-                launch(gate_up_swiglu_kernel3, dim3(CEIL_DIV(F, 32), CEIL_DIV(N, 64)), ATT_THREADS, 128 * 40 * sizeof(bf16), 0,
-                       h, gate_up, x, w, N, C, F);
+            {2, "tensor cores, 64 x 64 sums per block, one buffer", [&] {
+                launch(gate_up_swiglu_kernel2, dim3(CEIL_DIV(F, 32), CEIL_DIV(N, 64)), MLP_THREADS,
+                       sizeof(SmallTiles), h, gate_up, x, w, N, C, F);
             }},
-            {1, "128 x 128 sums per block, three stages in flight", [&] {
+            {3, "128 x 128 sums per block, three stages in flight", [&] {
                 mlp_forward_products(h, gate_up, x, w, N, C, F);
             }, SHIPPED},
         };
         bench(variants);
     }
-    if (bench_shape<bf16>(when, "swiglu_down_backward", 2.0 * N * C + 2.0 * C * F + 10.0 * n, 2.0 * n * C, "N %d C %d F %d", N, C,
-                          F)) {
+    if (bench_shape<bf16>(when, "swiglu_down_backward", 2.0 * N * C + 2.0 * C * F + 10.0 * n, 2.0 * n * C,
+                          "N %d C %d F %d", N, C, F)) {
         Tensor<bf16> gate_up("gate_up", 2 * n), h("h", n), dx("dx", (size_t)N * C), w("w", (size_t)C * F);
         gate_up.judge_apart(2 * F, {{"dgate", 0, (size_t)F}, {"dup", (size_t)F, (size_t)2 * F}});
         gate_up.normal(2), dx.normal(1), w.normal(1 / sqrtf((float)C));
@@ -243,12 +277,13 @@ static void shape(int when, int N, int C, int F) {
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
-                launch(swiglu_down_backward_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, 0, gate_up, h, dx, w, C, F);
+                launch(swiglu_down_backward_kernel0, dim3(CEIL_DIV(F, 128), N), 128, 0, gate_up, h, dx, w, C,
+                       F);
             }},
-            {2, "16 x 16 tiles in shared memory, fp32", [&] {
-                launch(swiglu_down_backward_kernel2, tiles, tile, 0, 0, gate_up, h, dx, w, N, C, F);
+            {1, "16 x 16 tiles in shared memory, fp32", [&] {
+                launch(swiglu_down_backward_kernel1, tiles, tile, 0, gate_up, h, dx, w, N, C, F);
             }},
-            {1, "128 x 128 sums per block, three stages in flight", [&] {
+            {2, "128 x 128 sums per block, three stages in flight", [&] {
                 mlp_backward_products(gate_up, h, dx, w, N, C, F);
             }, SHIPPED},
         };

@@ -5,7 +5,8 @@
     dev/ptxas.py [--markdown] sm_80=FILE sm_90=FILE...      prints it from saved output; --markdown: as dev/results/ptxas.md
 
 Exit status 1 when a kernel spills registers or a file names no kernel. Shared memory is the static part; what a launch adds
-(dynamic) is not known to the compiler.
+(dynamic) is not known to the compiler. ptxas tells of what costs speed (wgmma made serial, setmaxnreg ignored, ...) as a note, which
+no -Werror stops: the notes are printed below the table, and a warning of ptxas likewise.
 """
 import re
 import subprocess
@@ -36,11 +37,18 @@ def parse(text):
     return kernels
 
 
+def remarks(text):
+    """What ptxas says besides the figures, each once: lines with a code "(C7510)", and warnings."""
+    found = re.findall(r"^ptxas (?:info|warning)\s*:\s*(?:\([^)]*\) )*?(\(C\d+\).*)$|^ptxas warning\s*:\s*(.*)$", text, re.M)
+    return list(dict.fromkeys((a or b).strip() for a, b in found))
+
+
 def demangle(names):
     """Short readable names; c++filt where there is one (binutils, or the CUDA toolkit's cu++filt)."""
     for tool in ("c++filt", "cu++filt"):
         try:
-            out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+            out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True,
+                                 check=True).stdout.splitlines()
             return dict(zip(names, map(shorten, out)))
         except (OSError, subprocess.CalledProcessError):
             pass
@@ -72,16 +80,21 @@ def main(args):
     if not files:
         print(__doc__)
         return 2
-    tables = {}
+    tables, notes = {}, []
     for arch, path in files:
-        with open(path) as f:
-            text = f.read()
+        try:
+            with open(path, errors="replace") as f: text = f.read()
+        except OSError as e:
+            print(f"ptxas: cannot read {path}: {e.strerror}")
+            return 1
+        notes += [f"{arch}: {x}" for x in remarks(text)]
         tables[arch] = parse(text)
         if not tables[arch]:
             print(f"ptxas: no kernel in {path}: {text.strip().splitlines()[-1] if text.strip() else 'empty'}")
             return 1
     names = demangle(sorted({k for t in tables.values() for k in t}))
-    head = ["kernel"] + [f"{arch} {what}" for arch in tables for what in ("registers", "shared B", "spill st/ld B")]
+    head = ["kernel"] + [f"{arch} {what}" for arch in tables for what in ("registers", "shared B",
+                                                                          "spill st/ld B")]
     rows = []
     for mangled in sorted(names, key=lambda n: names[n]):
         row = [names[mangled]]
@@ -98,8 +111,12 @@ def main(args):
         width = [max(len(r[i]) for r in [head] + rows) for i in range(len(head))]
         for r in [head] + rows:
             print(" | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))))
+    for mangled, short in names.items():
+        notes = [re.sub(rf"\b{re.escape(mangled)}\b", short, x) for x in notes]
+    for x in notes: print(("\n" if markdown else "") + f"note: {x}")
     spilling = [f"{names[k]} on {arch}" for arch, t in tables.items() for k, v in t.items() if v[2] or v[3]]
-    print(("\n" if markdown else "") + f"{len(rows)} kernels, {len(spilling)} spill" + (": " + ", ".join(spilling) if spilling else ""))
+    print(("\n" if markdown else "") + f"{len(rows)} kernels, {len(spilling)} spill"
+          + (": " + ", ".join(spilling) if spilling else ""))
     return 1 if spilling else 0
 
 

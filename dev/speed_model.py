@@ -2,7 +2,7 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|a100|rtx4090] [--mlp passes|products] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|rtx4090] [--mlp passes|products] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
@@ -37,7 +37,9 @@ COUNTS = os.path.join(HERE, "results", "kernel_counts.json")
 # ---- the device and the assumptions -----------------------------------------------------------------------------------
 # Data sheet: dense bf16 peak (fp32 sums), SMs, clock, memory. Assumed: cuBLASLt's FLOP/s, DRAM bytes/s, mma.sync's share of the peak.
 # The counts are in us of an H100; for another device its tensor term is scaled by mma.sync's rate, the others by SMs times clock.
-DEVICES = {"h100": (989.4e12, 700e12, 3.0e12, 132, 1.755e9, 0.62, 79), "a100": (312e12, 250e12, 1.8e12, 108, 1.41e9, 1.0, 79),
+# H200: "141GB" of HBM3e, "4.8TB/s", BFLOAT16 "1,979 TFLOPS" with sparsity (NVIDIA's data sheet): an H100 SXM with other memory (its L2 of 50 MB,
+# which the model does not know, included); 4.3 TB/s is the H100's assumed share of the data sheet's.
+DEVICES = {"h100": (989.4e12, 700e12, 3.0e12, 132, 1.755e9, 0.62, 79), "h200": (989.4e12, 700e12, 4.3e12, 132, 1.755e9, 0.62, 139), "a100": (312e12, 250e12, 1.8e12, 108, 1.41e9, 1.0, 79),
            "rtx4090": (165.2e12, 150e12, 0.9e12, 128, 2.52e9, 1.0, 23)}
 PEAK, GEMM, DRAM, SMS, CLOCK, MMA_SYNC, MEMORY_GIB = DEVICES["h100"]
 

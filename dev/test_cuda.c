@@ -335,7 +335,9 @@ static const char *const precisions[2] = {"fp32", "bf16"};
 
 // The values of `key` in the records of a type in OUT/log.jsonl; returns their number.
 static int log_values(const char *out, const char *type, const char *key, double *x, int most) {
-    char *path = path_text("%s/log.jsonl", out), *text = slurp(path), *save = NULL;
+    char *path = path_text("%s/log.jsonl", out);
+    if (access(path, F_OK)) free(path), path = path_text("%s/eval.jsonl", out);     // of --eval-only
+    char *text = slurp(path), *save = NULL;
     int n = 0;
     for (char *line = strtok_r(text, "\n", &save); line && n < most; line = strtok_r(NULL, "\n", &save)) {
         Json *j = json_parse(line, strlen(line), "log.jsonl");
@@ -766,36 +768,36 @@ static const struct Planted {
     const char *name_of_case, *precision;
     int levels;
 } planted[] = {
-    {"no __syncthreads in attention", "(ATT_THREADS) attention_forward_kernel1(",
+    {"no __syncthreads in attention", "(ATT_THREADS) attention_forward_kernel3(",
      "__syncthreads();", "", 1, "mistral", "bf16", QUICK | LONG},
     {"swapped fragment", "void multiply_step(",
-     "mma_bf16(s[m][n + 1], a[m], b + 2);", "mma_bf16(s[m][n + 1], a[m], b);", 1, "llama", "bf16", LONG},
-    {"no cp.async wait", "attention_backward_dkdv_kernel1(",
+     "mma_bf16(sum[m][n + 1], a[m], b + 2);", "mma_bf16(sum[m][n + 1], a[m], b);", 1, "llama", "bf16", LONG},
+    {"no cp.async wait", "attention_backward_dkdv_kernel2(",
      "cp_async_wait<0>();", "", 1, "llama", "bf16", LONG},
-    {"wrong scale in attention backward", "void attention_backward(X *dqkv",
+    {"wrong scale in attention backward", "void attention_backward(floatX *dqkv",
      "(float)(1 / sqrt((double)D))", "(float)(1 / sqrt((double)D + 4))", 0, "llama", "bf16", QUICK | LONG},
-    {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel1(X *dx",
-     "(d[k] * w_j[k] - v[k] * mean)", "(d[k] * w_j[k])", 0, "llama", "fp32", LONG},
-    {"wrong sign in rope backward", "void qk_norm_rope_backward_kernel1(",
-     "b[k] * c[k] - a[k] * s[k]", "b[k] * c[k] + a[k] * s[k]", 0, "llama", "fp32", LONG},
+    {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel3(floatX *dx",
+     "(g_c - n_c * mean)", "g_c", 0, "llama", "fp32", LONG},
+    {"wrong sign in rope backward", "void qk_norm_rope_backward_kernel2(",
+     "e_hi[k] * cosine_i[k] - e_lo[k] * sine_i[k]", "e_hi[k] * cosine_i[k] + e_lo[k] * sine_i[k]", 0, "llama", "fp32", LONG},
     {"= instead of += in dw", "dout, 1, x, 0, OC, C, N,",
      "dw", "(const float *)NULL", 0, "llama", "fp32", QUICK | LONG},
     {"a row lost in embedding backward", "add_rows(sum, dx, order, first[i] + warp,",
      "first[i + 1]", "(first[i + 1] - 1)", 0, "llama", "fp32", LONG},
     {"no gradient of biases", "void llama_backward(",
      "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);", "", 1, "qwen2", "fp32", LONG},
-    {"cross entropy without the onehot", "cross_entropy_kernel1(float *nll",
+    {"cross entropy without the onehot", "cross_entropy_kernel3(float *nll",
      "x[k] -= weight_n", "(x[k] -= 0)", 0, "llama", "fp32", LONG},
     {"document mask ignored in backward", "void mask_scores(",
      "key > t || key < first", "key > t || (key < first && !ON_SIDE)", 0, "documents", "bf16", LONG},
-    {"wrong key head in dq", "attention_backward_dq_kernel1(",
+    {"wrong key head in dq", "attention_backward_dq_kernel2(",
      "h / (H / K)", "h % K", 0, "llama", "bf16", LONG},
     {"no cp.async wait in the products of the MLP", "void mlp_pipeline(",
      "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
-    {"gate for up in the products of the MLP", "gate_up_swiglu_kernel1(bf16",
+    {"gate for up in the products of the MLP", "gate_up_swiglu_kernel3(bf16",
      "(i % 2)", "((i + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
-    {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel1(",
-     "norm_a[k] * mean", "0", 0, "qwen3", "fp32", LONG},
+    {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel2(",
+     "n_lo[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
 
 static Run compile;

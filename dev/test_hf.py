@@ -119,7 +119,7 @@ class Litespark:
         done = self.run(name, "--init-from", folder, "--eval-only", "--val-data", val, "--val-batches", 0)
         if not done:
             return float("nan")
-        with open(os.path.join(done[0], "log.jsonl")) as f:
+        with open(os.path.join(done[0], "eval.jsonl")) as f:
             losses = [r["val_loss"] for r in map(json.loads, f) if r["type"] == "val"]
         printed = done[1].decode(errors="replace").partition("val loss ")[2].split()
         if check(f"{name} logs one val loss", len(losses) == 1, "" if len(losses) == 1 else f"{losses}"):

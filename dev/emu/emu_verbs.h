@@ -83,6 +83,7 @@ EMU_INLINE void cp_async(void *dst, const void *src, int size, int valid) {
 }  // namespace emu
 
 // aligned to 128 bytes
+EMU_INLINE void forget_origin(uint32_t &) {}
 template <typename T = unsigned char> EMU_INLINE T *shared_memory() { return (T *)emu::me->worker->smem; }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b
