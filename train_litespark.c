@@ -5334,11 +5334,11 @@ void weights_read(const char *dir, Model *m, const Config *c) {
 // "Anatomy of High-Performance Matrix Multiplication"; Van Zee and van de Geijn 2015, "BLIS"):
 //   micro-kernel  MR x NR sums stay in registers while k runs. A step of k loads NR values of b and MR of a
 //                 for MR*NR multiply-adds, so the loads keep up with the multipliers.
-//   packing       panels of a (MR rows) and of b (NR columns) are copied into the order in which the
-//                 micro-kernel reads: contiguous, no conflicts of pages or cache sets, and zeros instead of
-//                 what lies beyond the last column.
-//   blocking      k is cut into slices of at most KC: a panel of a stays in the L1 cache, MC rows of a in L2
-//                 and NC columns of b in L3 while they are reused.
+//   packing       panels of a (MR rows) and of b (NR columns) that do not lie well are copied into the order in
+//                 which the micro-kernel reads: contiguous, no conflicts of pages or cache sets, and zeros
+//                 instead of what lies beyond the last column.
+//   blocking      k is cut into slices of at most KC: a panel of a stays in the L1 cache, NC columns of b in L2
+//                 while they are reused.
 //   threads       out is cut into blocks of rows and columns. A thread takes a block from packing to the last
 //                 slice, so there is no barrier but the last, and a thread that the system holds up holds up
 //                 nobody else.
@@ -5356,7 +5356,11 @@ enum { VEC_BYTES = 16, MR = 6 };                // SSE (16 registers) and NEON (
 #endif
 enum {
     LANES = VEC_BYTES / (int)sizeof(floatX), NR = 2 * LANES,
-    KC = 512, MC = 144, NC = 1024,          // multiples of MR and NR; fp32 sums of 512 terms stay accurate
+    CACHE_LINE = 64 / (int)sizeof(floatX),
+    KC = 512, MC = 144,                     // multiples of MR and NR; fp32 sums of 512 terms stay accurate
+    NC = VEC_BYTES == 64 ? 512 : 1024,      // 512: 1 MiB of b, half of the L2 of the CPUs with AVX-512
+    AHEAD = 16,                             // steps of k from the prefetch of b to its use
+    PACK_CHUNK = 32,                        // steps of k that packing takes at a time: its output stays in L1
     TILE_KC = 128,                          // slice of matmul_tile: its panel of b lies on the stack
     PACK_SIZE = (MC + NC) * KC              // one thread's scratch, in elements
 };
@@ -5401,9 +5405,12 @@ void micro_kernel(const int rows, floatX *out, size_t ldo, Operand a, const floa
     for (int i = 0; i < rows; i++) {
         sum[i][0] = sum[i][1] = (Vec){0};
         if (i % 2 == 0) a_row[i/2] = at(a, i, 0);
+        __builtin_prefetch(out + i*ldo);
+        __builtin_prefetch(out + i*ldo + NR - 1);
     }
     for (size_t k = 0, offset = 0; k < (size_t)K; k++, offset += a.col, b += ldb) {
         const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + LANES);
+        for (int j = 0; j < NR; j += CACHE_LINE) __builtin_prefetch(b + AHEAD*ldb + j);
         UNROLL
         for (int i = 0; i < rows; i++) {
             const floatX a_ik = a_row[i/2][offset + (i % 2)*a.row];
@@ -5419,11 +5426,12 @@ void micro_kernel(const int rows, floatX *out, size_t ldo, Operand a, const floa
     }
 }
 
-// The common case, a full tile of packed panels. Its strides are constants inside the instructions.
+// A full tile of a packed panel of a: its strides are constants inside the instructions.
 static __attribute__((noinline))
-void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, int K, int accumulate) {
+void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, size_t ldb, int K,
+                         int accumulate) {
     const Operand panel = {a, 1, MR};
-    micro_kernel(MR, out, ldo, panel, b, NR, K, accumulate);
+    micro_kernel(MR, out, ldo, panel, b, ldb, K, accumulate);
 }
 
 // Any strides, any number of rows.
@@ -5483,42 +5491,62 @@ static void pack_panel(floatX *dst, int width, Operand src, int n, int K) {
         for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = i < n ? *at(src, i, k) : 0;
 }
 
+// dst = panels of `width` rows of src (n,K). A few k at a time, for all panels: what is read of a row of
+// memory is longer, what is written stays in L1.
+static void pack(floatX *dst, int width, Operand src, int n, int K) {
+    for (int k = 0; k < K; k += PACK_CHUNK)
+        for (int i = 0; i < n; i += width) {
+            const Operand panel = {at(src, i, k), src.row, src.col};
+            pack_panel(dst + (size_t)i*K + (size_t)k*width, width, panel, min_int(width, n - i),
+                       min_int(PACK_CHUNK, K - k));
+        }
+}
+
 // k in slices of equal size <= max, at least one, so that K = 0 still writes its zeros.
 static inline int slice_size(int K, int max) { return K > 0 ? div_up(K, div_up(K, max)) : 1; }
 
-// One thread's block: out (M,N) = or += a (M,K) b (K,N), packing into scratch (PACK_SIZE).
+// Rows at multiples of 4096 bytes fall into one set of L1. Are there more of them than the set has places?
+static int rows_collide(size_t stride, int rows) {
+#ifdef _SC_LEVEL1_DCACHE_ASSOC
+    static long ways;
+    if (!ways) ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
+#else
+    const long ways = 8;
+#endif
+    return stride * sizeof(floatX) % 4096 == 0 && rows > ways;
+}
+
+// One thread's block: out (M,N) = or += a (M,K) b (K,N), packing into scratch (PACK_SIZE). a is read where it
+// lies if its rows are contiguous, b if its columns are neighbours: only transposed operands are packed, and
+// those whose rows collide in L1.
 static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, int N, int K, int accumulate,
                          floatX *scratch) {
     floatX *packed_a = scratch, *packed_b = scratch + MC*KC;
-    // contiguous rows of a that meet few columns are read where they lie, unless their distance maps them to
-    // the same cache sets
-    const int in_place = a.col == 1 && N <= NC/2 && a.row * sizeof(floatX) % 2048 != 0;
+    const int a_in_place = a.col == 1 && !rows_collide(a.row, MR);
+    const int b_in_place = b.col == 1 && b.row * sizeof(floatX) % 2048 != 0;
     const int slice = slice_size(K, KC);
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += NC) {
             const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
-            for (int j = 0; j < nj; j += NR) {
-                const Operand columns = {at(b, k0, j0 + j), b.col, b.row};  // transposed: pack_panel's (NR,K)
-                pack_panel(packed_b + (size_t)j*nk, NR, columns, min_int(NR, nj - j), nk);
-            }
+            const int own = b_in_place ? nj / NR * NR : 0;              // columns of b read where they lie
+            const Operand columns = {at(b, k0, j0 + own), b.col, b.row};            // transposed: pack's (n,K)
+            pack(packed_b, NR, columns, nj - own, nk);
             for (int i0 = 0; i0 < M; i0 += MC) {
                 const int ni = min_int(MC, M - i0);
-                for (int i = 0; i < ni && !in_place; i += MR) {
-                    const Operand rows = {at(a, i0 + i, k0), a.row, a.col};
-                    pack_panel(packed_a + (size_t)i*nk, MR, rows, min_int(MR, ni - i), nk);
-                }
+                const Operand block = {at(a, i0, k0), a.row, a.col};
+                if (!a_in_place) pack(packed_a, MR, block, ni, nk);
                 for (int i = 0; i < ni; i += MR)    // the panel of a stays in L1, those of b stream past it
                     for (int j = 0; j < nj; j += NR) {
                         floatX *o = out + (i0 + i)*ldo + j0 + j;
+                        const Operand lying = {at(block, i, 0), a.row, a.col};
                         const Operand packed = {packed_a + (size_t)i*nk, 1, MR};
-                        const Operand own = {at(a, i0 + i, k0), a.row, a.col};
-                        const Operand panel = in_place ? own : packed;
-                        const floatX *panel_b = packed_b + (size_t)j*nk;
+                        const floatX *panel_b = j < own ? at(b, k0, j0 + j) : packed_b + (size_t)(j - own)*nk;
+                        const size_t ldb = j < own ? b.row : NR;
                         const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j);
                         const int add = accumulate || k0 > 0;
-                        if (rows == MR && cols == NR && !in_place)
-                            micro_kernel_packed(o, ldo, panel.p, panel_b, nk, add);
-                        else micro_tile(o, ldo, panel, panel_b, NR, rows, cols, nk, add);
+                        if (rows == MR && cols == NR && !a_in_place)
+                            micro_kernel_packed(o, ldo, packed.p, panel_b, ldb, nk, add);
+                        else micro_tile(o, ldo, a_in_place ? lying : packed, panel_b, ldb, rows, cols, nk, add);
                     }
             }
         }
@@ -5548,17 +5576,18 @@ void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
     if (M <= 0 || N <= 0) return;
     const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
     const int n_threads = (double)M*N*K < 1e6 ? 1 : omp_get_max_threads();  // less: waking costs more
-    const int n_blocks = n_threads == 1 ? 1 : 2*n_threads;              // two each: a late thread leaves one
     floatX *scratch = matmul_scratch(n_threads);
     int block_m = M, block_n = N;
     double least = 1e300;
-    // m x n blocks, the least work for the largest; packing an element costs about 16 multiply-adds
-    for (int m = 1; m <= n_blocks; m++) {
-        if (n_blocks % m != 0) continue;
-        const int rows = div_up(div_up(M, MR), m) * MR, cols = div_up(div_up(N, NR), n_blocks/m) * NR;
-        const double work = (double)rows*cols + 16.0*rows + 16.0*cols;
-        if (work < least) least = work, block_m = rows, block_n = cols;
-    }
+    // up to four blocks per thread, the least work for the thread that has the most; packing an element, which
+    // every block does for itself, costs about 16 multiply-adds, reading it where it lies about 2
+    for (int m = 1; m <= 4*n_threads && n_threads > 1; m++)
+        for (int n = 1; m*n <= 4*n_threads; n++) {
+            const int rows = div_up(div_up(M, MR), m) * MR, cols = div_up(div_up(N, NR), n) * NR;
+            const double each = (double)rows*cols + (trans_a ? 16.0 : 2.0)*rows + (trans_b ? 16.0 : 2.0)*cols;
+            const double work = each * div_up(div_up(M, rows) * div_up(N, cols), n_threads);
+            if (work < least) least = work, block_m = rows, block_n = cols;
+        }
     const int grid_m = div_up(M, block_m), grid_n = div_up(N, block_n);
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
     for (int t = 0; t < grid_m * grid_n; t++) {
