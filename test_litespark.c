@@ -167,6 +167,12 @@ static const char SHARED_DATA[] = "../shared/data";
 // ==== 2. Small models, batches and files ================================================================================
 static uint64_t test_seed = 1;          // of the makers below
 
+static double random_normal(uint64_t seed, uint64_t stream, uint64_t index) {
+    float pair[2];
+    random_normals(pair, 1, seed, stream, index & ~(uint64_t)1, 2);
+    return pair[index & 1];
+}
+
 static double noise(void) {             // a fresh normal number
     static uint64_t index;
     return random_normal(test_seed, 77, index++);
@@ -556,6 +562,37 @@ static void test_random_numbers_are_normal_and_independent(void) {
           && random_bits(1, 2, 3) != random_bits(2, 2, 3), "bits are not a function of all three keys");
 }
 
+// Weights keep their bits in every build and on every machine: these are of gcc and clang, -O0 to -O3, SSE2 to AVX-512, fused
+// or not. By long doubles: within 2^-21 of the radius.
+static void test_random_normals_have_known_bits(void) {
+    enum { N = 100003 };
+    const uint32_t want[] = {0xbf69d7cb, 0x3e28c081, 0xbf5254fe, 0x3f68e789, 0x3fd7ac30, 0x3e3b0176, 0xbf97b695, 0x3e935526};
+    float *x = (float *)xmalloc(N * sizeof *x), y[5];
+    uint32_t bits[COUNT(want)];
+    uint64_t all = 0;
+    double worst = 0;
+    random_normals(x, 1, 1, hash_string("lm_head.weight"), 0, N);
+    memcpy(bits, x, sizeof bits);
+    for (int i = 0; i < COUNT(want); i++) CHECK(bits[i] == want[i], "number %d is %08x, not %08x", i, bits[i], want[i]);
+    for (int i = 0; i < N; i++) {
+        uint32_t one;
+        memcpy(&one, x + i, 4);
+        all = mix64(all ^ one);
+    }
+    CHECK(all == 0x10316e7d662227b0u, "all %d: %016" PRIx64, N, all);
+    random_normals(y, 1, 1, hash_string("lm_head.weight"), 770, 5);
+    CHECK(!memcmp(y, x + 770, sizeof y), "a part has other bits");
+    for (int i = 0; i + 1 < N; i += 2) {
+        const uint64_t random = random_bits(1, hash_string("lm_head.weight"), (uint64_t)i / 2);
+        const long double u = ((long double)(random >> 32) + 0.5L) / 4294967296, pi = 3.14159265358979323846L;
+        const long double a = ((long double)(random >> 8 & 0xFFFFFF) - 8388607.5L) / 16777216 * pi;
+        const long double r = sqrtl(-2 * logl(u)) * (random & 1 ? -1 : 1);
+        worst = fmax(worst, (double)fmaxl(fabsl(x[i] - r * cosl(a)), fabsl(x[i + 1] - r * sinl(a))) / (double)fabsl(r));
+    }
+    CHECK_ERROR("error, in radii", worst, 0x1p-21);
+    free(x);
+}
+
 static void test_numbers_are_parsed_strictly(void) {
     const char *const ints[] = {"0", "-5", "+5", "9223372036854775807", "-9223372036854775808", "007"};
     const int64_t want[] = {0, -5, 5, INT64_MAX, INT64_MIN, 7};
@@ -577,17 +614,35 @@ static void test_numbers_are_parsed_strictly(void) {
         bad_reals[i]);
 }
 
+static uint32_t crc_of_bits(uint32_t crc, const unsigned char *p, size_t n) {     // the definition
+    for (crc = ~crc; n--; p++) {
+        crc ^= *p;
+        for (int bit = 0; bit < 8; bit++) crc = (crc >> 1) ^ (crc & 1 ? 0xEDB88320u : 0);
+    }
+    return ~crc;
+}
+
+// Every length and start that a loop could treat alone, in one part, in two, and in two whose order does not matter; the
+// known values are zlib's.
 static void test_crc32_matches_zlib(void) {
     unsigned char data[1000];
     CHECK(crc32_update(0, "123456789", 9) == 0xCBF43926u, "the standard's own check value");
+    for (int i = 0; i < 1000; i++) data[i] = (unsigned char)(i * 7 + i / 256);
+    CHECK(crc32_update(0, data, 1000) == 0x668F073Du && crc32_update(0, data, 0) == 0, "1000 bytes, none");
     for (int i = 0; i < 1000; i++) data[i] = (unsigned char)random_bits(1, 2, (uint64_t)i);
-    uint32_t want = 0xFFFFFFFFu;
-    for (int i = 0; i < 1000; i++) {
-        want ^= data[i];
-        for (int bit = 0; bit < 8; bit++) want = (want >> 1) ^ (want & 1 ? 0xEDB88320u : 0);
+    for (size_t n = 0; n < 400; n++) for (size_t start = 0; start < 4; start++) {
+        const uint32_t want = crc_of_bits(77, data + start, n);
+        CHECK(crc32_update(77, data + start, n) == want, "%zu bytes from %zu", n, start);
+        uint32_t by_16 = ~(uint32_t)77;                     // without carry-less products, as on other CPUs
+        for (size_t i = 0; i < n / 16; i++) by_16 = crc_16_bytes(by_16, data + start + 16 * i);
+        CHECK(crc_of_bits(~by_16, data + start + n / 16 * 16, n % 16) == want, "%zu bytes from %zu by tables", n, start);
     }
-    for (size_t cut = 0; cut < 70; cut++) CHECK(crc32_update(crc32_update(0, data, cut), data + cut, 1000 - cut) == ~want,
-        "in two parts, cut at %zu", cut);
+    const uint32_t whole = crc_of_bits(0, data, 1000);
+    for (size_t cut = 0; cut < 1000; cut++) {
+        const uint32_t head = crc32_update(0, data, cut), tail = crc32_update(0, data + cut, 1000 - cut);
+        CHECK(crc32_update(head, data + cut, 1000 - cut) == whole, "in two parts, cut at %zu", cut);
+        CHECK((crc32_before(head, 1000 - cut) ^ tail) == whole, "in two parts joined, cut at %zu", cut);
+    }
 }
 
 static void test_json_accepts_and_refuses(void) {
@@ -933,6 +988,44 @@ static void test_safetensors_writer_keeps_every_bit(void) {
         if (h >> 15) want = -want;
         wrong = isnan(want) ? !isnan(got) : want != got || !signbit(want) != !signbit(got);
         CHECK(!wrong, "half %04x is %g, not %g", h, (double)got, (double)want);
+    }
+}
+
+// Random weights, the files they are saved in and what is read back have the same bits with any number of threads.
+static void test_io_bits_do_not_depend_on_threads(void) {
+    Config c = make_config("llama", 1, 5003, 1, 128, 4, 2, 0, 64, "");          // more than two chunks, the last one odd
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        Model *m = make_model(&c, 1, 4, 4, 0, bf16);
+        float *first = NULL;
+        const size_t n = m->p.units[0].n;
+        uint32_t crc_1 = 0, crc, crc_read;
+        size_t bytes, size;
+        for (int threads = 1; threads <= 4; threads++) {
+            omp_set_num_threads(threads);
+            weights_random(m, &c, 3);
+            model_set_master(m);
+            StWriter *w = st_create(file_at("t%d.safetensors", threads), NULL);
+            st_declare_table(w, &m->p, bf16 ? ST_BF16 : ST_F32);
+            st_begin(w);
+            for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++)
+                save_values(w, m, STATE_WEIGHTS, t->unit, t->at, t->n);
+            CHECK(!st_finish(w, &crc, &bytes), "cannot write");
+            if (threads == 1) crc_1 = crc;
+            CHECK(crc == crc_1 && same_files(file_at("t1.safetensors"), file_at("t%d.safetensors", threads)),
+                  "the file of %d threads", threads);
+            CHECK(file_crc(file_at("t%d.safetensors", threads), &crc_read, &size) && crc_read == crc && size == bytes,
+                  "%d threads read another CRC", threads);
+            float *x = (float *)xmalloc(n * sizeof *x);
+            memset(m->weights, 0, m->p.n * sizeof *m->weights);
+            weights_read(file_at("t%d.safetensors", threads), m, &c);
+            model_read(m, STATE_WEIGHTS, 0, 0, n, x);
+            CHECK(threads == 1 || !memcmp(x, first, n * sizeof *x), "%d threads read other weights", threads);
+            if (threads == 1) first = x;
+            else free(x);
+        }
+        CHECK(!file_crc(file_at("absent"), &crc, &bytes) && !file_crc(test_dir, &crc, &bytes), "a file that is not there");
+        free(first);
+        model_free(m);
     }
 }
 
@@ -1929,6 +2022,27 @@ static void test_recompute_gives_the_same_bits(void) {
     }
 }
 
+// One task per key/value head, or, where these are fewer than the threads, one per tile.
+static void test_attention_backward_bits_do_not_depend_on_threads(void) {
+    const int rows[][5] = {{1, 200, 4, 1, 16}, {1, 130, 6, 3, 8}, {3, 70, 2, 1, 8}};       // B T H K D
+    for (int s = 0; s < COUNT(rows); s++) for (int masked = 0; masked < 2; masked++) {
+        const int B = rows[s][0], T = rows[s][1], H = rows[s][2], K = rows[s][3], D = rows[s][4];
+        const size_t N = (size_t)B * (size_t)T, n = N * (size_t)((H + 2 * K) * D), m = N * (size_t)(H * D);
+        floatX *qkv = noise_array(n, 0, 1), *dout = noise_array(m, 0, 1), *out = zeros(m), *lse = zeros(N * (size_t)H), *one = NULL;
+        Batch batch;
+        make_batch(&batch, B, T, 10, 0, masked);
+        for (int threads = 1; threads <= 5; threads++) {
+            floatX *dqkv = noise_array(n, 0, 1);
+            omp_set_num_threads(threads);
+            attention_forward(out, lse, qkv, batch.doc_start, B, T, H, K, D);
+            attention_backward(dqkv, dout, qkv, out, lse, batch.doc_start, B, T, H, K, D);
+            if (threads == 1) one = dqkv;
+            CHECK(!memcmp(dqkv, one, n * sizeof *one), "B %d K %d: %d threads give other bits than 1", B, K, threads);
+        }
+        batch_free(&batch);
+    }
+}
+
 static void test_model_bits_do_not_depend_on_threads(void) {
     Config c = make_config("qwen3", 0, 131, 2, 64, 4, 2, 16, 96, "");
     Batch batch;
@@ -2265,8 +2379,8 @@ static void test_init_depends_on_seed_and_name_only(void) {
     const Plan plan = {3, 0, 0, 2, 8, 4, 0, 0, RECOMPUTE_NONE, 1, 0};      // other padding, other places in the flat buffer
     Model *b = model_plan(&c, &plan);
     model_alloc(b);
-    model_init(a, 5);
-    model_init(b, 5);
+    weights_random(a, &c, 5);
+    weights_random(b, &c, 5);
     for (int i = 0; i < a->p.n_tensors; i++) {
         const Tensor *t = &a->p.tensors[i];
         const floatX *x = tensor_weights(a, t);
@@ -2275,7 +2389,7 @@ static void test_init_depends_on_seed_and_name_only(void) {
         double std = sqrt(dot(x, x, t->n) / (double)t->n);
         CHECK_ERROR(t->name, fabs(std / 0.02 - 1), 5 / sqrt(2.0 * (double)t->n));           // five standard errors
     }
-    model_init(b, 6);
+    weights_random(b, &c, 6);
     CHECK(memcmp(tensor_weights(a, a->p.tensors), tensor_weights(b, b->p.tensors), 100 * sizeof(floatX)), "the seed has no effect");
     model_free(a);
     model_free(b);
@@ -4330,6 +4444,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(exp_is_accurate, F32 | F64),
     TEST(bf16_rounds_to_nearest_even, F32),
     TEST(random_numbers_are_normal_and_independent, F32),
+    TEST(random_normals_have_known_bits, F32),
     TEST(numbers_are_parsed_strictly, F32),
     TEST(crc32_matches_zlib, F32),
     TEST(json_accepts_and_refuses, F32),
@@ -4341,6 +4456,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(safetensors_refuses_damaged_headers, F32),
     TEST(safetensors_index_names_the_files, F32),
     TEST(safetensors_writer_keeps_every_bit, F32),
+    TEST(io_bits_do_not_depend_on_threads, F32),
     TEST(safetensors_writer_reports_a_full_disk, F32),
     TEST(tokenizer_round_trips_any_bytes, F32),
     TEST(tokenizer_words_are_those_of_the_patterns, F32),
@@ -4370,6 +4486,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(edge_shapes_have_right_gradients, F64),
     TEST(all_targets_masked_gives_zero, F32 | F64),
     TEST(recompute_gives_the_same_bits, F32 | F64),
+    TEST(attention_backward_bits_do_not_depend_on_threads, F32 | F64),
     TEST(model_bits_do_not_depend_on_threads, F32),
     TEST(logits_chunk_does_not_change_the_result, F32 | F64),
     TEST(attention_matches_naive_reference, F32 | F64),

@@ -161,7 +161,7 @@ static void fuzz_tokenizer(const uint8_t *data, size_t n) {
     int *ids, count = tokenizer_encode(t, (const char *)data + n - text, text, &ids);
     for (int i = 0; i < count; i++) {
         if (ids[i] < 0 || ids[i] >= t->V) abort();
-        bytes += piece_byte(&t->piece[ids[i]]) >= 0 ? 1 : (size_t)t->piece[ids[i]].n;
+        bytes += piece_byte(t, &t->piece[ids[i]]) >= 0 ? 1 : (size_t)t->piece[ids[i]].n;
     }
     if (bytes != text + (t->prefix_space && text ? 1 : 0)) abort();     // the pieces cover the text exactly
     tracked_free(ids);

@@ -234,8 +234,8 @@ static const char *case_folder(const Case *c) {
             const Tensor *t = &p.tensors[i];
             double scale = !t->cols ? 0.3 : strstr(t->name, "embed") ? 0.3 : 1.2 / sqrt((double)t->cols);
             float *x = (float *)xmalloc(t->n * 4);
-            for (size_t j = 0; j < t->n; j++)
-                x[j] = (float)((t->init == INIT_ONE) + scale * random_normal(seed, hash_string(t->name), j));
+            random_normals(x, scale, seed, hash_string(t->name), 0, t->n);
+            for (size_t j = 0; j < t->n; j++) x[j] += (float)(t->init == INIT_ONE);
             st_write(w, x, t->n);
             free(x);
         }
