@@ -154,10 +154,9 @@ data: data/stories/stories.json
 data/stories/stories.json: build/stories
 	build/stories --out data/stories
 
-# mpirun refuses root unless told, and kills ranks 1 s after a signal, too soon for a checkpoint.
-MPIENV   := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_odls_base_sigkill_timeout=60 OMPI_MCA_hwloc_base_binding_policy=none
-run: train
-	$(if $(and $(filter 1,$(MPI)),$(MPIRUN)),$(MPIENV) mpirun -np 1 )./train_litespark --resume auto --out $(OUT) $(ARGS)
+RANKS    ?= 1
+run: train      # dev/run.sh: mpirun with signals that save
+	exec $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark --resume auto --out $(OUT) $(ARGS)
 
 # ---- tests: in-process in floats and in doubles, and the program as a user runs it
 TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered -DPOISON
