@@ -3,8 +3,8 @@
 litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the
 CPU and the reference for every gradient here: same sections, same names; read them side by side.
 
-    make train DEVICE=cuda && mpirun -np 8 ./train_litespark        one rank per GPU
-    make train DEVICE=emu  && mpirun -np 2 ./train_litespark        the same source on the CPU (dev/emu)
+    make train DEVICE=cuda && dev/run.sh -np 8 ./train_litespark    one rank per GPU
+    make train DEVICE=emu  && dev/run.sh -np 2 ./train_litespark    the same source on the CPU (dev/emu)
     ./train_litespark --help                                        every option
 
 Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp: rounded up
