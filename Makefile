@@ -167,8 +167,9 @@ data: data/stories/stories.json
 data/stories/stories.json: build/stories
 	build/stories --out data/stories
 
-run: train
-	./train_litespark --resume auto --out $(OUT) $(ARGS)
+RANKS    ?= 1
+run: train      # dev/run.sh: mpirun with signals that save
+	exec $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark --resume auto --out $(OUT) $(ARGS)
 
 # ---- tests: in-process in floats and in doubles, and the program as a user runs it
 TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered -DPOISON

@@ -3680,10 +3680,14 @@ static int steps_logged(const char *out) {
     return n;
 }
 
+static int has_ended(const Process *p) {
+    siginfo_t info = {0};
+    return now_seconds() - p->start > TIMEOUT || waitid(P_PID, (id_t)p->pid, &info, WEXITED | WNOHANG | WNOWAIT) || info.si_pid;
+}
+
 static int wait_for_steps(const char *out, int n, Process *p) {
-    int status;
-    while (steps_logged(out) < n && now_seconds() - p->start < TIMEOUT) {
-        if (waitpid(p->pid, &status, WNOHANG | WNOWAIT) == p->pid) return 0;
+    while (steps_logged(out) < n) {
+        if (has_ended(p)) return 0;
         usleep(1000);
     }
     return 1;
@@ -3796,7 +3800,7 @@ static void test_out_with_a_checkpoint_is_not_overwritten(void) {
 
 static void test_signals_save_and_resume_exactly(void) {
     if (!have_binary()) return;
-    const int numbers[] = {SIGTERM, SIGINT, SIGUSR1};
+    const int numbers[] = {SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGPIPE};     // each twice in a row, as launchers send them
     enum { STEPS = 1500 };
     char options[2000];
     snprintf(options, sizeof options,
@@ -3807,6 +3811,8 @@ static void test_signals_save_and_resume_exactly(void) {
         const char *out = file_at("out%d", i);
         Process p = trainer_start(0, "%s --out %s", options, out);
         wait_for_steps(out, 5 + 20 * i, &p);
+        kill(p.pid, numbers[i]);
+        usleep(500);
         kill(p.pid, numbers[i]);
         Result r = finish(&p, TIMEOUT);
         CHECK_RAN(r);
@@ -3845,7 +3851,8 @@ static void test_signals_end_evaluation_and_sampling(void) {
     }
 }
 
-static void test_second_signal_exits_at_once(void) {
+// A second SIGINT more than a second later is a hand; other signals, and several at once, only ask to stop.
+static void test_second_interrupt_by_hand_exits_at_once(void) {
     if (!have_binary()) return;
     make_tiny();
     char *big = config_text("llama", 1, TINY_V, 8, 256, 4, 2, 0, 1024, "");        // a micro-step takes about a second
@@ -3855,27 +3862,205 @@ static void test_second_signal_exits_at_once(void) {
                               "--checkpoint-every 0 --threads 1 --out %s", file_at("big.json"), train_glob, file_at("out"));
     wait_for_steps(file_at("out"), 1, &p);
     double sent = now_seconds();
-    kill(p.pid, SIGTERM);
-    usleep(20000);
-    kill(p.pid, SIGTERM);
+    const struct { int number, microseconds; } sent_then[] = {
+        {SIGTERM, 20000}, {SIGTERM, 20000}, {SIGINT, 20000}, {SIGINT, 20000}, {SIGSTOP, 1200000}, {SIGINT, 0}, {SIGCONT, 0}};
+    for (int i = 0; i < COUNT(sent_then); i++) {
+        kill(p.pid, sent_then[i].number);
+        usleep((useconds_t)sent_then[i].microseconds);
+    }
     Result r = finish(&p, TIMEOUT);
     int64_t newest;
-    CHECK(r.code == 128 + SIGTERM, "exit status %d", r.code);
-    CHECK(now_seconds() - sent < 2 && count_checkpoints(file_at("out"), &newest) == 0, "it took %.1f s to exit",
+    CHECK(r.code == 128 + SIGINT, "exit status %d", r.code);
+    CHECK(now_seconds() - sent < 2.5 && count_checkpoints(file_at("out"), &newest) == 0, "it took %.1f s to exit",
         now_seconds() - sent);
 }
 
-static void test_signal_to_mpirun_saves(void) {
+// The ranks of a job: descendants of the launcher that run the trainer.
+static int find_ranks(pid_t launcher, pid_t *ranks, int most) {
+    DIR *d = opendir("/proc");
+    int n = 0;
+    for (struct dirent *e; d && (e = readdir(d));) {
+        int64_t pid;
+        int parent = 0;
+        char name[64] = "";
+        if (!parse_int(e->d_name, &pid)) continue;
+        for (int up = (int)pid; up > 1 && up != launcher; up = parent) {
+            char *path = path_text("/proc/%d/stat", up), of_this[64] = "";
+            FILE *f = fopen(path, "r");
+            parent = 0;
+            if (f && fscanf(f, "%*d (%63[^)]) %*c %d", of_this, &parent) == 2 && !*name) memcpy(name, of_this, sizeof name);
+            if (f) fclose(f);
+            free(path);
+        }
+        if (parent == launcher && !strncmp(name, "train_litespark", 15) && n < most) ranks[n++] = (pid_t)pid;
+    }
+    if (d) closedir(d);
+    return n;
+}
+
+// Signals to mpirun (USR1), dev/run.sh and to one rank, twice in a row, save, although a rank answers only 2.5 s later (it is
+// stopped), which is longer than mpirun waits.
+static void test_signals_to_launchers_and_ranks_save(void) {
     if (!have_mpi()) return;
+    enum { MPIRUN, RUN_SH, RANK };
+    const struct { int to, number, and_then; } row[] = {
+        {MPIRUN, SIGUSR1, SIGUSR1}, {RUN_SH, SIGTERM, SIGTERM}, {RUN_SH, SIGINT, SIGINT}, {RUN_SH, SIGINT, SIGTERM},
+        {RUN_SH, SIGHUP, SIGHUP}, {RANK, SIGTERM, SIGTERM}, {RANK, SIGINT, SIGTERM}, {RANK, SIGPIPE, SIGHUP}};
+    Process p[COUNT(row)];
+    pid_t ranks[COUNT(row)][2];
+    for (int i = 0; i < COUNT(row); i++) {      // side by side: most of their time they wait
+        char line[3000];
+        snprintf(line, sizeof line, "%s -np 2 --oversubscribe %s %s --batch-size 1 --log-every 1000 --steps 1000000 "
+                 "--checkpoint-every 0 --out %s", row[i].to == RUN_SH ? "dev/run.sh" : mpirun, binary, tiny(), file_at("out%d", i));
+        p[i] = start_command(line);
+        wait_for_steps(file_at("out%d", i), 5, &p[i]);
+        const int n = find_ranks(p[i].pid, ranks[i], 2);
+        CHECK(n == 2, "%d: found %d ranks", i, n);
+        if (n < 2) continue;
+        kill(ranks[i][1], SIGSTOP);
+        const pid_t to = row[i].to == RANK ? ranks[i][0] : p[i].pid;
+        kill(to, row[i].number);
+        usleep(100000);
+        kill(to, row[i].and_then);
+    }
+    usleep(2500000);
+    for (int i = 0; i < COUNT(row) && !n_bad; i++) {
+        kill(ranks[i][1], SIGCONT);
+        Result r = finish(&p[i], TIMEOUT);
+        int64_t newest = 0;
+        const int saved = count_checkpoints(file_at("out%d", i), &newest);
+        CHECK(r.code == 0 && saved == 1, "%d: exit status %d, %d checkpoints; %s", i, r.code, saved, last_line(r.err));
+        const Str why = checkpoint_whole(file_at("out%d/step_%08d", i, (int)newest), 0);
+        CHECK(!why.s[0], "%d: %s", i, why.s);
+        CHECK(!strstr(r.out, "note | mpirun kills") == (row[i].to == RUN_SH), "%d: the note on mpirun: %s", i, r.out);
+    }
+}
+
+// Slurm: srun has its own way. SIGTERM twice within 0.1 s is what it sends at the time limit.
+static void test_time_limit_of_slurm_saves(void) {
+    if (!have_binary()) return;
+    Process probe = start_command(path_text("srun --mpi=pmix -n 2 %s --help", binary));
+    if (finish(&probe, 20).code) {
+        snprintf(skip_reason, sizeof skip_reason, "no srun that starts 2 tasks with --mpi=pmix");
+        return;
+    }
     const char *out = file_at("out");
-    Process p = trainer_start(2, "%s --batch-size 1 --log-every 1000 --steps 100000 --checkpoint-every 0 --out %s", tiny(), out);
-    wait_for_steps(out, 10, &p);
-    kill(p.pid, SIGUSR1);
+    Process p = start_command(path_text("srun --mpi=pmix -n 2 -t 1 %s %s --batch-size 1 --log-every 1000 --steps 100000000 "
+                                        "--checkpoint-every 0 --out %s", binary, tiny(), out));
     Result r = finish(&p, TIMEOUT);
-    int64_t newest = 0;
-    CHECK(r.code == 0 && count_checkpoints(out, &newest) == 1, "exit status %d; %s", r.code, last_line(r.err));
-    Str why;
-    CHECK(!(why = checkpoint_whole(file_at("out/step_%08d", (int)newest), 0)).s[0], "%s", why.s);
+    int64_t newest;
+    CHECK(strstr(r.out, "stopped by a signal") && count_checkpoints(out, &newest) == 1, "exit status %d: %s", r.code, r.err);
+}
+
+// A rank that works alone keeps the others waiting: while it verifies, samples, and saves slowly (three jobs, side by side).
+static void test_timeout_counts_from_the_last_sign_of_life(void) {
+    if (!have_mpi()) return;
+    make_tiny();
+    char *wide = config_text("llama", 0, TINY_V, 4, 256, 4, 2, 0, 1024, "");
+    write_text(file_at("wide.json"), wide);
+    free(wide);
+    char options[1500];
+    snprintf(options, sizeof options, "--config %s --train-data %s --seq-len %d --threads 1 --batch-size 1",
+        file_at("wide.json"), train_glob, TINY_T);
+    // a newer checkpoint is damaged, and long to read: 8 GB of zeros that take no disk
+    CHECK_RAN(trainer(2, "%s --steps 1 --sample-every 0 --out %s", options, file_at("out")));
+    copy_folder(file_at("out/step_00000001"), file_at("out/step_00000009"));
+    write_text(file_at("out/step_00000009/zeros"), "");
+    CHECK(!truncate(file_at("out/step_00000009/zeros"), (off_t)8 << 30), "truncate: %s", strerror(errno));
+    char *list = slurp(file_at("out/step_00000009/checksums.txt"), NULL);
+    Str text = str("00000001 %" PRId64 " zeros\n%.*s", (int64_t)8 << 30, (int)strlen(list) - 9, list);
+    write_text(file_at("out/step_00000009/checksums.txt"), str("%s%08x\n", text.s, crc32_update(0, text.s, strlen(text.s))).s);
+    free(list);
+    Process verifies = trainer_start(2, "%s --timeout 2 --resume auto --steps 1 --sample-every 0 --out %s", options, file_at("out"));
+    Process samples = trainer_start(2, "%s --timeout 3 --steps 2 --sample-every 1 --sample-tokens 100000000 --out %s", options, file_at("out1"));
+    Process saves = trainer_start(2, "%s --timeout 3 --steps 2 --sample-every 0 --checkpoint-every 1 --out %s", options, file_at("out2"));
+    // rank 0 gets a hundredth of its time for the first 5 s of saving
+    pid_t ranks[2];
+    double seen = 0;
+    while (!has_ended(&saves) && (!seen || now_seconds() - seen < 5)) {
+        usleep(2000);
+        if (access(file_at("out2/tmp.step_00000001"), F_OK) || find_ranks(saves.pid, ranks, 2) < 2) continue;
+        if (!seen) seen = now_seconds();
+        const pid_t rank_0 = ranks[0] < ranks[1] ? ranks[0] : ranks[1];
+        kill(rank_0, SIGSTOP);
+        usleep(200000);
+        kill(rank_0, SIGCONT);
+    }
+    const double took = seen ? now_seconds() - seen : 0;
+    CHECK_RAN(finish(&saves, TIMEOUT));
+    CHECK(took > 4, "saved in %.1f s, too fast for this test", took);
+    wait_for_steps(file_at("out1"), 1, &samples);
+    for (double begin = now_seconds(); now_seconds() - begin < 4.5 && !has_ended(&samples);) usleep(10000);
+    kill(samples.pid, SIGUSR1);
+    Result r = finish(&samples, TIMEOUT);
+    CHECK_RAN(r);
+    CHECK(strstr(r.out, "stopped by a signal at step 1"), "%s", last_line(r.out));
+    r = finish(&verifies, TIMEOUT);
+    CHECK_RAN(r);
+    CHECK(strstr(r.err, "zeros is damaged") && r.seconds > 2, "verified in %.1f s: %s", r.seconds, r.err);
+}
+
+// Ranks that mpirun binds are told so, and what they do then with the cores.
+static void test_bound_ranks_are_told(void) {
+    if (!have_mpi()) return;
+    if (omp_get_num_procs() < 2) { snprintf(skip_reason, sizeof skip_reason, "one core"); return; }
+    char line[3000];
+    for (int bound = 0; bound < 2; bound++) {
+        snprintf(line, sizeof line, "%s -np 1 --bind-to %s %s %s --batch-size 1 --steps 1 --checkpoint-every 0 --out %s", mpirun,
+            bound ? "core" : "none", binary, tiny(), file_at("out%d", bound));
+        Process p = start_command(line);
+        Result r = finish(&p, TIMEOUT);
+        CHECK_RAN(r);
+        CHECK(!strstr(r.out, "mpirun binds this rank to 1 of the") == !bound, "bound %d: %s", bound, r.out);
+    }
+}
+
+// Threads: --threads, else OMP_NUM_THREADS, else the cores; waiting threads do not spin for long.
+static void test_threads_follow_the_environment(void) {
+    if (!have_binary()) return;
+    make_tiny();
+    char options[1000], name[64], environment[1 << 16];
+    snprintf(options, sizeof options, "--config %s --train-data %s --seq-len %d --sample-every 0 --batch-size 1 --checkpoint-every 0",
+        tiny_config, train_glob, TINY_T);
+    setenv("OMP_NUM_THREADS", "3", 1);
+    Result r = trainer(0, "%s --steps 1 --out %s", options, file_at("out"));
+    CHECK(strstr(r.out, " 3 threads per rank"), "OMP_NUM_THREADS=3: %s %s", r.out, r.err);
+    r = trainer(0, "%s --steps 1 --threads 2 --out %s", options, file_at("out2"));
+    CHECK(strstr(r.out, " 2 threads per rank"), "OMP_NUM_THREADS=3 --threads 2: %s %s", r.out, r.err);
+    unsetenv("OMP_NUM_THREADS");
+    unsetenv("OMP_WAIT_POLICY");
+    Process p = trainer_start(0, "%s --steps 100000 --threads 1 --out %s", options, file_at("out3"));
+    wait_for_steps(file_at("out3"), 2, &p);
+    FILE *f = fopen(str("/proc/%d/environ", (int)p.pid).s, "r");
+    CHECK(memmem(environment, f ? fread(environment, 1, sizeof environment, f) : 0, "GOMP_SPINCOUNT=", 15), "waiting threads spin");
+    if (f) fclose(f);
+    f = fopen(str("/proc/%d/comm", (int)p.pid).s, "r");
+    CHECK(f && fscanf(f, "%63s", name) == 1 && !strncmp(name, "train_litespark", 15), "the process has another name");
+    if (f) fclose(f);
+    kill(p.pid, SIGKILL);
+    finish(&p, TIMEOUT);
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+}
+
+// What control groups allow: the least of the group and those above, in both versions.
+static void test_control_groups_limit_threads_and_memory(void) {
+    const struct { const char *file, *text; } files[] = {
+        {"v2", "0::/job/step\n"}, {"job/step/cpu.max", "max 100000\n"}, {"job/step/memory.max", "5000000\n"},
+        {"job/cpu.max", "250000 100000\n"}, {"job/memory.max", "max\n"}, {"memory.max", "6000000\n"},
+        {"v1", "4:memory:/a/b\n3:cpuset:/c\n2:cpu,cpuacct:/a\n1:name=systemd:/\n"},
+        {"cpu/a/cpu.cfs_quota_us", "150000\n"}, {"cpu/a/cpu.cfs_period_us", "100000\n"}, {"cpu/cpu.cfs_quota_us", "-1\n"},
+        {"cpu/cpu.cfs_period_us", "100000\n"}, {"cpu/c/cpu.cfs_quota_us", "1\n"}, {"cpu/c/cpu.cfs_period_us", "100000\n"},
+        {"memory/a/b/memory.limit_in_bytes", "9223372036854771712\n"}, {"memory/a/memory.limit_in_bytes", "7000000\n"}};
+    const char *const folders[] = {"job", "job/step", "cpu", "cpu/a", "cpu/c", "memory", "memory/a", "memory/a/b"};
+    for (int i = 0; i < COUNT(folders); i++) mkdir(file_at("%s", folders[i]), 0777);
+    for (int i = 0; i < COUNT(files); i++) write_text(file_at("%s", files[i].file), files[i].text);
+    const struct { const char *groups; double cores, memory; } row[] = {
+        {"v2", 2.5, 5e6}, {"v1", 1.5, 7e6}, {"nothing", INFINITY, INFINITY}};
+    for (int i = 0; i < COUNT(row); i++) {
+        double cores, memory;
+        cgroup_limits(file_at("%s", row[i].groups), test_dir, &cores, &memory);
+        CHECK(cores == row[i].cores && memory == row[i].memory, "%s: %g cores, %g bytes", row[i].groups, cores, memory);
+    }
 }
 
 // kill -9 at random moments of a run that saves at every update: what is left is always enough to go on with, bit for bit.
@@ -3913,25 +4098,6 @@ static void test_kill_at_random_moments_loses_nothing(void) {
     if (getenv("VERBOSE")) printf("    %d kills, %d of them while saving\n", killed, leftovers);
 }
 
-// The ranks of a job: descendants of mpirun that run the trainer.
-static int find_ranks(pid_t mpirun_pid, pid_t *ranks, int most) {
-    DIR *d = opendir("/proc");
-    int n = 0;
-    for (struct dirent *e; d && (e = readdir(d));) {
-        int64_t pid;
-        int parent = 0;
-        char name[64] = "", *path;
-        if (!parse_int(e->d_name, &pid)) continue;
-        path = path_text("/proc/%s/stat", e->d_name);
-        FILE *f = fopen(path, "r");
-        if (f && fscanf(f, "%*d (%63[^)]) %*c %d", name, &parent) == 2 && parent == mpirun_pid
-            && !strncmp(name, "train_litespark", 15) && n < most) ranks[n++] = (pid_t)pid;
-        if (f) fclose(f);
-        free(path);
-    }
-    if (d) closedir(d);
-    return n;
-}
 
 static void test_dead_or_stopped_rank_ends_the_job(void) {
     if (!have_mpi()) return;
@@ -4542,8 +4708,13 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(out_with_a_checkpoint_is_not_overwritten, F32),
     TEST(signals_save_and_resume_exactly, F32),
     TEST(signals_end_evaluation_and_sampling, F32),
-    TEST(second_signal_exits_at_once, F32),
-    TEST(signal_to_mpirun_saves, F32),
+    TEST(second_interrupt_by_hand_exits_at_once, F32),
+    TEST(signals_to_launchers_and_ranks_save, F32),
+    TEST(time_limit_of_slurm_saves, F32),
+    TEST(timeout_counts_from_the_last_sign_of_life, F32),
+    TEST(bound_ranks_are_told, F32),
+    TEST(threads_follow_the_environment, F32),
+    TEST(control_groups_limit_threads_and_memory, F32),
     TEST(kill_at_random_moments_loses_nothing, F32),
     TEST(dead_or_stopped_rank_ends_the_job, F32),
     TEST(non_finite_gradients_never_reach_the_weights, F32),

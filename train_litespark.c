@@ -4,7 +4,7 @@ litespark: train Llama-family language models. This file is the CPU trainer and 
 proves every gradient of the CUDA trainer train_litespark.cu: same sections, same names, same options.
 
     make run                                            build, make the default data, train on all cores
-    make train && mpirun -np 2 ./train_litespark        the same by hand, two ranks
+    make train && dev/run.sh -np 2 ./train_litespark    the same by hand, two ranks
     ./train_litespark --help                            every option
 
 Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary, L layers, C hidden
@@ -56,6 +56,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -199,7 +200,8 @@ enum { START, GIVEN, FIXED };
     GROUP("System") \
     X(INT, "--seed", seed, FIXED, "1", 0, 9e15, "of random weights, the order of data, and samples") \
     X(CHOICE, "--precision", precision, GIVEN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
-    X(INT, "--threads", threads, START, "0", 0, 4096, "per rank, 0 = cores / ranks of this machine") \
+    X(INT, "--threads", threads, START, "0", 0, 4096, \
+      "per rank, 0 = $OMP_NUM_THREADS, else cores / ranks of this machine") \
     X(CHOICE, "--recompute", recompute, START, "none", 0, 0, \
       "none|mlp|block: what backward computes again, to save memory") \
     X(INT, "--logits-chunk", logits_chunk, START, "0", 0, 1 << 24, \
@@ -210,7 +212,8 @@ enum { START, GIVEN, FIXED };
     X(CHOICE, "--mlp", mlp, START, "auto", 0, 0, \
       "auto|passes|products: SwiGLU as passes of its own or inside our products") \
     X(CHOICE, "--deterministic", deterministic, START, "on", 0, 0, "off|on: two runs give the same bits") \
-    X(INT, "--timeout", timeout, START, "600", 1, 1e6, "seconds to wait for another rank before giving up") \
+    X(INT, "--timeout", timeout, START, "600", 1, 1e6, \
+      "seconds to wait for a sign of life of another rank or the GPU") \
     GROUP("Tools") \
     X(FLAG, "--dry-run", dry_run, START, NULL, 0, 0, "print the memory that this run needs and stop") \
     X(INT, "--gpus", gpus, START, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
@@ -454,6 +457,7 @@ void comm_init(int *argc, char ***argv);
 void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
 void comm_barrier(void);
+void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
 void comm_broadcast(void *data, size_t bytes);          // from rank 0
 void comm_sum(double *x, int n);                        // over ranks, in place
 double comm_max(double x);
@@ -1564,13 +1568,25 @@ typedef struct Trainer {
     struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;
 } Trainer;
 
-static volatile sig_atomic_t signals;       // how many arrived
+static volatile sig_atomic_t signals;       // 1 once one has come
 
+// Launchers, time limits and closing terminals send several signals at once: they only repeat the request.
+// A second SIGINT over a second after the first is a hand that does not want to wait.
 static void on_signal(int number) {
-    if (++signals > 1) _exit(128 + number);
+    static double interrupted;              // when the first SIGINT came
+    if (number == SIGINT && interrupted > 0 && now_seconds() - interrupted > 1) _exit(128 + SIGINT);
+    if (number == SIGINT && interrupted == 0) interrupted = now_seconds();
+    signals = 1;
 }
 
-// 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
+// Save and stop: Ctrl-C, a time limit, a launcher, a closed terminal (not after nohup), a closed pipe.
+static void catch_signals(void) {
+    const int numbers[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGPIPE};
+    for (int i = 0; i < COUNT(numbers); i++)
+        if (signal(numbers[i], on_signal) == SIG_IGN && numbers[i] == SIGHUP) signal(SIGHUP, SIG_IGN);
+}
+
+// 1 on all ranks once any has got a signal to stop.
 static int stop_requested(void) { return comm_max((double)signals) > 0; }
 
 // ---- one update -------------------------------------------------------------------------------------------
@@ -1716,8 +1732,8 @@ static int train_step(Trainer *tr) {
 }
 
 // ---- looking ----------------------------------------------------------------------------------------------
-// Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
-static void evaluate(Trainer *tr) {
+// Mean loss over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are NAN then.
+static int evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
     const Batch *batch = &tr->val_batch;
     int64_t batches = loader_eval_batches(dl);
@@ -1726,7 +1742,7 @@ static void evaluate(Trainer *tr) {
     loader_rewind(dl);
     tr->val_loss = tr->floor = NAN;
     for (int64_t i = 0; i < batches; i++) {
-        if (stop_requested()) return;
+        if (stop_requested()) return 0;
         loader_next(dl, &tr->val_batch);
         llama_forward(tr->m, batch);
         llama_head(tr->m, batch, /*weight=*/NULL);
@@ -1746,6 +1762,7 @@ static void evaluate(Trainer *tr) {
     text_add_field(&r, "val_loss", tr->val_loss);
     text_add_field(&r, "floor", tr->floor);
     log_record(&r);
+    return 1;
 }
 
 // The next token by temperature (0: the most likely) and a coin in [0,1).
@@ -1762,7 +1779,7 @@ static int sample_token(const float *logits, int V, double temperature, double c
     return best;
 }
 
-// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait at their next exchange.
+// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait in their next comm_barrier.
 static void generate(Trainer *tr) {
     if (comm_rank() || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
@@ -1780,6 +1797,7 @@ static void generate(Trainer *tr) {
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         const int window = n < room ? n : room;             // the last tokens that the model can see
         const uint64_t draw = ((uint64_t)tr->state.step << 20) + (uint64_t)i;
+        comm_busy();
         next_logits(tr->m, ids + n - window, window, logits);
         ids[n] = sample_token(logits, tr->c.V, opt.temperature,
                               random_uniform((uint64_t)opt.seed, hash_string("sample"), draw));
@@ -2137,6 +2155,18 @@ static void setup_weights(Trainer *tr, const char *resume_dir) {
     else if (opt.init_from) weights_read(opt.init_from, tr->m, &tr->c);
     else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
     model_set_master(tr->m);
+    comm_barrier();                                         // a slow disk may have kept some ranks longer
+}
+
+// mpirun ends its ranks on TERM and Ctrl-C long before a checkpoint is written. dev/run.sh sees to that.
+static void warn_of_mpirun(void) {
+    char parent[32] = "";
+    FILE *f = fopen(str("/proc/%d/comm", (int)getppid()).s, "r");
+    if (f && fscanf(f, "%31s", parent) != 1) *parent = 0;
+    if (f) fclose(f);
+    if (getenv("LITESPARK_RUN") || !strstr(" mpirun orted prterun prted ", str(" %s ", parent).s)) return;
+    printf("note | mpirun kills its ranks a second after TERM or Ctrl-C: what was not saved by then is lost; "
+           "start by dev/run.sh instead of mpirun, or stop by kill -USR1\n");
 }
 
 static void log_header(const Trainer *tr) {
@@ -2172,6 +2202,7 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
     tr->peak = device_peak(opt.precision == BF16);
     printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
            flops_text(tr->peak).s, device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
+    warn_of_mpirun();
     log_header(tr);
     if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
@@ -2191,9 +2222,7 @@ static void setup(Trainer *tr) {
     setup_data(tr, resume_dir);
     if (!opt.generate) print_model(tr);
     setup_weights(tr, resume_dir);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    signal(SIGUSR1, on_signal);
+    catch_signals();
     // an evaluation leaves something only where it is told to
     if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
 }
@@ -2211,10 +2240,9 @@ int main(int argc, char **argv) {
         setup(tr);
         if (opt.dry_run) print_model(tr);
         else if (opt.eval_only) {
-            evaluate(tr);
-            if (!isfinite(tr->val_loss) && !signals) die("--eval-only: the loss is not finite");
-        }
-        else if (opt.generate) generate(tr);
+            if (!evaluate(tr)) die("--eval-only: stopped by a signal");
+            if (!isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
+        } else if (opt.generate) generate(tr);
         else if (opt.dump_grads) dump_grads(tr);
         else train(tr);
         comm_barrier();
@@ -2229,7 +2257,20 @@ int main(int argc, char **argv) {
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Waiting
 // is always a loop of MPI_Test with a time limit: a dead or stuck peer ends the job with a message. Sums run
 // in MPI's fixed order for a number of ranks.
-static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
+static struct {
+    int rank, world, local_rank, local_ranks;       // local: on this machine
+    double cores;           // this rank's: a core that k ranks may run on counts 1/k
+} comm = {0, 1, 0, 1, 0};
+static void spin_less(char **argv);
+
+// Into share: 1 for each core that process pid (0: this one) may run on. Returns their number.
+static int cores_of(pid_t pid, int share[CPU_SETSIZE]) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (sched_getaffinity(pid, sizeof set, &set)) return 0;
+    for (int i = 0; share && i < CPU_SETSIZE; i++) share[i] = CPU_ISSET(i, &set);
+    return CPU_COUNT(&set);
+}
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
@@ -2238,6 +2279,7 @@ int comm_world(void) { return comm.world; }
 #include <mpi.h>
 // BUCKET: elements of one all-reduce, so that large units overlap too
 enum { MAX_PENDING = 4096, BUCKET = 1 << 22 };
+static MPI_Comm rounds;                     // all ranks, for barriers
 static MPI_Request pending[MAX_PENDING];
 static int n_pending;
 #define MPI_FLOATX (sizeof(floatX) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT)
@@ -2250,13 +2292,19 @@ void comm_abort(void) {
 }
 
 void comm_init(int *argc, char ***argv) {
+    spin_less(*argv);
     MPI_Init(argc, argv);
+    MPI_Comm_dup(MPI_COMM_WORLD, &rounds);
     MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
     MPI_Comm local;
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &local);
     MPI_Comm_rank(local, &comm.local_rank);
     MPI_Comm_size(local, &comm.local_ranks);
+    int mine[CPU_SETSIZE] = {0}, ranks_on[CPU_SETSIZE];
+    cores_of(0, mine);
+    MPI_Allreduce(mine, ranks_on, CPU_SETSIZE, MPI_INT, MPI_SUM, local);
+    for (int i = 0; i < CPU_SETSIZE; i++) if (mine[i]) comm.cores += 1.0 / ranks_on[i];
     MPI_Comm_free(&local);
     if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
         die("cannot write to /dev/null: %s", strerror(errno));
@@ -2295,8 +2343,33 @@ void comm_sum(double *x, int n) {
 double comm_max(double x) {
     MPI_Request r;
     MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, 1, "a maximum or barrier");
+    comm_wait(&r, 1, "a maximum");
     return x;
+}
+
+// A rank that works alone (verifies, samples, writes) says so to those that wait for it in comm_barrier: a
+// barrier is rounds of a maximum, until a round finds nobody busy, each with --timeout seconds of its own.
+static MPI_Request round_open = MPI_REQUEST_NULL;
+static int anybody_busy;
+
+static void round_start(int busy) {
+    anybody_busy = busy;
+    MPI_Iallreduce(MPI_IN_PLACE, &anybody_busy, 1, MPI_INT, MPI_MAX, rounds, &round_open);
+}
+
+void comm_busy(void) {
+    int heard = 0;                          // by all, and so nobody is busy elsewhere
+    if (comm.world == 1 || omp_get_thread_num()) return;     // the first of several threads says it for all
+    MPI_Test(&round_open, &heard, MPI_STATUS_IGNORE);
+    if (heard) round_start(1);
+}
+
+void comm_barrier(void) {
+    do {
+        comm_wait(&round_open, 1, "a barrier");      // the one that this rank's comm_busy has begun
+        round_start(0);
+        comm_wait(&round_open, 1, "a barrier");
+    } while (anybody_busy);
 }
 
 void comm_reduce_finish(void) {
@@ -2333,7 +2406,7 @@ void comm_allgather(floatX *x, size_t n) {
 void comm_abort(void) {}
 void comm_init(int *argc, char ***argv) {
     (void)argc;
-    (void)argv;
+    spin_less(*argv);
     const char *size = getenv("OMPI_COMM_WORLD_SIZE");
     if (size && strcmp(size, "1"))
         die("this build has no MPI, so mpirun would start %s separate runs; install Open MPI and run make "
@@ -2347,8 +2420,9 @@ void comm_reduce_start(floatX *x, size_t n) { (void)x; (void)n; }
 void comm_progress(void) {}
 void comm_reduce_finish(void) {}
 void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
+void comm_busy(void) {}
+void comm_barrier(void) {}
 #endif
-void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
 
 // ---- energy: counters of the processor package and its memory (RAPL), read where the system lets us -------
 enum { MAX_COUNTERS = 32 };
@@ -2411,18 +2485,79 @@ double energy_read(void) {
 }
 
 // ---- the device: this rank's threads ----------------------------------------------------------------------
+// By default a thread of libgomp that waits spins for milliseconds: 300,000 rounds of the pause instruction,
+// which takes 10 times the cycles it took when that number was chosen. Another process on that core, a second
+// run or a rank, stands still meanwhile. 1000 rounds, some 50 us, bridge the gaps between our loops: the 15M
+// model on two cores of a Xeon takes 77 ms a step, 75 by default, 88 without spinning or with 300 rounds.
+// libgomp reads the variable before main, hence the new start.
+static void spin_less(char **argv) {
+#ifdef _OPENMP
+    char self[PATH_MAX];
+    const ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (n < 0 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    self[n] = 0;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv(self, argv);          // where this fails, waiting spins
+#else
+    (void)argv;
+#endif
+}
+
+// *limit becomes x if that is less. A file that says "max" (version 2) has no number, -1 (version 1) is none.
+static void take_limit(double *limit, double x) { if (x > 0 && x < *limit) *limit = x; }
+
+// What control groups let this process have, in cores and bytes: the least of its group and those above it.
+// Version 2 has one tree of groups, version 1 one for each kind of resource.
+void cgroup_limits(const char *groups, const char *folder, double *cores, double *memory) {
+    *cores = *memory = INFINITY;
+    FILE *f = fopen(groups, "r");
+    for (char line[1200]; f && fgets(line, sizeof line, f);) {
+        char kinds[102] = ",", path[1001] = "";
+        if (sscanf(line, "%*d::%1000[^\n]", path) != 1 &&
+            sscanf(line, "%*d:%99[^:]:%1000[^\n]", kinds + 1, path) != 2) continue;
+        strcat(kinds, ",");
+        for (char *end = path + strlen(path); end; end = strrchr(path, '/')) {
+            double bytes, quota, period;
+            *end = 0;
+            if (!kinds[2]) {
+                FILE *max = fopen(str("%s%s/cpu.max", folder, path).s, "r");
+                if (max && fscanf(max, "%lf %lf", &quota, &period) == 2) take_limit(cores, quota / period);
+                if (max) fclose(max);
+                if (read_number(str("%s%s/memory.max", folder, path).s, &bytes)) take_limit(memory, bytes);
+            }
+            if (strstr(kinds, ",cpu,") &&
+                read_number(str("%s/cpu%s/cpu.cfs_quota_us", folder, path).s, &quota) &&
+                read_number(str("%s/cpu%s/cpu.cfs_period_us", folder, path).s, &period))
+                take_limit(cores, quota / period);
+            if (strstr(kinds, ",memory,") &&
+                read_number(str("%s/memory%s/memory.limit_in_bytes", folder, path).s, &bytes))
+                take_limit(memory, bytes);
+        }
+    }
+    if (f) fclose(f);
+}
+
+static double memory_limit;     // bytes that the ranks of this machine may have together
 void device_open(void) {
-    const int cores = omp_get_num_procs() / comm.local_ranks;
-    omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 0 ? cores : 1);
+    double cores = comm.cores > 0 ? comm.cores : (double)omp_get_num_procs() / comm.local_ranks, limit;
+    const double before = cores, of_launcher = (double)cores_of(getppid(), NULL) / comm.local_ranks;
+    cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup", &limit, &memory_limit);
+    take_limit(&cores, limit / comm.local_ranks);
+    if (opt.threads || !getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(opt.threads ? (int)opt.threads : cores > 1 ? (int)(cores + 1e-6) : 1);
+    if (getenv("OMPI_COMM_WORLD_SIZE") && before + 0.5 < of_launcher)
+        printf("note | mpirun binds this rank to %g of the %g cores that it could have: start by dev/run.sh, "
+               "or with mpirun --bind-to none\n", before, of_launcher);
     energy_open(&energy, RAPL_FOLDER);
 }
 
 void device_wait(void) {}
 
-// To plan with: 70% of the machine's memory, shared by its ranks.
+// To plan with: 70% of the machine's memory, or of what its control group may have, shared by its ranks.
 Machine device_machine(void) {
-    const double bytes = 0.7 * (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / comm.local_ranks;
-    Machine machine = {comm.world, comm.local_ranks, bytes};
+    double bytes = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    take_limit(&bytes, memory_limit);
+    Machine machine = {comm.world, comm.local_ranks, 0.7 * bytes / comm.local_ranks};
     return machine;
 }
 
@@ -3492,6 +3627,9 @@ void st_write_at(StWriter *w, size_t place, const float *values, size_t count) {
         const size_t n_bytes = n * st_dtypes[w->dtype].bytes;
         crc = crc32_update(crc, bytes, n_bytes);
         st_put_at(w, place, bytes, n_bytes);
+        comm_busy();
+        // a GiB at a time, for the last fsync of a large file would take minutes without a sign of life
+        if (place >> 30 != (place + n_bytes) >> 30 && fdatasync(w->fd) && !w->failed) w->failed = errno;
         place += n_bytes;
     }
     crc = crc32_before(crc, w->end - place);
@@ -5233,6 +5371,7 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
         save_trainer_state(&s, t);
     }
     sums[2 * parts] = s.error.n != 0;
+    comm_barrier();                                     // rank 0 writes longest
     comm_sum(sums, 2 * parts + 1);
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
@@ -5264,6 +5403,7 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
     #pragma omp parallel for schedule(dynamic) num_threads(io_threads()) reduction(^ : sum) reduction(& : ok)
     for (size_t at = 0; at < n; at += piece) {
         const size_t k = min_size(n - at, piece);
+        comm_busy();
         char *data = (char *)io_values[omp_get_thread_num()];
         ssize_t got = 1;
         for (size_t done = 0; done < k && got > 0; done += (size_t)got)
@@ -5312,6 +5452,7 @@ char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
         if (!comm_rank()) why = checkpoint_whole(resume, /*weights_only=*/0);
+        comm_barrier();                                 // which takes a while
         if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
         trust(resume);
         return xstrdup(resume);
@@ -5328,6 +5469,7 @@ char *checkpoint_choose(const char *resume, const char *out) {
     if (n && chosen < 0 && comm_rank() == 0)
         die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out",
             out, why.s);
+    comm_barrier();                                     // rank 0 took a while
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
@@ -5401,6 +5543,7 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
     #pragma omp parallel for schedule(dynamic) num_threads(io_threads()) reduction(| : bad)
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         const size_t k = min_size(n - done, IO_CHUNK);
+        comm_busy();
         float *own = model_floats(m, kind, u, at + done);
         float *values = own ? own : io_values[omp_get_thread_num()];
         st_read(s, t, first + done, k, values);

@@ -3,8 +3,8 @@
 litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the
 CPU and the reference for every gradient here: same sections, same names; read them side by side.
 
-    make train DEVICE=cuda && mpirun -np 8 ./train_litespark        one rank per GPU
-    make train DEVICE=emu  && mpirun -np 2 ./train_litespark        the same source on the CPU (dev/emu)
+    make train DEVICE=cuda && dev/run.sh -np 8 ./train_litespark    one rank per GPU
+    make train DEVICE=emu  && dev/run.sh -np 2 ./train_litespark    the same source on the CPU (dev/emu)
     ./train_litespark --help                                        every option
 
 Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp: rounded up
@@ -94,6 +94,7 @@ static const char device_also_takes[] = ", and about 800 MiB for context, cuBLAS
 // Sums of gradients over ranks, section 7
 void comm_reduce_start(float *x, size_t n);
 void comm_reduce_finish(void);
+void gpu_wait(cudaEvent_t event);
 
 // What this trainer does not do: an option with this value (NULL: with any), and why.
 static const struct { const char *option, *value, *why; } refused[] = {
@@ -201,7 +202,8 @@ enum { START, GIVEN, FIXED };
     GROUP("System") \
     X(INT, "--seed", seed, FIXED, "1", 0, 9e15, "of random weights, the order of data, and samples") \
     X(CHOICE, "--precision", precision, GIVEN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
-    X(INT, "--threads", threads, START, "0", 0, 4096, "per rank, 0 = cores / ranks of this machine") \
+    X(INT, "--threads", threads, START, "0", 0, 4096, \
+      "per rank, 0 = $OMP_NUM_THREADS, else cores / ranks of this machine") \
     X(CHOICE, "--recompute", recompute, START, "none", 0, 0, \
       "none|mlp|block: what backward computes again, to save memory") \
     X(INT, "--logits-chunk", logits_chunk, START, "0", 0, 1 << 24, \
@@ -212,7 +214,8 @@ enum { START, GIVEN, FIXED };
     X(CHOICE, "--mlp", mlp, START, "auto", 0, 0, \
       "auto|passes|products: SwiGLU as passes of its own or inside our products") \
     X(CHOICE, "--deterministic", deterministic, START, "on", 0, 0, "off|on: two runs give the same bits") \
-    X(INT, "--timeout", timeout, START, "600", 1, 1e6, "seconds to wait for another rank before giving up") \
+    X(INT, "--timeout", timeout, START, "600", 1, 1e6, \
+      "seconds to wait for a sign of life of another rank or the GPU") \
     GROUP("Tools") \
     X(FLAG, "--dry-run", dry_run, START, NULL, 0, 0, "print the memory that this run needs and stop") \
     X(INT, "--gpus", gpus, START, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
@@ -456,6 +459,7 @@ void comm_init(int *argc, char ***argv);
 void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
 void comm_barrier(void);
+void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
 void comm_broadcast(void *data, size_t bytes);          // from rank 0
 void comm_sum(double *x, int n);                        // over ranks, in place
 double comm_max(double x);
@@ -511,6 +515,7 @@ typedef struct Gpu {
     cudaStream_t comm_stream;           // sums of gradients over ranks, under the compute of `stream`
     cudaEvent_t ready, summed;
     void *nccl;                         // ncclComm_t, NULL with one rank
+    char bus[32];                       // PCI address: which one it is
 } Gpu;
 static Gpu gpu;                         // every op works on gpu.stream
 
@@ -2968,7 +2973,7 @@ static Feed feed_batch(Model *m, const Batch *batch) {
     Feed f = feed_at(m->feed_device, N);
     f.B = batch->B, f.T = batch->T, f.past = batch->past, f.keep = batch->keep;
     if (!batch->doc_start) f.doc_start = NULL;
-    cudaCheck(cudaEventSynchronize(m->fed));
+    gpu_wait(m->fed);
     memcpy(host.inputs, batch->inputs, bytes);
     if (batch->targets) memcpy(host.targets, batch->targets, bytes);
     if (batch->doc_start) memcpy(host.doc_start, batch->doc_start, bytes);
@@ -2982,7 +2987,7 @@ static Feed feed_batch(Model *m, const Batch *batch) {
 // weight (N) to m->weight, likewise
 static void feed_weights(Model *m, const double *weight, int N) {
     const size_t bytes = (size_t)N * sizeof(double);
-    cudaCheck(cudaEventSynchronize(m->weighed));
+    gpu_wait(m->weighed);
     memcpy(m->weight_host, weight, bytes);
     cudaCheck(cudaMemcpyAsync(m->weight, m->weight_host, bytes, cudaMemcpyHostToDevice, gpu.stream));
     cudaCheck(cudaEventRecord(m->weighed, gpu.stream));
@@ -3252,13 +3257,25 @@ typedef struct Trainer {
     struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;
 } Trainer;
 
-static volatile sig_atomic_t signals;       // how many arrived
+static volatile sig_atomic_t signals;       // 1 once one has come
 
+// Launchers, time limits and closing terminals send several signals at once: they only repeat the request.
+// A second SIGINT over a second after the first is a hand that does not want to wait.
 static void on_signal(int number) {
-    if (++signals > 1) _exit(128 + number);
+    static double interrupted;              // when the first SIGINT came
+    if (number == SIGINT && interrupted > 0 && now_seconds() - interrupted > 1) _exit(128 + SIGINT);
+    if (number == SIGINT && interrupted == 0) interrupted = now_seconds();
+    signals = 1;
 }
 
-// 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
+// Save and stop: Ctrl-C, a time limit, a launcher, a closed terminal (not after nohup), a closed pipe.
+static void catch_signals(void) {
+    const int numbers[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGPIPE};
+    for (int i = 0; i < COUNT(numbers); i++)
+        if (signal(numbers[i], on_signal) == SIG_IGN && numbers[i] == SIGHUP) signal(SIGHUP, SIG_IGN);
+}
+
+// 1 on all ranks once any has got a signal to stop.
 static int stop_requested(void) { return comm_max((double)signals) > 0; }
 
 // ---- one update -------------------------------------------------------------------------------------------
@@ -3404,8 +3421,8 @@ static int train_step(Trainer *tr) {
 }
 
 // ---- looking ----------------------------------------------------------------------------------------------
-// Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
-static void evaluate(Trainer *tr) {
+// Mean loss over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are NAN then.
+static int evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
     const Batch *batch = &tr->val_batch;
     int64_t batches = loader_eval_batches(dl);
@@ -3414,7 +3431,7 @@ static void evaluate(Trainer *tr) {
     loader_rewind(dl);
     tr->val_loss = tr->floor = NAN;
     for (int64_t i = 0; i < batches; i++) {
-        if (stop_requested()) return;
+        if (stop_requested()) return 0;
         loader_next(dl, &tr->val_batch);
         llama_forward(tr->m, batch);
         llama_head(tr->m, batch, /*weight=*/NULL);
@@ -3434,6 +3451,7 @@ static void evaluate(Trainer *tr) {
     text_add_field(&r, "val_loss", tr->val_loss);
     text_add_field(&r, "floor", tr->floor);
     log_record(&r);
+    return 1;
 }
 
 // The next token by temperature (0: the most likely) and a coin in [0,1).
@@ -3450,7 +3468,7 @@ static int sample_token(const float *logits, int V, double temperature, double c
     return best;
 }
 
-// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait at their next exchange.
+// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait in their next comm_barrier.
 static void generate(Trainer *tr) {
     if (comm_rank() || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
@@ -3468,6 +3486,7 @@ static void generate(Trainer *tr) {
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         const int window = n < room ? n : room;             // the last tokens that the model can see
         const uint64_t draw = ((uint64_t)tr->state.step << 20) + (uint64_t)i;
+        comm_busy();
         next_logits(tr->m, ids + n - window, window, logits);
         ids[n] = sample_token(logits, tr->c.V, opt.temperature,
                               random_uniform((uint64_t)opt.seed, hash_string("sample"), draw));
@@ -3825,6 +3844,18 @@ static void setup_weights(Trainer *tr, const char *resume_dir) {
     else if (opt.init_from) weights_read(opt.init_from, tr->m, &tr->c);
     else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
     model_set_master(tr->m);
+    comm_barrier();                                         // a slow disk may have kept some ranks longer
+}
+
+// mpirun ends its ranks on TERM and Ctrl-C long before a checkpoint is written. dev/run.sh sees to that.
+static void warn_of_mpirun(void) {
+    char parent[32] = "";
+    FILE *f = fopen(str("/proc/%d/comm", (int)getppid()).s, "r");
+    if (f && fscanf(f, "%31s", parent) != 1) *parent = 0;
+    if (f) fclose(f);
+    if (getenv("LITESPARK_RUN") || !strstr(" mpirun orted prterun prted ", str(" %s ", parent).s)) return;
+    printf("note | mpirun kills its ranks a second after TERM or Ctrl-C: what was not saved by then is lost; "
+           "start by dev/run.sh instead of mpirun, or stop by kill -USR1\n");
 }
 
 static void log_header(const Trainer *tr) {
@@ -3860,6 +3891,7 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
     tr->peak = device_peak(opt.precision == BF16);
     printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
            flops_text(tr->peak).s, device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
+    warn_of_mpirun();
     log_header(tr);
     if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
@@ -3879,9 +3911,7 @@ static void setup(Trainer *tr) {
     setup_data(tr, resume_dir);
     if (!opt.generate) print_model(tr);
     setup_weights(tr, resume_dir);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    signal(SIGUSR1, on_signal);
+    catch_signals();
     // an evaluation leaves something only where it is told to
     if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
 }
@@ -3899,10 +3929,9 @@ int main(int argc, char **argv) {
         setup(tr);
         if (opt.dry_run) print_model(tr);
         else if (opt.eval_only) {
-            evaluate(tr);
-            if (!isfinite(tr->val_loss) && !signals) die("--eval-only: the loss is not finite");
-        }
-        else if (opt.generate) generate(tr);
+            if (!evaluate(tr)) die("--eval-only: stopped by a signal");
+            if (!isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
+        } else if (opt.generate) generate(tr);
         else if (opt.dump_grads) dump_grads(tr);
         else train(tr);
         comm_barrier();
@@ -3916,8 +3945,8 @@ int main(int argc, char **argv) {
 // ==== 7. Ranks, and the GPU under each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host
 // values travel by MPI, always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of
-// their own, and gpu_wait has the same limit: a dead or stuck peer ends the job with a message. (NCCL's own
-// start has no limit; a broadcast just before it has.)
+// their own, and gpu_wait and NCCL's start have the same limit: a dead or stuck peer or GPU ends the job with
+// a message.
 static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
@@ -3926,6 +3955,8 @@ int comm_world(void) { return comm.world; }
 // Loops that wait for other ranks call it: after --timeout seconds the job ends.
 static void comm_check_time(double start, const char *what) {
     double waited = now_seconds() - start;
+    if (waited > (double)opt.timeout && comm.world == 1)
+        die("waited %.0f s for the GPU: it hangs; resume with --resume auto (or raise --timeout)", waited);
     if (waited > (double)opt.timeout)
         die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
             "(or raise --timeout)", waited, what);
@@ -3941,6 +3972,8 @@ enum { BUCKET = 1 << 22 };          // bytes of one broadcast
     if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); \
 } while (0)
 
+static MPI_Comm local, rounds;      // the ranks of this machine; all ranks, for barriers
+
 void comm_abort(void) {
     int up = 0, down = 0;
     MPI_Initialized(&up);
@@ -3950,13 +3983,12 @@ void comm_abort(void) {
 
 void comm_init(int *argc, char ***argv) {
     MPI_Init(argc, argv);
+    MPI_Comm_dup(MPI_COMM_WORLD, &rounds);
     MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
-    MPI_Comm local;
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &local);
     MPI_Comm_rank(local, &comm.local_rank);
     MPI_Comm_size(local, &comm.local_ranks);
-    MPI_Comm_free(&local);
     if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
         die("cannot write to /dev/null: %s", strerror(errno));
     setenv("NCCL_DEBUG_FILE", "/dev/stderr", 0);                    // where errors of all ranks go
@@ -3991,8 +4023,33 @@ void comm_sum(double *x, int n) {
 double comm_max(double x) {
     MPI_Request r;
     MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, "a maximum or barrier");
+    comm_wait(&r, "a maximum");
     return x;
+}
+
+// A rank that works alone (verifies, samples, writes) says so to those that wait for it in comm_barrier: a
+// barrier is rounds of a maximum, until a round finds nobody busy, each with --timeout seconds of its own.
+static MPI_Request round_open = MPI_REQUEST_NULL;
+static int anybody_busy;
+
+static void round_start(int busy) {
+    anybody_busy = busy;
+    MPI_Iallreduce(MPI_IN_PLACE, &anybody_busy, 1, MPI_INT, MPI_MAX, rounds, &round_open);
+}
+
+void comm_busy(void) {
+    int heard = 0;                          // by all, and so nobody is busy elsewhere
+    if (comm.world == 1 || omp_get_thread_num()) return;     // the first of several threads says it for all
+    MPI_Test(&round_open, &heard, MPI_STATUS_IGNORE);
+    if (heard) round_start(1);
+}
+
+void comm_barrier(void) {
+    do {
+        comm_wait(&round_open, "a barrier");      // the one that this rank's comm_busy has begun
+        round_start(0);
+        comm_wait(&round_open, "a barrier");
+    } while (anybody_busy);
 }
 
 #else
@@ -4007,8 +4064,9 @@ void comm_finish(void) {}
 void comm_broadcast(void *, size_t) {}
 void comm_sum(double *, int) {}
 double comm_max(double x) { return x; }
+void comm_busy(void) {}
+void comm_barrier(void) {}
 #endif
-void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
 
 // ---- the GPU ----------------------------------------------------------------------------------------------
 // Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as
@@ -4062,15 +4120,16 @@ void device_check_sizes(const Config *c) {
 static struct { void *device; int (*total)(void *device, unsigned long long *mj); } nvml;
 
 static void energy_open(void) {
+    if (strstr(gpu.device.name, "MIG")) {
+        printf("note | %s is a part of a GPU, and energy is counted for the whole\n", gpu.device.name);
+        return;
+    }
     void *lib = dlopen("libnvidia-ml.so.1", RTLD_NOW);
     if (!lib) return;
     auto init = (int (*)(void))dlsym(lib, "nvmlInit_v2");
     auto by_bus = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
     auto total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
-    char bus[32];
-    if (!init || !by_bus || !total || init()) return;
-    if (cudaDeviceGetPCIBusId(bus, sizeof bus, comm.local_rank) != cudaSuccess) return;
-    if (by_bus(bus, &nvml.device)) return;
+    if (!init || !by_bus || !total || init() || by_bus(gpu.bus, &nvml.device)) return;
     nvml.total = total;
 }
 
@@ -4092,11 +4151,11 @@ void comm_reduce_start(float *x, size_t n) {
 #endif
 }
 
-// Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not
-// come, ends the job.
-void device_wait(void) {
+// Waits for an event of the compute stream, or for all of it (NULL) and so for the sums it waits for. An
+// error of NCCL, a peer that does not come, or a GPU that hangs ends the job.
+void gpu_wait(cudaEvent_t event) {
     double start = now_seconds();
-    for (cudaError_t e; (e = cudaStreamQuery(gpu.stream)) != cudaSuccess;) {
+    for (cudaError_t e; (e = event ? cudaEventQuery(event) : cudaStreamQuery(gpu.stream)) != cudaSuccess;) {
         if (e != cudaErrorNotReady)
             die("the GPU stopped: %s; with CUDA_LAUNCH_BLOCKING=1 the kernel is named",
                 cudaGetErrorString(e));
@@ -4106,9 +4165,11 @@ void device_wait(void) {
         if (state != ncclSuccess && state != ncclInProgress)
             die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
 #endif
-        if (comm.world > 1) comm_check_time(start, "the sums of gradients");
+        comm_check_time(start, "the sums of gradients");
     }
 }
+
+void device_wait(void) { gpu_wait(NULL); }
 
 // The compute stream goes on when all sums are complete.
 void comm_reduce_finish(void) {
@@ -4116,6 +4177,29 @@ void comm_reduce_finish(void) {
     cudaCheck(cudaEventRecord(gpu.summed, gpu.comm_stream));
     cudaCheck(cudaStreamWaitEvent(gpu.stream, gpu.summed, 0));
 }
+
+#ifdef USE_MPI
+// Two ranks on one GPU: NCCL refuses that, also between parts of it (MIG).
+static void refuse_shared_gpu(int visible) {
+    char (*bus)[sizeof gpu.bus] = (char (*)[sizeof gpu.bus])xcalloc((size_t)comm.local_ranks, sizeof *bus);
+    MPI_Request r;
+    MPI_Iallgather(gpu.bus, sizeof *bus, MPI_CHAR, bus, sizeof *bus, MPI_CHAR, local, &r);
+    comm_wait(&r, "the names of GPUs");
+    for (int i = 0; i < comm.local_ranks; i++) for (int j = 0; j < i; j++) if (!strcmp(bus[i], bus[j]))
+        die("ranks %d and %d of %d on this machine have the same GPU, %s (%s; %d GPUs visible); start "
+            "one rank per GPU", j, i, comm.local_ranks, bus[i], gpu.device.name, visible);
+    free(bus);
+}
+
+static void nccl_too_late(int) {        // a signal handler: no die
+    static const char message[] = "error: NCCL has not started within --timeout: a rank is stuck, or the "
+                                  "network between machines is closed to it; NCCL_DEBUG=INFO says more\n";
+    if (write(STDERR_FILENO, message, sizeof message - 1)) {}
+    _exit(EXIT_FAILURE);
+}
+#else
+static void refuse_shared_gpu(int) {}
+#endif
 
 // One GPU per rank of the machine; the NCCL id travels by MPI. --dry-run needs none.
 void device_open(void) {
@@ -4125,11 +4209,12 @@ void device_open(void) {
     if (e != cudaSuccess || n == 0)
         die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer",
             cudaGetErrorString(e));
-    if (comm.local_ranks > n)
-        die("%d ranks on a machine with %d GPUs; start one rank per GPU", comm.local_ranks, n);
-    cudaCheck(cudaSetDevice(comm.local_rank));
+    const int number = comm.local_rank % n;         // launchers may show each rank a GPU of its own, as 0
+    cudaCheck(cudaSetDevice(number));
     cudaDeviceProp *device = &gpu.device;
-    cudaCheck(cudaGetDeviceProperties(device, comm.local_rank));
+    cudaCheck(cudaGetDeviceProperties(device, number));
+    cudaCheck(cudaDeviceGetPCIBusId(gpu.bus, sizeof gpu.bus, number));
+    refuse_shared_gpu(n);
     if (device->major < 8)
         die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device->name, device->major,
             device->minor);
@@ -4147,7 +4232,10 @@ void device_open(void) {
     ncclUniqueId id;
     if (comm.rank == 0) ncclCheck(ncclGetUniqueId(&id));
     comm_broadcast(&id, sizeof id);
+    signal(SIGALRM, nccl_too_late);
+    alarm((unsigned)opt.timeout);
     ncclCheck(ncclCommInitRank((ncclComm_t *)&gpu.nccl, comm.world, id, comm.rank));
+    alarm(0);
 #endif
 }
 
@@ -5196,6 +5284,9 @@ void st_write_at(StWriter *w, size_t place, const float *values, size_t count) {
         const size_t n_bytes = n * st_dtypes[w->dtype].bytes;
         crc = crc32_update(crc, bytes, n_bytes);
         st_put_at(w, place, bytes, n_bytes);
+        comm_busy();
+        // a GiB at a time, for the last fsync of a large file would take minutes without a sign of life
+        if (place >> 30 != (place + n_bytes) >> 30 && fdatasync(w->fd) && !w->failed) w->failed = errno;
         place += n_bytes;
     }
     crc = crc32_before(crc, w->end - place);
@@ -6937,6 +7028,7 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
         save_trainer_state(&s, t);
     }
     sums[2 * parts] = s.error.n != 0;
+    comm_barrier();                                     // rank 0 writes longest
     comm_sum(sums, 2 * parts + 1);
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
@@ -6968,6 +7060,7 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
     #pragma omp parallel for schedule(dynamic) num_threads(io_threads()) reduction(^ : sum) reduction(& : ok)
     for (size_t at = 0; at < n; at += piece) {
         const size_t k = min_size(n - at, piece);
+        comm_busy();
         char *data = (char *)io_values[omp_get_thread_num()];
         ssize_t got = 1;
         for (size_t done = 0; done < k && got > 0; done += (size_t)got)
@@ -7016,6 +7109,7 @@ char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
         if (!comm_rank()) why = checkpoint_whole(resume, /*weights_only=*/0);
+        comm_barrier();                                 // which takes a while
         if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
         trust(resume);
         return xstrdup(resume);
@@ -7032,6 +7126,7 @@ char *checkpoint_choose(const char *resume, const char *out) {
     if (n && chosen < 0 && comm_rank() == 0)
         die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out",
             out, why.s);
+    comm_barrier();                                     // rank 0 took a while
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
@@ -7105,6 +7200,7 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
     #pragma omp parallel for schedule(dynamic) num_threads(io_threads()) reduction(| : bad)
     for (size_t done = 0; done < n; done += IO_CHUNK) {
         const size_t k = min_size(n - done, IO_CHUNK);
+        comm_busy();
         float *own = model_floats(m, kind, u, at + done);
         float *values = own ? own : io_values[omp_get_thread_num()];
         st_read(s, t, first + done, k, values);
