@@ -167,8 +167,9 @@ data: data/stories/stories.json
 data/stories/stories.json: build/stories
 	build/stories --out data/stories
 
-run: train
-	./train_litespark --resume auto --out $(OUT) $(ARGS)
+RANKS    ?= 1
+run: train      # dev/run.sh: mpirun with signals that save
+	exec $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark --resume auto --out $(OUT) $(ARGS)
 
 # ---- tests: in-process in floats and in doubles, and the program as a user runs it
 TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered -DPOISON
@@ -242,13 +243,12 @@ PRESETS  ?= 15M smollm2-135M 100M llama3.2-1B 3B
 gpu-report: $(if $(and $(NVCC),$(GPU_CC)),build/train_litespark_cuda $(PROVE))
 	@python3 dev/gpu_report.py --parts '$(PARTS)' --presets '$(PRESETS)'
 
-# Minutes on a lent GPU: dev/gpu_quick.sh, which needs no make there. All it runs is built here, to run on another Debian or Ubuntu:
-# static but for libc and libcublasLt, no MPI.
+# Minutes on a lent GPU: dev/gpu_quick.sh, which needs no make there. All it runs is built here, to run on another Debian or Ubuntu
+# (glibc 2.34): no MPI; the CPU programs static; of the CUDA programs libgomp and cudart static, libcublasLt is found there.
 QUICK    := build/gpu-quick
 QUICK_ARCH ?= 90
 QUICK_CC := $(CC) -std=gnu11 -O3 -march=x86-64-v3 -fno-math-errno -fno-trapping-math -fopenmp -w -DPOISON
-QUICK_NV := $(NVCC) -O3 -std=c++17 -lineinfo $(foreach a,$(QUICK_ARCH),-gencode arch=compute_$(call arch,$a),code=[sm_$a,compute_$a]) -DLITESPARK_COMMIT='"$(COMMIT)"' \
-            -Xcompiler -static-libgcc,-static-libstdc++
+QUICK_NV := $(NVCC) -O3 -std=c++17 -lineinfo $(foreach a,$(QUICK_ARCH),-gencode arch=compute_$(call arch,$a),code=[sm_$a,compute_$a]) -DLITESPARK_COMMIT='"$(COMMIT)"'
 QUICK_FLAGS := $(call flags,quick-flags,$(QUICK_CC) $(QUICK_NV))
 QUICK_ALL := $(addprefix $(QUICK)/,train_litespark train_litespark_double test_cuda train_litespark_cuda attention_forward attention_backward)
 $(QUICK)/train_litespark $(QUICK)/train_litespark_double: train_litespark.c $(QUICK_FLAGS)
@@ -265,7 +265,8 @@ build/dev/twin_quick.o: dev/twin.c train_litespark.c $(QUICK_FLAGS)
 	$(QUICK_CC) -fPIC -c $< -o $@
 $(QUICK)/attention_%: dev/attention_%.cu dev/bench.cuh dev/twin.h build/dev/attention_%/trainer.cuh build/dev/twin_quick.o $(QUICK_FLAGS)
 	@mkdir -p $(@D)
-	$(QUICK_NV) -diag-suppress 177 -Ibuild/dev/attention_$* $< build/dev/twin_quick.o $(shell $(CC) -print-file-name=libgomp.a) -o $@ -ldl
+	@echo '$(NVCC) ... $< -o $@'
+	@$(QUICK_NV) -w -Ibuild/dev/attention_$* $< build/dev/twin_quick.o $(shell $(CC) -print-file-name=libgomp.a) -o $@ -ldl
 gpu-quick-build: $(if $(NVCC),$(QUICK_ALL))
 	@$(if $(NVCC),echo '$(COMMIT)' >$(QUICK)/commit && du -shL --apparent-size $(QUICK) | sed 's/^/gpu-quick-build: /',echo 'skipped: gpu-quick-build: no nvcc on PATH (CUDA Toolkit 12 or newer)')
 gpu-quick: $(if $(NVCC),gpu-quick-build)

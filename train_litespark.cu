@@ -3,8 +3,8 @@
 litespark: train Llama-family language models on a GPU. The twin train_litespark.c is the same program on the
 CPU and the reference for every gradient here: same sections, same names; read them side by side.
 
-    make train DEVICE=cuda && mpirun -np 8 ./train_litespark        one rank per GPU
-    make train DEVICE=emu  && mpirun -np 2 ./train_litespark        the same source on the CPU (dev/emu)
+    make train DEVICE=cuda && dev/run.sh -np 8 ./train_litespark    one rank per GPU
+    make train DEVICE=emu  && dev/run.sh -np 2 ./train_litespark    the same source on the CPU (dev/emu)
     ./train_litespark --help                                        every option
 
 Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary (Vp: rounded up
@@ -66,6 +66,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <algorithm>
@@ -73,6 +74,12 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+#endif
 
 typedef __nv_bfloat16 bf16;
 #ifndef LITESPARK_COMMIT
@@ -87,6 +94,7 @@ static const char device_also_takes[] = ", and about 800 MiB for context, cuBLAS
 // Sums of gradients over ranks, section 7
 void comm_reduce_start(float *x, size_t n);
 void comm_reduce_finish(void);
+void gpu_wait(cudaEvent_t event);
 
 // What this trainer does not do: an option with this value (NULL: with any), and why.
 static const struct { const char *option, *value, *why; } refused[] = {
@@ -129,7 +137,7 @@ enum { START, GIVEN, FIXED };
     X(TEXT, "--init-from", init_from, START, NULL, 0, 0, \
       "start from the weights of a Hugging Face checkpoint folder") \
     X(TEXT, "--resume", resume, START, NULL, 0, 0, \
-      "continue this checkpoint folder; auto: the newest whole one in --out") \
+      "continue this checkpoint folder; auto: the newest whole one in --out, if any") \
     GROUP("Data") \
     X(TEXT, "--train-data", train_data, GIVEN, NULL, 0, 0, \
       "token shards, as a quoted pattern (default: generated stories)") \
@@ -145,7 +153,7 @@ enum { START, GIVEN, FIXED };
     X(REAL, "--dpo-beta", dpo_beta, GIVEN, "0.1", 0, 1e3, "dpo: how strongly the reference model holds") \
     GROUP("Batch") \
     X(INT, "--seq-len", seq_len, GIVEN, "0", 0, 1 << 24, \
-      "tokens of a sequence, 0 = the model's, at most 1024") \
+      "tokens of a sequence, 0 = a row of .ds data, else 1024; at most the model's") \
     X(INT, "--batch-size", batch_size, GIVEN, "0", 0, 1 << 20, \
       "sequences per rank at a time, 0 = as many as fit") \
     X(INT, "--total-batch-tokens", total_batch_tokens, GIVEN, "0", 0, 1e12, \
@@ -182,17 +190,20 @@ enum { START, GIVEN, FIXED };
       "of samples: 0 = always the likeliest token, 1 = as the model says") \
     X(INT, "--log-every", log_every, GIVEN, "1", 1, 1e12, \
       "updates between lines on the screen (log.jsonl has all)") \
-    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, "print the loss on --val-data and stop") \
+    X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, \
+      "print the loss on --val-data and stop; with --out also into its eval.jsonl") \
     X(FLAG, "--generate", generate, START, NULL, 0, 0, "print a sample of text and stop") \
     GROUP("Output") \
-    X(TEXT, "--out", out, START, "out", 0, 0, "folder of checkpoints and log.jsonl") \
+    X(TEXT, "--out", out, START, "out", 0, 0, \
+      "folder of checkpoints and log.jsonl, of one run; --resume DIR: the folder around DIR") \
     X(INT, "--checkpoint-every", checkpoint_every, GIVEN, "-1", -1, 1e12, \
       "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
     X(INT, "--keep", keep, GIVEN, "2", 1, 1e9, "checkpoints to keep") \
     GROUP("System") \
     X(INT, "--seed", seed, FIXED, "1", 0, 9e15, "of random weights, the order of data, and samples") \
     X(CHOICE, "--precision", precision, GIVEN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
-    X(INT, "--threads", threads, START, "0", 0, 4096, "per rank, 0 = cores / ranks of this machine") \
+    X(INT, "--threads", threads, START, "0", 0, 4096, \
+      "per rank, 0 = $OMP_NUM_THREADS, else cores / ranks of this machine") \
     X(CHOICE, "--recompute", recompute, START, "none", 0, 0, \
       "none|mlp|block: what backward computes again, to save memory") \
     X(INT, "--logits-chunk", logits_chunk, START, "0", 0, 1 << 24, \
@@ -203,7 +214,8 @@ enum { START, GIVEN, FIXED };
     X(CHOICE, "--mlp", mlp, START, "auto", 0, 0, \
       "auto|passes|products: SwiGLU as passes of its own or inside our products") \
     X(CHOICE, "--deterministic", deterministic, START, "on", 0, 0, "off|on: two runs give the same bits") \
-    X(INT, "--timeout", timeout, START, "600", 1, 1e6, "seconds to wait for another rank before giving up") \
+    X(INT, "--timeout", timeout, START, "600", 1, 1e6, \
+      "seconds to wait for a sign of life of another rank or the GPU") \
     GROUP("Tools") \
     X(FLAG, "--dry-run", dry_run, START, NULL, 0, 0, "print the memory that this run needs and stop") \
     X(INT, "--gpus", gpus, START, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
@@ -226,7 +238,13 @@ static Options opt;             // resolved: what the user left open is decided 
 typedef struct Option Option;
 
 // ---- a model ----------------------------------------------------------------------------------------------
-typedef struct Family { const char *name, *class_name; int qkv_bias, qk_norm, window_switch; } Family;
+enum { WINDOW_IGNORED, WINDOW_COUNTS, WINDOW_SWITCHED };  // sliding_window; the last: if use_sliding_window
+typedef struct Family {         // a class of transformers, and what keys mean there that config.json lacks
+    const char *name, *class_name;
+    int qkv_bias, qk_norm, windows;
+    int V, L, C, H, K, D, F, max_T, sliding_window, bos, eos;
+} Family;
+enum { MAX_STOPS = 16 };
 typedef struct Config {         // Hugging Face's config.json
     const Family *family;
     // vocabulary; the same rounded up to a multiple of 128: rows in memory, never in files
@@ -240,10 +258,13 @@ typedef struct Config {         // Hugging Face's config.json
     double rope_factor;         // 0: plain RoPE, else type "llama3": long wavelengths are stretched by it
     double rope_low, rope_high;
     int rope_original_T;
-    // 0 = none, else how far layers >= window_layer look back; a longer seq-len is refused
+    // 0 = in no layer, else how far some layers look back; a longer seq-len is refused
     int sliding_window;
-    int window_layer;           // Qwen's max_window_layers
-    int bos, eos;               // token ids, -1 = none
+    int bos, pad;               // token ids, -1 = none
+    // ids that end a text: n_eos of config.json, then those that generation_config.json adds
+    int n_eos, n_stops, stops[MAX_STOPS];
+    // members of config.json for checkpoints only, and the names of those that mean nothing here; NULL: none
+    char *rest, *rest_keys;
 } Config;
 
 enum { INIT_NORMAL, INIT_ONE, INIT_ZERO };
@@ -297,6 +318,7 @@ typedef struct DataLoader {
     int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
     int B, T, rank, world, shuffle, vocab_size, document_mask;
     int has_floor;              // evaluation: every shard has its .nll
+    uint32_t crc;               // of the size and the first bytes of each shard: tells data from other data
     LoaderState state;
     void *buffer;               // one window as it lies in the file
     struct Shard *open_shard[MAX_OPEN_SHARDS];  // who has the descriptor of this place, NULL = none
@@ -321,6 +343,9 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     int64_t tokens;
     double seconds, joules;     // spent in steps; joules NAN: unavailable
     LoaderState loader;         // where the data of the next update begin
+    // the data that loader.position counts in (0: not known): windows of seq_len tokens, DataLoader.crc
+    int64_t n_windows, seq_len, data_crc;
+    uint64_t run;               // a random number from the first start on, so that no run prunes another's
     double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
     int64_t n_healthy;
 } TrainState;
@@ -348,6 +373,7 @@ typedef struct Json Json;
 typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
 typedef struct StWriter StWriter;                       // a safetensors file that is being written
 enum { ST_F32, ST_BF16, ST_F16, ST_I32 };
+enum { IO_CHUNK = 1 << 18, IO_THREADS = 16 };           // values between disk and model, per thread
 
 // 8. die: one line, all ranks end with status 1. Random numbers are functions of (seed, stream, index)
 __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...);
@@ -358,7 +384,7 @@ char *xstrdup(const char *s);
 double now_seconds(void);
 uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index);
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
-double random_normal(uint64_t seed, uint64_t stream, uint64_t index);
+void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
 uint64_t hash_string(const char *s);
 void options_parse(int argc, char **argv);
 void options_check(void);
@@ -374,6 +400,8 @@ StWriter *st_create(const char *path, const char *metadata);
 void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
 void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
 void st_begin(StWriter *w);
+size_t st_take(StWriter *w, size_t count);
+void st_write_at(StWriter *w, size_t place, const float *values, size_t count);
 void st_write(StWriter *w, const float *values, size_t count);
 int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
 // 11
@@ -383,10 +411,10 @@ double config_params(const Config *c);
 void param_table_build(ParamTable *p, const Config *c, int world);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
 // 12, 13
-Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder);
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
-int data_vocabulary(const char *pattern);
+int data_declares(const char *pattern, int *V, int *S);
 void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
                  int shuffle, int vocab_size, int document_mask);
 void loader_log(const DataLoader *dl, const char *name, FILE *f);
@@ -397,21 +425,32 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
 // 14
 double learning_rate(const Options *o, int64_t step);
 double flops_per_token(const Config *c, int T, int causal);
-void log_open(const char *out);
+void log_open(const char *path);
 void log_record(Text *t);
+void log_close(void);
 void text_add_options(Text *t, int as_given);
 Str duration_text(double seconds);
 Str measured_text(double x, const char *format);
 Str flops_text(double x);
 // 15
+void out_check(const char *out);
+void out_make(const char *out);
+void out_lock(const char *out, int make);
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
+void out_remove_leftovers(const char *out);
+Str folder_above(const char *path);
+int same_folder(const char *a, const char *b);
 char *checkpoint_choose(const char *resume, const char *out);
 int checkpoint_list(const char *out, int64_t **steps);
+Str checkpoint_path(const char *out, int64_t step);
 void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
 void checkpoint_read_model(const char *dir, Model *m, int state);
+Str checkpoint_whole(const char *dir, int weights_only);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
 void weights_read(const char *dir, Model *m, const Config *c);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
-                     const char *side_folder);
+void side_files_read(const char *model_dir, const Tokenizer *t);
+void weights_random(Model *m, const Config *c, uint64_t seed);
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -420,6 +459,7 @@ void comm_init(int *argc, char ***argv);
 void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
 void comm_barrier(void);
+void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
 void comm_broadcast(void *data, size_t bytes);          // from rank 0
 void comm_sum(double *x, int n);                        // over ranks, in place
 double comm_max(double x);
@@ -438,10 +478,11 @@ double model_bytes(const Model *m, int arena);          // of one arena
 void model_alloc(Model *m);
 void model_free(Model *m);
 const ParamTable *model_table(const Model *m);
-void model_init(Model *m, uint64_t seed);
 enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
+// at most IO_CHUNK values, by up to IO_THREADS threads at a time
 void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host);
 void model_write(Model *m, int what, int u, size_t at, size_t n, const float *host);
+float *model_floats(const Model *m, int what, int u, size_t at);    // NULL: they are no floats on the CPU
 void state_share(const Model *m, int u, size_t *first, size_t *n);
 void model_set_master(Model *m);
 
@@ -469,9 +510,12 @@ typedef struct Gpu {
     cublasLtHandle_t lt;
     void *workspace;                    // cuBLASLt's
     float *scratch;                     // partial sums of kernels
+    float *staging;                     // pinned: IO_CHUNK floats per thread, to or from the device
+    int number;                         // of the device
     cudaStream_t comm_stream;           // sums of gradients over ranks, under the compute of `stream`
     cudaEvent_t ready, summed;
     void *nccl;                         // ncclComm_t, NULL with one rank
+    char bus[32];                       // PCI address: which one it is
 } Gpu;
 static Gpu gpu;                         // every op works on gpu.stream
 
@@ -2835,6 +2879,9 @@ void model_alloc(Model *m) {
     cudaCheck(cudaEventCreateWithFlags(&m->fed, cudaEventDisableTiming));
     cudaCheck(cudaEventCreateWithFlags(&m->weighed, cudaEventDisableTiming));
     rope_table(m->cosine, m->sine, &m->c, m->T);
+    cudaCheck(cudaGetDevice(&gpu.number));
+    if (!gpu.staging)
+        cudaCheck(cudaMallocHost((void **)&gpu.staging, (size_t)IO_THREADS * IO_CHUNK * sizeof(float)));
 }
 
 // Frees what model_plan took; the GPU's memory goes with the process.
@@ -2853,21 +2900,33 @@ void state_share(const Model *m, int u, size_t *first, size_t *n) {
     *n = m->p.units[u].n_padded;
 }
 
+// Threads convert at the same time, each in its part of gpu.staging; their copies take turns on gpu.stream,
+// behind the kernels.
+static void copy_staged(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+    #pragma omp critical(copy_staged)
+    {
+        cudaCheck(cudaSetDevice(gpu.number));   // a thread begins with the first
+        cudaCheck(cudaMemcpyAsync(to, from, bytes, kind, gpu.stream));
+        cudaCheck(cudaStreamSynchronize(gpu.stream));
+    }
+}
+
 template <typename T> static void copy_to_host(const T *x, size_t n, float *host) {
-    T *raw = (T *)xmalloc(n * sizeof(T));
-    // the model's streams are non-blocking: cudaMemcpy alone would not wait for them
-    device_wait();
-    cudaCheck(cudaMemcpy(raw, x, n * sizeof(T), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < n; i++) host[i] = (float)raw[i];
-    free(raw);
+    T *staging = (T *)(gpu.staging + (size_t)omp_get_thread_num() * IO_CHUNK);
+    for (size_t k; n; n -= k, x += k, host += k) {
+        k = min_size(n, IO_CHUNK);
+        copy_staged(staging, x, k * sizeof(T), cudaMemcpyDeviceToHost);
+        for (size_t i = 0; i < k; i++) host[i] = (float)staging[i];
+    }
 }
 
 template <typename T> static void copy_from_host(T *x, size_t n, const float *host) {
-    T *raw = (T *)xmalloc(n * sizeof(T));
-    for (size_t i = 0; i < n; i++) raw[i] = (T)host[i];
-    cudaCheck(cudaMemcpy(x, raw, n * sizeof(T), cudaMemcpyHostToDevice));
-    cudaCheck(cudaDeviceSynchronize());         // nor would they wait for it
-    free(raw);
+    T *staging = (T *)(gpu.staging + (size_t)omp_get_thread_num() * IO_CHUNK);
+    for (size_t k; n; n -= k, x += k, host += k) {
+        k = min_size(n, IO_CHUNK);
+        for (size_t i = 0; i < k; i++) staging[i] = (T)host[i];
+        copy_staged(x, staging, k * sizeof(T), cudaMemcpyHostToDevice);
+    }
 }
 
 // One kind of state: a flat buffer of floats or of bf16.
@@ -2898,25 +2957,8 @@ void model_write(Model *m, int what, int u, size_t at, size_t n, const float *ho
     if (what == STATE_WEIGHTS && m->plan.bf16 && m->plan.training) copy_from_host(m->master + at, n, host);
 }
 
+float *model_floats(const Model *, int, int, size_t) { return NULL; }
 void model_set_master(Model *) {}               // model_write has done it
-
-// Random weights: Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend
-// on ranks.
-void model_init(Model *m, uint64_t seed) {
-    enum { BLOCK = 1 << 20 };
-    float *w = (float *)xmalloc(BLOCK * sizeof(float));
-    for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
-        const uint64_t stream = hash_string(t->name);
-        for (size_t at = 0, n; at < t->n; at += n) {
-            n = min_size(t->n - at, BLOCK);
-            for (size_t j = 0; j < n; j++)
-                w[j] = t->init == INIT_NORMAL ? (float)(m->c.init_std * random_normal(seed, stream, at + j))
-                                              : (float)(t->init == INIT_ONE);
-            model_write(m, STATE_WEIGHTS, t->unit, t->at + at, n, w);
-        }
-    }
-    free(w);
-}
 
 // ---- data to the device -----------------------------------------------------------------------------------
 static Feed feed_at(int *x, size_t N) {
@@ -2931,7 +2973,7 @@ static Feed feed_batch(Model *m, const Batch *batch) {
     Feed f = feed_at(m->feed_device, N);
     f.B = batch->B, f.T = batch->T, f.past = batch->past, f.keep = batch->keep;
     if (!batch->doc_start) f.doc_start = NULL;
-    cudaCheck(cudaEventSynchronize(m->fed));
+    gpu_wait(m->fed);
     memcpy(host.inputs, batch->inputs, bytes);
     if (batch->targets) memcpy(host.targets, batch->targets, bytes);
     if (batch->doc_start) memcpy(host.doc_start, batch->doc_start, bytes);
@@ -2945,7 +2987,7 @@ static Feed feed_batch(Model *m, const Batch *batch) {
 // weight (N) to m->weight, likewise
 static void feed_weights(Model *m, const double *weight, int N) {
     const size_t bytes = (size_t)N * sizeof(double);
-    cudaCheck(cudaEventSynchronize(m->weighed));
+    gpu_wait(m->weighed);
     memcpy(m->weight_host, weight, bytes);
     cudaCheck(cudaMemcpyAsync(m->weight, m->weight_host, bytes, cudaMemcpyHostToDevice, gpu.stream));
     cudaCheck(cudaEventRecord(m->weighed, gpu.stream));
@@ -3206,7 +3248,6 @@ typedef struct Trainer {
     int batches_read;
     double *weight;                         // (N) of a micro-step's targets
     Tokenizer *tokenizer;
-    const char *side_folder;                // where tokenizer files are copied from, or NULL
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
     int64_t micro_steps;                    // per update
@@ -3216,13 +3257,25 @@ typedef struct Trainer {
     struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;
 } Trainer;
 
-static volatile sig_atomic_t signals;       // how many arrived
+static volatile sig_atomic_t signals;       // 1 once one has come
 
+// Launchers, time limits and closing terminals send several signals at once: they only repeat the request.
+// A second SIGINT over a second after the first is a hand that does not want to wait.
 static void on_signal(int number) {
-    if (++signals > 1) _exit(128 + number);
+    static double interrupted;              // when the first SIGINT came
+    if (number == SIGINT && interrupted > 0 && now_seconds() - interrupted > 1) _exit(128 + SIGINT);
+    if (number == SIGINT && interrupted == 0) interrupted = now_seconds();
+    signals = 1;
 }
 
-// 1 on all ranks once any has got SIGINT, SIGTERM or SIGUSR1.
+// Save and stop: Ctrl-C, a time limit, a launcher, a closed terminal (not after nohup), a closed pipe.
+static void catch_signals(void) {
+    const int numbers[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGPIPE};
+    for (int i = 0; i < COUNT(numbers); i++)
+        if (signal(numbers[i], on_signal) == SIG_IGN && numbers[i] == SIGHUP) signal(SIGHUP, SIG_IGN);
+}
+
+// 1 on all ranks once any has got a signal to stop.
 static int stop_requested(void) { return comm_max((double)signals) > 0; }
 
 // ---- one update -------------------------------------------------------------------------------------------
@@ -3287,6 +3340,7 @@ enum { ENERGY_SECONDS = 2 };
 static void window_turn(Trainer *tr, int of_updates) {
     device_wait();
     comm_barrier();                                         // rank 0 alone may have been sampling
+    tr->peak = device_peak(opt.precision == BF16);          // a CPU's is measured, and may be higher now
     double now = now_seconds(), energy = energy_read(), joules = energy - tr->window.joules;
     comm_sum(&joules, 1);                                   // each rank reads its own counters
     if (of_updates) tr->state.joules += joules;
@@ -3306,21 +3360,22 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     const double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
     const double report = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / world;
     const double causal = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/1) * speed / world;
+    const double peak = report <= tr->peak ? tr->peak : NAN;    // more: measured on a busy machine
     if (*skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
     if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
         const double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
         printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | "
                "mfu %s (causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3,
-               speed, measured_text(100 * report / tr->peak, "%.1f%%").s,
-               measured_text(100 * causal / tr->peak, "%.1f%%").s,
+               speed, measured_text(100 * report / peak, "%.1f%%").s,
+               measured_text(100 * causal / peak, "%.1f%%").s,
                measured_text(tr->window.joules_per_token, "%.3g").s, duration_text(left).s);
         fflush(stdout);
     }
     const struct { const char *key; double x; } row[] = {
         {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens},
         {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
-        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / tr->peak},
-        {"mfu_causal", causal / tr->peak}, {"time_per_iteration", seconds},
+        {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / peak},
+        {"mfu_causal", causal / peak}, {"time_per_iteration", seconds},
         {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
@@ -3366,8 +3421,8 @@ static int train_step(Trainer *tr) {
 }
 
 // ---- looking ----------------------------------------------------------------------------------------------
-// Mean loss over --val-data into tr->val_loss (and tr->floor); NAN if a signal came.
-static void evaluate(Trainer *tr) {
+// Mean loss over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are NAN then.
+static int evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
     const Batch *batch = &tr->val_batch;
     int64_t batches = loader_eval_batches(dl);
@@ -3376,7 +3431,7 @@ static void evaluate(Trainer *tr) {
     loader_rewind(dl);
     tr->val_loss = tr->floor = NAN;
     for (int64_t i = 0; i < batches; i++) {
-        if (stop_requested()) return;
+        if (stop_requested()) return 0;
         loader_next(dl, &tr->val_batch);
         llama_forward(tr->m, batch);
         llama_head(tr->m, batch, /*weight=*/NULL);
@@ -3396,6 +3451,7 @@ static void evaluate(Trainer *tr) {
     text_add_field(&r, "val_loss", tr->val_loss);
     text_add_field(&r, "floor", tr->floor);
     log_record(&r);
+    return 1;
 }
 
 // The next token by temperature (0: the most likely) and a coin in [0,1).
@@ -3412,12 +3468,11 @@ static int sample_token(const float *logits, int V, double temperature, double c
     return best;
 }
 
-// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait at their next exchange.
+// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait in their next comm_barrier.
 static void generate(Trainer *tr) {
     if (comm_rank() || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
     const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos;
-    const int eos = tok && tok->eos >= 0 ? tok->eos : tr->c.eos;
     const int room = (int)opt.seq_len;
     int *prompt = NULL, n = 0;
     const int n_prompt = tok ? tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &prompt) : 0;
@@ -3425,19 +3480,19 @@ static void generate(Trainer *tr) {
     float *logits = (float *)xmalloc((size_t)tr->c.V * sizeof(float));
     if (bos >= 0 || !n_prompt) ids[n++] = bos >= 0 ? bos : 0;
     for (int i = 0; i < n_prompt; i++) {
-        if (prompt[i] >= tr->c.V)
-            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer",
-                prompt[i], tr->c.V);
         tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
     for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
         const int window = n < room ? n : room;             // the last tokens that the model can see
         const uint64_t draw = ((uint64_t)tr->state.step << 20) + (uint64_t)i;
+        comm_busy();
         next_logits(tr->m, ids + n - window, window, logits);
         ids[n] = sample_token(logits, tr->c.V, opt.temperature,
                               random_uniform((uint64_t)opt.seed, hash_string("sample"), draw));
-        if (ids[n] == eos) break;
+        int stop = tok && ids[n] == tok->eos;
+        for (int k = 0; k < tr->c.n_stops; k++) stop |= ids[n] == tr->c.stops[k];
+        if (stop) break;
         if (tok && ids[n] < tok->V) tokenizer_print(tok, ids[n - 1], ids[n], stdout);
         else printf(" %d", ids[n]);
         fflush(stdout);
@@ -3453,7 +3508,7 @@ static void generate(Trainer *tr) {
 static void save(Trainer *tr) {
     if (tr->saved_step == tr->state.step) return;
     const double start = now_seconds();
-    checkpoint_save(tr->m, &tr->state, &tr->c, &opt, tr->side_folder);
+    checkpoint_save(tr->m, &tr->state, &tr->c, &opt);
     tr->saved_step = tr->state.step;
     printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out,
            tr->state.step, now_seconds() - start);
@@ -3466,7 +3521,8 @@ static void report_end(const Trainer *tr) {
     const double flops = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / comm_world();
     printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank "
            "(%s) | energy %s kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
-           measured_text(100 * flops / tr->peak, "%.1f%%").s, flops_text(tr->peak).s, device_peak_is,
+           measured_text(100 * flops / (flops <= tr->peak ? tr->peak : NAN), "%.1f%%").s,
+           flops_text(tr->peak).s, device_peak_is,
            measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
            measured_text(s->joules / (double)s->tokens, "%.3g").s);
     if (isfinite(tr->val_loss) && isfinite(tr->floor))
@@ -3475,28 +3531,31 @@ static void report_end(const Trainer *tr) {
 }
 
 static void train(Trainer *tr) {
+    int due = 0;                                            // a checkpoint
     window_turn(tr, /*of_updates=*/0);
     while (tr->state.step < opt.steps && train_step(tr)) {
         const int64_t step = tr->state.step;
         const int last = step == opt.steps;
         const int evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
-        const int saving = opt.checkpoint_every && step % opt.checkpoint_every == 0 && !tr->bad_in_a_row;
+        due |= opt.checkpoint_every && step % opt.checkpoint_every == 0;
+        const int saving = due && !tr->bad_in_a_row;        // five bad ones must not push out a good one
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate(tr);
-        if (saving) save(tr);
+        if (saving) save(tr), due = 0;
         if (sampling) generate(tr);
         window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
     window_turn(tr, /*of_updates=*/1);
     const int stopped = stop_requested();
-    if ((opt.checkpoint_every || stopped) && !tr->bad_in_a_row) save(tr);
+    if (opt.checkpoint_every || stopped) save(tr);          // skipped updates at the end changed no weight
     if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
     else report_end(tr);
     if (!stopped && opt.sample_every) generate(tr);
+    log_close();
 }
 
 // The gradients of the first update as a safetensors file, under Hugging Face's names.
@@ -3567,10 +3626,20 @@ static double plan_bytes(const Config *c, const Plan *plan) {
     return bytes;
 }
 
+// A row of .ds data, else 1024; at most what the model is made for.
+static int default_seq_len(const Config *c) {
+    const char *data = opt.generate ? NULL : opt.eval_only ? opt.val_data : opt.train_data;
+    int V, T = 0;
+    if (data) data_declares(data, &V, &T);
+    if (!T) T = 1024;
+    if (T > c->max_T) T = c->max_T;
+    return c->sliding_window && T > c->sliding_window ? c->sliding_window : T;
+}
+
 // What the user left open of sequence, update and micro-step, for `machine`.
 static void resolve_batch(const Config *c, const Machine *machine) {
     const int small = config_params(c) < 5e6, open = !opt.batch_size;
-    if (!opt.seq_len) opt.seq_len = c->max_T < 1024 ? c->max_T : 1024;
+    if (!opt.seq_len) opt.seq_len = default_seq_len(c);
     if (opt.seq_len > c->max_T)
         die("--seq-len %" PRId64 " is beyond the model's max_position_embeddings %d", opt.seq_len, c->max_T);
     if (c->sliding_window && opt.seq_len > c->sliding_window)
@@ -3615,55 +3684,116 @@ static void say_what_changed(const Trainer *tr, Options *was) {
 }
 
 // The checkpoint to continue, or NULL; its options (*was) are taken up where the command line gives no
-// others.
+// others. OUT is that of one run: what it holds must be what this run saved before.
 static char *setup_resume(Trainer *tr, Options *was) {
-    if (!opt.resume) return NULL;
-    char *dir = checkpoint_choose(opt.resume, opt.out);
-    if (!dir) printf("--resume auto: no checkpoint in %s, starting from the beginning\n", opt.out);
-    if (!dir) return NULL;
-    checkpoint_read_state(dir, &tr->state, was);
-    if (!strcmp(opt.resume, "auto")) tr->saved_step = tr->state.step;
+    const char *resume = opt.resume, *folder = opt.out;     // folder: where auto looks
+    if (resume && strcmp(resume, "auto")) {
+        int64_t *steps;
+        const int is_out = checkpoint_list(resume, &steps) && access(str("%s/checksums.txt", resume).s, F_OK);
+        free(steps);
+        if (!option_given("--out")) opt.out = is_out ? resume : xstrdup(folder_above(resume).s);
+        if (is_out) folder = resume, resume = "auto";
+    }
+    const int is_auto = resume && !strcmp(resume, "auto");
+    if (is_training() && !comm_rank()) {
+        out_check(opt.out);
+        out_lock(opt.out, /*make=*/0);
+    }
+    char *dir = resume ? checkpoint_choose(resume, folder) : NULL;
+    if (resume && !dir) {
+        if (!is_training() && !opt.init_from) die("--resume auto: no checkpoint in %s", folder);
+        printf("--resume auto: no checkpoint in %s, starting from the beginning\n", folder);
+    }
+    if (dir) {
+        opt.init_from = NULL;                               // it was for the first start
+        checkpoint_read_state(dir, &tr->state, was);
+        if (same_folder(dir, checkpoint_path(opt.out, tr->state.step).s)) tr->saved_step = tr->state.step;
+    }
+    const int continued = tr->saved_step >= 0;
+    if (!continued || !tr->state.run) {                     // a new run, or a branch in a folder of its own
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        tr->state.run = random_bits((uint64_t)now.tv_sec, (uint64_t)now.tv_nsec, (uint64_t)getpid());
+    }
+    if (is_training() && !comm_rank()) out_check_run(opt.out, &tr->state, continued, is_auto);
     return dir;
 }
 
-// Model and tokenizer. `tiny` takes its vocabulary from the data.
+// What a sample begins with is checked before the run, not at its end.
+static void check_prompt(const Trainer *tr) {
+    const Tokenizer *tok = tr->tokenizer;
+    int *ids, n;
+    if (!opt.sample_tokens || !(opt.generate || (is_training() && opt.sample_every))) return;
+    if (!tok && opt.prompt[0])
+        die("--prompt needs a tokenizer, and none lies beside model or data; name one with --tokenizer");
+    if (tok && tok->bos >= tr->c.V)
+        die("tokenizer '%s' begins a text with token %d, outside the model's vocabulary of %d; "
+            "name the model's with --tokenizer", tok->path, tok->bos, tr->c.V);
+    if (!tok) return;
+    for (n = tokenizer_encode(tok, opt.prompt, strlen(opt.prompt), &ids); n > 0; n--)
+        if (ids[n - 1] >= tr->c.V)
+            die("--prompt: token %d is outside the model's vocabulary of %d; name the model's --tokenizer",
+                ids[n - 1], tr->c.V);
+    free(ids);
+}
+
+// Model and tokenizer. `tiny` takes its vocabulary from tokenizer or data.
 static void setup_model(Trainer *tr, const char *resume_dir) {
     Config *c = &tr->c;
+    const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     const int needs_data = is_training() || opt.dump_grads;
+    int V = 0, S;
     if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
     if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && data_vocabulary(opt.train_data) < 0)
+    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && !data_declares(opt.train_data, &V, &S))
         die("the default data is not here; `make data` writes it to data/stories, or name your own with "
             "--train-data");
     *c = choose_config(resume_dir);
-    tr->tokenizer = tokenizer_choose(c, resume_dir ? resume_dir : opt.init_from, &tr->side_folder);
-    if (c->V) return;
-    c->V = tr->tokenizer ? tr->tokenizer->V : data_vocabulary(opt.train_data);
-    if (c->V <= 0 && opt.dry_run) c->V = 1024;
-    if (c->V <= 0)
-        die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a "
-            "--tokenizer", opt.train_data);
-    config_set_vocab(c, c->V);
-    c->bos = tr->tokenizer ? tr->tokenizer->bos : -1;
-    c->eos = tr->tokenizer ? tr->tokenizer->eos : -1;
+    if (c->rest_keys && !resume_dir) printf("config.json | passed on, not used: %s\n", c->rest_keys);
+    const Tokenizer *tok = tr->tokenizer = tokenizer_choose(c, model_dir);
+    side_files_read(model_dir, tok);
+    if (!c->V) {
+        if (tok) V = tok->V;
+        else data_declares(opt.train_data, &V, &S);
+        if (V <= 0 && opt.dry_run) V = 1024;
+        if (V <= 0)
+            die("%s does not say how large its vocabulary is and no tokenizer.bin lies beside it; name a "
+                "--tokenizer", opt.train_data);
+        config_set_vocab(c, V);
+        c->bos = tok ? tok->bos : -1;
+        c->n_eos = c->n_stops = tok && tok->eos >= 0;
+        if (c->n_eos) c->stops[0] = tok->eos;
+    }
+    check_prompt(tr);
 }
 
 // Sizes of everything; nothing is allocated yet.
-static void setup_sizes(Trainer *tr, const char *resume_dir) {
+static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
-    int64_t *steps;
     device_check_sizes(&tr->c);
     resolve_schedule(&opt, &tr->c);
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     resolve_batch(&tr->c, &machine);
-    const int n_steps = is_training() && !resume_dir ? checkpoint_list(opt.out, &steps) : 0;
-    if (n_steps)
-        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", opt.out,
-            steps[n_steps - 1]);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
         tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
+}
+
+// Goes on where the checkpoint was in its data; in other data that place means nothing.
+static void resume_data(Trainer *tr) {
+    TrainState *s = &tr->state;
+    const DataLoader *dl = &tr->train;
+    const int same = !s->n_windows
+                  || (s->n_windows == dl->n_windows && s->seq_len == dl->T && s->data_crc == dl->crc);
+    tr->train.state = tr->state.loader;
+    if (same && s->loader.position < dl->n_windows) return;
+    tr->train.state.position = 0;
+    Str were = {""};
+    if (s->n_windows)
+        were = str("were %" PRId64 " windows of %" PRId64 " tokens, ", s->n_windows, s->seq_len);
+    printf("resume: data | %sare %" PRId64 " windows of %d tokens%s: their order begins anew\n", were.s,
+           dl->n_windows, dl->T, s->data_crc == dl->crc ? "" : ", from other shards");
 }
 
 static void setup_data(Trainer *tr, const char *resume_dir) {
@@ -3675,11 +3805,11 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
         tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
         for (int64_t i = 0; i < tr->micro_steps; i++)
             batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
-        if (resume_dir) {
-            tr->train.state = tr->state.loader;
-            tr->train.state.position %= tr->train.n_windows;
-        }
+        if (resume_dir) resume_data(tr);
         tr->state.loader = tr->train.state;
+        tr->state.n_windows = tr->train.n_windows;
+        tr->state.seq_len = T;
+        tr->state.data_crc = tr->train.crc;
         loader_log(&tr->train, "train", stdout);
     }
     if (opt.eval_only && !opt.val_data) die("--eval-only needs --val-data");
@@ -3712,8 +3842,20 @@ static void setup_weights(Trainer *tr, const char *resume_dir) {
     model_alloc(tr->m);
     if (resume_dir) checkpoint_read_model(resume_dir, tr->m, /*state=*/is_training());
     else if (opt.init_from) weights_read(opt.init_from, tr->m, &tr->c);
-    else model_init(tr->m, (uint64_t)opt.seed);
+    else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
     model_set_master(tr->m);
+    comm_barrier();                                         // a slow disk may have kept some ranks longer
+}
+
+// mpirun ends its ranks on TERM and Ctrl-C long before a checkpoint is written. dev/run.sh sees to that.
+static void warn_of_mpirun(void) {
+    char parent[32] = "";
+    FILE *f = fopen(str("/proc/%d/comm", (int)getppid()).s, "r");
+    if (f && fscanf(f, "%31s", parent) != 1) *parent = 0;
+    if (f) fclose(f);
+    if (getenv("LITESPARK_RUN") || !strstr(" mpirun orted prterun prted ", str(" %s ", parent).s)) return;
+    printf("note | mpirun kills its ranks a second after TERM or Ctrl-C: what was not saved by then is lost; "
+           "start by dev/run.sh instead of mpirun, or stop by kill -USR1\n");
 }
 
 static void log_header(const Trainer *tr) {
@@ -3727,22 +3869,29 @@ static void log_header(const Trainer *tr) {
     text_add_string(&r, host);
     text_add(&r, ", \"ranks\": %d, \"parameters\": %zu", comm_world(), model_table(tr->m)->n_params);
     text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
-    text_add(&r, ", \"step\": %" PRId64 ", \"options\": ", tr->state.step);
+    text_add(&r, ", \"run\": \"%016" PRIx64 "\", \"step\": %" PRId64 ", \"options\": ", tr->state.run,
+             tr->state.step);
     text_add_options(&r, /*as_given=*/0);
     log_record(&r);
 }
 
 // After all checks, so that a refused run leaves nothing behind.
 static void setup_output(Trainer *tr, const char *resume_dir) {
-    if (comm_rank() == 0 && mkdir(opt.out, 0777) && errno != EEXIST)
-        die("cannot make --out %s: %s", opt.out, strerror(errno));
+    if (comm_rank() == 0) out_make(opt.out);
+    if (comm_rank() == 0 && is_training()) {
+        out_lock(opt.out, /*make=*/1);
+        // again: another run may have come and gone before there was a lock
+        out_check_run(opt.out, &tr->state, tr->saved_step >= 0, /*later_are_damaged=*/1);
+        out_remove_leftovers(opt.out);
+    }
     comm_barrier();
     if (access(opt.out, W_OK | X_OK)) die("--out %s is not writable: %s", opt.out, strerror(errno));
-    log_open(opt.out);
+    log_open(str("%s/%s", opt.out, is_training() ? "log.jsonl" : "eval.jsonl").s);
     if (!is_training()) return;
     tr->peak = device_peak(opt.precision == BF16);
     printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
            flops_text(tr->peak).s, device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
+    warn_of_mpirun();
     log_header(tr);
     if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
@@ -3756,16 +3905,15 @@ static void setup(Trainer *tr) {
     tr->objective = &objectives[opt.stage];
     char *resume_dir = setup_resume(tr, &was);
     setup_model(tr, resume_dir);
-    setup_sizes(tr, resume_dir);
+    setup_sizes(tr);
     if (resume_dir) say_what_changed(tr, &was);
     if (opt.dry_run) return;
     setup_data(tr, resume_dir);
     if (!opt.generate) print_model(tr);
     setup_weights(tr, resume_dir);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    signal(SIGUSR1, on_signal);
-    if (is_training() || opt.eval_only) setup_output(tr, resume_dir);
+    catch_signals();
+    // an evaluation leaves something only where it is told to
+    if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
 }
 
 #ifndef LITESPARK_NO_MAIN
@@ -3780,8 +3928,10 @@ int main(int argc, char **argv) {
         device_open();
         setup(tr);
         if (opt.dry_run) print_model(tr);
-        else if (opt.eval_only) evaluate(tr);
-        else if (opt.generate) generate(tr);
+        else if (opt.eval_only) {
+            if (!evaluate(tr)) die("--eval-only: stopped by a signal");
+            if (!isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
+        } else if (opt.generate) generate(tr);
         else if (opt.dump_grads) dump_grads(tr);
         else train(tr);
         comm_barrier();
@@ -3795,8 +3945,8 @@ int main(int argc, char **argv) {
 // ==== 7. Ranks, and the GPU under each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host
 // values travel by MPI, always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of
-// their own, and gpu_wait has the same limit: a dead or stuck peer ends the job with a message. (NCCL's own
-// start has no limit; a broadcast just before it has.)
+// their own, and gpu_wait and NCCL's start have the same limit: a dead or stuck peer or GPU ends the job with
+// a message.
 static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
 
 int comm_rank(void) { return comm.rank; }
@@ -3805,6 +3955,8 @@ int comm_world(void) { return comm.world; }
 // Loops that wait for other ranks call it: after --timeout seconds the job ends.
 static void comm_check_time(double start, const char *what) {
     double waited = now_seconds() - start;
+    if (waited > (double)opt.timeout && comm.world == 1)
+        die("waited %.0f s for the GPU: it hangs; resume with --resume auto (or raise --timeout)", waited);
     if (waited > (double)opt.timeout)
         die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
             "(or raise --timeout)", waited, what);
@@ -3820,6 +3972,8 @@ enum { BUCKET = 1 << 22 };          // bytes of one broadcast
     if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); \
 } while (0)
 
+static MPI_Comm local, rounds;      // the ranks of this machine; all ranks, for barriers
+
 void comm_abort(void) {
     int up = 0, down = 0;
     MPI_Initialized(&up);
@@ -3829,13 +3983,12 @@ void comm_abort(void) {
 
 void comm_init(int *argc, char ***argv) {
     MPI_Init(argc, argv);
+    MPI_Comm_dup(MPI_COMM_WORLD, &rounds);
     MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
-    MPI_Comm local;
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &local);
     MPI_Comm_rank(local, &comm.local_rank);
     MPI_Comm_size(local, &comm.local_ranks);
-    MPI_Comm_free(&local);
     if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
         die("cannot write to /dev/null: %s", strerror(errno));
     setenv("NCCL_DEBUG_FILE", "/dev/stderr", 0);                    // where errors of all ranks go
@@ -3870,8 +4023,33 @@ void comm_sum(double *x, int n) {
 double comm_max(double x) {
     MPI_Request r;
     MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, &r);
-    comm_wait(&r, "a maximum or barrier");
+    comm_wait(&r, "a maximum");
     return x;
+}
+
+// A rank that works alone (verifies, samples, writes) says so to those that wait for it in comm_barrier: a
+// barrier is rounds of a maximum, until a round finds nobody busy, each with --timeout seconds of its own.
+static MPI_Request round_open = MPI_REQUEST_NULL;
+static int anybody_busy;
+
+static void round_start(int busy) {
+    anybody_busy = busy;
+    MPI_Iallreduce(MPI_IN_PLACE, &anybody_busy, 1, MPI_INT, MPI_MAX, rounds, &round_open);
+}
+
+void comm_busy(void) {
+    int heard = 0;                          // by all, and so nobody is busy elsewhere
+    if (comm.world == 1 || omp_get_thread_num()) return;     // the first of several threads says it for all
+    MPI_Test(&round_open, &heard, MPI_STATUS_IGNORE);
+    if (heard) round_start(1);
+}
+
+void comm_barrier(void) {
+    do {
+        comm_wait(&round_open, "a barrier");      // the one that this rank's comm_busy has begun
+        round_start(0);
+        comm_wait(&round_open, "a barrier");
+    } while (anybody_busy);
 }
 
 #else
@@ -3886,8 +4064,9 @@ void comm_finish(void) {}
 void comm_broadcast(void *, size_t) {}
 void comm_sum(double *, int) {}
 double comm_max(double x) { return x; }
+void comm_busy(void) {}
+void comm_barrier(void) {}
 #endif
-void comm_barrier(void) { comm_max(0); }            // no rank knows a maximum before all have come
 
 // ---- the GPU ----------------------------------------------------------------------------------------------
 // Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as
@@ -3941,15 +4120,16 @@ void device_check_sizes(const Config *c) {
 static struct { void *device; int (*total)(void *device, unsigned long long *mj); } nvml;
 
 static void energy_open(void) {
+    if (strstr(gpu.device.name, "MIG")) {
+        printf("note | %s is a part of a GPU, and energy is counted for the whole\n", gpu.device.name);
+        return;
+    }
     void *lib = dlopen("libnvidia-ml.so.1", RTLD_NOW);
     if (!lib) return;
     auto init = (int (*)(void))dlsym(lib, "nvmlInit_v2");
     auto by_bus = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
     auto total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
-    char bus[32];
-    if (!init || !by_bus || !total || init()) return;
-    if (cudaDeviceGetPCIBusId(bus, sizeof bus, comm.local_rank) != cudaSuccess) return;
-    if (by_bus(bus, &nvml.device)) return;
+    if (!init || !by_bus || !total || init() || by_bus(gpu.bus, &nvml.device)) return;
     nvml.total = total;
 }
 
@@ -3971,11 +4151,11 @@ void comm_reduce_start(float *x, size_t n) {
 #endif
 }
 
-// Waits for the compute stream and so for the sums it waits for. An error of NCCL, or a peer that does not
-// come, ends the job.
-void device_wait(void) {
+// Waits for an event of the compute stream, or for all of it (NULL) and so for the sums it waits for. An
+// error of NCCL, a peer that does not come, or a GPU that hangs ends the job.
+void gpu_wait(cudaEvent_t event) {
     double start = now_seconds();
-    for (cudaError_t e; (e = cudaStreamQuery(gpu.stream)) != cudaSuccess;) {
+    for (cudaError_t e; (e = event ? cudaEventQuery(event) : cudaStreamQuery(gpu.stream)) != cudaSuccess;) {
         if (e != cudaErrorNotReady)
             die("the GPU stopped: %s; with CUDA_LAUNCH_BLOCKING=1 the kernel is named",
                 cudaGetErrorString(e));
@@ -3985,9 +4165,11 @@ void device_wait(void) {
         if (state != ncclSuccess && state != ncclInProgress)
             die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
 #endif
-        if (comm.world > 1) comm_check_time(start, "the sums of gradients");
+        comm_check_time(start, "the sums of gradients");
     }
 }
+
+void device_wait(void) { gpu_wait(NULL); }
 
 // The compute stream goes on when all sums are complete.
 void comm_reduce_finish(void) {
@@ -3995,6 +4177,29 @@ void comm_reduce_finish(void) {
     cudaCheck(cudaEventRecord(gpu.summed, gpu.comm_stream));
     cudaCheck(cudaStreamWaitEvent(gpu.stream, gpu.summed, 0));
 }
+
+#ifdef USE_MPI
+// Two ranks on one GPU: NCCL refuses that, also between parts of it (MIG).
+static void refuse_shared_gpu(int visible) {
+    char (*bus)[sizeof gpu.bus] = (char (*)[sizeof gpu.bus])xcalloc((size_t)comm.local_ranks, sizeof *bus);
+    MPI_Request r;
+    MPI_Iallgather(gpu.bus, sizeof *bus, MPI_CHAR, bus, sizeof *bus, MPI_CHAR, local, &r);
+    comm_wait(&r, "the names of GPUs");
+    for (int i = 0; i < comm.local_ranks; i++) for (int j = 0; j < i; j++) if (!strcmp(bus[i], bus[j]))
+        die("ranks %d and %d of %d on this machine have the same GPU, %s (%s; %d GPUs visible); start "
+            "one rank per GPU", j, i, comm.local_ranks, bus[i], gpu.device.name, visible);
+    free(bus);
+}
+
+static void nccl_too_late(int) {        // a signal handler: no die
+    static const char message[] = "error: NCCL has not started within --timeout: a rank is stuck, or the "
+                                  "network between machines is closed to it; NCCL_DEBUG=INFO says more\n";
+    if (write(STDERR_FILENO, message, sizeof message - 1)) {}
+    _exit(EXIT_FAILURE);
+}
+#else
+static void refuse_shared_gpu(int) {}
+#endif
 
 // One GPU per rank of the machine; the NCCL id travels by MPI. --dry-run needs none.
 void device_open(void) {
@@ -4004,11 +4209,12 @@ void device_open(void) {
     if (e != cudaSuccess || n == 0)
         die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer",
             cudaGetErrorString(e));
-    if (comm.local_ranks > n)
-        die("%d ranks on a machine with %d GPUs; start one rank per GPU", comm.local_ranks, n);
-    cudaCheck(cudaSetDevice(comm.local_rank));
+    const int number = comm.local_rank % n;         // launchers may show each rank a GPU of its own, as 0
+    cudaCheck(cudaSetDevice(number));
     cudaDeviceProp *device = &gpu.device;
-    cudaCheck(cudaGetDeviceProperties(device, comm.local_rank));
+    cudaCheck(cudaGetDeviceProperties(device, number));
+    cudaCheck(cudaDeviceGetPCIBusId(gpu.bus, sizeof gpu.bus, number));
+    refuse_shared_gpu(n);
     if (device->major < 8)
         die("%s has compute capability %d.%d; litespark needs 8.0 or newer", device->name, device->major,
             device->minor);
@@ -4026,7 +4232,10 @@ void device_open(void) {
     ncclUniqueId id;
     if (comm.rank == 0) ncclCheck(ncclGetUniqueId(&id));
     comm_broadcast(&id, sizeof id);
+    signal(SIGALRM, nccl_too_late);
+    alarm((unsigned)opt.timeout);
     ncclCheck(ncclCommInitRank((ncclComm_t *)&gpu.nccl, comm.world, id, comm.rank));
+    alarm(0);
 #endif
 }
 
@@ -4096,56 +4305,164 @@ double now_seconds(void) {          // differences only: the zero is arbitrary, 
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// zlib's CRC-32 of n more bytes; start with crc = 0. table[k][b] is the CRC of byte b and k zero bytes after:
-// 16 bytes become 16 independent lookups instead of a chain of 16. (Little endian, as are all our formats.)
+// CRC-32, zlib's. crc_table[k][b] is that of byte b and k zero bytes after: 16 bytes become 16 independent
+// lookups instead of a chain of 16. (Little endian, as are all our formats.)
+#define CRC_POLYNOMIAL 0xEDB88320u              // bit 31 is x^0
+static uint32_t crc_table[16][256];
+
+__attribute__((constructor)) static void crc_fill_table(void) {     // before main, and so before any thread
+    for (uint32_t b = 0; b < 256; b++) {
+        crc_table[0][b] = b;
+        for (int bit = 0; bit < 8; bit++)
+            crc_table[0][b] = (crc_table[0][b] >> 1) ^ (crc_table[0][b] & 1 ? CRC_POLYNOMIAL : 0);
+    }
+    for (int k = 1; k < 16; k++)
+        for (int b = 0; b < 256; b++)
+            crc_table[k][b] = (crc_table[k-1][b] >> 8) ^ crc_table[0][crc_table[k-1][b] & 255];
+}
+
+static uint32_t crc_16_bytes(uint32_t crc, const void *p) {
+    uint32_t w[4], next = 0;
+    memcpy(w, p, 16);
+    w[0] ^= crc;
+    for (int i = 0; i < 4; i++)
+        next ^= crc_table[15 - 4*i][w[i] & 255] ^ crc_table[14 - 4*i][w[i] >> 8 & 255]
+              ^ crc_table[13 - 4*i][w[i] >> 16 & 255] ^ crc_table[12 - 4*i][w[i] >> 24];
+    return next;
+}
+
+// Where an x86 multiplies without carries, five times as fast: 64 bytes fold into the next 64, for as long as
+// there are more; what is left, 16 bytes, has the CRC of all of them. (Gopal et al., "Fast CRC Computation
+// Using PCLMULQDQ", Intel 2009; the constants, powers of x modulo the polynomial, are its k1 to k4.)
+#ifdef __x86_64__
+typedef long long Int128 __attribute__((vector_size(16)));
+#define CRC_FOLD(x, k) (__builtin_ia32_pclmulqdq128(x, k, 0) ^ __builtin_ia32_pclmulqdq128(x, k, 17))
+__attribute__((target("pclmul")))
+static const unsigned char *crc_fold(uint32_t *crc, const unsigned char *p, const unsigned char *end) {
+    const Int128 by_64 = {0x154442BD4, 0x1C6E41596}, by_16 = {0x1751997D0, 0xCCAA009E};
+    Int128 x[4], next[4], first = {*crc, 0};
+    memcpy(x, p, 64);
+    x[0] ^= first;
+    for (p += 64; end - p >= 64; p += 64) {
+        memcpy(next, p, 64);
+        for (int i = 0; i < 4; i++) x[i] = CRC_FOLD(x[i], by_64) ^ next[i];
+    }
+    for (int i = 1; i < 4; i++) x[i] ^= CRC_FOLD(x[i-1], by_16);
+    *crc = crc_16_bytes(0, &x[3]);
+    return p;
+}
+static int crc_can_fold(void) { return __builtin_cpu_supports("pclmul"); }
+#else
+static const unsigned char *crc_fold(uint32_t *crc, const unsigned char *p, const unsigned char *end) {
+    (void)crc; (void)end;
+    return p;
+}
+static int crc_can_fold(void) { return 0; }
+#endif
+
+// The CRC-32 of n more bytes; start with crc = 0.
 uint32_t crc32_update(uint32_t crc, const void *data, size_t n) {
-    static uint32_t table[16][256];             // filled by the first call, which must not race with another
-    if (!table[0][1]) {
-        for (int b = 0; b < 256; b++) {
-            uint32_t c = (uint32_t)b;
-            for (int bit = 0; bit < 8; bit++) c = (c >> 1) ^ (c & 1 ? 0xEDB88320u : 0);
-            table[0][b] = c;
-        }
-        for (int k = 1; k < 16; k++)
-            for (int b = 0; b < 256; b++) table[k][b] = (table[k-1][b] >> 8) ^ table[0][table[k-1][b] & 255];
-    }
-    const unsigned char *p = (const unsigned char *)data;
+    const unsigned char *p = (const unsigned char *)data, *end = p + n;
     crc = ~crc;
-    for (; n >= 16; n -= 16, p += 16) {
-        uint32_t w[4], next = 0;
-        memcpy(w, p, 16);
-        w[0] ^= crc;
-        for (int i = 0; i < 4; i++)
-            next ^= table[15 - 4*i][w[i] & 255] ^ table[14 - 4*i][w[i] >> 8 & 255]
-                  ^ table[13 - 4*i][w[i] >> 16 & 255] ^ table[12 - 4*i][w[i] >> 24];
-        crc = next;
-    }
-    while (n--) crc = (crc >> 8) ^ table[0][(crc ^ *p++) & 255];
+    if (n >= 64 && crc_can_fold()) p = crc_fold(&crc, p, end);
+    for (; end - p >= 16; p += 16) crc = crc_16_bytes(crc, p);
+    while (p < end) crc = (crc >> 8) ^ crc_table[0][(crc ^ *p++) & 255];
     return ~crc;
+}
+
+static uint32_t crc_product(uint32_t a, uint32_t b) {           // of two polynomials, modulo the third
+    uint32_t product = 0;
+    for (; a; a <<= 1, b = (b >> 1) ^ (b & 1 ? CRC_POLYNOMIAL : 0)) if (a >> 31) product ^= b;
+    return product;
+}
+
+// What a piece adds (^) to the CRC-32 of a file if n bytes come after it: with that, threads may take the
+// pieces in any order.
+static uint32_t crc32_before(uint32_t crc, size_t n) {
+    uint32_t power = 1u << 23;                                  // x^8: one byte
+    for (; n; n >>= 1, power = crc_product(power, power)) if (n & 1) crc = crc_product(crc, power);
+    return crc;
 }
 
 // Random numbers without a state: element `index` of `stream` is a pure function, in integers only, so a GPU
 // thread, another rank count or a resumed run computes the same bits. The mixer: SplitMix64's.
+#define GOLDEN 0x9E3779B97F4A7C15u              // odd: a different point for each index
 static uint64_t mix64(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
 }
 
+static uint64_t random_key(uint64_t seed, uint64_t stream) {
+    return mix64(mix64(seed + GOLDEN) ^ (stream * GOLDEN + 1));
+}
+
+static inline uint64_t random_of_key(uint64_t key, uint64_t index) {
+    return mix64(mix64(key + index * GOLDEN) ^ key);            // twice: streams are no shifts of each other
+}
+
 uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
-    const uint64_t golden = 0x9E3779B97F4A7C15u;                // odd: a different point for each index
-    uint64_t key = mix64(mix64(seed + golden) ^ (stream * golden + 1));
-    return mix64(mix64(key + index * golden) ^ key);            // twice: streams are no shifts of each other
+    return random_of_key(random_key(seed, stream), index);
 }
 
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {     // [0, 1): the top 53 bits
     return (double)(random_bits(seed, stream, index) >> 11) * 0x1p-53;
 }
 
-double random_normal(uint64_t seed, uint64_t stream, uint64_t index) {      // Box-Muller: mean 0, variance 1
-    double u = 1 - random_uniform(seed, stream, 2*index);       // (0, 1]: the logarithm stays finite
-    double v = random_uniform(seed, stream, 2*index + 1);
-    return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+// The double with these low 52 bits as a whole number. No conversion, which not every CPU has as vector code.
+static inline double from_52_bits(uint64_t x) {
+    union { uint64_t u; double f; } bits = {x | 0x4330000000000000u};
+    return bits.f - 0x1p52;
+}
+
+// x to 24 bits. What is added below is a product of such numbers, exact in double: so a compiler may fuse it
+// into the sum or not, and every build and machine gives the same bits.
+static inline double short_of(double x) {
+    union { double f; uint64_t u; } bits = {x};
+    bits.u &= ~UINT64_C(0) << 29;
+    return bits.f;
+}
+
+// Two independent normal numbers from 64 random bits, times scale: Box and Muller's pair r cos(a), r sin(a),
+// r^2 = -2 log(u), u in (0,1). It has |a| < pi/2, and r any sign instead of half the circle: no branches, and
+// loops over it become vector code. Within 2^-21 of |r|. The largest is 6.8 standard deviations off.
+static inline __attribute__((always_inline)) void normal_pair(float *out, double scale, uint64_t random) {
+    // 2^32 u = 2^exponent m, 0.7 < m < 1.42; log(m) = s (2 + 2/3 s^2 + 2/5 s^4 + ...), s = (m - 1) / (m + 1)
+    union { double f; uint64_t u; } u = {from_52_bits(random >> 32) + 0.5}, m;
+    const uint64_t exponent_64 = (u.u - 0x3FE6A09E667F3BCDu + (UINT64_C(64) << 52)) >> 52;      // + 64
+    m.u = u.u - ((exponent_64 - 64) << 52);
+    const double s = short_of((m.f - 1) / (m.f + 1)), s2 = short_of(s * s);
+    double p = short_of(2./9 + s2 * (2.f/11));
+    p = short_of(2./7 + s2 * p);
+    p = short_of(2./5 + s2 * p);
+    p = short_of(2./3 + s2 * p);
+    p = short_of(2 + s2 * p);
+    const double log_u = (from_52_bits(exponent_64) - 96) * 0x1.62e42fefa38p-1 + s * p;         // log(2)
+    const double sign = 1 - 2 * from_52_bits(random & 1), r = sqrt(-2 * log_u) * sign * scale;
+    // 24 bits become the angle; Taylor's series
+    const double steps = from_52_bits(random >> 8 & 0xFFFFFF) - 8388607.5;
+    const double a = short_of(steps * (3.14159265358979324 / 0x1p24)), a2 = short_of(a * a);
+    double c = short_of(-1./3628800 + a2 * (1.f/479001600));
+    double d = short_of(-1./39916800 + a2 * (1.f/6227020800));
+    c = short_of(1./40320 + a2 * c), d = short_of(1./362880 + a2 * d);
+    c = short_of(-1./720 + a2 * c),  d = short_of(-1./5040 + a2 * d);
+    c = short_of(1./24 + a2 * c),    d = short_of(1./120 + a2 * d);
+    c = short_of(-1./2 + a2 * c),    d = short_of(-1./6 + a2 * d);
+    out[0] = (float)(r * (1 + a2 * c));
+    out[1] = (float)(r * (a * (1 + a2 * d)));
+}
+
+// Normal numbers first .. first+n-1 of a stream, mean 0, standard deviation `scale`; `first` is even.
+void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n) {
+    const uint64_t key = random_key(seed, stream);
+    assert(first % 2 == 0);
+    #pragma omp simd
+    for (size_t i = 0; i < n / 2; i++) normal_pair(out + 2 * i, scale, random_of_key(key, first / 2 + i));
+    if (n % 2) {
+        float last[2];
+        normal_pair(last, scale, random_of_key(key, (first + n) / 2));
+        out[n - 1] = last[0];
+    }
 }
 
 static uint64_t hash_bytes(const char *s, size_t n) {       // FNV-1a, then mixed
@@ -4189,13 +4506,20 @@ static const char *shortest(double x) {
 }
 
 // A descriptor and the size (bytes NULL: not asked for) of a regular file. Dies naming `what` and the path:
-// missing, a folder, not readable.
+// missing, a folder, not readable, the pointer that Git LFS leaves for a file it has not fetched.
 static int open_regular(const char *path, const char *what, size_t *bytes) {
     struct stat st;
     if (stat(path, &st) != 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    if (S_ISDIR(st.st_mode)) die("%s '%s' is a folder; name a file in it", what, path);
     if (!S_ISREG(st.st_mode)) die("%s '%s' is not a file; name the file itself", what, path);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) die("cannot open %s '%s': %s", what, path, strerror(errno));
+    static const char lfs[] = "version https://git-lfs";
+    char head[sizeof lfs - 1];
+    if (st.st_size < 1024 && pread(fd, head, sizeof head, 0) == sizeof head
+        && !memcmp(head, lfs, sizeof head))
+        die("%s '%s' is a Git LFS pointer, not the file it stands for; `git lfs pull` fetches that",
+            what, path);
     if (bytes) *bytes = (size_t)st.st_size;
     return fd;
 }
@@ -4215,6 +4539,21 @@ static size_t read_at(int fd, const char *path, void *out, size_t n, size_t offs
 
 static void read_exactly(int fd, const char *path, void *out, size_t n, size_t offset) {
     if (read_at(fd, path, out, n, offset) != n) die("'%s' became shorter while it was read", path);
+}
+
+// The files that `pattern` means, sorted by name; 0: none. As much of its front as is there under exactly
+// that name is no pattern: the folder 'run[1]' of 'run[1]/*.bin'. The caller calls globfree.
+static int find_files(const char *pattern, glob_t *found) {
+    size_t n = strlen(pattern);
+    while (n && access(str("%.*s", (int)n, pattern).s, F_OK))
+        for (n--; n && pattern[n - 1] != '/'; n--) {}
+    Text escaped = {NULL, 0, 0};
+    for (size_t i = 0; i < n; i++) text_add(&escaped, "\\%c", pattern[i]);
+    text_add(&escaped, "%s", pattern + n);
+    const int failed = glob(escaped.s, GLOB_ERR, NULL, found);
+    if (failed && failed != GLOB_NOMATCH) die("cannot look for '%s': %s", pattern, strerror(errno));
+    free(escaped.s);
+    return !failed;
 }
 
 char *read_text_file(const char *path, size_t max_bytes, size_t *n) {       // the caller frees
@@ -4321,6 +4660,9 @@ void options_help(void) {
         }
         printf("  %-24s %s", str("%s%s", o->name, wants[o->type]).s, o->help);
         printf(o->initial && *o->initial ? " (default %s)\n" : "\n", o->initial);
+        for (int i = 0; i < COUNT(refused); i++) if (!strcmp(refused[i].option, o->name))
+            printf("  %-24s   %s%s%s\n", "", refused[i].value ? refused[i].value : "",
+                   refused[i].value ? " " : "", refused[i].why);
     }
 }
 
@@ -4343,8 +4685,9 @@ void options_parse(int argc, char **argv) {
 void options_check(void) {
     if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
         die("choose one of --preset, --config and --init-from");
-    if (opt.resume && opt.init_from)
-        die("--resume continues a run with its weights; it excludes --init-from");
+    if (opt.resume && strcmp(opt.resume, "auto") && opt.init_from)
+        die("--resume DIR continues a run with its weights, without --init-from; --resume auto may have "
+            "--init-from, for its first start");
     if (opt.eval_only + opt.generate + opt.dry_run + !!opt.dump_grads > 1)
         die("choose one of --eval-only, --generate, --dry-run and --dump-grads");
     if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
@@ -4365,6 +4708,7 @@ struct Json {
     double num;
     int64_t inum;          // valid when is_int: written without '.' and exponent, and it fits
     int is_int, n;         // n = number of children
+    size_t begin, end;     // its bytes in the source
     struct Json *child, *next;
 };
 
@@ -4517,6 +4861,7 @@ static void json_container(JsonParser *p, Json *v, int depth) {
 static void json_value(JsonParser *p, Json *v, int depth) {
     static const char *const words[] = {"true", "false", "null"};
     json_space(p);
+    v->begin = (size_t)(p->at - p->text);
     if (*p->at == '{' || *p->at == '[') json_container(p, v, depth + 1);
     else if (*p->at == '-' || isdigit((unsigned char)*p->at)) json_scan_number(p, v);
     else if (*p->at == '"') {
@@ -4529,6 +4874,7 @@ static void json_value(JsonParser *p, Json *v, int depth) {
         v->type = "tf0"[i];
         p->at += strlen(words[i]);
     }
+    v->end = (size_t)(p->at - p->text);
 }
 
 // Parses n bytes; dies with `where`, the byte and what was expected there. One block of memory has the nodes
@@ -4554,12 +4900,17 @@ Json *json_read_file(const char *path, size_t max_bytes) {
     return root;
 }
 
+// The member `key`, be it null; NULL when obj is not an object or has none.
+static const Json *json_member(const Json *obj, const char *key) {
+    if (!obj || obj->type != 'o') return NULL;
+    for (const Json *e = obj->child; e; e = e->next) if (!strcmp(e->key, key)) return e;
+    return NULL;
+}
+
 // The value of `key`; NULL when obj is not an object, or when the key is absent or null.
 const Json *json_get(const Json *obj, const char *key) {
-    if (!obj || obj->type != 'o') return NULL;
-    for (const Json *e = obj->child; e; e = e->next)
-        if (!strcmp(e->key, key)) return e->type == '0' ? NULL : e;
-    return NULL;
+    const Json *e = json_member(obj, key);
+    return e && e->type != '0' ? e : NULL;
 }
 
 // Dies: `where`: "key" is VALUE; expected ... (on one line, whatever the value holds).
@@ -4648,7 +4999,8 @@ const char *json_decimal(double x) {
 static const struct { const char *name; size_t bytes; } st_dtypes[] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1},
     {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024 };
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024,
+       ST_PIECE = 1 << 16 /* 16-bit values on a thread's stack */ };
 
 typedef struct StTensor {
     const char *name;
@@ -4728,7 +5080,7 @@ static void st_add_file(StSet *s, const char *path) {
     size_t start = 8 + (size_t)n_header, at = start;
     for (const Json *e = header->child; e; e = e->next) {
         if (strcmp(e->key, "__metadata__")) st_add_tensor(s, e, path, start, size - start);
-        else if (e->type != 'o') die("%s: __metadata__ is no JSON object", path);
+        else if (e->type != 'o' && e->type != '0') die("%s: __metadata__ is no JSON object", path);
     }
     qsort(s->tensors + first, (size_t)(s->n_tensors - first), sizeof *s->tensors, st_compare_offsets);
     for (const StTensor *t = s->tensors + first; t < s->tensors + s->n_tensors; at += t++->n_bytes)
@@ -4751,7 +5103,8 @@ static void st_sort_names(StSet *s) {
             die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
 }
 
-// Opens every file that the index names; index and files must agree on where each tensor is.
+// Opens every file that the index names. Which tensors there are, the files say: some indexes list tensors
+// that are in none, or leave some out.
 static void st_open_index(StSet *s, const char *folder, const char *index_path) {
     Json *index = json_read_file(index_path, ST_MAX_HEADER);
     const Json *map = json_get(index, "weight_map");
@@ -4765,15 +5118,6 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         if (f < 0) st_add_file(s, path.s);
     }
     if (!s->n_files) die("%s: \"weight_map\" names no file", index_path);
-    st_sort_names(s);
-    for (const Json *e = map->child; e; e = e->next) {
-        const StTensor *t = st_find(s, e->key);
-        if (!t || strcmp(strrchr(s->paths[t->file], '/') + 1, e->str))
-            die("%s: tensor %s is not in %s", index_path, e->key, e->str);
-    }
-    for (const StTensor *t = s->tensors; s->n_tensors > map->n; t++)    // names are unique: one is not listed
-        if (!json_get(map, t->name))
-            die("%s does not list tensor %s of %s", index_path, t->name, s->paths[t->file]);
     free(index);
 }
 
@@ -4781,7 +5125,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
 static StSet *st_open_all(const char *pattern) {
     StSet *s = (StSet *)xcalloc(1, sizeof *s);
     glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return NULL;
+    if (!find_files(pattern, &found)) return NULL;
     for (size_t i = 0; i < found.gl_pathc; i++) st_add_file(s, found.gl_pathv[i]);
     globfree(&found);
     st_sort_names(s);
@@ -4807,7 +5151,7 @@ StSet *st_open(const char *dir_or_file) {
 // IEEE half to float: exact, subnormals included.
 static float st_f16_to_float(uint32_t h) {
     uint32_t exponent = h >> 10 & 31, fraction = h & 1023, bits;
-    float x = ldexpf((float)fraction, -24); // exponent 0: fraction * 2^-24
+    float x = (float)fraction * 0x1p-24f;   // exponent 0
     memcpy(&bits, &x, 4);
     if (exponent) bits = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
     bits |= h >> 15 << 31;
@@ -4823,16 +5167,20 @@ void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, floa
     assert(first <= t->n && count <= t->n - first);
     if (t->dtype > ST_F16)
         die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, st_dtypes[t->dtype].name);
-    // 16-bit values land in the upper half of `out` and widen in place: reading stays ahead of writing
-    char *raw = (char *)out + count * (sizeof(float) - size);
-    read_exactly(s->fds[t->file], path, raw, count * size, t->offset + first * size);
-    if (t->dtype == ST_F32) return;
-    for (size_t i = 0; i < count; i++) {
-        uint16_t h;
-        memcpy(&h, raw + 2 * i, 2);
-        uint32_t bits = (uint32_t)h << 16;
-        if (t->dtype == ST_F16) out[i] = st_f16_to_float(h);
-        else memcpy(out + i, &bits, 4);
+    size_t offset = t->offset + first * size;
+    if (t->dtype == ST_F32) {
+        read_exactly(s->fds[t->file], path, out, count * size, offset);
+        return;
+    }
+    uint16_t half[ST_PIECE];
+    for (size_t n; count; count -= n, offset += n * size, out += n) {
+        n = min_size(count, ST_PIECE);
+        read_exactly(s->fds[t->file], path, half, n * size, offset);
+        for (size_t i = 0; i < n && t->dtype == ST_F16; i++) out[i] = st_f16_to_float(half[i]);
+        for (size_t i = 0; i < n && t->dtype == ST_BF16; i++) {
+            union { uint32_t u; float f; } bits = {(uint32_t)half[i] << 16};
+            out[i] = bits.f;
+        }
     }
 }
 
@@ -4847,28 +5195,40 @@ void st_close(StSet *s) {
     free(s);
 }
 
-// Writes one file front to back in constant memory: create, declare every tensor (all of one dtype), begin,
-// write the values in that order, finish. A failing disk does not end the program: later writes do nothing,
-// and the caller, who learns the error from st_finish, removes the new folder and keeps the old checkpoint.
+// Writes one file in constant memory: create, declare every tensor (all of one dtype), begin, write the
+// values in that order, finish. Threads may write at the same time, each to a place that was taken (st_take).
+// A failing disk does not end the program: later writes do nothing, and the caller, who learns the error from
+// st_finish, removes the new folder and keeps the old checkpoint.
 struct StWriter {
-    FILE *file;
-    int failed, dtype;               // failed: the first errno
+    int fd, failed, dtype;      // failed: the first errno
     Text header;
-    size_t data_bytes, file_bytes;   // declared and not yet written; written
+    size_t data_bytes;          // declared
+    size_t taken, end;          // of the file, from its start: what has a writer, all
     uint32_t crc;
 };
 
+static void st_put_at(StWriter *w, size_t place, const void *bytes, size_t n) {
+    const char *p = (const char *)bytes;
+    while (n && !w->failed) {
+        const ssize_t put = pwrite(w->fd, p, n, (off_t)place);
+        if (put < 0 && errno == EINTR) continue;
+        if (put <= 0) w->failed = put ? errno : ENOSPC;
+        else p += put, place += (size_t)put, n -= (size_t)put;
+    }
+}
+
+// Bytes at the end of what is there, of a file that has no other end yet.
 static void st_put(StWriter *w, const void *bytes, size_t n) {
     w->crc = crc32_update(w->crc, bytes, n);
-    w->file_bytes += n;
-    if (!w->failed && fwrite(bytes, 1, n, w->file) != n) w->failed = errno;
+    st_put_at(w, w->taken, bytes, n);
+    w->taken += n;
 }
 
 // Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
 StWriter *st_create(const char *path, const char *metadata) {
     StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
-    w->file = fopen(path, "wbe");
-    if (!w->file) w->failed = errno;
+    w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (w->fd < 0) w->failed = errno;
     text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
     return w;
 }
@@ -4896,43 +5256,64 @@ void st_begin(StWriter *w) {
     uint64_t length = (uint64_t)w->header.n;
     st_put(w, &length, 8);
     st_put(w, w->header.s, (size_t)length);
+    w->end = w->taken + w->data_bytes;
+    w->crc = crc32_before(w->crc, w->data_bytes);
 }
 
 // float to bf16, round to nearest even; NaN stays NaN (rounding could carry it to infinity).
-static uint16_t st_float_to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (isnan(x)) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+static inline uint16_t st_float_to_bf16(float x) {
+    union { float f; uint32_t u; } bits = {x};
+    const uint32_t rounded = (bits.u + 0x7FFF + (bits.u >> 16 & 1)) >> 16;
+    return (uint16_t)((bits.u << 1) > 0xFF000000u ? bits.u >> 16 | 0x40 : rounded);
 }
 
-// The next elements, in the order of declaration; one call may span several tensors.
-void st_write(StWriter *w, const float *values, size_t count) {
-    uint16_t half[8192];
-    w->data_bytes -= count * st_dtypes[w->dtype].bytes;
-    if (w->dtype == ST_F32) st_put(w, values, count * sizeof(float));
-    else for (size_t take; count; count -= take, values += take) {
-        take = min_size(count, COUNT(half));
-        for (size_t i = 0; i < take; i++) half[i] = st_float_to_bf16(values[i]);
-        st_put(w, half, take * sizeof *half);
+// The place of the next elements in the order of declaration; they may span several tensors.
+size_t st_take(StWriter *w, size_t count) {
+    const size_t place = w->taken;
+    w->taken += count * st_dtypes[w->dtype].bytes;
+    return place;
+}
+
+void st_write_at(StWriter *w, size_t place, const float *values, size_t count) {
+    uint16_t half[ST_PIECE];
+    uint32_t crc = 0;
+    for (size_t n; count; count -= n, values += n) {
+        const void *bytes = w->dtype == ST_F32 ? (const void *)values : half;
+        n = min_size(count, ST_PIECE);
+        for (size_t i = 0; i < n && w->dtype == ST_BF16; i++) half[i] = st_float_to_bf16(values[i]);
+        const size_t n_bytes = n * st_dtypes[w->dtype].bytes;
+        crc = crc32_update(crc, bytes, n_bytes);
+        st_put_at(w, place, bytes, n_bytes);
+        comm_busy();
+        // a GiB at a time, for the last fsync of a large file would take minutes without a sign of life
+        if (place >> 30 != (place + n_bytes) >> 30 && fdatasync(w->fd) && !w->failed) w->failed = errno;
+        place += n_bytes;
     }
+    crc = crc32_before(crc, w->end - place);
+    #pragma omp atomic
+    w->crc ^= crc;
 }
 
-// Flushes, fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first
-// failure. With 0, *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
+// The next elements.
+void st_write(StWriter *w, const float *values, size_t count) {
+    st_write_at(w, st_take(w, count), values, count);
+}
+
+// Fsyncs, closes, frees; all declared values must have come. Returns 0 or the errno of the first failure.
+// With 0, *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
 int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
-    assert(!w->data_bytes);
-    if (!w->failed && (fflush(w->file) || fsync(fileno(w->file)))) w->failed = errno;
-    if (w->file && fclose(w->file) && !w->failed) w->failed = errno;
+    assert(!w->end || w->taken == w->end);
+    if (!w->failed && fsync(w->fd)) w->failed = errno;
+    if (w->fd >= 0 && close(w->fd) && !w->failed) w->failed = errno;
     int failed = w->failed;
     if (crc) *crc = w->crc;
-    if (file_bytes) *file_bytes = w->file_bytes;
+    if (file_bytes) *file_bytes = w->taken;
     free(w->header.s); free(w);
     return failed;
 }
 
 // ==== 11. Model configuration: Hugging Face's config.json and the presets ==================================
-// The integers of a model: field, key in config.json, smallest and largest value, what an absent key means.
+// The integers of a model: field, key in config.json, smallest and largest value, what null means.
 #define CONFIG_INTS(X) \
     X(V,     "vocab_size",              2, 1 << 24, JSON_REQUIRED) \
     X(L,     "num_hidden_layers",       1, 1 << 12, JSON_REQUIRED) \
@@ -4942,24 +5323,33 @@ int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     X(D,     "head_dim",                1, 1 << 14, 0 /* = C/H */) \
     X(F,     "intermediate_size",       1, 1 << 22, JSON_REQUIRED) \
     X(max_T, "max_position_embeddings", 1, 1 << 28, JSON_REQUIRED)
+// The numbers, and what null or an absent key means.
 #define CONFIG_NUMBERS(X) \
     X(eps,      "rms_norm_eps",      0, 1, 1e-6) \
     X(init_std, "initializer_range", 0, 1, 0.02)
 
-// window_switch: sliding_window counts only if use_sliding_window says so
+// Absent keys mean the defaults of these classes in transformers 5.24.0 (configuration_llama.py and such),
+// so do the numbers above, rope_theta 10000 and tie_word_embeddings false. dev/test_hf.py compares them all.
 static const Family config_families[] = {
-    {"llama",   "LlamaForCausalLM",   0, 0, 0},
-    {"mistral", "MistralForCausalLM", 0, 0, 0},
-    {"qwen2",   "Qwen2ForCausalLM",   1, 0, 1},
-    {"qwen3",   "Qwen3ForCausalLM",   0, 1, 1},
+    // bias of q, k, v; norm of q, k; sliding_window;
+    //     V, L, C, H, K (0: H), D (0: C/H), F, max_T, sliding_window, bos, eos
+    {"llama",   "LlamaForCausalLM",   0, 0, WINDOW_IGNORED,
+         32000, 32, 4096, 32,  0,   0, 11008,   2048,    0,  1,  2},
+    {"mistral", "MistralForCausalLM", 0, 0, WINDOW_COUNTS,
+         32000, 32, 4096, 32,  8,   0, 14336, 131072, 4096,  1,  2},
+    {"qwen2",   "Qwen2ForCausalLM",   1, 0, WINDOW_SWITCHED,
+        151936, 32, 4096, 32, 32,   0, 22016,  32768, 4096, -1, -1},
+    {"qwen3",   "Qwen3ForCausalLM",   0, 1, WINDOW_SWITCHED,
+        151936, 32, 4096, 32, 32, 128, 22016,  32768, 4096, -1, -1},
 };
 
-// Keys that would change the computation, and the one value that we compute.
-static const struct { const char *key, *only; } config_fixed[] = {
-    {"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}, {"attention_dropout", "0"},
-    {"partial_rotary_factor", "1"}, {"quantization_config", "null"}, {"quantization", "null"},
-    {"num_experts", "0"}, {"num_local_experts", "0"}, {"n_routed_experts", "0"},
-    {"num_experts_per_tok", "0"}, {"moe_intermediate_size", "0"},
+// Keys that would change the computation, the one value that we compute, and the families that have the key.
+static const struct { const char *key, *only, *families; } config_fixed[] = {
+    {"hidden_act", "silu", NULL}, {"attention_bias", "false", "llama qwen3"}, {"mlp_bias", "false", "llama"},
+    {"attention_dropout", "0", NULL}, {"partial_rotary_factor", "1", NULL},
+    {"quantization_config", "null", NULL}, {"quantization", "null", NULL}, {"num_experts", "0", NULL},
+    {"num_local_experts", "0", NULL}, {"n_routed_experts", "0", NULL}, {"num_experts_per_tok", "0", NULL},
+    {"moe_intermediate_size", "0", NULL},
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
@@ -5030,121 +5420,31 @@ void config_check(const Config *c, const char *where) {
     if (c->H % c->K)
         die("%s: \"num_attention_heads\" is %d; expected a multiple of \"num_key_value_heads\", %d",
             where, c->H, c->K);
+    if (!strcmp(c->family->name, "llama") && c->C % c->H)       // its class insists, with a head_dim, too
+        die("%s: \"hidden_size\" is %d; expected a multiple of \"num_attention_heads\", %d",
+            where, c->C, c->H);
     if (c->D % 8 || c->D > 128)
         die("%s: \"head_dim\" is %d; expected a multiple of 8 up to 128", where, c->D);
     if (c->rope_factor > 0 && !(c->rope_low < c->rope_high))
         die("%s: \"high_freq_factor\" is %g; expected more than \"low_freq_factor\", %g",
             where, c->rope_high, c->rope_low);
-    if (c->bos >= c->V || c->eos >= c->V)
+    if (c->bos >= c->V || c->pad >= c->V)
         die("%s: \"%s\" is %d; expected a token id below \"vocab_size\", %d", where,
-            c->bos >= c->V ? "bos_token_id" : "eos_token_id", c->bos >= c->V ? c->bos : c->eos, c->V);
+            c->bos >= c->V ? "bos_token_id" : "pad_token_id", c->bos >= c->V ? c->bos : c->pad, c->V);
     if (config_params(c) >= 0x1p40)
         die("%s: the model has %.3g parameters; expected fewer than %.3g", where, config_params(c), 0x1p40);
 }
 
-// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into
-// rope_parameters. As there, rope_scaling wins over rope_parameters, and rope_theta inside over one outside.
-static void config_read_rope(Config *c, const Json *j, const char *where) {
-    const Json *rope = json_get(j, "rope_scaling");
-    if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
-    if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
-    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type";  // before transformers 4.43
-    const char *type = json_string(rope, type_key, where, "default");
-    if (strcmp(type, "default") && strcmp(type, "llama3"))
-        json_refuse(json_get(rope, type_key), "rope_type", where,
-                    "\"default\" or \"llama3\", the supported kinds of RoPE");
-    const Json *part = json_get(rope, "partial_rotary_factor");
-    if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
-    for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
-        if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
-    c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
-    if (strcmp(type, "llama3")) return;
-    c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
-    c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
-    c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
-    c->rope_original_T = (int)json_int(rope, "original_max_position_embeddings", where, 1, 1 << 28, c->max_T);
-}
+static void text_add_id(Text *t, int id) { text_add(t, id < 0 ? "null" : "%d", id); }
 
-// Sliding windows: Qwen's count only when switched on, and only from layer max_window_layers on.
-static void config_read_window(Config *c, const Json *j, const char *where) {
-    int has_switch = c->family->window_switch, l = 0;
-    const Json *types = has_switch ? json_get(j, "layer_types") : NULL;
-    c->sliding_window = (int)json_int(j, "sliding_window", where, 0, INT_MAX, 0);
-    if (!json_bool(j, "use_sliding_window", where, !has_switch)) c->sliding_window = 0;
-    c->window_layer = has_switch ? (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28) : 0;
-    if (types && types->type != 'a') json_refuse(types, "layer_types", where, "a list");
-    for (const Json *e = types ? types->child : NULL; e; e = e->next) {
-        int slides = c->sliding_window && l++ >= c->window_layer;
-        const char *want = slides ? "sliding_attention" : "full_attention";
-        if (e->type != 's' || strcmp(e->str, want)) json_refuse(e, "layer_types", where, want);
+// null, a number or a list of them
+static void config_add_eos(Text *t, const Config *c) {
+    text_add(t, c->n_eos > 1 ? "[" : "");
+    for (int i = 0; i < c->n_eos || i == 0; i++) {
+        text_add(t, i ? ", " : "");
+        text_add_id(t, i < c->n_eos ? c->stops[i] : -1);
     }
-}
-
-// Reads and checks config.json of transformers 4 or 5; dies naming `where`, the key, its value and what was
-// expected. null means absent; keys that do not change the computation are ignored.
-void config_from_json(Config *c, const char *text, size_t n, const char *where) {
-    Json *j = json_parse(text, n, where);
-    memset(c, 0, sizeof *c);
-    if (j->type != 'o') die("%s: expected a JSON object", where);
-    if (!config_set_family(c, json_string(j, "model_type", where, NULL)))
-        json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
-    for (int i = 0; i < COUNT(config_fixed); i++) {
-        const Json *v = json_get(j, config_fixed[i].key);
-        const char *only = config_fixed[i].only;
-        int same = !v || (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
-                          v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
-        if (!same) json_refuse(v, config_fixed[i].key, where, only);
-    }
-#define READ_INT(field, key, lo, hi, fallback) c->field = (int)json_int(j, key, where, lo, hi, fallback);
-#define READ_NUMBER(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
-    CONFIG_INTS(READ_INT) CONFIG_NUMBERS(READ_NUMBER)
-    config_set_vocab(c, c->V);
-    if (!c->K) c->K = c->H;
-    if (!c->D && c->C % c->H)
-        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of "
-            "\"num_attention_heads\", %d", where, c->C, c->H);
-    if (!c->D) c->D = c->C / c->H;
-    c->tied = json_bool(j, "tie_word_embeddings", where, 0);
-    config_read_rope(c, j, where);
-    config_read_window(c, j, where);
-    c->bos = (int)json_int(j, "bos_token_id", where, -1, INT_MAX, -1);
-    const Json *eos = json_get(j, "eos_token_id");       // chat models list several: the first
-    if (eos && eos->type == 'a') {
-        if (!eos->child || !eos->child->is_int || eos->child->inum < 0 || eos->child->inum > INT_MAX)
-            json_refuse(eos->child, "eos_token_id", where, "token ids");
-        c->eos = (int)eos->child->inum;
-    } else c->eos = (int)json_int(j, "eos_token_id", where, -1, INT_MAX, -1);
-    free(j);
-    config_check(c, where);
-}
-
-// " tiny 15M ...": for messages
-const char *config_preset_names(void) {
-    static char names[512];
-    names[0] = 0;
-    for (int i = 0; i < COUNT(config_presets); i++) strcat(strcat(names, " "), config_presets[i].name);
-    return names;
-}
-
-// Fills c from the preset table; 0 when the name is unknown.
-int config_preset(Config *c, const char *name) {
-    int i = 0;
-    while (i < COUNT(config_presets) && strcmp(name, config_presets[i].name)) i++;
-    if (i == COUNT(config_presets)) return 0;
-    memset(c, 0, sizeof *c);
-    config_set_family(c, config_presets[i].family);
-#define COPY(field, ...) c->field = config_presets[i].field;
-    CONFIG_INTS(COPY) CONFIG_NUMBERS(COPY)
-    COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos) COPY(eos)
-#undef COPY
-    config_set_vocab(c, c->V);
-    if (c->rope_factor > 0) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
-    config_check(c, name);
-    return 1;
-}
-
-static void config_add_id(Text *t, const char *key, int id) {
-    text_add(t, id < 0 ? "  \"%s\": null,\n" : "  \"%s\": %d,\n", key, id);
+    text_add(t, c->n_eos > 1 ? "]" : "");
 }
 
 // The members of rope_scaling, and with rope_theta those of rope_parameters.
@@ -5171,21 +5471,193 @@ char *config_to_json(const Config *c, const char *dtype) {
     CONFIG_INTS(WRITE_INT) CONFIG_NUMBERS(WRITE_NUMBER)
     text_add(&t, "  \"tie_word_embeddings\": %s,\n", c->tied ? "true" : "false");
     if (llama) text_add(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    if (c->family->window_switch)
-        text_add(&t, "  \"use_sliding_window\": %s,\n  \"max_window_layers\": %d,\n",
-                 c->sliding_window ? "true" : "false", c->window_layer);
-    if (c->sliding_window || !llama)
-        config_add_id(&t, "sliding_window", c->sliding_window ? c->sliding_window : -1);
+    if (c->family->windows == WINDOW_COUNTS) {
+        text_add(&t, "  \"sliding_window\": ");
+        text_add_id(&t, c->sliding_window ? c->sliding_window : -1);
+        text_add(&t, ",\n");
+    }
     text_add(&t, "  \"rope_theta\": %s,\n  \"rope_scaling\": ", json_decimal(c->rope_theta));
     if (c->rope_factor > 0) config_add_rope(&t, c, /*with_theta=*/0);
     else text_add(&t, "null");
     text_add(&t, ",\n  \"rope_parameters\": ");
     config_add_rope(&t, c, /*with_theta=*/1);
-    text_add(&t, ",\n");
-    config_add_id(&t, "bos_token_id", c->bos);
-    config_add_id(&t, "eos_token_id", c->eos);
-    text_add(&t, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\"\n}\n", dtype, dtype);
+    text_add(&t, ",\n  \"bos_token_id\": ");
+    text_add_id(&t, c->bos);
+    text_add(&t, ",\n  \"eos_token_id\": ");
+    config_add_eos(&t, c);
+    text_add(&t, ",\n%s  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\"\n}\n", c->rest ? c->rest : "",
+             dtype, dtype);
     return t.s;
+}
+
+// RoPE: transformers 4 writes rope_theta and, unless plain, rope_scaling; transformers 5 puts all into
+// rope_parameters. As there, rope_scaling wins over rope_parameters, rope_theta inside over one outside, but
+// original_max_position_embeddings outside over one inside (when 5.24.0 builds the model; AutoConfig alone
+// still shows the one inside).
+static void config_read_rope(Config *c, const Json *j, const char *where) {
+    const Json *rope = json_get(j, "rope_scaling");
+    if (!rope || (rope->type == 'o' && !rope->n)) rope = json_get(j, "rope_parameters");
+    if (rope && rope->type != 'o') json_refuse(rope, rope->key, where, "an object or null");
+    const char *type_key = json_get(rope, "rope_type") ? "rope_type" : "type";  // before transformers 4.43
+    const char *type = json_string(rope, type_key, where, "default");
+    if (strcmp(type, "default") && strcmp(type, "llama3"))
+        json_refuse(json_get(rope, type_key), "rope_type", where,
+                    "\"default\" or \"llama3\", the supported kinds of RoPE");
+    const Json *part = json_get(rope, "partial_rotary_factor");
+    if (part && !(part->type == 'n' && part->num == 1)) json_refuse(part, part->key, where, "1");
+    for (const Json *e = rope ? rope->child : NULL; e; e = e->next)
+        if (e->type == 'o') json_refuse(e, e->key, where, "one set of RoPE parameters for all layers");
+    c->rope_theta = json_number(json_get(rope, "rope_theta") ? rope : j, "rope_theta", where, 1, 1e12, 10000);
+    if (strcmp(type, "llama3")) return;
+    c->rope_factor = json_number(rope, "factor", where, 1, 1e6, NAN);
+    c->rope_low = json_number(rope, "low_freq_factor", where, 1e-6, 1e6, NAN);
+    c->rope_high = json_number(rope, "high_freq_factor", where, 1e-6, 1e6, NAN);
+    const char *original = "original_max_position_embeddings";
+    if (json_get(j, original)) rope = j;
+    c->rope_original_T = (int)json_int(rope, original, where, 1, 1 << 28, c->max_T);
+}
+
+// Sliding windows: Llama's class ignores them, Mistral's has them in all layers, Qwen's in those that
+// layer_types names, else from max_window_layers on, if use_sliding_window says so.
+static void config_read_window(Config *c, const Json *j, const char *where) {
+    const Json *types = json_get(j, "layer_types");
+    int sliding = 0;
+    if (types && (types->type != 'a' || types->n != c->L))
+        json_refuse(types, "layer_types", where, str("a list of \"num_hidden_layers\", %d, words", c->L).s);
+    if (c->family->windows == WINDOW_IGNORED) return;
+    if (c->family->windows == WINDOW_SWITCHED) {
+        const int most = (int)json_int(j, "max_window_layers", where, 0, INT_MAX, 28);
+        const int on = json_bool(j, "use_sliding_window", where, 0) && (types || c->L > most);
+        for (const Json *e = types ? types->child : NULL; e; e = e->next) {
+            int slides = e->type == 's' && !strcmp(e->str, "sliding_attention");
+            if (!slides && (e->type != 's' || strcmp(e->str, "full_attention")))
+                json_refuse(e, "layer_types", where, "\"full_attention\" or \"sliding_attention\"");
+            sliding += slides;
+        }
+        if (sliding && (!on || (json_member(j, "sliding_window") && !json_get(j, "sliding_window"))))
+            die("%s: \"layer_types\" has \"sliding_attention\"; expected \"use_sliding_window\" true and "
+                "a \"sliding_window\" with it", where);
+        if (!on || (types && !sliding)) return;
+    }
+    if (!json_member(j, "sliding_window") || json_get(j, "sliding_window"))     // null: none
+        c->sliding_window = (int)json_int(j, "sliding_window", where, 1, INT_MAX, c->family->sliding_window);
+}
+
+// The id of `key`; absent: the class's; null and negative numbers: -1, none.
+static int config_read_id(const Json *j, const char *key, const char *where, int absent) {
+    int id = (int)json_int(j, key, where, INT_MIN, INT_MAX, json_member(j, key) ? -1 : absent);
+    return id < 0 ? -1 : id;
+}
+
+// Adds "eos_token_id", one or a list, to the ids that end a text.
+static void config_read_eos(Config *c, const Json *j, const char *where) {
+    const Json *eos = json_get(j, "eos_token_id"), *list = eos && eos->type == 'a' ? eos->child : NULL;
+    for (const Json *e = list ? list : eos && eos->type != 'a' ? eos : NULL; e; e = list ? e->next : NULL) {
+        int known = e->inum < 0;                // none
+        for (int i = 0; i < c->n_stops; i++) known |= c->stops[i] == e->inum;
+        if (!e->is_int || e->inum >= c->V || (!known && c->n_stops == MAX_STOPS))
+            json_refuse(e, "eos_token_id", where,
+                        str("at most %d token ids below \"vocab_size\", %d", MAX_STOPS, c->V).s);
+        if (!known) c->stops[c->n_stops++] = (int)e->inum;
+    }
+}
+
+// Whether a key that config_to_json does not write means something to us.
+static int config_reads(const Config *c, const char *key) {
+    static const char *const windows[] = {"use_sliding_window", "sliding_window", "max_window_layers",
+                                          "layer_types"};
+    for (int i = 0; i < COUNT(windows); i++)
+        if (!strcmp(key, windows[i])) return c->family->windows == WINDOW_SWITCHED;
+    for (int i = 0; i < COUNT(config_fixed); i++) if (!strcmp(key, config_fixed[i].key))
+        return !config_fixed[i].families || strstr(config_fixed[i].families, c->family->name) != NULL;
+    return !strcmp(key, "pad_token_id");
+}
+
+// Collects the members that config_to_json would not write: what we do not know must still reach checkpoints.
+static void config_keep_rest(Config *c, const Json *j, const char *text) {
+    Text rest = {NULL, 0, 0}, keys = {NULL, 0, 0};
+    char *written = config_to_json(c, "");
+    Json *known = json_parse(written, strlen(written), "config.json");
+    for (const Json *e = j->child; e; e = e->next) {
+        int in_rope = c->rope_factor > 0 && !strcmp(e->key, "original_max_position_embeddings");
+        if (json_member(known, e->key) || in_rope) continue;
+        text_add(&rest, "  ");
+        text_add_string(&rest, e->key);
+        text_add(&rest, ": %.*s,\n", (int)(e->end - e->begin), text + e->begin);
+        if (config_reads(c, e->key)) continue;
+        text_add(&keys, "%s", keys.n ? ", " : "");
+        text_add_string(&keys, e->key);
+    }
+    c->rest = rest.s, c->rest_keys = keys.s;
+    free(known);
+    free(written);
+}
+
+// Reads and checks config.json of transformers 4 or 5; dies naming `where`, the key, its value and what was
+// expected. Where nothing else is said null means absent.
+void config_from_json(Config *c, const char *text, size_t n, const char *where) {
+    Json *j = json_parse(text, n, where);
+    memset(c, 0, sizeof *c);
+    if (j->type != 'o') die("%s: expected a JSON object", where);
+    if (!config_set_family(c, json_string(j, "model_type", where, NULL)))
+        json_refuse(json_get(j, "model_type"), "model_type", where, "llama, mistral, qwen2 or qwen3");
+    for (int i = 0; i < COUNT(config_fixed); i++) {
+        const Json *v = json_get(j, config_fixed[i].key);
+        const char *only = config_fixed[i].only, *families = config_fixed[i].families;
+        int same = !v || (families && !strstr(families, c->family->name)) ||
+                   (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
+                          v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
+        if (!same) json_refuse(v, config_fixed[i].key, where, only);
+    }
+#define READ_INT(field, key, lo, hi, null) \
+    c->field = (int)json_int(j, key, where, lo, hi, json_member(j, key) ? null : c->family->field);
+#define READ_NUMBER(field, key, lo, hi, fallback) c->field = json_number(j, key, where, lo, hi, fallback);
+    CONFIG_INTS(READ_INT) CONFIG_NUMBERS(READ_NUMBER)
+    config_set_vocab(c, c->V);
+    if (!c->K) c->K = c->H;
+    if (!c->D && c->C % c->H)
+        die("%s: \"hidden_size\" is %d; without \"head_dim\" expected a multiple of "
+            "\"num_attention_heads\", %d", where, c->C, c->H);
+    if (!c->D) c->D = c->C / c->H;
+    c->tied = json_bool(j, "tie_word_embeddings", where, 0);
+    config_read_rope(c, j, where);
+    config_read_window(c, j, where);
+    c->bos = config_read_id(j, "bos_token_id", where, c->family->bos);
+    c->pad = config_read_id(j, "pad_token_id", where, -1);
+    config_read_eos(c, j, where);
+    if (!json_member(j, "eos_token_id") && c->family->eos >= 0) c->stops[c->n_stops++] = c->family->eos;
+    c->n_eos = c->n_stops;
+    config_check(c, where);
+    config_keep_rest(c, j, text);
+    free(j);
+}
+
+// " tiny 15M ...": for messages
+const char *config_preset_names(void) {
+    static char names[512];
+    names[0] = 0;
+    for (int i = 0; i < COUNT(config_presets); i++) strcat(strcat(names, " "), config_presets[i].name);
+    return names;
+}
+
+// Fills c from the preset table; 0 when the name is unknown.
+int config_preset(Config *c, const char *name) {
+    int i = 0;
+    while (i < COUNT(config_presets) && strcmp(name, config_presets[i].name)) i++;
+    if (i == COUNT(config_presets)) return 0;
+    memset(c, 0, sizeof *c);
+    config_set_family(c, config_presets[i].family);
+#define COPY(field, ...) c->field = config_presets[i].field;
+    CONFIG_INTS(COPY) CONFIG_NUMBERS(COPY)
+    COPY(tied) COPY(rope_theta) COPY(rope_factor) COPY(sliding_window) COPY(bos)
+#undef COPY
+    c->pad = -1;
+    c->n_eos = c->n_stops = config_presets[i].eos >= 0;
+    if (c->n_eos) c->stops[0] = config_presets[i].eos;
+    config_set_vocab(c, c->V);
+    if (c->rope_factor > 0) { c->rope_low = 1; c->rope_high = 4; c->rope_original_T = 8192; }
+    config_check(c, name);
+    return 1;
 }
 
 // ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ----------------
@@ -5274,10 +5746,15 @@ const Tensor *table_find(const ParamTable *p, int unit, const char *suffix) {
 static Config read_config(const char *dir_or_file, int is_dir) {
     Config c;
     Str path = str(is_dir ? "%s/config.json" : "%s", dir_or_file);
+    Str generation = str("%s/generation_config.json", dir_or_file);
     size_t n;
     char *text = read_text_file(path.s, 1 << 24, &n);
     config_from_json(&c, text, n, path.s);
     free(text);
+    if (!is_dir || access(generation.s, F_OK)) return c;
+    Json *j = json_read_file(generation.s, 1 << 24);
+    config_read_eos(&c, j, generation.s);
+    free(j);
     return c;
 }
 
@@ -5293,8 +5770,14 @@ Config choose_config(const char *resume_dir) {
     if (!resume_dir) return c;
     Config saved = read_config(resume_dir, 1);
     if (opt.preset || opt.config) {
-        if (!c.V) c.V = saved.V, c.Vp = saved.Vp, c.bos = saved.bos, c.eos = saved.eos;
-        char *a = config_to_json(&c, "float32"), *b = config_to_json(&saved, "float32");
+        Config d = saved;
+        if (!c.V) {
+            config_set_vocab(&c, d.V);
+            c.bos = d.bos, c.n_eos = d.n_eos;
+            memcpy(c.stops, d.stops, sizeof c.stops);
+        }
+        c.rest = d.rest = NULL;
+        char *a = config_to_json(&c, "float32"), *b = config_to_json(&d, "float32");
         if (strcmp(a, b))
             die("--resume %s: the checkpoint holds another model than %s; leave that option out "
                 "or name another --out", resume_dir, opt.preset ? "--preset" : "--config");
@@ -5669,29 +6152,27 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
 }
 
 // Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL:
-// none fits c. *side_folder: where tokenizer files of checkpoints come from, or NULL.
-Tokenizer *tokenizer_choose(const Config *c, const char *model_dir, const char **side_folder) {
+// there is none. It may have more pieces than the model has rows, or fewer: what counts are the ids in use.
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir) {
     const char *slash = strrchr(opt.train_data, '/');
     const Str data = str("%.*s", slash ? (int)(slash - opt.train_data) : 1, slash ? opt.train_data : ".");
     const Str above = str("%s/..", data.s);
     const char *folders[3] = {model_dir, data.s, above.s}, *found = opt.tokenizer;
+    int i = 0;
     Str path;
-    for (int i = 0; i < 3 && !found; i++) if (folders[i]) {
+    for (; i < 3 && !found; i++) if (folders[i]) {
         path = str("%s/tokenizer.bin", folders[i]);
         if (!access(path.s, R_OK)) found = path.s;
     }
     Tokenizer *t = found ? tokenizer_open(found) : NULL;
-    const int spare = t ? c->V - t->V : 0;      // a model may have rows to spare, never too few
-    if (t && c->V && (spare < 0 || spare > c->V / 100)) {
-        if (opt.tokenizer)
-            die("--tokenizer %s has %d tokens, the model %d; name the model's own", found, t->V, c->V);
-        tokenizer_free(t);                      // beside the data by chance
-        t = NULL;
-    }
-    slash = t ? strrchr(t->path, '/') : NULL;
-    *side_folder = model_dir ? model_dir : !t ? NULL
-                 : slash ? xstrdup(str("%.*s", (int)(slash - t->path), t->path).s) : ".";
-    return t;
+    if (!t || !c->V || t->V == c->V) return t;
+    // beside data that this run does not read: by chance
+    const int chance = i > 1 && opt.generate && !option_given("--train-data");
+    printf("tokenizer | %s has %d tokens, the model %d%s\n", found, t->V, c->V,
+           chance ? ": not used; name the model's with --tokenizer" : "");
+    if (!chance) return t;
+    tokenizer_free(t);
+    return NULL;
 }
 
 // ==== 13. Token shards and the DataLoader ==================================================================
@@ -5719,19 +6200,14 @@ typedef struct Shard {
     int64_t first_window;               // number of its first window among those of all shards
     int width;                          // bytes per token: 2 or 4
     int row;                            // .ds: S+1 tokens per row; .bin: 0
+    int vocab;                          // of the tokenizer that made it, 0 = unknown
     int eod;                            // id of the end-of-document token, -1 = unknown
     uint32_t crc;                       // of the token bytes, 0 = unknown
+    uint32_t begin_crc;                 // of its size and its first bytes
     char *floor_path;                   // evaluation: its .nll file, NULL = it has none
 } Shard;
 
-// The shard's vocabulary against the model's, which may have up to 1% more: Qwen2 pads 151,665 to 151,936.
-static void check_vocab(const char *path, int64_t shard_vocab, int vocab_size) {
-    if (shard_vocab > vocab_size || vocab_size - shard_vocab > vocab_size / 100)
-        die("token shard '%s' was tokenized for a vocabulary of %" PRId64 ", the model has %d; "
-            "use the tokenizer of the model, or a model for this vocabulary", path, shard_vocab, vocab_size);
-}
-
-static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
+static void shard_open_bin(Shard *s, size_t bytes) {
     int32_t h[256];
     if (read_at(s->fd, s->path, h, sizeof h, 0) != sizeof h)
         die("token shard '%s' is truncated: %zu bytes, shorter than its header; write it again",
@@ -5752,12 +6228,12 @@ static void shard_open_bin(Shard *s, size_t bytes, int vocab_size) {
     if (bytes != expected)
         die("token shard '%s' %s: %zu bytes, its header promises %zu; write it again", s->path,
             bytes < expected ? "is truncated" : "has extra bytes", bytes, expected);
-    if (h[3]) check_vocab(s->path, h[3], vocab_size);
+    s->vocab = h[3];
     s->crc = (uint32_t)h[4];
     s->eod = h[5] - 1;
 }
 
-static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
+static void shard_open_ds(Shard *s, size_t bytes) {
     const char *slash = strrchr(s->path, '/');
     const int folder = slash ? (int)(slash + 1 - s->path) : 0;
     Str here = str("%.*smetadata.json", folder, s->path);
@@ -5768,7 +6244,7 @@ static void shard_open_ds(Shard *s, size_t bytes, int vocab_size) {
             "put it there, or write the shard again", s->path);
     Json *meta = json_read_file(where, 1 << 20);
     if (meta->type != 'o') die("'%s' must hold one JSON object", where);
-    check_vocab(s->path, json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED), vocab_size);
+    s->vocab = (int)json_int(meta, "vocab_size", where, 1, INT_MAX, JSON_REQUIRED);
     s->row = (int)json_int(meta, "sequence_length", where, 1, 1 << 28, JSON_REQUIRED) + 1;
     s->width = (int)json_int(meta, "token_size_bytes", where, 2, 4, JSON_REQUIRED);
     s->eod = (int)json_int(meta, "eos_token_id", where, -1, INT_MAX, -1);
@@ -5795,13 +6271,24 @@ static void shard_find_floor(Shard *s) {
     s->floor_path = xstrdup(path.s);
 }
 
-static void shard_open(DataLoader *dl, Shard *s) {
+// What a shard says of itself; its length is checked, its tokens are not read.
+static void shard_describe(Shard *s) {
     size_t bytes;
+    char start[4096];
     s->fd = open_regular(s->path, "token shard", &bytes);
     if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
+    const size_t n = read_at(s->fd, s->path, start, sizeof start, 0);
+    s->begin_crc = crc32_update(crc32_update(0, &bytes, sizeof bytes), start, n);
     const char *dot = strrchr(s->path, '.');
-    if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes, dl->vocab_size);
-    else shard_open_bin(s, bytes, dl->vocab_size);
+    if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes);
+    else shard_open_bin(s, bytes);
+    close(s->fd);
+    s->fd = -1;
+}
+
+static void shard_open(DataLoader *dl, Shard *s) {
+    shard_describe(s);
+    dl->crc = crc32_update(dl->crc, &s->begin_crc, sizeof s->begin_crc);
     if (s->eod >= dl->vocab_size)
         die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again",
             s->path, s->eod, dl->vocab_size);
@@ -5816,8 +6303,6 @@ static void shard_open(DataLoader *dl, Shard *s) {
     dl->n_windows += (int64_t)s->n_windows;
     dl->n_tokens += (int64_t)s->n_tokens;
     dl->n_dropped += (int64_t)(s->n_tokens - used);
-    close(s->fd);
-    s->fd = -1;
     if (!dl->shuffle) shard_find_floor(s);
 }
 
@@ -5874,7 +6359,7 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     memset(dl, 0, sizeof *dl);
     dl->B = B; dl->T = T; dl->rank = rank; dl->world = world; dl->shuffle = shuffle;
     dl->vocab_size = vocab_size; dl->document_mask = document_mask; dl->state.seed = seed;
-    if (glob(pattern, 0, NULL, &found) != 0)                // sorted by name
+    if (!find_files(pattern, &found))
         die("no token shard matches '%s'; make them with `make data` or data/tokens.py, or name others",
             pattern);
     dl->n_shards = (int)found.gl_pathc;
@@ -5901,6 +6386,10 @@ void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
             "%" PRId64 " tokens dropped%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
             dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "");
+    const double share = 100.0 * (double)dl->n_dropped / (double)dl->n_tokens;
+    if (share > 1)
+        fprintf(f, "warning: %.0f%% of the %s tokens are in no window of %d; another --seq-len may take more"
+                "\n", share, name, dl->T);
 }
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
@@ -6010,24 +6499,28 @@ void loader_next(DataLoader *dl, Batch *batch) {
     }
 }
 
-// Vocabulary that the first shard of `pattern` declares; 0: it says nothing, -1: there is no shard.
-int data_vocabulary(const char *pattern) {
+// What the first shard that matches says of the vocabulary (*V) and the tokens per row (*S), 0 = nothing;
+// returns 0 when there is no shard.
+int data_declares(const char *pattern, int *V, int *S) {
     glob_t found;
-    if (glob(pattern, 0, NULL, &found)) return -1;
-    int words[4] = {0, 0, 0, 0};
-    FILE *f = fopen(found.gl_pathv[0], "rb");
-    if (!f || fread(words, sizeof words, 1, f) != 1) words[3] = 0;
-    if (f) fclose(f);
+    Shard s;
+    if (!find_files(pattern, &found)) return 0;
+    memset(&s, 0, sizeof s);
+    s.path = found.gl_pathv[0];
+    shard_describe(&s);
     globfree(&found);
-    return words[3] > 0 && (words[0] == 20240520 || words[0] == 20240801) ? words[3] : 0;
+    *V = s.vocab;
+    *S = s.row ? s.row - 1 : 0;
+    return 1;
 }
 
 // ==== 14. Schedule, FLOPs, log =============================================================================
 // Learning rate of update `step` (0, 1, ...): linear warm-up, then lr to min_lr (wsd: over the last fifth).
 double learning_rate(const Options *o, int64_t step) {
     if (step < o->warmup_steps) return o->lr * (double)(step + 1) / (double)o->warmup_steps;
-    int64_t rest = o->steps - o->warmup_steps;
-    double done = rest > 1 ? fmin(1, (double)(step - o->warmup_steps) / (double)(rest - 1)) : 1;
+    // the first update after the warm-up has lr, the last min_lr; a run of one has lr
+    const double intervals = fmax(1, (double)(o->steps - o->warmup_steps - 1));
+    const double done = fmin(1, (double)(step - o->warmup_steps) / intervals);
     switch (o->schedule) {
     case SCHEDULE_COSINE: return o->min_lr + (o->lr - o->min_lr) * 0.5 * (1 + cos(3.141592653589793 * done));
     case SCHEDULE_LINEAR: return o->lr + (o->min_lr - o->lr) * done;
@@ -6045,13 +6538,13 @@ double flops_per_token(const Config *c, int T, int causal) {
 }
 
 // ---- log.jsonl: one JSON object per line, only rank 0 writes ----------------------------------------------
-static FILE *log_file;
+static struct { int fd; int64_t lost; Str path; } log_file = {-1, 0, {""}};
 
-void log_open(const char *out) {
+void log_open(const char *path) {
     if (comm_rank() != 0) return;
-    Str path = str("%s/log.jsonl", out);
-    log_file = fopen(path.s, "a");
-    if (!log_file) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
+    log_file.path = str("%s", path);
+    log_file.fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (log_file.fd < 0) die("cannot write %s: %s; choose another --out", path, strerror(errno));
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
@@ -6071,13 +6564,27 @@ void text_add_options(Text *t, int as_given) {
     text_add(t, "}");
 }
 
-// Writes the record t as one line and frees it.
+// Writes the record t as one line and frees it. A full disk ends no training: the record is lost, whole.
 void log_record(Text *t) {
-    if (log_file) {
-        fprintf(log_file, "%s}\n", t->s);
-        fflush(log_file);
+    text_add(t, "}\n");
+    if (log_file.fd >= 0) {
+        const off_t end = lseek(log_file.fd, 0, SEEK_END);
+        errno = 0;
+        if (write(log_file.fd, t->s, (size_t)t->n) != t->n) {
+            if (!log_file.lost++)
+                fprintf(stderr, "warning: cannot write %s: %s; training goes on without these records\n",
+                        log_file.path.s, strerror(errno ? errno : ENOSPC));
+            if (ftruncate(log_file.fd, end)) {}             // a half line would spoil the next one
+        }
     }
     free(t->s);
+}
+
+void log_close(void) {
+    if (log_file.lost)
+        fprintf(stderr, "warning: %" PRId64 " records are missing in %s\n", log_file.lost, log_file.path.s);
+    if (log_file.fd >= 0) close(log_file.fd);
+    log_file.fd = -1;
 }
 
 // "15 s" .. "3 h 20 min": for people
@@ -6105,19 +6612,47 @@ Str flops_text(double x) {
 //       OFFSET on of the flat unit
 //   trainer_state.json: step, options, data position, sums of the run
 //   checksums.txt: a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
-// Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
-#define IO_CHUNK ((size_t)1 << 20)
-static float io_values[IO_CHUNK];       // what passes between disk and model at a time
+// Written as OUT/tmp.step_N, fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
+// OUT/lock: held by the run that trains here.
+static float io_values[IO_THREADS][IO_CHUNK];   // what passes between disk and model at a time, per thread
 
-static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model",
-                                         "tokenizer_config.json", "special_tokens_map.json"};
+static int io_threads(void) { return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS); }
 
-static void remove_folder(const char *dir) {        // one level, which is all a checkpoint has
-    DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(str("%s/%s", dir, e->d_name).s);
+// What a checkpoint takes over unchanged from where the run began. It is read then: that may be a checkpoint
+// which the run itself removes.
+static const char *const side_names[] = {"tokenizer.bin", "generation_config.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json"};
+enum { SIDE_TOKENIZER, SIDE_GENERATION };                       // the first names
+static struct { char *data; size_t n; } side_files[COUNT(side_names)];  // NULL: there is none
+
+static Str optimizer_file(int part, int parts) {
+    return str("optimizer-%05d-of-%05d.safetensors", part, parts);
+}
+
+static int is_checkpoint_file(const char *name) {
+    static const char *const files[] = {"config.json", "generation_config.json", "model.safetensors",
+                                        "trainer_state.json", "checksums.txt"};
+    int part, parts;
+    for (int i = 0; i < COUNT(files); i++) if (!strcmp(name, files[i])) return 1;
+    for (int i = 0; i < COUNT(side_names); i++) if (!strcmp(name, side_names[i])) return 1;
+    return sscanf(name, "optimizer-%d-of-%d.", &part, &parts) == 2
+        && !strcmp(name, optimizer_file(part, parts).s);
+}
+
+// Removes a folder of a checkpoint and the files that such a folder has. What else lies there stays and is
+// said; nothing is removed through a link.
+static void remove_folder(const char *dir) {
+    Str left = {""};
+    DIR *d = fdopendir(open(dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        if (!is_checkpoint_file(e->d_name) || unlinkat(dirfd(d), e->d_name, 0)) left = str("%s", e->d_name);
+    }
     if (d) closedir(d);
-    rmdir(dir);
+    if (rmdir(dir) && errno != ENOENT)
+        fprintf(stderr, *left.s ? "warning: %s stays: it holds %s, which litespark did not write or cannot "
+                "remove\n" : "warning: %s stays: %s\n", dir, *left.s ? left.s : strerror(errno));
 }
 
 static void sync_folder(const char *dir) {
@@ -6127,6 +6662,12 @@ static void sync_folder(const char *dir) {
     close(fd);
 }
 
+// How many characters at s are a step as these names have it: %08d.
+static size_t step_digits(const char *s) {
+    const size_t n = strspn(s, "0123456789");
+    return n == 8 || (n > 8 && *s != '0') ? n : 0;
+}
+
 // Steps of the checkpoints in OUT, ascending; the caller frees *steps.
 int checkpoint_list(const char *out, int64_t **steps) {
     int n = 0, room = 0;
@@ -6134,7 +6675,8 @@ int checkpoint_list(const char *out, int64_t **steps) {
     DIR *d = opendir(out);
     for (struct dirent *e; d && (e = readdir(d));) {
         int64_t step;
-        if (strncmp(e->d_name, "step_", 5) || !parse_int(e->d_name + 5, &step)) continue;
+        if (strncmp(e->d_name, "step_", 5) || !step_digits(e->d_name + 5)
+            || !parse_int(e->d_name + 5, &step)) continue;
         *steps = (int64_t *)array_room(*steps, n + 1, &room, sizeof step);
         int at = n++;
         for (; at > 0 && (*steps)[at - 1] > step; at--) (*steps)[at] = (*steps)[at - 1];
@@ -6144,7 +6686,151 @@ int checkpoint_list(const char *out, int64_t **steps) {
     return n;
 }
 
-static Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
+Str checkpoint_path(const char *out, int64_t step) { return str("%s/step_%08" PRId64, out, step); }
+
+// A name for the folder of a step that is being written or removed: OUT/tmp.step_N, or where something is in
+// the way OUT/tmp.step_N.1 and so on.
+static Str free_name(const char *out, int64_t step) {
+    struct stat info;
+    const Str first = str("%s/tmp.step_%08" PRId64, out, step);
+    Str name = first;
+    for (int i = 1; !lstat(name.s, &info); i++) name = str("%s.%d", first.s, i);
+    return name;
+}
+
+static int is_free_name(const char *name) {             // "tmp.old": of an earlier version
+    const size_t n = strncmp(name, "tmp.step_", 9) ? 0 : step_digits(name + 9);
+    const char *rest = name + 9 + n;
+    if (n && *rest == '.' && rest[1]) rest += 1 + strspn(rest + 1, "0123456789");
+    return !strcmp(name, "tmp.old") || (n && !*rest);
+}
+
+static int is_real_folder(const char *path) {           // and no link to one
+    struct stat info;
+    return !lstat(path, &info) && S_ISDIR(info.st_mode);
+}
+
+// Of a killed run; the caller has the lock.
+void out_remove_leftovers(const char *out) {
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        const Str path = str("%s/%s", out, e->d_name);
+        if (is_free_name(e->d_name) && is_real_folder(path.s)) remove_folder(path.s);
+    }
+    if (d) closedir(d);
+}
+
+// ---- OUT --------------------------------------------------------------------------------------------------
+Str folder_above(const char *path) {                    // "a/b/" -> "a", "b" -> "."
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    char *real = path[n - 1] == '.' ? realpath(path, NULL) : NULL;      // "a/..": of the folder that it means
+    if (real) path = real, n = strlen(real);
+    while (n && path[n - 1] != '/') n--;
+    while (n > 1 && path[n - 1] == '/') n--;
+    const Str above = n ? str("%.*s", (int)n, path) : str(".");
+    free(real);
+    return above;
+}
+
+int same_folder(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+// mkdir -p
+void out_make(const char *out) {
+    if (mkdir(out, 0777) && errno == ENOENT && strchr(out, '/')) {
+        out_make(folder_above(out).s);
+        mkdir(out, 0777);
+    }
+    const int failed = errno;
+    struct stat info;
+    if (stat(out, &info) || !S_ISDIR(info.st_mode)) die("cannot make --out %s: %s", out, strerror(failed));
+}
+
+// Dies unless OUT is a writable folder or can become one; leaves nothing behind.
+void out_check(const char *out) {
+    struct stat info;
+    Str at = str("%s", out), missing = {""};
+    while (stat(at.s, &info) && (errno == ENOENT || errno == ENOTDIR) && strcmp(at.s, ".")) {
+        missing = at;
+        at = folder_above(at.s);
+    }
+    if (stat(at.s, &info)) die("cannot make --out %s: %s: %s", out, at.s, strerror(errno));
+    if (!S_ISDIR(info.st_mode)) die("--out %s: %s is a file; name a folder", out, at.s);
+    if (!*missing.s && access(out, W_OK | X_OK)) die("--out %s is not writable: %s", out, strerror(errno));
+    if (!*missing.s) return;
+    if (!mkdir(missing.s, 0777)) rmdir(missing.s);      // the only way to know
+    else if (errno != EEXIST) die("cannot make --out %s: %s: %s", out, missing.s, strerror(errno));
+}
+
+// One run at a time trains in OUT. The kernel takes the lock back however the process ends. Not make: only
+// if the file is there, as it is after the first run.
+void out_lock(const char *out, int make) {
+    static int fd = -1;
+    const Str path = str("%s/lock", out);
+    char host[256] = "", holder[512] = "another run";
+    if (fd >= 0) return;
+    fd = open(path.s, O_RDWR | O_CLOEXEC | (make ? O_CREAT : 0), 0666);
+    if (fd < 0 && !make && errno == ENOENT) return;
+    if (fd < 0) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
+    if (!flock(fd, LOCK_EX | LOCK_NB)) {
+        gethostname(host, sizeof host - 1);
+        // only a hint: that it fails is no harm
+        if (ftruncate(fd, 0) || dprintf(fd, "process %d on %s\n", (int)getpid(), host) < 0) {}
+    } else if (errno == EWOULDBLOCK) {
+        const ssize_t n = pread(fd, holder, sizeof holder - 1, 0);
+        if (n > 0) holder[n] = 0, holder[strcspn(holder, "\n")] = 0;
+        die("--out %s is in use by %s: wait for its end, or name another --out", out, holder);
+    } else
+        fprintf(stderr, "warning: cannot lock %s: %s; see to it that no other run uses this --out\n", path.s,
+                strerror(errno));
+}
+
+// trainer_state.json names a run, and it is not this one. (Only its first line is looked at: damaged ones and
+// those of earlier versions name none.)
+static int is_of_another_run(const char *dir, uint64_t run) {
+    char line[256] = "";
+    FILE *f = fopen(str("%s/trainer_state.json", dir).s, "r");
+    if (f && !fgets(line, sizeof line, f)) *line = 0;
+    if (f) fclose(f);
+    return strstr(line, "\"run\": \"") && !strstr(line, str("\"run\": \"%016" PRIx64 "\"", run).s);
+}
+
+// Dies unless what OUT holds is what this run saved before. continued: the run was read from a folder of OUT;
+// later_are_damaged: as auto found them.
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged) {
+    int64_t *steps;
+    const int n = checkpoint_list(out, &steps);
+    if (n && !continued)
+        die("%s holds step %" PRId64 ": --resume auto continues it, --out NAME starts another", out,
+            steps[n - 1]);
+    for (int i = 0; i < n; i++) {
+        const Str dir = checkpoint_path(out, steps[i]);
+        if (is_of_another_run(dir.s, t->run))
+            die("%s is of another run: move it away, or name another --out", dir.s);
+        if (steps[i] > t->step && !later_are_damaged && !checkpoint_whole(dir.s, /*weights_only=*/0).s[0])
+            die("%s is later than step %" PRId64 ": --resume auto continues it; to go another way from here, "
+                "name another --out, or move the later steps away", dir.s, t->step);
+    }
+    free(steps);
+}
+
+// Folders of checkpoints that this process wrote or has read: whole, without reading them again.
+static struct { char **dir; int n, room; } trusted;
+
+static void trust(const char *dir) {
+    trusted.dir = (char **)array_room(trusted.dir, trusted.n + 1, &trusted.room, sizeof *trusted.dir);
+    trusted.dir[trusted.n++] = xstrdup(dir);
+}
+
+static int is_whole(const char *dir) {
+    for (int i = 0; i < trusted.n; i++) if (!strcmp(trusted.dir[i], dir)) return 1;
+    if (checkpoint_whole(dir, /*weights_only=*/0).s[0]) return 0;
+    trust(dir);
+    return 1;
+}
 
 // ---- writing ----------------------------------------------------------------------------------------------
 // The first failure ends the saving; nothing dies while a half-written folder lies there.
@@ -6176,10 +6862,17 @@ static void save_file(Saving *s, const char *name, const void *data, size_t n) {
 
 // Elements [at, at+n) of unit u in one kind of state are the next values of w.
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n) {
+    const size_t place = st_take(w, n), size = st_dtypes[w->dtype].bytes;
+    #pragma omp parallel for schedule(dynamic) num_threads(io_threads())
     for (size_t done = 0; done < n; done += IO_CHUNK) {
-        size_t k = min_size(n - done, IO_CHUNK);
-        model_read(m, kind, u, at + done, k, io_values);
-        st_write(w, io_values, k);
+        const size_t k = min_size(n - done, IO_CHUNK);
+        const float *values = model_floats(m, kind, u, at + done);
+        if (!values) {
+            float *copy = io_values[omp_get_thread_num()];
+            model_read(m, kind, u, at + done, k, copy);
+            values = copy;
+        }
+        st_write_at(w, place + done * size, values, k);
     }
 }
 
@@ -6236,12 +6929,14 @@ static void text_add_series(Text *t, const char *key, const double *x) {
 
 static void save_trainer_state(Saving *s, const TrainState *t) {
     Text j = {NULL, 0, 0};
-    text_add(&j, "{\"format\": 2, \"step\": %" PRId64 ", \"updates\": %" PRId64 ", \"tokens\": %" PRId64
-             ", \"world\": %d", t->step, t->updates, t->tokens, comm_world());
+    text_add(&j, "{\"format\": 2, \"run\": \"%016" PRIx64 "\",\n \"step\": %" PRId64 ", \"updates\": %"
+             PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->run, t->step, t->updates, t->tokens,
+             comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
     text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64
-             "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position);
+             ", \"windows\": %" PRId64 ", \"seq_len\": %" PRId64 ", \"crc\": %" PRId64 "},\n \"options\": ",
+             t->loader.seed, t->loader.epoch, t->loader.position, t->n_windows, t->seq_len, t->data_crc);
     text_add_options(&j, /*as_given=*/1);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     text_add_series(&j, "losses", t->losses);
@@ -6251,83 +6946,99 @@ static void save_trainer_state(Saving *s, const TrainState *t) {
     free(j.s);
 }
 
-// What Hugging Face wants beside the weights; side files come from `from` (a folder) where they exist.
-static void save_side_files(Saving *s, const Config *c, const Options *o, const char *from) {
+// Reads the side files of the folder model_dir or, where that is NULL, of the tokenizer's; tokenizer.bin is
+// t, if there is one.
+void side_files_read(const char *model_dir, const Tokenizer *t) {
+    const char *slash = t ? strrchr(t->path, '/') : NULL;
+    const Str beside = str("%.*s", slash ? (int)(slash - t->path) : 1, slash ? t->path : ".");
+    for (int i = 0; i < COUNT(side_names) && (model_dir || t) && !comm_rank(); i++) {
+        Str path = str("%s/%s", model_dir ? model_dir : beside.s, side_names[i]);
+        if (i == SIDE_GENERATION && !model_dir) continue;       // that of another model
+        if (i == SIDE_TOKENIZER && t) path = str("%s", t->path);
+        if (access(path.s, F_OK)) continue;
+        side_files[i].data = read_text_file(path.s, (size_t)1 << 30, &side_files[i].n);
+    }
+}
+
+// What Hugging Face wants beside the weights.
+static void save_side_files(Saving *s, const Config *c, const Options *o) {
     char *config = config_to_json(c, o->precision == BF16 ? "bfloat16" : "float32");
     save_file(s, "config.json", config, strlen(config));
     free(config);
     Text g = {NULL, 0, 0};
     text_add(&g, "{");
     if (c->bos >= 0) text_add(&g, "\"bos_token_id\": %d, ", c->bos);
-    if (c->eos >= 0) text_add(&g, "\"eos_token_id\": %d, ", c->eos);
-    text_add(&g, "\"do_sample\": true}\n");
-    save_file(s, "generation_config.json", g.s, (size_t)g.n);
+    if (c->pad >= 0) text_add(&g, "\"pad_token_id\": %d, ", c->pad);
+    text_add(&g, "\"eos_token_id\": ");
+    config_add_eos(&g, c);
+    text_add(&g, ", \"do_sample\": true}\n");
+    if (!side_files[SIDE_GENERATION].data) save_file(s, "generation_config.json", g.s, (size_t)g.n);
     free(g.s);
-    for (int i = 0; from && i < COUNT(side_files); i++) {
-        Str path = str("%s/%s", from, side_files[i]);
-        if (access(path.s, R_OK)) continue;
-        size_t n;
-        char *data = read_text_file(path.s, (size_t)1 << 30, &n);
-        save_file(s, side_files[i], data, n);
-        free(data);
-    }
+    for (int i = 0; i < COUNT(side_names); i++)
+        if (side_files[i].data) save_file(s, side_names[i], side_files[i].data, side_files[i].n);
 }
 
-static void checkpoint_prune(const char *out, int64_t keep) {
-    int64_t *steps;
-    int n = checkpoint_list(out, &steps);
-    Str gone = str("%s/tmp.old", out);
-    for (int i = 0; i < n - keep; i++)      // renamed first: a kill in between leaves no half checkpoint
-        if (!rename(checkpoint_path(out, steps[i]).s, gone.s)) remove_folder(gone.s);
+// Removes all but the `keep` newest whole checkpoints up to step `saved`. Later ones can only be damaged ones
+// that a resume went back behind.
+static void checkpoint_prune(const char *out, int64_t saved, int64_t keep) {
+    int64_t *steps, kept = 0;
+    for (int i = checkpoint_list(out, &steps) - 1; i >= 0; i--) {
+        const Str dir = checkpoint_path(out, steps[i]), gone = free_name(out, steps[i]);
+        if (steps[i] > saved || !is_real_folder(dir.s)) continue;
+        if (kept < keep) kept += is_whole(dir.s);
+        // renamed first: a kill in between leaves no half checkpoint
+        else if (!rename(dir.s, gone.s)) remove_folder(gone.s);
+        else fprintf(stderr, "warning: cannot remove %s: %s\n", dir.s, strerror(errno));
+    }
     free(steps);
 }
 
-static void remove_leftovers(const char *out) {         // of a killed run
-    DIR *d = opendir(out);
-    for (struct dirent *e; d && (e = readdir(d));)
-        if (!strncmp(e->d_name, "tmp.", 4)) remove_folder(str("%s/%s", out, e->d_name).s);
-    if (d) closedir(d);
+// tmp, which is whole, becomes OUT/step_N, in the place of a damaged one if need be.
+static void checkpoint_place(Saving *s, const char *tmp, const Options *o, int64_t step) {
+    const Str final = checkpoint_path(o->out, step), old = free_name(o->out, step);
+    const int replaces = !rename(final.s, old.s);
+    if (rename(tmp, final.s)) {
+        text_add(&s->error, "%s: %s", final.s, strerror(errno));
+        if (replaces) rename(old.s, final.s);
+        return;
+    }
+    sync_folder(o->out);
+    if (replaces) remove_folder(old.s);
+    trust(final.s);
+    checkpoint_prune(o->out, step, o->keep);
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o,
-                     const char *side_folder) {
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o) {
     int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
-    Str final = checkpoint_path(o->out, t->step), tmp = str("%s/tmp.step_%08" PRId64, o->out, t->step);
-    Str old = str("%s/tmp.old", o->out);
+    Str tmp = free_name(o->out, t->step);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     // CRC-32 and bytes of each optimizer file; failures
     double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));
-    if (rank == 0) {
-        remove_leftovers(o->out);
-        if (mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
-    }
-    comm_barrier();
+    if (rank == 0 && mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
+    comm_broadcast(&tmp, sizeof tmp);                   // of rank 0; now it is there
     if (rank < parts && !s.error.n) {
-        save_optimizer(&s, m, str("optimizer-%05d-of-%05d.safetensors", rank, parts).s);
+        save_optimizer(&s, m, optimizer_file(rank, parts).s);
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
     if (rank == 0 && !s.error.n) {
         save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
-        save_side_files(&s, c, o, side_folder);
+        save_side_files(&s, c, o);
         save_trainer_state(&s, t);
     }
     sums[2 * parts] = s.error.n != 0;
+    comm_barrier();                                     // rank 0 writes longest
     comm_sum(sums, 2 * parts + 1);
     int failed = sums[2 * parts] > 0;
     if (rank == 0 && !failed) {
         for (int i = 1; i < parts; i++)             // rank 0's own is there
-            text_add(&s.checksums, "%08x %.0f optimizer-%05d-of-%05d.safetensors\n",
-                     (uint32_t)sums[2 * i], sums[2 * i + 1], i, parts);
+            text_add(&s.checksums, "%08x %.0f %s\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
+                     optimizer_file(i, parts).s);
         text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
         save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
         sync_folder(tmp.s);
-        rename(final.s, old.s);                         // a damaged one of the same step
-        if (!s.error.n && rename(tmp.s, final.s)) text_add(&s.error, "%s: %s", final.s, strerror(errno));
-        remove_folder(old.s);
-        sync_folder(o->out);
-        if (!s.error.n) checkpoint_prune(o->out, o->keep);
+        if (!s.error.n) checkpoint_place(&s, tmp.s, o, t->step);
     }
     if (s.error.n) {
         if (rank == 0) remove_folder(tmp.s);
@@ -6341,18 +7052,31 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
 
 // ---- reading ----------------------------------------------------------------------------------------------
 static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
-    FILE *f = fopen(path, "rb");
-    *crc = 0;
-    *bytes = 0;
-    for (size_t n; f && (n = fread(io_values, 1, sizeof io_values, f)) > 0; *bytes += n)
-        *crc = crc32_update(*crc, io_values, n);
-    int ok = f && !ferror(f);
-    if (f) fclose(f);
+    struct stat info;
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int ok = fd >= 0 && !fstat(fd, &info) && S_ISREG(info.st_mode);
+    const size_t n = ok ? (size_t)info.st_size : 0, piece = sizeof io_values[0];
+    uint32_t sum = 0;
+    #pragma omp parallel for schedule(dynamic) num_threads(io_threads()) reduction(^ : sum) reduction(& : ok)
+    for (size_t at = 0; at < n; at += piece) {
+        const size_t k = min_size(n - at, piece);
+        comm_busy();
+        char *data = (char *)io_values[omp_get_thread_num()];
+        ssize_t got = 1;
+        for (size_t done = 0; done < k && got > 0; done += (size_t)got)
+            got = pread(fd, data + done, k - done, (off_t)(at + done));
+        ok &= got > 0;
+        sum ^= crc32_before(crc32_update(0, data, k), n - at - k);
+    }
+    if (fd >= 0) close(fd);
+    *crc = sum;
+    *bytes = n;
     return ok;
 }
 
-// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong.
-Str checkpoint_whole(const char *dir) {
+// Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong. weights_only:
+// of the model's files, which --init-from reads.
+Str checkpoint_whole(const char *dir, int weights_only) {
     Str path = str("%s/checksums.txt", dir), why = {""};
     struct stat info;
     size_t size;
@@ -6370,6 +7094,7 @@ Str checkpoint_whole(const char *dir) {
         if (*next) *next++ = 0;
         int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
         Str file = str("%s/%.255s", dir, line + name);
+        if (weights_only && strncmp(line + name, "model", 5) && strcmp(line + name, "config.json")) continue;
         if (fields != 2 || !name) why = str("%s has a bad line", path.s);
         else if (!file_crc(file.s, &found_crc, &found)) why = str("%s is missing", file.s);
         else if (found != bytes) why = str("%s has %zu bytes, not %zu", file.s, found, bytes);
@@ -6383,21 +7108,25 @@ Str checkpoint_whole(const char *dir) {
 char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
-        if (!comm_rank()) why = checkpoint_whole(resume);
+        if (!comm_rank()) why = checkpoint_whole(resume, /*weights_only=*/0);
+        comm_barrier();                                 // which takes a while
         if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
+        trust(resume);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
     int n = checkpoint_list(out, &steps);
     for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
-        why = checkpoint_whole(checkpoint_path(out, steps[i]).s);
-        if (!why.s[0]) chosen = steps[i];
+        const Str dir = checkpoint_path(out, steps[i]);
+        why = checkpoint_whole(dir.s, /*weights_only=*/0);
+        if (!why.s[0]) chosen = steps[i], trust(dir.s);
         else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why.s);
     }
     free(steps);
     if (n && chosen < 0 && comm_rank() == 0)
         die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out",
             out, why.s);
+    comm_barrier();                                     // rank 0 took a while
     comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
@@ -6455,6 +7184,10 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
     t->loader.seed = (uint64_t)json_int(loader, "seed", where, 0, INT64_MAX, JSON_REQUIRED);
     t->loader.epoch = json_int(loader, "epoch", where, 0, MOST, JSON_REQUIRED);
     t->loader.position = json_int(loader, "position", where, 0, MOST, JSON_REQUIRED);
+    t->n_windows = json_int(loader, "windows", where, 0, MOST, 0);
+    t->seq_len = json_int(loader, "seq_len", where, 0, INT_MAX, 0);
+    t->data_crc = json_int(loader, "crc", where, 0, UINT32_MAX, 0);
+    t->run = strtoull(json_string(root, "run", where, "0"), NULL, 16);
     options_resume(json_get(root, "options"), where, format, was);
     free(root);
 }
@@ -6462,11 +7195,21 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
 // Elements [first, first+n) of a tensor become elements at, at+1, ... of unit u in one kind of state.
 static void read_values(const StSet *s, const StTensor *t, size_t first, size_t n,
                         Model *m, int kind, int u, size_t at) {
+    st_read(s, t, first, 0, io_values[0]);          // dies here, not in every thread, of a wrong dtype
+    int bad = 0;
+    #pragma omp parallel for schedule(dynamic) num_threads(io_threads()) reduction(| : bad)
     for (size_t done = 0; done < n; done += IO_CHUNK) {
-        size_t k = min_size(n - done, IO_CHUNK);
-        st_read(s, t, first + done, k, io_values);
-        model_write(m, kind, u, at + done, k, io_values);
+        const size_t k = min_size(n - done, IO_CHUNK);
+        comm_busy();
+        float *own = model_floats(m, kind, u, at + done);
+        float *values = own ? own : io_values[omp_get_thread_num()];
+        st_read(s, t, first + done, k, values);
+        for (size_t i = 0; i < k; i++) bad |= !isfinite(values[i]);
+        if (!own) model_write(m, kind, u, at + done, k, values);
     }
+    if (bad)
+        die("%s: tensor %s holds a value that is not finite; use the weights from before", s->paths[t->file],
+            t->name);
 }
 
 // Elements [first, first+n) of unit u in one kind of state become its elements in kind `to`, from whichever
@@ -6506,28 +7249,80 @@ void checkpoint_read_model(const char *dir, Model *m, int state) {
     st_close(s);
 }
 
-// Weights of any Hugging Face directory into m; every tensor must be there with its shape, and none too many.
+static Str shape_text(int n_dims, int64_t rows, int64_t cols) {
+    if (n_dims == 1) return str("[%" PRId64 "]", rows);
+    return n_dims == 2 ? str("[%" PRId64 ", %" PRId64 "]", rows, cols) : str("of %d dimensions", n_dims);
+}
+
+static int same_values(const StSet *s, const StTensor *a, const StTensor *b) {
+    int same = a->n_dims == b->n_dims && !memcmp(a->shape, b->shape, sizeof a->shape);
+    float *other = (float *)xmalloc(IO_CHUNK * sizeof(float));
+    for (size_t done = 0; same && done < a->n; done += IO_CHUNK) {
+        size_t k = min_size(a->n - done, IO_CHUNK);
+        st_read(s, a, done, k, io_values[0]);
+        st_read(s, b, done, k, other);
+        same = !memcmp(io_values[0], other, k * sizeof(float));
+    }
+    free(other);
+    return same;
+}
+
+// Weights of any Hugging Face directory into m. Every tensor must be there with its shape; those without a
+// place in the model are said and left out, as in transformers.
 void weights_read(const char *dir, Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
+    if (!comm_rank() && !access(str("%s/checksums.txt", dir).s, F_OK)) {        // one of ours
+        const Str why = checkpoint_whole(dir, /*weights_only=*/1);
+        if (why.s[0])
+            die("--init-from %s: %s; if it was changed on purpose, remove checksums.txt", dir, why.s);
+    }
     StSet *s = st_open(dir);
+    char *used = (char *)xcalloc((size_t)s->n_tensors + 1, 1);
+    const StTensor *head = st_find(s, "lm_head.weight");
     for (int i = 0; i < p->n_tensors; i++) {
         const Tensor *t = &p->tensors[i];
         const StTensor *from = st_find(s, t->name);
+        if (!from && !strncmp(t->name, "model.", 6)) from = st_find(s, t->name + 6);    // without a head
+        if (c->tied && head && t->unit == UNIT_EMBED) {     // one of the two may be absent, or both are equal
+            if (from && !same_values(s, from, head))
+                die("%s: lm_head.weight is not %s, but config.json says that they are one; set "
+                    "\"tie_word_embeddings\" to false there to train both", dir, t->name);
+            from = from ? from : head;
+            used[head - s->tensors] = 1;
+        }
         if (!from)
             die("%s: tensor %s is missing; config.json and weights do not belong together", dir, t->name);
         if (from->n_dims != (t->cols ? 2 : 1) || from->shape[0] != t->rows || from->shape[1] != t->cols)
-            die("%s: tensor %s has shape [%" PRId64 ", %" PRId64 "], config.json asks for [%d, %d]",
-                dir, t->name, from->shape[0], from->shape[1], t->rows, t->cols);
+            die("%s: tensor %s has shape %s, config.json asks for %s", dir, t->name,
+                shape_text(from->n_dims, from->shape[0], from->shape[1]).s,
+                shape_text(t->cols ? 2 : 1, t->rows, t->cols).s);
         read_values(s, from, 0, t->n, m, STATE_WEIGHTS, t->unit, t->at);
+        used[from - s->tensors] = 1;
     }
-    for (int j = 0; j < s->n_tensors; j++) {
-        const char *name = s->tensors[j].name;
-        int known = strstr(name, "rotary_emb.inv_freq") || (c->tied && !strcmp(name, "lm_head.weight"));
-        for (int i = 0; i < p->n_tensors && !known; i++) known = !strcmp(p->tensors[i].name, name);
-        if (!known)
-            die("%s: tensor %s has no place in a %s model; config.json and weights do not belong together",
-                dir, name, c->family->name);
-    }
+    Text left = {NULL, 0, 0};
+    int n_left = 0;
+    for (int j = 0; j < s->n_tensors; j++)
+        if (!used[j] && n_left++ < 8) text_add(&left, n_left > 1 ? ", %s" : "%s", s->tensors[j].name);
+    if (n_left) printf("weights | left out, no place in the model: %s%s\n", left.s,
+                       n_left > 8 ? str(" and %d more", n_left - 8).s : "");
+    free(left.s);
+    free(used);
     st_close(s);
+}
+
+// Hugging Face's initialisation. Keyed by (seed, tensor name, index), so it does not depend on ranks.
+void weights_random(Model *m, const Config *c, uint64_t seed) {
+    const ParamTable *p = model_table(m);
+    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
+        #pragma omp parallel for schedule(dynamic) num_threads(io_threads())
+        for (size_t at = 0; at < t->n; at += IO_CHUNK) {
+            const size_t n = min_size(t->n - at, IO_CHUNK);
+            float *own = model_floats(m, STATE_WEIGHTS, t->unit, t->at + at);
+            float *x = own ? own : io_values[omp_get_thread_num()];
+            if (t->init == INIT_NORMAL) random_normals(x, c->init_std, seed, hash_string(t->name), at, n);
+            else for (size_t i = 0; i < n; i++) x[i] = t->init == INIT_ONE;
+            if (!own) model_write(m, STATE_WEIGHTS, t->unit, t->at + at, n, x);
+        }
+    }
 }
 // SHARED END

@@ -1,5 +1,6 @@
 // Matrix multiplication of train_litespark.c against the FMA peak of this machine and against OpenBLAS.
-//   make build/bench_matmul && build/bench_matmul [max_threads] [libopenblas.so ...]      (apt-get install libopenblas0-openmp)
+//   make build/bench_matmul && build/bench_matmul [max_threads] [libmkl_rt.so.3 | libopenblas.so ...]
+// MKL: python3 -m venv v && v/bin/pip install mkl, then v/lib/libmkl_rt.so.*; OpenBLAS: apt-get install libopenblas0-openmp.
 // Prints one markdown table: GFLOP/s as median (best) of interleaved runs, so that a change of clock or load meets all
 // columns alike. One thread is timed in CPU time, which other programs on the machine disturb little; several threads in
 // wall time, which they do disturb: look at the load printed above the table. `skipped`: the library is not there.
@@ -79,9 +80,18 @@ static int open_library(Library *lib, const char *path) {
     void *h = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!h || sizeof(floatX) != 4) return 0;
     const char *prefix = dlsym(h, "scipy_cblas_sgemm") ? "scipy_" : "";
-    char symbol[64];
+    char symbol[64], version[256] = "";
 #define SYMBOL(name) (snprintf(symbol, sizeof symbol, "%s%s", prefix, name), dlsym(h, symbol))
     lib->sgemm = (Sgemm *)SYMBOL("cblas_sgemm");
+    int (*threading_layer)(int) = (int (*)(int))dlsym(h, "MKL_Set_Threading_Layer");
+    if (lib->sgemm && threading_layer) {
+        threading_layer(3);                     // the threads of libgomp, which are ours: no second pool spins beside them
+        lib->set_threads = (void (*)(int))dlsym(h, "MKL_Set_Num_Threads");
+        ((void (*)(char *, int))dlsym(h, "MKL_Get_Version_String"))(version, sizeof version);
+        char *number = strstr(version, "Version ");
+        if (number) snprintf(lib->name, sizeof lib->name, "MKL %.*s", (int)strcspn(number + 8, " -"), number + 8);
+        return number && lib->set_threads;
+    }
     lib->set_threads = (void (*)(int))SYMBOL("openblas_set_num_threads");
     char *(*config)(void) = (char *(*)(void))SYMBOL("openblas_get_config");
     char *(*core)(void) = (char *(*)(void))SYMBOL("openblas_get_corename");

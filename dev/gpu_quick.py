@@ -223,20 +223,21 @@ def measure(name, options, steps, model_seconds=None, **facts):
     row(**result)
 
 
-SECONDS = 0.1 if TINY else 4.5          # of updates in a row: two windows of the energy counter
-TOTAL = 128 if TINY else 65536          # tokens of an update
+SECONDS = 0 if TINY else 4.5          # of updates in a row: two windows of the energy counter
+TOTAL = 32 if TINY else 65536          # tokens of an update
 
 
 def layers(name, T, chunk, mlp, L=4, steps=0, label="", seconds=SECONDS):
     s = shape(name, L)
-    if TINY: T, chunk = T // 64, chunk // 64
+    if TINY: T, chunk = T // 256, chunk // 256
     B = min(TOTAL, 32768) // T
     need = 4 * speed_model.Config(*s).n / 1e9 + 5 + seconds     # weights at half a GB/s, context and cuBLASLt, updates
-    if left() < (2 if TINY else need):
+    if left() < (1 if TINY else need):
         row(name=label or f"{name} L {L}", T=T, chunk=chunk, mlp=mlp, says=f"skipped: {left():.0f} s left in this part")
         return
     t, _, _ = modelled(s, T, B, chunk, TOTAL, mlp)
-    steps = steps or max(6, min(60, round(seconds / t))) if t and not TINY else steps or 6
+    if TINY: steps = 3
+    if not steps: steps = max(6, min(60, round(seconds / t))) if t else 12
     folder = model_folder(f"{name}_L{L}", s)
     data = token_shard(s[0], 5 * TOTAL + 1)
     measure(label or f"{name} L {L}", ["--init-from", folder, "--train-data", data, "--seq-len", str(T), "--logits-chunk", str(chunk), "--mlp", mlp,
@@ -244,21 +245,22 @@ def layers(name, T, chunk, mlp, L=4, steps=0, label="", seconds=SECONDS):
 
 
 def preset(name, total):
-    if left() < (2 if TINY else 10): return row(name=name, says=f"skipped: {left():.0f} s left in this part")
-    if TINY: return measure(name, ["--config", model_folder(name + "_tiny", shape(name, 1), False) + "/config.json", "--seq-len", "32", "--batch-size", "2", "--total-batch-tokens", "64",
-                                   "--train-data", token_shard(500, 641)], 6, T=32, mlp="auto")
+    if left() < (1 if TINY else 10): return row(name=name, says=f"skipped: {left():.0f} s left in this part")
+    if TINY: return measure(name, ["--config", model_folder(name + "_tiny", shape(name, 1), False) + "/config.json", "--seq-len", "16", "--batch-size", "2", "--total-batch-tokens", "32",
+                                   "--train-data", token_shard(500, 161)], 3, T=16, mlp="auto")
     measure(name, ["--preset", name, "--train-data", token_shard(32000, 5 * 65536 + 1), "--total-batch-tokens", str(total)], 20, mlp="auto")
 
 
 def training():
+    lengths = (4096,) if TINY else (4096, 1024)
     for name in ("3B", "llama3.2-1B"):
-        for T in (4096, 1024):
+        for T in lengths:
             for mlp in ("passes", "products"): layers(name, T, 2048, mlp)
     layers("3B", 4096, 2048, "passes", 2 if TINY else 28, 8, "3B, whole", seconds=16)
     preset("15M", 524288)
     preset("100M", 131072)
     for name in ("3B", "llama3.2-1B"):                          # the other chunk last: it changes the head alone
-        for T in (4096, 1024):
+        for T in lengths:
             for mlp in ("passes", "products"): layers(name, T, 8192, mlp, seconds=SECONDS / 2)
 
 
@@ -369,7 +371,7 @@ def median_us(torch, device, work, samples=20):
 def torch_attention(torch, device):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     print("torch", torch.__version__, flush=True)
-    shapes = [(8, 2048, 16, 2, 128), (2, 2048, 16, 4, 104), (8, 4096, 16, 2, 128), (8, 4096, 32, 8, 64)]    # two of the benches', two of training
+    shapes = [(8, 2048, 16, 2, 128), (2, 2048, 16, 4, 104), (2, 4096, 16, 2, 128)]      # two of the benches', and that of the part kernels
     for B, T, H, K, D in [(1, 32, 4, 2, 16)] if TINY else shapes:
         def make(heads, grad=True): return torch.randn(B, heads, T, D, dtype=torch.bfloat16, device=device, requires_grad=grad)
         q, k, v, dout = make(H), make(K), make(K), make(H, False)
@@ -418,11 +420,11 @@ def hf():
     except ImportError as e:
         skip(f"{e.name} cannot be imported")
     device = torch_device(torch)
-    for compiled in (False, True):
-        for name in ("3B", "llama3.2-1B"):
+    for name in ("3B", "llama3.2-1B"):
+        for compiled in (False, True):
             V, L, C, H, K, D, F, tied = shape(name, 4)
-            B, T = (2, 32) if TINY else (4, 4096)
-            facts = {"name": f"{name} L {L}", "T": T, "compiled": compiled}
+            B, T, micro = (2, 32, 2) if TINY else (4, 4096, 4)  # as many tokens per update as the part training
+            facts = {"name": f"{name} L {L}", "T": T, "compiled": compiled, "tokens": B * T * micro}
             if left() < (1 if TINY else 8):
                 row(**facts, says=f"skipped: {left():.0f} s left in this part")
                 continue
@@ -436,15 +438,16 @@ def hf():
                 tokens = torch.randint(0, V, (B, T), device=device)
 
                 def step():
-                    loss = forward(input_ids=tokens, labels=tokens).loss
-                    loss.backward()
+                    for _ in range(micro):
+                        loss = forward(input_ids=tokens, labels=tokens).loss / micro
+                        loss.backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                    return loss
+                    return micro * loss.detach()
 
                 times = []
-                for i in range(3 if TINY else 12):
+                for i in range(3 if TINY else 7):
                     began = time.perf_counter()
                     loss = float(step())                        # waits for the device
                     if device == "cuda": torch.cuda.synchronize()
@@ -452,8 +455,8 @@ def hf():
                     if len(times) >= 3 and left() < 3: break
                 seconds = statistics.median(times)
                 c = speed_model.Config(V, L, C, H, K, D, F, tied)
-                row(**facts, tokens_per_sec=round(B * T / seconds), tokens=B * T, loss=loss, time_per_iteration=seconds,
-                    mfu=c.flops_per_token(T, False) * B * T / seconds / speed_model.DEVICES["h200"][0], steps=len(times),
+                row(**facts, tokens_per_sec=round(facts["tokens"] / seconds), loss=loss, time_per_iteration=seconds,
+                    mfu=c.flops_per_token(T, False) * facts["tokens"] / seconds / speed_model.DEVICES["h200"][0], steps=len(times),
                     says=f"torch {torch.__version__}, transformers {transformers.__version__}, weights and AdamW in bf16")
             except Exception as e:                              # no memory, a compiler that is not there
                 row(**facts, says=f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}")

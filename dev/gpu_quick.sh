@@ -42,7 +42,7 @@ row() {
 # ---- the parts that need no python ------------------------------------------------------------------------------------------
 facts() {
     row part facts name commit value "$(cat "$BIN/commit" 2>/dev/null || echo unknown)"
-    row part facts name machine value "$(nproc) CPUs, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), Linux $(uname -r)"
+    row part facts name machine value "$(grep -c ^processor /proc/cpuinfo) CPUs, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), Linux $(uname -r)"
     row part facts name libcublasLt value "${CUBLAS:-on the usual path}"
     fields=name,driver_version,compute_cap,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu,ecc.mode.current,mig.mode.current
     values=$(nvidia-smi --query-gpu=$fields --format=csv,noheader | head -n 1)
@@ -88,10 +88,10 @@ esac
 # ---- the run -----------------------------------------------------------------------------------------------------------------
 START=$(date +%s)
 left() { echo $((START + DEADLINE - GRACE - $(date +%s))); }
-ALL=$(echo "$TABLE" | awk 'NF { print $1 }')
+ALL=$(echo "$TABLE" | awk 'NF { print $1 }' | tr '\n' ' ')
 PARTS=${PARTS:-$ALL}
 for part in $PARTS; do
-    echo "$ALL" | grep -qx "$part" || { echo "error: PARTS: no part '$part': choose of $(echo $ALL)"; exit 2; }
+    case " $ALL" in *" $part "*) ;; *) echo "error: PARTS: no part '$part': choose of $ALL"; exit 2 ;; esac
 done
 mkdir -p "$OUT" || exit 1
 [ ! -s "$OUT/results.jsonl" ] || mv "$OUT/results.jsonl" "$OUT/results_before.jsonl"
@@ -120,7 +120,7 @@ trap 'echo "gpu-quick: interrupted"; sweep "$STARTED"; summary; exit 130' INT TE
 
 # libcublasLt, which the trainer is linked with, in the usual places
 lib=$(ldd "${CUDA_TRAINER##* }" 2>/dev/null | sed -n 's/^[^a-z]*\(libcublasLt[^ ]*\) => not found.*/\1/p')
-PYTHON=$(command -v python3) CUBLAS= LACKS=
+PYTHON=$(command -v python3) CUBLAS='' LACKS=''
 if [ -n "$lib" ]; then
     for folder in /usr/local/cuda*/lib64 /usr/local/cuda*/targets/x86_64-linux/lib /opt/cuda*/lib64 /usr/lib/x86_64-linux-gnu \
         $([ -z "$PYTHON" ] || python3 -c 'import glob, sys; print(*[f for p in sys.path if p for f in glob.glob(p + "/nvidia/*/lib")])') \
@@ -169,7 +169,7 @@ for part in $PARTS; do
         STARTED=
         took=$(($(date +%s) - begin))
         case $status in
-            0) end=done ;;
+            0) end='done' ;;
             3) end="skipped: $(tail -n 1 "$OUT/log.txt" | sed 's/^skipped: //')" ;;
             124 | 137) end="killed at its limit of $limit s" ;;
             *) end="exit status $status: $(tail -n 1 "$OUT/log.txt")" ;;

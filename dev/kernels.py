@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Moves kernels between train_litespark.cu and the benches in dev/, and prints what compiler and emulator say of them.
+"""Moves kernels between train_litespark.cu and the benches in dev/, and prints what compiler and emulator say
+of them.
 
-    dev/kernels.py extract dev/OP.cu      the parts of the trainer that a bench needs, to standard output. What the bench (or
-                                          bench.cuh) defines itself is only declared there, so the trainer's launchers start the
-                                          bench's kernels
-    dev/kernels.py check                  every __global__ function of the trainer stands in a bench, with the same text; so do
-                                          __device__ functions that a bench defines too
-    dev/kernels.py sync                   copies the trainer's text over functions of the same name in dev/*.cu
-    dev/kernels.py counts LOG=REPORT...   a table: what OP --model N printed, beside what ptxcpu --report counted
+    dev/kernels.py extract dev/OP.cu  the parts of the trainer that a bench needs, to standard output. What
+                                      the bench (or bench.cuh) defines itself is only declared there, so the
+                                      trainer's launchers start the bench's kernels
+    dev/kernels.py check              every __global__ function of the trainer stands in a bench, with the
+                                      same text; so do __device__ functions that a bench defines too
+    dev/kernels.py sync               copies the trainer's text over functions of the same name in dev/*.cu
+    dev/kernels.py counts LOG=REPORT... table: what OP --model N printed beside what ptxcpu --report counted
 """
 import glob
 import json
@@ -20,10 +21,11 @@ LOOSE = (2, 3, 8)                   # sections of which extract takes what is us
 
 
 class Item:
-    """One thing at file level: function, enum, struct, variable or macro; `start` and `end` are line numbers."""
+    """One thing at file level: function, enum, struct, variable or macro. start, end: line numbers."""
     def __init__(self, text, code, start, end, section):
         self.text, self.code, self.start, self.end, self.section = text, code, start, end, section
-        head = re.sub(r"__(launch_bounds|align|attribute)__\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", " ", code)
+        head = re.sub(r"__(launch_bounds|align|attribute)__\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", " ",
+                      code)
         head = re.sub(r"^template\s*<[^>]*>\s*", "", head).strip()
         if m := re.match(r"#define\s+(\w+)", head):
             self.names = {m[1]}
@@ -37,7 +39,8 @@ class Item:
             m = (re.search(r"(\w+)\s*\(", head.split("=")[0].split("{")[0]) or
                  re.search(r"(\w+)\s*(?:\[[^\]]*\]\s*)*(?:=|;|,|$)", head))
             self.names = {m[1]} - {"void"} if m else set()
-        self.is_function = not head.startswith(("#", "enum", "typedef", "struct")) and bool(re.search(r"\)\s*\{", code))
+        other = head.startswith(("#", "enum", "typedef", "struct"))
+        self.is_function = not other and bool(re.search(r"\)\s*\{", code))
         self.is_device = self.is_function and bool(re.search(r"__(global|device)__", code.split("{")[0]))
         self.is_kernel = self.is_function and "__global__" in code.split("{")[0]
 
@@ -49,7 +52,7 @@ class Item:
 
 
 def body_at(text):
-    """Where a function's body begins: the first brace outside parentheses (no comment before it holds one)."""
+    """Where a function's body begins: the first brace outside parentheses (no comment before has one)."""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "(") - (c == ")")
@@ -92,8 +95,8 @@ def items_of(path):
 
 
 def extract(bench):
-    """The includes of section 2, then what the bench uses of LOOSE: vocabulary, plumbing, and, as they stand, the verbs at
-    the head of section 3 with their #ifdef; at last the ops."""
+    """The includes of section 2, then what the bench uses of LOOSE: vocabulary, plumbing, and, as they stand,
+    the verbs at the head of section 3 with their #ifdef; at last the ops."""
     items, lines = items_of(TRAINER)
     section = {int(m[1]): i for i, line in enumerate(lines) if (m := re.match(r"// ==== (\d+)\.", line))}
     shared = lines.index("// SHARED BEGIN")
@@ -154,9 +157,11 @@ def check():
                     bad += 1
                     theirs = trainer[name][0].text.split("\n")
                     mine = item.text.split("\n")
-                    n = next((k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
+                    n = next((k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b),
+                             min(len(mine), len(theirs)))
                     there = f"{TRAINER}:{trainer[name][0].start + n + 1}"
-                    print(f"{path}:{item.start + n + 1}: {name} is not what stands at {there} (make sync copies the trainer's)")
+                    print(f"{path}:{item.start + n + 1}: {name} is not what stands at {there} (make sync "
+                          f"copies the trainer's)")
     for name, items in trainer.items():
         if any(i.is_kernel for i in items) and name not in homes:
             bad += 1
@@ -184,11 +189,12 @@ def sync():
 def table(head, rows):
     width = [max(len(str(r[i])) for r in [head] + rows) for i in range(len(head))]
     for r in [head] + rows:
-        print("  ".join(str(x).ljust(w) if i == 1 else str(x).rjust(w) for i, (x, w) in enumerate(zip(r, width))).rstrip())
+        cells = [str(x).ljust(w) if i == 1 else str(x).rjust(w) for i, (x, w) in enumerate(zip(r, width))]
+        print("  ".join(cells).rstrip())
 
 
 def counts(pairs):
-    """One row per variant: compulsory and all sectors in MB, shared-memory conflicts, the model's time and what limits it."""
+    """One row per variant: compulsory and all sectors in MB, shared-memory conflicts, time and its limit."""
     head = ["#", "idea", "MB once", "MB all", "bank", "occupancy", "us", "limit", "regs", "smem", "spill"]
     tables = {}
     for pair in pairs:
@@ -199,18 +205,21 @@ def counts(pairs):
             print(f"FAIL {log}: no counts")
             return 1
         _, number, idea, shape, mbytes, floor = line.strip().split("|")
-        rows = tables.setdefault(f"{shape}   compulsory {float(mbytes):.2f} MB, floor {float(floor):.2f} us", [])
+        title = f"{shape}   compulsory {float(mbytes):.2f} MB, floor {float(floor):.2f} us"
+        rows = tables.setdefault(title, [])
         with open(report) as f:
             kernels = json.load(f)["kernels"]
         longest = max(kernels, key=lambda k: k["model"]["estimate_us_per_launch"] * k["launches"])
         banks = [k[x]["bank_conflict_factor"] for k in kernels for x in ("shared_loads", "shared_stores")]
         banks = [b for b in banks if b]
         rows.append([number, idea, f"{sum(k['dram_bytes_compulsory'] or 0 for k in kernels) / 1e6:.2f}",
-                     f"{sum(k['dram_bytes_all_sectors'] for k in kernels) / 1e6:.2f}", f"{max(banks):.2f}" if banks else "-",
+                     f"{sum(k['dram_bytes_all_sectors'] for k in kernels) / 1e6:.2f}",
+                     f"{max(banks):.2f}" if banks else "-",
                      f"{min(k['theoretical_occupancy'] for k in kernels):.2f}",
                      f"{sum(k['model']['estimate_us_per_launch'] * k['launches'] for k in kernels):.2f}",
                      longest["model"]["limit"],
-                     max(k["registers"] for k in kernels), max(k["dynamic_smem"] + k["static_smem"] for k in kernels),
+                     max(k["registers"] for k in kernels),
+                     max(k["dynamic_smem"] + k["static_smem"] for k in kernels),
                      sum(max(0, k["spill_store_bytes"]) + max(0, k["spill_load_bytes"]) for k in kernels)])
     for title, rows in tables.items():
         print(title)

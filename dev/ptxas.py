@@ -47,7 +47,8 @@ def demangle(names):
     """Short readable names; c++filt where there is one (binutils, or the CUDA toolkit's cu++filt)."""
     for tool in ("c++filt", "cu++filt"):
         try:
-            out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+            out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True,
+                                 check=True).stdout.splitlines()
             return dict(zip(names, map(shorten, out)))
         except (OSError, subprocess.CalledProcessError):
             pass
@@ -92,8 +93,8 @@ def main(args):
             print(f"ptxas: no kernel in {path}: {text.strip().splitlines()[-1] if text.strip() else 'empty'}")
             return 1
     names = demangle(sorted({k for t in tables.values() for k in t}))
-    for mangled, short in sorted(names.items(), key=lambda x: -len(x[0])): notes = [x.replace(mangled, short) for x in notes]
-    head = ["kernel"] + [f"{arch} {what}" for arch in tables for what in ("registers", "shared B", "spill st/ld B")]
+    head = ["kernel"] + [f"{arch} {what}" for arch in tables for what in ("registers", "shared B",
+                                                                          "spill st/ld B")]
     rows = []
     for mangled in sorted(names, key=lambda n: names[n]):
         row = [names[mangled]]
@@ -110,9 +111,12 @@ def main(args):
         width = [max(len(r[i]) for r in [head] + rows) for i in range(len(head))]
         for r in [head] + rows:
             print(" | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))))
+    for mangled, short in names.items():
+        notes = [re.sub(rf"\b{re.escape(mangled)}\b", short, x) for x in notes]
     for x in notes: print(("\n" if markdown else "") + f"note: {x}")
     spilling = [f"{names[k]} on {arch}" for arch, t in tables.items() for k, v in t.items() if v[2] or v[3]]
-    print(("\n" if markdown else "") + f"{len(rows)} kernels, {len(spilling)} spill" + (": " + ", ".join(spilling) if spilling else ""))
+    print(("\n" if markdown else "") + f"{len(rows)} kernels, {len(spilling)} spill"
+          + (": " + ", ".join(spilling) if spilling else ""))
     return 1 if spilling else 0
 
 

@@ -17,11 +17,11 @@ WIDTH = 110
 # Functions of sections 3 to 6 that one file has and the other has not, and why.
 ONLY = {
     C: {"exp_x": "vector code; the GPU has an instruction", "sqrt_x": "float or double",
-        "store_matrix": "the .cu's types round", "round_bf16": "likewise",
+        "min_int": "CUDA has min", "store_matrix": "the .cu's types round", "round_bf16": "likewise",
         "rotate_head": "a loop of its own there", "attention_mask": "mask_scores, on fragments",
         "matmul_naive": "the reference", "take_x": "take() knows the type"},
     CU: {"matmul": "cuBLASLt; the .c's is in section 16", "with_precision": "bf16 or float: templates, where the twin rounds",
-         "copy_to_host": "another memory", "copy_from_host": "another memory", "feed_at": "another memory",
+         "copy_to_host": "another memory", "copy_from_host": "another memory", "copy_staged": "another memory", "feed_at": "another memory",
          "feed_batch": "another memory", "feed_weights": "another memory", "take_sums": "another memory",
          "sort_rows": "no atomics in the embedding's gradient", "update_tensors": "types of m and v",
          "add_sum": "sums on the device", "column_sums": "sums over blocks", "partial_blocks": "sums over blocks",

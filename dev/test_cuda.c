@@ -234,8 +234,8 @@ static const char *case_folder(const Case *c) {
             const Tensor *t = &p.tensors[i];
             double scale = !t->cols ? 0.3 : strstr(t->name, "embed") ? 0.3 : 1.2 / sqrt((double)t->cols);
             float *x = (float *)xmalloc(t->n * 4);
-            for (size_t j = 0; j < t->n; j++)
-                x[j] = (float)((t->init == INIT_ONE) + scale * random_normal(seed, hash_string(t->name), j));
+            random_normals(x, scale, seed, hash_string(t->name), 0, t->n);
+            for (size_t j = 0; j < t->n; j++) x[j] += (float)(t->init == INIT_ONE);
             st_write(w, x, t->n);
             free(x);
         }
@@ -335,7 +335,9 @@ static const char *const precisions[2] = {"fp32", "bf16"};
 
 // The values of `key` in the records of a type in OUT/log.jsonl; returns their number.
 static int log_values(const char *out, const char *type, const char *key, double *x, int most) {
-    char *path = path_text("%s/log.jsonl", out), *text = slurp(path), *save = NULL;
+    char *path = path_text("%s/log.jsonl", out);
+    if (access(path, F_OK)) free(path), path = path_text("%s/eval.jsonl", out);     // of --eval-only
+    char *text = slurp(path), *save = NULL;
     int n = 0;
     for (char *line = strtok_r(text, "\n", &save); line && n < most; line = strtok_r(NULL, "\n", &save)) {
         Json *j = json_parse(line, strlen(line), "log.jsonl");
@@ -729,6 +731,36 @@ static void check_memory(void) {
     }
 }
 
+// One GPU per rank, however the launcher shows them; a GPU that hangs ends the run within --timeout.
+static void check_ranks_and_gpus(void) {
+    const Case *c = case_named("llama");
+    const struct { const char *name, *env[2], *err, *out; } row[] = {       // env[1]: of a second rank; err NULL: trains
+        {"ranks see one gpu each", {"EMU_DEVICES=1 EMU_BUS=3", "EMU_DEVICES=1 EMU_BUS=4"}, NULL, "step 1/1"},
+        {"ranks on one gpu", {"EMU_DEVICES=1 EMU_BUS=5", "EMU_DEVICES=1 EMU_BUS=5"}, "have the same GPU, 0000:05:00.0", NULL},
+        {"part of a gpu", {"EMU_MIG=1"}, NULL, "MIG 1g is a part of a GPU, and energy is counted for the whole"},
+        {"gpu hangs", {"EMU_HANG=stream"}, "for the GPU: it hangs", NULL},
+        {"gpu hangs between micro-steps", {"EMU_HANG=event"}, "for the GPU: it hangs", NULL},
+        {"nccl hangs", {"EMU_HANG=nccl", "EMU_HANG=nccl"}, "NCCL has not started", NULL}};
+    Run probe = start("mpirun -np 2 --oversubscribe %s --help", cuda);
+    const int have_mpi = !finish(&probe);
+    for (int i = 0; i < COUNT(row); i++) {
+        if (!wanted(row[i].name)) continue;
+        if (row[i].env[1] && !have_mpi) {
+            skip(row[i].name, "no mpirun, or a build without MPI (apt-get install openmpi-bin libopenmpi-dev)");
+            continue;
+        }
+        char *run = path_text("%s %s --batch-size 1 --total-batch-tokens %d --steps 1 --checkpoint-every 0 --sample-every 0 --timeout %d "
+                              "--out %s/gpus%d", cuda, case_options(c, "bf16"), 4 * c->T, row[i].err ? 2 : 60, top, i);
+        Run r = row[i].env[1] ? start("exec mpirun --oversubscribe -np 1 env %s %s : -np 1 env %s %s", row[i].env[0], run,
+                                      row[i].env[1], run)
+                              : start("exec env %s %s", row[i].env[0], run);
+        finish(&r);
+        result(row[i].name, (r.code == 0) == !row[i].err && strstr(row[i].err ? r.err : r.out, row[i].err ? row[i].err : row[i].out),
+               "%s", r.code ? complaint(&r) : "trains");
+        free(run);
+    }
+}
+
 // Ranks on unequal GPUs choose one batch size; sizes that the kernels do not take are refused before any work.
 static void check_refusals(void) {
     const Case *c = case_named("llama");
@@ -745,6 +777,7 @@ static void check_refusals(void) {
             result("unequal memory", r.code == 0, "exit status %d%s%s", r.code, r.code ? ": " : "", r.code ? complaint(&r) : "");
         }
     }
+    if (is_emu()) check_ranks_and_gpus();
     if (!wanted("refused sizes")) return;
     char *config = path_text("%s/odd.json", top);
     const char *text = "{\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": 64, "

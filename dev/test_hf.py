@@ -9,7 +9,10 @@ For small random Llama (rope type llama3), Mistral, Qwen2 and Qwen3 models:
      sharded files, and from config.json as transformers 4 and as transformers 5 write it;
   2. litespark -> from_pretrained: a pass through litespark keeps every bit; checkpoints of runs from --config and
      --init-from load with no missing or unexpected key and have the loss that litespark reports for them; greedy text;
-  3. every file litespark wrote opens in the safetensors library, with the expected dtypes and shapes.
+  3. every file litespark wrote opens in the safetensors library, with the expected dtypes and shapes;
+  4. a key that config.json lacks means what AutoConfig says, each in turn; sliding windows, odd rope keys and odd
+     folders give transformers' loss, or are refused;
+  5. what inference needs is the same before and after: eos list, pad id, generation_config, tokenizer, chat template.
 Hugging Face's side runs in fp64 (except where its own code casts to fp32), so the tolerance is litespark's alone.
 """
 import argparse, glob, json, os, shutil, struct, subprocess, sys, tempfile
@@ -17,8 +20,10 @@ import argparse, glob, json, os, shutil, struct, subprocess, sys, tempfile
 try:
     import torch, transformers
     from safetensors import safe_open
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                              PreTrainedTokenizerFast)
 except ImportError as e:
     print(f"skipped: {e}; pip install torch transformers safetensors numpy")
     sys.exit(0)
@@ -105,8 +110,10 @@ class Litespark:
         """(fresh OUT folder, stdout as bytes), or None after a failed check."""
         self.count += 1
         out = os.path.join(self.work, f"out{self.count:03d}")
-        cmd = [self.binary, "--batch-size", str(B), "--seq-len", str(T), "--total-batch-tokens", str(2 * B * T),
-               "--sample-every", "0", "--out", out, *map(str, options)]
+        cmd = [self.binary, "--sample-every", "0", "--out", out, *map(str, options)]
+        for option, value in ("--batch-size", B), ("--seq-len", T), ("--total-batch-tokens", 2 * B * T):
+            if option not in options:
+                cmd += [option, str(value)]
         done = subprocess.run(cmd, capture_output=True)
         if done.returncode:
             check(f"{name} runs", False, f"exit {done.returncode}: {done.stderr.decode(errors='replace').strip()[-300:]}\n"
@@ -114,12 +121,17 @@ class Litespark:
             return None
         return out, done.stdout
 
+    def start(self, folder, *options):
+        """A run that should be refused."""
+        return subprocess.run([self.binary, "--init-from", folder, "--seq-len", str(T), "--out", self.work + "/no", *options],
+                              capture_output=True)
+
     def evaluate(self, name, folder, val):
         """Loss over all windows of `val`, from the log; NaN after a failed check."""
         done = self.run(name, "--init-from", folder, "--eval-only", "--val-data", val, "--val-batches", 0)
         if not done:
             return float("nan")
-        with open(os.path.join(done[0], "log.jsonl")) as f:
+        with open(os.path.join(done[0], "eval.jsonl")) as f:
             losses = [r["val_loss"] for r in map(json.loads, f) if r["type"] == "val"]
         printed = done[1].decode(errors="replace").partition("val loss ")[2].split()
         if check(f"{name} logs one val loss", len(losses) == 1, "" if len(losses) == 1 else f"{losses}"):
@@ -292,6 +304,163 @@ def test_family(family, ls):
         with torch.no_grad():
             want = mean_nll(got, tokens["val"]).item()
         check_loss(name, ls.evaluate(name, saved, files["val"]), want)
+
+
+    check_odd_models(family, ls, work, model, tokens, files)
+    check_inference(family, ls, work, model, files)
+    check_defaults(family, ls, work, files)
+
+
+def edit_json(path, change):
+    with open(path) as f:
+        c = json.load(f)
+    change(c)
+    with open(path, "w") as f:
+        json.dump(c, f)
+
+
+def check_odd_models(family, ls, work, model, tokens, files):
+    """Each has transformers' loss or, where transformers fails or has another model than the file says, is refused."""
+    qwen = family.startswith("qwen")
+    types = ["full_attention", "sliding_attention"]
+    rope = lambda **more: dict(LLAMA3, **more)
+    rows = {  # keys of config.json (None: the key goes); None: refused
+        "window of T": dict(sliding_window=T, use_sliding_window=True, max_window_layers=0),
+        "window null": dict(sliding_window=None, use_sliding_window=True, max_window_layers=0),
+        "window in no layer": dict(sliding_window=T if family == "mistral" else 4, use_sliding_window=True, max_window_layers=2),
+        "window off": dict(sliding_window=T if family == "mistral" else 4, use_sliding_window=False),
+        "layer_types full": dict(sliding_window=T if family == "mistral" else 4, use_sliding_window=True, max_window_layers=0,
+                                 layer_types=types[:1] * 2),
+        "layer_types": dict(sliding_window=T, use_sliding_window=True, layer_types=types),
+        "attention_bias": dict(attention_bias=True), "mlp_bias": dict(mlp_bias=True),
+        "original outside": dict(rope_parameters=rope(), original_max_position_embeddings=8),
+        "original only outside": dict(rope_parameters={k: v for k, v in rope().items() if k[0] != "o"},
+                                      original_max_position_embeddings=8),
+        "original nowhere": dict(rope_parameters={k: v for k, v in rope().items() if k[0] != "o"}),
+        "rope_scaling before rope_parameters": dict(rope_scaling=rope(rope_type="default"), rope_parameters=rope()),
+        "rope_theta outside": dict(rope_parameters={k: v for k, v in rope().items() if k != "rope_theta"}, rope_theta=77.0),
+        "rope type": dict(rope_parameters=None, rope_scaling={**{k: v for k, v in rope().items() if k != "rope_type"},
+                                                              "type": "llama3"}),
+    }
+    refused = {"attention_bias": family in ("llama", "qwen3"), "mlp_bias": family == "llama"}
+    source = os.path.join(work, "fp32")
+    for kind, keys in rows.items():
+        name, folder = f"{family} {kind}", os.path.join(work, kind.replace(" ", "_"))
+        shutil.copytree(source, folder)
+        edit_json(os.path.join(folder, "config.json"),
+                  lambda c: (c.pop("layer_types", None), c.pop("rope_parameters") if "rope_parameters" in keys else 0, c.update(keys)))
+        if refused.get(kind):
+            done = ls.start(folder, "--eval-only", "--val-data", files["val"])
+            check(f"{name} is refused", done.returncode == 1 and kind.encode() in done.stderr, f"{done.stderr[-200:]}")
+            continue
+        with torch.no_grad():
+            want = mean_nll(load_hf(name, folder), tokens["val"]).item()
+        check_loss(name, ls.evaluate(name, folder, files["val"]), want)
+        done = ls.run(name, "--init-from", folder, "--train-data", files["train"], "--steps", 0)
+        if done:  # and again from its checkpoint, on both sides
+            with torch.no_grad():
+                check_loss(f"{name} saved", mean_nll(load_hf(name, last_checkpoint(done[0])), tokens["val"]).item(), want, 1e-9)
+    if qwen:  # transformers: a TypeError in forward
+        folder = os.path.join(work, "types_off")
+        shutil.copytree(source, folder)
+        edit_json(os.path.join(folder, "config.json"), lambda c: c.update(layer_types=types, use_sliding_window=False))
+        done = ls.start(folder, "--eval-only", "--val-data", files["val"])
+        check(f"{family} layer_types without a window is refused", done.returncode == 1 and b"layer_types" in done.stderr)
+
+    # files: the head under its own name only; a head that differs from the embedding; extra tensors; no prefix
+    weights = load_file(os.path.join(source, "model.safetensors"))
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    bare = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+    unembedded = {k: v for k, v in bare.items() if k != "model.embed_tokens.weight"}
+    odd = {"extra tensors": (None, dict(weights, **{"model.layers.7.x": torch.ones(3)})),
+           "tied, head's name": (True, dict(unembedded, **{"lm_head.weight": head})),
+           "tied, two equal": (True, dict(bare, **{"lm_head.weight": bare["model.embed_tokens.weight"].clone()})),
+           "tied, two": (True, dict(bare, **{"lm_head.weight": head + 1})),
+           "tied, no prefix": (True, {k.removeprefix("model."): v for k, v in bare.items()})}
+    for kind, (tied, tensors) in odd.items():
+        name, folder = f"{family} {kind}", os.path.join(work, kind.replace(" ", "_"))
+        os.makedirs(folder)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        shutil.copy(os.path.join(source, "config.json"), folder)
+        if tied is not None:
+            edit_json(os.path.join(folder, "config.json"), lambda c: c.update(tie_word_embeddings=tied))
+        if kind == "tied, two":  # transformers 5.24 computes with both, and config.json still says tied
+            done = ls.start(folder, "--eval-only", "--val-data", files["val"])
+            check(f"{name} is refused", done.returncode == 1 and b"tie_word_embeddings" in done.stderr, f"{done.stderr[-200:]}")
+            continue
+        with torch.no_grad():
+            want = mean_nll(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double(), tokens["val"]).item()
+        check_loss(name, ls.evaluate(name, folder, files["val"]), want)
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def check_inference(family, ls, work, model, files):
+    """Ids, generation settings, tokenizer and chat template before and after, from a list of eos ids and a pad id."""
+    name, folder = f"{family} inference", os.path.join(work, "instruct")
+    model.generation_config.update(eos_token_id=[2, 5, 7], pad_token_id=3, temperature=0.6, top_p=0.9, do_sample=True)
+    model.float().save_pretrained(folder)
+    edit_json(os.path.join(folder, "config.json"),
+              lambda c: c.update(eos_token_id=[2, 5, 7], pad_token_id=3, bos_token_id=1, novel_key={"a": [1, 2.5, None]}))
+    words = {w: i for i, w in enumerate("<unk> <s> </s> <pad> once upon a time <|user|> hi".split())}
+    tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tok.chat_template = TEMPLATE
+    tok.save_pretrained(folder)
+    check(f"{name} has its template in a file of its own", os.path.exists(os.path.join(folder, "chat_template.jinja")))
+    done = ls.run(name, "--init-from", folder, "--train-data", files["train"], "--steps", 1)
+    again = done and ls.run(name, "--init-from", last_checkpoint(done[0]), "--train-data", files["train"], "--steps", 1)
+    if not again:
+        return
+    saved, chat = last_checkpoint(again[0]), [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "once"}]
+    before, after = ((AutoModelForCausalLM.from_pretrained(f), AutoTokenizer.from_pretrained(f)) for f in (folder, saved))
+    for what, get in {
+            "generation_config": lambda m, t: {k: v for k, v in m.generation_config.to_dict().items() if v is not None},
+            "config": lambda m, t: {k: v for k, v in m.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
+            "tokens": lambda m, t: t("once upon a time <|user|> hi </s>")["input_ids"],
+            "special tokens": lambda m, t: t.special_tokens_map,
+            "chat": lambda m, t: t.apply_chat_template(chat, tokenize=False)}.items():
+        a, b = get(*before), get(*after)
+        if what == "config" and family == "qwen2":  # has none in its class; ours says hidden_size / heads
+            a.setdefault("head_dim", b["head_dim"])
+        diff = {k: (a.get(k), b.get(k)) for k in {*a, *b} if a.get(k) != b.get(k)} if isinstance(a, dict) else (a, b)
+        check(f"{name} {what}", a and a == b, "" if a == b else f"(before, after) {diff}")
+    check(f"{name} stops at all of the list", after[0].generation_config.eos_token_id == [2, 5, 7] == after[0].config.eos_token_id)
+
+
+def check_defaults(family, ls, work, files):
+    """config.json without each key in turn: what litespark saves is what AutoConfig reads."""
+    base = dict(model_type=family, vocab_size=300, hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.03,
+                rope_theta=77.0, tie_word_embeddings=True, sliding_window=64, bos_token_id=3, eos_token_id=4, hidden_act="silu",
+                use_sliding_window=True, max_window_layers=1, attention_bias=False, mlp_bias=False, attention_dropout=0.0)
+    small = dict(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=8)  # where the default is large
+    extra = dict(vocab_size=small, num_attention_heads=dict(head_dim=8),
+                 num_key_value_heads=dict(num_attention_heads=32), intermediate_size=small, num_hidden_layers=small,
+                 hidden_size=dict(head_dim=8))
+    path = os.path.join(work, "absent.json")
+    rows = [(k, {**base, **extra.get(k, {})}) for k in base if k != "model_type"]
+    rows += [("all ids", {k: v for k, v in base.items() if k != "bos_token_id"})]
+    bad = {}
+    for key, c in rows:
+        c = {k: v for k, v in c.items() if k != key and not (key == "all ids" and k == "eos_token_id")}
+        with open(path, "w") as f:
+            json.dump(c, f)
+        done = ls.run(f"{family} without {key}", "--config", path, "--train-data", files["train"], "--steps", 0, "--seq-len", 16,
+                      "--total-batch-tokens", 16, "--batch-size", 1)
+        if not done:
+            continue
+        want, got = (AutoConfig.from_pretrained(p).to_dict() for p in (path, last_checkpoint(done[0])))
+        skip = ("architectures", "dtype", "transformers_version", "_name_or_path")
+        if want.get("head_dim") is None:  # Qwen2's class reads it where it is, and has no such field
+            want["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
+        diff = {k: (got.get(k), want.get(k)) for k in {*got, *want} if k not in skip and got.get(k) != want.get(k)}
+        if diff:
+            bad[key] = diff
+        shutil.rmtree(done[0])
+    check(f"{family} absent keys mean what AutoConfig says", not bad, f"{len(rows)} keys" if not bad else f"(saved, AutoConfig) {bad}")
 
 
 def check_init(name, model):

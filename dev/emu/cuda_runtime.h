@@ -176,7 +176,7 @@ inline cudaError_t cudaGetDevice(int *d) { *d = 0; return cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     p->major = emu::settings.cc / 10;
     p->minor = emu::settings.cc % 10;
-    snprintf(p->name, sizeof p->name, "litespark emu (sm_%d)", emu::settings.cc);
+    snprintf(p->name, sizeof p->name, "litespark emu (sm_%d)%s", emu::settings.cc, emu::settings.mig ? " MIG 1g" : "");
     return cudaSuccess;
 }
 namespace emu {
@@ -188,8 +188,8 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     *v = a == cudaDevAttrMultiProcessorCount ? 4 : a == cudaDevAttrL2CacheSize ? 4 << 20 : emu::smem_optin();
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetPCIBusId(char *id, int n, int) {
-    snprintf(id, (size_t)n, "0000:00:00.0");
+inline cudaError_t cudaDeviceGetPCIBusId(char *id, int n, int device) {
+    snprintf(id, (size_t)n, "0000:%02x:00.0", (unsigned)emu::settings.bus + (unsigned)device);
     return cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int *v) { *v = 13000; return cudaSuccess; }
@@ -280,6 +280,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     return emu::done();
 }
 inline cudaError_t cudaStreamQuery(cudaStream_t s) {
+    if (emu::hangs("stream")) return cudaErrorNotReady;
     emu::progress();
     if (!s || s->queue.empty()) return emu::done();
     emu::run_one(s);                                          // polling makes progress
@@ -314,6 +315,12 @@ inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = 0) {
     });
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { emu::run_until(e, e->recorded); return emu::done(); }
+inline cudaError_t cudaEventQuery(cudaEvent_t e) {
+    if (emu::hangs("event")) return cudaErrorNotReady;
+    if (e->reached >= e->recorded) return emu::done();
+    if (e->stream && !e->stream->queue.empty()) emu::run_one(e->stream);
+    return cudaErrorNotReady;
+}
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
     if (!a->recorded || !b->recorded)
         return emu::host_error(cudaErrorInvalidResourceHandle, "cudaEventElapsedTime: event never recorded");

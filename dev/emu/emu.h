@@ -69,12 +69,18 @@ struct Settings {
     int threads = (int)setting("EMU_THREADS", omp_get_max_threads() < 16 ? omp_get_max_threads() : 16);
     size_t memory = setting("EMU_MEM", (size_t)8 << 30);      // bytes of the virtual device
     int cc = getenv("EMU_CC") ? (int)(atof(getenv("EMU_CC")) * 10 + 0.5) : 80;
+    size_t bus = setting("EMU_BUS", 0);                       // PCI bus of device 0; the next have the next
+    int mig = (int)setting("EMU_MIG", 0);                     // 1: the devices are parts of GPUs, by name
     int hostcheck = (int)setting("EMU_HOSTCHECK", 0);         // 1: host code that touches device memory faults
     unsigned timeout = (unsigned)setting("EMU_TIMEOUT", 0);   // seconds one launch may take; 0: no limit
     int poison = (int)setting("EMU_POISON", 1);               // 0: do not touch fresh memory (large runs)
     size_t stack = setting("EMU_STACK", (EMU_ASAN ? 256 : 128) << 10);   // bytes of stack per CUDA thread
 };
 inline Settings settings;
+inline bool hangs(const char *what) {                         // EMU_HANG=stream, event or nccl: never ready
+    const char *s = getenv("EMU_HANG");
+    return s && !strcmp(s, what);
+}
 
 struct Thread;
 inline thread_local Thread *me = nullptr;                     // the running CUDA thread; null in host code

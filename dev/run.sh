@@ -1,0 +1,26 @@
+#!/bin/sh
+# Several ranks, by Open MPI's mpirun, whose options stand before the program:
+#     dev/run.sh -np 2 ./train_litespark OPTIONS
+# mpirun alone is wrong for training in two ways. It binds a rank to one core. And at Ctrl-C or TERM it kills the ranks: Open MPI 4
+# a second later, Open MPI 5 half a second, neither with an option for more. USR1 it passes on. So here mpirun runs in a session of
+# its own, where the terminal's Ctrl-C does not reach it, and INT, TERM and HUP become USR1: the ranks save, and the status is 0.
+# A second Ctrl-C, two seconds after the first or later, ends the ranks without saving.
+command -v mpirun >/dev/null || { echo 'error: dev/run.sh: there is no mpirun: apt-get install openmpi-bin libopenmpi-dev' >&2; exit 1; }
+[ $# -gt 0 ] || { echo 'usage: dev/run.sh -np RANKS [mpirun OPTIONS] ./train_litespark OPTIONS' >&2; exit 1; }
+[ "$(id -u)" != 0 ] || root=--allow-run-as-root
+interrupted=0
+stop() { kill -USR1 $job; }
+interrupt() {
+    now=$(date +%s)
+    if [ $interrupted = 0 ]; then interrupted=$now; stop
+    elif [ $((now - interrupted)) -ge 2 ]; then kill -TERM $job; fi
+}
+setsid mpirun $root --bind-to none -x LITESPARK_RUN=1 "$@" </dev/null &
+job=$!
+trap stop TERM HUP USR1
+trap interrupt INT
+while :; do         # a signal ends the wait, not the job
+    wait $job
+    status=$?
+    kill -0 $job 2>/dev/null || exit $status
+done
