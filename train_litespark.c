@@ -781,13 +781,14 @@ void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const
 // ---- causal attention with grouped heads, blocked so that memory is O(T) (Dao et al. 2022) ----------------
 // out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.
 // H/K query heads share a k/v head.
-enum { TILE = 64 };             // rows of q or k at a time: scores stay in the cache
+// Rows of q and of k at a time: scores stay in L2, a packed tile of k serves many queries.
+enum { TILE_Q = 192, TILE_K = 64 };
 
 // Scores of q rows t0.. against k rows s0.. become scaled, masked ones: -inf where the query may not look.
 static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const int *doc_start,
                            floatX scale) {
     for (int i = 0; i < rows; i++) {
-        floatX *s_i = s + i * TILE;
+        floatX *s_i = s + i * TILE_K;
         for (int j = 0; j < cols; j++) s_i[j] *= scale;
         int first = doc_start ? doc_start[t0 + i] - s0 : 0, last = t0 + i - s0;
         for (int j = 0; j < cols && j < first; j++) s_i[j] = -INFINITY;
@@ -798,30 +799,31 @@ static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const 
 // out (N,H*D) =, lse (N,H) = log of the softmax's denominator.  qkv (N,(H+2K)D), doc_start (N) or NULL
 void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *doc_start,
                        int B, int T, int H, int K, int D) {
-    const int W = (H + 2 * K) * D, tiles = (T + TILE - 1) / TILE;
+    const int W = (H + 2 * K) * D, tiles = CEIL_DIV(T, TILE_Q);
     const floatX scale = (floatX)(1 / sqrt((double)D));
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int bh = 0; bh < B * H; bh++) for (int tile = 0; tile < tiles; tile++) {
         int b = bh / H, h = bh % H;
-        int t0 = (tiles - 1 - tile) * TILE, rows = T - t0 < TILE ? T - t0 : TILE;       // long ones first
+        int t0 = (tiles - 1 - tile) * TILE_Q, rows = min_int(T - t0, TILE_Q);       // long ones first
         const floatX *q = qkv + ((size_t)b * T + t0) * W + h * D;
         const floatX *k = qkv + (size_t)b * T * W + (H + h / (H / K)) * D, *v = k + K * D;
         const int *doc_b = doc_start ? doc_start + (size_t)b * T : NULL;
         floatX *out_t = out + ((size_t)b * T + t0) * H * D + h * D;
-        floatX s[TILE * TILE], highest[TILE];
-        double total[TILE];
+        floatX s[TILE_Q * TILE_K], highest[TILE_Q];
+        double total[TILE_Q];
         for (int i = 0; i < rows; i++) {
             highest[i] = -INFINITY;
             total[i] = 0;
             memset(out_t + (size_t)i * H * D, 0, (size_t)D * sizeof(floatX));
         }
-        for (int s0 = doc_b ? doc_b[t0] / TILE * TILE : 0; s0 < t0 + rows; s0 += TILE) {
-            int cols = T - s0 < TILE ? T - s0 : TILE;
-            matmul_tile(s, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
-            attention_mask(s, rows, cols, t0, s0, doc_b, scale);
+        for (int s0 = doc_b ? doc_b[t0] / TILE_K * TILE_K : 0; s0 < t0 + rows; s0 += TILE_K) {
+            const int cols = min_int(T - s0, TILE_K), r0 = s0 > t0 ? s0 - t0 : 0;   // rows before r0 see none
+            matmul_tile(s + r0 * TILE_K, TILE_K, q + (size_t)r0 * W, W, 0, k + (size_t)s0 * W, W, 1,
+                        rows - r0, cols, D, 0);
+            attention_mask(s + r0 * TILE_K, rows - r0, cols, t0 + r0, s0, doc_b, scale);
             // online softmax: what was summed so far shrinks when a larger score appears
-            for (int i = 0; i < rows; i++) {
-                floatX *s_i = s + i * TILE, top = highest[i];
+            for (int i = r0; i < rows; i++) {
+                floatX *s_i = s + i * TILE_K, top = highest[i];
                 #pragma omp simd reduction(max : top)
                 for (int j = 0; j < cols; j++) top = s_i[j] > top ? s_i[j] : top;
                 floatX base = top == -INFINITY ? 0 : top;       // nothing visible yet: all exp are 0
@@ -838,7 +840,8 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
                 floatX *out_i = out_t + (size_t)i * H * D;
                 if (shrink != 1) for (int d = 0; d < D; d++) out_i[d] *= shrink;
             }
-            matmul_tile(out_t, H * D, s, TILE, 0, v + (size_t)s0 * W, W, 0, rows, D, cols, 1);
+            matmul_tile(out_t + (size_t)r0 * H * D, H * D, s + r0 * TILE_K, TILE_K, 0, v + (size_t)s0 * W, W,
+                        0, rows - r0, D, cols, 1);
         }
         for (int i = 0; i < rows; i++) {
             floatX *out_i = out_t + (size_t)i * H * D, inverse = (floatX)(1 / total[i]);
@@ -890,7 +893,7 @@ void keep_keys_values(floatX *kv, const floatX *qkv, int T, int H, int K, int D)
 void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out,
                         const floatX *lse, const int *doc_start, int B, int T, int H, int K, int D) {
     const int W = (H + 2 * K) * D, threads = omp_get_max_threads();
-    const int whole = 5 * CEIL_DIV(B * K, threads) * threads <= 7 * B * K, span = whole ? T : TILE;
+    const int whole = 5 * CEIL_DIV(B * K, threads) * threads <= 7 * B * K, span = whole ? T : TILE_Q;
     const floatX scale = (floatX)(1 / sqrt((double)D));
     for (int want_dq = 1; want_dq >= whole; want_dq--) {
         const int want_dkdv = whole || !want_dq, group = want_dkdv ? H / K : 1, spans = CEIL_DIV(T, span);
@@ -905,17 +908,17 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
             const floatX *k = qkv + row * W + (H + kv) * D, *v = k + K * D;
             floatX *dk = dqkv + row * W + (H + kv) * D, *dv = dk + K * D;
             const int *doc_b = doc_start ? doc_start + row : NULL;
-            floatX p[TILE * TILE], ds[TILE * TILE];
+            floatX p[TILE_Q * TILE_K], ds[TILE_Q * TILE_K];
             for (int t = t_begin; t < t_end && want_dq; t++)
                 memset(dqkv + (row + t) * W + h0 * D, 0, (size_t)group * D * sizeof(floatX));
             for (int s = s_begin; s < s_end && want_dkdv; s++) {
                 memset(dk + (size_t)s * W, 0, (size_t)D * sizeof(floatX));
                 memset(dv + (size_t)s * W, 0, (size_t)D * sizeof(floatX));
             }
-            for (int h = h0; h < h0 + group; h++) for (int t0 = t_begin; t0 < t_end; t0 += TILE) {
-                int rows = T - t0 < TILE ? T - t0 : TILE;
+            for (int h = h0; h < h0 + group; h++) for (int t0 = t_begin; t0 < t_end; t0 += TILE_Q) {
+                const int rows = min_int(T - t0, TILE_Q);
                 const floatX *q = qkv + (row + t0) * W + h * D, *dout_t = dout + (row + t0) * H * D + h * D;
-                floatX *dq = dqkv + (row + t0) * W + h * D, delta[TILE];
+                floatX *dq = dqkv + (row + t0) * W + h * D, delta[TILE_Q];
                 for (int i = 0; i < rows; i++) {
                     const floatX *do_i = dout_t + (size_t)i * H * D;
                     const floatX *o_i = out + (row + t0 + i) * H * D + h * D;
@@ -923,15 +926,18 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
                     for (int d = 0; d < D; d++) sum += (double)do_i[d] * o_i[d];
                     delta[i] = (floatX)sum;
                 }
-                const int seen = doc_b ? doc_b[t0] / TILE * TILE : 0;
-                for (int s0 = seen > s_begin ? seen : s_begin; s0 < min_int(t0 + rows, s_end); s0 += TILE) {
-                    int cols = T - s0 < TILE ? T - s0 : TILE;
-                    matmul_tile(p, TILE, q, W, 0, k + (size_t)s0 * W, W, 1, rows, cols, D, 0);
-                    attention_mask(p, rows, cols, t0, s0, doc_b, scale);
-                    matmul_tile(ds, TILE, dout_t, H * D, 0, v + (size_t)s0 * W, W, 1, rows, cols, D, 0);
-                    for (int i = 0; i < rows; i++) {
-                        floatX *p_i = p + i * TILE, *ds_i = ds + i * TILE;
-                        const floatX lse_i = lse[(row + t0 + i) * H + h], delta_i = delta[i];
+                const int seen = doc_b ? doc_b[t0] / TILE_K * TILE_K : 0;
+                for (int s0 = seen > s_begin ? seen : s_begin; s0 < min_int(t0 + rows, s_end); s0 += TILE_K) {
+                    const int cols = min_int(T - s0, TILE_K), r0 = s0 > t0 ? s0 - t0 : 0;
+                    const int n = rows - r0;                    // rows that see a part of this tile of keys
+                    const size_t at = (size_t)s0 * W;
+                    const floatX *q_r = q + (size_t)r0 * W, *dout_r = dout_t + (size_t)r0 * H * D;
+                    matmul_tile(p, TILE_K, q_r, W, 0, k + at, W, 1, n, cols, D, 0);
+                    attention_mask(p, n, cols, t0 + r0, s0, doc_b, scale);
+                    matmul_tile(ds, TILE_K, dout_r, H * D, 0, v + at, W, 1, n, cols, D, 0);
+                    for (int i = 0; i < n; i++) {
+                        floatX *p_i = p + i * TILE_K, *ds_i = ds + i * TILE_K;
+                        const floatX lse_i = lse[(row + t0 + r0 + i) * H + h], delta_i = delta[r0 + i];
                         for (int j = 0; j < cols; j++) {
                             p_i[j] = exp_x(p_i[j] - lse_i);
                             ds_i[j] = p_i[j] * (ds_i[j] - delta_i) * scale;
@@ -940,10 +946,11 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
                         store(ds_i, cols);
                     }
                     if (want_dkdv) {
-                        matmul_tile(dv + (size_t)s0 * W, W, p, TILE, 1, dout_t, H * D, 0, cols, D, rows, 1);
-                        matmul_tile(dk + (size_t)s0 * W, W, ds, TILE, 1, q, W, 0, cols, D, rows, 1);
+                        matmul_tile(dv + at, W, p, TILE_K, 1, dout_r, H * D, 0, cols, D, n, 1);
+                        matmul_tile(dk + at, W, ds, TILE_K, 1, q_r, W, 0, cols, D, n, 1);
                     }
-                    if (want_dq) matmul_tile(dq, W, ds, TILE, 0, k + (size_t)s0 * W, W, 0, rows, D, cols, 1);
+                    if (want_dq)
+                        matmul_tile(dq + (size_t)r0 * W, W, ds, TILE_K, 0, k + at, W, 0, n, D, cols, 1);
                 }
             }
         }
@@ -1281,6 +1288,10 @@ void model_alloc(Model *m) {
         if (posix_memalign((void **)&a->base, 4096, bytes))
             die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block",
                 (double)bytes / 1048576, arena_names[i]);
+#ifdef MADV_HUGEPAGE
+        // a step is 3 to 8% faster; for speed only: may fail
+        madvise(a->base, bytes, MADV_HUGEPAGE);
+#endif
         if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) memset(a->base, 0, bytes);
 #ifdef POISON
         else for (size_t j = 0; j < bytes / sizeof(floatX); j++) ((floatX *)a->base)[j] = (floatX)NAN;
@@ -5676,11 +5687,11 @@ void weights_random(Model *m, const Config *c, uint64_t seed) {
 // "Anatomy of High-Performance Matrix Multiplication"; Van Zee and van de Geijn 2015, "BLIS"):
 //   micro-kernel  MR x NR sums stay in registers while k runs. A step of k loads NR values of b and MR of a
 //                 for MR*NR multiply-adds, so the loads keep up with the multipliers.
-// packing       panels of a (MR rows) and of b (NR columns) that do not lie well are copied into the order in
-//                 which the micro-kernel reads: contiguous, no conflicts of pages or cache sets, and zeros
+//   packing       panels of a (MR rows) and of b (NR columns) that do not lie well are copied into the order
+//                 in which the micro-kernel reads: contiguous, no conflicts of pages or cache sets, and zeros
 //                 instead of what lies beyond the last column.
-// blocking      k is cut into slices of at most KC: a panel of a stays in the L1 cache, NC columns of b in L2
-//                 while they are reused.
+//   blocking      k is cut into slices of at most KC: a panel of a stays in the L1 cache, NC columns of b in
+//                 L2 while they are reused.
 //   threads       out is cut into blocks of rows and columns. A thread takes a block from packing to the last
 //                 slice, so there is no barrier but the last, and a thread that the system holds up holds up
 //                 nobody else.
@@ -5735,11 +5746,11 @@ static inline Operand operand(const floatX *p, int ld, int trans) {
 }
 static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i*x.row + (size_t)k*x.col; }
 
-// out (rows,NR) = or += a (rows,K) b (K,NR). `rows` is a constant wherever this is inlined: every loop over i
-// unrolls and `sum` is registers. Two rows share one pointer: x86 has 16 of them.
+// out (rows,vecs*LANES) = or += a (rows,K) b (K,vecs*LANES). `rows` and `vecs` are constants wherever this is
+// inlined: every loop over them unrolls and `sum` is registers. Two rows share one pointer: x86 has 16.
 static inline __attribute__((always_inline))
-void micro_kernel(const int rows, floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb, int K,
-                  int accumulate) {
+void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, Operand a, const floatX *b,
+                  size_t ldb, int K, int accumulate) {
     Vec sum[MR][2];
     const floatX *a_row[(MR + 1) / 2];
     UNROLL
@@ -5747,24 +5758,25 @@ void micro_kernel(const int rows, floatX *out, size_t ldo, Operand a, const floa
         sum[i][0] = sum[i][1] = (Vec){0};
         if (i % 2 == 0) a_row[i/2] = at(a, i, 0);
         __builtin_prefetch(out + i*ldo);
-        __builtin_prefetch(out + i*ldo + NR - 1);
+        __builtin_prefetch(out + i*ldo + vecs*LANES - 1);
     }
     for (size_t k = 0, offset = 0; k < (size_t)K; k++, offset += a.col, b += ldb) {
-        const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + LANES);
-        for (int j = 0; j < NR; j += CACHE_LINE) __builtin_prefetch(b + AHEAD*ldb + j);
+        const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + (vecs - 1)*LANES);
+        for (int j = 0; j < vecs*LANES; j += CACHE_LINE) __builtin_prefetch(b + AHEAD*ldb + j);
         UNROLL
         for (int i = 0; i < rows; i++) {
             const floatX a_ik = a_row[i/2][offset + (i % 2)*a.row];
             sum[i][0] += a_ik * b0;
-            sum[i][1] += a_ik * b1;
+            if (vecs == 2) sum[i][1] += a_ik * b1;
         }
     }
     UNROLL
-    for (int i = 0; i < rows; i++, out += ldo) {
-        Vec_mem *o = (Vec_mem *)out;
-        o[0] = accumulate ? (Vec)(o[0] + sum[i][0]) : sum[i][0];
-        o[1] = accumulate ? (Vec)(o[1] + sum[i][1]) : sum[i][1];
-    }
+    for (int i = 0; i < rows; i++, out += ldo)
+        UNROLL
+        for (int v = 0; v < vecs; v++) {
+            Vec_mem *o = (Vec_mem *)out + v;
+            *o = accumulate ? (Vec)(*o + sum[i][v]) : sum[i][v];
+        }
 }
 
 // A full tile of a packed panel of a: its strides are constants inside the instructions.
@@ -5772,28 +5784,30 @@ static __attribute__((noinline))
 void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, size_t ldb, int K,
                          int accumulate) {
     const Operand panel = {a, 1, MR};
-    micro_kernel(MR, out, ldo, panel, b, ldb, K, accumulate);
+    micro_kernel(MR, 2, out, ldo, panel, b, ldb, K, accumulate);
 }
 
-// Any strides, any number of rows.
-static void micro_kernel_rows(int rows, floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb,
-                              int K, int accumulate) {
-    switch (rows) {
-#define CASE(n) case n: micro_kernel(n, out, ldo, a, b, ldb, K, accumulate); break;
+// Any strides, any number of rows, one or two vectors of columns.
+static void micro_kernel_rows(int rows, int vecs, floatX *out, size_t ldo, Operand a, const floatX *b,
+                              size_t ldb, int K, int accumulate) {
+    switch (2*rows + vecs) {
+#define CASE(n) case 2*n + 1: micro_kernel(n, 1, out, ldo, a, b, ldb, K, accumulate); break; \
+                case 2*n + 2: micro_kernel(n, 2, out, ldo, a, b, ldb, K, accumulate); break;
         MATMUL_ROWS(CASE)
 #undef CASE
     }
 }
 
-// Any block of out up to MR x NR. The last columns go through a full-width tile: there b is padded to NR.
+// Any block of out up to MR x NR. The last columns go through a tile of whole vectors: there b is padded.
 static void micro_tile(floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb,
                        int rows, int cols, int K, int accumulate) {
-    if (cols == NR) {
-        micro_kernel_rows(rows, out, ldo, a, b, ldb, K, accumulate);
+    const int vecs = cols <= LANES ? 1 : 2;
+    if (cols % LANES == 0) {
+        micro_kernel_rows(rows, vecs, out, ldo, a, b, ldb, K, accumulate);
         return;
     }
     floatX tile[MR * NR] __attribute__((aligned(VEC_BYTES)));
-    micro_kernel_rows(rows, tile, NR, a, b, ldb, K, 0);
+    micro_kernel_rows(rows, vecs, tile, NR, a, b, ldb, K, 0);
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < cols; j++)
             out[i*ldo + j] = accumulate ? out[i*ldo + j] + tile[i*NR + j] : tile[i*NR + j];
@@ -5869,9 +5883,8 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += NC) {
             const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
-            const int own = b_in_place ? nj / NR * NR : 0;              // columns of b read where they lie
-            // transposed: pack's (n,K)
-            const Operand columns = {at(b, k0, j0 + own), b.col, b.row};
+            const int own = b_in_place ? nj / LANES * LANES : 0;        // columns of b read where they lie
+            const Operand columns = {at(b, k0, j0 + own), b.col, b.row};        // transposed: pack's (n,K)
             pack(packed_b, NR, columns, nj - own, nk);
             for (int i0 = 0; i0 < M; i0 += MC) {
                 const int ni = min_int(MC, M - i0);
@@ -5951,7 +5964,8 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
     const int slice = slice_size(K, TILE_KC);
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j = 0; j < N; j += NR) {
-            const int nk = min_int(slice, K - k0), cols = min_int(NR, N - j), pack = trans_b || cols < NR;
+            const int nk = min_int(slice, K - k0), cols = min_int(NR, N - j);
+            const int pack = trans_b || cols % LANES != 0;
             const Operand columns = {at(y, k0, j), y.col, y.row};
             if (pack) pack_panel(packed, NR, columns, cols, nk);
             for (int i = 0; i < M; i += MR) {
