@@ -5625,7 +5625,8 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
     c->bos = config_read_id(j, "bos_token_id", where, c->family->bos);
     c->pad = config_read_id(j, "pad_token_id", where, -1);
     config_read_eos(c, j, where);
-    if (!json_member(j, "eos_token_id") && c->family->eos >= 0) c->stops[c->n_stops++] = c->family->eos;
+    const int eos = json_member(j, "eos_token_id") ? -1 : c->family->eos;
+    if (eos >= 0 && eos < c->V) c->stops[c->n_stops++] = eos;
     c->n_eos = c->n_stops;
     config_check(c, where);
     config_keep_rest(c, j, text);
@@ -6168,7 +6169,7 @@ Tokenizer *tokenizer_choose(const Config *c, const char *model_dir) {
     if (!t || !c->V || t->V == c->V) return t;
     // beside data that this run does not read: by chance
     const int chance = i > 1 && opt.generate && !option_given("--train-data");
-    printf("tokenizer | %s has %d tokens, the model %d%s\n", found, t->V, c->V,
+    if (!opt.eval_only) printf("tokenizer | %s has %d tokens, the model %d%s\n", found, t->V, c->V,
            chance ? ": not used; name the model's with --tokenizer" : "");
     if (!chance) return t;
     tokenizer_free(t);
@@ -6383,9 +6384,11 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
 
 // One line for the log; name: "train" or "val".
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
+    const int vocab = dl->shards[0].vocab;
     fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
-            "%" PRId64 " tokens dropped%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
-            dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "");
+            "%" PRId64 " tokens dropped%s%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
+            dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "",
+            vocab && vocab != dl->vocab_size ? str(" | made for a vocabulary of %d", vocab).s : "");
     const double share = 100.0 * (double)dl->n_dropped / (double)dl->n_tokens;
     if (share > 1)
         fprintf(f, "warning: %.0f%% of the %s tokens are in no window of %d; another --seq-len may take more"

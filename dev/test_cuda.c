@@ -219,7 +219,7 @@ static const char *case_folder(const Case *c) {
             "{\"model_type\": \"%s\", \"vocab_size\": %d, \"num_hidden_layers\": %d, \"hidden_size\": %d, "
             "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d, "
             "\"max_position_embeddings\": 1024, \"tie_word_embeddings\": %s, \"rms_norm_eps\": 1e-5, "
-            "\"rope_theta\": 100.0%s%s}\n",
+            "\"rope_theta\": 100.0, \"bos_token_id\": null, \"eos_token_id\": null%s%s}\n",
             c->family, c->V, c->L, c->C, c->H, c->K, c->D, c->F, c->tied ? "true" : "false", *c->more ? ", " : "", c->more);
         char *path = path_text("%s/config.json", dir);
         write_text(path, text, strlen(text));

@@ -485,6 +485,7 @@ def main():
     args = ap.parse_args()
     if not os.access(args.binary, os.X_OK):
         sys.exit(f"error: {args.binary} is not an executable; run `make train` first")
+    os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")  # Open MPI: no daemon for a single process
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
