@@ -5899,7 +5899,7 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
                         const Operand lying = {at(block, i, 0), a.row, a.col};
                         const Operand packed = {packed_a + (size_t)i*nk, 1, MR};
                         const floatX *panel_b = j < own ? at(b, k0, j0 + j) : packed_b + (size_t)(j - own)*nk;
-                        const size_t ldb = j < own ? b.row : NR;
+                        const size_t ldb = j < own ? b.row : (size_t)NR;
                         const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j);
                         const int add = accumulate || k0 > 0;
                         if (rows == MR && cols == NR && !a_in_place)
