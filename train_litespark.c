@@ -792,8 +792,18 @@ static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const 
         for (int j = 0; j < cols; j++) s_i[j] *= scale;
         int first = doc_start ? doc_start[t0 + i] - s0 : 0, last = t0 + i - s0;
         for (int j = 0; j < cols && j < first; j++) s_i[j] = -INFINITY;
-        for (int j = last < 0 ? 0 : last + 1; j < cols; j++) s_i[j] = -INFINITY;
+        for (int j = last < 0 ? 0 : last + 1; j < TILE_K; j++) s_i[j] = -INFINITY;      // beyond cols too
     }
+}
+
+// Sum or maximum of x (TILE_K), by halves: vector code, and the same order everywhere
+static inline floatX fold_row(const floatX *x, int want_max) {
+    floatX y[TILE_K / 2];
+    #pragma GCC unroll 8
+    for (int n = TILE_K / 2; n > 0; n /= 2, x = y)
+        for (int i = 0; i < n; i++)
+            y[i] = !want_max ? x[i] + x[i + n] : x[i] > x[i + n] ? x[i] : x[i + n];
+    return y[0];
 }
 
 // out (N,H*D) =, lse (N,H) = log of the softmax's denominator.  qkv (N,(H+2K)D), doc_start (N) or NULL
@@ -823,19 +833,13 @@ void attention_forward(floatX *out, floatX *lse, const floatX *qkv, const int *d
             attention_mask(s + r0 * TILE_K, rows - r0, cols, t0 + r0, s0, doc_b, scale);
             // online softmax: what was summed so far shrinks when a larger score appears
             for (int i = r0; i < rows; i++) {
-                floatX *s_i = s + i * TILE_K, top = highest[i];
-                #pragma omp simd reduction(max : top)
-                for (int j = 0; j < cols; j++) top = s_i[j] > top ? s_i[j] : top;
+                floatX *s_i = s + i * TILE_K, top = fold_row(s_i, /*want_max=*/1);
+                if (top < highest[i]) top = highest[i];
                 floatX base = top == -INFINITY ? 0 : top;       // nothing visible yet: all exp are 0
                 floatX shrink = exp_x(highest[i] - base);
-                double sum = 0;
-                #pragma omp simd reduction(+ : sum)
-                for (int j = 0; j < cols; j++) {
-                    s_i[j] = exp_x(s_i[j] - base);
-                    sum += s_i[j];
-                }
+                for (int j = 0; j < TILE_K; j++) s_i[j] = exp_x(s_i[j] - base);
+                total[i] = total[i] * shrink + fold_row(s_i, /*want_max=*/0);
                 store(s_i, cols);
-                total[i] = total[i] * shrink + sum;
                 highest[i] = top;
                 floatX *out_i = out_t + (size_t)i * H * D;
                 if (shrink != 1) for (int d = 0; d < D; d++) out_i[d] *= shrink;
@@ -1289,8 +1293,7 @@ void model_alloc(Model *m) {
             die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block",
                 (double)bytes / 1048576, arena_names[i]);
 #ifdef MADV_HUGEPAGE
-        // a step is 3 to 8% faster; for speed only: may fail
-        madvise(a->base, bytes, MADV_HUGEPAGE);
+        madvise(a->base, bytes, MADV_HUGEPAGE);         // a step is 3 to 8% faster; for speed only: may fail
 #endif
         if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) memset(a->base, 0, bytes);
 #ifdef POISON
@@ -5750,7 +5753,7 @@ static inline Operand operand(const floatX *p, int ld, int trans) {
 static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i*x.row + (size_t)k*x.col; }
 
 // out (rows,vecs*LANES) = or += a (rows,K) b (K,vecs*LANES). `rows` and `vecs` are constants wherever this is
-// inlined: every loop over them unrolls and `sum` is registers. Two rows share one pointer: x86 has 16.
+// inlined: loops over them unroll and `sum` is registers. Two rows share one pointer: x86 has 16 of them.
 static inline __attribute__((always_inline))
 void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, Operand a, const floatX *b,
                   size_t ldb, int K, int accumulate) {
@@ -5901,11 +5904,11 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
                         const floatX *panel_b = j < own ? at(b, k0, j0 + j) : packed_b + (size_t)(j - own)*nk;
                         const size_t ldb = j < own ? b.row : (size_t)NR;
                         const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j);
+                        const Operand panel = a_in_place ? lying : packed;
                         const int add = accumulate || k0 > 0;
                         if (rows == MR && cols == NR && !a_in_place)
                             micro_kernel_packed(o, ldo, packed.p, panel_b, ldb, nk, add);
-                        else micro_tile(o, ldo, a_in_place ? lying : packed, panel_b, ldb, rows, cols, nk,
-                                        add);
+                        else micro_tile(o, ldo, panel, panel_b, ldb, rows, cols, nk, add);
                     }
             }
         }
@@ -5938,8 +5941,8 @@ void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
     floatX *scratch = matmul_scratch(n_threads);
     int block_m = M, block_n = N;
     double least = 1e300;
-    // up to four blocks per thread, the least work for the thread that has the most; packing an element,
-    // which every block does for itself, costs about 16 multiply-adds, reading it where it lies about 2
+    // up to four blocks per thread, least work for the thread that has the most. To pack an element, which
+    // every block does for itself, costs about 16 multiply-adds, to read it where it lies about 2
     for (int m = 1; m <= 4*n_threads && n_threads > 1; m++)
         for (int n = 1; m*n <= 4*n_threads; n++) {
             const int rows = div_up(div_up(M, MR), m) * MR, cols = div_up(div_up(N, NR), n) * NR;
