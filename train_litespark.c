@@ -10,6 +10,9 @@ proves every gradient of the CUDA trainer train_litespark.cu: same sections, sam
 Letters. B sequences in a micro-step, T tokens in a sequence, N = B*T rows. V vocabulary, L layers, C hidden
 size, H query heads, K key/value heads, D head size, F MLP width. All matrices are row-major, last index
 fastest; a weight w is (out, in) as in Hugging Face's files, and a row of activations x gives x w^T.
+Words. A rank is one process; the ranks share the data of each update. An update (a step of --steps) moves the
+weights once; its tokens run as micro-steps: forward and backward of B sequences on every rank.
+rstd = 1 / root mean square of a row; lse = log of the softmax's denominator.
 
 The model: the embedding, L layers, a last norm, the head; then loss = cross-entropy. One layer:
 
@@ -38,8 +41,9 @@ Rules
 - The text between SHARED BEGIN and SHARED END stands in both trainers (`make sync` copies it).
 Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
 
-Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; 2 tells the words. The rest is
-plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models,
+Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; skim 2, it tells the words; 7 is
+the ranks and the machine under each. The rest is
+plumbing, for when you need it: 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models,
 12 tokenizer, 13 data, 14 schedule and log, 15 checkpoints. 16 is section 3's matrix product, fast.
 */
 
@@ -172,7 +176,7 @@ enum { START, GIVEN, FIXED };
       "pull of matrices (not of norms and biases) to zero") \
     X(REAL, "--grad-clip", grad_clip, GIVEN, "1", 0, 1e9, "longer gradients are cut to this, 0 = never") \
     X(REAL, "--skip-spikes", skip_spikes, GIVEN, "0", 0, 1e6, \
-      "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
+      "skip updates whose loss or norm is so many standard deviations too high, 0 = never") \
     X(CHOICE, "--optimizer-dtype", optimizer_dtype, GIVEN, "fp32", 0, 0, \
       "fp32|bf16: storage of both means (bf16: rounded at random)") \
     GROUP("Looking") \
@@ -471,34 +475,36 @@ double energy_read(void);
 int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
 void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
 
-Model *model_plan(const Config *c, const Plan *plan);   // sizes only, nothing is taken
-double model_bytes(const Model *m, int arena);          // of one arena
-void model_alloc(Model *m);
-void model_free(Model *m);
-const ParamTable *model_table(const Model *m);
+// model_*, llama_*, next_logits, gradient_norm, state_share: section 4
 enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
-// at most IO_CHUNK values, by up to IO_THREADS threads at a time
-void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host);
-void model_write(Model *m, int what, int u, size_t at, size_t n, const float *host);
-float *model_floats(const Model *m, int what, int u, size_t at);    // NULL: they are no floats on the CPU
-void state_share(const Model *m, int u, size_t *first, size_t *n);
-void model_set_master(Model *m);
-
-void llama_forward(Model *m, const Batch *batch);
-void llama_head(Model *m, const Batch *batch, const double *weight);
-void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int));
-double model_loss(Model *m);
-void next_logits(Model *m, const int *ids, int n, float *logits);
-void model_zero_grads(Model *m);
-void model_reduce_unit(Model *m, int u);
-void model_reduce_finish(Model *m);
-double gradient_norm(Model *m, const char **bad, int *n_bad);
-void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o);
 // SHARED END
 
 // ==== 3. Ops: forward order, each backward below its forward ===============================================
-// Outputs first, then inputs, then sizes. An op says of each output whether it is = or +=.
+// Outputs first, then inputs, then sizes. An op says of each output whether it is = or +=. (size_t) in a
+// product of sizes: an int ends at 2^31. #pragma omp parallel for: all threads share the iterations; simd:
+// several at once in one thread; reduction(+ : s): each of those has its own s, added up after the loop.
 static inline int min_int(int a, int b) { return a < b ? a : b; }
+
+// ---- token embedding --------------------------------------------------------------------------------------
+// x (N,C) = w[ids]     w (V,C), ids (N)
+void embedding_forward(floatX *x, const int *ids, const floatX *w, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) memcpy(x + (size_t)n * C, w + (size_t)ids[n] * C, (size_t)C * sizeof(floatX));
+}
+
+// dw (V,C) += dx rows of each token. Threads share out the columns, so equal tokens never race.
+void embedding_backward(floatX *dw, const int *ids, const floatX *dx, int N, int C) {
+    const int BLOCK = 16;
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < C; c0 += BLOCK) {
+        int width = C - c0 < BLOCK ? C - c0 : BLOCK;
+        for (int n = 0; n < N; n++) {
+            floatX *dw_n = dw + (size_t)ids[n] * C + c0;
+            const floatX *dx_n = dx + (size_t)n * C + c0;
+            for (int c = 0; c < width; c++) dw_n[c] += dx_n[c];
+        }
+    }
+}
 
 // ---- what storing means -----------------------------------------------------------------------------------
 // --precision bf16: what the CUDA trainer stores in bf16 is rounded here to what bf16 holds; sums stay fp32.
@@ -512,12 +518,12 @@ static inline floatX round_bf16(floatX x) {
     return bits.f;
 }
 
-// x (n) is stored: a row, by the thread that has it
+// Stores x (n), that is, with --precision bf16 rounds it in place: a row, by one thread
 static inline void store(floatX *x, size_t n) {
     if (storing_bf16) for (size_t i = 0; i < n; i++) x[i] = round_bf16(x[i]);
 }
 
-// x (n) is stored: a matrix, by all threads
+// The same for a matrix, by all threads
 void store_matrix(floatX *x, size_t n) {
     if (!storing_bf16) return;
     #pragma omp parallel for simd
@@ -543,27 +549,6 @@ static inline floatX exp_x(floatX x) {
 
 static inline floatX sqrt_x(floatX x) {
     return sizeof(floatX) == sizeof(double) ? (floatX)sqrt((double)x) : (floatX)sqrtf((float)x);
-}
-
-// ---- token embedding --------------------------------------------------------------------------------------
-// x (N,C) = w[ids]     w (V,C), ids (N)
-void embedding_forward(floatX *x, const int *ids, const floatX *w, int N, int C) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) memcpy(x + (size_t)n * C, w + (size_t)ids[n] * C, (size_t)C * sizeof(floatX));
-}
-
-// dw (V,C) += dx rows of each token. Threads share out the columns, so equal tokens never race.
-void embedding_backward(floatX *dw, const int *ids, const floatX *dx, int N, int C) {
-    const int BLOCK = 16;
-    #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += BLOCK) {
-        int width = C - c0 < BLOCK ? C - c0 : BLOCK;
-        for (int n = 0; n < N; n++) {
-            floatX *dw_n = dw + (size_t)ids[n] * C + c0;
-            const floatX *dx_n = dx + (size_t)n * C + c0;
-            for (int c = 0; c < width; c++) dw_n[c] += dx_n[c];
-        }
-    }
 }
 
 // ---- RMSNorm (Zhang & Sennrich 2019) ----------------------------------------------------------------------
@@ -889,8 +874,8 @@ void keep_keys_values(floatX *kv, const floatX *qkv, int T, int H, int K, int D)
 }
 
 // With P_ts = exp(scale q_t k_s - lse_t), delta_t = dout_t . out_t:
-//   dv_s = sum_t P_ts dout_t          dS_ts = P_ts (dout_t v_s - delta_t)
-//   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =
+//   dv_s = sum_t P_ts dout_t          dS_ts = scale P_ts (dout_t v_s - delta_t)
+//   dq_t = sum_s dS_ts k_s            dk_s = sum_t dS_ts q_t.     dqkv (N,(H+2K)D) =
 // A task computes what it alone writes: all gradients of a k/v head and its query heads, by five products per
 // pair of tiles. Where that leaves threads idle, tasks are tiles of queries of a head for dq, then tiles of
 // keys for dk and dv: seven products, by all threads. The order of each sum, and so its bits, is the same.
@@ -898,6 +883,8 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
                         const floatX *lse, const int *doc_start, int B, int T, int H, int K, int D) {
     const int W = (H + 2 * K) * D, threads = omp_get_max_threads();
     const int whole = 5 * CEIL_DIV(B * K, threads) * threads <= 7 * B * K, span = whole ? T : TILE_Q;
+    // whole: 5 products, in rounds of `threads` tasks, cost no more than 7 products spread evenly; one pass
+    // then does all. Else the first pass does dq (want_dq 1), the second dk and dv (want_dq 0)
     const floatX scale = (floatX)(1 / sqrt((double)D));
     for (int want_dq = 1; want_dq >= whole; want_dq--) {
         const int want_dkdv = whole || !want_dq, group = want_dkdv ? H / K : 1, spans = CEIL_DIV(T, span);
@@ -1121,6 +1108,8 @@ static floatX *param(floatX *unit, const ParamTable *p, int u, const char *suffi
     return t ? unit + t->at : NULL;
 }
 
+// The table (section 11) puts q, k, v side by side, and gate, up: q_proj's address is that of the stacked
+// matrix Wqkv, q_proj.bias that of its bias, gate_proj's that of Wgate_up.
 LayerParams layer_params(floatX *unit, const ParamTable *p, int l) {
     const int u = UNIT_LAYER + l;
     LayerParams w = {
@@ -1144,8 +1133,8 @@ HeadParams head_params(floatX *unit, floatX *embed, const ParamTable *p) {
 }
 
 // ---- activations ------------------------------------------------------------------------------------------
-// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer
-// that each layer reuses; without training all layers share one of each, and two of x.
+// What backward needs of one layer. --recompute mlp: all layers share one gate_up; block: one of everything
+// but x. Without training they share one of everything and use two x in turn. kv is each layer's own.
 typedef struct LayerActs {
     floatX *x;                          // (N,C)        the layer's input
     floatX *rstd1, *rstd2;              // (N)
@@ -1321,7 +1310,8 @@ void state_share(const Model *m, int u, size_t *first, size_t *n) {
     *first = m->plan.zero ? *n * m->plan.rank : 0;
 }
 
-// Element `at` of unit u in one kind of state.
+// Element `at` of unit u in one kind of state. A rank's m, v and master hold its shares of the units one
+// after another, so unit u begins at units[u].at / ranks. Without a master of its own: the weights.
 static floatX *state_of(const Model *m, int what, int u, size_t at) {
     size_t first, n;
     state_share(m, u, &first, &n);
@@ -1362,7 +1352,8 @@ void model_set_master(Model *m) {
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------
-// x_mid = x + attention(q,k,v) Wo^T with q,k,v = rope(norm1(x) Wqkv^T): y->rstd1, qkv, att, lse, x_mid
+// q | k | v = norm1(x) Wqkv^T + bias;  q, k = rope(qk_norm(q, k));  x_mid = x + attention(q, k, v) Wo^T.
+// y->rstd1, qkv, att, lse, x_mid =; for Qwen3 qk_raw, qk_rstd. Samples: positions begin at batch->past
 static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y, const Batch *batch) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
@@ -1390,7 +1381,6 @@ void llama_forward(Model *m, const Batch *batch) {
         rmsnorm_forward(m->norm, y->rstd2, y->x_mid, w.norm2, c->eps, N, c->C);
         mlp_forward(m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
         matmul_forward(x_next, m->h, w.down, N, c->F, c->C, y->x_mid, NULL);
-        comm_progress();
     }
     rmsnorm_forward(m->norm, m->rstd_last, m->x_last, head_weights(m).norm, c->eps, N, c->C);
 }
@@ -1457,7 +1447,7 @@ void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int
         const LayerParams w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         const LayerParams dw = layer_params(unit_grads(m, UNIT_LAYER + l), &m->p, l);
         LayerActs *y = &m->acts[l];
-        // the last layer's are still there
+        // the shared buffers still hold what the last layer's forward wrote
         const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->plan.recompute;
         if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, batch);
         if (again != RECOMPUTE_NONE) {
@@ -1543,7 +1533,7 @@ void model_update(Model *m, double lr, double grad_scale, int64_t step, const Op
 // the same for all objectives.
 typedef struct Objective {
     const char *name;
-    // what a micro-batch adds to the sum that the update's mean is divided by
+    // what a micro-step adds to the sum that the update's mean is divided by
     double (*mass)(const Batch *batch);
     // weight (N) =; mass: of the whole update
     void (*weigh)(double *weight, const Batch *batch, double mass);
@@ -1636,7 +1626,7 @@ static int update_gradients(Trainer *tr, double *loss) {
     return 1;
 }
 
-// How many standard deviations x lies above the mean of the last n values (0 until the window is full).
+// How many standard deviations x lies above the mean of the last SPIKE_WINDOW of n values; 0 while n is less.
 static double z_score(const double *window, int64_t n, double x) {
     if (n < SPIKE_WINDOW) return 0;
     double mean = 0, var = 0;
@@ -1745,7 +1735,7 @@ static int train_step(Trainer *tr) {
     return 1;
 }
 
-// ---- looking ----------------------------------------------------------------------------------------------
+// ---- looking: evaluation and samples ----------------------------------------------------------------------
 // Mean loss over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are NAN then.
 static int evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
@@ -1868,7 +1858,8 @@ static void train(Trainer *tr) {
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate(tr);
-        if (saving) save(tr), due = 0;
+        if (saving) save(tr);
+        if (saving) due = 0;
         if (sampling) generate(tr);
         window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
@@ -1934,6 +1925,7 @@ static void resolve_schedule(Options *o, const Config *c) {
 
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
+    // unlike is_training, also for --dry-run and --dump-grads: they plan or need the gradients
     const int training = !opt.eval_only && !opt.generate;
     const int samples = opt.generate || (training && opt.sample_every);
     const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
@@ -2017,7 +2009,8 @@ static char *setup_resume(Trainer *tr, Options *was) {
         const int is_out = checkpoint_list(resume, &steps) && access(str("%s/checksums.txt", resume).s, F_OK);
         free(steps);
         if (!option_given("--out")) opt.out = is_out ? resume : xstrdup(folder_above(resume).s);
-        if (is_out) folder = resume, resume = "auto";
+        if (is_out) folder = resume;
+        if (is_out) resume = "auto";
     }
     const int is_auto = resume && !strcmp(resume, "auto");
     if (is_training() && !comm_rank()) {
@@ -2095,10 +2088,10 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 // Sizes of everything; nothing is allocated yet.
 static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
-    device_check_sizes(&tr->c);
     resolve_schedule(&opt, &tr->c);
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     resolve_batch(&tr->c, &machine);
+    device_check_sizes(&tr->c);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
@@ -2402,7 +2395,7 @@ void comm_reduce_start(floatX *x, size_t n) {
     }
 }
 
-// MPI moves data only inside its calls: backward calls this between ops.
+// MPI moves data only inside its calls: backward calls this once per layer.
 void comm_progress(void) {
     int done;
     if (n_pending) MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);

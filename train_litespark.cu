@@ -23,7 +23,8 @@ The model: the embedding, L layers, a last norm, the head; then loss = cross-ent
 
 Precision map (--precision bf16; with fp32 every floatX is a float)
     weights, activations and their gradients, attention probabilities    bf16, rounded once per op
-    master weights, m, v, gradients of parameters, rstd, LSE             fp32
+    master weights, gradients of parameters, rstd, LSE                   fp32
+    m, v                                                                 fp32, or bf16: --optimizer-dtype
     sums inside kernels, matmuls                                         fp32
     loss, norms of gradients                                             double
 Rules
@@ -32,7 +33,7 @@ Rules
 - What is trained enters as a weight per target (section 5): d objective / d loss of that target.
 - Every sum has a fixed order: no float atomics, so two runs give the same bits.
 - Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step
-  0; nothing is allocated in a step.
+  0; no GPU memory is allocated in a step.
 - Kernels start only through launch(), on gpu.stream; inline PTX stands once, at the head of section 3; no
   architecture #ifdef outside it.
 - The text between SHARED BEGIN and SHARED END is the twin's, copied by `make sync`.
@@ -174,7 +175,7 @@ enum { START, GIVEN, FIXED };
       "pull of matrices (not of norms and biases) to zero") \
     X(REAL, "--grad-clip", grad_clip, GIVEN, "1", 0, 1e9, "longer gradients are cut to this, 0 = never") \
     X(REAL, "--skip-spikes", skip_spikes, GIVEN, "0", 0, 1e6, \
-      "skip updates whose loss or norm is this many standard deviations off, 0 = never") \
+      "skip updates whose loss or norm is so many standard deviations too high, 0 = never") \
     X(CHOICE, "--optimizer-dtype", optimizer_dtype, GIVEN, "fp32", 0, 0, \
       "fp32|bf16: storage of both means (bf16: rounded at random)") \
     GROUP("Looking") \
@@ -473,29 +474,8 @@ double energy_read(void);
 int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
 void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
 
-Model *model_plan(const Config *c, const Plan *plan);   // sizes only, nothing is taken
-double model_bytes(const Model *m, int arena);          // of one arena
-void model_alloc(Model *m);
-void model_free(Model *m);
-const ParamTable *model_table(const Model *m);
+// model_*, llama_*, next_logits, gradient_norm, state_share: section 4
 enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
-// at most IO_CHUNK values, by up to IO_THREADS threads at a time
-void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host);
-void model_write(Model *m, int what, int u, size_t at, size_t n, const float *host);
-float *model_floats(const Model *m, int what, int u, size_t at);    // NULL: they are no floats on the CPU
-void state_share(const Model *m, int u, size_t *first, size_t *n);
-void model_set_master(Model *m);
-
-void llama_forward(Model *m, const Batch *batch);
-void llama_head(Model *m, const Batch *batch, const double *weight);
-void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int));
-double model_loss(Model *m);
-void next_logits(Model *m, const int *ids, int n, float *logits);
-void model_zero_grads(Model *m);
-void model_reduce_unit(Model *m, int u);
-void model_reduce_finish(Model *m);
-double gradient_norm(Model *m, const char **bad, int *n_bad);
-void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o);
 // SHARED END
 
 // ==== 3. Ops: forward order, each backward below its forward ===============================================
@@ -1219,8 +1199,9 @@ static void rope_table(float *cosine, float *sine, const Config *config, int T) 
             host[n + (size_t)t * (D / 2) + i] = (float)sin(t * freq);
         }
     }
-    cudaCheck(cudaMemcpy(cosine, host, n * sizeof(float), cudaMemcpyHostToDevice));
-    cudaCheck(cudaMemcpy(sine, host + n, n * sizeof(float), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpyAsync(cosine, host, n * sizeof(float), cudaMemcpyHostToDevice, gpu.stream));
+    cudaCheck(cudaMemcpyAsync(sine, host + n, n * sizeof(float), cudaMemcpyHostToDevice, gpu.stream));
+    cudaCheck(cudaStreamSynchronize(gpu.stream));
     free(host);
 }
 
@@ -1814,11 +1795,13 @@ void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *do
 }
 
 // ---- attention_decode_kernel2: samples --------------------------------------------------------------------
-// T tokens of one text after `past` others: out (T,HD) =; kv (past+T,2KD) holds all their keys and values
-// bytes   4·(past+T)·K·D for T 1: 0.5 MB at past 2048, K 2, D 128: less than a launch takes
+// T tokens of one text after `past` others: out (T,HD) =
+// qkv (T,(H+2K)D) of these, kv (past+T,2KD) keys and values of all
+// bytes   4·(past+T)·K·D for T 1: 2.1 MB at past 2047, K 2, D 128, floor 0.6 us: less than a launch takes
 // idea    a block per token and head; its warps take keys in turn, each with a running softmax of its own,
 //         and the first adds up what they have. Lane l holds elements 4l..4l+3: any D % 4 == 0 up to 128
-// variants: dev/attention_decode.cu 1 one warp, 2 this
+// limits  D % 4 == 0, D <= 128, H % K == 0
+// variants dev/attention_decode.cu: 1 one warp, 2 this
 enum { DECODE_WARPS = 8 };
 
 template <typename floatX>
@@ -1866,7 +1849,7 @@ void attention_decode(floatX *out, const floatX *kv, const floatX *qkv, int past
 // kv (T,2KD) = the keys and values of T tokens
 template <typename floatX> void keep_keys_values(floatX *kv, const floatX *qkv, int T, int H, int K, int D) {
     const size_t W = (size_t)(H + 2 * K) * D, n = (size_t)2 * K * D;
-    for (int t = 0; t < T; t++)                 // one, but for a prompt
+    for (int t = 0; t < T; t++)                 // one, but for a prompt and for a text longer than T
         cudaCheck(cudaMemcpyAsync(kv + t * n, qkv + t * W + H * D, n * sizeof(floatX),
                                   cudaMemcpyDeviceToDevice, gpu.stream));
 }
@@ -2682,8 +2665,8 @@ template <typename T> HeadParams<T> head_params(T *unit, T *embed, const ParamTa
 }
 
 // ---- activations ------------------------------------------------------------------------------------------
-// What backward needs of one layer. With --recompute mlp gate_up, with block all but x, lie in one buffer
-// that each layer reuses; without training all layers share one of each, and two of x.
+// What backward needs of one layer. --recompute mlp: all layers share one gate_up; block: one of everything
+// but x. Without training they share one of everything and use two x in turn. kv is each layer's own.
 template <typename floatX> struct LayerActs {
     floatX *x;                          // (N,C)        the layer's input
     float *rstd1, *rstd2;               // (N)
@@ -2870,16 +2853,16 @@ void model_alloc(Model *m) {
         if (cudaMalloc((void **)&a->base, bytes) != cudaSuccess)
             die("out of GPU memory for %.0f MiB of %s; use a smaller --batch-size or --logits-chunk, "
                 "--recompute block, or --optimizer-dtype bf16", (double)bytes / 1048576, arena_names[i]);
-        if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) cudaCheck(cudaMemset(a->base, 0, bytes));
+        if (i == ARENA_WEIGHTS
+            || i == ARENA_OPTIMIZER) cudaCheck(cudaMemsetAsync(a->base, 0, bytes, gpu.stream));
     }
     with_precision(m, [](auto *m) { layout(m); });
-    cudaCheck(cudaMemset(m->sums, 0, ((size_t)m->p.n_tensors + 1) * sizeof(double)));
+    cudaCheck(cudaMemsetAsync(m->sums, 0, ((size_t)m->p.n_tensors + 1) * sizeof(double), gpu.stream));
     cudaCheck(cudaMallocHost((void **)&m->feed_host, ((size_t)6 * m->N + 1) * sizeof(int)));
     cudaCheck(cudaMallocHost((void **)&m->weight_host, (size_t)m->N * sizeof(double)));
     cudaCheck(cudaEventCreateWithFlags(&m->fed, cudaEventDisableTiming));
     cudaCheck(cudaEventCreateWithFlags(&m->weighed, cudaEventDisableTiming));
     rope_table(m->cosine, m->sine, &m->c, m->T);
-    cudaCheck(cudaGetDevice(&gpu.number));
     if (!gpu.staging)
         cudaCheck(cudaMallocHost((void **)&gpu.staging, (size_t)IO_THREADS * IO_CHUNK * sizeof(float)));
 }
@@ -2907,7 +2890,7 @@ static void copy_staged(void *to, const void *from, size_t bytes, cudaMemcpyKind
     {
         cudaCheck(cudaSetDevice(gpu.number));   // a thread begins with the first
         cudaCheck(cudaMemcpyAsync(to, from, bytes, kind, gpu.stream));
-        cudaCheck(cudaStreamSynchronize(gpu.stream));
+        device_wait();                          // has the time limit
     }
 }
 
@@ -2969,6 +2952,7 @@ static Feed feed_at(int *x, size_t N) {
 // copy alone, so the device computes with one batch while the host prepares the next.
 static Feed feed_batch(Model *m, const Batch *batch) {
     const size_t N = m->N, rows = (size_t)batch->B * batch->T, bytes = rows * sizeof(int);
+    assert(rows <= N);
     const Feed host = feed_at(m->feed_host, N);
     Feed f = feed_at(m->feed_device, N);
     f.B = batch->B, f.T = batch->T, f.past = batch->past, f.keep = batch->keep;
@@ -2994,7 +2978,8 @@ static void feed_weights(Model *m, const double *weight, int N) {
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------
-// x_mid = x + attention(q,k,v) Wo^T with q,k,v = rope(norm1(x) Wqkv^T): y->rstd1, qkv, att, lse, x_mid
+// q | k | v = norm1(x) Wqkv^T + bias;  q, k = rope(qk_norm(q, k));  x_mid = x + attention(q, k, v) Wo^T.
+// y->rstd1, qkv, att, lse, x_mid =; for Qwen3 qk_raw, qk_rstd. Samples: positions begin at batch->past
 template <typename floatX>
 static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX> *w, LayerActs<floatX> *y,
                                     const Feed *batch) {
@@ -3036,8 +3021,9 @@ void llama_forward(Model *model, const Batch *batch) {
 // ---- head and loss ----------------------------------------------------------------------------------------
 // Loss of each target into m->nll; their sum goes to what model_loss returns, each times its weight. weight
 // (N) = d objective / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's
-// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time; rows beyond N have gradient
-// zero, so that one shape of matmul serves every chunk.
+// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time, so that one shape of
+// matmul serves every chunk. Rows beyond N are zero in norm and in the logits' gradient: stale bits (perhaps
+// NaN) times zero would reach the head's gradient.
 template <typename floatX> void llama_head(ModelOf<floatX> *m, const Feed *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
@@ -3080,29 +3066,30 @@ double model_loss(Model *m) {
     return loss;
 }
 
-// Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
-// last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a
-// whole. What comes after the last id does not matter, so several run as a power of two: few shapes of
-// matrix products.
+// Logits (V) of the token after ids (n), n <= T, as fp32 on the host. Of a text that is one token longer than
+// what the last call saw only that token runs: keys and values of the others are there. Else, and beyond S,
+// the text runs as a whole, as a power of two of rows: few shapes of matrix products. (What comes after the
+// last id does not matter.)
 void next_logits(Model *model, const int *ids, int n, float *logits) {
-    const int keep = n <= model->plan.sample, room = model->N < model->T ? model->N : model->T;
+    const int keep = n <= model->plan.sample;
     Batch b = {};
     while (keep && b.past < model->n_kept && b.past < n - 1 && model->kept[b.past] == ids[b.past]) b.past++;
+    if (b.past < n - 1) b.past = 0;
     model->n_kept = keep ? n : 0;
     if (keep) memcpy(model->kept, ids, (size_t)n * sizeof(int));
-    const int T = n - b.past, row = (T - 1) % model->chunk;     // row: of the last id in its chunk of logits
+    const int fresh = n - b.past;
     b.B = b.T = 1;
-    while (b.T < T) b.T *= 2;
-    if (b.T > room) b.T = room;
-    b.keep = keep ? T : 0;
+    while (b.T < fresh) b.T *= 2;
+    if (b.T > model->T) b.T = model->T;
+    b.keep = keep ? fresh : 0;
     b.inputs = (int *)xcalloc((size_t)b.T, sizeof(int));
-    memcpy(b.inputs, ids + b.past, (size_t)T * sizeof(int));
+    memcpy(b.inputs, ids + b.past, (size_t)fresh * sizeof(int));
     llama_forward(model, &b);
     free(b.inputs);
     with_precision(model, [&](auto *m) {
-        auto *norm = m->norm + (size_t)(T - 1 - row) * m->c.C;
-        matmul_forward(m->logits, norm, head_weights(m).head, m->chunk, m->c.C, m->c.Vp, NULL, NULL);
-        copy_to_host(m->logits + (size_t)row * m->c.Vp, (size_t)m->c.V, logits);
+        const auto *last = m->norm + (size_t)(fresh - 1) * m->c.C;
+        matmul_forward(m->logits, last, head_weights(m).head, 1, m->c.C, m->c.Vp, NULL, NULL);
+        copy_to_host(m->logits, (size_t)m->c.V, logits);
     });
 }
 
@@ -3122,7 +3109,7 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *b
         const LayerParams<floatX> w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         const LayerParams<float> dw = layer_params(unit_grads(m, UNIT_LAYER + l), &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
-        // the last layer's are still there
+        // the shared buffers still hold what the last layer's forward wrote
         const int again = l == c->L - 1 ? RECOMPUTE_NONE : m->plan.recompute;
         if (again == RECOMPUTE_BLOCK) attention_block_forward(m, &w, y, batch);
         if (again != RECOMPUTE_NONE) {
@@ -3191,12 +3178,12 @@ double gradient_norm(Model *m, const char **bad, int *n_bad) {
     return sqrt(total);
 }
 
-template <typename State, typename floatX>
+template <typename floatM, typename floatX>
 static void update_tensors(ModelOf<floatX> *m, double lr, double grad_scale, int64_t step, const Options *o) {
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
     for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
         const size_t at = m->p.units[t->unit].at + t->at;
-        adamw_update(m->weights + at, m->master + at, (State *)m->m + at, (State *)m->v + at, m->grads + at,
+        adamw_update(m->weights + at, m->master + at, (floatM *)m->m + at, (floatM *)m->v + at, m->grads + at,
                      t->n, lr, o->beta1, o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step,
                      key, at);
     }
@@ -3218,7 +3205,7 @@ void model_update(Model *model, double lr, double grad_scale, int64_t step, cons
 // the same for all objectives.
 typedef struct Objective {
     const char *name;
-    // what a micro-batch adds to the sum that the update's mean is divided by
+    // what a micro-step adds to the sum that the update's mean is divided by
     double (*mass)(const Batch *batch);
     // weight (N) =; mass: of the whole update
     void (*weigh)(double *weight, const Batch *batch, double mass);
@@ -3311,7 +3298,7 @@ static int update_gradients(Trainer *tr, double *loss) {
     return 1;
 }
 
-// How many standard deviations x lies above the mean of the last n values (0 until the window is full).
+// How many standard deviations x lies above the mean of the last SPIKE_WINDOW of n values; 0 while n is less.
 static double z_score(const double *window, int64_t n, double x) {
     if (n < SPIKE_WINDOW) return 0;
     double mean = 0, var = 0;
@@ -3420,7 +3407,7 @@ static int train_step(Trainer *tr) {
     return 1;
 }
 
-// ---- looking ----------------------------------------------------------------------------------------------
+// ---- looking: evaluation and samples ----------------------------------------------------------------------
 // Mean loss over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are NAN then.
 static int evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
@@ -3543,7 +3530,8 @@ static void train(Trainer *tr) {
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate(tr);
-        if (saving) save(tr), due = 0;
+        if (saving) save(tr);
+        if (saving) due = 0;
         if (sampling) generate(tr);
         window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
@@ -3609,6 +3597,7 @@ static void resolve_schedule(Options *o, const Config *c) {
 
 // Sizes of a rank of `machine` with a micro-step of B sequences.
 static Plan plan_of(const Machine *machine, int64_t B) {
+    // unlike is_training, also for --dry-run and --dump-grads: they plan or need the gradients
     const int training = !opt.eval_only && !opt.generate;
     const int samples = opt.generate || (training && opt.sample_every);
     const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
@@ -3692,7 +3681,8 @@ static char *setup_resume(Trainer *tr, Options *was) {
         const int is_out = checkpoint_list(resume, &steps) && access(str("%s/checksums.txt", resume).s, F_OK);
         free(steps);
         if (!option_given("--out")) opt.out = is_out ? resume : xstrdup(folder_above(resume).s);
-        if (is_out) folder = resume, resume = "auto";
+        if (is_out) folder = resume;
+        if (is_out) resume = "auto";
     }
     const int is_auto = resume && !strcmp(resume, "auto");
     if (is_training() && !comm_rank()) {
@@ -3770,10 +3760,10 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 // Sizes of everything; nothing is allocated yet.
 static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
-    device_check_sizes(&tr->c);
     resolve_schedule(&opt, &tr->c);
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     resolve_batch(&tr->c, &machine);
+    device_check_sizes(&tr->c);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
@@ -4209,7 +4199,7 @@ void device_open(void) {
     if (e != cudaSuccess || n == 0)
         die("no CUDA device answers (%s); `make train DEVICE=cpu` builds the CPU trainer",
             cudaGetErrorString(e));
-    const int number = comm.local_rank % n;         // launchers may show each rank a GPU of its own, as 0
+    const int number = gpu.number = comm.local_rank % n;    // launchers may show each rank a GPU, as 0
     cudaCheck(cudaSetDevice(number));
     cudaDeviceProp *device = &gpu.device;
     cudaCheck(cudaGetDeviceProperties(device, number));
