@@ -3736,7 +3736,7 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"softmax gradient without the onehot", "row[targets[n]] -= (floatX)weight[n];", "", "fixture_llama", 0},
     {"swiglu derivative without its second term", "(1 + g * (1 - s))", "1", "fixture_llama", 0},
     {"no gradient of biases", "if (w.qkv_bias) bias_backward(dw.qkv_bias, m->dqkv, N, W);", "", "fixture_qwen2", 0},
-    {"q norm and k norm swapped in backward", "dq_norm[d] += (floatX)sum[0];", "dq_norm[d] += (floatX)sum[1];",
+    {"q norm and k norm swapped in backward", "dq_norm[d] += (floatX)sum[0][d];", "dq_norm[d] += (floatX)sum[1][d];",
     "fixture_qwen3", 0},
     {"AdamW without bias correction of v", "vscale = (floatX)(1 / (1 - pow(beta2, (double)step)))",
     "vscale = (floatX)(1 / (1 - pow(beta2, 1e9)))", "fixture_llama adamw", 0},
