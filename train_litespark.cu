@@ -5780,7 +5780,9 @@ Str flops_text(double x) {
 // Written as OUT/tmp.step_..., fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
 static float io_values[IO_THREADS][IO_CHUNK];   // what passes between disk and model at a time, per thread
 
-static int io_threads(void) { return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS); }
+__attribute__((unused)) static int io_threads(void) {           // nvcc does not look for uses in pragmas
+    return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS);
+}
 
 static const char *const side_files[] = {"tokenizer.bin", "tokenizer.json", "tokenizer.model",
                                          "tokenizer_config.json", "special_tokens_map.json"};
