@@ -562,6 +562,15 @@ static void test_random_numbers_are_normal_and_independent(void) {
           && random_bits(1, 2, 3) != random_bits(2, 2, 3), "bits are not a function of all three keys");
 }
 
+static void test_measured_peak_only_grows(void) {        // what a busy moment hides, a later one shows
+    double peak = device_peak(0);
+    for (int i = 0; i < 3; i++) {
+        const double again = device_peak(0);
+        CHECK(again >= peak && peak > 1e8, "%g FLOP/s after %g", again, peak);
+        peak = again;
+    }
+}
+
 // Weights keep their bits in every build and on every machine: these are of gcc and clang, -O0 to -O3, SSE2 to AVX-512, fused
 // or not. By long doubles: within 2^-21 of the radius.
 static void test_random_normals_have_known_bits(void) {
@@ -4612,6 +4621,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(exp_is_accurate, F32 | F64),
     TEST(bf16_rounds_to_nearest_even, F32),
     TEST(random_numbers_are_normal_and_independent, F32),
+    TEST(measured_peak_only_grows, F32),
     TEST(random_normals_have_known_bits, F32),
     TEST(numbers_are_parsed_strictly, F32),
     TEST(crc32_matches_zlib, F32),

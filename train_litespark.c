@@ -731,7 +731,7 @@ void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const fl
 void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const floatX *qk_raw,
                            const floatX *qk_rstd, const floatX *q_norm, const floatX *k_norm,
                            const floatX *cosine, const floatX *sine, int H, int K, int D, int N, int T) {
-    enum { ROWS = 64, MAX_D = 128 };        // of a sum of its own: their order does not depend on threads
+    enum { ROWS = 64, MAX_D = 128, LANE = 16 };     // ROWS have a sum of their own, whatever the threads
     const int heads = H + K;
     double sum[2][MAX_D] = {{0}};
     assert(D <= MAX_D);
@@ -744,13 +744,21 @@ void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const
             rotate_head(dx, cosine + angle, sine + angle, D, -1);
             if (!q_norm) continue;
             const floatX *x = qk_raw + at * D, *w = h < H ? q_norm : k_norm, r = qk_rstd[at];
-            double gn = 0, *dw = part[h >= H];
-            #pragma omp simd reduction(+ : gn)
-            for (int d = 0; d < D; d++) {
-                dw[d] += (double)dx[d] * (x[d] * r);
-                gn += (double)dx[d] * w[d] * x[d];
+            floatX lane[LANE] = {0};            // of at most 8 terms each
+            double *dw = part[h >= H], gn = 0;
+            int d0 = 0;
+            for (; d0 + LANE <= D; d0 += LANE) for (int d = d0, i = 0; i < LANE; i++, d++) {
+                lane[i] += dx[d] * x[d] * w[d];
+                dw[d] += dx[d] * x[d] * r;
             }
+            for (int d = d0; d < D; d++) {
+                gn += dx[d] * x[d] * w[d];
+                dw[d] += dx[d] * x[d] * r;
+            }
+            for (int i = 0; i < LANE / 2; i++) lane[i] += lane[i + LANE / 2];
+            for (int i = 0; i < LANE / 4; i++) gn += lane[i] + lane[i + LANE / 4];
             const floatX mean = (floatX)(gn * r / D);
+            #pragma omp simd
             for (int d = 0; d < D; d++) dx[d] = r * (dx[d] * w[d] - x[d] * r * mean);
         }
         #pragma omp ordered
@@ -4969,7 +4977,9 @@ Str flops_text(double x) {
 // OUT/lock: held by the run that trains here.
 static float io_values[IO_THREADS][IO_CHUNK];   // what passes between disk and model at a time, per thread
 
-static int io_threads(void) { return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS); }
+__attribute__((unused)) static int io_threads(void) {           // nvcc does not look for uses in pragmas
+    return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS);
+}
 
 // What a checkpoint takes over unchanged from where the run began. It is read then: that may be a checkpoint
 // which the run itself removes.

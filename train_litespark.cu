@@ -6609,7 +6609,9 @@ Str flops_text(double x) {
 // OUT/lock: held by the run that trains here.
 static float io_values[IO_THREADS][IO_CHUNK];   // what passes between disk and model at a time, per thread
 
-static int io_threads(void) { return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS); }
+__attribute__((unused)) static int io_threads(void) {           // nvcc does not look for uses in pragmas
+    return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS);
+}
 
 // What a checkpoint takes over unchanged from where the run began. It is read then: that may be a checkpoint
 // which the run itself removes.
