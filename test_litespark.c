@@ -1671,7 +1671,8 @@ static void check_matmul(int M, int N, int K, int trans_a, int trans_b, int accu
 
 static void test_matmul_matches_naive_on_odd_shapes(void) {
     const int shapes[][3] = {{1, 1, 1}, {1, 17, 5}, {5, 1, 9}, {7, 13, 1}, {6, 16, 64}, {13, 33, 31}, {64, 64, 64},
-        {65, 63, 129}, {2, 200, 513}, {129, 47, 700}, {3, 5, 1100}, {150, 160, 24}};
+        {65, 63, 129}, {2, 200, 513}, {129, 47, 700}, {3, 5, 1100}, {150, 160, 24},
+        {25, 512, 1024}, {14, 1100, 40}};             // rows that collide in L1; several blocks of columns
     for (int s = 0; s < COUNT(shapes); s++) for (int mode = 0; mode < 8; mode++)
         check_matmul(shapes[s][0], shapes[s][1], shapes[s][2], mode & 1, mode >> 1 & 1, mode >> 2 & 1, s % 3, matmul, "matmul");
     const int tiles[][3] = {{1, 1, 1}, {64, 64, 64}, {5, 7, 8}, {64, 1, 16}, {1, 64, 48}, {63, 17, 104}, {19, 64, 128}};
@@ -1830,8 +1831,8 @@ static double attention_loss(void) {
 }
 
 static void test_attention_backward_matches_differences(void) {
-    // B T H K D; tiles are 192 queries by 64 keys
-    const int rows[][5] = {{2, 5, 4, 4, 8}, {2, 5, 4, 2, 8}, {2, 5, 4, 1, 8}, {1, 70, 2, 1, 16}, {1, 130, 2, 2, 8}, {1, 200, 1, 1, 4},
+    // B T H K D
+    const int rows[][5] = {{2, 5, 4, 4, 8}, {2, 5, 4, 2, 8}, {2, 5, 4, 1, 8}, {1, 70, 2, 1, 16}, {1, 130, 2, 2, 8},
         {1, 1, 2, 1, 8}};
     for (int s = 0; s < COUNT(rows); s++) for (int masked = 0; masked < 2; masked++) {
         memset(&op, 0, sizeof op);
@@ -2138,7 +2139,8 @@ static double rel_l2_double(const floatX *a, const double *b, size_t n) {
 
 static void test_attention_matches_naive_reference(void) {
     const int rows[][5] = {{1, 130, 2, 1, 8}, {3, 67, 4, 2, 16}, {1, 64, 3, 3, 48}, {2, 65, 4, 1, 64}, {1, 33, 2, 2, 104},
-        {1, 200, 2, 1, 128}, {5, 1, 2, 1, 8}, {1, 63, 6, 2, 24}};
+        {1, 200, 2, 1, 128}, {5, 1, 2, 1, 8}, {1, 63, 6, 2, 24},
+        {1, 400, 2, 1, 16}, {2, 385, 1, 1, 8}};         // tiles are 384 queries by 128 keys
     for (int s = 0; s < COUNT(rows); s++) for (int masked = 0; masked < 2; masked++) {
         int B = rows[s][0], T = rows[s][1], H = rows[s][2], K = rows[s][3], D = rows[s][4];
         size_t N = (size_t)B * T, n = N * (H + 2 * K) * D, m = N * H * D;
@@ -2148,6 +2150,13 @@ static void test_attention_matches_naive_reference(void) {
         make_batch(&batch, B, T, 10, 0, masked);
         attention_forward(out, lse, qkv, batch.doc_start, B, T, H, K, D);
         attention_backward(dqkv, dout, qkv, out, lse, batch.doc_start, B, T, H, K, D);
+        floatX *again = zeros(n);
+        const int threads = omp_get_max_threads();
+        omp_set_num_threads(threads == 1 ? 3 : 1);              // heads whole for one, in parts for the others
+        attention_backward(again, dout, qkv, out, lse, batch.doc_start, B, T, H, K, D);
+        omp_set_num_threads(threads);
+        CHECK(!memcmp(dqkv, again, n * sizeof(floatX)), "attention, row %d: other threads give other bits", s);
+        free(again);
         naive_attention(want, dwant, qkv, dout, batch.doc_start, B, T, H, K, D);
         char what[100];
         snprintf(what, sizeof what, "B %d T %d H %d K %d D %d%s", B, T, H, K, D, masked ? " documents" : "");

@@ -774,8 +774,8 @@ void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const
 // ---- causal attention with grouped heads, blocked so that memory is O(T) (Dao et al. 2022) ----------------
 // out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.
 // H/K query heads share a k/v head.
-// Rows of q and of k at a time: scores stay in L2, a packed tile of k serves many queries.
-enum { TILE_Q = 192, TILE_K = 64 };
+// Rows of q and of k at a time: scores stay in L2, a packed tile of k serves many queries, sums are long.
+enum { TILE_Q = 384, TILE_K = 128 };
 
 // Scores of q rows t0.. against k rows s0.. become scaled, masked ones: -inf where the query may not look.
 static void attention_mask(floatX *s, int rows, int cols, int t0, int s0, const int *doc_start,

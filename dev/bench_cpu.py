@@ -15,10 +15,12 @@ QKV and gate|up matrices. Untuned PyTorch is 1.5-3x slower; comparing with that 
 """
 import argparse, glob, json, os, random, re, shutil, statistics, struct, subprocess, sys, tempfile, time
 
-SHAPES = {  # the presets of the same name
+SHAPES = {  # the presets of the same name; then long texts
     "15M": dict(hidden=288, layers=6, heads=6, kv=6, mlp=768, vocab=32000, batch=4, seq=256),
     "100M": dict(hidden=768, layers=12, heads=12, kv=4, mlp=2048, vocab=32000, batch=2, seq=512),
 }
+for T in (1024, 4096, 8192):
+    SHAPES[f"15M-{T}"] = dict(SHAPES["15M"], batch=8192 // T, seq=T)
 OPENBLAS = "/usr/lib/x86_64-linux-gnu/openblas-openmp"  # where Debian's libopenblas0-openmp puts it
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
@@ -135,7 +137,12 @@ def run_litespark(name, args, scratch):
         with open(data, "wb") as f:
             f.write(struct.pack("<256i", 20240520, 1, n, s["vocab"], *[0] * 252) + struct.pack(f"<{n}H", *tokens))
     shutil.rmtree(folder, ignore_errors=True)
-    _, rss = run_child([args.binary, "--preset", name, "--batch-size", str(s["batch"]), "--seq-len", str(s["seq"]),
+    config = os.path.join(scratch, f"{name}.json")
+    with open(config, "w") as f:
+        json.dump(dict(model_type="llama", hidden_size=s["hidden"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
+                       num_key_value_heads=s["kv"], intermediate_size=s["mlp"], vocab_size=s["vocab"], hidden_act="silu",
+                       max_position_embeddings=s["seq"], rms_norm_eps=1e-5, tie_word_embeddings=True), f)
+    _, rss = run_child([args.binary, "--config", config, "--batch-size", str(s["batch"]), "--seq-len", str(s["seq"]),
                         "--total-batch-tokens", str(s["batch"] * s["seq"]), "--steps", str(args.steps + args.warmup),
                         "--train-data", data, "--threads", str(args.threads), "--out", folder, "--precision", "fp32",
                         "--checkpoint-every", "0", "--val-every", "0", "--sample-every", "0"], dict(os.environ))
