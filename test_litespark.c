@@ -3983,13 +3983,13 @@ static void test_timeout_counts_from_the_last_sign_of_life(void) {
     char options[1500];
     snprintf(options, sizeof options, "--config %s --train-data %s --seq-len %d --threads 1 --batch-size 1",
         file_at("wide.json"), train_glob, TINY_T);
-    // a newer checkpoint is damaged, and long to read: 8 GB of zeros that take no disk
+    // a newer checkpoint is damaged, and long to read: 16 GiB of zeros that take no disk
     CHECK_RAN(trainer(2, "%s --steps 1 --sample-every 0 --out %s", options, file_at("out")));
     copy_folder(file_at("out/step_00000001"), file_at("out/step_00000009"));
     write_text(file_at("out/step_00000009/zeros"), "");
-    CHECK(!truncate(file_at("out/step_00000009/zeros"), (off_t)8 << 30), "truncate: %s", strerror(errno));
+    CHECK(!truncate(file_at("out/step_00000009/zeros"), (off_t)16 << 30), "truncate: %s", strerror(errno));
     char *list = slurp(file_at("out/step_00000009/checksums.txt"), NULL);
-    Str text = str("00000001 %" PRId64 " zeros\n%.*s", (int64_t)8 << 30, (int)strlen(list) - 9, list);
+    Str text = str("00000001 %" PRId64 " zeros\n%.*s", (int64_t)16 << 30, (int)strlen(list) - 9, list);
     write_text(file_at("out/step_00000009/checksums.txt"), str("%s%08x\n", text.s, crc32_update(0, text.s, strlen(text.s))).s);
     free(list);
     Process verifies = trainer_start(2, "%s --timeout 2 --resume auto --steps 1 --sample-every 0 --out %s", options, file_at("out"));
