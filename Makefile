@@ -88,7 +88,7 @@ GPU_ARCH ?= $(or $(GPU_CC),80 90)
 arch      = $(or $(shell echo '$(1)' | grep -Ex '([89]|1[0-9])[0-9][af]?'),$(error GPU_ARCH=$(1): $(if $(filter sm_% compute_%,$(1)),say $(subst sm_,,$(1:compute_%=%)),litespark needs compute capability 8.0 or newer: numbers from 80 on, such as GPU_ARCH='80 90')))
 override GPU_ARCH := $(foreach a,$(patsubst native,$(if $(filter native,$(GPU_ARCH)),$(or $(GPU_CC),$(error GPU_ARCH=native: no GPU of compute capability 8.0 or newer answers (nvidia-smi); say numbers, such as GPU_ARCH=90))),$(GPU_ARCH)),$(call arch,$a))
 CUDART   ?= static
-NVFLAGS  := -O3 -std=c++17 -lineinfo -Werror all-warnings -Xcompiler -Wall -cudart $(CUDART) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=[sm_$(a),compute_$(a)]) \
+NVFLAGS  := -O3 -std=c++17 -lineinfo -Werror all-warnings -Xcompiler -Wall -Xcompiler -fno-math-errno $(OPENMP:%=-Xcompiler %) -cudart $(CUDART) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=[sm_$(a),compute_$(a)]) \
             -DLITESPARK_COMMIT='"$(COMMIT)"'
 ifneq ($(MPI_cuda),)
 NV_MPI   := -DUSE_MPI $(MPI_C) $(subst -pthread,-Xcompiler -pthread,$(subst -Wl$(comma),-Xlinker=,$(MPI_L))) -lnccl
@@ -111,7 +111,7 @@ ptxas: $(if $(NVCC),$(PTXAS_OUT))
 
 # The CUDA source as plain C++ over dev/emu: no CUDA toolkit, no GPU.
 CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
-EMU      := $(CXX) -x c++ -std=c++17 -g $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu
+EMU      := $(CXX) -x c++ -std=c++17 -g -fno-math-errno $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu
 EMU_FLAGS := $(call flags,emu-flags,$(EMU) $(WITH_MPI))
 build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) $(EMU_FLAGS)
 	$(EMU) -O2 $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
