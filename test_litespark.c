@@ -3876,10 +3876,10 @@ static void test_signals_end_evaluation_and_sampling(void) {
 static void test_second_interrupt_by_hand_exits_at_once(void) {
     if (!have_binary()) return;
     make_tiny();
-    char *big = config_text("llama", 1, TINY_V, 8, 256, 4, 2, 0, 1024, "");        // a micro-step takes about a second
+    char *big = config_text("llama", 1, TINY_V, 8, 256, 4, 2, 0, 1024, "");        // a micro-step takes seconds
     write_text(file_at("big.json"), big);
     free(big);
-    Process p = trainer_start(0, "--config %s --train-data %s --seq-len 256 --batch-size 16 --steps 100 --sample-every 0 "
+    Process p = trainer_start(0, "--config %s --train-data %s --seq-len 256 --batch-size 64 --steps 100 --sample-every 0 "
                               "--checkpoint-every 0 --threads 1 --out %s", file_at("big.json"), train_glob, file_at("out"));
     wait_for_steps(file_at("out"), 1, &p);
     double sent = now_seconds();
