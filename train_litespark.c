@@ -1290,7 +1290,7 @@ void model_alloc(Model *m) {
             die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block",
                 (double)bytes / 1048576, arena_names[i]);
 #ifdef MADV_HUGEPAGE
-        madvise(a->base, bytes, MADV_HUGEPAGE);         // a step is 3 to 8% faster; for speed only: may fail
+        madvise(a->base, bytes, MADV_HUGEPAGE);         // a step is some 3% faster; for speed only: may fail
 #endif
         if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) memset(a->base, 0, bytes);
 #ifdef POISON

@@ -37,6 +37,9 @@ static const Shape tiles[] = {
     {"matmul_tile dK += dS^T Q, D 64",            64,    64,   64, 1, 0, 1},
     {"matmul_tile S = Q K^T, D 128",              64,    64,  128, 0, 1, 0},
     {"matmul_tile O += P V, D 128",               64,   128,   64, 0, 0, 1},
+    {"matmul_tile S = Q K^T, D 48",              384,   128,   48, 0, 1, 0},
+    {"matmul_tile O += P V, D 48",               384,    48,  128, 0, 0, 1},
+    {"matmul_tile dK += dS^T Q, D 48",           128,    48,  384, 1, 0, 1},
     {"matmul_tile S = Q K^T, D 16",               64,    64,   16, 0, 1, 0},
     {"matmul_tile O += P V, D 16",                64,    16,   64, 0, 0, 1},
 };
@@ -71,7 +74,12 @@ static double fma_peak(int n_threads) {
 }
 
 static floatX *random_matrix(size_t n) {
-    floatX *p = (floatX *)xmalloc(n * sizeof(floatX));
+    void *p_void;
+    if (posix_memalign(&p_void, 1 << 21, n * sizeof(floatX))) exit(1);
+#ifdef MADV_HUGEPAGE
+    madvise(p_void, n * sizeof(floatX), MADV_HUGEPAGE);         // as the trainer's arenas
+#endif
+    floatX *p = (floatX *)p_void;
     for (size_t i = 0; i < n; i++) p[i] = (floatX)rand() / (floatX)RAND_MAX - (floatX)0.5;
     return p;
 }
