@@ -29,6 +29,8 @@ class Item:
         head = re.sub(r"^template\s*<[^>]*>\s*", "", head).strip()
         if m := re.match(r"#define\s+(\w+)", head):
             self.names = {m[1]}
+        elif head.startswith("#"):
+            self.names = set()
         elif re.match(r"(typedef\s+)?enum\b", head):
             self.names = set(re.findall(r"\w+", re.sub(r"=[^,}]*", "", head))) - {"enum", "typedef"}
         elif m := re.match(r"(?:typedef\s+)?struct\s+(\w+)", head):
