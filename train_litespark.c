@@ -731,13 +731,14 @@ void qk_norm_rope_forward(floatX *qkv, floatX *qk_raw, floatX *qk_rstd, const fl
 void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const floatX *qk_raw,
                            const floatX *qk_rstd, const floatX *q_norm, const floatX *k_norm,
                            const floatX *cosine, const floatX *sine, int H, int K, int D, int N, int T) {
-    enum { ROWS = 64, MAX_D = 128, LANE = 16 };     // ROWS have a sum of their own, whatever the threads
+    enum { ROWS = 64, LANE = 16 };     // ROWS have a sum of their own, whatever the threads
     const int heads = H + K;
-    double sum[2][MAX_D] = {{0}};
-    assert(D <= MAX_D);
+    double sum[2][D];
+    memset(sum, 0, sizeof sum);
     #pragma omp parallel for ordered schedule(static, 1)
     for (int n0 = 0; n0 < N; n0 += ROWS) {
-        double part[2][MAX_D] = {{0}};
+        double part[2][D];
+        memset(part, 0, sizeof part);
         for (int n = n0; n < N && n < n0 + ROWS; n++) for (int h = 0; h < heads; h++) {
             const size_t angle = (size_t)(n % T) * (D / 2), at = (size_t)n * heads + h;
             floatX *dx = dqkv + ((size_t)n * (H + 2 * K) + h) * D;
