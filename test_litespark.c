@@ -4355,6 +4355,12 @@ static void test_options_of_the_gpu_are_refused_by_name(void) {
         {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"},
         {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
         {"--dpo-beta 0.2", "--dpo-beta"}, {"--stage sft", "--stage sft"}};
+    // a list, needing no data; an unknown name is refused before the data are looked for
+    Result presets = trainer(0, "--preset help --train-data %s --out %s", file_at("none"), file_at("none"));
+    CHECK_RAN(presets);
+    for (int i = 0; i < COUNT(config_presets); i++)
+        CHECK(strstr(presets.out, config_presets[i].name), "%s is not listed: %s", config_presets[i].name, presets.out);
+    CHECK_REFUSED(trainer(0, "--preset nano --train-data %s", file_at("none")), "--preset nano", "15M");
     Result help = trainer(0, "--help");
     for (int i = 0; i < COUNT(refused); i++) CHECK(strstr(help.out, refused[i].why), "--help says nothing of %s",
         refused[i].option);

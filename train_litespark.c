@@ -407,6 +407,9 @@ void st_write_at(StWriter *w, size_t place, const float *values, size_t count);
 void st_write(StWriter *w, const float *values, size_t count);
 int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
 // 11
+const char *config_preset_names(void);
+int config_preset(Config *c, const char *name);
+void config_presets_help(void);                                 // --preset help
 Config choose_config(const char *resume_dir);
 void config_set_vocab(Config *c, int V);
 double config_params(const Config *c);
@@ -745,7 +748,7 @@ void qk_norm_rope_backward(floatX *dqkv, floatX *dq_norm, floatX *dk_norm, const
             rotate_head(dx, cosine + angle, sine + angle, D, -1);
             if (!q_norm) continue;
             const floatX *x = qk_raw + at * D, *w = h < H ? q_norm : k_norm, r = qk_rstd[at];
-            floatX lane[LANE] = {0};            // of at most 8 terms each
+            floatX lane[LANE] = {0};            // of D/16 terms each
             double *dw = part[h >= H], gn = 0;
             int d0 = 0;
             for (; d0 + LANE <= D; d0 += LANE) for (int d = d0, i = 0; i < LANE; i++, d++) {
@@ -2249,6 +2252,7 @@ int main(int argc, char **argv) {
     comm_init(&argc, &argv);
     options_parse(argc, argv);
     if (opt.help) options_help();
+    else if (opt.preset && !strcmp(opt.preset, "help")) config_presets_help();
     else {
         options_check();
         refuse();
@@ -3044,6 +3048,9 @@ void options_parse(int argc, char **argv) {
 void options_check(void) {
     if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
         die("choose one of --preset, --config and --init-from");
+    Config c;
+    if (opt.preset && !config_preset(&c, opt.preset))
+        die("--preset %s is unknown; choose one of%s", opt.preset, config_preset_names());
     if (opt.resume && strcmp(opt.resume, "auto") && opt.init_from)
         die("--resume DIR continues a run with its weights, without --init-from; --resume auto may have "
             "--init-from, for its first start");
@@ -4020,6 +4027,18 @@ int config_preset(Config *c, const char *name) {
     return 1;
 }
 
+void config_presets_help(void) {
+    printf("%-14s %-8s %12s %10s %7s %6s\n", "preset", "family", "M parameters", "vocabulary", "layers",
+           "hidden");
+    for (int i = 0; i < COUNT(config_presets); i++) {
+        Config c;
+        config_preset(&c, config_presets[i].name);
+        printf("%-14s %-8s %12.1f %10d %7d %6d\n", config_presets[i].name, c.family->name,
+               config_params(&c) / 1e6, c.V, c.L, c.C);
+    }
+    printf("tiny takes the vocabulary of its data\n");
+}
+
 // ---- the parameter table: every tensor's name, place, shape, initial value and decay, once ----------------
 // Parameters lie in flat buffers, unit after unit: the embedding, each layer, the final norm with the head. A
 // unit is what is reduced, sharded and saved together. In it q|k|v (and their biases) and gate|up are
@@ -4124,8 +4143,7 @@ Config choose_config(const char *resume_dir) {
     const char *preset = opt.preset ? opt.preset : "tiny";
     if (opt.init_from) return read_config(opt.init_from, 1);
     if (opt.config) c = read_config(opt.config, 0);
-    else if (!config_preset(&c, preset))
-        die("--preset %s is unknown; choose one of%s", preset, config_preset_names());
+    else config_preset(&c, preset);
     if (!opt.config && !strcmp(preset, "tiny")) c.V = 0;
     if (!resume_dir) return c;
     Config saved = read_config(resume_dir, 1);
