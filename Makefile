@@ -49,7 +49,7 @@ help:
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
-	@echo 'make gpu-quick   the same in six minutes on a lent machine (OUT=folder); gpu-quick-build: builds it here; test-gpu-quick: tests it here'
+	@echo 'make gpu-quick   the same in minutes on a lent machine (OUT=folder); gpu-quick-build: builds it here; test-gpu-quick: tests it here'
 	@echo 'make ptxas   registers and spills of the CUDA kernels     make clean'
 	@echo
 	@echo 'found: $(CC) $(if $(NATIVE),with,without) -march=native | OpenMP $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread) |' \

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Six minutes on a machine with one Hopper GPU: proof and measurements, prepared beforehand.
+# Minutes on a machine with one Hopper GPU: proof and measurements, prepared beforehand. It has not met one yet.
 #
 #   make gpu-quick-build                                    here: builds all that is run, into build/gpu-quick (nvcc; no MPI)
 #   OUT=folder dev/gpu_quick.sh                             there: no nvcc, make, git or MPI; python3 for all but facts and proof
