@@ -788,7 +788,7 @@ static void check_refusals(void) {
                        "\"intermediate_size\": 172, \"num_hidden_layers\": 1, \"num_attention_heads\": 4, \"vocab_size\": 512, "
                        "\"max_position_embeddings\": 64, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\"}";
     write_text(config, text, strlen(text));
-    Run r = start("exec %s --config %s --precision bf16 --dry-run", cuda, config);
+    Run r = start("exec %s --config %s --train-data %s/%s/train.bin --precision bf16 --dry-run", cuda, config, top, c->name);
     finish(&r);
     const char *line = strchr(r.err, '\n');
     int named = strstr(r.err, "intermediate_size 172") && strstr(r.err, "multiples of 8");
