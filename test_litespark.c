@@ -1669,6 +1669,34 @@ static void check_matmul(int M, int N, int K, int trans_a, int trans_b, int accu
     free(want);
 }
 
+// A copy of x (n, at most 64 KiB) that ends where memory ends: one element further is a fault. Three places.
+static floatX *at_the_edge(int place, const floatX *x, size_t n) {
+    enum { SIZE = 1 << 16 };                    // whole pages of any machine
+    static char *edge[3];
+    if (!edge[place]) {
+        char *base = mmap(NULL, 2 * SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (base == MAP_FAILED || mprotect(base + SIZE, SIZE, PROT_NONE)) bad(__LINE__, "no memory with an edge: %s", strerror(errno));
+        edge[place] = base + SIZE;
+    }
+    return memcpy(edge[place] - n * sizeof(floatX), x, n * sizeof(floatX));
+}
+
+// Operands that end at the end of a page, with every rest of columns: a vector's load past the end of b is a crash.
+static void test_matmul_reads_nothing_beyond_its_operands(void) {
+    const int K = 24;
+    for (int N = 1; N <= 70; N++) for (int mode = 0; mode < 4; mode++) for (int M = 5; M <= 29; M += 12) {
+        const int trans_a = mode & 1, trans_b = mode >> 1;
+        floatX *a = noise_array((size_t)M * K, 0, 1), *b = noise_array((size_t)N * K, 0, 1), *o = noise_array((size_t)M * N, 0, 1);
+        floatX *edge[3] = {at_the_edge(0, a, (size_t)M * K), at_the_edge(1, b, (size_t)N * K), at_the_edge(2, o, (size_t)M * N)};
+        matmul_naive(o, N, a, trans_a ? M : K, trans_a, b, trans_b ? K : N, trans_b, M, N, K, 0);
+        for (int tile = 0; tile < 2; tile++) {
+            (tile ? matmul_tile : matmul)(edge[2], N, edge[0], trans_a ? M : K, trans_a, edge[1], trans_b ? K : N, trans_b, M, N, K, 0);
+            for (int i = 0; i < M * N; i++) CHECK_ERROR("at the edge", fabs((double)edge[2][i] - o[i]), 8 * EPS_X * (K + 1));
+        }
+        free(a), free(b), free(o);
+    }
+}
+
 static void test_matmul_matches_naive_on_odd_shapes(void) {
     const int shapes[][3] = {{1, 1, 1}, {1, 17, 5}, {5, 1, 9}, {7, 13, 1}, {6, 16, 64}, {13, 33, 31}, {64, 64, 64},
         {65, 63, 129}, {2, 200, 513}, {129, 47, 700}, {3, 5, 1100}, {150, 160, 24},
@@ -4666,6 +4694,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(flops_and_parameters_match_the_report, F32),
     TEST(energy_counters_add_up_and_wrap, F32),
     TEST(matmul_matches_naive_on_odd_shapes, F32 | F64),
+    TEST(matmul_reads_nothing_beyond_its_operands, F32 | F64),
     TEST(matmul_bits_do_not_depend_on_threads, F32 | F64),
     TEST(rmsnorm_backward_matches_differences, F64),
     TEST(matmul_and_bias_backward_match_differences, F64),

@@ -5911,7 +5911,9 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += NC) {
             const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
-            const int own = b_in_place ? nj / LANES * LANES : 0;        // columns of b read where they lie
+            // columns of b read where they lie; a tile that ends inside a vector is packed as a whole, so that
+            // no load passes the end of b
+            const int own = !b_in_place ? 0 : nj % LANES == 0 ? nj : nj / NR * NR;
             const Operand columns = {at(b, k0, j0 + own), b.col, b.row};        // transposed: pack's (n,K)
             pack(packed_b, NR, columns, nj - own, nk);
             for (int i0 = 0; i0 < M; i0 += MC) {
