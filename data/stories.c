@@ -12,7 +12,12 @@
 // the alternatives begin with different tokens (the grammar is LL(1)). dev/test_stories.c recomputes every p
 // from the text alone, by summing over all derivations, and fails where the rule is broken.
 //
-// The file in order: the words, the grammar, reading them, the storyteller, the files, main.
+// From the same grammar come two sets for the stages after pre-training, of stories that it does not hold: questions
+// about a story, each with one right answer (--stage sft), and pairs of endings, of which one keeps to the facts of the
+// story and one does not (--stage dpo). Which answer is right and which ending is wrong is known, as the floor is.
+//
+// The file in order: the words, the grammar, the questions, reading them, the storyteller, documents with questions
+// and pairs, rows, the files, main.
 // The bytes of every file written here are described in data/README.md.
 
 #ifndef _POSIX_C_SOURCE
@@ -361,6 +366,115 @@ static const GrammarText grammar_texts[] = {
 };
 
 // ---------------------------------------------------------------------------------------------------------
+// The questions. `told` is text of the grammar: once a story has told it, and from then on, the question has
+// exactly one right answer. Question and answer may recall all that is remembered; where `told` is part of a rule
+// with a parameter, {$} is that rule's.
+
+typedef struct QuestionText { const char *told, *question, *answer; } QuestionText;
+
+static const QuestionText question_texts[] = {
+    // of any story
+    {"[who hero]", "Who is the story about?", "{hero}"},
+    {" lived[place home]", "Where was the house of {hero}?", "{home.at} the {home}"},
+    {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hobby}"},
+    {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hobby}"},
+    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?", "{home.at} the {home}"},
+    {"{cc=colour} {cloth=garment}", "What colour was the {cloth}?", "{cc}"},
+    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "a {cc} {cloth}"},
+    {"friend {friend=name}", "Who was the friend of {hero}?", "{friend}"},
+    // lost
+    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero.his} {c} {x}"},
+    {"find {hero.his} {c=colour} {x=toy}", "What colour was the {x}?", "{c}"},
+    {"`You played[place p] on", "Who helped {hero}?", "{friend}"},
+    {", was the {c} {x}!", "Where did they find the {x}?", "{p.at} the {p}"},
+    {"always kept the {c} {x}[spot d]", "Where is the {x} now?", "{d.at} the {d}"},
+    // gift
+    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "a {c} {x}"},
+    {"bought a {c=colour} {x=toy}", "What colour was the {x}?", "{c}"},
+    {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "{friend}"},
+    {"so {hero.he} hid it[spot a]", "Where did {hero} put the {x}?", "{a.at} the {a}"},
+    {"kept the {c} {x}[spot d] for ever", "Where is the {x} now?", "{d.at} the {d}"},
+    // errand
+    {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "some {f}, some {g} and a {c} {x}"},
+    {"and a {c=colour} {x=ware}", "What colour was the {x}?", "{c}"},
+    {"said {hero.his} {kin=kin}", "Who wanted a {c} {x}?", "{hero.his} {kin}"},
+    {"Come and play <game> with me", "Who wanted to play?", "the {pal}"},
+    // hungry
+    {"met a {s=sad} {pal=animal}", "Who was {s}?", "the {pal}"},
+    {"{pal=animal}[place p]", "Where was the {pal}?", "{p.at} the {p}"},
+    {"I only like {f=food}", "What did the {pal} like?", "{f}"},
+    {"if you {chore=chore}", "What did {hero} have to do?", "{chore}"},
+    {"vessel> of {f}", "Who gave {hero} the {f}?", "the {job}"},
+    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "a {c} {x}"},
+    {"Take my {c=colour} {x=treasure}", "What colour was the {x}?", "{c}"},
+    {"keeps the {c} {x}[spot a]", "Where is the {x} now?", "{a.at} the {a}"},
+    // race
+    {"heard about a race[place p]", "Where was the race?", "{p.at} the {p}"},
+    {"prize was a {c=colour} {x=toy}", "What was the prize?", "a {c} {x}"},
+    {"prize was a {c=colour} {x=toy}", "What colour was the {x}?", "{c}"},
+    {"{friend=name} the {pal=animal}", "What was {friend}?", "a {pal}"},
+    {"Near the end {friend} fell", "Who fell?", "{friend}"},
+    {"hurt {friend.his} {limb=limb}", "What did {friend} hurt?", "{friend.his} {limb}"},
+    {"gave the {c} {x} to {hero} and {friend}", "Who won?", "{hero} and {friend}"},
+    {"gave the {c} {x} to {hero} and {friend}", "Who got the {x}?", "{hero} and {friend}"},
+    {"Nobody saw it, and {hero} won", "Who won?", "{hero}"},
+    {"So {hero.he} gave it to {friend}", "Who got the {x}?", "{friend}"},
+    // storm
+    {"hid[spot a]", "Where was {friend} hiding?", "{a.at} the {a}"},
+    {"afraid of the {noise=noise}", "What was {friend} afraid of?", "the {noise}"},
+    {"lit a {c=colour} candle", "What colour was the candle?", "{c}"},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "Who lost a {x}?", "the {m}"},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "What colour was the {x}?", "{d}"},
+    // build
+    {"{x=craft} out of {m=material}", "What was the {x} made of at first?", "{m}"},
+    {"So they <slowly> built the {x} again", "What is the {x} made of now?", "{n}"},
+    {"painted it {c=colour}", "What colour was the {x}?", "{c}"},
+    {"painted it {c=colour}", "Who painted the {x}?", "{friend}"},
+    {"{kin} came to see the {c} {x}", "Who came to see the {x}?", "{hero.his} {kin}"},
+    {"{friend} had the idea!", "Who had the idea?", "{friend}"},
+    // bake
+    {"bake a cake for {hero.his} {kin=kin}", "Who was the cake for?", "{hero.his} {kin}"},
+    {"and some {h=food}", "What did {hero} need?", "some {f}, some {g} and some {h}"},
+    {"{$}! So", "What could {hero} not find?", "{$}"},
+    {"who lived[place p]", "Where was the house of {friend}?", "{p.at} the {p}"},
+    {"ran> home with the {$}", "Who had some {$}?", "{friend}"},
+    // wish
+    {"magic {x=treasure}[place p]", "Where was the {x}?", "{p.at} the {p}"},
+    {"It was {c=colour} and very", "What colour was the {x}?", "{c}"},
+    {"{m=being} came out", "Who came out?", "a {m}"},
+    {"wished for some {f=food}", "What was wished for first?", "{f}"},
+    {"wished for a {d=colour} {y=toy}", "What colour was the {y}?", "{d}"},
+    {"there was a <trait>[who friend]", "Who was the friend of {hero}?", "{friend}"},
+    // seeds
+    {"planted {n=number} seeds", "How many seeds were planted?", "{n}"},
+    {"{n=number} seeds[place p]", "Where were the seeds?", "{p.at} the {p}"},
+    {"<size> {pal=animal} came by", "Who came by?", "a {pal}"},
+    {"came back with the {f}", "What did {hero} bring the {pal}?", "{f}"},
+    {"In {season=season} there were {n} {c=colour} {y=flower}", "When were there {y}?", "in {season}"},
+    {"{c=colour} {y=flower}", "What colour were the {y}?", "{c}"},
+    // secret
+    {"door[spot a]", "Where was the door?", "{a.at} the {a}"},
+    {"The word is {w=secret}", "What was the secret word?", "{w}"},
+    {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "the {pal}"},
+    {"there sat a <trait> {m=being}", "Who sat there?", "a {m}"},
+    {"This {c=colour} {x=treasure}", "What colour was the {x}?", "{c}"},
+    // concert
+    {"But {hero} played it", "What did {hero} play?", "the {i}"},
+    {"got a {c=colour} {i=instrument}", "What colour was the {i}?", "{c}"},
+    {"from {hero.his} {kin=kin}", "Who gave {hero} the {i}?", "{hero.his} {kin}"},
+    {"There is a concert[place p]", "Where was the concert?", "{p.at} the {p}"},
+    {"on {d=weekday}", "When was the concert?", "on {d}"},
+    {"friend {friend=name} laughed", "Who laughed?", "{friend}"},
+};
+
+// A chat about a story: the story as the system's turn, the question as the user's, the answer as the assistant's.
+// It needs no piece that the vocabulary does not have.
+static const char chat_template[] =
+    "<|endoftext|>{% for m in messages %}{% if m.role == 'user' %} Q: {{ m.content }}{% elif m.role == 'assistant' %}"
+    " A: {{ m.content }}<|endoftext|>{% else %} {{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} A:{% endif %}";
+
+// ---------------------------------------------------------------------------------------------------------
 // Reading the tables: the text of the grammar item by item, the classes, the vocabulary.
 
 #define COUNT(table) ((int)(sizeof(table) / sizeof((table)[0])))
@@ -368,7 +482,9 @@ static const GrammarText grammar_texts[] = {
 enum {
     SEQ_LEN = 256,        // T: a window has T+1 tokens, <|endoftext|> and whole stories
     EOD = 256,            // <|endoftext|>: begin and end of a document; ids below are bytes, above words
-    MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8
+    MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8,
+    MAX_STORY = SEQ_LEN + 64,            // a story that fits the window, and a question with its answer
+    MAX_TOLD = 512, MAX_ROWS_OF_QUESTION = 16
 };
 
 typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight; } Word;     // text: a space first
@@ -378,6 +494,7 @@ typedef struct Grammar {
     char pieces[MAX_PIECES][MAX_TEXT];   // piece of token id i; sorted above EOD
     int n_pieces, n_content_words;
     Class classes[COUNT(class_texts)];
+    const char *told[COUNT(question_texts)][MAX_ROWS_OF_QUESTION];   // where the text that answers a question ends
 } Grammar;
 
 // One item of a grammar text: LITERAL name; DRAW a word of class `other` as variable `name` ("" = forget it);
@@ -456,7 +573,8 @@ static const char *param_of(const Item *item, const char *param) {
 
 static int compare_text(const void *a, const void *b) { return strcmp((const char *)a, (const char *)b); }
 
-// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it, of a literal or a word of a class.
+// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it, of a literal or a word of a class. What no
+// piece begins is a byte; only questions have such words.
 static int encode(const Grammar *g, const char *text, int *tokens) {
     int n = 0;
     while (*text) {
@@ -468,9 +586,9 @@ static int encode(const Grammar *g, const char *text, int *tokens) {
             piece[length] = 0;
             found = (const char *)bsearch(piece, words, n_words, MAX_TEXT, compare_text);
         }
-        if (!found || n == MAX_WORD_TOKENS) die("the vocabulary has no pieces for '%s'", text);
-        tokens[n++] = (int)((found - g->pieces[0]) / MAX_TEXT);
-        text += length;
+        if (n == MAX_WORD_TOKENS) die("a word has more than %d pieces, from '%s' on", MAX_WORD_TOKENS, text);
+        tokens[n++] = found ? (int)((found - g->pieces[0]) / MAX_TEXT) : (unsigned char)*text;
+        text += found ? length : 1;
     }
     return n;
 }
@@ -530,6 +648,22 @@ static void finish_pieces(Grammar *g) {
     g->n_pieces = n;
 }
 
+// Where in the grammar a story has told what answers question q: an item of some rows ends there.
+static void find_answers(Grammar *g, int q) {
+    const QuestionText *t = &question_texts[q];
+    int n = 0;
+    for (int row = 0; row < COUNT(grammar_texts); row++) {
+        const char *found = strstr(grammar_texts[row].text, t->told);
+        if (!found) continue;
+        if (n == MAX_ROWS_OF_QUESTION - 1) die("the question '%s' is answered in too many rows", t->question);
+        g->told[q][n] = found + strlen(t->told);
+        const char *p = grammar_texts[row].text;
+        for (Item item; p < g->told[q][n] && next_item(&p, &item);) ;
+        if (p != g->told[q][n++]) die("no item of the grammar ends where '%s' does", t->told);
+    }
+    if (n == 0) die("the grammar never tells '%s'", t->told);
+}
+
 static Grammar *grammar_create(void) {
     Grammar *g = (Grammar *)calloc(1, sizeof(Grammar));
     if (!g) die("out of memory");
@@ -546,6 +680,7 @@ static Grammar *grammar_create(void) {
     for (int i = 0; i < COUNT(forms); i++) add_pieces(g, forms[i].text);
     for (int i = 0; i < COUNT(grammar_texts); i++) add_pieces(g, grammar_texts[i].text);
     finish_pieces(g);
+    for (int q = 0; q < COUNT(question_texts); q++) find_answers(g, q);
     return g;
 }
 
@@ -608,9 +743,17 @@ typedef struct Story {
     uint64_t rng;
     double p;
     int n, n_vars;
-    struct { char name[MAX_TEXT]; const Word *word; } vars[MAX_VARS];   // what the story remembers
-    uint16_t tokens[SEQ_LEN + 1];
-    float nll[SEQ_LEN + 1];            // -ln p(tokens[i] | the story before it)
+    struct {                           // what the story remembers, and after how many tokens it was drawn
+        char name[MAX_TEXT];
+        const Word *word;
+        const Class *from;
+        int n;
+    } vars[MAX_VARS];
+    struct { const char *end; char param[MAX_TEXT]; int n; } told[MAX_TOLD];   // each item: its end in the grammar,
+    int n_told;                                                                // the tokens once it was told
+    uint16_t tokens[MAX_STORY];
+    float nll[MAX_STORY];              // -ln p(tokens[i] | the story before it)
+    uint8_t recalls[MAX_STORY];        // 1 + v: here begins the word of vars[v], as it is; 0 elsewhere
 } Story;
 
 static uint64_t splitmix64(uint64_t *state) {
@@ -624,8 +767,9 @@ static uint64_t splitmix64(uint64_t *state) {
 static int random_below(Story *s, int n) { return (int)((splitmix64(&s->rng) >> 32) * (uint64_t)n >> 32); }
 
 static void tell_token(Story *s, int token) {
-    if (s->n > SEQ_LEN) die("a story is longer than %d tokens", SEQ_LEN);
+    if (s->n == MAX_STORY) die("a story with its question is longer than %d tokens", MAX_STORY);
     s->tokens[s->n] = (uint16_t)token;
+    s->recalls[s->n] = 0;
     s->nll[s->n++] = s->p == 1 ? 0.0f : (float)-log(s->p);
     s->p = 1;
 }
@@ -656,14 +800,22 @@ static void tell_draw(Story *s, const Class *c, const char *var) {
     if (!var[0]) return;
     if (s->n_vars == MAX_VARS) die("the grammar has more than %d variables", MAX_VARS);
     strcpy(s->vars[s->n_vars].name, var);
-    s->vars[s->n_vars++].word = left_to_draw[i];
+    s->vars[s->n_vars].word = left_to_draw[i];
+    s->vars[s->n_vars].from = c;
+    s->vars[s->n_vars++].n = s->n;
 }
 
 static void tell_recall(Story *s, const char *var, const char *form) {
     const Word *w = NULL;
-    for (int v = 0; v < s->n_vars; v++) if (strcmp(s->vars[v].name, var) == 0) w = s->vars[v].word;
+    int at = s->n, v_of = 0;
+    for (int v = 0; v < s->n_vars; v++)
+        if (strcmp(s->vars[v].name, var) == 0) { v_of = v; w = s->vars[v].word; }
     if (!w) die("the grammar recalls {%s} before it is drawn", var);
-    if (!form[0]) { tell_text(s, w->text); return; }
+    if (!form[0]) {
+        tell_text(s, w->text);
+        s->recalls[at] = (uint8_t)(1 + v_of);
+        return;
+    }
     for (int i = 0; i < COUNT(forms); i++) {
         if (strcmp(forms[i].form, form) != 0 || strcmp(forms[i].feature, w->feature) != 0) continue;
         tell_text(s, forms[i].text);
@@ -672,19 +824,28 @@ static void tell_recall(Story *s, const char *var, const char *form) {
     die("the grammar has no form '%s' of '%s'", form, w->text);
 }
 
+static void tell_rule(Story *s, const char *rule, const char *param);
+
+static void tell_items(Story *s, const char *text, const char *param) {
+    for (Item item; next_item(&text, &item);) {
+        if (item.op == LITERAL) tell_text(s, item.name);
+        if (item.op == DRAW) tell_draw(s, &s->g->classes[find_class(item.other)], var_of(&item, param));
+        if (item.op == RECALL) tell_recall(s, var_of(&item, param), item.other);
+        if (item.op == CALL) tell_rule(s, item.name, param_of(&item, param));
+        if (s->n_told == MAX_TOLD) die("a story has more than %d items", MAX_TOLD);
+        s->told[s->n_told].end = text;
+        s->told[s->n_told].n = s->n;
+        strcpy(s->told[s->n_told++].param, param);
+    }
+}
+
 static void tell_rule(Story *s, const char *rule, const char *param) {
     int row = find_rule(rule), total = 0;
     for (int i = row; in_rule(i, row); i++) total += grammar_texts[i].weight;
     int x = random_below(s, total);
     for (; x >= grammar_texts[row].weight; row++) x -= grammar_texts[row].weight;
     s->p *= (double)grammar_texts[row].weight / total;
-    const char *text = grammar_texts[row].text;
-    for (Item item; next_item(&text, &item);) {
-        if (item.op == LITERAL) tell_text(s, item.name);
-        if (item.op == DRAW) tell_draw(s, &s->g->classes[find_class(item.other)], var_of(&item, param));
-        if (item.op == RECALL) tell_recall(s, var_of(&item, param), item.other);
-        if (item.op == CALL) tell_rule(s, item.name, param_of(&item, param));
-    }
+    tell_items(s, grammar_texts[row].text, param);
 }
 
 // Story `index` of a stream, a pure function of (seed, stream, index). It ends with <|endoftext|>.
@@ -693,17 +854,291 @@ static void story_tell(Story *s, const Grammar *g, uint64_t seed, uint64_t strea
     s->rng = seed;
     s->rng = splitmix64(&s->rng) ^ stream;
     s->rng = splitmix64(&s->rng) ^ index;
-    s->n = s->n_vars = 0;
+    s->n = s->n_vars = s->n_told = 0;
     s->p = 1;
     tell_rule(s, "story", "");
     tell_token(s, EOD);
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Documents for the stages after pre-training: stories with a question, pairs of endings. A document begins with
+// <|endoftext|>, as a story does in the rows of pre-training; each of its words is a token with flags.
+
+static const uint32_t TARGET = 0x80000000u, START = 0x40000000u, PADDING = 0x40000000u, ID = 0x00FFFFFFu;
+
+enum { SFT, DPO };
+static const char *const stage_names[] = {"sft", "dpo"};
+
+typedef struct Unit { int64_t at; int n, n_targets, question; } Unit;   // what lies in one row: a document or a pair
+typedef struct Set {
+    int stage, n, room, n_dropped;      // dropped: training units that begin as one of validation does
+    Unit *units;
+    uint32_t *words;                    // of unit u: words[units[u].at], .n of them
+    int64_t n_words, words_room;
+} Set;
+
+enum {
+    ROW = SEQ_LEN + 1,
+    OPENING = 24,          // every document tells at least so many tokens: two that agree in them are one story
+    SHORTEST_PAIR = 96,
+    MOST_SENTENCES = 3,    // of an ending
+    MOST_FACTS = 3         // changed in an ending
+};
+
+static void set_word(Set *set, int token, uint32_t flags) {
+    if (set->n_words == set->words_room) {
+        set->words_room = set->words_room ? 2 * set->words_room : 65536;
+        set->words = (uint32_t *)realloc(set->words, (size_t)set->words_room * 4);
+        if (!set->words) die("out of memory");
+    }
+    set->words[set->n_words++] = (uint32_t)token | flags;
+}
+
+static Unit *set_unit(Set *set) {   // of no words yet
+    if (set->n == set->room) {
+        set->room = set->room ? 2 * set->room : 1024;
+        set->units = (Unit *)realloc(set->units, (size_t)set->room * sizeof(Unit));
+        if (!set->units) die("out of memory");
+    }
+    Unit *u = &set->units[set->n++];
+    memset(u, 0, sizeof *u);
+    u->at = set->n_words;
+    return u;
+}
+
+static void set_close(Set *set) {
+    Unit *u = &set->units[set->n - 1];
+    u->n = (int)(set->n_words - u->at);
+    for (int i = 0; i < u->n; i++) u->n_targets += set->words[u->at + i] >> 31;
+}
+
+static void set_drop(Set *set) { set->n_words = set->units[--set->n].at; }
+
+static void set_free(Set *set) {
+    free(set->units);
+    free(set->words);
+    memset(set, 0, sizeof *set);
+}
+
+// Where sentences end, outside of what somebody says: ends[k] tokens. The next sentence begins with a capital letter
+// or a quote; after `... drum?" she asked` it goes on. The end of the story is one of them.
+static int sentence_ends(const Story *s, int *ends) {
+    int n = 0, is_speech = 0;
+    for (int i = 0; i + 1 < s->n; i++) {
+        const char *last = s->g->pieces[s->tokens[i]], *next = s->g->pieces[s->tokens[i + 1]];
+        is_speech ^= strchr(last, '"') != NULL;
+        if (*last == '"') last = s->g->pieces[s->tokens[i - 1]];
+        const int is_begin = s->tokens[i + 1] == EOD || (*next == ' ' && (isupper((unsigned char)next[1]) || next[1] == '"'));
+        if (!is_speech && is_begin && strchr(".!?", *last)) ends[n++] = i + 1;
+    }
+    return n;
+}
+
+// One of the numbers of a rising list that lie in lo..hi, the smaller of two draws: documents that tell less of a story
+// are more frequent, and fill the rows that long ones leave. -1: there is none.
+static int draw_early(Story *s, const int *list, int n, int lo, int hi) {
+    while (n && *list < lo) list++, n--;
+    while (n && list[n - 1] > hi) n--;
+    if (n == 0) return -1;
+    const int a = random_below(s, n), b = random_below(s, n);
+    return list[a < b ? a : b];
+}
+
+// A story told so far that it answers a question, the question, the answer and <|endoftext|>: these two are targets.
+// Returns 0 where they do not fit.
+static int make_question(Set *set, Story *s) {
+    int may_ask[COUNT(question_texts)], told_at[COUNT(question_texts)], n = 0, ends[MAX_STORY];
+    char text[128];
+    for (int q = 0; q < COUNT(question_texts); q++)
+        for (int i = 0, found = 0; i < s->n_told && !found; i++)
+            for (int k = 0; s->g->told[q][k] && !found; k++)
+                if ((found = s->told[i].end == s->g->told[q][k])) { may_ask[n] = q; told_at[n++] = i; }
+    const int pick = random_below(s, n), q = may_ask[pick], known = s->told[told_at[pick]].n;
+    const char *param = s->told[told_at[pick]].param;
+    const int cut = draw_early(s, ends, sentence_ends(s, ends), known > OPENING ? known : OPENING, SEQ_LEN);
+    s->n = cut;
+    snprintf(text, sizeof text, " Q: %s A:", question_texts[q].question);
+    tell_items(s, text, param);
+    const int answer = s->n;
+    snprintf(text, sizeof text, " %s", question_texts[q].answer);
+    tell_items(s, text, param);
+    tell_token(s, EOD);
+    if (1 + s->n > ROW) return 0;
+    set_unit(set)->question = q;
+    set_word(set, EOD, START);
+    for (int i = 0; i < s->n; i++) set_word(set, s->tokens[i], i < answer ? 0 : TARGET);
+    set_close(set);
+    return 1;
+}
+
+static int is_told(const Story *s, const char *text, int n_tokens) {
+    int word[MAX_WORD_TOKENS], n = encode(s->g, text, word);
+    for (int i = 0, k; i + n <= n_tokens; i++) {
+        for (k = 0; k < n && s->tokens[i + k] == word[k]; k++) ;
+        if (k == n) return 1;
+    }
+    return 0;
+}
+
+// Another word of the class that vars[v] comes from, of the same form, which the story has not told so far.
+static const Word *draw_other(Story *s, int v, const Word *const *changed, int n_tokens) {
+    const Word *left[MAX_CLASS_WORDS], *now = s->vars[v].word;
+    int n = 0;
+    for (int k = 0; k < s->vars[v].from->n; k++) {
+        const Word *w = &s->vars[v].from->words[k];
+        int is_used = strcmp(w->feature, now->feature) != 0 || is_told(s, w->text, n_tokens);
+        for (int u = 0; u < s->n_vars; u++) is_used |= changed[u] && strcmp(changed[u]->text, w->text) == 0;
+        if (!is_used) left[n++] = w;
+    }
+    return n ? left[random_below(s, n)] : NULL;
+}
+
+// The beginning of a story and the one to three sentences after it, twice: as the story goes on (chosen), and with
+// other words for one to three things that it had told before (rejected), all of their mentions. The sentences are
+// targets. No story goes on like the rejected ones: their probability is 0. The pair has lo to hi words; 0 where nothing
+// is to change, or it has not.
+static int make_pair(Set *set, Story *s, int lo, int hi) {
+    const Word *changed[MAX_VARS] = {NULL};
+    int ends[MAX_STORY], facts[MAX_VARS], n_facts = 0, n_ends = sentence_ends(s, ends);
+    const int end = draw_early(s, ends, n_ends, lo / 2 - 2, hi / 2);   // rejected may be some tokens longer or shorter
+    while (n_ends && ends[n_ends - 1] >= end) n_ends--;
+    const int n_before = n_ends < MOST_SENTENCES ? n_ends : MOST_SENTENCES;
+    const int cut = draw_early(s, ends + n_ends - n_before, n_before, OPENING, SEQ_LEN);
+    if (end < 0 || cut < 0) return 0;
+    for (int v = 0; v < s->n_vars; v++) {
+        int is_fact = 0;
+        for (int i = cut; i < end; i++) is_fact |= s->recalls[i] == 1 + v && s->vars[v].n <= cut;
+        if (is_fact) facts[n_facts++] = v;
+    }
+    if (n_facts == 0) return 0;
+    for (int n = 1 + random_below(s, n_facts < MOST_FACTS ? n_facts : MOST_FACTS); n > 0; n--) {
+        const int pick = random_below(s, n_facts), v = facts[pick];
+        if (!(changed[v] = draw_other(s, v, changed, end))) return 0;
+        facts[pick] = facts[--n_facts];
+    }
+    set_unit(set);
+    set_word(set, EOD, START);
+    for (int i = 0; i < end; i++) set_word(set, s->tokens[i], i < cut ? 0 : TARGET);
+    set_word(set, EOD, START);
+    for (int i = 0; i < end; i++) {
+        int word[MAX_WORD_TOKENS], v = s->recalls[i] - 1;
+        if (i < cut || v < 0 || !changed[v]) { set_word(set, s->tokens[i], i < cut ? 0 : TARGET); continue; }
+        for (int k = 0, n = encode(s->g, changed[v]->text, word); k < n; k++) set_word(set, word[k], TARGET);
+        i += encode(s->g, s->vars[v].word->text, word) - 1;
+    }
+    set_close(set);
+    const int n = set->units[set->n - 1].n;
+    if (n >= lo && n <= hi) return 1;
+    set_drop(set);
+    return 0;
+}
+
+static int same_words(const Set *a, int64_t at, const Set *b, int64_t bt, int n) {
+    return memcmp(a->words + at, b->words + bt, (size_t)n * 4) == 0;
+}
+
+// Pairs whose rows are full: one that has a row for itself, one that leaves room for another, the one that takes it, and
+// so on, each to within two words.
+static int make_fitting_pair(Set *set, Story *s) {
+    const int turn = set->n % 3, room = turn == 2 ? ROW - set->units[set->n - 1].n : ROW;
+    for (int tries = 0; tries < 8; tries++)
+        if (turn == 1 ? make_pair(set, s, SHORTEST_PAIR, ROW - SHORTEST_PAIR) : make_pair(set, s, room - 2, room)) return 1;
+    return 0;
+}
+
+// n_units questions or pairs of one stream of stories, none of them about a story of held_out (or NULL).
+static void make_set(Set *set, const Grammar *g, int stage, uint64_t seed, uint64_t stream, int n_units,
+                     const Set *held_out) {
+    Story story;
+    set->stage = stage;
+    for (uint64_t index = 0; set->n < n_units; index++) {
+        story_tell(&story, g, seed, stream, index);
+        if (!(stage == SFT ? make_question : make_fitting_pair)(set, &story)) continue;
+        const Unit *u = &set->units[set->n - 1];
+        int is_held_out = 0;
+        for (int i = 0; held_out && i < held_out->n && !is_held_out; i++)
+            is_held_out = same_words(set, u->at, held_out, held_out->units[i].at, 1 + OPENING);
+        if (!is_held_out) continue;
+        set_drop(set);
+        set->n_dropped++;
+    }
+}
+
+static int is_same_question(int q, int r) {
+    return strcmp(question_texts[q].question, question_texts[r].question) == 0;
+}
+
+static int is_same_answer(const Set *a, const Unit *u, const Set *b, const Unit *v) {
+    return u->n_targets == v->n_targets
+           && same_words(a, u->at + u->n - u->n_targets, b, v->at + v->n - v->n_targets, u->n_targets);
+}
+
+// The share of set's questions that one answers who has not read the stories, but knows of each question its most
+// frequent answer in train.
+static double guess_accuracy(const Set *train, const Set *set) {
+    int n_right = 0;
+    for (int q = 0; q < COUNT(question_texts); q++) {
+        int is_first = 1, most = 0;
+        const Unit *guess = NULL;
+        for (int r = 0; r < q; r++) is_first &= !is_same_question(q, r);
+        for (int i = 0; is_first && i < train->n; i++) {
+            int n = 0;
+            if (!is_same_question(q, train->units[i].question)) continue;
+            for (int j = i; j < train->n; j++)
+                n += is_same_question(q, train->units[j].question)
+                     && is_same_answer(train, &train->units[i], train, &train->units[j]);
+            if (n > most) { most = n; guess = &train->units[i]; }
+        }
+        for (int i = 0; guess && i < set->n; i++)
+            n_right += is_same_question(q, set->units[i].question) && is_same_answer(set, &set->units[i], train, guess);
+    }
+    return (double)n_right / set->n;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Rows of a set: best fit decreasing. The longest unit first, each into the row where it leaves least room.
+
+typedef struct Rows { uint32_t *words; int n, most_documents; int64_t n_documents, n_targets, n_padding; } Rows;
+
+static void pack_rows(Rows *rows, const Set *set) {
+    int with_room[ROW + 1], *next = (int *)malloc((size_t)set->n * sizeof(int));   // lists of rows by the room left
+    rows->words = (uint32_t *)malloc((size_t)set->n * ROW * 4);
+    if (!next || !rows->words) die("out of memory");
+    for (int i = 0; i <= ROW; i++) with_room[i] = -1;
+    for (int length = ROW; length > 0; length--)
+        for (int i = 0; i < set->n; i++) {
+            const Unit *u = &set->units[i];
+            if (u->n != length) continue;
+            int room = length, row;
+            while (room < ROW && with_room[room] < 0) room++;
+            if (with_room[room] >= 0) { row = with_room[room]; with_room[room] = next[row]; }
+            else {
+                row = rows->n++;
+                for (int t = 0; t < ROW; t++) rows->words[(int64_t)row * ROW + t] = PADDING;
+            }
+            memcpy(rows->words + (int64_t)row * ROW + ROW - room, set->words + u->at, (size_t)length * 4);
+            next[row] = with_room[room - length];
+            with_room[room - length] = row;
+        }
+    free(next);
+    for (int row = 0; row < rows->n; row++) {
+        int n_documents = 0;
+        for (int t = 0; t < ROW; t++) {
+            const uint32_t w = rows->words[(int64_t)row * ROW + t];
+            rows->n_padding += w == PADDING;
+            rows->n_targets += (w & TARGET) != 0;
+            n_documents += (w & START) && w != PADDING;
+        }
+        rows->n_documents += n_documents;
+        if (n_documents > rows->most_documents) rows->most_documents = n_documents;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // The files. Each is written under a temporary name and renamed; stories.json comes last, so it marks a whole
 // set.
 
-enum { TRAIN_STREAM, VAL_STREAM, PRINT_STREAM };
+enum { TRAIN_STREAM, VAL_STREAM, PRINT_STREAM, SFT_STREAM, SFT_VAL_STREAM, DPO_STREAM, DPO_VAL_STREAM };
 
 typedef struct File { FILE *f; char path[1024], temp[1040]; } File;
 
@@ -751,6 +1186,8 @@ typedef struct Totals {
     int64_t tokens, stories, val_rows;
     double floor;               // of the validation rows
     int longest;
+    int questions, val_questions, pairs, val_pairs;
+    double guess, fill;         // of the validation questions; of the set whose rows have most padding
 } Totals;
 
 // DIR/SPLIT/SPLIT_000.ds: rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. So every
@@ -813,14 +1250,69 @@ static void write_tokenizer(const Grammar *g, const char *dir) {
     file_close(&file);
 }
 
+// DIR/STAGE/SPLIT: the rows of a set, metadata.json and tokenizer.bin. guess: the accuracy of questions without stories.
+static void write_set(const Grammar *g, const char *dir, const char *split, const char *name, const Set *set,
+                      double guess, Totals *totals) {
+    char folder[1024], json[2048], more[1024];
+    Rows rows = {0};
+    File file;
+    pack_rows(&rows, set);
+    const int64_t n_words = (int64_t)rows.n * ROW;
+    const double fill = 1 - (double)rows.n_padding / (double)n_words;
+    if (totals->fill == 0 || fill < totals->fill) totals->fill = fill;
+    if (snprintf(folder, sizeof folder, "%s/%s/%s", dir, stage_names[set->stage], split) >= (int)sizeof folder)
+        die("the path %s is too long", dir);
+    make_dirs(folder);
+    write_tokenizer(g, folder);
+    file_open(&file, folder, name);
+    file_write(&file, rows.words, (size_t)n_words * 4);
+    file_close(&file);
+    if (set->stage == SFT)
+        snprintf(more, sizeof more, "  \"guess_accuracy\": %.4f,\n  \"template\": \"%s\",\n", guess, chat_template);
+    else snprintf(more, sizeof more, "  \"pairs\": %d,\n", set->n);
+    int n = snprintf(json, sizeof json,
+        "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"%s\",\n"
+        "  \"vocab_size\": %d,\n  \"sequence_length\": %d,\n  \"token_size_bytes\": 4,\n"
+        "  \"eos_token_id\": %d,\n  \"stage\": \"%s\",\n  \"documents_per_row\": %d,\n"
+        "  \"total_sequences\": %d,\n  \"total_tokens\": %lld,\n  \"documents\": %lld,\n%s"
+        "  \"targets\": %lld,\n  \"mask\": \"completion\",\n  \"max_length\": %d,\n  \"fill\": %.4f,\n"
+        "  \"counts\": {\"begins as a validation story\": %d}\n}\n",
+        split, g->n_pieces, SEQ_LEN, EOD, stage_names[set->stage], rows.most_documents, rows.n, (long long)n_words,
+        (long long)rows.n_documents, more, (long long)rows.n_targets, ROW, fill, set->n_dropped);
+    file_open(&file, folder, "metadata.json");
+    file_write(&file, json, (size_t)n);
+    file_close(&file);
+    free(rows.words);
+}
+
+// The questions and the pairs, each with a validation set of its own, which is made first.
+static void write_sets(const Grammar *g, const char *dir, uint64_t seed, Totals *totals) {
+    Set train = {0}, val = {0};
+    make_set(&val, g, SFT, seed, SFT_VAL_STREAM, totals->val_questions, NULL);
+    make_set(&train, g, SFT, seed, SFT_STREAM, totals->questions, &val);
+    totals->guess = guess_accuracy(&train, &val);
+    write_set(g, dir, "validation", "val_000.ds", &val, totals->guess, totals);
+    write_set(g, dir, "train", "train_000.ds", &train, guess_accuracy(&train, &train), totals);
+    set_free(&train);
+    set_free(&val);
+    make_set(&val, g, DPO, seed, DPO_VAL_STREAM, totals->val_pairs, NULL);
+    make_set(&train, g, DPO, seed, DPO_STREAM, totals->pairs, &val);
+    write_set(g, dir, "validation", "val_000.ds", &val, 0, totals);
+    write_set(g, dir, "train", "train_000.ds", &train, 0, totals);
+    set_free(&train);
+    set_free(&val);
+}
+
 static void write_marker(const Grammar *g, const char *dir, uint64_t seed, const Totals *t) {
-    char json[512];
+    char json[1024];
     File file;
     int n = snprintf(json, sizeof json,
         "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n  \"val_rows\": %lld,\n"
-        "  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n  \"floor\": %.6f,\n"
+        "  \"questions\": %d,\n  \"val_questions\": %d,\n  \"guess_accuracy\": %.4f,\n  \"pairs\": %d,\n"
+        "  \"val_pairs\": %d,\n  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n  \"floor\": %.6f,\n"
         "  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
-        (long long)t->val_rows, g->n_pieces, g->n_content_words, t->longest, t->floor);
+        (long long)t->val_rows, t->questions, t->val_questions, t->guess, t->pairs, t->val_pairs, g->n_pieces,
+        g->n_content_words, t->longest, t->floor);
     file_open(&file, dir, "stories.json");
     file_write(&file, json, (size_t)n);
     file_close(&file);
@@ -839,6 +1331,7 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
     totals->val_rows = n_rows;
     write_rows(g, dir, "train", seed, TRAIN_STREAM, train_rows, &totals->stories);
     totals->tokens = train_rows * SEQ_LEN;
+    write_sets(g, dir, seed, totals);
     write_marker(g, dir, seed, totals);
 }
 
@@ -846,14 +1339,37 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
 #ifndef STORIES_NO_MAIN
 
 static const char usage[] =
-    "usage: stories [--out DIR] [--train-tokens N] [--val-rows N] [--seed S]\n"
-    "       stories --print N [--seed S]\n"
-    "Writes training and validation stories with their true loss to DIR (default data/stories), "
-    "or prints N stories.\n";
+    "usage: stories [--out DIR] [--train-tokens N] [--val-rows N] [--questions N] [--pairs N] [--seed S]\n"
+    "       stories --print N [--stage sft|dpo] [--seed S]\n"
+    "Writes to DIR (default data/stories): stories with their true loss, for training and validation; N questions about\n"
+    "stories for --stage sft; N pairs of endings for --stage dpo. Or prints N stories, questions or pairs.\n";
 
 static void print_story(const Story *s) {
     for (int i = 0; i < s->n - 1; i++) fputs(s->g->pieces[s->tokens[i]], stdout);
     fputs("\n\n", stdout);
+}
+
+static void print_words(const Grammar *g, const uint32_t *words, int n, int is_target) {   // those that are targets or not
+    for (int i = 0; i < n; i++) {
+        const int id = (int)(words[i] & ID);
+        if ((words[i] >> 31) != (uint32_t)is_target || (words[i] & START)) continue;
+        if (id < EOD) putchar(id); else fputs(g->pieces[id], stdout);
+    }
+    putchar('\n');
+}
+
+static void print_set(const Grammar *g, const Set *set) {
+    for (const Unit *u = set->units; u < set->units + set->n; u++) {
+        const uint32_t *words = set->words + u->at;
+        int second = 1;
+        while (second < u->n && !(words[second] & START)) second++;
+        printf("%s", set->stage == SFT ? "story and question:" : "beginning:");
+        print_words(g, words, second, 0);
+        printf("%s", set->stage == SFT ? "answer:" : "chosen:");
+        print_words(g, words, second, 1);
+        if (second < u->n) { printf("rejected:"); print_words(g, words + second, u->n - second, 1); }
+        putchar('\n');
+    }
 }
 
 static int64_t parse_int(const char *name, const char *text, int64_t lo, int64_t hi) {
@@ -867,7 +1383,8 @@ static int64_t parse_int(const char *name, const char *text, int64_t lo, int64_t
 
 int main(int argc, char **argv) {
     const char *dir = "data/stories";
-    int64_t n_tokens = 6000000, n_rows = 256, seed = 1, n_print = 0;
+    int64_t n_tokens = 6000000, n_rows = 256, n_questions = 12000, n_pairs = 4000, seed = 1, n_print = 0;
+    int stage = -1;
     for (int i = 1; i < argc; i += 2) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         if (strcmp(name, "--help") == 0) { fputs(usage, stdout); return 0; }
@@ -875,6 +1392,11 @@ int main(int argc, char **argv) {
         else if (strcmp(name, "--train-tokens") == 0)
             n_tokens = parse_int(name, value, SEQ_LEN + 1, 1000000000);
         else if (strcmp(name, "--val-rows") == 0) n_rows = parse_int(name, value, 1, 1000000);
+        else if (strcmp(name, "--questions") == 0) n_questions = parse_int(name, value, 1, 1000000);
+        else if (strcmp(name, "--pairs") == 0) n_pairs = parse_int(name, value, 1, 1000000);
+        else if (strcmp(name, "--stage") == 0 && strcmp(value, "sft") == 0) stage = SFT;
+        else if (strcmp(name, "--stage") == 0 && strcmp(value, "dpo") == 0) stage = DPO;
+        else if (strcmp(name, "--stage") == 0) die("--stage wants sft or dpo, got '%s'", value);
         else if (strcmp(name, "--seed") == 0) seed = parse_int(name, value, 0, INT64_MAX);
         else if (strcmp(name, "--print") == 0) n_print = parse_int(name, value, 1, 1000000);
         else if (strcmp(name, "--out") == 0) die("--out wants a folder");
@@ -882,9 +1404,19 @@ int main(int argc, char **argv) {
     }
 
     Grammar *g = grammar_create();
-    Totals totals = {0, 0, 0, 0, longest_story(g)};
+    Totals totals = {.longest = longest_story(g), .questions = (int)n_questions, .val_questions = 1000,
+                     .pairs = (int)n_pairs, .val_pairs = 500};
     if (totals.longest > SEQ_LEN - 1)
         die("a story may take %d tokens, more than %d", totals.longest, SEQ_LEN - 1);
+    if (stage >= 0 && !n_print) die("--stage says what --print N prints");
+    if (stage >= 0) {
+        Set set = {0};
+        make_set(&set, g, stage, (uint64_t)seed, PRINT_STREAM, (int)n_print, NULL);
+        print_set(g, &set);
+        set_free(&set);
+        free(g);
+        return 0;
+    }
     if (n_print) {
         Story story;
         for (int64_t i = 0; i < n_print; i++) {
@@ -901,6 +1433,9 @@ int main(int argc, char **argv) {
            "longest possible story %d tokens\n", dir,
            (long long)totals.tokens, (long long)totals.stories, (long long)totals.val_rows, SEQ_LEN + 1,
            g->n_pieces, g->n_content_words, totals.floor, totals.longest);
+    printf("stories: %s/sft | %d training and %d validation questions | right without the stories %.1f%% || %s/dpo | %d and "
+           "%d pairs | rows at least %.2f%% full\n", dir, totals.questions, totals.val_questions, 100 * totals.guess, dir,
+           totals.pairs, totals.val_pairs, 100 * totals.fill);
     free(g);
     return 0;
 }
