@@ -374,97 +374,97 @@ typedef struct QuestionText { const char *told, *question, *answer; } QuestionTe
 
 static const QuestionText question_texts[] = {
     // of any story
-    {"[who hero]", "Who is the story about?", "{hero}"},
-    {" lived[place home]", "Where was the house of {hero}?", "{home.at} the {home}"},
-    {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hobby}"},
-    {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hobby}"},
-    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?", "{home.at} the {home}"},
-    {"{cc=colour} {cloth=garment}", "What colour was the {cloth}?", "{cc}"},
-    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "a {cc} {cloth}"},
-    {"friend {friend=name}", "Who was the friend of {hero}?", "{friend}"},
+    {"[who hero]", "Who is the story about?", "The story is about {hero}."},
+    {" lived[place home]", "Where was the house of {hero}?", "{hero} lived {home.at} the {home}."},
+    {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}."},
+    {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}."},
+    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?", "{hero} went out to {hobby} {home.at} the {home}."},
+    {"{cc=colour} {cloth=garment}", "What colour was the {cloth}?", "The {cloth} was {cc}."},
+    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "{hero} always wore a {cc} {cloth}."},
+    {"friend {friend=name}", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
     // lost
-    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero.his} {c} {x}"},
-    {"find {hero.his} {c=colour} {x=toy}", "What colour was the {x}?", "{c}"},
-    {"`You played[place p] on", "Who helped {hero}?", "{friend}"},
-    {", was the {c} {x}!", "Where did they find the {x}?", "{p.at} the {p}"},
-    {"always kept the {c} {x}[spot d]", "Where is the {x} now?", "{d.at} the {d}"},
+    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero} could not find {hero.his} {c} {x}."},
+    {"find {hero.his} {c=colour} {x=toy}", "What colour was the {x}?", "The {x} was {c}."},
+    {"`You played[place p] on", "Who helped {hero}?", "{hero.His} friend {friend} helped {hero.him}."},
+    {", was the {c} {x}!", "Where did they find the {x}?", "They found the {x} {p.at} the {p}."},
+    {"always kept the {c} {x}[spot d]", "Where is the {x} now?", "Now the {x} is {d.at} the {d}."},
     // gift
-    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "a {c} {x}"},
-    {"bought a {c=colour} {x=toy}", "What colour was the {x}?", "{c}"},
-    {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "{friend}"},
-    {"so {hero.he} hid it[spot a]", "Where did {hero} put the {x}?", "{a.at} the {a}"},
-    {"kept the {c} {x}[spot d] for ever", "Where is the {x} now?", "{d.at} the {d}"},
+    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "{hero} bought a {c} {x}."},
+    {"bought a {c=colour} {x=toy}", "What colour was the {x}?", "The {x} was {c}."},
+    {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "The {x} was for {friend}."},
+    {"so {hero.he} hid it[spot a]", "Where did {hero} put the {x}?", "{hero} hid the {x} {a.at} the {a}."},
+    {"kept the {c} {x}[spot d] for ever", "Where is the {x} now?", "Now the {x} is {d.at} the {d}."},
     // errand
-    {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "some {f}, some {g} and a {c} {x}"},
-    {"and a {c=colour} {x=ware}", "What colour was the {x}?", "{c}"},
-    {"said {hero.his} {kin=kin}", "Who wanted a {c} {x}?", "{hero.his} {kin}"},
-    {"Come and play <game> with me", "Who wanted to play?", "the {pal}"},
+    {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "{hero} had to buy some {f}, some {g} and a {c} {x}."},
+    {"and a {c=colour} {x=ware}", "What colour was the {x}?", "The {x} was {c}."},
+    {"said {hero.his} {kin=kin}", "Who wanted a {c} {x}?", "{hero.His} {kin} wanted a {c} {x}."},
+    {"Come and play <game> with me", "Who wanted to play?", "The {pal} wanted to play."},
     // hungry
-    {"met a {s=sad} {pal=animal}", "Who was {s}?", "the {pal}"},
-    {"{pal=animal}[place p]", "Where was the {pal}?", "{p.at} the {p}"},
-    {"I only like {f=food}", "What did the {pal} like?", "{f}"},
-    {"if you {chore=chore}", "What did {hero} have to do?", "{chore}"},
-    {"vessel> of {f}", "Who gave {hero} the {f}?", "the {job}"},
-    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "a {c} {x}"},
-    {"Take my {c=colour} {x=treasure}", "What colour was the {x}?", "{c}"},
-    {"keeps the {c} {x}[spot a]", "Where is the {x} now?", "{a.at} the {a}"},
+    {"met a {s=sad} {pal=animal}", "Who was {s}?", "The {pal} was {s}."},
+    {"{pal=animal}[place p]", "Where was the {pal}?", "The {pal} was {p.at} the {p}."},
+    {"I only like {f=food}", "What did the {pal} like?", "The {pal} liked {f}."},
+    {"if you {chore=chore}", "What did {hero} have to do?", "{hero} had to {chore}."},
+    {"vessel> of {f}", "Who gave {hero} the {f}?", "The {job} gave {hero} the {f}."},
+    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "The {pal} gave {hero} a {c} {x}."},
+    {"Take my {c=colour} {x=treasure}", "What colour was the {x}?", "The {x} was {c}."},
+    {"keeps the {c} {x}[spot a]", "Where is the {x} now?", "Now the {x} is {a.at} the {a}."},
     // race
-    {"heard about a race[place p]", "Where was the race?", "{p.at} the {p}"},
-    {"prize was a {c=colour} {x=toy}", "What was the prize?", "a {c} {x}"},
-    {"prize was a {c=colour} {x=toy}", "What colour was the {x}?", "{c}"},
-    {"{friend=name} the {pal=animal}", "What was {friend}?", "a {pal}"},
-    {"Near the end {friend} fell", "Who fell?", "{friend}"},
-    {"hurt {friend.his} {limb=limb}", "What did {friend} hurt?", "{friend.his} {limb}"},
-    {"gave the {c} {x} to {hero} and {friend}", "Who won?", "{hero} and {friend}"},
-    {"gave the {c} {x} to {hero} and {friend}", "Who got the {x}?", "{hero} and {friend}"},
-    {"Nobody saw it, and {hero} won", "Who won?", "{hero}"},
-    {"So {hero.he} gave it to {friend}", "Who got the {x}?", "{friend}"},
+    {"heard about a race[place p]", "Where was the race?", "The race was {p.at} the {p}."},
+    {"prize was a {c=colour} {x=toy}", "What was the prize?", "The prize was a {c} {x}."},
+    {"prize was a {c=colour} {x=toy}", "What colour was the {x}?", "The {x} was {c}."},
+    {"{friend=name} the {pal=animal}", "What was {friend}?", "{friend} was a {pal}."},
+    {"Near the end {friend} fell", "Who fell?", "{friend} fell."},
+    {"hurt {friend.his} {limb=limb}", "What did {friend} hurt?", "{friend} hurt {friend.his} {limb}."},
+    {"gave the {c} {x} to {hero} and {friend}", "Who won?", "{hero} and {friend} won."},
+    {"gave the {c} {x} to {hero} and {friend}", "Who got the {x}?", "{hero} and {friend} got the {x}."},
+    {"Nobody saw it, and {hero} won", "Who won?", "{hero} won."},
+    {"So {hero.he} gave it to {friend}", "Who got the {x}?", "{friend} got the {x}."},
     // storm
-    {"hid[spot a]", "Where was {friend} hiding?", "{a.at} the {a}"},
-    {"afraid of the {noise=noise}", "What was {friend} afraid of?", "the {noise}"},
-    {"lit a {c=colour} candle", "What colour was the candle?", "{c}"},
-    {"{m=being} once lost a {d=colour} {x=treasure}", "Who lost a {x}?", "the {m}"},
-    {"{m=being} once lost a {d=colour} {x=treasure}", "What colour was the {x}?", "{d}"},
+    {"hid[spot a]", "Where was {friend} hiding?", "{friend} was hiding {a.at} the {a}."},
+    {"afraid of the {noise=noise}", "What was {friend} afraid of?", "{friend} was afraid of the {noise}."},
+    {"lit a {c=colour} candle", "What colour was the candle?", "The candle was {c}."},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "Who lost a {x}?", "The {m} lost a {x}."},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "What colour was the {x}?", "The {x} was {d}."},
     // build
-    {"{x=craft} out of {m=material}", "What was the {x} made of at first?", "{m}"},
-    {"So they <slowly> built the {x} again", "What is the {x} made of now?", "{n}"},
-    {"painted it {c=colour}", "What colour was the {x}?", "{c}"},
-    {"painted it {c=colour}", "Who painted the {x}?", "{friend}"},
-    {"{kin} came to see the {c} {x}", "Who came to see the {x}?", "{hero.his} {kin}"},
-    {"{friend} had the idea!", "Who had the idea?", "{friend}"},
+    {"{x=craft} out of {m=material}", "What was the {x} made of at first?", "At first the {x} was made of {m}."},
+    {"So they <slowly> built the {x} again", "What is the {x} made of now?", "Now the {x} is made of {n}."},
+    {"painted it {c=colour}", "What colour was the {x}?", "The {x} was {c}."},
+    {"painted it {c=colour}", "Who painted the {x}?", "{friend} painted the {x}."},
+    {"{kin} came to see the {c} {x}", "Who came to see the {x}?", "{hero.His} {kin} came to see the {x}."},
+    {"{friend} had the idea!", "Who had the idea?", "{friend} had the idea."},
     // bake
-    {"bake a cake for {hero.his} {kin=kin}", "Who was the cake for?", "{hero.his} {kin}"},
-    {"and some {h=food}", "What did {hero} need?", "some {f}, some {g} and some {h}"},
-    {"{$}! So", "What could {hero} not find?", "{$}"},
-    {"who lived[place p]", "Where was the house of {friend}?", "{p.at} the {p}"},
-    {"ran> home with the {$}", "Who had some {$}?", "{friend}"},
+    {"bake a cake for {hero.his} {kin=kin}", "Who was the cake for?", "The cake was for {hero.his} {kin}."},
+    {"and some {h=food}", "What did {hero} need?", "{hero} needed some {f}, some {g} and some {h}."},
+    {"{$}! So", "What could {hero} not find?", "{hero} could not find any {$}."},
+    {"who lived[place p]", "Where was the house of {friend}?", "{hero.His} friend lived {p.at} the {p}."},
+    {"ran> home with the {$}", "Who had some {$}?", "{friend} had some {$}."},
     // wish
-    {"magic {x=treasure}[place p]", "Where was the {x}?", "{p.at} the {p}"},
-    {"It was {c=colour} and very", "What colour was the {x}?", "{c}"},
-    {"{m=being} came out", "Who came out?", "a {m}"},
-    {"wished for some {f=food}", "What was wished for first?", "{f}"},
-    {"wished for a {d=colour} {y=toy}", "What colour was the {y}?", "{d}"},
-    {"there was a <trait>[who friend]", "Who was the friend of {hero}?", "{friend}"},
+    {"magic {x=treasure}[place p]", "Where was the {x}?", "The {x} was {p.at} the {p}."},
+    {"It was {c=colour} and very", "What colour was the {x}?", "The {x} was {c}."},
+    {"{m=being} came out", "Who came out?", "A {m} came out."},
+    {"wished for some {f=food}", "What was wished for first?", "First {hero} wished for some {f}."},
+    {"wished for a {d=colour} {y=toy}", "What colour was the {y}?", "The {y} was {d}."},
+    {"there was a <trait>[who friend]", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
     // seeds
-    {"planted {n=number} seeds", "How many seeds were planted?", "{n}"},
-    {"{n=number} seeds[place p]", "Where were the seeds?", "{p.at} the {p}"},
-    {"<size> {pal=animal} came by", "Who came by?", "a {pal}"},
-    {"came back with the {f}", "What did {hero} bring the {pal}?", "{f}"},
-    {"In {season=season} there were {n} {c=colour} {y=flower}", "When were there {y}?", "in {season}"},
-    {"{c=colour} {y=flower}", "What colour were the {y}?", "{c}"},
+    {"planted {n=number} seeds", "How many seeds were planted?", "{hero} planted {n} seeds."},
+    {"{n=number} seeds[place p]", "Where were the seeds?", "The seeds were {p.at} the {p}."},
+    {"<size> {pal=animal} came by", "Who came by?", "A {pal} came by."},
+    {"came back with the {f}", "What did {hero} bring the {pal}?", "{hero} brought the {pal} some {f}."},
+    {"In {season=season} there were {n} {c=colour} {y=flower}", "When were there {y}?", "There were {y} in {season}."},
+    {"{c=colour} {y=flower}", "What colour were the {y}?", "The {y} were {c}."},
     // secret
-    {"door[spot a]", "Where was the door?", "{a.at} the {a}"},
-    {"The word is {w=secret}", "What was the secret word?", "{w}"},
-    {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "the {pal}"},
-    {"there sat a <trait> {m=being}", "Who sat there?", "a {m}"},
-    {"This {c=colour} {x=treasure}", "What colour was the {x}?", "{c}"},
+    {"door[spot a]", "Where was the door?", "The door was {a.at} the {a}."},
+    {"The word is {w=secret}", "What was the secret word?", "The secret word was {w}."},
+    {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "The {pal} knew the word."},
+    {"there sat a <trait> {m=being}", "Who sat there?", "A {m} sat there."},
+    {"This {c=colour} {x=treasure}", "What colour was the {x}?", "The {x} was {c}."},
     // concert
-    {"But {hero} played it", "What did {hero} play?", "the {i}"},
-    {"got a {c=colour} {i=instrument}", "What colour was the {i}?", "{c}"},
-    {"from {hero.his} {kin=kin}", "Who gave {hero} the {i}?", "{hero.his} {kin}"},
-    {"There is a concert[place p]", "Where was the concert?", "{p.at} the {p}"},
-    {"on {d=weekday}", "When was the concert?", "on {d}"},
-    {"friend {friend=name} laughed", "Who laughed?", "{friend}"},
+    {"But {hero} played it", "What did {hero} play?", "{hero} played the {i}."},
+    {"got a {c=colour} {i=instrument}", "What colour was the {i}?", "The {i} was {c}."},
+    {"from {hero.his} {kin=kin}", "Who gave {hero} the {i}?", "{hero.His} {kin} gave {hero.him} the {i}."},
+    {"There is a concert[place p]", "Where was the concert?", "The concert was {p.at} the {p}."},
+    {"on {d=weekday}", "When was the concert?", "The concert was on {d}."},
+    {"friend {friend=name} laughed", "Who laughed?", "{friend} laughed."},
 };
 
 // A chat about a story: the story as the system's turn, the question as the user's, the answer as the assistant's.
@@ -484,7 +484,7 @@ enum {
     EOD = 256,            // <|endoftext|>: begin and end of a document; ids below are bytes, above words
     MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8,
     MAX_STORY = SEQ_LEN + 64,            // a story that fits the window, and a question with its answer
-    MAX_TOLD = 512, MAX_ROWS_OF_QUESTION = 16
+    MAX_TOLD = 512, MAX_ROWS_OF_QUESTION = 16, MAX_FACTS = 16
 };
 
 typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight; } Word;     // text: a space first
@@ -826,12 +826,16 @@ static void tell_recall(Story *s, const char *var, const char *form) {
 
 static void tell_rule(Story *s, const char *rule, const char *param);
 
+static void tell_item(Story *s, const Item *item, const char *param) {
+    if (item->op == LITERAL) tell_text(s, item->name);
+    if (item->op == DRAW) tell_draw(s, &s->g->classes[find_class(item->other)], var_of(item, param));
+    if (item->op == RECALL) tell_recall(s, var_of(item, param), item->other);
+    if (item->op == CALL) tell_rule(s, item->name, param_of(item, param));
+}
+
 static void tell_items(Story *s, const char *text, const char *param) {
     for (Item item; next_item(&text, &item);) {
-        if (item.op == LITERAL) tell_text(s, item.name);
-        if (item.op == DRAW) tell_draw(s, &s->g->classes[find_class(item.other)], var_of(&item, param));
-        if (item.op == RECALL) tell_recall(s, var_of(&item, param), item.other);
-        if (item.op == CALL) tell_rule(s, item.name, param_of(&item, param));
+        tell_item(s, &item, param);
         if (s->n_told == MAX_TOLD) die("a story has more than %d items", MAX_TOLD);
         s->told[s->n_told].end = text;
         s->told[s->n_told].n = s->n;
@@ -869,18 +873,21 @@ static const uint32_t TARGET = 0x80000000u, START = 0x40000000u, PADDING = 0x400
 enum { SFT, DPO };
 static const char *const stage_names[] = {"sft", "dpo"};
 
-typedef struct Unit { int64_t at; int n, n_targets, question; } Unit;   // what lies in one row: a document or a pair
+typedef struct Unit { int64_t at; int n, n_answers; } Unit;         // what lies in one row: a document or a pair
+typedef struct Answer { int question, n; uint16_t facts[MAX_FACTS]; } Answer;   // the tokens that the question does not hold
 typedef struct Set {
     int stage, n, room, n_dropped;      // dropped: training units that begin as one of validation does
     Unit *units;
     uint32_t *words;                    // of unit u: words[units[u].at], .n of them
+    Answer *answers;
+    int n_answers, answers_room;
     int64_t n_words, words_room;
 } Set;
 
 enum {
     ROW = SEQ_LEN + 1,
     OPENING = 24,          // every document tells at least so many tokens: two that agree in them are one story
-    SHORTEST_PAIR = 96,
+    MOST_QUESTIONS = 8,    // of a training document; those of validation have one
     MOST_SENTENCES = 3,    // of an ending
     MOST_FACTS = 3         // changed in an ending
 };
@@ -894,29 +901,38 @@ static void set_word(Set *set, int token, uint32_t flags) {
     set->words[set->n_words++] = (uint32_t)token | flags;
 }
 
-static Unit *set_unit(Set *set) {   // of no words yet
+static void set_unit(Set *set) {   // a new one, of no words yet
     if (set->n == set->room) {
         set->room = set->room ? 2 * set->room : 1024;
         set->units = (Unit *)realloc(set->units, (size_t)set->room * sizeof(Unit));
         if (!set->units) die("out of memory");
     }
-    Unit *u = &set->units[set->n++];
-    memset(u, 0, sizeof *u);
-    u->at = set->n_words;
-    return u;
+    const Unit u = {set->n_words, 0, 0};
+    set->units[set->n++] = u;
 }
 
-static void set_close(Set *set) {
-    Unit *u = &set->units[set->n - 1];
-    u->n = (int)(set->n_words - u->at);
-    for (int i = 0; i < u->n; i++) u->n_targets += set->words[u->at + i] >> 31;
+static void set_answer(Set *set, const Answer *a) {
+    if (set->n_answers == set->answers_room) {
+        set->answers_room = set->answers_room ? 2 * set->answers_room : 1024;
+        set->answers = (Answer *)realloc(set->answers, (size_t)set->answers_room * sizeof(Answer));
+        if (!set->answers) die("out of memory");
+    }
+    set->answers[set->n_answers++] = *a;
+    set->units[set->n - 1].n_answers++;
 }
 
-static void set_drop(Set *set) { set->n_words = set->units[--set->n].at; }
+static void set_close(Set *set) { set->units[set->n - 1].n = (int)(set->n_words - set->units[set->n - 1].at); }
+
+static void set_drop(Set *set) {   // the last unit
+    const Unit *u = &set->units[--set->n];
+    set->n_words = u->at;
+    set->n_answers -= u->n_answers;
+}
 
 static void set_free(Set *set) {
     free(set->units);
     free(set->words);
+    free(set->answers);
     memset(set, 0, sizeof *set);
 }
 
@@ -944,31 +960,82 @@ static int draw_early(Story *s, const int *list, int n, int lo, int hi) {
     return list[a < b ? a : b];
 }
 
-// A story told so far that it answers a question, the question, the answer and <|endoftext|>: these two are targets.
-// Returns 0 where they do not fit.
-static int make_question(Set *set, Story *s) {
-    int may_ask[COUNT(question_texts)], told_at[COUNT(question_texts)], n = 0, ends[MAX_STORY];
+static int holds(const char *text, const Item *recall) {   // the variable, in any form
+    char brace[MAX_TEXT + 2];
+    const char *p = text;
+    size_t n = (size_t)snprintf(brace, sizeof brace, "{%s", recall->name);
+    while ((p = strstr(p, brace)) != NULL && p[n] != '}' && p[n] != '.') p++;
+    return p != NULL;
+}
+
+// Asks question q of a story that was cut after the tokens told, and answers it: the answer and <|endoftext|> are
+// targets. It stays untold, 0, where the document would have more than hi words.
+static int ask(Set *set, Story *s, int q, const char *param, int hi) {
+    const int n = s->n, n_told = s->n_told;
     char text[128];
-    for (int q = 0; q < COUNT(question_texts); q++)
-        for (int i = 0, found = 0; i < s->n_told && !found; i++)
-            for (int k = 0; s->g->told[q][k] && !found; k++)
-                if ((found = s->told[i].end == s->g->told[q][k])) { may_ask[n] = q; told_at[n++] = i; }
-    const int pick = random_below(s, n), q = may_ask[pick], known = s->told[told_at[pick]].n;
-    const char *param = s->told[told_at[pick]].param;
-    const int cut = draw_early(s, ends, sentence_ends(s, ends), known > OPENING ? known : OPENING, SEQ_LEN);
-    s->n = cut;
+    const char *p = text;
+    Answer a = {q, 0, {0}};
     snprintf(text, sizeof text, " Q: %s A:", question_texts[q].question);
     tell_items(s, text, param);
     const int answer = s->n;
     snprintf(text, sizeof text, " %s", question_texts[q].answer);
-    tell_items(s, text, param);
+    for (Item item; next_item(&p, &item);) {
+        const int at = s->n, is_fact = item.op == RECALL && !holds(question_texts[q].question, &item);
+        tell_item(s, &item, param);
+        for (int i = at; is_fact && i < s->n && a.n < MAX_FACTS; i++) a.facts[a.n++] = s->tokens[i];
+    }
     tell_token(s, EOD);
-    if (1 + s->n > ROW) return 0;
-    set_unit(set)->question = q;
-    set_word(set, EOD, START);
-    for (int i = 0; i < s->n; i++) set_word(set, s->tokens[i], i < answer ? 0 : TARGET);
-    set_close(set);
+    s->n_told = n_told;
+    if (1 + s->n > hi) { s->n = n; return 0; }
+    for (int i = n; i < s->n; i++) set_word(set, s->tokens[i], i < answer ? 0 : TARGET);
+    set_answer(set, &a);
     return 1;
+}
+
+// The questions that a whole story answers, and from which item on.
+typedef struct Known { int n, q[COUNT(question_texts)], told[COUNT(question_texts)]; } Known;
+
+static void find_known(Known *known, const Story *s) {
+    known->n = 0;
+    for (int q = 0; q < COUNT(question_texts); q++)
+        for (int i = 0, found = 0; i < s->n_told && !found; i++) {
+            for (int k = 0; s->g->told[q][k]; k++) found |= s->told[i].end == s->g->told[q][k];
+            if (!found) continue;
+            known->q[known->n] = q;
+            known->told[known->n++] = i;
+        }
+}
+
+// A story, told so far that it answers a question drawn from all that it answers; this question, and up to most - 1
+// others that it answers by then. 0 if that does not give lo to hi words. The story itself stays as it is.
+static int make_chat(Set *set, Story *s, Known known, int most, int lo, int hi) {
+    int ends[MAX_STORY], pick = random_below(s, known.n), turns = 1 + random_below(s, most);
+    const int first = s->told[known.told[pick]].n, n = s->n;
+    const int cut = draw_early(s, ends, sentence_ends(s, ends), first > OPENING ? first : OPENING, hi);
+    uint16_t tokens[MAX_STORY];
+    if (cut < 0) return 0;
+    memcpy(tokens, s->tokens, sizeof tokens);
+    s->n = cut;
+    set_unit(set);
+    set_word(set, EOD, START);
+    for (int i = 0; i < cut; i++) set_word(set, s->tokens[i], 0);
+    while (turns > 0) {
+        const int q = known.q[pick], told = known.told[pick];
+        known.q[pick] = known.q[--known.n];
+        known.told[pick] = known.told[known.n];
+        if (s->told[told].n <= cut) {
+            if (!ask(set, s, q, s->told[told].param, hi)) break;
+            turns--;
+        }
+        if (known.n == 0) break;
+        pick = random_below(s, known.n);
+    }
+    set_close(set);
+    const int is_made = s->n > cut && 1 + s->n >= lo;
+    if (!is_made) set_drop(set);
+    memcpy(s->tokens, tokens, sizeof tokens);
+    s->n = n;
+    return is_made;
 }
 
 static int is_told(const Story *s, const char *text, int n_tokens) {
@@ -1037,12 +1104,16 @@ static int same_words(const Set *a, int64_t at, const Set *b, int64_t bt, int n)
     return memcmp(a->words + at, b->words + bt, (size_t)n * 4) == 0;
 }
 
-// Pairs whose rows are full: one that has a row for itself, one that leaves room for another, the one that takes it, and
-// so on, each to within two words.
-static int make_fitting_pair(Set *set, Story *s) {
-    const int turn = set->n % 3, room = turn == 2 ? ROW - set->units[set->n - 1].n : ROW;
+// The next unit, of such a length that rows are full: one that leaves room for another, and the one that takes that room,
+// to within two words. With pairs, one of three has a row for itself: it is the one that tells most of its story.
+static int make_fitting(Set *set, Story *s, int most) {
+    const int turn = set->stage == SFT ? 1 + set->n % 2 : set->n % 3, shortest = set->stage == SFT ? 48 : 96;
+    const int room = turn == 2 ? ROW - set->units[set->n - 1].n : ROW;
+    const int lo = turn == 1 ? shortest : room - 2, hi = turn == 1 ? ROW - shortest : room;
+    Known known;
+    if (set->stage == SFT) find_known(&known, s);
     for (int tries = 0; tries < 8; tries++)
-        if (turn == 1 ? make_pair(set, s, SHORTEST_PAIR, ROW - SHORTEST_PAIR) : make_pair(set, s, room - 2, room)) return 1;
+        if (set->stage == SFT ? make_chat(set, s, known, most, lo, hi) : make_pair(set, s, lo, hi)) return 1;
     return 0;
 }
 
@@ -1053,7 +1124,7 @@ static void make_set(Set *set, const Grammar *g, int stage, uint64_t seed, uint6
     set->stage = stage;
     for (uint64_t index = 0; set->n < n_units; index++) {
         story_tell(&story, g, seed, stream, index);
-        if (!(stage == SFT ? make_question : make_fitting_pair)(set, &story)) continue;
+        if (!make_fitting(set, &story, held_out ? MOST_QUESTIONS : 1)) continue;
         const Unit *u = &set->units[set->n - 1];
         int is_held_out = 0;
         for (int i = 0; held_out && i < held_out->n && !is_held_out; i++)
@@ -1064,35 +1135,32 @@ static void make_set(Set *set, const Grammar *g, int stage, uint64_t seed, uint6
     }
 }
 
-static int is_same_question(int q, int r) {
-    return strcmp(question_texts[q].question, question_texts[r].question) == 0;
+static int compare_answers(const void *a, const void *b) {
+    const Answer *x = (const Answer *)a, *y = (const Answer *)b;
+    const int order = strcmp(question_texts[x->question].question, question_texts[y->question].question);
+    return order ? order : memcmp(x->facts, y->facts, sizeof x->facts);
 }
 
-static int is_same_answer(const Set *a, const Unit *u, const Set *b, const Unit *v) {
-    return u->n_targets == v->n_targets
-           && same_words(a, u->at + u->n - u->n_targets, b, v->at + v->n - v->n_targets, u->n_targets);
-}
-
-// The share of set's questions that one answers who has not read the stories, but knows of each question its most
-// frequent answer in train.
+// The share of set's questions that one answers who has not read the stories, but knows of each question which answer
+// to it is the most frequent in train.
 static double guess_accuracy(const Set *train, const Set *set) {
-    int n_right = 0;
-    for (int q = 0; q < COUNT(question_texts); q++) {
-        int is_first = 1, most = 0;
-        const Unit *guess = NULL;
-        for (int r = 0; r < q; r++) is_first &= !is_same_question(q, r);
-        for (int i = 0; is_first && i < train->n; i++) {
-            int n = 0;
-            if (!is_same_question(q, train->units[i].question)) continue;
-            for (int j = i; j < train->n; j++)
-                n += is_same_question(q, train->units[j].question)
-                     && is_same_answer(train, &train->units[i], train, &train->units[j]);
-            if (n > most) { most = n; guess = &train->units[i]; }
-        }
-        for (int i = 0; guess && i < set->n; i++)
-            n_right += is_same_question(q, set->units[i].question) && is_same_answer(set, &set->units[i], train, guess);
+    Answer *sorted = (Answer *)malloc((size_t)train->n_answers * sizeof(Answer));
+    int n_right = 0, most = 0;
+    if (!sorted) die("out of memory");
+    memcpy(sorted, train->answers, (size_t)train->n_answers * sizeof(Answer));
+    qsort(sorted, (size_t)train->n_answers, sizeof(Answer), compare_answers);
+    for (int i = 0, n = 1, guess = 0; i < train->n_answers; i++, n++) {
+        const char *question = question_texts[sorted[i].question].question;
+        const int is_last = i + 1 == train->n_answers;
+        if (!is_last && compare_answers(&sorted[i], &sorted[i + 1]) == 0) continue;
+        if (n > most) { most = n; guess = i; }
+        n = 0;
+        if (!is_last && strcmp(question, question_texts[sorted[i + 1].question].question) == 0) continue;
+        for (int j = 0; j < set->n_answers; j++) n_right += compare_answers(&sorted[guess], &set->answers[j]) == 0;
+        most = 0;
     }
-    return (double)n_right / set->n;
+    free(sorted);
+    return (double)n_right / set->n_answers;
 }
 
 // ---------------------------------------------------------------------------------------------------------
