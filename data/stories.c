@@ -378,7 +378,8 @@ static const QuestionText question_texts[] = {
     {" lived[place home]", "Where was the house of {hero}?", "{hero} lived {home.at} the {home}."},
     {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}."},
     {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}."},
-    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?", "{hero} went out to {hobby} {home.at} the {home}."},
+    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?",
+     "{hero} went out to {hobby} {home.at} the {home}."},
     {"{cc=colour} {cloth=garment}", "What colour was the {cloth}?", "The {cloth} was {cc}."},
     {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "{hero} always wore a {cc} {cloth}."},
     {"friend {friend=name}", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
@@ -1377,8 +1378,8 @@ static void write_marker(const Grammar *g, const char *dir, uint64_t seed, const
     int n = snprintf(json, sizeof json,
         "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n  \"val_rows\": %lld,\n"
         "  \"questions\": %d,\n  \"val_questions\": %d,\n  \"guess_accuracy\": %.4f,\n  \"pairs\": %d,\n"
-        "  \"val_pairs\": %d,\n  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n  \"floor\": %.6f,\n"
-        "  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
+        "  \"val_pairs\": %d,\n  \"vocab_size\": %d,\n  \"content_words\": %d,\n"
+        "  \"longest_story\": %d,\n  \"floor\": %.6f,\n  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
         (long long)t->val_rows, t->questions, t->val_questions, t->guess, t->pairs, t->val_pairs, g->n_pieces,
         g->n_content_words, t->longest, t->floor);
     file_open(&file, dir, "stories.json");
