@@ -2129,8 +2129,12 @@ static void dump_grads(Trainer *tr) {
 }
 
 // ---- set-up: everything that can go wrong goes wrong here, before any work --------------------------------
-static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds";
-static const char DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+static const char *const default_train[] = {                // by --stage
+    "data/stories/train/train_*.ds", "data/stories/sft/train/train_*.ds",
+    "data/stories/dpo/train/train_*.ds"};
+static const char *const default_val[] = {
+    "data/stories/val/val_*.ds", "data/stories/sft/validation/val_*.ds",
+    "data/stories/dpo/validation/val_*.ds"};
 
 static int is_training(void) { return !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads; }
 
@@ -2318,9 +2322,10 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     const int needs_data = is_training() || opt.dump_grads;
     int V = 0, S;
-    if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
-    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && !data_declares(opt.train_data, &V, &S))
+    const char *usual = default_train[opt.stage];
+    if (!opt.train_data && !opt.val_data) opt.val_data = default_val[opt.stage];
+    if (!opt.train_data) opt.train_data = usual;
+    if (needs_data && !strcmp(opt.train_data, usual) && !data_declares(opt.train_data, &V, &S))
         die("the default data is not here; `make data` writes it to data/stories, or name your own with "
             "--train-data");
     *c = choose_config(resume_dir);
@@ -3364,6 +3369,17 @@ void options_default(void) {
     }
 }
 
+static const char dpo_formulas[] =
+    "Loss of a pair (--stage dpo). c and r are log p of the chosen and the rejected answer, policy minus\n"
+    "reference, sums over their n_c and n_r tokens; s = log sigmoid, b = --dpo-beta,\n"
+    "e = --dpo-label-smoothing.\n"
+    "  sigmoid  z = b (c - r)          -(1-e) s(z) - e s(-z)   e > 0: conservative DPO (TRL ignores e here)\n"
+    "  norm     z = b (c/n_c - r/n_r)  -(1-e) s(z) - e s(-z)   TRL's sigmoid_norm\n"
+    "  robust   z = b (c - r)          (-(1-e) s(z) + e s(-z)) / (1 - 2e)\n"
+    "  ipo      (c/n_c - r/n_r - 1/(2b))^2\n"
+    "The objective is the mean over all pairs of the update, plus --dpo-sft-weight times the mean nll over\n"
+    "all targets of its chosen answers (TRL takes that mean per micro-batch).\n";
+
 void options_help(void) {
     printf("litespark trains Llama-family language models. "
            "With no options: a small model on generated stories.\n");
@@ -3379,6 +3395,7 @@ void options_help(void) {
             printf("  %-24s   %s%s%s\n", "", refused[i].value ? refused[i].value : "",
                    refused[i].value ? " " : "", refused[i].why);
     }
+    printf("\n%s", dpo_formulas);
 }
 
 // argv -> opt. Unknown names, missing and malformed values die.
