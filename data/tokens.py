@@ -5,27 +5,32 @@
     python3 data/tokens.py dump/ --tokenizer tokenizer.model --out data/slim --jobs 8      # SentencePiece
     python3 data/tokens.py a.jsonl.gz --tokenizer r50k_base.tiktoken --out data/web        # GPT-2
     python3 data/tokens.py a.jsonl.zst --tokenizer tokenizer.json --format ds --seq-len 2048 --out data/rows
+    python3 data/tokens.py SlimPajama-627B/train --mix 'RedPajamaC4=0.3,RedPajamaCommonCrawl=0.5,RedPajamaBook=0.2' \\
+        --val-from SlimPajama-627B/validation --tokenizer tokenizer.model --out data/mix   # sources by weight
+    python3 data/tokens.py --mix 'web:fineweb/=0.8,code:code.jsonl.zst=0.2' --out data/two
     python3 data/tokens.py --inspect data/tiny/train_000.bin
     python3 data/tokens.py --export-tokenizer tokenizer.model --out tokenizer.bin
     python3 data/test_tokens.py
 
-Inputs are .txt, .jsonl, .ndjson or .json (one JSON object per line), plain, .gz, .zst, .xz or .bz2, and .parquet;
-folders are searched, and what they hold besides is named.
+Inputs are .txt, .jsonl, .ndjson or .json (one JSON object per line), plain, .gz, .zst, .xz or .bz2, .parquet, and
+.arrow as Hugging Face's `datasets` saves it; folders are searched, and what they hold besides is named.
 Outputs (byte tables in data/README.md):
     bin   OUT/train_000.bin ..., OUT/val_000.bin ..., OUT/tokenizer.bin, OUT/tokens.json
     ds    the same as OUT/train/train_000.ds and OUT/validation/val_000.ds, each folder with metadata.json
+    With --mix the validation shards are val_SOURCE_000, ...; OUT/manifest.json tells inputs, sources and shards.
 
 What holds, whatever the input:
     - Memory is bounded: text flows through in pieces of at most 256 KiB (one JSON line or parquet row is read
       whole; a .zst file may ask for its window, up to 2 GiB).
     - The same inputs and options give the same bytes, for any --jobs: batches are cut by the reader and
       written in the reader's order.
-    - A document goes to validation if hash(seed, its index) says so; document 0 always trains. Where that leaves
-      validation empty (one book, a few files), the end of the text is validation instead.
+    - A document goes to validation if hash(seed, its index) says so; without --mix, document 0 always trains, and
+      where that leaves validation empty (one book, a few files), the end of the text is validation instead.
     - A document longer than a piece is cut where a line begins with a letter or digit. No GPT-2 or
       Llama token crosses such a place, so the tokens are those of the whole document.
     - A shard is written under a temporary name, fsynced, then renamed. A kill leaves whole shards only,
-      and tokens.json with "complete": false.
+      and tokens.json with "complete": false. Every --save-every seconds .state.json tells how far input and shards
+      are; the same command goes on from there, and its bytes are those of a run that was never killed.
     - A shard ends with the document that fills it, so no document is cut unless it is longer than a shard.
 """
 import argparse, base64, collections, concurrent.futures, concurrent.futures.process, contextlib, gzip
@@ -925,13 +930,13 @@ def parse_mix(args):
         except ValueError:
             weight = -1.0
         if not name or not 0 < weight < float("inf"):
-            raise UserError(f"--mix: '{row.strip()}' is not {'NAME' if args.inputs else 'NAME:PATH'}=WEIGHT with a weight above "
-                            "0; leave a source out to use nothing of it")
+            raise UserError(f"--mix: '{row.strip()}' is not {'NAME' if args.inputs else 'NAME:PATH'}=WEIGHT with a weight "
+                            "above 0; leave a source out to use nothing of it")
         if name in weights:
             raise UserError(f"--mix names {name} twice")
         if not args.inputs and not path:
-            raise UserError(f"--mix: '{row.strip()}' has no path; write NAME:PATH=WEIGHT, or name INPUT files whose documents "
-                            "tell their source (--mix-key)")
+            raise UserError(f"--mix: '{row.strip()}' has no path; write NAME:PATH=WEIGHT, or name INPUT files whose "
+                            "documents tell their source (--mix-key)")
         weights[name] = weight
         streams.append((name, [path]))
     total = sum(weights.values())
@@ -995,15 +1000,20 @@ def count_file(task):
     return sources, index + 1, told[0][2]
 
 
-def count_inputs(args, streams, progress):
-    """-> {"inputs": [[path, bytes, SHA-256, documents]], "sources": {source: counts}}; goes on where a kill stopped it."""
+def count_inputs(args, streams, progress, begun):
+    """-> {"inputs": [[path, bytes, SHA-256, documents]], "sources": {source: counts}}; goes on where a kill stopped it.
+    begun: shards exist that follow from the count, so it must not change."""
     path, files = os.path.join(args.out, ".counts.json"), [f for _, files in streams for f in files]
     sizes = [[f, os.path.getsize(f)] for f in files]
-    total = {"version": 1, "sizes": sizes, "inputs": [], "sources": {}}
+    total = {"version": 1, "streams": [[name, len(files)] for name, files in streams], "sizes": sizes, "inputs": [],
+             "sources": {}}
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            total = json.load(f)
-        refuse_changed(args, total["sizes"], sizes)
+            before = json.load(f)
+        if begun:
+            refuse_changed(args, before["sizes"], sizes)
+        if all(before[k] == total[k] for k in ("version", "streams", "sizes")):
+            total = before
     done, saved = len(total["inputs"]), time.time()
     progress.done = sum(size for _, size in sizes[:done])
     args.sample, args.rules = min(1.0, SAMPLE / max(sum(size for _, size in sizes), 1)), None
@@ -1048,19 +1058,16 @@ def plan_mix(args, weights, counts):
         return part / seen[n]["bytes"] * tokens[n]
 
     def threshold(n, wanted):       # the hash with so many tokens below it
-        left = wanted / tokens[n] * seen[n]["bytes"]
+        left, few = wanted / tokens[n] * seen[n]["bytes"], seen[n]["documents"] < 4 * BINS
         for b, size in enumerate(seen[n]["bins"]):
-            if size and left < size:
-                return (b << 64) // BINS + int(max(left, 0) / size * 2.0 ** 64) // BINS
+            if size and left < size:    # a bin with one document or so is taken or not; of many, a part is
+                part = max(left, 0) / size
+                return (b << 64) // BINS + int((part >= 0.5 if few else part) * 2.0 ** 64) // BINS
             left -= size
         return 1 << 64
-    wanted, share = args.val_tokens or args.val_fraction, args.val_fraction
-    spare = {n: tokens[n] - min(args.val_tokens, tokens[n] / 10) if args.val_tokens else tokens[n] * (1 - share) for n in names}
-    if weights is None:
-        weights = {n: tokens[n] / sum(tokens[m] for m in names) for n in names}
-        natural = True
-    else:
-        natural = False
+    wanted, share, natural = args.val_tokens or args.val_fraction, args.val_fraction, weights is None
+    spare = {n: tokens[n] - (min(args.val_tokens, tokens[n] / 10) if args.val_tokens else tokens[n] * share) for n in names}
+    weights = weights or {n: tokens[n] / sum(tokens[m] for m in names) for n in names}
     most = lambda have: min(args.repeat * have[n] / weights[n] for n in names)
     total, validates, left = most(spare), {}, {}
     total = min(total, args.train_tokens or total)
@@ -1068,16 +1075,16 @@ def plan_mix(args, weights, counts):
         distinct = min(weights[n] * total, spare[n])
         part = min(args.val_tokens, distinct / 9) if args.val_tokens else distinct * share / (1 - share)
         validates[n] = threshold(n, part) if wanted else 0
-        if wanted and seen[n]["documents"] > 1:
-            validates[n] = max(validates[n], seen[n]["low"] + 1)
+        if wanted and seen[n]["documents"] > 1:         # one at least
+            validates[n] = max(validates[n], (seen[n]["low"] * BINS >> 64) + 1 << 64 >> BINS.bit_length() - 1)
         left[n] = max(tokens[n] - below(n, validates[n]), 1e-9)
     if natural:
         weights = {n: left[n] / sum(left.values()) for n in names}
     total, scarce = most(left), min(names, key=lambda n: left[n] / weights[n])
     if args.train_tokens > total:
-        raise UserError(f"--train-tokens {args.train_tokens}: {scarce} has about {left[scarce]:,.0f} tokens to train, which at its "
-                        f"weight and --repeat {args.repeat:g} is enough for {total:,.0f}; ask for fewer, or pass --repeat "
-                        f"{args.train_tokens * weights[scarce] / left[scarce] * 1.01:.3g}")
+        raise UserError(f"--train-tokens {args.train_tokens}: {scarce} has about {left[scarce]:,.0f} tokens to train, which "
+                        f"at its weight and --repeat {args.repeat:g} is enough for {total:,.0f}; ask for fewer, or pass "
+                        f"--repeat {args.train_tokens * weights[scarce] / left[scarce] * 1.01:.3g}")
     total, args.rules, plan = args.train_tokens or total, {}, {}
     for n in names:
         copies = weights[n] * total / left[n]
@@ -1087,13 +1094,13 @@ def plan_mix(args, weights, counts):
         plan[n] = {"weight": weights[n], "copies": copies, "documents": seen[n]["documents"], "bytes": seen[n]["bytes"],
                    "tokens_estimated": round(tokens[n])}
     args.passes = max(whole + (more > 0) for _, more, whole in args.rules.values())
-    held = sum(tokens.values())
-    print(f"{'source':20s} {'documents':>12s} {'tokens, about':>16s} {'held':>7s} {'weight':>7s} {'copies':>7s}")
+    held, wide = sum(tokens.values()), max(map(len, [*seen, "source"]))
+    print(f"{'source':{wide}s} {'documents':>12s} {'tokens, about':>16s} {'held':>7s} {'weight':>7s} {'copies':>7s}")
     for n in sorted(seen):
         row = f"{100 * weights[n]:6.2f}% {plan[n]['copies']:7.3f}" if n in plan else "      -  left out"
-        print(f"{n:20s} {seen[n]['documents']:12,d} {tokens[n]:16,.0f} {100 * tokens[n] / held:6.2f}% {row}")
-    print(f"about {total:,.0f} tokens to train" + (
-        "" if natural or args.train_tokens else f"; {scarce} is the scarcest for its weight and sets that"), flush=True)
+        print(f"{n:{wide}s} {seen[n]['documents']:12,d} {tokens[n]:16,.0f} {100 * tokens[n] / held:6.2f}% {row}")
+    print(f"about {total:,.0f} tokens to train" + ("" if natural or args.train_tokens else
+          f": {scarce} is the scarcest for its weight, and is used {plan[scarce]['copies']:.4g} times (--repeat)"), flush=True)
     return plan
 
 
@@ -1111,7 +1118,8 @@ class Reader:
 
     def documents(self):
         args, separator = self.args, make_separator(self.args.split_on)
-        told, once = lambda *x: self.inputs.append(list(x)), sum(os.path.getsize(f) for _, fs in self.streams for f in fs)
+        told = lambda *x: self.inputs.append(list(x))
+        once = sum(os.path.getsize(f) for _, files in self.streams for f in files)
         self.progress.done = min(self.number, args.passes) * once
         while self.number <= args.passes:
             streams = self.streams if self.number < args.passes else self.val_streams
@@ -1137,7 +1145,7 @@ class Reader:
         """The item as encode_batch wants it, or None where no source takes it."""
         args, place = self.args, self.places[i]
         if args.rules is None:
-            return (-1 if self.number == args.passes else item[0], *item[1:])
+            return (-1 if self.number == args.passes else item[0], *item[1:])       # -1: from --val-from
         done = place.documents - (not place.open)       # documents of this file before this one
         u = hash_of(args, i, place.file, done)
         name = name or item[6]
@@ -1161,8 +1169,9 @@ class Reader:
 def refuse_changed(args, before, now):
     for old, new in zip(before, now):
         if old != new:
-            what = f"{old[0]} had {old[1]:,} bytes, now {new[1]:,}" if old[0] == new[0] else f"{old[0]} was read, now {new[0]}"
-            raise UserError(f"the input has changed since this preparation began ({what}); remove {args.out} to start anew")
+            what = f"had {old[1]:,} bytes, now {new[1]:,}" if old[0] == new[0] else f"was read, now {new[0]}"
+            raise UserError(f"the input has changed since this preparation began ({old[0]} {what}); remove {args.out} to "
+                            "start anew")
     if len(before) > len(now):
         raise UserError(f"the input has changed since this preparation began ({before[len(now)][0]} is gone); remove "
                         f"{args.out} to start anew")
@@ -1311,17 +1320,22 @@ def split_folders(args):
     return [os.path.join(args.out, n) for n in ("train", "validation")] if args.format == "ds" else [args.out] * 2
 
 
+# Where nothing is written yet these may change, and the count of a mix still serves.
+COUNT_SERVES = ("mix", "repeat", "train_tokens", "val_fraction", "val_tokens", "val_from", "shard_tokens")
+
+
 def claim_folder(args, options, resume=False):
     """An empty folder, or one that the same command filled before: its shards are then written anew. resume: -> the
     state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do."""
     out, state, saved = args.out, os.path.join(args.out, "tokens.json"), None
-    if os.path.isdir(out) and os.listdir(out):
+    if os.path.isdir(out) and set(os.listdir(out)) - {"tokens.json.tmp"}:       # which a kill at the start leaves
         if not os.path.exists(state):
             raise UserError(f"{out} is not empty and holds no tokens.json; choose another --out")
         with open(state, encoding="utf-8") as f:
             before = json.load(f)
+        begun = not resume or before.get("complete") or os.path.exists(os.path.join(out, ".state.json"))
         for key in options:
-            if before["options"].get(key) != options[key]:
+            if before["options"].get(key) != options[key] and (begun or key not in COUNT_SERVES):
                 raise UserError(f"{out} was made with other options ({key} = {before['options'].get(key)}, now "
                                 f"{options[key]}); choose another --out or remove the folder")
         for folder in split_folders(args):
@@ -1338,7 +1352,7 @@ def claim_folder(args, options, resume=False):
                 raise UserError(f"{out} was begun by another version of tokens.py; remove it to start anew")
         if not saved:
             remove_shards(args)
-            if before.get("complete") or not resume:
+            if begun:
                 remove_files(out, ".counts.json")
     os.makedirs(out, exist_ok=True)
     if not saved:
@@ -1402,7 +1416,8 @@ def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tok
         reader.restore(saved["reader"], saved["inputs"])
         text_bytes, trained = saved["text_bytes"], saved["trained"]
         count = sum(s.documents for s in everything.values())
-        print(f"note: goes on after {count:,} documents, {sum(s.count for s in everything.values()):,} tokens", file=sys.stderr)
+        tokens = sum(s.count for s in everything.values())
+        print(f"goes on after {count:,} documents, {tokens:,} tokens", flush=True)
     try:
         for (ids, spans), state in in_order(encode_batch, reader.batches(), args):
             at = 0
@@ -1420,7 +1435,7 @@ def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tok
                         val.add(ids[at + here:at + count], first or here > 0, last)
                 else:
                     if first:
-                        split = val if in_validation(document, args) and not (
+                        split = val if document < 0 or in_validation(document, args) and not (
                             args.val_tokens and val.count >= args.val_tokens) else train
                     split.add(ids[at:at + count], first, last)
                 at, text_bytes = at + count, text_bytes + size
@@ -1430,6 +1445,8 @@ def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tok
                     {"version": 1, "train_tokens": train_tokens, "reader": state, "text_bytes": text_bytes,
                      "trained": trained, "inputs": reader.inputs[:state["inputs"]],
                      "splits": {p: s.state() for p, s in everything.items()}}).encode())
+                for folder in set(folders):
+                    sync_folder(folder)
                 kept, stamp = True, time.time()
         if not train.count:
             raise UserError(f"no text in {', '.join(args.inputs[:3]) or args.mix}: nothing to tokenize")
@@ -1478,7 +1495,7 @@ def prepare(args):
         return
     counts, plan, args.rules, args.passes = None, None, None, 1
     if args.mix:
-        counts = count_inputs(args, streams, Progress(total))
+        counts = count_inputs(args, streams, Progress(total), begun=saved is not None)
         plan = plan_mix(args, weights, counts)
     progress, wanted = Progress(total * args.passes + val_total), args.val_tokens or args.val_fraction
     totals, done = [], 0
@@ -1499,11 +1516,10 @@ def prepare(args):
         print(f"note: no document fell to validation, so the last {last:,} of {written[0].count + last:,} tokens did",
               file=sys.stderr)
     finish(args, options, tokenizer, export, reader, counts, plan, *written)
-    val = written[1].values()
-    if not plan and wanted and (sum(v.rows * args.seq_len for v in val) if args.format == "ds" else
-                                sum(v.count for v in val)) < (args.val_tokens or 1):
-        print(f"note: validation got {sum(v.count for v in val)} tokens of {written[0].documents + sum(v.documents for v in val)} "
-              "documents; for more use a larger --val-fraction, or more documents (--split-on)", file=sys.stderr)
+    val = written[1].get(None)
+    if val and wanted and (val.rows * args.seq_len if args.format == "ds" else val.count) < (args.val_tokens or 1):
+        print(f"note: validation got {val.count} tokens of {written[0].documents + val.documents} documents; for more use a "
+              "larger --val-fraction, or more documents (--split-on)", file=sys.stderr)
     none = [n for n, v in written[1].items() if plan and (wanted or val_streams) and not v.files]
     if none:
         print(f"note: no validation shard for {', '.join(none)}: " + ("--val-from holds nothing of it" if val_streams else
@@ -1522,7 +1538,8 @@ def finish(args, options, tokenizer, export, reader, counts, plan, train, vals, 
     done = {"train": about(train), "val": about(val)}
     inputs = (counts["inputs"] if counts else []) + reader.inputs
     manifest = {"tokenizer": {"name": tokenizer.name, "sha256": None if args.tokenizer == "bytes" else
-                              file_hash(args.tokenizer), "pieces": len(tokenizer.pieces), "tokenizer_bin_crc32": options["tokenizer_crc"]},
+                              file_hash(args.tokenizer), "pieces": len(tokenizer.pieces),
+                              "tokenizer_bin_crc32": options["tokenizer_crc"]},
                 "documents_read": sum(row[3] for row in inputs), "text_bytes_written": text_bytes, **done}
     if plan:
         for n, row in plan.items():
@@ -1532,22 +1549,25 @@ def finish(args, options, tokenizer, export, reader, counts, plan, train, vals, 
         manifest["left_out"] = {n: s["documents"] for n, s in sorted(counts["sources"].items()) if n not in plan}
     else:
         manifest["documents_without_text"] = manifest["documents_read"] - train.documents - val.documents
-    manifest["shards"] = [dict(zip(("path", "bytes", "tokens", "crc32"), row)) for s in [train, *vals.values()] for row in s.about]
+    shards = [row for s in [train, *vals.values()] for row in s.about]
+    manifest["shards"] = [dict(zip(("path", "bytes", "tokens", "crc32"), row)) for row in shards]
     manifest["inputs"] = [dict(zip(("path", "bytes", "sha256", "documents"), row)) for row in inputs]
     write_whole(os.path.join(args.out, "manifest.json"), json.dumps(manifest, indent=1).encode())
     write_whole(os.path.join(args.out, "tokens.json"), json.dumps(
         {"options": options, "complete": True, **done, **({"sources": plan} if plan else {})}, indent=1).encode())
     remove_files(args.out, ".state.json", ".counts.json")
     if plan:
-        print(f"{'source':20s} {'asked':>7s} {'is':>7s} {'train documents':>16s} {'tokens':>16s} {'val documents':>14s} {'tokens':>14s}")
+        wide = max(map(len, [*plan, "source"]))
+        print(f"{'source':{wide}s} {'asked':>7s} {'is':>7s} {'train documents':>16s} {'tokens':>16s} {'val documents':>14s} "
+              f"{'tokens':>14s}")
         for n, row in plan.items():
-            print(f"{n:20s} {100 * row['weight']:6.2f}% {100 * row['achieved']:6.2f}% {trained[n][0]:16,d} {trained[n][1]:16,d} "
-                  f"{vals[n].documents:14,d} {vals[n].count:14,d}")
+            print(f"{n:{wide}s} {100 * row['weight']:6.2f}% {100 * row['achieved']:6.2f}% {trained[n][0]:16,d} "
+                  f"{trained[n][1]:16,d} {vals[n].documents:14,d} {vals[n].count:14,d}")
     for name, s in (("train", train), ("val", val)):
         tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" * (args.format == "ds")
         print(f"{name:5s} | {s.documents:,} documents | {s.count:,} tokens{tail} | {len(s.files)} shards")
-    print(f"vocabulary {len(tokenizer.pieces)}, uint{8 * args.token_bytes}, {text_bytes / (train.count + val.count):.2f} bytes per "
-          f"token, {time.time() - reader.progress.start:.1f} s -> {args.out}")
+    print(f"vocabulary {len(tokenizer.pieces)}, uint{8 * args.token_bytes}, "
+          f"{text_bytes / (train.count + val.count):.2f} bytes per token, {time.time() - reader.progress.start:.1f} s -> {args.out}")
 
 
 def boundary(choice, tokenizer, usual, wanted, option):
@@ -1572,8 +1592,13 @@ def finish_folder(split, name, args, tokenizer, files):
                 "token_size_bytes": args.token_bytes, "total_sequences": split.rows,
                 "total_tokens": split.rows * (args.seq_len + 1), "eos_token_id": args.eos_id}
         write_whole(os.path.join(split.folder, "metadata.json"), json.dumps(meta, indent=1).encode())
-    if hasattr(os, "O_DIRECTORY"):       # the renames themselves reach the disk
-        fd = os.open(split.folder, os.O_RDONLY | os.O_DIRECTORY)
+    sync_folder(split.folder)
+
+
+def sync_folder(folder):
+    """The renames themselves reach the disk."""
+    if hasattr(os, "O_DIRECTORY") and os.path.isdir(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(fd)
         os.close(fd)
 
@@ -1649,12 +1674,14 @@ def inspect(path):
 
 
 # ---- Command line --------------------------------------------------------------------------------------
-MIX_HELP = """A weight is a share of the training tokens (weights are divided by their sum). Documents are drawn by a hash
-of --seed and their place, without putting back. A first pass counts the text of each source and estimates its tokens from a sample. The
-total is as large as the scarcest source allows for its weight: that one is used whole (or --repeat R times), the others in part; with
---train-tokens N it is N, or an error where a source has too little. A source is never used more than R times, and all its documents
-come equally often, but for one time. Sources that are not named are left out. 'natural' takes every document once, whatever its
-source. Validation documents are never trained; they go to shards val_SOURCE_000, one set for each source."""
+MIX_HELP = """A weight is a share of the tokens to train; weights are divided by their sum. Documents are drawn by a hash of
+--seed and their place, none twice before each was taken once. The total is as large as the source that is scarcest
+for its weight allows: that one is used whole (R times with --repeat R), of the others as much as fits; with
+--train-tokens N it is about N, or an error where a source holds too little for R times. A source that is used 2.3
+times has each document 2 or 3 times. Tokens are known beforehand from a first pass over the input, which counts the
+text of each source and encodes a sample of it, so shares come out to about one part in a hundred. Sources that
+--mix does not name are left out; 'natural' takes every document once. Validation is a share of each source's
+chosen documents; they never train, and lie in shards val_SOURCE_000, ... of their own."""
 
 
 class Parser(argparse.ArgumentParser):
