@@ -658,6 +658,13 @@ def test_memory(d):
     status, mb = peak_mb(f"{d}/big.txt", "--out", f"{d}/o", "--val-fraction", 0, "--jobs", 2)
     check("300 MB as one document: below 400 MB", status == 0 and mb < 400, f"{status} {mb:.0f} MB")
     print(f"peak {mb:.0f} MB for 300 MB of text")
+    row = '{"text": "%s", "meta": {"redpajama_set_name": "%s"}}\n'
+    with open(f"{d}/mix.jsonl", "w") as f:
+        for i in range(40000):
+            f.write(row % ("little Lily " * (50 + i % 100), "ab"[i % 2]))
+    status, mb = peak_mb(f"{d}/mix.jsonl", "--mix", "a=3,b=1", "--repeat", 2, "--out", f"{d}/mix", "--jobs", 2)
+    check("a mix of 50 MB: below 200 MB", status == 0 and mb < 200, f"{status} {mb:.0f} MB")
+    print(f"peak {mb:.0f} MB for a mix of 50 MB")
     os.truncate(f"{d}/big.txt", 4000000)
     for name, model, *_ in encoders(d)[:2]:
         status, mb = peak_mb(f"{d}/big.txt", "--out", f"{d}/{name}", "--tokenizer", model, "--val-fraction", 0, "--jobs", 1)
@@ -875,6 +882,13 @@ def test_mix_of_folders(d):
         must(f"{d}/{name}.parquet", "--mix", "S 0/x=1,S 2/x=1", "--out", f"{d}/{name}")
         train, val = mix_of(f"{d}/{name}")
         check(f"a table with a {name} column", {int(t.split(" ")[1]) % 3 for t in train} == {0, 2} and val.keys() == {"S-0-x", "S-2-x"})
+    rows = {"text": pages[:400], "id": [f"<urn:uuid:{i}>" for i in range(400)], "dump": [f"CC-MAIN-2024-{10 + i % 2 * 8}" for i in range(400)],
+            "url": ["http://x"] * 400, "language": ["en"] * 400, "language_score": [0.9] * 400, "token_count": [7] * 400}
+    os.makedirs(f"{d}/fineweb/data/CC-MAIN-2024-10")
+    parquet.write_table(arrow.table(rows), f"{d}/fineweb/data/CC-MAIN-2024-10/000_00000.parquet")
+    must(f"{d}/fineweb", "--mix", "CC-MAIN-2024-10=1,CC-MAIN-2024-18=3", "--mix-key", "dump", "--out", f"{d}/dumps")
+    train, val = mix_of(f"{d}/dumps")
+    check("FineWeb by dump", val.keys() == {"CC-MAIN-2024-10", "CC-MAIN-2024-18"} and set(train) < set(pages[:400]))
     must(f"{d}/text.parquet", "--mix", "natural", "--out", f"{d}/ds", "--format", "ds", "--seq-len", 32)
     names = sorted(n for n in os.listdir(f"{d}/ds/validation") if n.endswith(".ds"))
     check("ds: validation shards", names == [f"val_S-{i}-x_000.ds" for i in range(3)], names)
