@@ -1068,6 +1068,10 @@ def test_go_on_refuses_other_input(d):
     refused("a shard is gone", ["missing", "remove"], *args)
     shutil.rmtree(f"{d}/o")
     must(*args)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500000, 2500000))        # as a full disk does
+    refused("disk full", ["free space"], *args[:1], "--out", f"{d}/full", *args[3:], preexec_fn=limit)
+    r = run(*args[:1], "--out", f"{d}/full", *args[3:])
+    check("room again: it goes on", "goes on after" in r.stdout and everything_in(f"{d}/full") == everything_in(f"{d}/o"), r.stderr)
     os.unlink(f"{d}/o/train_000.bin")
     r = run(*args)
     check("complete, but a shard is gone: made anew", r.returncode == 0 and "made anew" in r.stderr and texts_of(f"{d}/o") == texts)

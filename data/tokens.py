@@ -1100,7 +1100,8 @@ def plan_mix(args, weights, counts):
         row = f"{100 * weights[n]:6.2f}% {plan[n]['copies']:7.3f}" if n in plan else "      -  left out"
         print(f"{n:{wide}s} {seen[n]['documents']:12,d} {tokens[n]:16,.0f} {100 * tokens[n] / held:6.2f}% {row}")
     print(f"about {total:,.0f} tokens to train" + ("" if natural or args.train_tokens else
-          f": {scarce} is the scarcest for its weight, and is used {plan[scarce]['copies']:.4g} times (--repeat)"), flush=True)
+          f": {scarce} is the scarcest for its weight, and is used {plan[scarce]['copies']:.4g} times (--repeat)"),
+          flush=True)
     return plan
 
 
@@ -1344,7 +1345,8 @@ def claim_folder(args, options, resume=False):
         if resume and before.get("complete"):
             if is_whole(args):
                 return "complete"
-            print(f"note: {out} was complete, but its input or its shards have changed: it is made anew", file=sys.stderr)
+            print(f"note: {out} was complete, but its input or shards are no longer those of its manifest.json: it is made "
+                  "anew", file=sys.stderr)
         elif resume and os.path.exists(os.path.join(out, ".state.json")):
             with open(os.path.join(out, ".state.json"), encoding="utf-8") as f:
                 saved = json.load(f)
@@ -1567,7 +1569,8 @@ def finish(args, options, tokenizer, export, reader, counts, plan, train, vals, 
         tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" * (args.format == "ds")
         print(f"{name:5s} | {s.documents:,} documents | {s.count:,} tokens{tail} | {len(s.files)} shards")
     print(f"vocabulary {len(tokenizer.pieces)}, uint{8 * args.token_bytes}, "
-          f"{text_bytes / (train.count + val.count):.2f} bytes per token, {time.time() - reader.progress.start:.1f} s -> {args.out}")
+          f"{text_bytes / (train.count + val.count):.2f} bytes per token, {time.time() - reader.progress.start:.1f} s "
+          f"-> {args.out}")
 
 
 def boundary(choice, tokenizer, usual, wanted, option):
