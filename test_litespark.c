@@ -1901,7 +1901,7 @@ static const double row_weight[5] = {0.3, 5, -0.7, 0.01, 0};
 static double cross_entropy_loss(void) {
     size_t n = (size_t)op.N * op.V;
     memcpy(op.out, op.x, n * sizeof(floatX));
-    cross_entropy(op.nll, op.out, op.ids, NULL, op.N, op.V);
+    cross_entropy(op.nll, NULL, op.out, op.ids, NULL, op.N, op.V);
     double sum = 0;
     for (int i = 0; i < op.N; i++) sum += row_weight[i] * op.nll[i];
     return sum;
@@ -1915,10 +1915,24 @@ static void test_cross_entropy_backward_matches_differences(void) {
     double nll[5];
     op.x = noise_array(n, 0, 2), op.out = zeros(n), op.ids = targets, op.nll = nll;
     floatX *dx = copy_of(op.x, n);
-    cross_entropy(nll, dx, targets, row_weight, op.N, op.V);
+    cross_entropy(nll, NULL, dx, targets, row_weight, op.N, op.V);
     CHECK(nll[1] == 0 && nll[4] == 0 && nll[0] > 0, "loss of ignored targets");
     for (int v = 0; v < op.V; v++) CHECK(dx[op.V + v] == 0, "gradient of an ignored target");
     CHECK_GRADIENT("dlogits", op.x, dx, n, cross_entropy_loss);
+}
+
+static void test_cross_entropy_names_the_likeliest_token(void) {
+    enum { N = 5, V = 53 };
+    int targets[N] = {0, IGNORED, 52, 17, 17};
+    double nll[N];
+    uint8_t is_top[N] = {7, 7, 7, 7, 7};
+    floatX *x = noise_array(N * V, 0, 2);
+    x[0] = x[V + 5] = 9;                                    // 0: above all; 1: ignored
+    x[2 * V + 52] = x[2 * V + 3] = 9;                       // 2: as high as another
+    x[3 * V + 17] = -9, x[4 * V + 17] = 9, x[4 * V + 52] = (floatX)9.001;   // 3: low; 4: just below
+    cross_entropy(nll, is_top, x, targets, NULL, N, V);
+    CHECK(is_top[0] == 1 && is_top[1] == 0 && is_top[2] == 1 && is_top[3] == 0 && is_top[4] == 0,
+          "is_top %d %d %d %d %d", is_top[0], is_top[1], is_top[2], is_top[3], is_top[4]);
 }
 
 static double embedding_loss(void) {
@@ -4702,6 +4716,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(attention_backward_matches_differences, F64),
     TEST(swiglu_backward_matches_differences, F64),
     TEST(cross_entropy_backward_matches_differences, F64),
+    TEST(cross_entropy_names_the_likeliest_token, F32 | F64),
     TEST(embedding_backward_matches_differences, F64),
     TEST(gradient_check_rejects_small_errors_and_nan, F64),
     TEST(model_gradients_match_differences, F64),

@@ -1009,12 +1009,15 @@ void mlp_backward_gate_up(floatX *gate_up, floatX *h, const floatX *dx, const fl
 // ---- softmax + cross-entropy on rows of logits ------------------------------------------------------------
 // nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED.  weight (N) = d objective / d nll of
 // each row: the logits (N,V) become the objective's gradient weight (softmax - onehot), 0 where ignored; the
-// two never exist at once. weight NULL: losses only
-void cross_entropy(double *nll, floatX *logits, const int *targets, const double *weight, int N, int V) {
+// two never exist at once. weight NULL: losses only.  is_top (N), unless NULL: 1 where no logit of the row is
+// above the target's, 0 where ignored
+void cross_entropy(double *nll, uint8_t *is_top, floatX *logits, const int *targets, const double *weight,
+                   int N, int V) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         floatX *row = logits + (size_t)n * V, top = -INFINITY;
         nll[n] = 0;
+        if (is_top) is_top[n] = 0;
         if (targets[n] == IGNORED) {
             if (weight) memset(row, 0, (size_t)V * sizeof(floatX));
             continue;
@@ -1030,6 +1033,7 @@ void cross_entropy(double *nll, floatX *logits, const int *targets, const double
             row[v] = e;
         }
         nll[n] = log(sum) + top - at_target;
+        if (is_top) is_top[n] = at_target >= top;
         if (!weight) continue;
         const floatX factor = (floatX)(weight[n] / sum);
         for (int v = 0; v < V; v++) row[v] *= factor;
@@ -1177,6 +1181,7 @@ struct Model {
     floatX *datt, *dqkv;                // (N,HD), (N,(H+2K)D)
     floatX *logits;                     // (chunk,V)
     double *nll;                        // (N)          loss of each target
+    uint8_t *is_top;                    // (N)          whether it is the likeliest token; of losses only
     double loss;                        // sum since model_loss was asked
     int *kept, n_kept;                  // (S) tokens whose keys and values are in kv
     floatX *cosine, *sine;              // (T,D/2)
@@ -1264,6 +1269,7 @@ static void layout(Model *m) {
     m->cosine = take_x(w, (size_t)m->T * c->D / 2);
     m->sine = take_x(w, (size_t)m->T * c->D / 2);
     m->nll = (double *)take(w, N * sizeof(double));
+    m->is_top = (uint8_t *)take(w, N);
 }
 
 // Sizes only, no memory is taken: of every arena, and the table of the model.
@@ -1400,7 +1406,7 @@ void llama_forward(Model *m, const Batch *batch) {
 // ---- head and loss ----------------------------------------------------------------------------------------
 // Loss of each target into m->nll (N); their sum goes to what model_loss returns, each times its weight.
 // weight (N) = d objective / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's
-// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time.
+// gradient +=. weight NULL: losses, and m->is_top. Logits exist for `chunk` rows at a time.
 void llama_head(Model *m, const Batch *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
@@ -1409,7 +1415,8 @@ void llama_head(Model *m, const Batch *batch, const double *weight) {
         const int rows = N - n < m->chunk ? N - n : m->chunk;
         const floatX *norm = m->norm + (size_t)n * c->C;
         matmul_forward(m->logits, norm, head, rows, c->C, c->V, NULL, NULL);
-        cross_entropy(m->nll + n, m->logits, batch->targets + n, weight ? weight + n : NULL, rows, c->V);
+        cross_entropy(m->nll + n, weight ? NULL : m->is_top + n, m->logits, batch->targets + n,
+                      weight ? weight + n : NULL, rows, c->V);
         if (!weight) continue;
         matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, rows, c->C, c->V);
         matmul_backward_w(head_grads(m).head, m->logits, norm, rows, c->C, c->V);
@@ -1424,6 +1431,9 @@ double model_loss(Model *m) {
     m->loss = 0;
     return loss;
 }
+
+// is_top (n) = of the first n rows that the last llama_head had, which was one without weights.
+void model_tops(Model *m, uint8_t *is_top, int n) { memcpy(is_top, m->is_top, (size_t)n); }
 
 // Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
 // last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a

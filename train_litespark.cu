@@ -2442,6 +2442,7 @@ static void mlp_backward_gate_up(bf16 *gate_up, bf16 *h, const bf16 *dx, const b
 // nll (N) = log(sum_v e^x_v) - x_target, 0 where the target is IGNORED.  weight (N) = d objective / d nll of
 // each row: the logits x (N,Vp) become the objective's gradient weight (softmax - onehot), 0 where ignored;
 // weight NULL: losses only. Columns V..Vp-1 are padding: no part of the softmax, gradient 0.
+// is_top (N), unless NULL: 1 where no logit of the row is above the target's, 0 where ignored.
 // bytes   2·N·Vp in + 2·N·Vp out = 2.10 GB for N 16384, V 32000
 //         floor 626 us (memory; two SFU operations per element: 283 us)
 // idea    asynchronous copies put the whole row in flight (64 KB for V 32000: three blocks per SM); each
@@ -2462,8 +2463,8 @@ __device__ __forceinline__ void load_logits(float (&x)[E], const floatX *row, in
 }
 
 template <typename floatX>
-__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(float *nll, floatX *logits,
-        const int *targets, const double *weight, int V, int Vp, int cached) {
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(float *nll, uint8_t *is_top,
+        floatX *logits, const int *targets, const double *weight, int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(floatX);
     __shared__ float tops[32], sums[32];
     // the first `cached` columns; the others in place
@@ -2472,6 +2473,7 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(
     const int first = threadIdx.x * E, step = blockDim.x * E;
     if (target == IGNORED) {
         if (threadIdx.x == 0) nll[blockIdx.x] = 0;
+        if (threadIdx.x == 0 && is_top) is_top[blockIdx.x] = 0;
         if (weight) for (int v = first; v < Vp; v += step) store(row + v, Pack<floatX, E>{});
         return;
     }
@@ -2498,6 +2500,7 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(
     const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
     const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0);
     if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - x_target;
+    if (threadIdx.x == 0 && is_top) is_top[blockIdx.x] = x_target >= row_top;
     if (!weight) return;
     const float weight_n = (float)weight[blockIdx.x], factor = weight_n / total;
     auto differentiate = [&](const floatX *from, int v) {
@@ -2513,14 +2516,14 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(
 }
 
 template <typename floatX>
-void cross_entropy(float *nll, floatX *logits, const int *targets, const double *weight, int N, int V,
-                   int Vp) {
+void cross_entropy(float *nll, uint8_t *is_top, floatX *logits, const int *targets, const double *weight,
+                   int N, int V, int Vp) {
     static int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
     const int E = 16 / sizeof(floatX), cached = min(Vp, shared_limit / 16 * E);
     const int threads = min(CEIL_DIV(Vp, 32 * E) * 32, CLASSIFIER_THREADS * (cached < Vp ? 2 : 1));
     assert(Vp % E == 0 && V <= Vp);
-    launch(cross_entropy_kernel3<floatX>, N, threads, cached * sizeof(floatX), nll, logits, targets, weight,
-           V, Vp, cached);
+    launch(cross_entropy_kernel3<floatX>, N, threads, cached * sizeof(floatX), nll, is_top, logits, targets,
+           weight, V, Vp, cached);
 }
 
 // ---- sum_of_squares_kernel2: global norm ------------------------------------------------------------------
@@ -2703,6 +2706,7 @@ struct Model {                          // what does not depend on the precision
     float *grads, *master;              // flat, (p.n); in fp32 the weights are their own master
     void *m, *v;                        // flat, float or bf16
     float *nll;                         // (N_chunks*chunk) loss of each target
+    uint8_t *is_top;                    // (N)          whether it is the likeliest token; of losses only
     float *cosine, *sine;               // (T,D/2)
     double *sums;                       // (n_tensors + 1) on the device: loss, squares of gradients
     Feed feed;                          // the batch of the last llama_forward
@@ -2819,6 +2823,7 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     take(w, &m->cosine, (size_t)m->T * c->D / 2);
     take(w, &m->sine, (size_t)m->T * c->D / 2);
     take(w, &m->nll, padded);
+    take(w, &m->is_top, N);
     take(w, &m->weight, N);
     take(w, &m->sums, (size_t)m->p.n_tensors + 1);
     take(w, (char **)&gpu.workspace, LT_WORKSPACE);
@@ -3024,9 +3029,9 @@ void llama_forward(Model *model, const Batch *batch) {
 // ---- head and loss ----------------------------------------------------------------------------------------
 // Loss of each target into m->nll; their sum goes to what model_loss returns, each times its weight. weight
 // (N) = d objective / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's
-// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time, so that one shape of
-// matmul serves every chunk. Rows beyond N are zero in norm and in the logits' gradient: stale bits (perhaps
-// NaN) times zero would reach the head's gradient.
+// gradient +=. weight NULL: losses, and m->is_top. Logits exist for `chunk` rows at a time, so that one shape
+// of matmul serves every chunk. Rows beyond N are zero in norm and in the logits' gradient: stale bits
+// (perhaps NaN) times zero would reach the head's gradient.
 template <typename floatX> void llama_head(ModelOf<floatX> *m, const Feed *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
@@ -3037,8 +3042,8 @@ template <typename floatX> void llama_head(ModelOf<floatX> *m, const Feed *batch
         const size_t rest = m->chunk - rows;
         cudaCheck(cudaMemsetAsync(norm + (size_t)rows * c->C, 0, rest * c->C * sizeof(floatX), gpu.stream));
         matmul_forward(m->logits, norm, head, m->chunk, c->C, c->Vp, NULL, NULL);
-        cross_entropy(m->nll + n, m->logits, batch->targets + n, weight ? weight + n : NULL, rows, c->V,
-                      c->Vp);
+        cross_entropy(m->nll + n, weight ? NULL : m->is_top + n, m->logits, batch->targets + n,
+                      weight ? weight + n : NULL, rows, c->V, c->Vp);
         if (!weight) continue;
         cudaCheck(cudaMemsetAsync(m->logits + (size_t)rows * c->Vp, 0, rest * c->Vp * sizeof(floatX),
                                   gpu.stream));
@@ -3067,6 +3072,13 @@ double model_loss(Model *m) {
     double loss;
     take_sums(m, 0, 1, &loss);
     return loss;
+}
+
+// is_top (n) = of the first n rows that the last llama_head had, which was one without weights.
+void model_tops(Model *m, uint8_t *is_top, int n) {
+    device_wait();
+    cudaCheck(cudaMemcpyAsync(is_top, m->is_top, (size_t)n, cudaMemcpyDeviceToHost, gpu.stream));
+    cudaCheck(cudaStreamSynchronize(gpu.stream));
 }
 
 // Logits (V) of the token after ids (n), n <= T, as fp32 on the host. Of a text that is one token longer than
