@@ -291,7 +291,8 @@ static void loader_close(DataLoader *dl) {
 }
 
 static void batch_free(Batch *batch) {
-    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor);
+    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor); free(batch->window);
+    free(batch->reference);
     memset(batch, 0, sizeof *batch);
 }
 
@@ -1403,6 +1404,40 @@ static void test_loader_evaluation_shows_each_window_once_in_order(void) {
     }
 }
 
+// By hand: which tokens are trained, and where documents begin. T target, S start of a document.
+static void test_loader_reads_rows_with_flags(void) {
+    const uint32_t T = 0x80000000u, S = 0x40000000u;
+    const uint32_t rows[2][7] = {{S | 5, 6, T | 7, S | T | 8, T | 9, S, S},     // a start is no target, whatever its flag says
+                                 {S | 1, T | 2, S | 3, T | 4, T | 5, T | 6, T | 7}};
+    const int inputs[2][6] = {{5, 6, 7, 8, 9, 0}, {1, 2, 3, 4, 5, 6}}, starts[2][6] = {{0, 0, 0, 3, 3, 5}, {0, 0, 2, 2, 2, 2}};
+    const int targets[2][6] = {{IGNORED, 7, IGNORED, 9, IGNORED, IGNORED}, {2, IGNORED, 4, 5, 6, 7}};
+    DataLoader dl;
+    Batch batch;
+    write_bytes(file_at("f.ds"), rows, sizeof rows);
+    write_text(file_at("metadata.json"), "{\"vocab_size\": 60, \"sequence_length\": 6, \"token_size_bytes\": 4, "
+        "\"stage\": \"dpo\", \"documents_per_row\": 2}");
+    loader_open(&dl, file_at("f.ds"), 2, 6, 0, 1, 1, 0, 60, 1);
+    batch_alloc(&batch, 2, 6, 1, 1);
+    loader_next(&dl, &batch);
+    CHECK(dl.stage == STAGE_DPO && dl.most_documents == 2 && batch.window[0] == 0 && batch.window[1] == 1, "what they are for");
+    CHECK(!memcmp(batch.inputs, inputs, sizeof inputs), "inputs");
+    CHECK(!memcmp(batch.targets, targets, sizeof targets), "targets");
+    CHECK(!memcmp(batch.doc_start, starts, sizeof starts), "documents");
+    const Document want[4] = {{0, 3, 1}, {3, 5, 1}, {6, 8, 1}, {8, 12, 4}};
+    Document d;
+    for (int b = 0, i = 0; b < 2; b++) for (int t = 0; next_document(&batch, b, &t, &d); i++)
+        CHECK(i < 4 && d.first == want[i].first && d.end == want[i].end && d.n_targets == want[i].n_targets, "document %d", i);
+    double mass[N_MASSES] = {0};
+    batch.pairs = 1;
+    add_mass(mass, &batch);
+    CHECK(mass[MASS_TARGETS] == 7 && mass[MASS_PAIRS] == 2 && mass[MASS_CHOSEN] == 2, "%g targets, %g pairs, %g of the chosen",
+        mass[MASS_TARGETS], mass[MASS_PAIRS], mass[MASS_CHOSEN]);
+    batch_free(&batch);
+    loader_close(&dl);
+    CHECK_DIES(loader_open(&dl, file_at("f.ds"), 2, 5, 0, 1, 1, 0, 60, 1), "f.ds", "--seq-len 6");
+    CHECK_DIES(loader_open(&dl, file_at("f.ds"), 2, 6, 0, 1, 1, 0, 9, 1), "f.ds", "token id 9");
+}
+
 static void test_loader_reads_ds_rows_documents_and_true_losses(void) {
     DataLoader dl;
     Batch batch;
@@ -1972,13 +2007,9 @@ static struct { Model *m; Batch batch; } whole;
 
 static double whole_loss(void) { return forward_loss(whole.m, &whole.batch); }
 
-// Every tensor: two random directions and three single elements.
-static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore,
-    int documents) {
-    Model *m = whole.m = make_model(c, B, T, chunk, recompute, 0);
-    make_batch(&whole.batch, B, T, c->V, ignore, documents);
-    double loss = forward_backward(m, &whole.batch, 1), again = whole_loss();
-    CHECK(loss == again, "%s: loss of training and of evaluation differ: %.17g, %.17g", what, loss, again);
+// The gradients in whole.m against differences of `loss`: of every tensor two random directions and three single elements.
+static void check_gradients_of(double (*loss)(void), const char *what) {
+    Model *m = whole.m;
     double worst = 0;
     for (int i = 0; i < m->p.n_tensors; i++) {
         const Tensor *t = &m->p.tensors[i];
@@ -1995,7 +2026,7 @@ static void check_model_gradients(const char *what, const Config *c, int B, int 
                     w[j] = (floatX)(w0[j] + sign * steps[s] * STEP);
                     if (s == 0) want += sign * (double)g[j];
                 }
-                slope += weight[s] * whole_loss() / (12 * STEP);
+                slope += weight[s] * loss() / (12 * STEP);
             }
             memcpy(w, w0, t->n * sizeof(floatX));
             // along a random direction the slope is about |g|; a single element is compared with the typical size of one
@@ -2010,8 +2041,99 @@ static void check_model_gradients(const char *what, const Config *c, int B, int 
         CHECK_ERROR(label, error, GRADIENT_TOL);
         if (!(error <= worst)) worst = error;
     }
+}
+
+static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore,
+    int documents) {
+    Model *m = whole.m = make_model(c, B, T, chunk, recompute, 0);
+    make_batch(&whole.batch, B, T, c->V, ignore, documents);
+    double loss = forward_backward(m, &whole.batch, 1), again = whole_loss();
+    CHECK(loss == again, "%s: loss of training and of evaluation differ: %.17g, %.17g", what, loss, again);
+    check_gradients_of(whole_loss, what);
     batch_free(&whole.batch);
     model_free(m);
+}
+
+// ---- preferences: a batch of two rows, five pairs with answers of unequal length, and padding
+static double pair_weights[2 * 40], pair_mass[N_MASSES];
+
+static double pairs_objective(void) {
+    const int N = whole.batch.B * whole.batch.T;
+    double nll[2 * 40], sums[N_SUMS] = {0};
+    llama_forward(whole.m, &whole.batch);
+    llama_head(whole.m, &whole.batch, NULL);
+    model_loss(whole.m);
+    model_losses(whole.m, nll, N);
+    weigh_pairs(pair_weights, &whole.batch, pair_mass, nll, sums);
+    return dpo_mean(sums, pair_mass);
+}
+
+static void make_pairs(Batch *batch, int V) {
+    static const int lengths[2][7] = {{5, 7, 4, 5, 11, 6, 0}, {9, 4, 6, 15, 0}};    // of documents, chosen and rejected in turn
+    make_batch(batch, 2, 40, V, 0, 1);
+    for (int b = 0; b < 2; b++) for (int t = 0, d = 0, start = 0; t < 40; t++) {
+        if (lengths[b][d] && t == start + lengths[b][d]) start = t, d++;
+        const int i = b*40 + t, padding = !lengths[b][d], prompt = t < start + 1 + d / 2 % 2;
+        batch->doc_start[i] = padding ? t : start;
+        if (padding || prompt || t + 1 == start + lengths[b][d]) batch->targets[i] = IGNORED;
+    }
+    batch->pairs = 3;
+    batch->reference = (float *)xcalloc(2 * 3 * 2, sizeof(float));
+    for (int i = 0; i < 12; i++) batch->reference[i] = (float)(-3.0 * (1 + random_int(9)));
+}
+
+static void test_preference_gradients_match_differences(void) {
+    static const Options none;
+    const struct { const char *name; int loss; double beta, smoothing, sft; } rows[] = {
+        {"sigmoid", DPO_SIGMOID, 0.1, 0, 0}, {"sigmoid, smoothing and sft", DPO_SIGMOID, 0.3, 0.2, 0.7},
+        {"norm", DPO_NORM, 5, 0.1, 0}, {"ipo", DPO_IPO, 0.1, 0, 0.2}, {"robust", DPO_ROBUST, 0.2, 0.3, 0}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        opt = none;
+        opt.stage = STAGE_DPO;
+        opt.dpo_loss = rows[i].loss, opt.dpo_beta = rows[i].beta;
+        opt.dpo_label_smoothing = rows[i].smoothing, opt.dpo_sft_weight = rows[i].sft;
+        Config c = make_config("qwen3", i & 1, 29, 2, 24, 4, 2, 8, 20, "");
+        whole.m = make_model(&c, 2, 40, 33, RECOMPUTE_NONE, 0);
+        make_pairs(&whole.batch, c.V);
+        memset(pair_mass, 0, sizeof pair_mass);
+        add_mass(pair_mass, &whole.batch);
+        CHECK(pair_mass[MASS_PAIRS] == 5, "%g pairs", pair_mass[MASS_PAIRS]);
+        pairs_objective();                                  // forward, and the weights
+        double weights[2 * 40];
+        memcpy(weights, pair_weights, sizeof weights);
+        llama_head(whole.m, &whole.batch, weights);
+        llama_backward(whole.m, &whole.batch, NULL);
+        model_loss(whole.m);
+        check_gradients_of(pairs_objective, rows[i].name);
+        batch_free(&whole.batch);
+        model_free(whole.m);
+    }
+    opt = none;
+}
+
+// Values by hand: c = 2, r = -1 over 4 and 2 tokens.
+static void test_preference_losses_have_the_values_of_their_formulas(void) {
+    const struct { int loss; double beta, smoothing, want; } rows[] = {
+        {DPO_SIGMOID, 0.1, 0, 0.554355244468527},           // -s(0.3)
+        {DPO_SIGMOID, 0.1, 0.1, 0.584355244468527},         // 0.1 * 0.3 more
+        {DPO_NORM, 1, 0, 0.313261687518223},                // -s(0.5 + 0.5)
+        {DPO_ROBUST, 0.1, 0.1, 0.516855244468527},          // 0.1 * 0.3 / 0.8 less
+        {DPO_IPO, 0.1, 0, 16}};                             // (1 - 5)^2
+    Options o;
+    memset(&o, 0, sizeof o);
+    for (int i = 0; i < COUNT(rows); i++) {
+        double dc, dr, ignored, h = 1e-5;
+        o.dpo_loss = rows[i].loss, o.dpo_beta = rows[i].beta, o.dpo_label_smoothing = rows[i].smoothing;
+        CHECK_ERROR("loss", fabs(dpo_loss(&o, 2, 4, -1, 2, &dc, &dr) - rows[i].want), 1e-13);
+        const double slope_c = dpo_loss(&o, 2 + h, 4, -1, 2, &ignored, &ignored) - dpo_loss(&o, 2 - h, 4, -1, 2, &ignored, &ignored);
+        const double slope_r = dpo_loss(&o, 2, 4, -1 + h, 2, &ignored, &ignored) - dpo_loss(&o, 2, 4, -1 - h, 2, &ignored, &ignored);
+        CHECK_ERROR("d loss / d c", fabs(slope_c / (2 * h) - dc), 1e-8);
+        CHECK_ERROR("d loss / d r", fabs(slope_r / (2 * h) - dr), 1e-8);
+    }
+    o.dpo_loss = DPO_SIGMOID, o.dpo_beta = 1, o.dpo_label_smoothing = 0;
+    double dc, dr;
+    CHECK(dpo_loss(&o, -1e4, 1, 1e4, 1, &dc, &dr) == 2e4 && dc == -1 && dr == 1, "a margin far below 0");
+    CHECK(dpo_loss(&o, 1e4, 1, -1e4, 1, &dc, &dr) == 0 && dc == 0 && dr == 0, "a margin far above 0");
 }
 
 static void test_model_gradients_match_differences(void) {
@@ -2883,7 +3005,9 @@ static void test_run_loss_is_the_losses_of_the_model(void) {       // --eval-onl
     for (int64_t i = 0; i < loader_eval_batches(&dl); i++) {
         loader_next(&dl, &batch);
         sum += forward_loss(m, &batch);
-        targets += (int64_t)count_targets(&batch);
+        double mass[N_MASSES] = {0};
+        add_mass(mass, &batch);
+        targets += (int64_t)mass[MASS_TARGETS];
     }
     CHECK(targets == 18 * TINY_T, "%d targets in 18 windows", (int)targets);
     CHECK_ERROR("val loss", fabs(sum / (double)targets - logged[0]), 1e-6);
@@ -4395,8 +4519,7 @@ static void test_options_of_the_gpu_are_refused_by_name(void) {
     const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"},
         {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
         {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"},
-        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
-        {"--dpo-beta 0.2", "--dpo-beta"}, {"--stage sft", "--stage sft"}};
+        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--dpo-beta 0.2", "--dpo-beta"}};
     // a list, needing no data; an unknown name is refused before the data are looked for
     Result presets = trainer(0, "--preset help --train-data %s --out %s", file_at("none"), file_at("none"));
     CHECK_RAN(presets);
@@ -4701,6 +4824,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(loader_shuffle_is_uniform, F32),
     TEST(loader_evaluation_shows_each_window_once_in_order, F32),
     TEST(loader_reads_ds_rows_documents_and_true_losses, F32),
+    TEST(loader_reads_rows_with_flags, F32),
     TEST(loader_refuses_bad_shards, F32),
     TEST(loader_handles_more_shards_than_descriptors, F32),
     TEST(schedule_has_the_values_of_its_formula, F32),
@@ -4720,6 +4844,8 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(embedding_backward_matches_differences, F64),
     TEST(gradient_check_rejects_small_errors_and_nan, F64),
     TEST(model_gradients_match_differences, F64),
+    TEST(preference_gradients_match_differences, F64),
+    TEST(preference_losses_have_the_values_of_their_formulas, F32),
     TEST(edge_shapes_have_right_gradients, F64),
     TEST(all_targets_masked_gives_zero, F32 | F64),
     TEST(recompute_gives_the_same_bits, F32 | F64),

@@ -2326,8 +2326,12 @@ static void dump_grads(Trainer *tr) {
 }
 
 // ---- set-up: everything that can go wrong goes wrong here, before any work --------------------------------
-static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds";
-static const char DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+static const char *const default_train[] = {                // by --stage
+    "data/stories/train/train_*.ds", "data/stories/sft/train/train_*.ds",
+    "data/stories/dpo/train/train_*.ds"};
+static const char *const default_val[] = {
+    "data/stories/val/val_*.ds", "data/stories/sft/validation/val_*.ds",
+    "data/stories/dpo/validation/val_*.ds"};
 
 static int is_training(void) { return !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads; }
 
@@ -2517,9 +2521,10 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
     const int needs_data = is_training() || opt.dump_grads;
     int V = 0, S;
     const int only_tasks = opt.eval_only && opt.eval_tasks;
-    if (!opt.train_data && !opt.val_data && !only_tasks) opt.val_data = DEFAULT_VAL;
-    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && !data_declares(opt.train_data, &V, &S))
+    const char *usual = default_train[opt.stage];
+    if (!opt.train_data && !opt.val_data && !only_tasks) opt.val_data = default_val[opt.stage];
+    if (!opt.train_data) opt.train_data = usual;
+    if (needs_data && !strcmp(opt.train_data, usual) && !data_declares(opt.train_data, &V, &S))
         die("the default data is not here; `make data` writes it to data/stories, or name your own with "
             "--train-data");
     *c = choose_config(resume_dir);
@@ -3570,6 +3575,17 @@ void options_default(void) {
     }
 }
 
+static const char dpo_formulas[] =
+    "Loss of a pair (--stage dpo). c and r are log p of the chosen and the rejected answer, policy minus\n"
+    "reference, sums over their n_c and n_r tokens; s = log sigmoid, b = --dpo-beta,\n"
+    "e = --dpo-label-smoothing.\n"
+    "  sigmoid  z = b (c - r)          -(1-e) s(z) - e s(-z)   e > 0: conservative DPO (TRL ignores e here)\n"
+    "  norm     z = b (c/n_c - r/n_r)  -(1-e) s(z) - e s(-z)   TRL's sigmoid_norm\n"
+    "  robust   z = b (c - r)          (-(1-e) s(z) + e s(-z)) / (1 - 2e)\n"
+    "  ipo      (c/n_c - r/n_r - 1/(2b))^2\n"
+    "The objective is the mean over all pairs of the update, plus --dpo-sft-weight times the mean nll over\n"
+    "all targets of its chosen answers (TRL takes that mean per micro-batch).\n";
+
 void options_help(void) {
     printf("litespark trains Llama-family language models. "
            "With no options: a small model on generated stories.\n");
@@ -3585,6 +3601,7 @@ void options_help(void) {
             printf("  %-24s   %s%s%s\n", "", refused[i].value ? refused[i].value : "",
                    refused[i].value ? " " : "", refused[i].why);
     }
+    printf("\n%s", dpo_formulas);
 }
 
 // argv -> opt. Unknown names, missing and malformed values die.
@@ -5142,9 +5159,9 @@ Tokenizer *tokenizer_choose(const Config *c, const char *model_dir) {
 // the same on all ranks: any split of one world*B sees the same batches; a resumed run may have another one.
 #define FULL_SCAN_BYTES ((size_t)4 << 30)
 // Rows with flags (stages sft and dpo): what a token is, besides its id.
-#define TARGET 0x80000000u      // a target of training
-#define START  0x40000000u      // the first token of a document
-#define FLAGS  (TARGET | START)
+#define FLAG_TARGET 0x80000000u // a target of training
+#define FLAG_START  0x40000000u // the first token of a document
+#define FLAGS       (FLAG_TARGET | FLAG_START)
 
 typedef struct Shard {
     char *path;
@@ -5299,10 +5316,29 @@ static int shard_fd(DataLoader *dl, int index) {
     return s->fd;
 }
 
-// Reads a whole shard once: its CRC-32 and its largest id.
+// Dies unless row w with flags is as data/README.md has it: it begins with a document, and those that have
+// targets are as many as promised, for DPO an even number.
+static void row_check(const Shard *s, size_t w, const uint32_t *row) {
+    int documents = 0, counted = 0;
+    if (!(row[0] & FLAG_START))
+        die("token shard '%s' is damaged: row %zu does not begin with a document; write it again", s->path,
+            w);
+    for (int t = 0; t < s->row; t++) {
+        if (row[t] & FLAG_START) counted = 0;
+        else if (row[t] & FLAG_TARGET && !counted) documents += counted = 1;
+    }
+    if (documents > s->most_documents || (s->stage == STAGE_DPO && documents % 2))
+        die("token shard '%s' is damaged: row %zu has %d documents, %s; write it again", s->path, w,
+            documents, documents > s->most_documents ? "more than metadata.json promises"
+                                                     : "but answers come in pairs");
+}
+
+// Reads a whole shard once: its CRC-32 and its largest id, and rows with flags.
 static void shard_scan(DataLoader *dl, int index) {
     Shard *s = &dl->shards[index];
-    const size_t block = (size_t)1 << 20;
+    // rows with flags are looked at whole
+    const size_t of_row = (size_t)s->row * (size_t)s->width, some = (size_t)1 << 20;
+    const size_t block = s->stage ? (some / of_row + 1) * of_row : some;
     void *data = xmalloc(block);
     uint32_t crc = 0, largest = 0;
     size_t bytes = s->n_tokens * (size_t)s->width;
@@ -5315,6 +5351,8 @@ static void shard_scan(DataLoader *dl, int index) {
             uint32_t id = packed_token(data, s->width, i) & (s->stage ? ~FLAGS : ~0u);
             largest = id > largest ? id : largest;
         }
+        for (size_t i = 0; s->stage && i < n; i += of_row)
+            row_check(s, (at + i) / of_row, (const uint32_t *)((const char *)data + i));
     }
     free(data);
     if (crc != s->crc)
@@ -5486,7 +5524,7 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
     const size_t at = (size_t)b * (size_t)T;
     const uint32_t id_bits = s->stage ? ~FLAGS : ~0u;
-    int start = 0, documents = 0;
+    int start = 0;
     batch->window[b] = window;
     // With a document mask no document sees another: its first token is not a target of the one before.
     for (int t = 0; t <= T; t++) {
@@ -5494,23 +5532,15 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
         if (id >= (uint32_t)dl->vocab_size)
             die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; "
                 "use the tokenizer of the model", s->path, id, w, dl->vocab_size);
-        if (s->stage && word & START) start = t;
-        const int target = s->stage ? (word & TARGET) && start < t : !batch->doc_start || start < t;
+        if (s->stage && (word & FLAG_START)) start = t;
+        const int target = s->stage ? (word & FLAG_TARGET) && start < t : !batch->doc_start || start < t;
         if (t > 0) batch->targets[at + (size_t)t - 1] = target ? (int)id : IGNORED;
         if (t == T) break;
         batch->inputs[at + (size_t)t] = (int)id;
         if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
         if (!s->stage && s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
-    if (s->stage && !(packed_token(dl->buffer, s->width, 0) & START))
-        die("token shard '%s' is damaged: row %zu does not begin with a document; write it again", s->path,
-            w);
-    Document d;
-    for (int t = 0; s->stage && next_document(batch, b, &t, &d);) documents++;
-    if (documents > dl->most_documents || (s->stage == STAGE_DPO && documents % 2))
-        die("token shard '%s' is damaged: row %zu has %d documents, %s; write it again", s->path, w,
-            documents, documents > dl->most_documents ? "more than metadata.json promises"
-                                                      : "but answers come in pairs");
+    if (s->stage) row_check(s, w, (const uint32_t *)dl->buffer);
     if (batch->reference && dl->reference)
         memcpy(batch->reference + (size_t)b * batch->pairs * 2,
                dl->reference + (size_t)window * batch->pairs * 2, (size_t)batch->pairs * 2 * sizeof(float));
