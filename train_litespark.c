@@ -5110,8 +5110,9 @@ double tokenizer_bytes(const Tokenizer *t, int previous_id, int id) {
     if (id < 0 || id >= t->V) return NAN;
     const Piece *p = &t->piece[id];
     if (id == t->bos || id == t->eos) return 0;
-    if (piece_byte(t, p) >= 0 || (p->n == 1 && t->byte_id[(unsigned char)*p->s] == id)) return 1;
-    if (p->score <= NO_MERGE) return 0;
+    if (piece_byte(t, p) >= 0) return 1;
+    const int is_byte = p->n == 1 && t->byte_id[(unsigned char)*p->s] == id;
+    if (p->score <= NO_MERGE && !is_byte) return 0;
     const int begins = previous_id < 0 || previous_id == t->bos || previous_id == t->eos;
     return p->n - (t->prefix_space && begins && p->n > 0 && p->s[0] == ' ');
 }
