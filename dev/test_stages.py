@@ -451,7 +451,7 @@ def test_a_policy_far_from_its_reference_is_said(trainer, folder):
     data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n)
     args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 2, '--total-batch-tokens', 4 * 63, '--steps', 12,
             '--warmup-steps', 0, '--sample-every', 0]
-    check('far from its reference' in Run(trainer, *args, '--lr', 3e-2, '--dpo-beta', 1, '--out', f'{folder}/a').text, 'no warning')
+    check('far from its reference' in Run(trainer, *args, '--lr', 3e-2, '--dpo-beta', 100, '--out', f'{folder}/a').text, 'no warning')
     check('far from' not in Run(trainer, *args, '--lr', 1e-4, '--out', f'{folder}/b').text, 'a warning without a reason')
 
 
