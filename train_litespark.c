@@ -146,6 +146,8 @@ enum { START, GIVEN, FIXED };
       "token shards, as a quoted pattern (default: generated stories)") \
     X(TEXT, "--val-data", val_data, GIVEN, NULL, 0, 0, \
       "shards to evaluate on (default: those of the stories, with the default --train-data)") \
+    X(TEXT, "--eval-tasks", eval_tasks, GIVEN, NULL, 0, 0, \
+      "multiple choice tasks of data/choices.py to solve at each evaluation, as a quoted pattern") \
     X(TEXT, "--tokenizer", tokenizer, GIVEN, NULL, 0, 0, \
       "tokenizer.bin, for text (default: the one beside model or data)") \
     X(CHOICE, "--document-mask", document_mask, FIXED, "off", 0, 0, \
@@ -205,7 +207,7 @@ enum { START, GIVEN, FIXED };
     X(INT, "--log-every", log_every, GIVEN, "1", 1, 1e12, \
       "updates between lines on the screen (log.jsonl has all)") \
     X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, \
-      "print the loss on --val-data and stop; with --out also into its eval.jsonl") \
+      "evaluate on --val-data and --eval-tasks and stop; with --out also into its eval.jsonl") \
     X(FLAG, "--generate", generate, START, NULL, 0, 0, "print a sample of text and stop") \
     GROUP("Output") \
     X(TEXT, "--out", out, START, "out", 0, 0, \
@@ -337,6 +339,9 @@ typedef struct DataLoader {
     int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
     int B, T, rank, world, shuffle, vocab_size, document_mask;
     int has_floor;              // evaluation: every shard has its .nll
+    // evaluation: where the text is from, by the names of the shards: val_web_000.bin is from "web"
+    char **sources;
+    int n_sources;
     int stage;                  // what the shards were made for; beyond STAGE_PRETRAIN: rows with flags
     int most_documents;         // in a row with flags
     float *reference;           // (n_windows, most_documents/2, 2) DPO: see Batch; or NULL
@@ -345,6 +350,22 @@ typedef struct DataLoader {
     void *buffer;               // one window as it lies in the file
     struct Shard *open_shard[MAX_OPEN_SHARDS];  // who has the descriptor of this place, NULL = none
 } DataLoader;
+
+typedef struct Task {           // a question
+    int64_t first;              // the place of its first choice
+    int choices, gold;          // gold: the right one
+    int source;
+} Task;
+typedef struct Tasks {          // multiple choice: each document is a question and one of its choices
+    DataLoader data;
+    Batch batch;
+    int64_t n, n_documents;
+    int64_t *first_document;    // (n_windows + 1) of each window, among those of all shards
+    Task *task;                 // (n)
+    // (n_documents) by task, then choice: which document; its length, by which acc_norm divides
+    int64_t *document;
+    int32_t *length;
+} Tasks;
 
 typedef struct Tokenizer {
     int kind, V, bos, eos, prefix_space;        // bos and eos: -1 = none
@@ -419,6 +440,7 @@ const char *option_text(const Option *o);
 void text_add(Text *t, const char *fmt, ...);
 void text_add_string(Text *t, const char *s);
 void text_add_field(Text *t, const char *key, double x);
+const char *json_decimal(double x);
 StWriter *st_create(const char *path, const char *metadata);
 void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
 void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
@@ -440,6 +462,7 @@ const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
 Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
+double tokenizer_bytes(const Tokenizer *t, int previous_id, int id);
 int data_declares(const char *pattern, int *V, int *S);
 void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
                  int shuffle, int vocab_size, int document_mask);
@@ -450,6 +473,8 @@ void loader_next(DataLoader *dl, Batch *batch);
 void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
 void batch_alloc_pairs(Batch *batch, DataLoader *dl);
 int64_t data_windows(const char *pattern, int T);
+int loader_source(const DataLoader *dl, int64_t window);
+void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size);
 const char *loader_path(const DataLoader *dl);
 // 14
 double learning_rate(const Options *o, int64_t step);
@@ -1037,12 +1062,15 @@ void mlp_backward_gate_up(floatX *gate_up, floatX *h, const floatX *dx, const fl
 // ---- softmax + cross-entropy on rows of logits ------------------------------------------------------------
 // nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED.  weight (N) = d objective / d nll of
 // each row: the logits (N,V) become the objective's gradient weight (softmax - onehot), 0 where ignored; the
-// two never exist at once. weight NULL: losses only
-void cross_entropy(double *nll, floatX *logits, const int *targets, const double *weight, int N, int V) {
+// two never exist at once. weight NULL: losses only.  is_top (N), unless NULL: 1 where no logit of the row is
+// above the target's, 0 where ignored
+void cross_entropy(double *nll, uint8_t *is_top, floatX *logits, const int *targets, const double *weight,
+                   int N, int V) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         floatX *row = logits + (size_t)n * V, top = -INFINITY;
         nll[n] = 0;
+        if (is_top) is_top[n] = 0;
         if (targets[n] == IGNORED) {
             if (weight) memset(row, 0, (size_t)V * sizeof(floatX));
             continue;
@@ -1058,6 +1086,7 @@ void cross_entropy(double *nll, floatX *logits, const int *targets, const double
             row[v] = e;
         }
         nll[n] = log(sum) + top - at_target;
+        if (is_top) is_top[n] = at_target >= top;
         if (!weight) continue;
         const floatX factor = (floatX)(weight[n] / sum);
         for (int v = 0; v < V; v++) row[v] *= factor;
@@ -1205,6 +1234,7 @@ struct Model {
     floatX *datt, *dqkv;                // (N,HD), (N,(H+2K)D)
     floatX *logits;                     // (chunk,V)
     double *nll;                        // (N)          loss of each target
+    uint8_t *is_top;                    // (N)          whether it is the likeliest token; of losses only
     double loss;                        // sum since model_loss was asked
     int *kept, n_kept;                  // (S) tokens whose keys and values are in kv
     floatX *cosine, *sine;              // (T,D/2)
@@ -1292,6 +1322,7 @@ static void layout(Model *m) {
     m->cosine = take_x(w, (size_t)m->T * c->D / 2);
     m->sine = take_x(w, (size_t)m->T * c->D / 2);
     m->nll = (double *)take(w, N * sizeof(double));
+    m->is_top = (uint8_t *)take(w, N);
 }
 
 // Sizes only, no memory is taken: of every arena, and the table of the model.
@@ -1428,7 +1459,7 @@ void llama_forward(Model *m, const Batch *batch) {
 // ---- head and loss ----------------------------------------------------------------------------------------
 // Loss of each target into m->nll (N); their sum goes to what model_loss returns, each times its weight.
 // weight (N) = d objective / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's
-// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time.
+// gradient +=. weight NULL: losses, and m->is_top. Logits exist for `chunk` rows at a time.
 void llama_head(Model *m, const Batch *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
@@ -1437,7 +1468,8 @@ void llama_head(Model *m, const Batch *batch, const double *weight) {
         const int rows = N - n < m->chunk ? N - n : m->chunk;
         const floatX *norm = m->norm + (size_t)n * c->C;
         matmul_forward(m->logits, norm, head, rows, c->C, c->V, NULL, NULL);
-        cross_entropy(m->nll + n, m->logits, batch->targets + n, weight ? weight + n : NULL, rows, c->V);
+        cross_entropy(m->nll + n, weight ? NULL : m->is_top + n, m->logits, batch->targets + n,
+                      weight ? weight + n : NULL, rows, c->V);
         if (!weight) continue;
         matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, rows, c->C, c->V);
         matmul_backward_w(head_grads(m).head, m->logits, norm, rows, c->C, c->V);
@@ -1455,6 +1487,9 @@ double model_loss(Model *m) {
 
 // nll (n) = the losses of the first n rows that the last llama_head had.
 void model_losses(Model *m, double *nll, int n) { memcpy(nll, m->nll, (size_t)n * sizeof(double)); }
+
+// is_top (n) = of the first n rows that the last llama_head had, which was one without weights.
+void model_tops(Model *m, uint8_t *is_top, int n) { memcpy(is_top, m->is_top, (size_t)n); }
 
 // Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
 // last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a
@@ -1706,10 +1741,12 @@ typedef struct Trainer {
     Config c;
     const Objective *objective;
     DataLoader train, val;
+    Tasks tasks;
     LoaderState next;                       // where the data after the batches below begin
     Batch *batches, val_batch;              // (micro_steps) of the next update
     int batches_read;
     double *weight, *nll;                   // (N) of a micro-step's targets
+    uint8_t *is_top;                        // (N) whether each is the likeliest token
     const char *start;                      // folder of the weights that training starts from, NULL: random
     double mass[N_MASSES], sums[N_SUMS];    // of the last update, over all ranks
     double span;                            // tokens of a token's document, on average over the last update
@@ -1956,48 +1993,207 @@ static int train_step(Trainer *tr) {
 }
 
 // ---- looking: evaluation and samples ----------------------------------------------------------------------
+// What an evaluation adds up over targets and, of stage sft, over answers: RIGHT if all their targets are.
+enum { EVAL_LOSS, EVAL_FLOOR, EVAL_TARGETS, EVAL_RIGHT, EVAL_BYTES, EVAL_ANSWERS, EVAL_RIGHT_ANSWERS,
+       N_EVAL };
+
+// sums += row b of the micro-step that nll and is_top are of.
+static void add_row(const Trainer *tr, const Batch *batch, int b, double *sums) {
+    const int first = b * batch->T;
+    Document d;
+    for (int i = first; i < first + batch->T; i++) {
+        const int target = batch->targets[i];
+        if (target == IGNORED) continue;
+        sums[EVAL_LOSS] += tr->nll[i];
+        sums[EVAL_FLOOR] += batch->floor[i];
+        sums[EVAL_TARGETS]++;
+        sums[EVAL_RIGHT] += tr->is_top[i];
+        sums[EVAL_BYTES] += tr->tokenizer ? tokenizer_bytes(tr->tokenizer, batch->inputs[i], target) : NAN;
+    }
+    for (int t = 0; opt.stage == STAGE_SFT && next_document(batch, b, &t, &d);) {
+        int right = 1;
+        for (int i = d.first; i < d.end; i++) right &= batch->targets[i] == IGNORED || tr->is_top[i];
+        sums[EVAL_ANSWERS]++;
+        sums[EVAL_RIGHT_ANSWERS] += right;
+    }
+}
+
+// Special tokens are of 0 bytes; their loss counts.
+static double bits_per_byte(const double *sums) { return sums[EVAL_LOSS] / log(2) / sums[EVAL_BYTES]; }
+
+static Str eval_text(const double *sums) {
+    const double n = sums[EVAL_TARGETS], answers = sums[EVAL_ANSWERS];
+    const Str of_answers = answers ? str(" | answer accuracy %.2f%% of %.0f",
+                                         100 * sums[EVAL_RIGHT_ANSWERS] / answers, answers) : str("%s", "");
+    return str(" | perplexity %.4g | bits/byte %s | token accuracy %.2f%%%s | %.0f targets",
+               exp(sums[EVAL_LOSS] / n), measured_text(bits_per_byte(sums), "%.4f").s,
+               100 * sums[EVAL_RIGHT] / n, of_answers.s, n);
+}
+
+static void text_add_eval(Text *r, const double *sums) {
+    text_add_field(r, "perplexity", exp(sums[EVAL_LOSS] / sums[EVAL_TARGETS]));
+    text_add_field(r, "bits_per_byte", bits_per_byte(sums));
+    text_add_field(r, "token_accuracy", sums[EVAL_RIGHT] / sums[EVAL_TARGETS]);
+    if (sums[EVAL_ANSWERS])
+        text_add_field(r, "answer_accuracy", sums[EVAL_RIGHT_ANSWERS] / sums[EVAL_ANSWERS]);
+    text_add(r, ", \"targets\": %.0f", sums[EVAL_TARGETS]);
+}
+
+// Of more than one source: a line each. source (n, N_EVAL)
+static void report_sources(const Trainer *tr, Text *r, const double *source) {
+    const DataLoader *dl = &tr->val;
+    if (dl->n_sources < 2) return;
+    text_add(r, ", \"sources\": {");
+    for (int i = 0; i < dl->n_sources; i++) {
+        const double *sums = source + (size_t)i * N_EVAL, loss = sums[EVAL_LOSS] / sums[EVAL_TARGETS];
+        if (sums[EVAL_TARGETS])                             // --val-batches may end before a source
+            printf("step %" PRId64 " | val %s | loss %.4f%s\n", tr->state.step, dl->sources[i], loss,
+                   eval_text(sums).s);
+        if (i) text_add(r, ", ");
+        text_add_string(r, dl->sources[i]);
+        text_add(r, ": {\"loss\": %s", json_decimal(loss));
+        text_add_eval(r, sums);
+        text_add(r, "}");
+    }
+    text_add(r, "}");
+}
+
 // Mean of the objective over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are
 // NAN then.
 static int evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
     const Batch *batch = &tr->val_batch;
+    const int dpo = opt.stage == STAGE_DPO, N = batch->B * batch->T;
     int64_t batches = loader_eval_batches(dl);
     if (opt.val_batches && opt.val_batches < batches) batches = opt.val_batches;
     const double one[N_MASSES] = {1, 1, 1};
-    double mass[N_MASSES] = {0}, sums[N_SUMS] = {0}, totals[2] = {0, 0};    // totals: loss, floor
+    double mass[N_MASSES] = {0}, sums[N_SUMS] = {0}, total[N_EVAL] = {0};
+    double *source = (double *)xcalloc((size_t)dl->n_sources * N_EVAL, sizeof(double));
     loader_rewind(dl);
     tr->val_loss = tr->floor = NAN;
     for (int64_t i = 0; i < batches; i++) {
-        if (stop_requested()) return 0;
+        if (stop_requested()) {
+            free(source);
+            return 0;
+        }
         loader_next(dl, &tr->val_batch);
         add_mass(mass, batch);
         llama_forward(tr->m, batch);
         llama_head(tr->m, batch, /*weight=*/NULL);
-        if (tr->objective->from_losses) {
-            model_losses(tr->m, tr->nll, batch->B * batch->T);
-            tr->objective->weigh(tr->weight, batch, one, tr->nll, sums);    // for the sums
-        }
-        for (int j = 0; j < batch->B * batch->T; j++)
-            if (batch->targets[j] != IGNORED) totals[1] += batch->floor[j];
+        model_losses(tr->m, tr->nll, N);
+        model_tops(tr->m, tr->is_top, N);
+        if (dpo) tr->objective->weigh(tr->weight, batch, one, tr->nll, sums);       // for the sums
+        for (int b = 0; b < batch->n_rows; b++)
+            add_row(tr, batch, b, source + (size_t)loader_source(dl, batch->window[b]) * N_EVAL);
     }
-    totals[0] = model_loss(tr->m);
-    comm_sum(totals, 2);
+    model_loss(tr->m);                                      // the sum is not wanted: the next begins at 0
+    comm_sum(source, dl->n_sources * N_EVAL);
     comm_sum(mass, N_MASSES);
     comm_sum(sums, N_SUMS);
-    const int dpo = opt.stage == STAGE_DPO;
-    tr->val_loss = dpo ? dpo_mean(sums, mass) : totals[0] / mass[MASS_TARGETS];
-    if (dl->has_floor && !dpo) tr->floor = totals[1] / mass[MASS_TARGETS];
+    for (int i = 0; i < dl->n_sources * N_EVAL; i++) total[i % N_EVAL] += source[i];
+    tr->val_loss = dpo ? dpo_mean(sums, mass) : total[EVAL_LOSS] / total[EVAL_TARGETS];
+    if (dl->has_floor && !dpo) tr->floor = total[EVAL_FLOOR] / total[EVAL_TARGETS];
     printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
     if (isfinite(tr->floor)) printf(", floor %.4f", tr->floor);
     if (dpo) printf("%s | %.0f pairs\n", dpo_text(sums, mass).s, mass[MASS_PAIRS]);
-    else printf(" nats/token | %.0f targets\n", mass[MASS_TARGETS]);
+    else printf(" nats/token%s\n", eval_text(total).s);
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
     text_add_field(&r, "val_loss", tr->val_loss);
     text_add_field(&r, "floor", tr->floor);
     text_add_dpo(&r, "val_", sums, mass);
+    if (!dpo) {
+        text_add_eval(&r, total);
+        report_sources(tr, &r, source);
+    }
     log_record(&r);
+    free(source);
     return 1;
+}
+
+// ---- multiple choice: log p of each choice after its question; the highest is the model's choice
+// score (n_documents) = the sum of log p over the targets of each document, the same on all ranks. 0 if a
+// signal came first.
+static int score_documents(Trainer *tr, double *score) {
+    Tasks *tasks = &tr->tasks;
+    const Batch *batch = &tasks->batch;
+    Document d;
+    loader_rewind(&tasks->data);
+    for (int64_t i = 0, batches = loader_eval_batches(&tasks->data); i < batches; i++) {
+        if (stop_requested()) return 0;
+        loader_next(&tasks->data, &tasks->batch);
+        llama_forward(tr->m, batch);
+        llama_head(tr->m, batch, /*weight=*/NULL);
+        model_losses(tr->m, tr->nll, batch->B * batch->T);
+        for (int b = 0; b < batch->n_rows; b++) {
+            double *of_row = score + tasks->first_document[batch->window[b]];
+            for (int t = 0; next_document(batch, b, &t, &d); of_row++)
+                for (int j = d.first; j < d.end; j++) *of_row -= tr->nll[j];        // 0 where no target
+        }
+    }
+    model_loss(tr->m);
+    for (int64_t at = 0, n; at < tasks->n_documents; at += n) {     // each has its score on one rank, else 0
+        n = tasks->n_documents - at < 1 << 20 ? tasks->n_documents - at : 1 << 20;
+        comm_sum(score + at, (int)n);
+    }
+    return 1;
+}
+
+// The choice with the highest score, the first of equals; by_length: score per character.
+static int best_choice(const Tasks *tasks, const Task *task, const double *score, int by_length) {
+    double highest = -INFINITY;
+    int best = 0;
+    for (int i = 0; i < task->choices; i++) {
+        const int64_t at = task->first + i;
+        const double x = score[tasks->document[at]] / (by_length ? tasks->length[at] : 1);
+        if (x > highest) highest = x, best = i;
+    }
+    return best;
+}
+
+// A line per source of --eval-tasks: the share of right choices by log p (acc) and by log p per character
+// (acc_norm), each with its standard error, as EleutherAI's lm-evaluation-harness has them.
+static int evaluate_tasks(Trainer *tr) {
+    const Tasks *tasks = &tr->tasks;
+    const DataLoader *dl = &tasks->data;
+    double *score = (double *)xcalloc((size_t)tasks->n_documents, sizeof(double));
+    const int scored = score_documents(tr, score);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"tasks\", \"step\": %" PRId64 ", \"tasks\": {", tr->state.step);
+    for (int s = 0; s < dl->n_sources && scored; s++) {
+        double n = 0, right[2] = {0, 0}, all = 0, share[2], error[2];
+        for (int64_t i = 0; i < tasks->n; i++) {
+            const Task *task = &tasks->task[i];
+            if (task->source != s) continue;
+            n++;
+            for (int k = 0; k < 2; k++) right[k] += best_choice(tasks, task, score, k) == task->gold;
+            for (int k = 0; k < task->choices; k++) all += score[tasks->document[task->first + k]];
+        }
+        for (int k = 0; k < 2; k++) {
+            share[k] = isfinite(all) ? right[k] / n : NAN;  // a model that gives no numbers has no choice
+            error[k] = n > 1 ? sqrt(share[k] * (1 - share[k]) / (n - 1)) : NAN;
+        }
+        printf("step %" PRId64 " | %s | acc %.4f +- %s | acc_norm %.4f +- %s | %.0f tasks\n", tr->state.step,
+               dl->sources[s], share[0], measured_text(error[0], "%.4f").s, share[1],
+               measured_text(error[1], "%.4f").s, n);
+        if (s) text_add(&r, ", ");
+        text_add_string(&r, dl->sources[s]);
+        text_add(&r, ": {\"acc\": %s", json_decimal(share[0]));
+        text_add_field(&r, "acc_stderr", error[0]);
+        text_add_field(&r, "acc_norm", share[1]);
+        text_add_field(&r, "acc_norm_stderr", error[1]);
+        text_add(&r, ", \"tasks\": %.0f}", n);
+    }
+    text_add(&r, "}");
+    if (scored) log_record(&r);
+    else free(r.s);
+    free(score);
+    return scored;
+}
+
+// All there is to evaluate on. 0 if a signal came first.
+static int evaluate_all(Trainer *tr) {
+    return (!opt.val_data || evaluate(tr)) && (!opt.eval_tasks || evaluate_tasks(tr));
 }
 
 // The next token by temperature (0: the most likely) and a coin in [0,1).
@@ -2085,13 +2281,14 @@ static void train(Trainer *tr) {
     while (tr->state.step < opt.steps && train_step(tr)) {
         const int64_t step = tr->state.step;
         const int last = step == opt.steps;
-        const int evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
+        const int looks = opt.val_every && (step % opt.val_every == 0 || last);
+        const int evaluating = looks && (opt.val_data || opt.eval_tasks);
         due |= opt.checkpoint_every && step % opt.checkpoint_every == 0;
         const int saving = due && !tr->bad_in_a_row;        // five bad ones must not push out a good one
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
-        if (evaluating) evaluate(tr);
+        if (evaluating) evaluate_all(tr);
         if (saving) save(tr);
         if (saving) due = 0;
         if (sampling) generate(tr);
@@ -2129,8 +2326,12 @@ static void dump_grads(Trainer *tr) {
 }
 
 // ---- set-up: everything that can go wrong goes wrong here, before any work --------------------------------
-static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds";
-static const char DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+static const char *const default_train[] = {                // by --stage
+    "data/stories/train/train_*.ds", "data/stories/sft/train/train_*.ds",
+    "data/stories/dpo/train/train_*.ds"};
+static const char *const default_val[] = {
+    "data/stories/val/val_*.ds", "data/stories/sft/validation/val_*.ds",
+    "data/stories/dpo/validation/val_*.ds"};
 
 static int is_training(void) { return !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads; }
 
@@ -2182,7 +2383,8 @@ static double plan_bytes(const Config *c, const Plan *plan) {
 
 // A row of .ds data, else 1024; at most what the model is made for.
 static int default_seq_len(const Config *c) {
-    const char *data = opt.generate ? NULL : opt.eval_only ? opt.val_data : opt.train_data;
+    const char *looked_at = opt.val_data ? opt.val_data : opt.eval_tasks;
+    const char *data = opt.generate ? NULL : opt.eval_only ? looked_at : opt.train_data;
     int V, T = 0;
     if (data) data_declares(data, &V, &T);
     if (!T) T = 1024;
@@ -2318,9 +2520,11 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     const int needs_data = is_training() || opt.dump_grads;
     int V = 0, S;
-    if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
-    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && !data_declares(opt.train_data, &V, &S))
+    const int only_tasks = opt.eval_only && opt.eval_tasks;
+    const char *usual = default_train[opt.stage];
+    if (!opt.train_data && !opt.val_data && !only_tasks) opt.val_data = default_val[opt.stage];
+    if (!opt.train_data) opt.train_data = usual;
+    if (needs_data && !strcmp(opt.train_data, usual) && !data_declares(opt.train_data, &V, &S))
         die("the default data is not here; `make data` writes it to data/stories, or name your own with "
             "--train-data");
     *c = choose_config(resume_dir);
@@ -2415,8 +2619,15 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
         loader_log(&tr->train, "train", stdout);
         if (opt.stage != STAGE_PRETRAIN) say_epoch(tr);
     }
-    if (opt.eval_only && !opt.val_data) die("--eval-only needs --val-data");
-    if (!opt.val_data || !(is_training() || opt.eval_only)) return;
+    if (opt.eval_only && !opt.val_data && !opt.eval_tasks)
+        die("--eval-only needs --val-data or --eval-tasks");
+    if (!(is_training() || opt.eval_only)) return;
+    tr->is_top = (uint8_t *)xcalloc((size_t)B * T, 1);
+    if (opt.eval_tasks) {
+        tasks_open(&tr->tasks, opt.eval_tasks, B, T, tr->c.V);
+        loader_log(&tr->tasks.data, "tasks", stdout);
+    }
+    if (!opt.val_data) return;
     loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
     check_stage(&tr->val);
     batch_alloc(&tr->val_batch, B, T, masked, /*with_floor=*/1);
@@ -2612,8 +2823,8 @@ int main(int argc, char **argv) {
         setup(tr);
         if (opt.dry_run) print_model(tr);
         else if (opt.eval_only) {
-            if (!evaluate(tr)) die("--eval-only: stopped by a signal");
-            if (!isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
+            if (!evaluate_all(tr)) die("--eval-only: stopped by a signal");
+            if (opt.val_data && !isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
         } else if (opt.generate) generate(tr);
         else if (opt.dump_grads) dump_grads(tr);
         else train(tr);
@@ -3364,6 +3575,17 @@ void options_default(void) {
     }
 }
 
+static const char dpo_formulas[] =
+    "Loss of a pair (--stage dpo). c and r are log p of the chosen and the rejected answer, policy minus\n"
+    "reference, sums over their n_c and n_r tokens; s = log sigmoid, b = --dpo-beta,\n"
+    "e = --dpo-label-smoothing.\n"
+    "  sigmoid  z = b (c - r)          -(1-e) s(z) - e s(-z)   e > 0: conservative DPO (TRL ignores e here)\n"
+    "  norm     z = b (c/n_c - r/n_r)  -(1-e) s(z) - e s(-z)   TRL's sigmoid_norm\n"
+    "  robust   z = b (c - r)          (-(1-e) s(z) + e s(-z)) / (1 - 2e)\n"
+    "  ipo      (c/n_c - r/n_r - 1/(2b))^2\n"
+    "The objective is the mean over all pairs of the update, plus --dpo-sft-weight times the mean nll over\n"
+    "all targets of its chosen answers (TRL takes that mean per micro-batch).\n";
+
 void options_help(void) {
     printf("litespark trains Llama-family language models. "
            "With no options: a small model on generated stories.\n");
@@ -3379,6 +3601,7 @@ void options_help(void) {
             printf("  %-24s   %s%s%s\n", "", refused[i].value ? refused[i].value : "",
                    refused[i].value ? " " : "", refused[i].why);
     }
+    printf("\n%s", dpo_formulas);
 }
 
 // argv -> opt. Unknown names, missing and malformed values die.
@@ -3411,6 +3634,7 @@ void options_check(void) {
     if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
         die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
+    if (opt.eval_tasks && !*opt.eval_tasks) die("--eval-tasks is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
     if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run)
         die("--gpus, --nodes and --device go with --dry-run");
@@ -4880,11 +5104,25 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }
 
+// How many bytes of text an id stands for: those that tokenizer_print prints, but a document's first token
+// has EOS before it where there is no BOS. Special tokens, which no text becomes: 0. NAN: not a piece.
+double tokenizer_bytes(const Tokenizer *t, int previous_id, int id) {
+    if (id < 0 || id >= t->V) return NAN;
+    const Piece *p = &t->piece[id];
+    if (id == t->bos || id == t->eos) return 0;
+    if (piece_byte(t, p) >= 0) return 1;
+    const int is_byte = p->n == 1 && t->byte_id[(unsigned char)*p->s] == id;
+    if (p->score <= NO_MERGE && !is_byte) return 0;
+    const int begins = previous_id < 0 || previous_id == t->bos || previous_id == t->eos;
+    return p->n - (t->prefix_space && begins && p->n > 0 && p->s[0] == ' ');
+}
+
 // Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL:
 // there is none. It may have more pieces than the model has rows, or fewer: what counts are the ids in use.
 Tokenizer *tokenizer_choose(const Config *c, const char *model_dir) {
-    const char *slash = strrchr(opt.train_data, '/');
-    const Str data = str("%.*s", slash ? (int)(slash - opt.train_data) : 1, slash ? opt.train_data : ".");
+    const char *file = opt.eval_only && opt.val_data ? opt.val_data : opt.train_data;
+    const char *slash = strrchr(file, '/');
+    const Str data = str("%.*s", slash ? (int)(slash - file) : 1, slash ? file : ".");
     const Str above = str("%s/..", data.s);
     const char *folders[3] = {model_dir, data.s, above.s}, *found = opt.tokenizer;
     int i = 0;
@@ -4936,6 +5174,8 @@ typedef struct Shard {
     int vocab;                          // of the tokenizer that made it, 0 = unknown
     int eod;                            // id of the end-of-document token, -1 = unknown
     int stage, most_documents;          // rows with flags: what for; documents in a row, at most
+    char made[160];                     // rows with flags: which tokens are trained, how chats became text
+    int source;                         // evaluation: DataLoader.sources
     uint32_t crc;                       // of the token bytes, 0 = unknown
     uint32_t begin_crc;                 // of its size and its first bytes
     char *floor_path;                   // evaluation: its .nll file, NULL = it has none
@@ -4990,6 +5230,9 @@ static void shard_open_ds(Shard *s, size_t bytes) {
     if (s->stage) {
         s->most_documents = (int)json_int(meta, "documents_per_row", where, 1, s->row, JSON_REQUIRED);
         if (s->width != 4) die("'%s': rows of stage %s have tokens of 4 bytes", where, stage);
+        const Json *mask = json_get(meta, "mask"), *chat = json_get(meta, "template");
+        snprintf(s->made, sizeof s->made, "%s rows, trained: %s, template: %s", stage,
+                 mask && mask->type == 's' ? mask->str : "?", chat && chat->type == 's' ? chat->str : "none");
         if (s->stage == STAGE_DPO && s->most_documents % 2)
             die("'%s': \"documents_per_row\" %d is odd, but answers come in pairs", where, s->most_documents);
     }
@@ -5125,6 +5368,19 @@ static void shard_scan(DataLoader *dl, int index) {
             s->path, largest, dl->vocab_size);
 }
 
+// The number of a shard's source: its name without folder, "val_", number and extension.
+static int source_of(DataLoader *dl, const char *path) {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path, *dot = strrchr(name, '.');
+    int n = dot ? (int)(dot - name) : (int)strlen(name), stem = n, i = 0;
+    while (stem > 0 && isdigit((unsigned char)name[stem - 1])) stem--;
+    if (stem > 1 && stem < n && name[stem - 1] == '_') n = stem - 1;
+    if (n > 4 && !strncmp(name, "val_", 4)) name += 4, n -= 4;
+    const Str source = str("%.*s", n, name);
+    while (i < dl->n_sources && strcmp(dl->sources[i], source.s)) i++;
+    if (i == dl->n_sources) dl->sources[dl->n_sources++] = xstrdup(source.s);
+    return i;
+}
+
 // Opens the shards that match `pattern`; dies with one line that names the file unless all can be trained on:
 // headers, sizes, vocabulary, and (up to 4 GiB in all; the ranks share the shards) checksums and largest ids.
 // B rows of T tokens per rank and micro-step. shuffle 0: an evaluation, one pass in order.
@@ -5141,11 +5397,13 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
             pattern);
     dl->n_shards = (int)found.gl_pathc;
     dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
+    dl->sources = (char **)xcalloc(found.gl_pathc, sizeof(char *));
     for (int i = 0; i < dl->n_shards; i++) {
         Shard *s = &dl->shards[i];
         s->path = xstrdup(found.gl_pathv[i]);
         s->first_window = dl->n_windows;
         shard_open(dl, s);
+        if (!shuffle) s->source = source_of(dl, s->path);
         bytes += s->n_tokens * (size_t)s->width;
         n_floors += s->floor_path != NULL;
     }
@@ -5181,8 +5439,9 @@ const char *loader_path(const DataLoader *dl) { return dl->shards[0].path; }
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     const int vocab = dl->shards[0].vocab;
     fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
-            "%" PRId64 " tokens dropped%s%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
+            "%" PRId64 " tokens dropped%s%s%s%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
             dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "",
+            dl->stage ? " | " : "", dl->shards[0].made,
             vocab && vocab != dl->vocab_size ? str(" | made for a vocabulary of %d", vocab).s : "");
     const double share = 100.0 * (double)dl->n_dropped / (double)dl->n_tokens;
     if (share > 1)
@@ -5248,17 +5507,25 @@ static void read_floor(const Shard *s, size_t first_target, int T, float *floor)
     close(fd);
 }
 
-// Window `window` of all shards into row b.
-static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
-    int low = 0, high = dl->n_shards, T = dl->T;        // its shard: the last one with first_window <= window
+// The shard of a window: the last one with first_window <= window.
+static int shard_of(const DataLoader *dl, int64_t window) {
+    int low = 0, high = dl->n_shards;
     while (high - low > 1) {
         int middle = low + (high - low) / 2;
         if (dl->shards[middle].first_window <= window) low = middle; else high = middle;
     }
-    const Shard *s = &dl->shards[low];
+    return low;
+}
+
+int loader_source(const DataLoader *dl, int64_t window) { return dl->shards[shard_of(dl, window)].source; }
+
+// Window `window` of all shards into row b.
+static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
+    const int index = shard_of(dl, window), T = dl->T;
+    const Shard *s = &dl->shards[index];
     size_t w = (size_t)(window - s->first_window), width = (size_t)s->width, n = (size_t)T + 1;
     size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
-    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width)
+    if (read_at(shard_fd(dl, index), s->path, dl->buffer, n * width, s->header_bytes + first * width)
         != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
     const size_t at = (size_t)b * (size_t)T;
@@ -5315,6 +5582,82 @@ void loader_next(DataLoader *dl, Batch *batch) {
         state->epoch += state->position / dl->n_windows;
         state->position %= dl->n_windows;
     }
+}
+
+// ---- multiple choice --------------------------------------------------------------------------------------
+// Beside rows X.ds of stage choice lies X.choices. For each document, in the order of the rows, four int32:
+// its task (0 .. in this shard), which of the task's choices it is (0 ..), which is right, and its length.
+
+// Of shard s: fills tasks->document and length where its documents are, and appends its tasks.
+static void choices_read(Tasks *tasks, const Shard *s) {
+    const int64_t from = tasks->first_document[s->first_window], first_task = tasks->n;
+    const int64_t n = tasks->first_document[s->first_window + (int64_t)s->n_windows] - from;
+    const char *dot = strrchr(s->path, '.');
+    const Str path = str("%.*s.choices", (int)(dot - s->path), s->path);
+    size_t bytes, expected = (size_t)n * 4 * sizeof(int32_t);
+    if (access(path.s, F_OK))
+        die("'%s' is missing, which says what the documents of '%s' are; make both again with "
+            "data/choices.py", path.s, s->path);
+    int fd = open_regular(path.s, "list of choices", &bytes);
+    if (bytes != expected)
+        die("'%s' has %zu bytes, but '%s' has %" PRId64 " documents, for %zu bytes; make both again with "
+            "data/choices.py", path.s, bytes, s->path, n, expected);
+    int32_t (*row)[4] = (int32_t (*)[4])xmalloc(expected + 1);
+    read_exactly(fd, path.s, row, expected, 0);
+    close(fd);
+    Task *task = tasks->task + first_task;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t *r = row[i];
+        if (r[0] < 0 || r[0] >= n || r[1] < 0 || r[1] >= n || r[2] < 0 || r[3] < 1)
+            die("'%s' is damaged: document %" PRId64 " has task %d, choice %d, right choice %d, length %d; "
+                "make it again with data/choices.py", path.s, i, r[0], r[1], r[2], r[3]);
+        if (r[0] >= tasks->n - first_task) tasks->n = first_task + r[0] + 1;
+        task[r[0]].choices++;
+        task[r[0]].gold = r[2];
+        task[r[0]].source = s->source;
+    }
+    for (int64_t k = 0, at = from; first_task + k < tasks->n; at += task[k++].choices) {
+        task[k].first = at;
+        if (task[k].choices < 2 || task[k].gold >= task[k].choices)
+            die("'%s' is damaged: task %" PRId64 " has %d choices, the right one is %d; make it again with "
+                "data/choices.py", path.s, k, task[k].choices, task[k].gold);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t *r = row[i];
+        const Task *its = &task[r[0]];
+        const int64_t at = its->first + r[1];
+        if (r[1] >= its->choices || r[2] != its->gold || tasks->document[at] >= 0)
+            die("'%s' is damaged: choice %d of task %d, which has %d, is there twice or says another right "
+                "choice; make it again with data/choices.py", path.s, r[1], r[0], its->choices);
+        tasks->document[at] = from + i;
+        tasks->length[at] = r[3];
+    }
+    free(row);
+}
+
+// Opens the tasks of all shards that match; dies with one line unless every task is complete.
+void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size) {
+    DataLoader *dl = &tasks->data;
+    Document d;
+    memset(tasks, 0, sizeof *tasks);
+    loader_open(dl, pattern, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, vocab_size,
+                /*document_mask=*/1);
+    if (dl->stage != STAGE_CHOICE)
+        die("token shard '%s' holds no multiple choice tasks; make them with data/choices.py",
+            loader_path(dl));
+    batch_alloc(&tasks->batch, B, T, /*document_mask=*/1, /*with_floor=*/0);
+    tasks->first_document = (int64_t *)xcalloc((size_t)dl->n_windows + 1, sizeof(int64_t));
+    for (int64_t w = 0; w < dl->n_windows; w++) {
+        read_window(dl, w, &tasks->batch, 0);
+        for (int t = 0; next_document(&tasks->batch, 0, &t, &d);) tasks->n_documents++;
+        tasks->first_document[w + 1] = tasks->n_documents;
+    }
+    const size_t n = (size_t)tasks->n_documents;
+    tasks->task = (Task *)xcalloc(n, sizeof(Task));
+    tasks->document = (int64_t *)xmalloc(n * sizeof(int64_t));
+    tasks->length = (int32_t *)xcalloc(n, sizeof(int32_t));
+    memset(tasks->document, 255, n * sizeof(int64_t));      // all -1
+    for (int i = 0; i < dl->n_shards; i++) choices_read(tasks, &dl->shards[i]);
 }
 
 // What the first shard that matches says of the vocabulary (*V) and the tokens per row (*S), 0 = nothing;
