@@ -375,29 +375,25 @@ typedef struct QuestionText { const char *told, *question, *answer; } QuestionTe
 static const QuestionText question_texts[] = {
     // of any story
     {"[who hero]", "Who is the story about?", "The story is about {hero}."},
-    {" lived[place home]", "Where was the house of {hero}?", "{hero} lived {home.at} the {home}."},
-    {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}."},
-    {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}."},
-    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?",
-     "{hero} went out to {hobby} {home.at} the {home}."},
-    {"{cc=colour} {cloth=garment}", "What colour was the {cloth}?", "The {cloth} was {cc}."},
-    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "{hero} always wore a {cc} {cloth}."},
+    {" lived[place home]", "Where was the house of {hero}?", "It was the house {home.at} the {home}."},
+    {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hero} went out to {hobby}."},
+    {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hero} went out to {hobby}."},
+    {"went out to {hobby=hobby}", "What did {hero} like to do?", "{hero} went out to {hobby}."},
+    {"{cc=colour} {cloth=garment}", "What did {hero} put on?", "{hero} put on the {cc} {cloth}."},
     {"friend {friend=name}", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
     // lost
-    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero} could not find {hero.his} {c} {x}."},
-    {"find {hero.his} {c=colour} {x=toy}", "What colour was the {x}?", "The {x} was {c}."},
+    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero} could not find the {c} {x}."},
+    {"find {hero.his} {c=colour} {x=toy}", "What colour was the {x}?", "It was the {c} {x}."},
     {"`You played[place p] on", "Who helped {hero}?", "{hero.His} friend {friend} helped {hero.him}."},
     {", was the {c} {x}!", "Where did they find the {x}?", "They found the {x} {p.at} the {p}."},
-    {"always kept the {c} {x}[spot d]", "Where is the {x} now?", "Now the {x} is {d.at} the {d}."},
     // gift
-    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "{hero} bought a {c} {x}."},
-    {"bought a {c=colour} {x=toy}", "What colour was the {x}?", "The {x} was {c}."},
+    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "{hero} bought the {c} {x}."},
+    {"bought a {c=colour} {x=toy}", "What colour was the {x}?", "It was the {c} {x}."},
     {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "The {x} was for {friend}."},
     {"so {hero.he} hid it[spot a]", "Where did {hero} put the {x}?", "{hero} hid the {x} {a.at} the {a}."},
-    {"kept the {c} {x}[spot d] for ever", "Where is the {x} now?", "Now the {x} is {d.at} the {d}."},
     // errand
     {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "{hero} had to buy some {f}, some {g} and a {c} {x}."},
-    {"and a {c=colour} {x=ware}", "What colour was the {x}?", "The {x} was {c}."},
+    {"and a {c=colour} {x=ware}", "What colour was the {x}?", "It was the {c} {x}."},
     {"said {hero.his} {kin=kin}", "Who wanted a {c} {x}?", "{hero.His} {kin} wanted a {c} {x}."},
     {"Come and play <game> with me", "Who wanted to play?", "The {pal} wanted to play."},
     // hungry
@@ -406,13 +402,12 @@ static const QuestionText question_texts[] = {
     {"I only like {f=food}", "What did the {pal} like?", "The {pal} liked {f}."},
     {"if you {chore=chore}", "What did {hero} have to do?", "{hero} had to {chore}."},
     {"vessel> of {f}", "Who gave {hero} the {f}?", "The {job} gave {hero} the {f}."},
-    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "The {pal} gave {hero} a {c} {x}."},
-    {"Take my {c=colour} {x=treasure}", "What colour was the {x}?", "The {x} was {c}."},
-    {"keeps the {c} {x}[spot a]", "Where is the {x} now?", "Now the {x} is {a.at} the {a}."},
+    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "The {pal} gave {hero} the {c} {x}."},
+    {"Take my {c=colour} {x=treasure}", "What colour was the {x}?", "It was the {c} {x}."},
     // race
     {"heard about a race[place p]", "Where was the race?", "The race was {p.at} the {p}."},
-    {"prize was a {c=colour} {x=toy}", "What was the prize?", "The prize was a {c} {x}."},
-    {"prize was a {c=colour} {x=toy}", "What colour was the {x}?", "The {x} was {c}."},
+    {"prize was a {c=colour} {x=toy}", "What was the prize?", "The prize was the {c} {x}."},
+    {"prize was a {c=colour} {x=toy}", "What colour was the {x}?", "It was the {c} {x}."},
     {"{friend=name} the {pal=animal}", "What was {friend}?", "{friend} was a {pal}."},
     {"Near the end {friend} fell", "Who fell?", "{friend} fell."},
     {"hurt {friend.his} {limb=limb}", "What did {friend} hurt?", "{friend} hurt {friend.his} {limb}."},
@@ -423,13 +418,13 @@ static const QuestionText question_texts[] = {
     // storm
     {"hid[spot a]", "Where was {friend} hiding?", "{friend} was hiding {a.at} the {a}."},
     {"afraid of the {noise=noise}", "What was {friend} afraid of?", "{friend} was afraid of the {noise}."},
-    {"lit a {c=colour} candle", "What colour was the candle?", "The candle was {c}."},
+    {"lit a {c=colour} candle", "What colour was the candle?", "It was the {c} candle."},
     {"{m=being} once lost a {d=colour} {x=treasure}", "Who lost a {x}?", "The {m} lost a {x}."},
-    {"{m=being} once lost a {d=colour} {x=treasure}", "What colour was the {x}?", "The {x} was {d}."},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "What colour was the {x}?", "It was the {d} {x}."},
     // build
     {"{x=craft} out of {m=material}", "What was the {x} made of at first?", "At first the {x} was made of {m}."},
     {"So they <slowly> built the {x} again", "What is the {x} made of now?", "Now the {x} is made of {n}."},
-    {"painted it {c=colour}", "What colour was the {x}?", "The {x} was {c}."},
+    {"painted it {c=colour}", "What colour was the {x}?", "It was the {c} {x}."},
     {"painted it {c=colour}", "Who painted the {x}?", "{friend} painted the {x}."},
     {"{kin} came to see the {c} {x}", "Who came to see the {x}?", "{hero.His} {kin} came to see the {x}."},
     {"{friend} had the idea!", "Who had the idea?", "{friend} had the idea."},
@@ -441,10 +436,10 @@ static const QuestionText question_texts[] = {
     {"ran> home with the {$}", "Who had some {$}?", "{friend} had some {$}."},
     // wish
     {"magic {x=treasure}[place p]", "Where was the {x}?", "The {x} was {p.at} the {p}."},
-    {"It was {c=colour} and very", "What colour was the {x}?", "The {x} was {c}."},
+    {"It was {c=colour} and very", "What colour was the {x}?", "It was the {c} {x}."},
     {"{m=being} came out", "Who came out?", "A {m} came out."},
     {"wished for some {f=food}", "What was wished for first?", "First {hero} wished for some {f}."},
-    {"wished for a {d=colour} {y=toy}", "What colour was the {y}?", "The {y} was {d}."},
+    {"wished for a {d=colour} {y=toy}", "What colour was the {y}?", "It was the {d} {y}."},
     {"there was a <trait>[who friend]", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
     // seeds
     {"planted {n=number} seeds", "How many seeds were planted?", "{hero} planted {n} seeds."},
@@ -452,16 +447,15 @@ static const QuestionText question_texts[] = {
     {"<size> {pal=animal} came by", "Who came by?", "A {pal} came by."},
     {"came back with the {f}", "What did {hero} bring the {pal}?", "{hero} brought the {pal} some {f}."},
     {"In {season=season} there were {n} {c=colour} {y=flower}", "When were there {y}?", "There were {y} in {season}."},
-    {"{c=colour} {y=flower}", "What colour were the {y}?", "The {y} were {c}."},
     // secret
     {"door[spot a]", "Where was the door?", "The door was {a.at} the {a}."},
     {"The word is {w=secret}", "What was the secret word?", "The secret word was {w}."},
     {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "The {pal} knew the word."},
     {"there sat a <trait> {m=being}", "Who sat there?", "A {m} sat there."},
-    {"This {c=colour} {x=treasure}", "What colour was the {x}?", "The {x} was {c}."},
+    {"This {c=colour} {x=treasure}", "What colour was the {x}?", "It was the {c} {x}."},
     // concert
     {"But {hero} played it", "What did {hero} play?", "{hero} played the {i}."},
-    {"got a {c=colour} {i=instrument}", "What colour was the {i}?", "The {i} was {c}."},
+    {"got a {c=colour} {i=instrument}", "What colour was the {i}?", "It was the {c} {i}."},
     {"from {hero.his} {kin=kin}", "Who gave {hero} the {i}?", "{hero.His} {kin} gave {hero.him} the {i}."},
     {"There is a concert[place p]", "Where was the concert?", "The concert was {p.at} the {p}."},
     {"on {d=weekday}", "When was the concert?", "The concert was on {d}."},
@@ -1010,7 +1004,7 @@ static void find_known(Known *known, const Story *s) {
 // A story, told so far that it answers a question drawn from all that it answers; this question, and up to most - 1
 // others that it answers by then. 0 if that does not give lo to hi words. The story itself stays as it is.
 static int make_chat(Set *set, Story *s, Known known, int most, int lo, int hi) {
-    int ends[MAX_STORY], pick = random_below(s, known.n), turns = 1 + random_below(s, most);
+    int ends[MAX_STORY], pick = random_below(s, known.n), turns = most;
     const int first = s->told[known.told[pick]].n, n = s->n;
     const int cut = draw_early(s, ends, sentence_ends(s, ends), first > OPENING ? first : OPENING, hi);
     uint16_t tokens[MAX_STORY];
