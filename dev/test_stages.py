@@ -3,7 +3,7 @@
 
     dev/test_stages.py [--oracle DIR] TRAINER... [word...]    tests whose names hold a word, all without
 
-Against TRL's numbers where DIR (oracle/trl: oracle.json, policy, reference) exists, against equalities that must hold
+TRAINER is a program, or a command in quotes that ends with one (`ptxcpu --race -- build/train_litespark_ptx`). Against TRL's numbers where DIR (oracle/trl: oracle.json, policy, reference) exists, against equalities that must hold
 everywhere else. Python's own library only.
 """
 import json
@@ -83,7 +83,7 @@ class Noise:
 # ---- running a trainer
 class Run:
     def __init__(self, trainer, *args, ranks=1, ok=True, threads=1):
-        command = [trainer] + [str(a) for a in args] + ['--threads', str(threads)]
+        command = trainer + [str(a) for a in args] + ['--threads', str(threads)]
         if ranks > 1:
             command = ['mpirun', '--allow-run-as-root', '--oversubscribe', '--bind-to', 'none', '-np', str(ranks)] + command
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
@@ -402,7 +402,7 @@ def test_kill_in_the_reference_pass_loses_nothing(trainer, folder):
     args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--total-batch-tokens', 2 * 63, '--steps', 1,
             '--sample-every', 0]
     for _ in range(3):
-        p = subprocess.Popen([trainer] + list(map(str, args)) + ['--threads', '1', '--out', f'{folder}/a'], stdout=subprocess.PIPE, text=True)
+        p = subprocess.Popen(trainer + list(map(str, args)) + ['--threads', '1', '--out', f'{folder}/a'], stdout=subprocess.PIPE, text=True)
         for line in p.stdout:
             if line.startswith('reference'):
                 break
@@ -465,8 +465,8 @@ def main():
         a = args.pop(0)
         if a == '--oracle':
             oracle_dir = args.pop(0)
-        elif os.access(a, os.X_OK) and os.path.isfile(a):
-            trainers.append(os.path.abspath(a))
+        elif os.access(a.split()[-1], os.X_OK) and os.path.isfile(a.split()[-1]):
+            trainers.append([os.path.abspath(w) if os.path.isfile(w) else w for w in a.split()])
         else:
             words.append(a)
     if oracle_dir and not os.path.exists(f'{oracle_dir}/oracle.json'):
@@ -479,7 +479,7 @@ def main():
             if not name.startswith('test_') or (words and not any(w in name for w in words)):
                 continue
             folder = tempfile.mkdtemp(dir=top)
-            title, begin = f'{name[5:]} ({os.path.basename(trainer)})', time.time()
+            title, begin = f'{name[5:]} ({os.path.basename(trainer[-1])})', time.time()
             try:
                 test(trainer, folder)
                 counts['passed'] += 1
