@@ -535,7 +535,7 @@ def own_shares(model, tokenizer, tasks, S):
     """acc, acc_norm in fp64, and the smallest distance between the best two scores of a task."""
     right, closest = [0, 0], float("inf")
     for task in tasks:
-        scores = []
+        rows, lengths = [], []
         for choice in task["choices"]:
             query, rest = task["query"], " " + choice
             rest, query = query[len(query.rstrip()):] + rest, query.rstrip()
@@ -545,9 +545,11 @@ def own_shares(model, tokenizer, tasks, S):
             else:
                 before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
                 after = tokenizer.encode(rest, add_special_tokens=False)
-            ids = torch.tensor([(before + after)[-(S + 1):]])
-            log_p = model(ids[:, :-1]).logits[0].log_softmax(-1)[-len(after):]
-            scores.append(log_p.gather(1, ids[0, -len(after):, None]).sum().item())
+            rows.append((before + after)[-(S + 1):])
+            lengths.append(len(after))
+        ids = torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows])      # what follows is not seen
+        log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scores = [log_p[i, len(r) - 1 - n:len(r) - 1].sum().item() for i, (r, n) in enumerate(zip(rows, lengths))]
         for k, scale in enumerate((lambda c: 1, len)):
             scaled = [s / scale(c) for s, c in zip(scores, task["choices"])]
             right[k] += scaled.index(max(scaled)) == task["gold"]
