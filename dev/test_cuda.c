@@ -712,8 +712,8 @@ static void check_evaluation(void) {
         for (int i = 0; i < 2; i++) {
             char *out = path_text("%s/eval%d%d", top, p, i);
             Run r = start("exec %s %s --batch-size %d --eval-only --val-data '%s/val_*.bin' --eval-tasks '%s/*.ds' "
-                          "--tokenizer %s/pieces.bin --out %s", i ? cuda : twin, case_options(c, precisions[p]), c->B, data, data,
-                          data, out);
+                          "--tokenizer %s/pieces.bin --out %s", i ? cuda : twin, case_options(c, precisions[p]), c->B, data,
+                          data, data, out);
             if (finish(&r)) { bad++, result(name, 0, "%s", complaint(&r)); continue; }
             for (int k = 0; k < 5; k++) if (log_values(out, "val", keys[k], &x[i][k], 1) != 1) x[i][k] = NAN;
             char *log = slurp(path_text("%s/eval.jsonl", out)), *tasks = strstr(log, "{\"type\": \"tasks\"");
