@@ -4257,7 +4257,8 @@ static void check_stage(const DataLoader *dl) {
     if (dl->stage == opt.stage) return;
     die("token shard '%s' was made for --stage %s, this run is --stage %s; %s", loader_path(dl),
         names[dl->stage], names[opt.stage],
-        opt.stage == STAGE_PRETRAIN ? "make shards of text with data/tokens.py"
+        dl->stage == STAGE_CHOICE ? "multiple choice goes with --eval-tasks"
+        : opt.stage == STAGE_PRETRAIN ? "make shards of text with data/tokens.py"
                                     : "make rows with data/chat.py");
 }
 
