@@ -6816,6 +6816,7 @@ typedef struct Shard {
     int vocab;                          // of the tokenizer that made it, 0 = unknown
     int eod;                            // id of the end-of-document token, -1 = unknown
     int stage, most_documents;          // rows with flags: what for; documents in a row, at most
+    char made[160];                     // rows with flags: which tokens are trained, how chats became text
     int source;                         // evaluation: DataLoader.sources
     uint32_t crc;                       // of the token bytes, 0 = unknown
     uint32_t begin_crc;                 // of its size and its first bytes
@@ -6871,6 +6872,9 @@ static void shard_open_ds(Shard *s, size_t bytes) {
     if (s->stage) {
         s->most_documents = (int)json_int(meta, "documents_per_row", where, 1, s->row, JSON_REQUIRED);
         if (s->width != 4) die("'%s': rows of stage %s have tokens of 4 bytes", where, stage);
+        const Json *mask = json_get(meta, "mask"), *chat = json_get(meta, "template");
+        snprintf(s->made, sizeof s->made, "%s rows, trained: %s, template: %s", stage,
+                 mask && mask->type == 's' ? mask->str : "?", chat && chat->type == 's' ? chat->str : "none");
         if (s->stage == STAGE_DPO && s->most_documents % 2)
             die("'%s': \"documents_per_row\" %d is odd, but answers come in pairs", where, s->most_documents);
     }
@@ -7077,8 +7081,9 @@ const char *loader_path(const DataLoader *dl) { return dl->shards[0].path; }
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     const int vocab = dl->shards[0].vocab;
     fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
-            "%" PRId64 " tokens dropped%s%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
+            "%" PRId64 " tokens dropped%s%s%s%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
             dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "",
+            dl->stage ? " | " : "", dl->shards[0].made,
             vocab && vocab != dl->vocab_size ? str(" | made for a vocabulary of %d", vocab).s : "");
     const double share = 100.0 * (double)dl->n_dropped / (double)dl->n_tokens;
     if (share > 1)

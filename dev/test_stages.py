@@ -445,6 +445,16 @@ def test_what_does_not_fit_is_refused(trainer, folder):
     refused(['--stage', 'sft', '--train-data', beyond], '150', 'vocabulary')
 
 
+def test_a_policy_far_from_its_reference_is_said(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed(pairs(12), 63)
+    data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n)
+    args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 2, '--total-batch-tokens', 4 * 63, '--steps', 12,
+            '--warmup-steps', 0, '--sample-every', 0]
+    check('far from its reference' in Run(trainer, *args, '--lr', 3e-2, '--dpo-beta', 100, '--out', f'{folder}/a').text, 'no warning')
+    check('far from' not in Run(trainer, *args, '--lr', 1e-4, '--out', f'{folder}/b').text, 'a warning without a reason')
+
+
 def test_tokens_and_targets_are_counted(trainer, folder):
     begin = start(trainer, folder)
     documents = sft_documents(10)
