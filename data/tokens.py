@@ -128,6 +128,17 @@ def byte_level(ranks, special, words):
             "decoder": level, "model": bpe({**rank, **special}, rank, ignore_merges=True)}
 
 
+def sentencepiece_parts(text, rank, prefix, unknown, byte_fallback):
+    """The parts of a tokenizer.json with SentencePiece's rules for BPE. prefix: a space goes before the text."""
+    replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
+    front = [{"type": "Prepend", "prepend": "\u2581"}] * bool(prefix)
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * bool(prefix)
+    return {"normalizer": {"type": "Sequence", "normalizers": front + [replace(" ", "\u2581")]},
+            "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
+                replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+            "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True)}
+
+
 def protobuf_fields(data):
     """(field number, value) pairs of one protobuf message: int, or bytes for what has a length."""
     def varint(i):
@@ -181,14 +192,8 @@ def sentencepiece_tokenizer(path, data):
         text = [p.decode().replace(" ", "\u2581") for p in pieces]
         special = {t: i for i, t in enumerate(text) if types[i] in (2, 3)}
         rank = {t: -scores[i] for i, t in enumerate(text) if types[i] in (1, 4)}
-        replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
-        prefix = [{"type": "Prepend", "prepend": "\u2581"}] if normalizer[3] else []
-        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normalizer[3] else []
-        parts = {"normalizer": {"type": "Sequence", "normalizers": prefix + [replace(" ", "\u2581")]},
-                 "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
-                     replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-                 "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=next(
-                     (t for i, t in enumerate(text) if types[i] == 2), None), byte_fallback=6 in types, fuse_unk=True)}
+        parts = sentencepiece_parts(text, rank, normalizer[3], next((t for i, t in enumerate(text) if types[i] == 2), None),
+                                    6 in types)
         name = lambda i: text[i] if i >= 0 else None
         return {**files, **hugging_face(parts, special, name(bos), name(eos))}
     unlike = ("is not a BPE model" if trainer[3] != 2 else "normalizes its text" if normalizer[2] else
@@ -603,7 +608,7 @@ def refuse_wide(path, head):
         raise UserError(f"{path}: this is {kind.upper()} text, not UTF-8; convert it (iconv -f {kind} -t utf-8)")
 
 
-def read_documents(files, separator, text_key, progress):
+def read_documents(files, separator, text_key, progress, lines=json_lines, rows=parquet_rows):
     document = -1
     for path in files:
         ending = os.path.splitext(path)[1].lower()[1:]
@@ -616,8 +621,8 @@ def read_documents(files, separator, text_key, progress):
                         raise EOFError("it is empty")
                     stream = open_input(path.lower(), raw)
                     refuse_wide(path, stream.peek(1024)[:1024])
-                for where, first, last, data in (parquet_rows(path, text_key, progress) if kind == "row" else
-                                                 json_lines(path, stream) if kind == "line" else
+                for where, first, last, data in (rows(path, text_key, progress) if kind == "row" else
+                                                 lines(path, stream) if kind == "line" else
                                                  text_pieces(stream, separator)):
                     document += first
                     if kind != "row":
@@ -650,9 +655,14 @@ worker = argparse.Namespace()
 
 
 def start_worker(args, parent):
-    """Fills `worker`. A child leaves when its parent is gone, since a killed parent cannot tell it to."""
+    """Fills `worker`."""
     tokenizer = load_tokenizer(args.tokenizer, args.tiktoken_pattern)
     worker.encode, worker.args = tokenizer.encoder(), args
+    leave_with(parent)
+
+
+def leave_with(parent):
+    """A child leaves when its parent is gone, since a killed parent cannot tell it to."""
     if parent != os.getpid():
         def watch():
             while os.getppid() == parent:
@@ -712,18 +722,17 @@ def encode_batch(batch):
     return (np.concatenate([a.astype(dtype) for a in out]) if out else np.zeros(0, dtype)), spans
 
 
-def encoded(work, args):
-    """encode_batch over all batches, in order; at most 2 x jobs batches wait in memory."""
+def encoded(work, args, start=start_worker, encode=encode_batch):
+    """encode over all batches, in order; at most 2 x jobs batches wait in memory."""
     if args.jobs == 1:
-        start_worker(args, os.getpid())
-        yield from map(encode_batch, work)
+        start(args, os.getpid())
+        yield from map(encode, work)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start_worker,
-                                                  initargs=(args, os.getpid()))
+    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start, initargs=(args, os.getpid()))
     try:
         waiting = collections.deque()
         for batch in work:
-            waiting.append(pool.submit(encode_batch, batch))
+            waiting.append(pool.submit(encode, batch))
             if len(waiting) > 2 * args.jobs:
                 yield waiting.popleft().result()
         while waiting:
@@ -832,12 +841,12 @@ def split_folders(args):
     return [os.path.join(args.out, n) for n in ("train", "validation")] if args.format == "ds" else [args.out] * 2
 
 
-def claim_folder(args, options):
+def claim_folder(args, options, name="tokens.json"):
     """An empty folder, or one that the same command filled before: its shards are then written anew."""
-    out, state = args.out, os.path.join(args.out, "tokens.json")
+    out, state = args.out, os.path.join(args.out, name)
     if os.path.isdir(out) and os.listdir(out):
         if not os.path.exists(state):
-            raise UserError(f"{out} is not empty and holds no tokens.json; choose another --out")
+            raise UserError(f"{out} is not empty and holds no {name}; choose another --out")
         with open(state, encoding="utf-8") as f:
             before = json.load(f)["options"]
         for key in options:
@@ -1019,6 +1028,8 @@ def inspect(path):
             raise UserError(f"{path}: no metadata.json beside it, so its row length is unknown")
         with open(meta, encoding="utf-8") as f:
             meta = json.load(f)
+        if "stage" in meta:
+            raise UserError(f"{path}: flagged rows of stage {meta['stage']}; use data/chat.py --inspect")
         width, vocab, row = meta["token_size_bytes"], meta["vocab_size"], meta["sequence_length"] + 1
         eod, count = meta.get("eos_token_id", -1), size // width
         print(f"{path}: {count // row:,} rows of {row - 1} + 1 tokens, uint{8 * width}, vocabulary {vocab}")
