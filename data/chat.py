@@ -85,23 +85,29 @@ OPEN, CLOSE = "\U000f0000", "\U000f0001"        # around text that spells a spec
 class LibraryEncoder:
     """A tokenizer.json. What special_text marked is encoded as text, as transformers does (encode_marked_chat)."""
     def __init__(self, text, trim):
-        library, spec = need("tokenizers"), json.loads(text)
+        spec = json.loads(text)
         if not trim:       # the post-processor only ever trims the spaces off offsets here
             spec["post_processor"] = None
         self.specials = [t["content"] for t in spec.get("added_tokens", []) if t["special"]]
         self.markers = marker_pattern(self.specials)
+        self.spec, self.tokenizers = json.dumps(spec), {}
+        self.newline = self.plain("\n", False)[0]
+
+    def tokenizer(self, as_text):
+        library = need("tokenizers")
         try:
-            self.tokenizers = [library.Tokenizer.from_str(json.dumps(spec)) for _ in range(2)]
+            t = library.Tokenizer.from_str(self.spec)
         except Exception as e:       # the library raises bare Exceptions
             raise UserError(f"tokenizers {library.__version__} cannot read this tokenizer.json ({e}); "
                             "run: pip install -U tokenizers")
-        for as_text, t in enumerate(self.tokenizers):
-            t.no_padding()
-            t.no_truncation()
-            t.encode_special_tokens = bool(as_text)
-        self.newline = self.plain("\n", False)[0]
+        t.no_padding()
+        t.no_truncation()
+        t.encode_special_tokens = as_text
+        return t
 
     def plain(self, text, offsets, as_text=False):
+        if as_text not in self.tokenizers:
+            self.tokenizers[as_text] = self.tokenizer(as_text)
         e = self.tokenizers[as_text].encode(text, add_special_tokens=False)
         return e.ids, e.offsets if offsets else ()
 
