@@ -111,8 +111,8 @@ class LibraryEncoder:
         e = self.tokenizers[as_text].encode(text, add_special_tokens=False)
         return e.ids, e.offsets if offsets else ()
 
-    def encode(self, text, offsets=False):
-        if OPEN not in text and CLOSE not in text:
+    def encode(self, text, offsets=False, marked=False):
+        if not marked:
             return self.plain(text, offsets)
         ids, spans, at = [], [], 0
         for m in [*self.markers.finditer(text), None]:
@@ -147,36 +147,40 @@ class GreedyEncoder:
         for i, p in enumerate(t.pieces):
             if byte.fullmatch(p):
                 self.ids.setdefault(bytes([int(p[3:5], 16)]), i)
-        self.longest = max(map(len, self.ids))
+        self.longest = [1] * 256         # of the pieces that begin with this byte
+        for p in self.ids:
+            self.longest[p[0]] = max(self.longest[p[0]], len(p))
 
-    def encode(self, text, offsets=False):
-        ids, spans, at, base = [], [], 0, 0
-        stops = re.compile(f"{OPEN}(?:{self.stops.pattern}){CLOSE}|({self.stops.pattern})")
+    def encode(self, text, offsets=False, marked=False):
+        ids, spans, at = [], [], 0
+        stops = re.compile(f"{OPEN}(?:{self.stops.pattern}){CLOSE}|({self.stops.pattern})" if marked else f"({self.stops.pattern})")
         for m in [*(m for m in stops.finditer(text) if m[1]), None]:
             end = m.start() if m else len(text)
-            self.greedy(text[at:end], at, ids, spans)
+            self.greedy(text[at:end], at, ids, spans, offsets, marked)
             if m:
                 ids.append(self.special[m[1]])
                 spans.append(m.span())
                 at = m.end()
         return ids, spans
 
-    def greedy(self, text, base, ids, spans):
-        kept = [i for i, c in enumerate(text) if c not in (OPEN, CLOSE)]
-        data, where = b"", []
-        for i in kept:
-            c = text[i].encode()
-            data += c
-            where += [base + i] * len(c)
-        at = 0
+    def greedy(self, text, base, ids, spans, offsets, marked):
+        where = range(base, base + len(text))        # the character of each byte
+        if marked:
+            kept = [i for i, c in enumerate(text) if c not in (OPEN, CLOSE)]
+            text, where = "".join(text[i] for i in kept), [where[i] for i in kept]
+        data = text.encode()
+        if offsets and len(data) > len(text):
+            where = [w for w, c in zip(where, text) for _ in range(len(c.encode()))]
+        known, longest, at = self.ids, self.longest, 0
         while at < len(data):
-            n = min(self.longest, len(data) - at)
-            while data[at:at + n] not in self.ids:
+            n = min(longest[data[at]], len(data) - at)
+            while n and data[at:at + n] not in known:
                 n -= 1
-                if not n:
-                    raise Drop("text that the tokenizer cannot write", f"byte {data[at]}")
-            ids.append(self.ids[data[at:at + n]])
-            spans.append((where[at], where[at + n - 1] + 1))
+            if not n:
+                raise Drop("text that the tokenizer cannot write", f"byte {data[at]}")
+            ids.append(known[data[at:at + n]])
+            if offsets:
+                spans.append((where[at], where[at + n - 1] + 1))
             at += n
 
 
@@ -522,7 +526,7 @@ class Preparer:
         else:
             self.encoder = LibraryEncoder(setup.spec, self.template is not None and self.template.marked)
         self.specials = special_pattern(self.encoder.specials)
-        self.counts, self.numbers = {}, collections.Counter()
+        self.counts, self.numbers, self.marked = {}, collections.Counter(), False
 
     # -- what is counted
     def count(self, reason, detail=""):
@@ -532,13 +536,14 @@ class Preparer:
     # -- text
     def encode(self, text, offsets=False):
         try:
-            ids, spans = self.encoder.encode(text, offsets)
+            ids, spans = self.encoder.encode(text, offsets, self.marked)
         except UnicodeEncodeError:
             raise Drop("not UTF-8", "a lone surrogate")
         return self.np.array(ids, self.np.uint32), spans
 
     def encode_string(self, text):
         """A text by itself: BOS as the tokenizer puts it, not twice; special tokens are known by their text."""
+        self.marked = False
         ids, _ = self.encode(text)
         if self.o.add_bos and not (len(ids) and ids[0] == self.o.bos):
             ids = self.np.concatenate([self.np.array([self.o.bos], self.np.uint32), ids])
@@ -575,11 +580,11 @@ class Preparer:
         if self.template is None:
             raise UserError(f"{self.place}: a conversation, but the tokenizer has no chat template; name one: --template "
                             f"{'|'.join(TEMPLATES)} or a file")
-        more, lists = self.more(row), [list(messages) for messages in lists]
+        more, lists, self.marked = self.more(row), [list(messages) for messages in lists], False
         if self.specials.pattern != "(?!)" and any(self.specials.search(s) for s in strings([lists, more])):
             self.count("a message spells a special token" + (", kept as text" if self.o.special_text == "text" else ""))
             if self.o.special_text == "text":
-                more, lists = mark(more, self.specials), mark(lists, self.specials)
+                more, lists, self.marked = mark(more, self.specials), mark(lists, self.specials), True
         lists = [[{k: v for k, v in m.items() if k != "untrained"} for m in messages] for messages in lists]
         return (lambda messages, prompt=False: self.template(messages, prompt, more)), lists
 
@@ -792,12 +797,14 @@ class Preparer:
             raise Drop("an answer equals its rejection")
         sizes = [P + len(chosen), P + len(rejected)]
         limit, room = o.max_length, o.seq_len + 1
+        if P >= limit:
+            raise Drop("the prompt fills the row", f"{P:,} tokens")
         if sum(min(s, limit) for s in sizes) > room:
             limit = max(room // 2, room - min(sizes))
         if max(sizes) > limit and o.long == "drop":
             raise Drop("longer than --max-length" if max(sizes) > o.max_length else "a pair longer than a row")
         if P >= limit:
-            raise Drop("the prompt fills the row" if limit == o.max_length else "the prompt fills half the row", f"{P:,} tokens")
+            raise Drop("the prompt fills half the row", f"{P:,} tokens")
         docs = []
         for answer in (chosen, rejected):
             if P + len(answer) > limit:
@@ -1089,7 +1096,7 @@ def prepare(args):
     Preparer(setup)          # a missing library or a broken template is told before any work
     args.jobs = max(1, min(args.jobs, total // tokens.BATCH))
     setup.jobs = args.jobs
-    options = {k: v for k, v in vars(args).items() if k not in ("jobs", "out", "inspect", "rows", "format")}
+    options = {k: v for k, v in vars(args).items() if k not in ("jobs", "out", "inspect", "rows", "format", "strict")}
     options.update(tokenizer_sha256=setup.tokenizer_sha256, template_sha256=setup.template_sha256)
     state = os.path.join(args.out, "chat.json")
     if os.path.exists(state):        # a template may write the date: that of the first start

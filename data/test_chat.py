@@ -7,7 +7,7 @@
 The oracles are transformers (apply_chat_template: ids and assistant masks), TRL itself where it is installed and its
 numbers in ../shared/data/oracle/trl, a packing by search through all packs, and rows worked out by hand.
 """
-import bz2, contextlib, gzip, importlib.util, json, lzma, os, random, re, signal, subprocess, sys, time
+import bz2, contextlib, gzip, importlib, importlib.util, json, lzma, os, random, re, signal, subprocess, sys, time
 
 import test_tokens as base
 from test_tokens import Skip, check, library, must, refused, run, save, sentencepiece_model, shared
@@ -73,6 +73,20 @@ def prepared(d, name, rows, *args, stage="sft", tokenizer="bytes", seq=256, pack
     must(path, "--stage", stage, "--tokenizer", tokenizer, "--seq-len", seq, "--pack", pack, "--val-fraction", 0, "--out",
          f"{d}/{name}", *args)
     return docs_of(f"{d}/{name}")
+
+
+def in_process(rows, *args, stage="sft", tokenizer="bytes", seq=256):
+    """The same without files: what a worker makes of each row."""
+    chat = importlib.import_module("chat")
+    argv = ["none.jsonl", "--stage", stage, "--tokenizer", tokenizer, "--seq-len", seq, "--out", "none", *args]
+    preparer = chat.Preparer(chat.load(chat.parse(list(map(str, argv))))[0])
+    words, lengths, *_ = preparer.batch([(0, True, True, "none.jsonl", i, "line", json.dumps(r).encode()) for i, r in enumerate(rows)])
+    words, docs = memoryview(words).cast("I").tolist(), []
+    for n in lengths:
+        docs.append([(w & 0xFFFFFF, bool(w & T)) for w in words[:n]])
+        check("a row begins with START and no target", words[0] >> 30 == 1)
+        del words[:n]
+    return docs
 
 
 def counts(out):
@@ -190,9 +204,8 @@ def test_rendering_equals_transformers(d):
             if not want:
                 continue
             seen += 1
-            out = f"{tname}_{name}".replace(" ", "_")
-            got = prepared(d, out, [{"messages": m} for m in rows], "--template", save(f"{d}/t.jinja", text), "--mask",
-                           "assistant" if marked else "all", tokenizer=folder, seq=8191)
+            got = in_process([{"messages": m} for m in rows], "--template", save(f"{d}/t.jinja", text), "--mask",
+                             "assistant" if marked else "all", tokenizer=folder, seq=8191)
             bad = next((k for k, (a, b) in enumerate(zip(got, want)) if a != b), None)
             check(f"{tname}, {name}: ids{' and mask' * marked}", got == want, (len(got), len(want), bad))
     check("templates compared", seen >= 18, seen)
@@ -236,7 +249,8 @@ def test_special_tokens_in_messages(d):
                 s in x["content"] for x in m for s in SPECIALS))["input_ids"] for m in rows]
             out = f"{name}_{choice}".replace(" ", "_")
             got = prepared(d, out, [{"messages": m} for m in rows], "--template", "chatml", "--special-text", choice, tokenizer=folder, seq=4095)
-            check(f"{name}: special text as {choice}", list(map(ids_of, got)) == want)
+            bad = [(m, a, b) for m, a, b in zip(rows, map(ids_of, got), want) if a != b]
+            check(f"{name}: special text as {choice}", not bad and len(got) == len(want), bad[:1])
             check(f"{name}: counted", any("spells a special token" in k for k in counts(f"{d}/{out}")))
             ends = [sum(i == 4 for i in ids_of(doc)) for doc in got]
             check(f"{name}: {choice}: one end mark per turn", (ends == [len(m) for m in rows]) == sane)
@@ -255,10 +269,10 @@ def test_masks_by_hand(d):
     for name, template in (("prefix", t), ("marks", marked)):
         for mask, want in (("", "ab$c$"), ("assistant", "ab$c$"), ("completion", "c$"), ("all", "u>q$<a>ab$<u>r$<a>c$")):
             more = ("--mask", mask) if mask else ()
-            doc, = prepared(d, name + mask, [{"messages": chat}], "--template", template, *more)
+            doc, = in_process([{"messages": chat}], "--template", template, *more)
             check(f"{name} --mask {mask}", said(doc) == want, said(doc))
         w = [dict(chat[0], loss_weight=1.0), dict(chat[1], loss_weight=0.0), dict(chat[2], weight=1), dict(chat[3], weight=1)]
-        doc, = prepared(d, name + "w", [{"messages": w}], "--template", template)
+        doc, = in_process([{"messages": w}], "--template", template)
         check(f"{name}: a weight of 0", said(doc) == "c$", said(doc))
     for row, mask, want in (({"prompt": "xy", "completion": "zw"}, "", "zw$"), ({"prompt": "xy", "completion": "zw<|endoftext|>"}, "", "zw$"),
                             ({"prompt": "xy", "completion": "zw"}, "all", "yzw$"), ({"prompt": "", "completion": "zw"}, "", "w$"),
@@ -268,7 +282,7 @@ def test_masks_by_hand(d):
                             ({"input_ids": [9, 8, 7]}, "", "\x08\x07"),
                             ({"input_ids": [9, 8, 7, 6], "completion_mask": [0, 1, 1, 0], "assistant_masks": [1, 1, 0, 1]}, "", "\x08"),
                             ({"input_ids": [0, 0, 9, 8], "attention_mask": [0, 0, 1, 1]}, "", "\x08")):
-        doc, = prepared(d, f"o{abs(hash(str(row) + mask))}", [row], *(("--mask", mask) if mask else ()))
+        doc, = in_process([row], *(("--mask", mask) if mask else ()))
         check(f"{row} {mask}", said(doc) == want and not doc[0][1], said(doc))
     doc, = prepared(d, "three", [{"input_ids": [65, 66, 67], "labels": [-100, -100, 67]}], seq=4)
     raw = open(f"{d}/three/train/train_000.ds", "rb").read()
@@ -277,27 +291,30 @@ def test_masks_by_hand(d):
 
 def test_masks_by_prefix(d):
     """Without marks the same tokens are trained as with them, and as a search of tokenized prefixes finds."""
-    chat, rows = importlib.import_module("chat"), chats(40, 9)
+    chat, rows, compared = importlib.import_module("chat"), chats(40, 9), 0
     for tname, folder, tok in chat_tokenizers(d):
         for name, text in chat.TEMPLATES.items():
             bare = re.sub(r"\{% (end)?generation %\}", "", text)
             some = [m for m in rows if name not in ("mistral",) or m[0]["role"] != "system"]
-            with_marks = prepared(d, f"{tname[:3]}{name}1", [{"messages": m} for m in some], "--template", name, tokenizer=folder, seq=4095)
-            without = prepared(d, f"{tname[:3]}{name}2", [{"messages": m} for m in some], "--template", save(f"{d}/b.jinja", bare),
+            with_marks = in_process([{"messages": m} for m in some], "--template", name, tokenizer=folder, seq=4095)
+            without = in_process([{"messages": m} for m in some], "--template", save(f"{d}/b.jinja", bare),
                                tokenizer=folder, seq=4095)
             # at most the mark between turns differs: the newlines that alpaca writes after an answer
             check(f"{tname}, {name}: ids", list(map(ids_of, without)) == list(map(ids_of, with_marks)))
             if name != "alpaca" and tname != "byte level":      # with its trimmed offsets a last newline is no part of the marks
                 check(f"{tname}, {name}: marks = prefix", without == with_marks)
             for m, doc in zip(some, without):
-                ids, want = ids_of(doc), [0] * len(doc)
+                ids, want, whole = ids_of(doc), [0] * len(doc), True
                 for i, x in enumerate(m):
                     if x["role"] == "assistant":
-                        render = lambda k, g: tok.apply_chat_template(m[:k], chat_template=bare, add_generation_prompt=g)["input_ids"]
-                        a, b = (next((j for j, (p, q) in enumerate(zip(ids, head)) if p != q), min(len(ids), len(head))) for head in
-                                (render(i, True), render(i + 1, False)))
-                        want[a:b] = [1] * (b - a)
-                check(f"{tname}, {name}: prefix = tokenized prefixes", flags_of(doc) == want)
+                        heads = [tok.apply_chat_template(m[:k], chat_template=bare, add_generation_prompt=g)["input_ids"] for k, g in
+                                 ((i, True), (i + 1, False))]
+                        whole &= all(ids[:len(h)] == h for h in heads)
+                        want[len(heads[0]):len(heads[1])] = [1] * (len(heads[1]) - len(heads[0]))
+                if whole:      # GPT-2's words split "\n\n" otherwise before a letter than at the end
+                    check(f"{tname}, {name}: prefix = tokenized prefixes", flags_of(doc) == want)
+                compared += whole
+    check("tokenized prefixes compared", compared > 200, compared)
     # a template that writes an empty think block into the last turn only, as Qwen3's does
     think = save(f"{d}/think.jinja", "{% for m in messages %}{{ '<' + m.role[0] + '>' }}{% if m.role == 'assistant' and loop.last %}{{ '~~' }}"
                                      "{% endif %}{{ m.content + '$\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}")
@@ -341,9 +358,9 @@ def test_bos_and_eos(d):
 
 # ---- Forms ------------------------------------------------------------------------------------------------------
 def test_forms(d):
-    t = save(f"{d}/t.jinja", "{% for m in messages %}{{ m.role[0] + ':' + (m.content if m.content is defined else '') + (m.tool_calls|tojson "
-                             "if m.tool_calls is defined else '') + '|' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
-                             "{% if tools %}{{ tools | length }}{% endif %}{{ flag if flag is defined else '' }}")
+    t = save(f"{d}/t.jinja", "{% if tools %}{{ tools | length }}{% endif %}{{ flag if flag is defined else '' }}"
+                             "{% for m in messages %}{{ m.role[0] + ':' + (m.content if m.content is defined else '') + (m.tool_calls|tojson "
+                             "if m.tool_calls is defined else '') + '|' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}")
     u, a, s = ({"role": r, "content": c} for r, c in (("user", "Q"), ("assistant", "A"), ("system", "Y")))
     sft = [({"messages": [u, a]}, "u:Q|a:A|"), ([u, a], "u:Q|a:A|"), ({"messages": [s, u, a, u, a]}, "s:Y|u:Q|a:A|u:Q|a:A|"),
            ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "Y"}, "s:Y|u:Q|a:A|"),
@@ -351,7 +368,7 @@ def test_forms(d):
            ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "text", "value": "R"}]}, a]}, "u:QR|a:A|"),
            ({"messages": [u, {"role": "assistant", "content": None, "tool_calls": [{"f": 1}]}, {"role": "tool", "content": "T"}, a]},
             'u:Q|a:[{"f": 1}]|t:T|a:A|'),
-           ({"messages": [u, a], "tools": '[{"name": "x"}]', "chat_template_kwargs": {"flag": "F"}}, "u:Q|a:A|1F"),
+           ({"messages": [u, a], "tools": '[{"name": "x"}]', "chat_template_kwargs": {"flag": "F"}}, "1Fu:Q|a:A|"),
            ({"instruction": "Q", "input": "", "output": "A"}, "u:Q|a:A|"), ({"instruction": "Q", "input": "I", "output": "A"}, "u:Q\nI|a:A|"),
            ({"instruction": "Q", "output": "A", "system": "Y", "history": [["H", "K"]]}, "s:Y|u:H|a:K|u:Q|a:A|"),
            ({"prompt": [u], "completion": [a]}, "u:Q|a:A|"), ({"prompt": [s, u], "completion": a}, "s:Y|u:Q|a:A|"),
@@ -482,7 +499,7 @@ def test_bad_rows(d):
             check(f"{stage}: {reason} is named with its place", f"dropped: {reason}; first {path}:{2 * first + 2}" in text, text)
             if k == first:
                 refused(f"{stage} --strict: {reason}", [f"one.jsonl:2: {reason}"], save(f"{d}/one.jsonl", good[stage] + b"\n" + line + b"\n"), "--stage",
-                        stage, "--tokenizer", "bytes", "--template", "mistral", "--seq-len", 40, "--out", f"{d}/x", "--strict", "on")
+                        stage, "--tokenizer", "bytes", "--template", "mistral", "--seq-len", 40, "--out", f"{d}/x{stage}", "--strict", "on")
     refused("nothing is left", ["no row", "1 an empty answer", "none.jsonl:1"], save(f"{d}/none.jsonl", '{"prompt": "x", "completion": ""}'), "--stage", "sft",
             "--tokenizer", "bytes", "--seq-len", 40, "--out", f"{d}/none")
     huge = save(f"{d}/huge.jsonl", b'{"prompt": "x", "completion": "' + b"y" * (70 << 20) + b'"}\n' + good["sft"] + b"\n")
@@ -775,7 +792,7 @@ def test_inspect(d):
     check("inspect", "ask\u27e6tell<|endoftext|>\u27e7" in text and "2 rows of 19 + 1" in text and "3 documents" in text, text)
     data = memoryview(open(path, "rb").read()).cast("I").tolist()
     for name, at, word, why in (("start", 0, 97, "no document begins"), ("first", 0, S | T | 97, "first token"), ("bits", 3, 1 << 25, "bits 24-29"),
-                                ("vocabulary", 2, 300, "vocabulary"), ("padding", 7, S, "padding before"), ("target", 19, S | 5, "without a target")):
+                                ("vocabulary", 2, 300, "vocabulary"), ("padding", 7, S, "padding before"), ("target", 16, S | 5, "without a target")):
         words = data[:at] + [word] + data[at + 1:]
         refused(f"inspect: {name}", ["row 0", why], "--inspect", save(f"{d}/o/train/x.ds", b"".join(w.to_bytes(4, "little") for w in words)))
     refused("inspect: cut", ["whole rows"], "--inspect", save(f"{d}/o/train/x.ds", open(path, "rb").read()[:-4]))
