@@ -2,12 +2,12 @@
 """Conversations and preferences -> flagged rows for --stage sft and --stage dpo.
 
     python3 data/chat.py chats.jsonl --stage sft --tokenizer model/ --seq-len 2048 --out data/chats
-    python3 data/chat.py alpaca.json --stage sft --tokenizer tokenizer.model --template mistral --seq-len 512 --out data/alpaca
+    python3 data/chat.py alpaca.json --stage sft --tokenizer tokenizer.model --template mistral --seq-len 512 --out data/a
     python3 data/chat.py pairs.parquet --stage dpo --tokenizer model/tokenizer.json --seq-len 2048 --out data/pairs
     python3 data/chat.py --inspect data/chats/train/train_000.ds
     python3 data/test_chat.py
 
-Inputs are .jsonl, .ndjson or .json (a list, or one row per line), plain, .gz, .zst, .xz or .bz2, and .parquet. A row is one of
+Inputs are .jsonl, .ndjson or .json (a list, or one row per line), plain, .gz, .zst, .xz or .bz2, and .parquet. Rows are
     sft   messages or conversations (role/content or from/value), or the bare list of them
           prompt, completion (strings or messages) | instruction, input, output | text
           input_ids with labels (-100: not trained), completion_mask or assistant_masks
@@ -21,7 +21,7 @@ What holds, whatever the input:
       the end marks. Strings get BOS as the tokenizer puts it, and EOS unless they end with it.
     - What is no target costs no loss: a document's first token, its prompt, padding. A document without a target is dropped.
     - Two passes: rows are tokenized to a file in OUT, their lengths packed best fit decreasing over the whole set, then
-      written. In memory are 40 bytes per document.
+      written. In memory are some 200 bytes per document.
     - Every row that is dropped or changed is counted under its reason, with the place of the first.
     - The same inputs and options give the same bytes, for any --jobs. After a kill the same command starts again.
 """
@@ -41,12 +41,14 @@ ROLES = {**{r: r for r in ("system", "developer", "user", "assistant", "tool", "
 
 # The published templates, with marks around what the assistant says (text and end mark).
 TEMPLATES = {
-    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}"
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+              "{% if message['role'] == 'assistant' %}"
               "{% generation %}{{ message['content'] + '<|im_end|>\\n' }}{% endgeneration %}{% else %}"
               "{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     "llama3": "{{ bos_token }}{% for message in messages %}"
-              "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}{% if message['role'] == 'assistant' %}"
+              "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+              "{% if message['role'] == 'assistant' %}"
               "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}{% else %}"
               "{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
@@ -55,8 +57,10 @@ TEMPLATES = {
                "{% set turns = messages[1:] %}{% endif %}{% for message in turns %}"
                "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
                "{{ raise_exception('roles must alternate: user, assistant, user, assistant') }}{% endif %}"
-               "{% if message['role'] == 'user' %}{{ '[INST] ' + (ns.system if loop.first else '') + message['content'] + ' [/INST]' }}"
-               "{% elif message['role'] == 'assistant' %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+               "{% if message['role'] == 'user' %}"
+               "{{ '[INST] ' + (ns.system if loop.first else '') + message['content'] + ' [/INST]' }}"
+               "{% elif message['role'] == 'assistant' %}"
+               "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
                "{% else %}{{ raise_exception('only system, user and assistant roles') }}{% endif %}{% endfor %}",
     "zephyr": "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}{% if message['role'] == 'assistant' %}"
               "{% generation %}{{ message['content'] + eos_token + '\\n' }}{% endgeneration %}{% else %}"
@@ -153,7 +157,8 @@ class GreedyEncoder:
 
     def encode(self, text, offsets=False, marked=False):
         ids, spans, at = [], [], 0
-        stops = re.compile(f"{OPEN}(?:{self.stops.pattern}){CLOSE}|({self.stops.pattern})" if marked else f"({self.stops.pattern})")
+        stops = re.compile(f"{OPEN}(?:{self.stops.pattern}){CLOSE}|({self.stops.pattern})"
+                           if marked else f"({self.stops.pattern})")
         for m in [*(m for m in stops.finditer(text) if m[1]), None]:
             end = m.start() if m else len(text)
             self.greedy(text[at:end], at, ids, spans, offsets, marked)
@@ -269,9 +274,10 @@ def load(args):
     if not hasattr(t, "data"):
         export, _ = tokens.tokenizer_bin(t)
     if t.kind == 0 and "tokenizer.json" not in files:
-        raise UserError(f"{path}: this SentencePiece model {t.unlike}; chat.py needs one that is BPE and takes text as it is, "
-                        "tiktoken ranks, or a tokenizer.json")
-    config = {**json.loads(files.get("special_tokens_map.json", b"{}")), **json.loads(files.get("tokenizer_config.json", b"{}"))}
+        raise UserError(f"{path}: this SentencePiece model {t.unlike}; chat.py needs one that is BPE and takes text as it "
+                        "is, tiktoken ranks, or a tokenizer.json")
+    config = {k: v for n in ("special_tokens_map.json", "tokenizer_config.json")
+              for k, v in json.loads(files.get(n, b"{}")).items()}
     text = lambda v: v.get("content") if isinstance(v, dict) else v
     variables = {k: text(v) for k, v in config.items() if k.endswith("_token") and isinstance(text(v), str)}
     template, name = find_template(args.template, os.path.dirname(os.path.abspath(path)) if data else None)
@@ -292,7 +298,8 @@ def load(args):
                   tokenizer_sha256=hashlib.sha256(data or export).hexdigest(),
                   template_sha256=hashlib.sha256(template.encode()).hexdigest() if template is not None else None)
     if t.kind == 0 and setup.eos_text:        # tokenizer.bin holds U+2581 as a space
-        setup.eos_text = next((a["content"] for a in json.loads(setup.spec)["added_tokens"] if a["id"] == t.eos), setup.eos_text)
+        setup.eos_text = next((a["content"] for a in json.loads(setup.spec)["added_tokens"] if a["id"] == t.eos),
+                              setup.eos_text)
     if setup.vocab > ID + 1:
         raise UserError(f"{path}: {setup.vocab:,} pieces; flagged rows have 24 bits for an id")
     return setup, t, {"tokenizer.bin": export, **files}
@@ -595,7 +602,8 @@ class Preparer:
             turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
             if any(untrained):
                 if len(spans) != len(turns):
-                    raise Drop("an assistant turn is not found in the rendered text", f"{len(spans)} marks, {len(turns)} turns")
+                    raise Drop("an assistant turn is not found in the rendered text",
+                               f"{len(spans)} marks, {len(turns)} turns")
                 spans = [s for s, i in zip(spans, turns) if not untrained[i]]
         else:
             spans, other = spans_by_prefix(lambda m, p: render(m, p)[0], messages, full)
@@ -639,7 +647,7 @@ class Preparer:
             value = row.get(key)
             if value is None:
                 continue
-            if not isinstance(value, list) or len(value) != len(ids) or not all(type(i) is int for i in value):
+            if not isinstance(value, list) or len(value) != len(ids) or not all(isinstance(i, int) for i in value):
                 raise Drop("a field of another kind", f"{key} is a list of as many numbers as input_ids")
             value = np.array(value, np.int64)
             if key == "labels" and not ((value == -100) | (value == ids)).all():
@@ -663,7 +671,8 @@ class Preparer:
                 prompt_ids, ids = self.encode_string(prompt), self.encode_string(prompt + self.with_eos(answer))
                 start = 0 if mask == "all" else self.border(prompt_ids, ids)
                 return "prompt, completion", ids, np.arange(len(ids)) >= start
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else to_messages(prompt, row.get("system"))
+            prompt = to_messages({"role": "user", "content": prompt} if isinstance(prompt, str) else prompt,
+                                 field(row, "system", need_it=False))
             answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else to_messages(answer)
             if not prompt or not answer:
                 raise Drop("an empty answer" if prompt else "an empty conversation")
@@ -699,7 +708,8 @@ class Preparer:
                 raise Drop("a missing field" if any(k in row for k in ("chosen", "rejected", "chosen_messages",
                            "rejected_messages")) else "no known fields", key + ("; for --stage sft" if "text" in row or
                                                                                 "messages" in row else ""))
-        prompt, before = row.get("prompt"), row.get("messages") if row.get("messages") is not None else row.get("conversations")
+        prompt, before = row.get("prompt"), row.get("messages")
+        before = row.get("conversations") if before is None else before
         if all(isinstance(s, str) for s in sides) and before is None and row.get("instruction") is None and not isinstance(
                 prompt, (list, dict)):
             return ("chosen, rejected" + " and prompt" * (prompt is not None), *self.dpo_strings(prompt, *sides))
@@ -808,7 +818,8 @@ class Preparer:
         docs = []
         for answer in (chosen, rejected):
             if P + len(answer) > limit:
-                self.count("answers cut to --max-length" if limit == o.max_length else "answers cut so that the pair fits a row")
+                self.count("answers cut to --max-length" if limit == o.max_length
+                           else "answers cut so that the pair fits a row")
                 if o.eos >= 0 and answer[-1] == o.eos:
                     self.count("answers that lost their EOS to the cut")
             words = np.concatenate([prompt, answer[:limit - P] | np.uint32(TARGET)])
@@ -916,7 +927,8 @@ def list_rows(path, stream, text, line):
     """The items of a JSON list that may be larger than memory."""
     text = text.decode("utf-8", "surrogateescape").lstrip("\ufeff")
     decoder, space, at, size, more = json.JSONDecoder(), re.compile(r"[\s,]*"), text.index("[") + 1, 1 << 20, True
-    broken = lambda why: UserError(f"{path}:{line}: not JSON in this list ({why}); mend it, or write one row per line (jq -c '.[]')")
+    broken = lambda why: UserError(f"{path}:{line}: not JSON in this list ({why}); mend it, or write one row per line "
+                                   "(jq -c '.[]')")
     rest = b""           # bytes of a character that the last read cut
     while True:
         end = space.match(text, at).end()
@@ -977,8 +989,8 @@ def batches(items):
 
 # ---- Packing ------------------------------------------------------------------------------------------------
 def pack(lengths, room):
-    """Best fit decreasing over all lengths -> (pack of each, how many). Longest first, equal ones in their order, each into the
-    open pack with the least room that is enough, of equal ones the one that got that room first, else a new one."""
+    """Best fit decreasing over all lengths -> (pack of each, how many). Longest first, equal ones in their order, each into
+    the open pack with the least room that is enough, of equal ones the one that got that room first, else a new one."""
     np = need("numpy")
     lengths, out, packs, open_rooms = np.asarray(lengths), np.zeros(len(lengths), np.int64), 0, 0
     waiting = [None] * (room + 1)        # packs by room left, oldest first; bit r of open_rooms: waiting[r] is not empty
@@ -1014,7 +1026,7 @@ class Units:
 
 
 def choose_validation(units, args, rows):
-    """A row validates if the hash of its tokens says so, so repeated rows lie on one side; of 20 rows or more at least one."""
+    """A row validates if the hash of its tokens says so, so repeated rows lie on one side; of 20 rows at least one."""
     np = need("numpy")
     chosen = np.zeros(len(units.hashes), bool)
     if args.val_fraction:
@@ -1105,7 +1117,8 @@ def prepare(args):
     tokens.claim_folder(args, options, "chat.json")
     tokens.write_whole(state, json.dumps({"options": options, "complete": False, "time": setup.now}, indent=1).encode())
     if setup.template_text and "strftime_now" in setup.template_text:
-        print(f"note: the template may write the date: {time.strftime('%d %b %Y', time.localtime(setup.now))}", file=sys.stderr)
+        print(f"note: the template may write the date: {time.strftime('%d %b %Y', time.localtime(setup.now))}",
+              file=sys.stderr)
     began, progress, path = time.time(), tokens.Progress(total), os.path.join(args.out, ".spool.tmp")
     splits = {n: tokens.Shards(f, p, args, None) for f, n, p in zip(tokens.split_folders(args), ("train", "validation"),
                                                                     ("train", "val"))}
@@ -1145,7 +1158,8 @@ def prepare(args):
     tokens.write_whole(state, json.dumps({
         "options": options, "complete": True, "time": setup.now, "rows": numbers["rows"], "kept": numbers["kept"],
         "forms": {k[5:]: v for k, v in sorted(numbers.items()) if k.startswith("form ")}, "counts": {
-            r: {"rows": n, "first": place, "what": detail} for r, (n, place, detail) in counts.items()}, **done}, indent=1).encode())
+            r: {"rows": n, "first": place, "what": detail} for r, (n, place, detail) in counts.items()}, **done},
+            indent=1).encode())
 
 
 def finish_folder(shards, name, args, setup, tokenizer, beside, done, counts):
@@ -1154,9 +1168,11 @@ def finish_folder(shards, name, args, setup, tokenizer, beside, done, counts):
     meta = {"dataset": os.path.basename(os.path.abspath(args.out)), "split": name, "tokenizer": tokenizer.name,
             "vocab_size": len(tokenizer.pieces), "sequence_length": args.seq_len, "token_size_bytes": 4,
             "eos_token_id": tokenizer.eos, "stage": args.stage, "documents_per_row": done["documents_per_row"],
-            "total_sequences": done["rows"], "total_tokens": done["rows"] * (args.seq_len + 1), "documents": done["documents"],
+            "total_sequences": done["rows"], "total_tokens": done["rows"] * (args.seq_len + 1),
+            "documents": done["documents"],
             **({"pairs": done["documents"] // 2} if args.stage == "dpo" else {}), "targets": done["targets"],
-            "document_tokens": done["tokens"], "mask": args.mask or "by form", "max_length": args.max_length, "long": args.long,
+            "document_tokens": done["tokens"], "mask": args.mask or "by form", "max_length": args.max_length,
+            "long": args.long,
             "pack": args.pack, "special_text": args.special_text, "template": setup.template_name,
             "template_sha256": setup.template_sha256, "tokenizer_sha256": setup.tokenizer_sha256, "counts": counts}
     tokens.write_whole(os.path.join(shards.folder, "metadata.json"), json.dumps(meta, indent=1, ensure_ascii=False).encode())
@@ -1169,8 +1185,8 @@ def finish_folder(shards, name, args, setup, tokenizer, beside, done, counts):
 def report(args, setup, tokenizer, numbers, counts, done, splits, repeats, seconds):
     np = need("numpy")
     forms = ", ".join(f"{v:,} {k[5:]}" for k, v in sorted(numbers.items()) if k.startswith("form "))
-    print(f"rows  | {numbers['rows']:,} read | {numbers['kept']:,} kept ({forms}) | {numbers['rows'] - numbers['kept']:,} dropped"
-          + (f" | {repeats:,} repeat another" if repeats else ""))
+    print(f"rows  | {numbers['rows']:,} read | {numbers['kept']:,} kept ({forms}) | "
+          f"{numbers['rows'] - numbers['kept']:,} dropped" + (f" | {repeats:,} repeat another" if repeats else ""))
     for reason, (n, place, detail) in sorted(counts.items(), key=lambda x: (not x[0].startswith("dropped"), -x[1][0], x[0])):
         print(f"{n:9,}  {reason}; first {place}{f' ({detail})' if detail else ''}")
     lengths = np.concatenate([d["lengths"] for d in done.values()])
@@ -1184,14 +1200,15 @@ def report(args, setup, tokenizer, numbers, counts, done, splits, repeats, secon
             room = d["rows"] * (args.seq_len + 1)
             print(f"{name if name == 'train' else 'val':5s} | {d['documents'] // (2 if unit == 'pairs' else 1):,} {unit} | "
                   f"{d['rows']:,} rows of {args.seq_len} + 1, {100 * d['tokens'] / room:.2f}% filled, at most "
-                  f"{d['documents_per_row']} documents | {d['targets']:,} targets, {100 * d['targets'] / d['tokens']:.1f}% of the "
-                  f"tokens | {len(splits[name].files)} shards")
-    print(f"mask {args.mask or 'by form'}, template {setup.template_name or 'none'}, {numbers['rows'] / max(seconds, 1e-6):,.0f} "
-          f"rows per second, {seconds:.1f} s -> {args.out}")
+                  f"{d['documents_per_row']} documents | {d['targets']:,} targets, "
+                  f"{100 * d['targets'] / d['tokens']:.1f}% of the tokens | {len(splits[name].files)} shards")
+    print(f"mask {args.mask or 'by form'}, template {setup.template_name or 'none'}, "
+          f"{numbers['rows'] / max(seconds, 1e-6):,.0f} rows per second, {seconds:.1f} s -> {args.out}")
     total = sum(d["documents"] for d in done.values())
-    if tokenizer.eos >= 0 and numbers["end"] < total // 2:
-        print(f"note: {numbers['end']:,} of {total:,} documents train EOS ({setup.eos_text}); where the template has an end mark of "
-              "its own, generation stops only if that is the tokenizer's EOS", file=sys.stderr)
+    given = sum(v for k, v in numbers.items() if re.match("form (input|prompt)_ids", k))
+    if tokenizer.eos >= 0 and numbers["end"] < total // 2 and given < numbers["kept"]:
+        print(f"note: {numbers['end']:,} of {total:,} documents train EOS ({setup.eos_text}); where the template has an end "
+              "mark of its own, generation stops only if that is the tokenizer's EOS", file=sys.stderr)
     if args.val_fraction and not done["validation"]["rows"]:
         print("note: validation got no row; for some use a larger --val-fraction, or more rows", file=sys.stderr)
 
@@ -1248,10 +1265,11 @@ def inspect(path, count):
         raise UserError(f"{path}: {size} bytes are not whole rows of {width} words; write the shard again")
     rows = np.memmap(path, "<u4", "r").reshape(-1, width)
     t = check_rows(path, rows, meta)
-    print(f"{path}: stage {meta['stage']}, {len(rows):,} rows of {width - 1} + 1 tokens, vocabulary {meta['vocab_size']}, mask "
-          f"{meta.get('mask')}, template {meta.get('template')}")
+    print(f"{path}: stage {meta['stage']}, {len(rows):,} rows of {width - 1} + 1 tokens, vocabulary {meta['vocab_size']}, "
+          f"mask {meta.get('mask')}, template {meta.get('template')}")
     print(f"{t['documents']:,} documents, at most {t['most']} in a row; {100 * t['tokens'] / rows.size:.2f}% filled; "
-          f"{t['targets']:,} targets, {100 * t['targets'] / max(t['tokens'], 1):.1f}% of the tokens; all rows keep the format")
+          f"{t['targets']:,} targets, {100 * t['targets'] / max(t['tokens'], 1):.1f}% of the tokens; all rows keep the "
+          "format")
     tokenizer = tokens.beside(path, "tokenizer.bin")
     if not tokenizer:
         return print("no tokenizer.bin beside it: no text")
@@ -1279,26 +1297,34 @@ def parse(argv):
     p.add_argument("inputs", nargs="*", metavar="FILES")
     p.add_argument("--out", metavar="DIR", help="new or empty folder")
     p.add_argument("--stage", choices=["sft", "dpo"])
-    p.add_argument("--tokenizer", metavar="bytes|PATH", help="SentencePiece model, tiktoken ranks, tokenizer.json, tokenizer.bin, or "
-                   "a folder with one of them")
-    p.add_argument("--tiktoken-pattern", choices=list(tokens.RANKS), help="how tiktoken ranks split words (default: that of the "
+    p.add_argument("--tokenizer", metavar="bytes|PATH",
+                   help="SentencePiece model, tiktoken ranks, tokenizer.json, tokenizer.bin, or a folder with one of them")
+    p.add_argument("--tiktoken-pattern", choices=list(tokens.RANKS),
+                   help="how tiktoken ranks split words (default: that of the "
                    "published file)")
     p.add_argument("--seq-len", type=int, default=0, metavar="S", help="of the training: rows hold S + 1 tokens")
-    p.add_argument("--mask", choices=["completion", "assistant", "all"], help="sft: what is trained: the last answer, every assistant "
+    p.add_argument("--mask", choices=["completion", "assistant", "all"],
+                   help="sft: what is trained: the last answer, every assistant "
                    "turn, or the whole text (default: assistant for messages, completion for prompt and completion or "
                    "instruction and output, all for text)")
-    p.add_argument("--template", metavar="NAME|FILE", help=f"{', '.join(TEMPLATES)}, or a Jinja file (default: the tokenizer's own: "
-                   "chat_template.jinja beside it or in tokenizer_config.json)")
+    p.add_argument("--template", metavar="NAME|FILE",
+                   help=f"{', '.join(TEMPLATES)}, or a Jinja file (default: the tokenizer's own: chat_template.jinja beside "
+                   "it or in tokenizer_config.json)")
     p.add_argument("--max-length", type=int, default=0, metavar="N", help="most tokens of a document, for dpo of prompt and "
                    "one answer (default S + 1)")
-    p.add_argument("--long", choices=["cut", "split", "drop"], default="cut", help="a longer document keeps its first N tokens "
+    p.add_argument("--long", choices=["cut", "split", "drop"], default="cut",
+                   help="a longer document keeps its first N tokens "
                    "(default), goes on in further documents (sft), or is left out")
     p.add_argument("--pack", choices=["on", "off"], default="on", help="off: one document or pair per row")
-    p.add_argument("--special-text", choices=["text", "token"], default="text", help="what becomes of text that spells a special "
+    p.add_argument("--special-text", choices=["text", "token"], default="text",
+                   help="what becomes of text that spells a special "
                    "token inside a message: text (default), or the token, as transformers does unless told to sanitize")
-    p.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of rows (default 0.02; at least one of 20)")
-    p.add_argument("--strict", choices=["on", "off"], nargs="?", const="on", default="off", help="on: the first bad row is an error")
-    p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="a shard holds N tokens (default 100,000,000)")
+    p.add_argument("--val-fraction", type=float, default=0.02, metavar="F",
+                   help="share of rows (default 0.02; at least one of 20)")
+    p.add_argument("--strict", choices=["on", "off"], nargs="?", const="on", default="off",
+                   help="on: the first bad row is an error")
+    p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
+                   help="a shard holds N tokens (default 100,000,000)")
     p.add_argument("--seed", type=int, default=1, help="of the train/validation split")
     p.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="worker processes")
     p.add_argument("--inspect", metavar="FILE", help="check a .ds shard and print its first rows, targets marked")
