@@ -133,6 +133,17 @@ def byte_level(ranks, special, words):
             "decoder": level, "model": bpe({**rank, **special}, rank, ignore_merges=True)}
 
 
+def sentencepiece_parts(text, rank, prefix, unknown, byte_fallback):
+    """The parts of a tokenizer.json with SentencePiece's rules for BPE. prefix: a space goes before the text."""
+    replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
+    front = [{"type": "Prepend", "prepend": "\u2581"}] * bool(prefix)
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * bool(prefix)
+    return {"normalizer": {"type": "Sequence", "normalizers": front + [replace(" ", "\u2581")]},
+            "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
+                replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+            "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True)}
+
+
 def protobuf_fields(data):
     """(field number, value) pairs of one protobuf message: int, or bytes for what has a length."""
     def varint(i):
@@ -186,14 +197,8 @@ def sentencepiece_tokenizer(path, data):
         text = [p.decode().replace(" ", "\u2581") for p in pieces]
         special = {t: i for i, t in enumerate(text) if types[i] in (2, 3)}
         rank = {t: -scores[i] for i, t in enumerate(text) if types[i] in (1, 4)}
-        replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
-        prefix = [{"type": "Prepend", "prepend": "\u2581"}] if normalizer[3] else []
-        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normalizer[3] else []
-        parts = {"normalizer": {"type": "Sequence", "normalizers": prefix + [replace(" ", "\u2581")]},
-                 "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
-                     replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-                 "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=next(
-                     (t for i, t in enumerate(text) if types[i] == 2), None), byte_fallback=6 in types, fuse_unk=True)}
+        parts = sentencepiece_parts(text, rank, normalizer[3], next((t for i, t in enumerate(text) if types[i] == 2), None),
+                                    6 in types)
         name = lambda i: text[i] if i >= 0 else None
         return {**files, **hugging_face(parts, special, name(bos), name(eos))}
     unlike = ("is not a BPE model" if trainer[3] != 2 else "normalizes its text" if normalizer[2] else
@@ -634,13 +639,6 @@ def table_rows(path, key, mix_key=None):
             yield number, True, True, value, source, at
 
 
-def parquet_rows(path, key, progress):
-    before = progress.done
-    for *row, _, at in table_rows(path, key):
-        progress.done = before + at
-        yield tuple(row)
-
-
 def find_source(row, key, where):
     """The value of a key such as meta.redpajama_set_name: a name in an object in a row."""
     value = row
@@ -733,8 +731,9 @@ class Place(argparse.Namespace):
         super().__init__(file=file, before=before, documents=documents, check=check, open=open)
 
 
-def read_documents(files, separator, text_key, progress, mix_key=None, place=None, finished=None):
-    """Goes on from `place`, and keeps it up to date. finished(path, bytes, SHA-256, documents) is told of each file."""
+def read_documents(files, separator, text_key, progress, mix_key=None, place=None, finished=None,
+                   lines=None, rows=None):
+    """Goes on from `place`, and keeps it up to date. lines, rows: in place of json_lines and table_rows. finished(path, bytes, SHA-256, documents) is told of each file."""
     place = place or Place()
     progress.done += sum(map(os.path.getsize, files[:place.file]))
     for path in files[place.file:]:
@@ -746,7 +745,7 @@ def read_documents(files, separator, text_key, progress, mix_key=None, place=Non
             size, counter = os.path.getsize(path), Hashed(file, digest)
             try:
                 if kind == "row":
-                    items = table_rows(path, text_key, mix_key)
+                    items = rows(path) if rows else table_rows(path, text_key, mix_key)
                 else:
                     if not size and ending in ("gz", "zst", "xz", "bz2"):
                         raise EOFError("it is empty")
@@ -755,19 +754,19 @@ def read_documents(files, separator, text_key, progress, mix_key=None, place=Non
                                         "--mix 'NAME:PATH=WEIGHT,...'")
                     stream = open_input(path.lower(), io.BufferedReader(counter, 1 << 16))
                     refuse_wide(path, stream.peek(1024)[:1024])
-                    items = json_lines(path, stream) if kind == "line" else text_pieces(stream, separator)
+                    items = (lines or json_lines)(path, stream) if kind == "line" else text_pieces(stream, separator)
                 for where, first, last, data, *more in items:
                     documents += first
                     at = more[1] if more else counter.count
                     progress.done, shown = progress.done + at - shown, at
                     if documents <= skip:
-                        if last and documents == skip and zlib.crc32(data[-4096:]) != check:
+                        if last and documents == skip and zlib.crc32((data or b"")[-4096:]) != check:
                             raise UserError(f"{path}: document {skip} is not what was read before; it has changed since: "
                                             "remove the --out folder to start anew")
                         continue
                     place.open = not last
                     if last:
-                        place.documents, place.check = documents, zlib.crc32(data[-4096:])
+                        place.documents, place.check = documents, zlib.crc32((data or b"")[-4096:])
                     yield place.before + documents - 1, first, last, path, where, kind, more[0] if more else None, data
             except UserError:
                 raise
@@ -802,9 +801,14 @@ worker = argparse.Namespace()
 
 
 def start_worker(args, parent):
-    """Fills `worker`. A child leaves when its parent is gone, since a killed parent cannot tell it to."""
+    """Fills `worker`."""
     tokenizer = load_tokenizer(args.tokenizer, args.tiktoken_pattern)
     worker.encode, worker.args = tokenizer.encoder(), args
+    leave_with(parent)
+
+
+def leave_with(parent):
+    """A child leaves when its parent is gone, since a killed parent cannot tell it to."""
     if parent != os.getpid():
         def watch():
             while os.getppid() == parent:
@@ -879,14 +883,13 @@ def encode_batch(batch):
     return (np.concatenate([a.astype(dtype) for a in out]) if out else np.zeros(0, dtype)), spans
 
 
-def in_order(function, work, args):
+def in_order(function, work, args, start=start_worker):
     """(function(x), tag) for each (x, tag) of work, in that order; at most 2 x jobs of them wait in memory."""
     if args.jobs == 1:
-        start_worker(args, os.getpid())
+        start(args, os.getpid())
         yield from ((function(x), tag) for x, tag in work)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start_worker,
-                                                  initargs=(args, os.getpid()))
+    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start, initargs=(args, os.getpid()))
     try:
         waiting = collections.deque()
         for x, tag in work:
@@ -902,9 +905,9 @@ def in_order(function, work, args):
         pool.shutdown(cancel_futures=True)
 
 
-def encoded(work, args):
+def encoded(work, args, start=start_worker, encode=encode_batch):
     """encode_batch over all batches, in order."""
-    return (result for result, _ in in_order(encode_batch, ((batch, None) for batch in work), args))
+    return (result for result, _ in in_order(encode, ((batch, None) for batch in work), args, start))
 
 
 # ---- Mixing: which documents of which source --------------------------------------------------------------------
@@ -1325,13 +1328,13 @@ def split_folders(args):
 COUNT_SERVES = ("mix", "repeat", "train_tokens", "val_fraction", "val_tokens", "val_from", "shard_tokens")
 
 
-def claim_folder(args, options, resume=False):
+def claim_folder(args, options, name="tokens.json", resume=False):
     """An empty folder, or one that the same command filled before: its shards are then written anew. resume: -> the
     state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do."""
-    out, state, saved = args.out, os.path.join(args.out, "tokens.json"), None
-    if os.path.isdir(out) and set(os.listdir(out)) - {"tokens.json.tmp"}:       # which a kill at the start leaves
+    out, state, saved = args.out, os.path.join(args.out, name), None
+    if os.path.isdir(out) and set(os.listdir(out)) - {name + ".tmp"}:       # which a kill at the start leaves
         if not os.path.exists(state):
-            raise UserError(f"{out} is not empty and holds no tokens.json; choose another --out")
+            raise UserError(f"{out} is not empty and holds no {name}; choose another --out")
         with open(state, encoding="utf-8") as f:
             before = json.load(f)
         begun = not resume or before.get("complete") or os.path.exists(os.path.join(out, ".state.json"))
@@ -1639,6 +1642,8 @@ def inspect(path):
             raise UserError(f"{path}: no metadata.json beside it, so its row length is unknown")
         with open(meta, encoding="utf-8") as f:
             meta = json.load(f)
+        if "stage" in meta:
+            raise UserError(f"{path}: flagged rows of stage {meta['stage']}; use data/chat.py --inspect")
         width, vocab, row = meta["token_size_bytes"], meta["vocab_size"], meta["sequence_length"] + 1
         eod, count = meta.get("eos_token_id", -1), size // width
         print(f"{path}: {count // row:,} rows of {row - 1} + 1 tokens, uint{8 * width}, vocabulary {vocab}")
