@@ -197,6 +197,12 @@ PROVE    := build/train_litespark build/train_litespark_double build/test_cuda
 HAVE_CXX := $(shell command -v $(CXX) 2>/dev/null)
 test-cuda test-long: $(if $(HAVE_CXX),build/train_litespark_emu $(PROVE))
 	@$(if $(HAVE_CXX),CXX='$(CXX)' build/test_cuda --cuda build/train_litespark_emu --level $(if $(filter test-long,$@),long,quick) $(T),echo 'skipped: $@: no C++ compiler (apt-get install g++)')
+
+# Stages sft and dpo of both trainers, as a user runs them; with TRL's numbers where they are.
+ORACLE   ?= $(wildcard ../shared/data/oracle/trl)
+test-stages: build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu)
+	@python3 dev/test_stages.py $(ORACLE:%=--oracle %) $^ $(T)
+
 build/ptxcpu/made:
 	@mkdir -p build && rm -rf build/ptxcpu && cp -r '$(PTXCPU)' build/ptxcpu && chmod -R u+w build/ptxcpu && if $(MAKE) -C build/ptxcpu >build/ptxcpu.log 2>&1; then touch $@; fi
 test-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_ptx $(PROVE))
@@ -204,6 +210,9 @@ test-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_
 	elif [ -z '$(PTXCPU)' ]; then echo 'skipped: test-ptx: no ptxcpu (PTXCPU=path)'; \
 	elif [ ! -f build/ptxcpu/made ]; then echo 'skipped: test-ptx: ptxcpu does not build, see build/ptxcpu.log (apt-get install libzstd-dev liblz4-dev)'; \
 	else build/test_cuda --timeout 900 --cuda 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' --level ptx $(T); fi
+test-stages-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_ptx)
+	@if [ ! -f build/ptxcpu/made ]; then echo 'skipped: test-stages-ptx: see test-ptx'; \
+	else python3 dev/test_stages.py $(ORACLE:%=--oracle %) 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' $(or $(T),ln_2 packed counted); fi
 
 # dev/gpu_quick.sh over the emulation, with stand-ins for nvidia-smi, ncu and such
 test-gpu-quick: $(if $(HAVE_CXX),build/train_litespark_emu $(PROVE))
@@ -225,7 +234,7 @@ test-hf: build/train_litespark
 	else echo 'skipped: test-hf: pip cannot install torch and transformers (pip install torch transformers safetensors numpy; build/pip.log)'; fi
 
 test-data:
-	@if python3 -c 'import numpy' 2>/dev/null; then python3 data/test_tokens.py && python3 data/test_chat.py; else echo 'skipped: test-data: no python3 with numpy (pip install numpy sentencepiece tiktoken tokenizers jinja2 transformers)'; fi
+	@if python3 -c 'import numpy' 2>/dev/null; then python3 data/test_tokens.py && python3 data/test_choices.py && python3 data/test_chat.py; else echo 'skipped: test-data: no python3 with numpy (pip install numpy sentencepiece tiktoken tokenizers jinja2 transformers)'; fi
 
 # ---- fuzzing: libFuzzer, one program for all parsers
 SECONDS_EACH ?= 60
@@ -278,4 +287,4 @@ sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
 	@python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run test test-cuda test-ptx test-long test-hf test-data fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean
+.PHONY: help train ptxas data run test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean

@@ -286,12 +286,14 @@ static void loader_close(DataLoader *dl) {
         free(dl->shards[i].path);
         free(dl->shards[i].floor_path);
     }
-    free(dl->shards); free(dl->buffer);
+    for (int i = 0; i < dl->n_sources; i++) free(dl->sources[i]);
+    free(dl->shards); free(dl->buffer); free(dl->sources);
     memset(dl, 0, sizeof *dl);
 }
 
 static void batch_free(Batch *batch) {
-    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor);
+    free(batch->inputs); free(batch->targets); free(batch->doc_start); free(batch->floor); free(batch->window);
+    free(batch->reference);
     memset(batch, 0, sizeof *batch);
 }
 
@@ -427,13 +429,17 @@ static int have_binary(void) {
     return 1;
 }
 
-static int have_mpi(void) {
+static int mpi_works(void) {
     static int known = -1;
-    if (!have_binary()) return 0;
     if (known < 0) known = trainer(2, "--help").code == 0;
-    if (!known) snprintf(skip_reason, sizeof skip_reason,
-        "no mpirun, or %s is built without MPI (apt-get install openmpi-bin libopenmpi-dev; make train)", binary);
     return known;
+}
+
+static int have_mpi(void) {
+    if (!have_binary()) return 0;
+    if (!mpi_works()) snprintf(skip_reason, sizeof skip_reason,
+        "no mpirun, or %s is built without MPI (apt-get install openmpi-bin libopenmpi-dev; make train)", binary);
+    return mpi_works();
 }
 
 // What most runs share, made once: a config.json, training shards with something to learn, validation shards.
@@ -1099,6 +1105,9 @@ static void check_round_trip(const Tokenizer *t, const char *text, size_t n) {
     char *back = decode(t, t->bos, ids, count, &bytes);
     CHECK(bytes == n && !memcmp(back, text, n), "kind %d: '%.40s' (%zu bytes) comes back as '%.40s' (%zu bytes)", t->kind,
         text, n, back, bytes);
+    double sum = 0;
+    for (int i = 0; i < count; i++) sum += tokenizer_bytes(t, i ? ids[i - 1] : t->bos, ids[i]);
+    CHECK(sum == (double)n, "kind %d: '%.40s' has %zu bytes, its tokens %g", t->kind, text, n, sum);
     free(back);
     free(ids);
 }
@@ -1401,6 +1410,40 @@ static void test_loader_evaluation_shows_each_window_once_in_order(void) {
         }
         for (int i = 0; i < 9; i++) CHECK(seen[i] == 1, "window %d is seen %d times by %d ranks x %d", i, seen[i], world, B);
     }
+}
+
+// By hand: which tokens are trained, and where documents begin. T target, S start of a document.
+static void test_loader_reads_rows_with_flags(void) {
+    const uint32_t T = 0x80000000u, S = 0x40000000u;
+    const uint32_t rows[2][7] = {{S | 5, 6, T | 7, S | T | 8, T | 9, S, S},     // a start is no target, whatever its flag says
+                                 {S | 1, T | 2, S | 3, T | 4, T | 5, T | 6, T | 7}};
+    const int inputs[2][6] = {{5, 6, 7, 8, 9, 0}, {1, 2, 3, 4, 5, 6}}, starts[2][6] = {{0, 0, 0, 3, 3, 5}, {0, 0, 2, 2, 2, 2}};
+    const int targets[2][6] = {{IGNORED, 7, IGNORED, 9, IGNORED, IGNORED}, {2, IGNORED, 4, 5, 6, 7}};
+    DataLoader dl;
+    Batch batch;
+    write_bytes(file_at("f.ds"), rows, sizeof rows);
+    write_text(file_at("metadata.json"), "{\"vocab_size\": 60, \"sequence_length\": 6, \"token_size_bytes\": 4, "
+        "\"stage\": \"dpo\", \"documents_per_row\": 2}");
+    loader_open(&dl, file_at("f.ds"), 2, 6, 0, 1, 1, 0, 60, 1);
+    batch_alloc(&batch, 2, 6, 1, 1);
+    loader_next(&dl, &batch);
+    CHECK(dl.stage == STAGE_DPO && dl.most_documents == 2 && batch.window[0] == 0 && batch.window[1] == 1, "what they are for");
+    CHECK(!memcmp(batch.inputs, inputs, sizeof inputs), "inputs");
+    CHECK(!memcmp(batch.targets, targets, sizeof targets), "targets");
+    CHECK(!memcmp(batch.doc_start, starts, sizeof starts), "documents");
+    const Document want[4] = {{0, 3, 1}, {3, 5, 1}, {6, 8, 1}, {8, 12, 4}};
+    Document d;
+    for (int b = 0, i = 0; b < 2; b++) for (int t = 0; next_document(&batch, b, &t, &d); i++)
+        CHECK(i < 4 && d.first == want[i].first && d.end == want[i].end && d.n_targets == want[i].n_targets, "document %d", i);
+    double mass[N_MASSES] = {0};
+    batch.pairs = 1;
+    add_mass(mass, &batch);
+    CHECK(mass[MASS_TARGETS] == 7 && mass[MASS_PAIRS] == 2 && mass[MASS_CHOSEN] == 2, "%g targets, %g pairs, %g of the chosen",
+        mass[MASS_TARGETS], mass[MASS_PAIRS], mass[MASS_CHOSEN]);
+    batch_free(&batch);
+    loader_close(&dl);
+    CHECK_DIES(loader_open(&dl, file_at("f.ds"), 2, 5, 0, 1, 1, 0, 60, 1), "f.ds", "--seq-len 6");
+    CHECK_DIES(loader_open(&dl, file_at("f.ds"), 2, 6, 0, 1, 1, 0, 9, 1), "f.ds", "token id 9");
 }
 
 static void test_loader_reads_ds_rows_documents_and_true_losses(void) {
@@ -1901,7 +1944,7 @@ static const double row_weight[5] = {0.3, 5, -0.7, 0.01, 0};
 static double cross_entropy_loss(void) {
     size_t n = (size_t)op.N * op.V;
     memcpy(op.out, op.x, n * sizeof(floatX));
-    cross_entropy(op.nll, op.out, op.ids, NULL, op.N, op.V);
+    cross_entropy(op.nll, NULL, op.out, op.ids, NULL, op.N, op.V);
     double sum = 0;
     for (int i = 0; i < op.N; i++) sum += row_weight[i] * op.nll[i];
     return sum;
@@ -1915,10 +1958,24 @@ static void test_cross_entropy_backward_matches_differences(void) {
     double nll[5];
     op.x = noise_array(n, 0, 2), op.out = zeros(n), op.ids = targets, op.nll = nll;
     floatX *dx = copy_of(op.x, n);
-    cross_entropy(nll, dx, targets, row_weight, op.N, op.V);
+    cross_entropy(nll, NULL, dx, targets, row_weight, op.N, op.V);
     CHECK(nll[1] == 0 && nll[4] == 0 && nll[0] > 0, "loss of ignored targets");
     for (int v = 0; v < op.V; v++) CHECK(dx[op.V + v] == 0, "gradient of an ignored target");
     CHECK_GRADIENT("dlogits", op.x, dx, n, cross_entropy_loss);
+}
+
+static void test_cross_entropy_names_the_likeliest_token(void) {
+    enum { N = 5, V = 53 };
+    int targets[N] = {0, IGNORED, 52, 17, 17};
+    double nll[N];
+    uint8_t is_top[N] = {7, 7, 7, 7, 7};
+    floatX *x = noise_array(N * V, 0, 2);
+    x[0] = x[V + 5] = 9;                                    // 0: above all; 1: ignored
+    x[2 * V + 52] = x[2 * V + 3] = 9;                       // 2: as high as another
+    x[3 * V + 17] = -9, x[4 * V + 17] = 9, x[4 * V + 52] = (floatX)9.001;   // 3: low; 4: just below
+    cross_entropy(nll, is_top, x, targets, NULL, N, V);
+    CHECK(is_top[0] == 1 && is_top[1] == 0 && is_top[2] == 1 && is_top[3] == 0 && is_top[4] == 0,
+          "is_top %d %d %d %d %d", is_top[0], is_top[1], is_top[2], is_top[3], is_top[4]);
 }
 
 static double embedding_loss(void) {
@@ -1958,13 +2015,9 @@ static struct { Model *m; Batch batch; } whole;
 
 static double whole_loss(void) { return forward_loss(whole.m, &whole.batch); }
 
-// Every tensor: two random directions and three single elements.
-static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore,
-    int documents) {
-    Model *m = whole.m = make_model(c, B, T, chunk, recompute, 0);
-    make_batch(&whole.batch, B, T, c->V, ignore, documents);
-    double loss = forward_backward(m, &whole.batch, 1), again = whole_loss();
-    CHECK(loss == again, "%s: loss of training and of evaluation differ: %.17g, %.17g", what, loss, again);
+// The gradients in whole.m against differences of `loss`: of every tensor two random directions and three single elements.
+static void check_gradients_of(double (*loss)(void), const char *what) {
+    Model *m = whole.m;
     double worst = 0;
     for (int i = 0; i < m->p.n_tensors; i++) {
         const Tensor *t = &m->p.tensors[i];
@@ -1981,7 +2034,7 @@ static void check_model_gradients(const char *what, const Config *c, int B, int 
                     w[j] = (floatX)(w0[j] + sign * steps[s] * STEP);
                     if (s == 0) want += sign * (double)g[j];
                 }
-                slope += weight[s] * whole_loss() / (12 * STEP);
+                slope += weight[s] * loss() / (12 * STEP);
             }
             memcpy(w, w0, t->n * sizeof(floatX));
             // along a random direction the slope is about |g|; a single element is compared with the typical size of one
@@ -1996,8 +2049,99 @@ static void check_model_gradients(const char *what, const Config *c, int B, int 
         CHECK_ERROR(label, error, GRADIENT_TOL);
         if (!(error <= worst)) worst = error;
     }
+}
+
+static void check_model_gradients(const char *what, const Config *c, int B, int T, int chunk, int recompute, int ignore,
+    int documents) {
+    Model *m = whole.m = make_model(c, B, T, chunk, recompute, 0);
+    make_batch(&whole.batch, B, T, c->V, ignore, documents);
+    double loss = forward_backward(m, &whole.batch, 1), again = whole_loss();
+    CHECK(loss == again, "%s: loss of training and of evaluation differ: %.17g, %.17g", what, loss, again);
+    check_gradients_of(whole_loss, what);
     batch_free(&whole.batch);
     model_free(m);
+}
+
+// ---- preferences: a batch of two rows, five pairs with answers of unequal length, and padding
+static double pair_weights[2 * 40], pair_mass[N_MASSES];
+
+static double pairs_objective(void) {
+    const int N = whole.batch.B * whole.batch.T;
+    double nll[2 * 40], sums[N_SUMS] = {0};
+    llama_forward(whole.m, &whole.batch);
+    llama_head(whole.m, &whole.batch, NULL);
+    model_loss(whole.m);
+    model_losses(whole.m, nll, N);
+    weigh_pairs(pair_weights, &whole.batch, pair_mass, nll, sums);
+    return dpo_mean(sums, pair_mass);
+}
+
+static void make_pairs(Batch *batch, int V) {
+    static const int lengths[2][7] = {{5, 7, 4, 5, 11, 6, 0}, {9, 4, 6, 15, 0}};    // of documents, chosen and rejected in turn
+    make_batch(batch, 2, 40, V, 0, 1);
+    for (int b = 0; b < 2; b++) for (int t = 0, d = 0, start = 0; t < 40; t++) {
+        if (lengths[b][d] && t == start + lengths[b][d]) start = t, d++;
+        const int i = b*40 + t, padding = !lengths[b][d], prompt = t < start + 1 + d / 2 % 2;
+        batch->doc_start[i] = padding ? t : start;
+        if (padding || prompt || t + 1 == start + lengths[b][d]) batch->targets[i] = IGNORED;
+    }
+    batch->pairs = 3;
+    batch->reference = (float *)xcalloc(2 * 3 * 2, sizeof(float));
+    for (int i = 0; i < 12; i++) batch->reference[i] = (float)(-3.0 * (1 + random_int(9)));
+}
+
+static void test_preference_gradients_match_differences(void) {
+    static const Options none;
+    const struct { const char *name; int loss; double beta, smoothing, sft; } rows[] = {
+        {"sigmoid", DPO_SIGMOID, 0.1, 0, 0}, {"sigmoid, smoothing and sft", DPO_SIGMOID, 0.3, 0.2, 0.7},
+        {"norm", DPO_NORM, 5, 0.1, 0}, {"ipo", DPO_IPO, 0.1, 0, 0.2}, {"robust", DPO_ROBUST, 0.2, 0.3, 0}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        opt = none;
+        opt.stage = STAGE_DPO;
+        opt.dpo_loss = rows[i].loss, opt.dpo_beta = rows[i].beta;
+        opt.dpo_label_smoothing = rows[i].smoothing, opt.dpo_sft_weight = rows[i].sft;
+        Config c = make_config("qwen3", i & 1, 29, 2, 24, 4, 2, 8, 20, "");
+        whole.m = make_model(&c, 2, 40, 33, RECOMPUTE_NONE, 0);
+        make_pairs(&whole.batch, c.V);
+        memset(pair_mass, 0, sizeof pair_mass);
+        add_mass(pair_mass, &whole.batch);
+        CHECK(pair_mass[MASS_PAIRS] == 5, "%g pairs", pair_mass[MASS_PAIRS]);
+        pairs_objective();                                  // forward, and the weights
+        double weights[2 * 40];
+        memcpy(weights, pair_weights, sizeof weights);
+        llama_head(whole.m, &whole.batch, weights);
+        llama_backward(whole.m, &whole.batch, NULL);
+        model_loss(whole.m);
+        check_gradients_of(pairs_objective, rows[i].name);
+        batch_free(&whole.batch);
+        model_free(whole.m);
+    }
+    opt = none;
+}
+
+// Values by hand: c = 2, r = -1 over 4 and 2 tokens.
+static void test_preference_losses_have_the_values_of_their_formulas(void) {
+    const struct { int loss; double beta, smoothing, want; } rows[] = {
+        {DPO_SIGMOID, 0.1, 0, 0.554355244468527},           // -s(0.3)
+        {DPO_SIGMOID, 0.1, 0.1, 0.584355244468527},         // 0.1 * 0.3 more
+        {DPO_NORM, 1, 0, 0.313261687518223},                // -s(0.5 + 0.5)
+        {DPO_ROBUST, 0.1, 0.1, 0.516855244468527},          // 0.1 * 0.3 / 0.8 less
+        {DPO_IPO, 0.1, 0, 16}};                             // (1 - 5)^2
+    Options o;
+    memset(&o, 0, sizeof o);
+    for (int i = 0; i < COUNT(rows); i++) {
+        double dc, dr, ignored, h = 1e-5;
+        o.dpo_loss = rows[i].loss, o.dpo_beta = rows[i].beta, o.dpo_label_smoothing = rows[i].smoothing;
+        CHECK_ERROR("loss", fabs(dpo_loss(&o, 2, 4, -1, 2, &dc, &dr) - rows[i].want), 1e-13);
+        const double slope_c = dpo_loss(&o, 2 + h, 4, -1, 2, &ignored, &ignored) - dpo_loss(&o, 2 - h, 4, -1, 2, &ignored, &ignored);
+        const double slope_r = dpo_loss(&o, 2, 4, -1 + h, 2, &ignored, &ignored) - dpo_loss(&o, 2, 4, -1 - h, 2, &ignored, &ignored);
+        CHECK_ERROR("d loss / d c", fabs(slope_c / (2 * h) - dc), 1e-8);
+        CHECK_ERROR("d loss / d r", fabs(slope_r / (2 * h) - dr), 1e-8);
+    }
+    o.dpo_loss = DPO_SIGMOID, o.dpo_beta = 1, o.dpo_label_smoothing = 0;
+    double dc, dr;
+    CHECK(dpo_loss(&o, -1e4, 1, 1e4, 1, &dc, &dr) == 2e4 && dc == -1 && dr == 1, "a margin far below 0");
+    CHECK(dpo_loss(&o, 1e4, 1, -1e4, 1, &dc, &dr) == 0 && dc == 0 && dr == 0, "a margin far above 0");
 }
 
 static void test_model_gradients_match_differences(void) {
@@ -2869,7 +3013,9 @@ static void test_run_loss_is_the_losses_of_the_model(void) {       // --eval-onl
     for (int64_t i = 0; i < loader_eval_batches(&dl); i++) {
         loader_next(&dl, &batch);
         sum += forward_loss(m, &batch);
-        targets += (int64_t)count_targets(&batch);
+        double mass[N_MASSES] = {0};
+        add_mass(mass, &batch);
+        targets += (int64_t)mass[MASS_TARGETS];
     }
     CHECK(targets == 18 * TINY_T, "%d targets in 18 windows", (int)targets);
     CHECK_ERROR("val loss", fabs(sum / (double)targets - logged[0]), 1e-6);
@@ -3160,6 +3306,248 @@ static void test_evaluation_stops_after_val_batches(void) {
             rows[i].batches);
         CHECK_LETTER_EVALUATION(dir, "v", options, loss, floor);
     }
+}
+
+// What one source should have: loss, right targets and bytes of the windows of its shard, of which `eos` is of none.
+typedef struct Looked { double loss, right, targets, bytes; } Looked;
+static void look_at(Looked *l, const LetterModel *m, const int *tokens, int windows, int T, int eos) {
+    for (int w = 0; w < windows; w++) for (int j = 0; j < T; j++) {
+        const int *window = tokens + w * T, target = window[j + 1];
+        double logits[LETTERS];
+        int best = 0;
+        letter_logits(m, window, j + 1, logits);
+        for (int v = 1; v < LETTERS; v++) if (logits[v] > logits[best]) best = v;
+        l->loss += letter_loss(m, window, j + 1, target);
+        l->right += best == target, l->targets++, l->bytes += target != eos;
+    }
+}
+
+static void check_looked(int line, const Json *j, const char *loss, Looked l) {
+    const struct { const char *key; double want, tolerance; } rows[] = {{loss, l.loss / l.targets, 1e-5},
+        {"perplexity", exp(l.loss / l.targets), 1e-5 * exp(l.loss / l.targets)}, {"token_accuracy", l.right / l.targets, 1e-12},
+        {"targets", l.targets, 0}, {"bits_per_byte", l.loss / log(2) / l.bytes, 1e-5}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        const Json *x = j ? json_get(j, rows[i].key) : NULL;
+        if (!x || !(fabs(x->num - rows[i].want) <= rows[i].tolerance))
+            bad(line, "%s is %g, %.9g expected", rows[i].key, x ? x->num : NAN, rows[i].want);
+    }
+}
+
+// The first record of eval.jsonl; the caller frees both.
+static Json *eval_record(const char *out, char **text) {
+    char *path = path_text("%s/eval.jsonl", out);
+    *text = slurp(path, NULL);
+    free(path);
+    return json_parse(*text, strlen(*text), "eval.jsonl");
+}
+
+static void test_evaluation_tells_each_source(void) {
+    if (!have_binary()) return;
+    enum { T = 8, EOS = 9, N = 3 * T + 3 };
+    const struct { const char *name; int source, windows; } files[] = {{"val_a_book_000", 0, 2}, {"val_web_000", 1, 3},
+        {"val_web_001", 1, 1}};
+    LetterModel m = letters_at_random(0.5);
+    const char *dir = write_letter_model("model", &m, OWN, -1, EOS, "");
+    Looked source[2], all;
+    memset(source, 0, sizeof source);
+    memset(&all, 0, sizeof all);
+    folder("data");
+    for (int i = 0; i < COUNT(files); i++) {
+        int tokens[N];
+        for (int j = 0; j < N; j++) tokens[j] = (int)(random_bits(31, (uint64_t)i, (uint64_t)j) % LETTERS);
+        tokens[3] = EOS;
+        write_bin(file_at("data/%s.bin", files[i].name), tokens, files[i].windows * T + 1, 2, LETTERS, 1, -1);
+        look_at(&source[files[i].source], &m, tokens, files[i].windows, T, EOS);
+        look_at(&all, &m, tokens, files[i].windows, T, EOS);
+    }
+    char *text;
+    for (int ranks = 1, B = 4; ranks <= (mpi_works() ? 2 : 1); ranks++, B = 1) {
+        char *out = file_at("out%d", ranks);
+        Result r = trainer(ranks, "--init-from %s --val-data %s --eval-only --seq-len 8 --batch-size %d --threads 1 --out %s",
+                           dir, file_at("data/*.bin"), B, out);
+        CHECK_RAN(r);
+        Json *j = eval_record(out, &text), *sources = (Json *)json_get(j, "sources");
+        CHECK(sources && strstr(r.out, "| val a_book | loss ") && strstr(r.out, "| val web | loss "), "no sources: %s", r.out);
+        check_looked(__LINE__, j, "val_loss", all);
+        check_looked(__LINE__, sources ? json_get(sources, "a_book") : NULL, "loss", source[0]);
+        check_looked(__LINE__, sources ? json_get(sources, "web") : NULL, "loss", source[1]);
+        free(j);
+        free(text);
+    }
+    // one source: no list of them. No tokenizer: no bytes
+    CHECK(!unlink(file_at("model/tokenizer.bin")), "unlink");
+    Result r = trainer(0, "--init-from %s --val-data %s --eval-only --seq-len 8 --threads 1 --out %s", dir,
+                       file_at("data/val_web_*.bin"), file_at("one"));
+    CHECK_RAN(r);
+    Json *j = eval_record(file_at("one"), &text);
+    CHECK(!json_get(j, "sources") && strstr(text, "\"bits_per_byte\": null") && strstr(r.out, "bits/byte unavailable"), "%s%s",
+          text, r.out);
+    free(j);
+    free(text);
+}
+
+// Rows with flags of letters: documents as texts, '-' pads; a capital is a target, a dot ends a document.
+static void write_letter_rows(const char *name, const char *const *rows, int n, int S, const char *stage, int most) {
+    uint32_t *words = (uint32_t *)xmalloc((size_t)n * (size_t)(S + 1) * 4);
+    for (int i = 0; i < n; i++) {
+        int at = i * (S + 1), start = 1;
+        for (const char *c = rows[i]; *c; c++) {
+            if (*c == '.') start = 1;
+            else words[at++] = *c == '-' ? FLAG_START : (isupper((unsigned char)*c) ? FLAG_TARGET : 0) | (start ? FLAG_START : 0)
+                                                | (uint32_t)(tolower((unsigned char)*c) - 'a');
+            if (*c != '.') start = 0;
+        }
+        while (at < (i + 1) * (S + 1)) words[at++] = FLAG_START;
+    }
+    write_bytes(file_at("%s", name), words, (size_t)n * (size_t)(S + 1) * 4);
+    free(words);
+    char *meta = path_text("{\"vocab_size\": %d, \"sequence_length\": %d, \"token_size_bytes\": 4, \"stage\": \"%s\", "
+                           "\"documents_per_row\": %d}", LETTERS, S, stage, most), *path = file_at("%s", name);
+    *strrchr(path, '/') = 0;
+    char *where = path_text("%s/metadata.json", path);
+    write_text(where, meta);
+    free(meta), free(where), free(path);
+}
+
+static void test_answers_are_right_if_all_their_tokens_are(void) {
+    if (!have_binary()) return;
+    LetterModel m = letters_in_order();                     // after a comes b, after p comes a
+    const char *dir = write_letter_model("model", &m, OWN, -1, -1, "");
+    // right; the second of two wrong; right; wrong; right, around the end
+    const char *const rows[] = {"abCD.abCE.eF", "hiK.opA"};
+    folder("data");
+    write_letter_rows("data/v.ds", rows, 2, 12, "sft", 3);
+    char *out = file_at("out"), *text;
+    Result r = trainer(0, "--stage sft --init-from %s --val-data %s --eval-only --seq-len 12 --batch-size 1 --threads 1 --out %s",
+                       dir, file_at("data/v.ds"), out);
+    CHECK_RAN(r);
+    Json *j = eval_record(out, &text);
+    const Json *answers = json_get(j, "answer_accuracy"), *tokens = json_get(j, "token_accuracy");
+    CHECK(answers && fabs(answers->num - 3 / 5.0) < 1e-12 && tokens && fabs(tokens->num - 5 / 7.0) < 1e-12, "%s", text);
+    CHECK(strstr(r.out, "token accuracy 71.43% | answer accuracy 60.00% of 5 | 7 targets"), "%s", r.out);
+    free(j);
+    free(text);
+}
+
+// ---- multiple choice
+static void write_choices(const char *name, const int32_t (*rows)[4], int n) {
+    write_bytes(file_at("%s", name), rows, (size_t)n * sizeof *rows);
+}
+
+// Score of a document in write_letter_rows' form.
+static double choice_score(const LetterModel *m, const char *text) {
+    int ids[32], n = 0;
+    double sum = 0;
+    for (const char *c = text; *c; c++) {
+        ids[n++] = tolower((unsigned char)*c) - 'a';
+        if (isupper((unsigned char)*c)) sum -= letter_loss(m, ids, n - 1, ids[n - 1]);
+    }
+    return sum;
+}
+
+// Choices of one task lie in several rows, not in order; two shards of one source, one of another.
+static void test_multiple_choice_is_what_the_formula_says(void) {
+    if (!have_binary()) return;
+    enum { S = 11, MOST = 12 };
+    static const struct { const char *name, *rows[3]; int n, documents; int32_t choices[MOST][4]; } shards[] = {
+        {"val_one_000", {"abcdE.abcdFG", "abcdHIJ.kA", "kB.kCDE"}, 3, 6,
+         {{0, 1, 1, 4}, {0, 2, 1, 9}, {0, 0, 1, 2}, {1, 2, 0, 1}, {1, 0, 0, 1}, {1, 1, 0, 3}}},
+        {"val_one_001", {"aB.aBC.pqO"}, 0, 0, {{0}}},
+        {"val_two_000", {"fghI.fghIJ", "ooO.ooPA.ooB"}, 2, 5, {{0, 0, 0, 5}, {0, 1, 0, 5}, {1, 0, 2, 1}, {1, 1, 2, 2}, {1, 2, 2, 1}}},
+    };
+    LetterModel m = letters_at_random(0.5);
+    const char *dir = write_letter_model("model", &m, OWN, -1, -1, "");
+    double right[2][2] = {{0}}, n_tasks[2] = {0}, closest = INFINITY;
+    folder("data");
+    for (int i = 0; i < COUNT(shards); i++) {
+        const int source = i == 2, n = shards[i].documents;
+        if (!n) continue;
+        double scores[4][4], lengths[4][4];
+        int counts[4] = {0}, gold[4] = {0}, at = 0;
+        write_letter_rows(path_text("data/%s.ds", shards[i].name), shards[i].rows, shards[i].n, S, "choice", 3);
+        write_choices(path_text("data/%s.choices", shards[i].name), shards[i].choices, n);
+        for (int row = 0; row < shards[i].n; row++) {
+            char *text = xstrdup(shards[i].rows[row]);
+            for (char *d = strtok(text, "."); d; d = strtok(NULL, "."), at++) {
+                const int32_t *c = shards[i].choices[at];
+                scores[c[0]][c[1]] = choice_score(&m, d);
+                lengths[c[0]][c[1]] = c[3];
+                counts[c[0]]++;
+                gold[c[0]] = c[2];
+            }
+            free(text);
+        }
+        for (int task = 0; task < 4 && counts[task]; task++, n_tasks[source]++)
+            for (int k = 0; k < 2; k++) {
+                int best = 0;
+                for (int c = 0; c < counts[task]; c++) if (k) scores[task][c] /= lengths[task][c];
+                for (int c = 1; c < counts[task]; c++) if (scores[task][c] > scores[task][best]) best = c;
+                for (int c = 0; c < counts[task]; c++)
+                    if (c != best) closest = fmin(closest, scores[task][best] - scores[task][c]);
+                right[source][k] += best == gold[task];
+            }
+    }
+    CHECK(closest > 1e-3, "two choices are %g apart: fp32 could decide otherwise", closest);
+    char *first = NULL, *text;
+    const struct { int ranks, B; } runs[] = {{0, 1}, {0, 2}, {0, 7}, {2, 1}, {3, 2}};
+    for (int i = 0; i < COUNT(runs); i++) {
+        if (runs[i].ranks > 1 && !mpi_works()) continue;
+        char *out = file_at("out%d", i);
+        Result r = trainer(runs[i].ranks, "--init-from %s --eval-only --eval-tasks %s --seq-len %d --batch-size %d --threads 1 "
+                           "--out %s", dir, file_at("data/*.ds"), S, runs[i].B, out);
+        CHECK_RAN(r);
+        Json *j = eval_record(out, &text);
+        const char *const names[2] = {"one", "two"};
+        for (int source = 0; source < 2; source++) {
+            const Json *tasks = json_get(j, "tasks"), *x = tasks ? json_get(tasks, names[source]) : NULL;
+            const double n = n_tasks[source], acc = right[source][0] / n, norm = right[source][1] / n;
+            CHECK(x && json_get(x, "tasks")->num == n && fabs(json_get(x, "acc")->num - acc) < 1e-12
+                  && fabs(json_get(x, "acc_norm")->num - norm) < 1e-12
+                  && fabs(json_get(x, "acc_stderr")->num - sqrt(acc * (1 - acc) / (n - 1))) < 1e-12
+                  && fabs(json_get(x, "acc_norm_stderr")->num - sqrt(norm * (1 - norm) / (n - 1))) < 1e-12,
+                  "%s: acc %g, acc_norm %g of %g expected: %s", names[source], acc, norm, n, text);
+        }
+        CHECK(!first || !strcmp(text, first), "ranks %d, B %d: %s", runs[i].ranks, runs[i].B, text);
+        if (!first) first = xstrdup(text);
+        free(j);
+        free(text);
+    }
+    free(first);
+}
+
+static void tasks_close(Tasks *t) {
+    loader_close(&t->data);
+    batch_free(&t->batch);
+    free(t->first_document), free(t->task), free(t->document), free(t->length);
+}
+
+static void test_damaged_lists_of_choices_are_refused(void) {
+    const char *const rows[] = {"aB.aC.dE", "dF"};
+    const int32_t good[4][4] = {{0, 0, 1, 1}, {0, 1, 1, 1}, {1, 1, 0, 2}, {1, 0, 0, 3}};
+    const struct { int document, field, value; const char *says; } bad_ones[] = {
+        {0, 0, -1, "task -1"}, {0, 0, 4, "task 4"}, {0, 0, 3, "task 0 has 1 choices"}, {1, 1, 0, "is there twice"}, {1, 1, 2, "of task 0, which has 2"},
+        {1, 2, 2, "the right one is 2"}, {0, 2, 0, "says another right choice"}, {3, 3, 0, "length 0"}, {2, 1, -1, "choice -1"}};
+    Tasks tasks;
+    folder("data");
+    write_letter_rows("data/val_x_000.ds", rows, 2, 7, "choice", 3);
+    const char *data = file_at("data/*.ds");
+    CHECK_DIES(tasks_open(&tasks, data, 1, 7, LETTERS), "val_x_000.choices' is missing", "data/choices.py");
+    write_choices("data/val_x_000.choices", good, 3);
+    CHECK_DIES(tasks_open(&tasks, data, 1, 7, LETTERS), "val_x_000.choices", "4 documents");
+    write_choices("data/val_x_000.choices", good, 4);
+    tasks_open(&tasks, data, 1, 7, LETTERS);
+    CHECK(tasks.n == 2 && tasks.n_documents == 4 && tasks.task[1].gold == 0 && tasks.document[2] == 3 && tasks.length[2] == 3
+          && tasks.first_document[1] == 3 && !strcmp(tasks.data.sources[tasks.task[1].source], "x"), "tasks");
+    tasks_close(&tasks);
+    for (int i = 0; i < COUNT(bad_ones); i++) {
+        int32_t changed[4][4];
+        memcpy(changed, good, sizeof good);
+        changed[bad_ones[i].document][bad_ones[i].field] = bad_ones[i].value;
+        write_choices("data/val_x_000.choices", (const int32_t (*)[4])changed, 4);
+        CHECK_DIES(tasks_open(&tasks, data, 1, 7, LETTERS), "val_x_000.choices' is damaged", bad_ones[i].says);
+    }
+    write_letter_rows("data/val_x_000.ds", rows, 2, 7, "sft", 3);
+    CHECK_DIES(tasks_open(&tasks, data, 1, 7, LETTERS), "val_x_000.ds", "holds no multiple choice tasks");
 }
 
 // Some exporters write the shared weight twice.
@@ -4381,8 +4769,7 @@ static void test_options_of_the_gpu_are_refused_by_name(void) {
     const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"},
         {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
         {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"},
-        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--stage dpo", "--stage dpo"},
-        {"--dpo-beta 0.2", "--dpo-beta"}, {"--stage sft", "--stage sft"}};
+        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--dpo-beta 0.2", "--dpo-beta"}};
     // a list, needing no data; an unknown name is refused before the data are looked for
     Result presets = trainer(0, "--preset help --train-data %s --out %s", file_at("none"), file_at("none"));
     CHECK_RAN(presets);
@@ -4687,6 +5074,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(loader_shuffle_is_uniform, F32),
     TEST(loader_evaluation_shows_each_window_once_in_order, F32),
     TEST(loader_reads_ds_rows_documents_and_true_losses, F32),
+    TEST(loader_reads_rows_with_flags, F32),
     TEST(loader_refuses_bad_shards, F32),
     TEST(loader_handles_more_shards_than_descriptors, F32),
     TEST(schedule_has_the_values_of_its_formula, F32),
@@ -4702,9 +5090,12 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(attention_backward_matches_differences, F64),
     TEST(swiglu_backward_matches_differences, F64),
     TEST(cross_entropy_backward_matches_differences, F64),
+    TEST(cross_entropy_names_the_likeliest_token, F32 | F64),
     TEST(embedding_backward_matches_differences, F64),
     TEST(gradient_check_rejects_small_errors_and_nan, F64),
     TEST(model_gradients_match_differences, F64),
+    TEST(preference_gradients_match_differences, F64),
+    TEST(preference_losses_have_the_values_of_their_formulas, F32),
     TEST(edge_shapes_have_right_gradients, F64),
     TEST(all_targets_masked_gives_zero, F32 | F64),
     TEST(recompute_gives_the_same_bits, F32 | F64),
@@ -4737,6 +5128,10 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(ranks_give_the_same_training, F32),
     TEST(dump_grads_is_the_mean_over_ranks, F32),
     TEST(evaluation_floor_is_the_mean_of_real_targets, F32),
+    TEST(evaluation_tells_each_source, F32),
+    TEST(answers_are_right_if_all_their_tokens_are, F32),
+    TEST(multiple_choice_is_what_the_formula_says, F32),
+    TEST(damaged_lists_of_choices_are_refused, F32),
     TEST(evaluation_stops_after_val_batches, F32),
     TEST(tied_model_with_a_head_in_its_file_loads, F32),
     TEST(odd_checkpoints_load_as_in_transformers, F32),

@@ -90,6 +90,8 @@ static void omp_set_num_threads(int n) { (void)n; }
 #endif
 
 enum { ENOUGH_ROWS = 4096 };            // of a micro-step: more are no faster here
+typedef floatX LogProb;                 // of an answer: the sum over its tokens, rounded
+static const char device_kind[] = "cpu";
 static const char device_peak_is[] = "measured FMA peak", device_also_takes[] = "";
 
 // Sums of gradients over ranks, section 7
@@ -100,8 +102,6 @@ void comm_allgather(floatX *x, size_t n);
 
 // What this trainer does not do: an option with this value (NULL: with any), and why.
 static const struct { const char *option, *value, *why; } refused[] = {
-    {"--stage", "sft", "is not in this version; it trains on plain text"},
-    {"--stage", "dpo", "is not in this version; it trains on plain text"},
     {"--zero", "2", "is for the CUDA trainer; the CPU trainer has 0 and 1"},
     {"--zero", "3", "is for the CUDA trainer; the CPU trainer has 0 and 1"},
     {"--shard-size", NULL, "is for the CUDA trainer; this is the CPU trainer"},
@@ -119,7 +119,8 @@ static const struct { const char *option, *value, *why; } refused[] = {
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 // ---- options: one table feeds parser, --help, the log and resume ------------------------------------------
-enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO };
+enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO, STAGE_CHOICE };    // the last: of data alone, for evaluation
+enum { DPO_SIGMOID, DPO_NORM, DPO_IPO, DPO_ROBUST };
 enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
 enum { FP32, BF16 };
 enum { RECOMPUTE_NONE, RECOMPUTE_MLP, RECOMPUTE_BLOCK };
@@ -145,14 +146,25 @@ enum { START, GIVEN, FIXED };
       "token shards, as a quoted pattern (default: generated stories)") \
     X(TEXT, "--val-data", val_data, GIVEN, NULL, 0, 0, \
       "shards to evaluate on (default: those of the stories, with the default --train-data)") \
+    X(TEXT, "--eval-tasks", eval_tasks, GIVEN, NULL, 0, 0, \
+      "multiple choice tasks of data/choices.py to solve at each evaluation, as a quoted pattern") \
     X(TEXT, "--tokenizer", tokenizer, GIVEN, NULL, 0, 0, \
       "tokenizer.bin, for text (default: the one beside model or data)") \
     X(CHOICE, "--document-mask", document_mask, FIXED, "off", 0, 0, \
-      "off|on: on: a token sees only its own document") \
+      "off|on: on: a token sees only its own document (always with sft and dpo)") \
     GROUP("Objective") \
     X(CHOICE, "--stage", stage, FIXED, "pretrain", 0, 0, \
       "pretrain|sft|dpo: next tokens of text, answers, preferences") \
-    X(REAL, "--dpo-beta", dpo_beta, GIVEN, "0.1", 0, 1e3, "dpo: how strongly the reference model holds") \
+    X(CHOICE, "--dpo-loss", dpo_loss, FIXED, "sigmoid", 0, 0, \
+      "sigmoid|norm|ipo|robust: of a pair; the formulas stand below") \
+    X(REAL, "--dpo-beta", dpo_beta, GIVEN, "0", 0, 1e3, \
+      "dpo: how strongly the reference holds, 0 = 0.1, with norm 5") \
+    X(REAL, "--dpo-label-smoothing", dpo_label_smoothing, GIVEN, "0", 0, 0.499, \
+      "dpo: e, the share of pairs whose labels may be swapped (sigmoid, norm, robust)") \
+    X(REAL, "--dpo-sft-weight", dpo_sft_weight, GIVEN, "0", 0, 1e3, \
+      "dpo: a, adds a times the mean nll of all targets of the update's chosen answers") \
+    X(TEXT, "--dpo-reference", dpo_reference, START, NULL, 0, 0, \
+      "dpo: checkpoint folder of the reference model (default: the model that training starts from)") \
     GROUP("Batch") \
     X(INT, "--seq-len", seq_len, GIVEN, "0", 0, 1 << 24, \
       "tokens of a sequence, 0 = a row of .ds data, else 1024; at most the model's") \
@@ -161,8 +173,10 @@ enum { START, GIVEN, FIXED };
     X(INT, "--total-batch-tokens", total_batch_tokens, GIVEN, "0", 0, 1e12, \
       "tokens of an update over all ranks, 0 = by the size of the model") \
     GROUP("Schedule") \
-    X(INT, "--steps", steps, GIVEN, "-1", -1, 1e12, "updates in all, -1 = by the size of the model") \
-    X(REAL, "--lr", lr, GIVEN, "-1", -1, 1e3, "highest learning rate, -1 = by the size of the model") \
+    X(INT, "--steps", steps, GIVEN, "-1", -1, 1e12, \
+      "updates in all, -1 = by --epochs, else by the size of the model (sft, dpo: one epoch)") \
+    X(REAL, "--epochs", epochs, GIVEN, "0", 0, 1e6, "passes over the training data, in place of --steps") \
+    X(REAL, "--lr", lr, GIVEN, "-1", -1, 1e3, "highest learning rate, -1 = by stage and size of the model") \
     X(REAL, "--min-lr", min_lr, GIVEN, "-1", -1, 1e3, "learning rate at the end, -1 = lr/10") \
     X(INT, "--warmup-steps", warmup_steps, GIVEN, "-1", -1, 1e12, \
       "updates until the highest rate, -1 = min(100, steps/10)") \
@@ -193,7 +207,7 @@ enum { START, GIVEN, FIXED };
     X(INT, "--log-every", log_every, GIVEN, "1", 1, 1e12, \
       "updates between lines on the screen (log.jsonl has all)") \
     X(FLAG, "--eval-only", eval_only, START, NULL, 0, 0, \
-      "print the loss on --val-data and stop; with --out also into its eval.jsonl") \
+      "evaluate on --val-data and --eval-tasks and stop; with --out also into its eval.jsonl") \
     X(FLAG, "--generate", generate, START, NULL, 0, 0, "print a sample of text and stop") \
     GROUP("Output") \
     X(TEXT, "--out", out, START, "out", 0, 0, \
@@ -305,8 +319,13 @@ typedef struct Batch {          // of one micro-step
     int *doc_start;             // (B, T) first position of the document of t; NULL without document mask
     // (B, T) evaluation: true -ln p of each target; 0 when the data has none, or NULL
     float *floor;
+    int64_t *window;            // (B) number of each row's window among those of all shards, -1: padding
+    float *reference;           // (B, pairs, 2) DPO: log p of the row's answers under the reference; or NULL
+    int pairs;                  // at most, in a row
     int past, keep;             // samples: tokens before these; how many keys and values to keep of these
 } Batch;
+
+typedef struct Document { int first, end, n_targets; } Document;    // positions in a batch's (B, T)
 
 typedef struct LoaderState {
     uint64_t seed;
@@ -320,11 +339,33 @@ typedef struct DataLoader {
     int64_t n_windows, n_tokens, n_dropped;     // dropped: tokens that are in no window
     int B, T, rank, world, shuffle, vocab_size, document_mask;
     int has_floor;              // evaluation: every shard has its .nll
+    // evaluation: where the text is from, by the names of the shards: val_web_000.bin is from "web"
+    char **sources;
+    int n_sources;
+    int stage;                  // what the shards were made for; beyond STAGE_PRETRAIN: rows with flags
+    int most_documents;         // in a row with flags
+    float *reference;           // (n_windows, most_documents/2, 2) DPO: see Batch; or NULL
     uint32_t crc;               // of the size and the first bytes of each shard: tells data from other data
     LoaderState state;
     void *buffer;               // one window as it lies in the file
     struct Shard *open_shard[MAX_OPEN_SHARDS];  // who has the descriptor of this place, NULL = none
 } DataLoader;
+
+typedef struct Task {           // a question
+    int64_t first;              // the place of its first choice
+    int choices, gold;          // gold: the right one
+    int source;
+} Task;
+typedef struct Tasks {          // multiple choice: each document is a question and one of its choices
+    DataLoader data;
+    Batch batch;
+    int64_t n, n_documents;
+    int64_t *first_document;    // (n_windows + 1) of each window, among those of all shards
+    Task *task;                 // (n)
+    // (n_documents) by task, then choice: which document; its length, by which acc_norm divides
+    int64_t *document;
+    int32_t *length;
+} Tasks;
 
 typedef struct Tokenizer {
     int kind, V, bos, eos, prefix_space;        // bos and eos: -1 = none
@@ -342,8 +383,9 @@ typedef struct Tokenizer {
 enum { SPIKE_WINDOW = 128 };
 typedef struct TrainState {     // with the weights and the optimizer: all that a run is
     int64_t step, updates;      // updates: steps that changed the weights
-    int64_t tokens;
+    int64_t tokens, targets;    // processed; trained, that is, with a loss
     double seconds, joules;     // spent in steps; joules NAN: unavailable
+    uint32_t reference_crc;     // DPO: of the reference's weights; 0: none yet
     LoaderState loader;         // where the data of the next update begin
     // the data that loader.position counts in (0: not known): windows of seq_len tokens, DataLoader.crc
     int64_t n_windows, seq_len, data_crc;
@@ -398,6 +440,7 @@ const char *option_text(const Option *o);
 void text_add(Text *t, const char *fmt, ...);
 void text_add_string(Text *t, const char *s);
 void text_add_field(Text *t, const char *key, double x);
+const char *json_decimal(double x);
 StWriter *st_create(const char *path, const char *metadata);
 void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
 void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
@@ -419,6 +462,7 @@ const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
 Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
 int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
 void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
+double tokenizer_bytes(const Tokenizer *t, int previous_id, int id);
 int data_declares(const char *pattern, int *V, int *S);
 void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
                  int shuffle, int vocab_size, int document_mask);
@@ -427,9 +471,14 @@ void loader_rewind(DataLoader *dl);
 int64_t loader_eval_batches(const DataLoader *dl);
 void loader_next(DataLoader *dl, Batch *batch);
 void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
+void batch_alloc_pairs(Batch *batch, DataLoader *dl);
+int64_t data_windows(const char *pattern, int T);
+int loader_source(const DataLoader *dl, int64_t window);
+void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size);
+const char *loader_path(const DataLoader *dl);
 // 14
 double learning_rate(const Options *o, int64_t step);
-double flops_per_token(const Config *c, int T, int causal);
+double flops_per_token(const Config *c, double T, int causal);
 void log_open(const char *path);
 void log_record(Text *t);
 void log_close(void);
@@ -456,6 +505,9 @@ void weights_read(const char *dir, Model *m, const Config *c);
 void side_files_read(const char *model_dir, const Tokenizer *t);
 void weights_random(Model *m, const Config *c, uint64_t seed);
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
+uint32_t weights_crc(const Model *m);
+int reference_read(DataLoader *dl, uint32_t weights);
+void reference_write(const DataLoader *dl, uint32_t weights);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -478,7 +530,8 @@ double energy_read(void);
 int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
 void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
 
-// model_*, llama_*, next_logits, gradient_norm, state_share: section 4
+// model_*, llama_*, next_logits, gradient_norm, state_share: section 4. next_document: section 5
+int next_document(const Batch *batch, int b, int *t, Document *d);
 enum { STATE_WEIGHTS, STATE_MASTER, STATE_M, STATE_V, STATE_GRADS };
 // SHARED END
 
@@ -1009,12 +1062,15 @@ void mlp_backward_gate_up(floatX *gate_up, floatX *h, const floatX *dx, const fl
 // ---- softmax + cross-entropy on rows of logits ------------------------------------------------------------
 // nll (N) = -log softmax(logits)[target], 0 where the target is IGNORED.  weight (N) = d objective / d nll of
 // each row: the logits (N,V) become the objective's gradient weight (softmax - onehot), 0 where ignored; the
-// two never exist at once. weight NULL: losses only
-void cross_entropy(double *nll, floatX *logits, const int *targets, const double *weight, int N, int V) {
+// two never exist at once. weight NULL: losses only.  is_top (N), unless NULL: 1 where no logit of the row is
+// above the target's, 0 where ignored
+void cross_entropy(double *nll, uint8_t *is_top, floatX *logits, const int *targets, const double *weight,
+                   int N, int V) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         floatX *row = logits + (size_t)n * V, top = -INFINITY;
         nll[n] = 0;
+        if (is_top) is_top[n] = 0;
         if (targets[n] == IGNORED) {
             if (weight) memset(row, 0, (size_t)V * sizeof(floatX));
             continue;
@@ -1030,6 +1086,7 @@ void cross_entropy(double *nll, floatX *logits, const int *targets, const double
             row[v] = e;
         }
         nll[n] = log(sum) + top - at_target;
+        if (is_top) is_top[n] = at_target >= top;
         if (!weight) continue;
         const floatX factor = (floatX)(weight[n] / sum);
         for (int v = 0; v < V; v++) row[v] *= factor;
@@ -1177,6 +1234,7 @@ struct Model {
     floatX *datt, *dqkv;                // (N,HD), (N,(H+2K)D)
     floatX *logits;                     // (chunk,V)
     double *nll;                        // (N)          loss of each target
+    uint8_t *is_top;                    // (N)          whether it is the likeliest token; of losses only
     double loss;                        // sum since model_loss was asked
     int *kept, n_kept;                  // (S) tokens whose keys and values are in kv
     floatX *cosine, *sine;              // (T,D/2)
@@ -1264,6 +1322,7 @@ static void layout(Model *m) {
     m->cosine = take_x(w, (size_t)m->T * c->D / 2);
     m->sine = take_x(w, (size_t)m->T * c->D / 2);
     m->nll = (double *)take(w, N * sizeof(double));
+    m->is_top = (uint8_t *)take(w, N);
 }
 
 // Sizes only, no memory is taken: of every arena, and the table of the model.
@@ -1400,7 +1459,7 @@ void llama_forward(Model *m, const Batch *batch) {
 // ---- head and loss ----------------------------------------------------------------------------------------
 // Loss of each target into m->nll (N); their sum goes to what model_loss returns, each times its weight.
 // weight (N) = d objective / d nll: also m->dnorm (N,C) = gradient of the final norm's output, and the head's
-// gradient +=. weight NULL: losses only. Logits exist for `chunk` rows at a time.
+// gradient +=. weight NULL: losses, and m->is_top. Logits exist for `chunk` rows at a time.
 void llama_head(Model *m, const Batch *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
@@ -1409,7 +1468,8 @@ void llama_head(Model *m, const Batch *batch, const double *weight) {
         const int rows = N - n < m->chunk ? N - n : m->chunk;
         const floatX *norm = m->norm + (size_t)n * c->C;
         matmul_forward(m->logits, norm, head, rows, c->C, c->V, NULL, NULL);
-        cross_entropy(m->nll + n, m->logits, batch->targets + n, weight ? weight + n : NULL, rows, c->V);
+        cross_entropy(m->nll + n, weight ? NULL : m->is_top + n, m->logits, batch->targets + n,
+                      weight ? weight + n : NULL, rows, c->V);
         if (!weight) continue;
         matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, rows, c->C, c->V);
         matmul_backward_w(head_grads(m).head, m->logits, norm, rows, c->C, c->V);
@@ -1424,6 +1484,12 @@ double model_loss(Model *m) {
     m->loss = 0;
     return loss;
 }
+
+// nll (n) = the losses of the first n rows that the last llama_head had.
+void model_losses(Model *m, double *nll, int n) { memcpy(nll, m->nll, (size_t)n * sizeof(double)); }
+
+// is_top (n) = of the first n rows that the last llama_head had, which was one without weights.
+void model_tops(Model *m, uint8_t *is_top, int n) { memcpy(is_top, m->is_top, (size_t)n); }
 
 // Logits (V) of the token after ids (n), n <= N and T, as fp32 on the host. Of a text that went on since the
 // last call only the new tokens run: keys and values of the others are there. A text longer than S runs as a
@@ -1542,27 +1608,132 @@ void model_update(Model *m, double lr, double grad_scale, int64_t step, const Op
 // ==== 5. Objectives: what is trained, as a loss and a weight per target ====================================
 // Every target t of a micro-step has a loss nll_t = -log p(target). An objective says with what weight each
 // enters the update: weight_t = d objective / d nll_t. Everything before (forward) and after (backward) is
-// the same for all objectives.
+// the same for all objectives. What the update's means are divided by is known before the first backward,
+// over all micro-steps and ranks, so that it does not matter how rows are split.
+enum { MASS_TARGETS, MASS_PAIRS, MASS_CHOSEN, N_MASSES };   // CHOSEN: targets in chosen answers
+// sums over pairs, but for the loss of chosen answers, which is one over their targets
+enum { DPO_LOSS, REWARDS_CHOSEN, REWARDS_REJECTED, REWARDS_MARGINS, REWARDS_ACCURACIES, LOGPS_CHOSEN,
+       LOGPS_REJECTED, SFT_LOSS, N_SUMS };
+
 typedef struct Objective {
     const char *name;
-    // what a micro-step adds to the sum that the update's mean is divided by
-    double (*mass)(const Batch *batch);
-    // weight (N) =; mass: of the whole update
-    void (*weigh)(double *weight, const Batch *batch, double mass);
+    int from_losses;        // weigh needs nll: the head runs for the losses first, then with the weights
+    // weight (N) =, the gradient; mass: of the whole update. nll (N). sums += what weights do not tell
+    void (*weigh)(double *weight, const Batch *batch, const double *mass, const double *nll, double *sums);
 } Objective;
 
-// ---- next tokens: the mean over all targets of the update, whatever micro-step or rank they are on
-static double count_targets(const Batch *batch) {
-    double n = 0;
-    for (int i = 0; i < batch->B * batch->T; i++) n += batch->targets[i] != IGNORED;
-    return n;
+// ---- documents: rows with flags and rows under the document mask hold several
+// The next document of row b that has targets, from position *t of the row on. 0: there is none.
+int next_document(const Batch *batch, int b, int *t, Document *d) {
+    const int row = b * batch->T;
+    while (*t < batch->T) {
+        const int start = *t;
+        d->first = row + start;
+        d->n_targets = 0;
+        do d->n_targets += batch->targets[row + *t] != IGNORED;
+        while (++*t < batch->T && batch->doc_start[row + *t] == start);
+        d->end = row + *t;
+        if (d->n_targets) return 1;
+    }
+    return 0;
 }
 
-static void weigh_targets(double *weight, const Batch *batch, double mass) {
-    for (int i = 0; i < batch->B * batch->T; i++) weight[i] = batch->targets[i] == IGNORED ? 0 : 1 / mass;
+// A row's pairs lie one after the other, the chosen answer before the rejected one. 0: there is no further.
+static int next_pair(const Batch *batch, int b, int *t, Document *chosen, Document *rejected) {
+    return next_document(batch, b, t, chosen) && next_document(batch, b, t, rejected);
 }
 
-static const Objective objectives[] = {{"pretrain", count_targets, weigh_targets}};     // by --stage
+// mass += what a micro-step has.
+static void add_mass(double *mass, const Batch *batch) {
+    Document chosen, rejected;
+    for (int i = 0; i < batch->B * batch->T; i++) mass[MASS_TARGETS] += batch->targets[i] != IGNORED;
+    for (int b = 0; b < batch->B && batch->pairs; b++)
+        for (int t = 0; next_pair(batch, b, &t, &chosen, &rejected);) {
+            mass[MASS_PAIRS]++;
+            mass[MASS_CHOSEN] += chosen.n_targets;
+        }
+}
+
+// ---- next tokens (pretrain) and answers (sft): the mean over all targets of the update
+static void weigh_targets(double *weight, const Batch *batch, const double *mass, const double *nll,
+                          double *sums) {
+    (void)nll, (void)sums;
+    for (int i = 0; i < batch->B * batch->T; i++)
+        weight[i] = batch->targets[i] == IGNORED ? 0 : 1 / mass[MASS_TARGETS];
+}
+
+// ---- preferences (dpo: Rafailov et al. 2023): the mean over all pairs of the update
+static double log_sigmoid(double z) { return z < 0 ? z - log1p(exp(z)) : -log1p(exp(-z)); }
+
+// Loss of a pair, and its derivatives. c, r: log p of the chosen and the rejected answer, policy minus
+// reference, sums over their n_c and n_r tokens. s = log sigmoid, b = --dpo-beta, e = --dpo-label-smoothing:
+//   sigmoid  z = b (c - r):           -(1-e) s(z) - e s(-z)                 e > 0: conservative DPO
+//   norm     z = b (c/n_c - r/n_r):   the same
+//   robust   z = b (c - r):           (-(1-e) s(z) + e s(-z)) / (1 - 2e)    Chowdhury et al. 2024
+//   ipo      (c/n_c - r/n_r - 1/(2b))^2                                     Azar et al. 2023
+double dpo_loss(const Options *o, double c, int n_c, double r, int n_r, double *dc, double *dr) {
+    const int per_token = o->dpo_loss == DPO_NORM || o->dpo_loss == DPO_IPO;
+    const double u_c = per_token ? 1.0 / n_c : 1, u_r = per_token ? 1.0 / n_r : 1;
+    const double b = o->dpo_beta, e = o->dpo_label_smoothing, d = c * u_c - r * u_r, z = b * d;
+    const int robust = o->dpo_loss == DPO_ROBUST;
+    const double flip = robust ? -e : e, scale = robust ? 1 - 2*e : 1;
+    double loss = (-(1 - e) * log_sigmoid(z) - flip * log_sigmoid(-z)) / scale;
+    // d loss / d d
+    double slope = b * (flip * exp(log_sigmoid(z)) - (1 - e) * exp(log_sigmoid(-z))) / scale;
+    if (o->dpo_loss == DPO_IPO) {
+        slope = 2 * (d - 1 / (2 * b));
+        loss = slope * slope / 4;
+    }
+    *dc = slope * u_c;
+    *dr = -slope * u_r;
+    return loss;
+}
+
+// log p of an answer: the sum in order. Rounded as the reference's are kept: then policy = reference gives
+// 0 exactly.
+static LogProb answer_log_prob(const double *nll, Document d) {
+    double sum = 0;
+    for (int i = d.first; i < d.end; i++) sum -= nll[i];
+    return (LogProb)sum;
+}
+
+static void weigh_pairs(double *weight, const Batch *batch, const double *mass, const double *nll,
+                        double *sums) {
+    const double share = 1 / mass[MASS_PAIRS], sft = opt.dpo_sft_weight / mass[MASS_CHOSEN];
+    Document chosen, rejected;
+    memset(weight, 0, (size_t)batch->B * batch->T * sizeof(double));
+    for (int b = 0; b < batch->B; b++) {
+        const float *reference = batch->reference + (size_t)b * batch->pairs * 2;
+        for (int t = 0; next_pair(batch, b, &t, &chosen, &rejected); reference += 2) {
+            const LogProb lp_c = answer_log_prob(nll, chosen), lp_r = answer_log_prob(nll, rejected);
+            const double c = (double)lp_c - reference[0], r = (double)lp_r - reference[1];
+            double dc, dr;
+            sums[DPO_LOSS] += dpo_loss(&opt, c, chosen.n_targets, r, rejected.n_targets, &dc, &dr);
+            sums[REWARDS_CHOSEN] += opt.dpo_beta * c;
+            sums[REWARDS_REJECTED] += opt.dpo_beta * r;
+            sums[REWARDS_MARGINS] += opt.dpo_beta * (c - r);
+            sums[REWARDS_ACCURACIES] += c > r;
+            sums[LOGPS_CHOSEN] += lp_c;
+            sums[LOGPS_REJECTED] += lp_r;
+            for (int i = chosen.first; i < chosen.end; i++) {
+                if (batch->targets[i] == IGNORED) continue;
+                weight[i] = sft - dc * share;               // nll = -log p
+                sums[SFT_LOSS] += nll[i];
+            }
+            for (int i = rejected.first; i < rejected.end; i++)
+                if (batch->targets[i] != IGNORED) weight[i] = -dr * share;
+        }
+    }
+}
+
+// The objective's mean over pairs from its sums and masses.
+static double dpo_mean(const double *sums, const double *mass) {
+    return sums[DPO_LOSS] / fmax(mass[MASS_PAIRS], 1)
+         + opt.dpo_sft_weight * (sums[SFT_LOSS] / fmax(mass[MASS_CHOSEN], 1));
+}
+
+static const Objective objectives[] = {                     // by --stage
+    {"pretrain", 0, weigh_targets}, {"sft", 0, weigh_targets}, {"dpo", 1, weigh_pairs}};
 
 // ==== 6. Training: an update, looking, saving, set-up, main ================================================
 typedef struct Trainer {
@@ -1570,18 +1741,27 @@ typedef struct Trainer {
     Config c;
     const Objective *objective;
     DataLoader train, val;
+    Tasks tasks;
     LoaderState next;                       // where the data after the batches below begin
     Batch *batches, val_batch;              // (micro_steps) of the next update
     int batches_read;
-    double *weight;                         // (N) of a micro-step's targets
+    double *weight, *nll;                   // (N) of a micro-step's targets
+    uint8_t *is_top;                        // (N) whether each is the likeliest token
+    const char *start;                      // folder of the weights that training starts from, NULL: random
+    double mass[N_MASSES], sums[N_SUMS];    // of the last update, over all ranks
+    double span;                            // tokens of a token's document, on average over the last update
     Tokenizer *tokenizer;
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
     int64_t micro_steps;                    // per update
     int64_t bad_in_a_row, saved_step;
     double val_loss, floor;                 // of the last evaluation, NAN: none
+    double epoch;                           // updates of a pass over the training data
     // of energy; NAN: none yet
-    struct { double start, joules, joules_per_token, watts; int64_t tokens; } window;
+    struct {
+        double start, joules, joules_per_token, joules_per_target, watts;
+        int64_t tokens, targets;
+    } window;
 } Trainer;
 
 static volatile sig_atomic_t signals;       // 1 once one has come
@@ -1611,21 +1791,47 @@ static void read_batches(Trainer *tr) {
     tr->batches_read = 1;
 }
 
+// Forward, and the weight of each target by the objective; sums += what the objective counts.
+static void forward_and_weigh(Trainer *tr, const Batch *batch, const double *mass, double *sums) {
+    llama_forward(tr->m, batch);
+    if (tr->objective->from_losses) {
+        llama_head(tr->m, batch, /*weight=*/NULL);
+        model_losses(tr->m, tr->nll, batch->B * batch->T);
+    }
+    tr->objective->weigh(tr->weight, batch, mass, tr->nll, sums);
+}
+
+// Average number of tokens in the document of a token: what attention costs grows with it.
+static double mean_span(const Trainer *tr) {
+    double squares = 0;
+    const int T = (int)opt.seq_len, N = (int)opt.batch_size * T;
+    if (!opt.document_mask) return T;
+    for (int64_t k = 0; k < tr->micro_steps; k++)
+        for (int i = 0, end; i < N; i = end) {
+            const int *start = tr->batches[k].doc_start;
+            for (end = i + 1; end < N && end % T && start[end] == start[i];) end++;
+            squares += (double)(end - i) * (end - i);
+        }
+    return squares / ((double)N * (double)tr->micro_steps);
+}
+
 // Gradients of one update, over all ranks. 0 if a signal came between micro-steps: nothing has changed then.
 // *loss: the objective.
 static int update_gradients(Trainer *tr, double *loss) {
     Model *m = tr->m;
-    double mass = 0;
+    double *mass = tr->mass, *sums = tr->sums;
+    memset(mass, 0, sizeof tr->mass);
+    memset(sums, 0, sizeof tr->sums);
     if (!tr->batches_read) read_batches(tr);
-    for (int64_t i = 0; i < tr->micro_steps; i++) mass += tr->objective->mass(&tr->batches[i]);
+    for (int64_t i = 0; i < tr->micro_steps; i++) add_mass(mass, &tr->batches[i]);
+    tr->span = mean_span(tr);
     // known before the first backward, so that nothing is scaled afterwards
-    comm_sum(&mass, 1);
+    comm_sum(mass, N_MASSES);
     model_zero_grads(m);
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) return 0;
         const Batch *batch = &tr->batches[i];
-        llama_forward(m, batch);
-        tr->objective->weigh(tr->weight, batch, mass);
+        forward_and_weigh(tr, batch, mass, sums);
         llama_head(m, batch, tr->weight);
         llama_backward(m, batch, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
     }
@@ -1635,6 +1841,8 @@ static int update_gradients(Trainer *tr, double *loss) {
     model_reduce_finish(m);
     *loss = model_loss(m);
     comm_sum(loss, 1);
+    comm_sum(sums, N_SUMS);
+    if (opt.stage == STAGE_DPO) *loss = dpo_mean(sums, mass);
     return 1;
 }
 
@@ -1674,39 +1882,75 @@ static void window_turn(Trainer *tr, int of_updates) {
     // cut short by an evaluation or the end: too coarse
     if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {
         tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
+        tr->window.joules_per_target = joules / (double)(tr->state.targets - tr->window.targets);
         tr->window.watts = joules / (now - tr->window.start);
     }
     tr->window.start = now;
     tr->window.joules = energy;
     tr->window.tokens = tr->state.tokens;
+    tr->window.targets = tr->state.targets;
 }
 
+// What the update's preferences were, under TRL's names: means over its pairs.
+static const struct { const char *key; int sum; } dpo_metrics[] = {
+    {"rewards/chosen", REWARDS_CHOSEN}, {"rewards/rejected", REWARDS_REJECTED},
+    {"rewards/margins", REWARDS_MARGINS}, {"rewards/accuracies", REWARDS_ACCURACIES},
+    {"logps/chosen", LOGPS_CHOSEN}, {"logps/rejected", LOGPS_REJECTED}};
+
+static void text_add_dpo(Text *r, const char *prefix, const double *sums, const double *mass) {
+    for (int i = 0; i < COUNT(dpo_metrics) && opt.stage == STAGE_DPO; i++)
+        text_add_field(r, str("%s%s", prefix, dpo_metrics[i].key).s,
+                       sums[dpo_metrics[i].sum] / mass[MASS_PAIRS]);
+}
+
+static Str dpo_text(const double *sums, const double *mass) {
+    const double n = mass[MASS_PAIRS];
+    if (opt.stage != STAGE_DPO) return str("%s", "");
+    return str(" | margin %.4f (chosen %+.4f, rejected %+.4f) | accuracy %.1f%%", sums[REWARDS_MARGINS] / n,
+               sums[REWARDS_CHOSEN] / n, sums[REWARDS_REJECTED] / n, 100 * sums[REWARDS_ACCURACIES] / n);
+}
+
+// Speed and energy count the tokens that are processed; where not each of them is a target, the trained ones
+// stand beside them.
 static void log_step(const Trainer *tr, double loss, double lr, double norm, double seconds,
                      const char *skipped) {
     const int64_t step = tr->state.step;
     const double tokens = (double)opt.total_batch_tokens, speed = tokens / seconds, world = comm_world();
-    const double report = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / world;
-    const double causal = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/1) * speed / world;
+    const double trained = tr->mass[MASS_TARGETS] / seconds;
+    const double report = flops_per_token(&tr->c, tr->span, /*causal=*/0) * speed / world;
+    const double causal = flops_per_token(&tr->c, tr->span, /*causal=*/1) * speed / world;
     const double peak = report <= tr->peak ? tr->peak : NAN;    // more: measured on a busy machine
     if (*skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
     if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
         const double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
-        printf("step %" PRId64 "/%" PRId64 " | loss %.4f | lr %.2e | grad_norm %.3f | %.1f ms | %.0f tok/s | "
-               "mfu %s (causal %s) | %s J/token | eta %s\n", step, opt.steps, loss, lr, norm, seconds * 1e3,
-               speed, measured_text(100 * report / peak, "%.1f%%").s,
+        const Str of_them = opt.stage == STAGE_PRETRAIN ? str("%s", "") : str(", %.0f trained", trained);
+        const Str joules = opt.stage == STAGE_PRETRAIN ? str("%s", "")
+                         : str(", %s trained", measured_text(tr->window.joules_per_target, "%.3g").s);
+        printf("step %" PRId64 "/%" PRId64 " | loss %.4f%s | lr %.2e | grad_norm %.3f | %.1f ms | "
+               "%.0f tok/s%s | mfu %s (causal %s) | %s J/token%s | eta %s\n", step, opt.steps, loss,
+               dpo_text(tr->sums, tr->mass).s, lr, norm, seconds * 1e3, speed, of_them.s,
+               measured_text(100 * report / peak, "%.1f%%").s,
                measured_text(100 * causal / peak, "%.1f%%").s,
-               measured_text(tr->window.joules_per_token, "%.3g").s, duration_text(left).s);
+               measured_text(tr->window.joules_per_token, "%.3g").s, joules.s, duration_text(left).s);
         fflush(stdout);
     }
+    const double margin = tr->sums[REWARDS_MARGINS] / tr->mass[MASS_PAIRS];
+    if (opt.stage == STAGE_DPO && fabs(margin) > 20)
+        printf("step %" PRId64 " | warning: rewards/margins %.1f: the policy is far from its reference; a "
+               "lower --lr or a higher --dpo-beta holds it\n", step, margin);
     const struct { const char *key; double x; } row[] = {
         {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens},
+        {"trained_tokens", (double)tr->state.targets},
         {"tokens_per_sec", speed}, {"tokens_per_sec_per_gpu", speed / world},
+        {"trained_tokens_per_sec", trained},
         {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / peak},
         {"mfu_causal", causal / peak}, {"time_per_iteration", seconds},
-        {"joules_per_token", tr->window.joules_per_token}, {"watts", tr->window.watts}};
+        {"joules_per_token", tr->window.joules_per_token},
+        {"joules_per_trained_token", tr->window.joules_per_target}, {"watts", tr->window.watts}};
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
+    text_add_dpo(&r, "", tr->sums, tr->mass);
     text_add(&r, ", \"skipped\": %s", *skipped ? "true" : "false");
     log_record(&r);
 }
@@ -1728,6 +1972,7 @@ static int train_step(Trainer *tr) {
     const Str skipped = update_verdict(tr, loss, norm, bad, n_bad);
     s->step++;
     s->tokens += opt.total_batch_tokens;
+    s->targets += (int64_t)tr->mass[MASS_TARGETS];
     s->loader = tr->next;
     if (!*skipped.s) {
         const double clip = opt.grad_clip > 0 && norm > opt.grad_clip ? opt.grad_clip / norm : 1;
@@ -1748,37 +1993,207 @@ static int train_step(Trainer *tr) {
 }
 
 // ---- looking: evaluation and samples ----------------------------------------------------------------------
-// Mean loss over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are NAN then.
+// What an evaluation adds up over targets and, of stage sft, over answers: RIGHT if all their targets are.
+enum { EVAL_LOSS, EVAL_FLOOR, EVAL_TARGETS, EVAL_RIGHT, EVAL_BYTES, EVAL_ANSWERS, EVAL_RIGHT_ANSWERS,
+       N_EVAL };
+
+// sums += row b of the micro-step that nll and is_top are of.
+static void add_row(const Trainer *tr, const Batch *batch, int b, double *sums) {
+    const int first = b * batch->T;
+    Document d;
+    for (int i = first; i < first + batch->T; i++) {
+        const int target = batch->targets[i];
+        if (target == IGNORED) continue;
+        sums[EVAL_LOSS] += tr->nll[i];
+        sums[EVAL_FLOOR] += batch->floor[i];
+        sums[EVAL_TARGETS]++;
+        sums[EVAL_RIGHT] += tr->is_top[i];
+        sums[EVAL_BYTES] += tr->tokenizer ? tokenizer_bytes(tr->tokenizer, batch->inputs[i], target) : NAN;
+    }
+    for (int t = 0; opt.stage == STAGE_SFT && next_document(batch, b, &t, &d);) {
+        int right = 1;
+        for (int i = d.first; i < d.end; i++) right &= batch->targets[i] == IGNORED || tr->is_top[i];
+        sums[EVAL_ANSWERS]++;
+        sums[EVAL_RIGHT_ANSWERS] += right;
+    }
+}
+
+// Special tokens are of 0 bytes; their loss counts.
+static double bits_per_byte(const double *sums) { return sums[EVAL_LOSS] / log(2) / sums[EVAL_BYTES]; }
+
+static Str eval_text(const double *sums) {
+    const double n = sums[EVAL_TARGETS], answers = sums[EVAL_ANSWERS];
+    const Str of_answers = answers ? str(" | answer accuracy %.2f%% of %.0f",
+                                         100 * sums[EVAL_RIGHT_ANSWERS] / answers, answers) : str("%s", "");
+    return str(" | perplexity %.4g | bits/byte %s | token accuracy %.2f%%%s | %.0f targets",
+               exp(sums[EVAL_LOSS] / n), measured_text(bits_per_byte(sums), "%.4f").s,
+               100 * sums[EVAL_RIGHT] / n, of_answers.s, n);
+}
+
+static void text_add_eval(Text *r, const double *sums) {
+    text_add_field(r, "perplexity", exp(sums[EVAL_LOSS] / sums[EVAL_TARGETS]));
+    text_add_field(r, "bits_per_byte", bits_per_byte(sums));
+    text_add_field(r, "token_accuracy", sums[EVAL_RIGHT] / sums[EVAL_TARGETS]);
+    if (sums[EVAL_ANSWERS])
+        text_add_field(r, "answer_accuracy", sums[EVAL_RIGHT_ANSWERS] / sums[EVAL_ANSWERS]);
+    text_add(r, ", \"targets\": %.0f", sums[EVAL_TARGETS]);
+}
+
+// Of more than one source: a line each. source (n, N_EVAL)
+static void report_sources(const Trainer *tr, Text *r, const double *source) {
+    const DataLoader *dl = &tr->val;
+    if (dl->n_sources < 2) return;
+    text_add(r, ", \"sources\": {");
+    for (int i = 0; i < dl->n_sources; i++) {
+        const double *sums = source + (size_t)i * N_EVAL, loss = sums[EVAL_LOSS] / sums[EVAL_TARGETS];
+        if (sums[EVAL_TARGETS])                             // --val-batches may end before a source
+            printf("step %" PRId64 " | val %s | loss %.4f%s\n", tr->state.step, dl->sources[i], loss,
+                   eval_text(sums).s);
+        if (i) text_add(r, ", ");
+        text_add_string(r, dl->sources[i]);
+        text_add(r, ": {\"loss\": %s", json_decimal(loss));
+        text_add_eval(r, sums);
+        text_add(r, "}");
+    }
+    text_add(r, "}");
+}
+
+// Mean of the objective over --val-data into tr->val_loss (and tr->floor). 0 if a signal came first: they are
+// NAN then.
 static int evaluate(Trainer *tr) {
     DataLoader *dl = &tr->val;
     const Batch *batch = &tr->val_batch;
+    const int dpo = opt.stage == STAGE_DPO, N = batch->B * batch->T;
     int64_t batches = loader_eval_batches(dl);
     if (opt.val_batches && opt.val_batches < batches) batches = opt.val_batches;
-    double sums[3] = {0, 0, 0};             // loss, targets, floor
+    const double one[N_MASSES] = {1, 1, 1};
+    double mass[N_MASSES] = {0}, sums[N_SUMS] = {0}, total[N_EVAL] = {0};
+    double *source = (double *)xcalloc((size_t)dl->n_sources * N_EVAL, sizeof(double));
     loader_rewind(dl);
     tr->val_loss = tr->floor = NAN;
     for (int64_t i = 0; i < batches; i++) {
-        if (stop_requested()) return 0;
+        if (stop_requested()) {
+            free(source);
+            return 0;
+        }
         loader_next(dl, &tr->val_batch);
+        add_mass(mass, batch);
         llama_forward(tr->m, batch);
         llama_head(tr->m, batch, /*weight=*/NULL);
-        sums[1] += count_targets(batch);
-        for (int j = 0; j < batch->B * batch->T; j++)
-            if (batch->targets[j] != IGNORED) sums[2] += batch->floor[j];
+        model_losses(tr->m, tr->nll, N);
+        model_tops(tr->m, tr->is_top, N);
+        if (dpo) tr->objective->weigh(tr->weight, batch, one, tr->nll, sums);       // for the sums
+        for (int b = 0; b < batch->n_rows; b++)
+            add_row(tr, batch, b, source + (size_t)loader_source(dl, batch->window[b]) * N_EVAL);
     }
-    sums[0] = model_loss(tr->m);
-    comm_sum(sums, 3);
-    tr->val_loss = sums[0] / sums[1];
-    if (dl->has_floor) tr->floor = sums[2] / sums[1];
+    model_loss(tr->m);                                      // the sum is not wanted: the next begins at 0
+    comm_sum(source, dl->n_sources * N_EVAL);
+    comm_sum(mass, N_MASSES);
+    comm_sum(sums, N_SUMS);
+    for (int i = 0; i < dl->n_sources * N_EVAL; i++) total[i % N_EVAL] += source[i];
+    tr->val_loss = dpo ? dpo_mean(sums, mass) : total[EVAL_LOSS] / total[EVAL_TARGETS];
+    if (dl->has_floor && !dpo) tr->floor = total[EVAL_FLOOR] / total[EVAL_TARGETS];
     printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
-    if (dl->has_floor) printf(", floor %.4f", tr->floor);
-    printf(" nats/token | %.0f targets\n", sums[1]);
+    if (isfinite(tr->floor)) printf(", floor %.4f", tr->floor);
+    if (dpo) printf("%s | %.0f pairs\n", dpo_text(sums, mass).s, mass[MASS_PAIRS]);
+    else printf(" nats/token%s\n", eval_text(total).s);
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"val\", \"step\": %" PRId64, tr->state.step);
     text_add_field(&r, "val_loss", tr->val_loss);
     text_add_field(&r, "floor", tr->floor);
+    text_add_dpo(&r, "val_", sums, mass);
+    if (!dpo) {
+        text_add_eval(&r, total);
+        report_sources(tr, &r, source);
+    }
     log_record(&r);
+    free(source);
     return 1;
+}
+
+// ---- multiple choice: log p of each choice after its question; the highest is the model's choice
+// score (n_documents) = the sum of log p over the targets of each document, the same on all ranks. 0 if a
+// signal came first.
+static int score_documents(Trainer *tr, double *score) {
+    Tasks *tasks = &tr->tasks;
+    const Batch *batch = &tasks->batch;
+    Document d;
+    loader_rewind(&tasks->data);
+    for (int64_t i = 0, batches = loader_eval_batches(&tasks->data); i < batches; i++) {
+        if (stop_requested()) return 0;
+        loader_next(&tasks->data, &tasks->batch);
+        llama_forward(tr->m, batch);
+        llama_head(tr->m, batch, /*weight=*/NULL);
+        model_losses(tr->m, tr->nll, batch->B * batch->T);
+        for (int b = 0; b < batch->n_rows; b++) {
+            double *of_row = score + tasks->first_document[batch->window[b]];
+            for (int t = 0; next_document(batch, b, &t, &d); of_row++)
+                for (int j = d.first; j < d.end; j++) *of_row -= tr->nll[j];        // 0 where no target
+        }
+    }
+    model_loss(tr->m);
+    for (int64_t at = 0, n; at < tasks->n_documents; at += n) {     // each has its score on one rank, else 0
+        n = tasks->n_documents - at < 1 << 20 ? tasks->n_documents - at : 1 << 20;
+        comm_sum(score + at, (int)n);
+    }
+    return 1;
+}
+
+// The choice with the highest score, the first of equals; by_length: score per character.
+static int best_choice(const Tasks *tasks, const Task *task, const double *score, int by_length) {
+    double highest = -INFINITY;
+    int best = 0;
+    for (int i = 0; i < task->choices; i++) {
+        const int64_t at = task->first + i;
+        const double x = score[tasks->document[at]] / (by_length ? tasks->length[at] : 1);
+        if (x > highest) highest = x, best = i;
+    }
+    return best;
+}
+
+// A line per source of --eval-tasks: the share of right choices by log p (acc) and by log p per character
+// (acc_norm), each with its standard error, as EleutherAI's lm-evaluation-harness has them.
+static int evaluate_tasks(Trainer *tr) {
+    const Tasks *tasks = &tr->tasks;
+    const DataLoader *dl = &tasks->data;
+    double *score = (double *)xcalloc((size_t)tasks->n_documents, sizeof(double));
+    const int scored = score_documents(tr, score);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"tasks\", \"step\": %" PRId64 ", \"tasks\": {", tr->state.step);
+    for (int s = 0; s < dl->n_sources && scored; s++) {
+        double n = 0, right[2] = {0, 0}, all = 0, share[2], error[2];
+        for (int64_t i = 0; i < tasks->n; i++) {
+            const Task *task = &tasks->task[i];
+            if (task->source != s) continue;
+            n++;
+            for (int k = 0; k < 2; k++) right[k] += best_choice(tasks, task, score, k) == task->gold;
+            for (int k = 0; k < task->choices; k++) all += score[tasks->document[task->first + k]];
+        }
+        for (int k = 0; k < 2; k++) {
+            share[k] = isfinite(all) ? right[k] / n : NAN;  // a model that gives no numbers has no choice
+            error[k] = n > 1 ? sqrt(share[k] * (1 - share[k]) / (n - 1)) : NAN;
+        }
+        printf("step %" PRId64 " | %s | acc %.4f +- %s | acc_norm %.4f +- %s | %.0f tasks\n", tr->state.step,
+               dl->sources[s], share[0], measured_text(error[0], "%.4f").s, share[1],
+               measured_text(error[1], "%.4f").s, n);
+        if (s) text_add(&r, ", ");
+        text_add_string(&r, dl->sources[s]);
+        text_add(&r, ": {\"acc\": %s", json_decimal(share[0]));
+        text_add_field(&r, "acc_stderr", error[0]);
+        text_add_field(&r, "acc_norm", share[1]);
+        text_add_field(&r, "acc_norm_stderr", error[1]);
+        text_add(&r, ", \"tasks\": %.0f}", n);
+    }
+    text_add(&r, "}");
+    if (scored) log_record(&r);
+    else free(r.s);
+    free(score);
+    return scored;
+}
+
+// All there is to evaluate on. 0 if a signal came first.
+static int evaluate_all(Trainer *tr) {
+    return (!opt.val_data || evaluate(tr)) && (!opt.eval_tasks || evaluate_tasks(tr));
 }
 
 // The next token by temperature (0: the most likely) and a coin in [0,1).
@@ -1845,9 +2260,12 @@ static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
     if (!s->step || s->seconds <= 0) return;
     const double speed = (double)s->tokens / s->seconds;
-    const double flops = flops_per_token(&tr->c, (int)opt.seq_len, /*causal=*/0) * speed / comm_world();
-    printf("end | %" PRId64 " steps | %" PRId64 " tokens | %s in steps | %.0f tok/s | mfu %s of %s per rank "
-           "(%s) | energy %s kWh, %s W, %s J/token\n", s->step, s->tokens, duration_text(s->seconds).s, speed,
+    const double flops = flops_per_token(&tr->c, tr->span, /*causal=*/0) * speed / comm_world();
+    const Str trained = opt.stage == STAGE_PRETRAIN ? str("%s", "")
+                      : str(" (%" PRId64 " trained)", s->targets);
+    printf("end | %" PRId64 " steps | %" PRId64 " tokens%s | %s in steps | %.0f tok/s | mfu %s of %s per "
+           "rank (%s) | energy %s kWh, %s W, %s J/token\n", s->step, s->tokens, trained.s,
+           duration_text(s->seconds).s, speed,
            measured_text(100 * flops / (flops <= tr->peak ? tr->peak : NAN), "%.1f%%").s,
            flops_text(tr->peak).s, device_peak_is,
            measured_text(s->joules / 3.6e6, "%.3g").s, measured_text(s->joules / s->seconds, "%.1f").s,
@@ -1863,13 +2281,14 @@ static void train(Trainer *tr) {
     while (tr->state.step < opt.steps && train_step(tr)) {
         const int64_t step = tr->state.step;
         const int last = step == opt.steps;
-        const int evaluating = opt.val_data && opt.val_every && (step % opt.val_every == 0 || last);
+        const int looks = opt.val_every && (step % opt.val_every == 0 || last);
+        const int evaluating = looks && (opt.val_data || opt.eval_tasks);
         due |= opt.checkpoint_every && step % opt.checkpoint_every == 0;
         const int saving = due && !tr->bad_in_a_row;        // five bad ones must not push out a good one
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
         window_turn(tr, /*of_updates=*/1);
-        if (evaluating) evaluate(tr);
+        if (evaluating) evaluate_all(tr);
         if (saving) save(tr);
         if (saving) due = 0;
         if (sampling) generate(tr);
@@ -1907,8 +2326,12 @@ static void dump_grads(Trainer *tr) {
 }
 
 // ---- set-up: everything that can go wrong goes wrong here, before any work --------------------------------
-static const char DEFAULT_TRAIN[] = "data/stories/train/train_*.ds";
-static const char DEFAULT_VAL[] = "data/stories/val/val_*.ds";
+static const char *const default_train[] = {                // by --stage
+    "data/stories/train/train_*.ds", "data/stories/sft/train/train_*.ds",
+    "data/stories/dpo/train/train_*.ds"};
+static const char *const default_val[] = {
+    "data/stories/val/val_*.ds", "data/stories/sft/validation/val_*.ds",
+    "data/stories/dpo/validation/val_*.ds"};
 
 static int is_training(void) { return !opt.eval_only && !opt.generate && !opt.dry_run && !opt.dump_grads; }
 
@@ -1923,11 +2346,14 @@ static void refuse(void) {
 }
 
 // What the user left open of schedule and output. Small models (below 5 M parameters) get the defaults of
-// `tiny`.
-static void resolve_schedule(Options *o, const Config *c) {
-    const int small = config_params(c) < 5e6;
-    if (o->steps < 0) o->steps = small ? 2400 : 1000;
-    if (o->lr < 0) o->lr = small ? 4e-3 : 3e-4;
+// `tiny`. epoch: updates of a pass over the data, 0: not known.
+static void resolve_schedule(Options *o, const Config *c, double epoch) {
+    const int small = config_params(c) < 5e6, tuning = o->stage != STAGE_PRETRAIN;
+    static const double rates[2][3] = {{3e-4, 2e-5, 1e-6}, {4e-3, 1e-3, 1e-4}};    // [small][stage]
+    const double epochs = o->epochs > 0 ? o->epochs : 1;
+    if (o->steps < 0) o->steps = epoch > 0 && (o->epochs > 0 || tuning) ? (int64_t)ceil(epochs * epoch)
+                               : small ? 2400 : 1000;
+    if (o->lr < 0) o->lr = rates[small][o->stage];
     if (o->min_lr < 0) o->min_lr = o->lr / 10;
     if (o->warmup_steps < 0) o->warmup_steps = o->steps / 10 < 100 ? o->steps / 10 : 100;
     if (o->val_every < 0) o->val_every = o->steps / 10 > 1 ? o->steps / 10 : 1;
@@ -1957,7 +2383,8 @@ static double plan_bytes(const Config *c, const Plan *plan) {
 
 // A row of .ds data, else 1024; at most what the model is made for.
 static int default_seq_len(const Config *c) {
-    const char *data = opt.generate ? NULL : opt.eval_only ? opt.val_data : opt.train_data;
+    const char *looked_at = opt.val_data ? opt.val_data : opt.eval_tasks;
+    const char *data = opt.generate ? NULL : opt.eval_only ? looked_at : opt.train_data;
     int V, T = 0;
     if (data) data_declares(data, &V, &T);
     if (!T) T = 1024;
@@ -2001,7 +2428,7 @@ static void resolve_batch(const Config *c, const Machine *machine) {
 // What a resumed run does otherwise than the run that was saved (its options: was) would have done.
 static void say_what_changed(const Trainer *tr, Options *was) {
     const int64_t step = tr->state.step;
-    resolve_schedule(was, &tr->c);
+    resolve_schedule(was, &tr->c, tr->epoch);
     const double then = learning_rate(was, step), now = learning_rate(&opt, step);
     if (then != now || was->steps != opt.steps)
         printf("resume: learning rate | step %" PRId64 ": was %.3g, is now %.3g | end: was %.3g at step %"
@@ -2035,7 +2462,8 @@ static char *setup_resume(Trainer *tr, Options *was) {
         printf("--resume auto: no checkpoint in %s, starting from the beginning\n", folder);
     }
     if (dir) {
-        opt.init_from = NULL;                               // it was for the first start
+        tr->start = opt.init_from;                          // it was for the first start
+        opt.init_from = NULL;
         checkpoint_read_state(dir, &tr->state, was);
         if (same_folder(dir, checkpoint_path(opt.out, tr->state.step).s)) tr->saved_step = tr->state.step;
     }
@@ -2047,6 +2475,25 @@ static char *setup_resume(Trainer *tr, Options *was) {
     }
     if (is_training() && !comm_rank()) out_check_run(opt.out, &tr->state, continued, is_auto);
     return dir;
+}
+
+// The options of the stage, which a resume takes from the checkpoint.
+static void setup_objective(Trainer *tr) {
+    static const char *const of_dpo[] = {"--dpo-loss", "--dpo-beta", "--dpo-label-smoothing",
+                                         "--dpo-sft-weight", "--dpo-reference"};
+    if (opt.epochs > 0 && option_given("--steps") && option_given("--epochs"))
+        die("choose one of --steps and --epochs");
+    tr->objective = &objectives[opt.stage];
+    for (int i = 0; i < COUNT(of_dpo) && opt.stage != STAGE_DPO; i++)
+        if (option_given(of_dpo[i])) die("%s goes with --stage dpo", of_dpo[i]);
+    if (opt.stage == STAGE_PRETRAIN) return;
+    if (option_given("--document-mask") && !opt.document_mask)
+        die("--document-mask off does not go with --stage %s: a row holds several documents",
+            tr->objective->name);
+    opt.document_mask = 1;
+    if (opt.dpo_beta == 0) opt.dpo_beta = opt.dpo_loss == DPO_NORM ? 5 : 0.1;
+    if (opt.dpo_label_smoothing > 0 && opt.dpo_loss == DPO_IPO)
+        die("--dpo-label-smoothing does not go with --dpo-loss ipo, which has no sigmoid");
 }
 
 // What a sample begins with is checked before the run, not at its end.
@@ -2073,9 +2520,11 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
     const char *model_dir = resume_dir ? resume_dir : opt.init_from;
     const int needs_data = is_training() || opt.dump_grads;
     int V = 0, S;
-    if (!opt.train_data && !opt.val_data) opt.val_data = DEFAULT_VAL;
-    if (!opt.train_data) opt.train_data = DEFAULT_TRAIN;
-    if (needs_data && !strcmp(opt.train_data, DEFAULT_TRAIN) && !data_declares(opt.train_data, &V, &S))
+    const int only_tasks = opt.eval_only && opt.eval_tasks;
+    const char *usual = default_train[opt.stage];
+    if (!opt.train_data && !opt.val_data && !only_tasks) opt.val_data = default_val[opt.stage];
+    if (!opt.train_data) opt.train_data = usual;
+    if (needs_data && !strcmp(opt.train_data, usual) && !data_declares(opt.train_data, &V, &S))
         die("the default data is not here; `make data` writes it to data/stories, or name your own with "
             "--train-data");
     *c = choose_config(resume_dir);
@@ -2100,9 +2549,12 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 // Sizes of everything; nothing is allocated yet.
 static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
-    resolve_schedule(&opt, &tr->c);
-    if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     resolve_batch(&tr->c, &machine);
+    if ((is_training() || opt.dry_run) && opt.total_batch_tokens)
+        tr->epoch = (double)data_windows(opt.train_data, (int)opt.seq_len) * (double)opt.seq_len
+                  / (double)opt.total_batch_tokens;
+    resolve_schedule(&opt, &tr->c, tr->epoch);
+    if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     device_check_sizes(&tr->c);
     const Plan plan = plan_of(&machine, opt.batch_size);
     tr->m = model_plan(&tr->c, &plan);
@@ -2126,26 +2578,61 @@ static void resume_data(Trainer *tr) {
            dl->n_windows, dl->T, s->data_crc == dl->crc ? "" : ", from other shards");
 }
 
+// Shards are made for a stage.
+static void check_stage(const DataLoader *dl) {
+    static const char *const names[] = {"pretrain", "sft", "dpo", "choice"};
+    if (dl->stage == opt.stage) return;
+    die("token shard '%s' was made for --stage %s, this run is --stage %s; %s", loader_path(dl),
+        names[dl->stage], names[opt.stage],
+        dl->stage == STAGE_CHOICE ? "multiple choice goes with --eval-tasks"
+        : opt.stage == STAGE_PRETRAIN ? "make shards of text with data/tokens.py"
+                                    : "make rows with data/chat.py");
+}
+
+// A pass over the data in updates. Nothing is left over: the last update takes rows of the next pass.
+static void say_epoch(const Trainer *tr) {
+    const int64_t rows = opt.total_batch_tokens / opt.seq_len, n = tr->train.n_windows, odd = n % rows;
+    printf("epoch | %" PRId64 " rows = %.2f updates of %" PRId64, n, tr->epoch, rows);
+    if (odd)
+        printf("; its last update has %" PRId64 " rows of it and %" PRId64 " of the next", odd, rows - odd);
+    printf(" | %.2f epochs in %" PRId64 " steps\n", (double)opt.steps / tr->epoch, opt.steps);
+}
+
 static void setup_data(Trainer *tr, const char *resume_dir) {
     const int B = (int)opt.batch_size, T = (int)opt.seq_len, masked = (int)opt.document_mask;
     tr->weight = (double *)xcalloc((size_t)B * T, sizeof(double));
+    tr->nll = (double *)xcalloc((size_t)B * T, sizeof(double));
+    tr->span = T;
     if (is_training() || opt.dump_grads) {
         loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed,
                     /*shuffle=*/1, tr->c.V, masked);
         tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
         for (int64_t i = 0; i < tr->micro_steps; i++)
             batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
+        for (int64_t i = 0; i < tr->micro_steps && opt.stage == STAGE_DPO; i++)
+            batch_alloc_pairs(&tr->batches[i], &tr->train);
+        check_stage(&tr->train);
         if (resume_dir) resume_data(tr);
         tr->state.loader = tr->train.state;
         tr->state.n_windows = tr->train.n_windows;
         tr->state.seq_len = T;
         tr->state.data_crc = tr->train.crc;
         loader_log(&tr->train, "train", stdout);
+        if (opt.stage != STAGE_PRETRAIN) say_epoch(tr);
     }
-    if (opt.eval_only && !opt.val_data) die("--eval-only needs --val-data");
-    if (!opt.val_data || !(is_training() || opt.eval_only)) return;
+    if (opt.eval_only && !opt.val_data && !opt.eval_tasks)
+        die("--eval-only needs --val-data or --eval-tasks");
+    if (!(is_training() || opt.eval_only)) return;
+    tr->is_top = (uint8_t *)xcalloc((size_t)B * T, 1);
+    if (opt.eval_tasks) {
+        tasks_open(&tr->tasks, opt.eval_tasks, B, T, tr->c.V);
+        loader_log(&tr->tasks.data, "tasks", stdout);
+    }
+    if (!opt.val_data) return;
     loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
+    check_stage(&tr->val);
     batch_alloc(&tr->val_batch, B, T, masked, /*with_floor=*/1);
+    if (opt.stage == STAGE_DPO) batch_alloc_pairs(&tr->val_batch, &tr->val);
     loader_log(&tr->val, "val", stdout);
 }
 
@@ -2168,8 +2655,84 @@ static void print_model(const Trainer *tr) {
     printf(" | total %.1f MiB per rank%s\n", total / 1048576, device_also_takes);
 }
 
+// log p of all answers of dl's pairs under the model's present weights -> dl->reference, on all ranks.
+static void reference_pass(Trainer *tr, DataLoader *dl, Batch *batch) {
+    const int P = dl->most_documents / 2;
+    const size_t n = (size_t)dl->n_windows * P * 2;
+    const LoaderState was = dl->state;
+    const int shuffle = dl->shuffle;
+    double *sums = (double *)xcalloc(n, sizeof(double));
+    Document chosen, rejected;
+    dl->shuffle = 0;
+    loader_rewind(dl);
+    for (int64_t i = 0, batches = loader_eval_batches(dl); i < batches; i++) {
+        if (stop_requested()) die("stopped by a signal during the reference pass; start again");
+        loader_next(dl, batch);
+        llama_forward(tr->m, batch);
+        llama_head(tr->m, batch, /*weight=*/NULL);
+        model_losses(tr->m, tr->nll, batch->B * batch->T);
+        for (int b = 0; b < batch->B; b++) {
+            double *row = sums + (size_t)batch->window[b] * P * 2;
+            for (int t = 0; batch->window[b] >= 0 && next_pair(batch, b, &t, &chosen, &rejected); row += 2) {
+                row[0] = answer_log_prob(tr->nll, chosen);
+                row[1] = answer_log_prob(tr->nll, rejected);
+            }
+        }
+    }
+    model_loss(tr->m);                                      // of no interest
+    for (size_t at = 0; at < n; at += INT_MAX / 2) comm_sum(sums + at, (int)min_size(n - at, INT_MAX / 2));
+    for (size_t i = 0; i < n; i++) {
+        if (!isfinite(sums[i])) die("the reference model's log p of window %zu is not finite", i / P / 2);
+        dl->reference[i] = (float)sums[i];
+    }
+    free(sums);
+    dl->state = was;
+    dl->shuffle = shuffle;
+}
+
+// DPO: log p of all answers under the reference, from files beside the shards or by one pass over the data.
+// The reference is the model that training starts from, or --dpo-reference; its weights need no memory later.
+static void setup_reference(Trainer *tr, const char *resume_dir) {
+    TrainState *s = &tr->state;
+    const uint32_t known = resume_dir ? s->reference_crc : 0;
+    const char *from = opt.dpo_reference ? opt.dpo_reference : tr->start ? tr->start : opt.init_from;
+    DataLoader *const loaders[] = {&tr->train, &tr->val};
+    Batch *const batches[] = {tr->batches, &tr->val_batch};
+    int missing = 0;
+    if (!known || opt.dpo_reference) {
+        if (from) weights_read(from, tr->m, &tr->c);
+        else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
+        model_set_master(tr->m);
+        s->reference_crc = weights_crc(tr->m);
+        if (known && known != s->reference_crc)
+            die("--dpo-reference %s is not the model that this run was begun with; leave it out", from);
+    }
+    for (int i = 0; i < 2; i++)
+        if (loaders[i]->n_shards) missing |= !reference_read(loaders[i], s->reference_crc) << i;
+    if (missing && known && !opt.dpo_reference) {
+        if (!from)
+            die("the reference's log p are no longer beside the shards of %s; name the model that this run "
+                "was begun with by --dpo-reference", loader_path(loaders[missing == 2]));
+        weights_read(from, tr->m, &tr->c);
+        model_set_master(tr->m);
+        if (weights_crc(tr->m) != known)
+            die("--init-from %s is not the model that this run was begun with; name that by --dpo-reference",
+                from);
+    }
+    for (int i = 0; i < 2; i++) {
+        if (!(missing >> i & 1)) continue;
+        printf("reference | one pass over %" PRId64 " rows of %s\n", loaders[i]->n_windows,
+               loader_path(loaders[i]));
+        fflush(stdout);
+        reference_pass(tr, loaders[i], batches[i]);
+        reference_write(loaders[i], s->reference_crc);
+    }
+    comm_barrier();
+}
+
 static void setup_weights(Trainer *tr, const char *resume_dir) {
     model_alloc(tr->m);
+    if (opt.stage == STAGE_DPO && !opt.generate) setup_reference(tr, resume_dir);
     if (resume_dir) checkpoint_read_model(resume_dir, tr->m, /*state=*/is_training());
     else if (opt.init_from) weights_read(opt.init_from, tr->m, &tr->c);
     else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
@@ -2231,17 +2794,18 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
 static void setup(Trainer *tr) {
     Options was;
     tr->saved_step = -1;                    // nothing yet
-    tr->val_loss = tr->floor = tr->window.joules_per_token = tr->window.watts = NAN;
-    tr->objective = &objectives[opt.stage];
+    tr->val_loss = tr->floor = NAN;
+    tr->window.joules_per_token = tr->window.joules_per_target = tr->window.watts = NAN;
     char *resume_dir = setup_resume(tr, &was);
+    setup_objective(tr);
     setup_model(tr, resume_dir);
     setup_sizes(tr);
     if (resume_dir) say_what_changed(tr, &was);
     if (opt.dry_run) return;
     setup_data(tr, resume_dir);
     if (!opt.generate) print_model(tr);
+    catch_signals();                        // the reference pass of DPO may take long
     setup_weights(tr, resume_dir);
-    catch_signals();
     // an evaluation leaves something only where it is told to
     if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
 }
@@ -2260,8 +2824,8 @@ int main(int argc, char **argv) {
         setup(tr);
         if (opt.dry_run) print_model(tr);
         else if (opt.eval_only) {
-            if (!evaluate(tr)) die("--eval-only: stopped by a signal");
-            if (!isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
+            if (!evaluate_all(tr)) die("--eval-only: stopped by a signal");
+            if (opt.val_data && !isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
         } else if (opt.generate) generate(tr);
         else if (opt.dump_grads) dump_grads(tr);
         else train(tr);
@@ -3012,6 +3576,17 @@ void options_default(void) {
     }
 }
 
+static const char dpo_formulas[] =
+    "Loss of a pair (--stage dpo). c and r are log p of the chosen and the rejected answer, policy minus\n"
+    "reference, sums over their n_c and n_r tokens; s = log sigmoid, b = --dpo-beta,\n"
+    "e = --dpo-label-smoothing.\n"
+    "  sigmoid  z = b (c - r)          -(1-e) s(z) - e s(-z)   e > 0: conservative DPO (TRL ignores e here)\n"
+    "  norm     z = b (c/n_c - r/n_r)  -(1-e) s(z) - e s(-z)   TRL's sigmoid_norm\n"
+    "  robust   z = b (c - r)          (-(1-e) s(z) + e s(-z)) / (1 - 2e)\n"
+    "  ipo      (c/n_c - r/n_r - 1/(2b))^2\n"
+    "The objective is the mean over all pairs of the update, plus --dpo-sft-weight times the mean nll over\n"
+    "all targets of its chosen answers (TRL takes that mean per micro-batch).\n";
+
 void options_help(void) {
     printf("litespark trains Llama-family language models. "
            "With no options: a small model on generated stories.\n");
@@ -3027,6 +3602,7 @@ void options_help(void) {
             printf("  %-24s   %s%s%s\n", "", refused[i].value ? refused[i].value : "",
                    refused[i].value ? " " : "", refused[i].why);
     }
+    printf("\n%s", dpo_formulas);
 }
 
 // argv -> opt. Unknown names, missing and malformed values die.
@@ -3059,10 +3635,10 @@ void options_check(void) {
     if ((opt.generate || opt.eval_only) && !opt.init_from && !opt.resume)
         die("--generate and --eval-only need a trained model: name one with --init-from or --resume");
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
+    if (opt.eval_tasks && !*opt.eval_tasks) die("--eval-tasks is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
     if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run)
         die("--gpus, --nodes and --device go with --dry-run");
-    if (option_given("--dpo-beta") && opt.stage != STAGE_DPO) die("--dpo-beta goes with --stage dpo");
 }
 
 // ==== 9. JSON: a strict reader (RFC 8259) and the few verbs that write it ==================================
@@ -4529,11 +5105,25 @@ void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f) {
     else fwrite(p->s + skip, 1, (size_t)(p->n - skip), f);
 }
 
+// How many bytes of text an id stands for: those that tokenizer_print prints, but a document's first token
+// has EOS before it where there is no BOS. Special tokens, which no text becomes: 0. NAN: not a piece.
+double tokenizer_bytes(const Tokenizer *t, int previous_id, int id) {
+    if (id < 0 || id >= t->V) return NAN;
+    const Piece *p = &t->piece[id];
+    if (id == t->bos || id == t->eos) return 0;
+    if (piece_byte(t, p) >= 0) return 1;
+    const int is_byte = p->n == 1 && t->byte_id[(unsigned char)*p->s] == id;
+    if (p->score <= NO_MERGE && !is_byte) return 0;
+    const int begins = previous_id < 0 || previous_id == t->bos || previous_id == t->eos;
+    return p->n - (t->prefix_space && begins && p->n > 0 && p->s[0] == ' ');
+}
+
 // Opens --tokenizer, or else a tokenizer.bin beside the model, in the folder of the data or above it; NULL:
 // there is none. It may have more pieces than the model has rows, or fewer: what counts are the ids in use.
 Tokenizer *tokenizer_choose(const Config *c, const char *model_dir) {
-    const char *slash = strrchr(opt.train_data, '/');
-    const Str data = str("%.*s", slash ? (int)(slash - opt.train_data) : 1, slash ? opt.train_data : ".");
+    const char *file = opt.eval_only && opt.val_data ? opt.val_data : opt.train_data;
+    const char *slash = strrchr(file, '/');
+    const Str data = str("%.*s", slash ? (int)(slash - file) : 1, slash ? file : ".");
     const Str above = str("%s/..", data.s);
     const char *folders[3] = {model_dir, data.s, above.s}, *found = opt.tokenizer;
     int i = 0;
@@ -4570,6 +5160,10 @@ Tokenizer *tokenizer_choose(const Config *c, const char *model_dir) {
 // the next world*B positions, rank r has r*B .. r*B+B-1 of them. So all the state is (seed, epoch, position),
 // the same on all ranks: any split of one world*B sees the same batches; a resumed run may have another one.
 #define FULL_SCAN_BYTES ((size_t)4 << 30)
+// Rows with flags (stages sft and dpo): what a token is, besides its id.
+#define FLAG_TARGET 0x80000000u // a target of training
+#define FLAG_START  0x40000000u // the first token of a document
+#define FLAGS       (FLAG_TARGET | FLAG_START)
 
 typedef struct Shard {
     char *path;
@@ -4580,6 +5174,9 @@ typedef struct Shard {
     int row;                            // .ds: S+1 tokens per row; .bin: 0
     int vocab;                          // of the tokenizer that made it, 0 = unknown
     int eod;                            // id of the end-of-document token, -1 = unknown
+    int stage, most_documents;          // rows with flags: what for; documents in a row, at most
+    char made[160];                     // rows with flags: which tokens are trained, how chats became text
+    int source;                         // evaluation: DataLoader.sources
     uint32_t crc;                       // of the token bytes, 0 = unknown
     uint32_t begin_crc;                 // of its size and its first bytes
     char *floor_path;                   // evaluation: its .nll file, NULL = it has none
@@ -4627,6 +5224,19 @@ static void shard_open_ds(Shard *s, size_t bytes) {
     s->width = (int)json_int(meta, "token_size_bytes", where, 2, 4, JSON_REQUIRED);
     s->eod = (int)json_int(meta, "eos_token_id", where, -1, INT_MAX, -1);
     if (s->width == 3) die("'%s': \"token_size_bytes\" must be 2 or 4", where);
+    const char *stages[] = {"pretrain", "sft", "dpo", "choice"};
+    const char *stage = json_string(meta, "stage", where, "pretrain");
+    while (s->stage < COUNT(stages) && strcmp(stage, stages[s->stage])) s->stage++;
+    if (s->stage == COUNT(stages)) die("'%s': stage \"%s\" is not known", where, stage);
+    if (s->stage) {
+        s->most_documents = (int)json_int(meta, "documents_per_row", where, 1, s->row, JSON_REQUIRED);
+        if (s->width != 4) die("'%s': rows of stage %s have tokens of 4 bytes", where, stage);
+        const Json *mask = json_get(meta, "mask"), *chat = json_get(meta, "template");
+        snprintf(s->made, sizeof s->made, "%s rows, trained: %s, template: %s", stage,
+                 mask && mask->type == 's' ? mask->str : "?", chat && chat->type == 's' ? chat->str : "none");
+        if (s->stage == STAGE_DPO && s->most_documents % 2)
+            die("'%s': \"documents_per_row\" %d is odd, but answers come in pairs", where, s->most_documents);
+    }
     size_t row_bytes = (size_t)s->row * (size_t)s->width;
     if (bytes % row_bytes)
         die("token shard '%s' is truncated or of another kind: %zu bytes are not whole rows of %d tokens "
@@ -4664,19 +5274,31 @@ static void shard_describe(Shard *s) {
     s->fd = -1;
 }
 
+static size_t shard_windows(const Shard *s, int T) {
+    return s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / (size_t)T;
+}
+
 static void shard_open(DataLoader *dl, Shard *s) {
     shard_describe(s);
     dl->crc = crc32_update(dl->crc, &s->begin_crc, sizeof s->begin_crc);
     if (s->eod >= dl->vocab_size)
         die("token shard '%s': end-of-document id %d is outside the vocabulary of %d; write it again",
             s->path, s->eod, dl->vocab_size);
-    if (s->eod < 0 && dl->document_mask)
+    if (dl->n_windows == 0) dl->stage = s->stage;
+    if (s->stage != dl->stage)
+        die("token shard '%s' was made for another stage than '%s'; name shards of one", s->path,
+            dl->shards[0].path);
+    if (s->stage > STAGE_PRETRAIN && s->row != dl->T + 1)
+        die("token shard '%s' has rows for --seq-len %d, not %d; make it again for that", s->path,
+            s->row - 1, dl->T);
+    if (s->most_documents > dl->most_documents) dl->most_documents = s->most_documents;
+    if (s->eod < 0 && dl->document_mask && !s->stage)
         die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, "
             "or train with --document-mask off", s->path);
     if (s->row && s->row < dl->T + 1)
         die("token shard '%s' has rows for --seq-len %d or less, not %d", s->path, s->row - 1, dl->T);
     const size_t T = (size_t)dl->T;
-    s->n_windows = s->row ? s->n_tokens / (size_t)s->row : (s->n_tokens - 1) / T;
+    s->n_windows = shard_windows(s, dl->T);
     size_t used = s->row ? s->n_windows * (T + 1) : s->n_windows ? s->n_windows * T + 1 : 0;
     dl->n_windows += (int64_t)s->n_windows;
     dl->n_tokens += (int64_t)s->n_tokens;
@@ -4700,10 +5322,29 @@ static int shard_fd(DataLoader *dl, int index) {
     return s->fd;
 }
 
-// Reads a whole shard once: its CRC-32 and its largest id.
+// Dies unless row w with flags is as data/README.md has it: it begins with a document, and those that have
+// targets are as many as promised, for DPO an even number.
+static void row_check(const Shard *s, size_t w, const uint32_t *row) {
+    int documents = 0, counted = 0;
+    if (!(row[0] & FLAG_START))
+        die("token shard '%s' is damaged: row %zu does not begin with a document; write it again", s->path,
+            w);
+    for (int t = 0; t < s->row; t++) {
+        if (row[t] & FLAG_START) counted = 0;
+        else if (row[t] & FLAG_TARGET && !counted) documents += counted = 1;
+    }
+    if (documents > s->most_documents || (s->stage == STAGE_DPO && documents % 2))
+        die("token shard '%s' is damaged: row %zu has %d documents, %s; write it again", s->path, w,
+            documents, documents > s->most_documents ? "more than metadata.json promises"
+                                                     : "but answers come in pairs");
+}
+
+// Reads a whole shard once: its CRC-32 and its largest id, and rows with flags.
 static void shard_scan(DataLoader *dl, int index) {
     Shard *s = &dl->shards[index];
-    const size_t block = (size_t)1 << 20;
+    // rows with flags are looked at whole
+    const size_t of_row = (size_t)s->row * (size_t)s->width, some = (size_t)1 << 20;
+    const size_t block = s->stage ? (some / of_row + 1) * of_row : some;
     void *data = xmalloc(block);
     uint32_t crc = 0, largest = 0;
     size_t bytes = s->n_tokens * (size_t)s->width;
@@ -4713,9 +5354,11 @@ static void shard_scan(DataLoader *dl, int index) {
         read_exactly(fd, s->path, data, n, s->header_bytes + at);
         if (s->crc) crc = crc32_update(crc, data, n);
         for (size_t i = 0; i < n / (size_t)s->width; i++) {
-            uint32_t id = packed_token(data, s->width, i);
+            uint32_t id = packed_token(data, s->width, i) & (s->stage ? ~FLAGS : ~0u);
             largest = id > largest ? id : largest;
         }
+        for (size_t i = 0; s->stage && i < n; i += of_row)
+            row_check(s, (at + i) / of_row, (const uint32_t *)((const char *)data + i));
     }
     free(data);
     if (crc != s->crc)
@@ -4724,6 +5367,19 @@ static void shard_scan(DataLoader *dl, int index) {
     if (largest >= (uint32_t)dl->vocab_size)
         die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model",
             s->path, largest, dl->vocab_size);
+}
+
+// The number of a shard's source: its name without folder, "val_", number and extension.
+static int source_of(DataLoader *dl, const char *path) {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path, *dot = strrchr(name, '.');
+    int n = dot ? (int)(dot - name) : (int)strlen(name), stem = n, i = 0;
+    while (stem > 0 && isdigit((unsigned char)name[stem - 1])) stem--;
+    if (stem > 1 && stem < n && name[stem - 1] == '_') n = stem - 1;
+    if (n > 4 && !strncmp(name, "val_", 4)) name += 4, n -= 4;
+    const Str source = str("%.*s", n, name);
+    while (i < dl->n_sources && strcmp(dl->sources[i], source.s)) i++;
+    if (i == dl->n_sources) dl->sources[dl->n_sources++] = xstrdup(source.s);
+    return i;
 }
 
 // Opens the shards that match `pattern`; dies with one line that names the file unless all can be trained on:
@@ -4742,11 +5398,13 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
             pattern);
     dl->n_shards = (int)found.gl_pathc;
     dl->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
+    dl->sources = (char **)xcalloc(found.gl_pathc, sizeof(char *));
     for (int i = 0; i < dl->n_shards; i++) {
         Shard *s = &dl->shards[i];
         s->path = xstrdup(found.gl_pathv[i]);
         s->first_window = dl->n_windows;
         shard_open(dl, s);
+        if (!shuffle) s->source = source_of(dl, s->path);
         bytes += s->n_tokens * (size_t)s->width;
         n_floors += s->floor_path != NULL;
     }
@@ -4759,12 +5417,32 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     dl->buffer = xmalloc(((size_t)T + 1) * 4);
 }
 
+// Windows of all shards that match.
+int64_t data_windows(const char *pattern, int T) {
+    glob_t found;
+    int64_t n = 0;
+    if (!find_files(pattern, &found)) return 0;
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        Shard s;
+        memset(&s, 0, sizeof s);
+        s.path = found.gl_pathv[i];
+        shard_describe(&s);
+        n += (int64_t)shard_windows(&s, T);
+    }
+    globfree(&found);
+    return n;
+}
+
+// The first shard, for messages.
+const char *loader_path(const DataLoader *dl) { return dl->shards[0].path; }
+
 // One line for the log; name: "train" or "val".
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     const int vocab = dl->shards[0].vocab;
     fprintf(f, "%s data | shards %d from %s | %" PRId64 " tokens | %" PRId64 " windows of %d | "
-            "%" PRId64 " tokens dropped%s%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
+            "%" PRId64 " tokens dropped%s%s%s%s\n", name, dl->n_shards, dl->shards[0].path, dl->n_tokens,
             dl->n_windows, dl->T, dl->n_dropped, dl->has_floor ? " | true loss known" : "",
+            dl->stage ? " | " : "", dl->shards[0].made,
             vocab && vocab != dl->vocab_size ? str(" | made for a vocabulary of %d", vocab).s : "");
     const double share = 100.0 * (double)dl->n_dropped / (double)dl->n_tokens;
     if (share > 1)
@@ -4787,6 +5465,15 @@ void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor) 
     batch->targets = (int *)xcalloc(n, sizeof(int));
     batch->doc_start = document_mask ? (int *)xcalloc(n, sizeof(int)) : NULL;
     batch->floor = with_floor ? (float *)xcalloc(n, sizeof(float)) : NULL;
+    batch->window = (int64_t *)xcalloc((size_t)B, sizeof(int64_t));
+}
+
+// Room for the pairs of dl's rows in a batch, and for all of them in dl.
+void batch_alloc_pairs(Batch *batch, DataLoader *dl) {
+    batch->pairs = dl->most_documents / 2;
+    batch->reference = (float *)xcalloc((size_t)batch->B * batch->pairs * 2, sizeof(float));
+    if (!dl->reference)
+        dl->reference = (float *)xcalloc((size_t)dl->n_windows * batch->pairs * 2, sizeof(float));
 }
 
 // A pseudo-random permutation of 0 .. n-1, without a table. A Feistel network on 2h bits is a bijection: each
@@ -4821,32 +5508,49 @@ static void read_floor(const Shard *s, size_t first_target, int T, float *floor)
     close(fd);
 }
 
-// Window `window` of all shards into row b.
-static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
-    int low = 0, high = dl->n_shards, T = dl->T;        // its shard: the last one with first_window <= window
+// The shard of a window: the last one with first_window <= window.
+static int shard_of(const DataLoader *dl, int64_t window) {
+    int low = 0, high = dl->n_shards;
     while (high - low > 1) {
         int middle = low + (high - low) / 2;
         if (dl->shards[middle].first_window <= window) low = middle; else high = middle;
     }
-    const Shard *s = &dl->shards[low];
+    return low;
+}
+
+int loader_source(const DataLoader *dl, int64_t window) { return dl->shards[shard_of(dl, window)].source; }
+
+// Window `window` of all shards into row b.
+static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
+    const int index = shard_of(dl, window), T = dl->T;
+    const Shard *s = &dl->shards[index];
     size_t w = (size_t)(window - s->first_window), width = (size_t)s->width, n = (size_t)T + 1;
     size_t first = s->row ? w * (size_t)s->row : w * (size_t)T;
-    if (read_at(shard_fd(dl, low), s->path, dl->buffer, n * width, s->header_bytes + first * width)
+    if (read_at(shard_fd(dl, index), s->path, dl->buffer, n * width, s->header_bytes + first * width)
         != n * width)
         die("token shard '%s' ends inside window %zu: it became shorter since the run began", s->path, w);
-    size_t at = (size_t)b * (size_t)T;
+    const size_t at = (size_t)b * (size_t)T;
+    const uint32_t id_bits = s->stage ? ~FLAGS : ~0u;
+    int start = 0;
+    batch->window[b] = window;
     // With a document mask no document sees another: its first token is not a target of the one before.
-    for (int t = 0, start = 0; t <= T; t++) {
-        uint32_t id = packed_token(dl->buffer, s->width, (size_t)t);
+    for (int t = 0; t <= T; t++) {
+        const uint32_t word = packed_token(dl->buffer, s->width, (size_t)t), id = word & id_bits;
         if (id >= (uint32_t)dl->vocab_size)
             die("token shard '%s' has token id %u in window %zu, outside the vocabulary of %d; "
                 "use the tokenizer of the model", s->path, id, w, dl->vocab_size);
-        if (t > 0) batch->targets[at + (size_t)t - 1] = batch->doc_start && start == t ? IGNORED : (int)id;
+        if (s->stage && (word & FLAG_START)) start = t;
+        const int target = s->stage ? (word & FLAG_TARGET) && start < t : !batch->doc_start || start < t;
+        if (t > 0) batch->targets[at + (size_t)t - 1] = target ? (int)id : IGNORED;
         if (t == T) break;
         batch->inputs[at + (size_t)t] = (int)id;
         if (batch->doc_start) batch->doc_start[at + (size_t)t] = start;
-        if (s->eod >= 0 && (int)id == s->eod) start = t + 1;
+        if (!s->stage && s->eod >= 0 && (int)id == s->eod) start = t + 1;
     }
+    if (s->stage) row_check(s, w, (const uint32_t *)dl->buffer);
+    if (batch->reference && dl->reference)
+        memcpy(batch->reference + (size_t)b * batch->pairs * 2,
+               dl->reference + (size_t)window * batch->pairs * 2, (size_t)batch->pairs * 2 * sizeof(float));
     if (dl->has_floor && batch->floor)
         read_floor(s, s->row ? w * (size_t)(s->row - 1) : first, T, batch->floor + at);
 }
@@ -4854,7 +5558,8 @@ static void read_window(DataLoader *dl, int64_t window, Batch *batch, int b) {
 // The next B rows of this rank. Training: where an epoch ends inside the batch, the rest comes from the start
 // of the next. Evaluation: where the windows end, the rest is padding. Dies if a file has changed.
 void loader_next(DataLoader *dl, Batch *batch) {
-    assert(batch->B == dl->B && batch->T == dl->T && (!dl->document_mask || batch->doc_start));
+    assert(batch->B == dl->B && batch->T == dl->T);
+    assert(batch->doc_start || !(dl->document_mask || dl->stage));
     LoaderState *state = &dl->state;
     batch->n_rows = 0;
     for (int b = 0; b < dl->B; b++) {
@@ -4865,6 +5570,7 @@ void loader_next(DataLoader *dl, Batch *batch) {
             batch->n_rows++;
             continue;
         }
+        batch->window[b] = -1;
         for (size_t i = (size_t)b * (size_t)dl->T, end = i + (size_t)dl->T; i < end; i++) {
             batch->inputs[i] = 0;
             batch->targets[i] = IGNORED;
@@ -4877,6 +5583,82 @@ void loader_next(DataLoader *dl, Batch *batch) {
         state->epoch += state->position / dl->n_windows;
         state->position %= dl->n_windows;
     }
+}
+
+// ---- multiple choice --------------------------------------------------------------------------------------
+// Beside rows X.ds of stage choice lies X.choices. For each document, in the order of the rows, four int32:
+// its task (0 .. in this shard), which of the task's choices it is (0 ..), which is right, and its length.
+
+// Of shard s: fills tasks->document and length where its documents are, and appends its tasks.
+static void choices_read(Tasks *tasks, const Shard *s) {
+    const int64_t from = tasks->first_document[s->first_window], first_task = tasks->n;
+    const int64_t n = tasks->first_document[s->first_window + (int64_t)s->n_windows] - from;
+    const char *dot = strrchr(s->path, '.');
+    const Str path = str("%.*s.choices", (int)(dot - s->path), s->path);
+    size_t bytes, expected = (size_t)n * 4 * sizeof(int32_t);
+    if (access(path.s, F_OK))
+        die("'%s' is missing, which says what the documents of '%s' are; make both again with "
+            "data/choices.py", path.s, s->path);
+    int fd = open_regular(path.s, "list of choices", &bytes);
+    if (bytes != expected)
+        die("'%s' has %zu bytes, but '%s' has %" PRId64 " documents, for %zu bytes; make both again with "
+            "data/choices.py", path.s, bytes, s->path, n, expected);
+    int32_t (*row)[4] = (int32_t (*)[4])xmalloc(expected + 1);
+    read_exactly(fd, path.s, row, expected, 0);
+    close(fd);
+    Task *task = tasks->task + first_task;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t *r = row[i];
+        if (r[0] < 0 || r[0] >= n || r[1] < 0 || r[1] >= n || r[2] < 0 || r[3] < 1)
+            die("'%s' is damaged: document %" PRId64 " has task %d, choice %d, right choice %d, length %d; "
+                "make it again with data/choices.py", path.s, i, r[0], r[1], r[2], r[3]);
+        if (r[0] >= tasks->n - first_task) tasks->n = first_task + r[0] + 1;
+        task[r[0]].choices++;
+        task[r[0]].gold = r[2];
+        task[r[0]].source = s->source;
+    }
+    for (int64_t k = 0, at = from; first_task + k < tasks->n; at += task[k++].choices) {
+        task[k].first = at;
+        if (task[k].choices < 2 || task[k].gold >= task[k].choices)
+            die("'%s' is damaged: task %" PRId64 " has %d choices, the right one is %d; make it again with "
+                "data/choices.py", path.s, k, task[k].choices, task[k].gold);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t *r = row[i];
+        const Task *its = &task[r[0]];
+        const int64_t at = its->first + r[1];
+        if (r[1] >= its->choices || r[2] != its->gold || tasks->document[at] >= 0)
+            die("'%s' is damaged: choice %d of task %d, which has %d, is there twice or says another right "
+                "choice; make it again with data/choices.py", path.s, r[1], r[0], its->choices);
+        tasks->document[at] = from + i;
+        tasks->length[at] = r[3];
+    }
+    free(row);
+}
+
+// Opens the tasks of all shards that match; dies with one line unless every task is complete.
+void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size) {
+    DataLoader *dl = &tasks->data;
+    Document d;
+    memset(tasks, 0, sizeof *tasks);
+    loader_open(dl, pattern, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, vocab_size,
+                /*document_mask=*/1);
+    if (dl->stage != STAGE_CHOICE)
+        die("token shard '%s' holds no multiple choice tasks; make them with data/choices.py",
+            loader_path(dl));
+    batch_alloc(&tasks->batch, B, T, /*document_mask=*/1, /*with_floor=*/0);
+    tasks->first_document = (int64_t *)xcalloc((size_t)dl->n_windows + 1, sizeof(int64_t));
+    for (int64_t w = 0; w < dl->n_windows; w++) {
+        read_window(dl, w, &tasks->batch, 0);
+        for (int t = 0; next_document(&tasks->batch, 0, &t, &d);) tasks->n_documents++;
+        tasks->first_document[w + 1] = tasks->n_documents;
+    }
+    const size_t n = (size_t)tasks->n_documents;
+    tasks->task = (Task *)xcalloc(n, sizeof(Task));
+    tasks->document = (int64_t *)xmalloc(n * sizeof(int64_t));
+    tasks->length = (int32_t *)xcalloc(n, sizeof(int32_t));
+    memset(tasks->document, 255, n * sizeof(int64_t));      // all -1
+    for (int i = 0; i < dl->n_shards; i++) choices_read(tasks, &dl->shards[i]);
 }
 
 // What the first shard that matches says of the vocabulary (*V) and the tokens per row (*S), 0 = nothing;
@@ -4911,7 +5693,7 @@ double learning_rate(const Options *o, int64_t step) {
 
 // FLOPs of forward and backward per token: 6 per parameter of a matmul (a tied head, too) + 12 L H D T for
 // attention, as the Litespark report, Megatron-LM and nanotron count; causal: half of that for attention.
-double flops_per_token(const Config *c, int T, int causal) {
+double flops_per_token(const Config *c, double T, int causal) {
     double C = c->C, HD = (double)c->H * c->D, KD = (double)c->K * c->D;
     double block = C * (HD + 2 * KD) + HD * C + 3 * C * c->F;
     return 6 * (c->L * block + C * c->V) + (causal ? 6.0 : 12.0) * c->L * HD * T;
@@ -5316,6 +6098,7 @@ static void save_trainer_state(Saving *s, const TrainState *t) {
              comm_world());
     text_add_field(&j, "seconds", t->seconds);
     text_add_field(&j, "joules", t->joules);
+    text_add(&j, ", \"targets\": %" PRId64 ", \"reference_crc\": %u", t->targets, t->reference_crc);
     text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64
              ", \"windows\": %" PRId64 ", \"seq_len\": %" PRId64 ", \"crc\": %" PRId64 "},\n \"options\": ",
              t->loader.seed, t->loader.epoch, t->loader.position, t->n_windows, t->seq_len, t->data_crc);
@@ -5559,6 +6342,8 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
     t->tokens = json_int(root, "tokens", where, 0, INT64_MAX, JSON_REQUIRED);
     t->seconds = json_number(root, "seconds", where, 0, 1e18, NAN);
     t->joules = json_get(root, "joules") ? json_number(root, "joules", where, 0, 1e30, NAN) : NAN;
+    t->targets = json_int(root, "targets", where, 0, INT64_MAX, t->tokens);
+    t->reference_crc = (uint32_t)json_int(root, "reference_crc", where, 0, UINT32_MAX, 0);
     t->n_healthy = json_int(root, "n_healthy", where, 0, MOST, JSON_REQUIRED);
     read_series(root, "losses", where, t->losses);
     read_series(root, "norms", where, t->norms);
@@ -5704,6 +6489,103 @@ void weights_random(Model *m, const Config *c, uint64_t seed) {
             if (t->init == INIT_NORMAL) random_normals(x, c->init_std, seed, hash_string(t->name), at, n);
             else for (size_t i = 0; i < n; i++) x[i] = t->init == INIT_ONE;
             if (!own) model_write(m, STATE_WEIGHTS, t->unit, t->at + at, n, x);
+        }
+    }
+}
+
+// ---- DPO: the reference's log p, beside the shards --------------------------------------------------------
+// X.ds has X.DEVICE-PRECISION-CRC.ref, CRC being that of the reference's weights (as their names and values
+// are in memory), little endian: 16 words of 4 bytes, then float32 (rows, pairs, 2): log p of the chosen and
+// of the rejected answer of each pair of each row; 0 where a row has fewer.
+enum { REFERENCE_MAGIC = 20261129, REFERENCE_WORDS = 16 };
+static const char *const reference_words[] = {"magic", "version", "CRC of the reference", "CRC of the shard",
+    "sequence length", "precision", "rows", "pairs per row", "CRC of the values"};
+
+uint32_t weights_crc(const Model *m) {
+    const ParamTable *p = model_table(m);
+    uint32_t crc = 0;
+    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
+        crc = crc32_update(crc, t->name, strlen(t->name));
+        for (size_t at = 0; at < t->n; at += IO_CHUNK) {
+            const size_t n = min_size(t->n - at, IO_CHUNK);
+            model_read(m, STATE_WEIGHTS, t->unit, t->at + at, n, io_values[0]);
+            crc = crc32_update(crc, io_values[0], n * sizeof(float));
+            comm_busy();
+        }
+    }
+    return crc ? crc : 1;                                   // 0: not known
+}
+
+static Str reference_path(const Shard *s, uint32_t weights) {
+    return str("%.*s.%s-%s-%08x.ref", (int)(strlen(s->path) - 3), s->path, device_kind,
+               opt.precision == BF16 ? "bf16" : "fp32", weights);
+}
+
+static void reference_header(const DataLoader *dl, const Shard *s, uint32_t weights, uint32_t *words) {
+    uint32_t crc;
+    size_t bytes;
+    if (!file_crc(s->path, &crc, &bytes))
+        die("token shard '%s' cannot be read: %s", s->path, strerror(errno));
+    const uint32_t all[REFERENCE_WORDS] = {REFERENCE_MAGIC, 1, weights, crc, (uint32_t)dl->T,
+        (uint32_t)opt.precision, (uint32_t)s->n_windows, (uint32_t)dl->most_documents / 2};
+    memcpy(words, all, sizeof all);
+}
+
+// Values of shard s in dl->reference.
+static float *reference_of(const DataLoader *dl, const Shard *s, size_t *n) {
+    const size_t of_row = (size_t)dl->most_documents / 2 * 2;
+    *n = s->n_windows * of_row;
+    return dl->reference + (size_t)s->first_window * of_row;
+}
+
+// dl->reference from the files beside its shards. 0: one is not there. Dies of one that is there and is not
+// of this shard and this reference. All ranks read.
+int reference_read(DataLoader *dl, uint32_t weights) {
+    int all = 1;
+    for (Shard *s = dl->shards; s < dl->shards + dl->n_shards; s++) {
+        const Str path = reference_path(s, weights);
+        uint32_t want[REFERENCE_WORDS], found[REFERENCE_WORDS];
+        size_t n, bytes;
+        float *values = reference_of(dl, s, &n);
+        if (access(path.s, F_OK)) {
+            all = 0;
+            continue;
+        }
+        const int fd = open_regular(path.s, "reference", &bytes);
+        if (bytes != sizeof found + n * sizeof(float))
+            die("'%s' has %zu bytes, '%s' needs %zu; remove it, and it is made again", path.s, bytes, s->path,
+                sizeof found + n * sizeof(float));
+        read_exactly(fd, path.s, found, sizeof found, 0);
+        read_exactly(fd, path.s, values, n * sizeof(float), sizeof found);
+        close(fd);
+        reference_header(dl, s, weights, want);
+        want[8] = crc32_update(0, values, n * sizeof(float));
+        for (int i = 0; i < COUNT(reference_words); i++)
+            if (want[i] != found[i])
+                die("'%s': %s is %u, not %u as '%s' and this run have it; remove it, and it is made again",
+                    path.s, reference_words[i], found[i], want[i], s->path);
+    }
+    return comm_max(!all) == 0;
+}
+
+// Writes the files of reference_read, on rank 0. A file is whole once it has its name.
+void reference_write(const DataLoader *dl, uint32_t weights) {
+    for (const Shard *s = dl->shards; s < dl->shards + dl->n_shards && comm_rank() == 0; s++) {
+        const Str path = reference_path(s, weights), part = str("%s.%d.part", path.s, (int)getpid());
+        uint32_t words[REFERENCE_WORDS];
+        size_t n;
+        const float *values = reference_of(dl, s, &n);
+        reference_header(dl, s, weights, words);
+        words[8] = crc32_update(0, values, n * sizeof(float));
+        FILE *f = fopen(part.s, "wb");
+        int failed = !f || fwrite(words, sizeof words, 1, f) != 1 || fwrite(values, sizeof(float), n, f) != n
+                  || fflush(f) || fsync(fileno(f));
+        if (f) failed |= fclose(f) != 0;
+        if (failed || rename(part.s, path.s)) {
+            const char *why = strerror(errno);
+            unlink(part.s);
+            die("cannot write the reference's log p to %s: %s; copy the shards to a folder that can be "
+                "written", path.s, why);
         }
     }
 }
@@ -5911,8 +6793,8 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += NC) {
             const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
-            // columns of b read where they lie; a tile that ends inside a vector is packed as a whole, so that
-            // no load passes the end of b
+            // columns of b read where they lie; a tile that ends inside a vector is packed as a whole, so
+            // that no load passes the end of b
             const int own = !b_in_place ? 0 : nj % LANES == 0 ? nj : nj / NR * NR;
             const Operand columns = {at(b, k0, j0 + own), b.col, b.row};        // transposed: pack's (n,K)
             pack(packed_b, NR, columns, nj - own, nk);

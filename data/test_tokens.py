@@ -7,7 +7,7 @@
 The oracles are the input text itself (decoded shards equal it), the tokenizer libraries called on whole documents,
 and a plain reimplementation of the tokenizer.bin merge rule. Files of ../shared/data are used where they exist.
 """
-import base64, bz2, contextlib, ctypes, gzip, importlib, json, lzma, os, random, resource, shutil, signal, struct
+import base64, bz2, contextlib, ctypes, gzip, hashlib, importlib, json, lzma, os, random, resource, shutil, signal, struct
 import subprocess, sys, tempfile, time, zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -658,6 +658,13 @@ def test_memory(d):
     status, mb = peak_mb(f"{d}/big.txt", "--out", f"{d}/o", "--val-fraction", 0, "--jobs", 2)
     check("300 MB as one document: below 400 MB", status == 0 and mb < 400, f"{status} {mb:.0f} MB")
     print(f"peak {mb:.0f} MB for 300 MB of text")
+    row = '{"text": "%s", "meta": {"redpajama_set_name": "%s"}}\n'
+    with open(f"{d}/mix.jsonl", "w") as f:
+        for i in range(40000):
+            f.write(row % ("little Lily " * (50 + i % 100), "ab"[i % 2]))
+    status, mb = peak_mb(f"{d}/mix.jsonl", "--mix", "a=3,b=1", "--repeat", 2, "--out", f"{d}/mix", "--jobs", 2)
+    check("a mix of 50 MB: below 200 MB", status == 0 and mb < 200, f"{status} {mb:.0f} MB")
+    print(f"peak {mb:.0f} MB for a mix of 50 MB")
     os.truncate(f"{d}/big.txt", 4000000)
     for name, model, *_ in encoders(d)[:2]:
         status, mb = peak_mb(f"{d}/big.txt", "--out", f"{d}/{name}", "--tokenizer", model, "--val-fraction", 0, "--jobs", 1)
@@ -696,9 +703,381 @@ def test_kill(d):
     check("workers of a killed run leave", not any(os.path.exists(f"/proc/{int(c)}/cmdline")
           and b"tokens.py" in open(f"/proc/{int(c)}/cmdline", "rb").read() for c in children))
     os.truncate(f"{d}/big.txt", 10 << 20)
+    if os.path.exists(f"{d}/o/.state.json"):
+        refused("other text than before", ["big.txt"], *args)
+        shutil.rmtree(f"{d}/o")
     must(*args)
     check("then the same command finishes", json.load(open(f"{d}/o/tokens.json"))["complete"])
     check("and leaves no temporary file", not [n for n in os.listdir(f"{d}/o") if n.endswith(".tmp")])
+
+
+# ---- Sources by weight, datasets on disk, going on after a kill ----------------------------------------------------
+SLIM = {"CommonCrawl": 52, "C4": 27, "Github": 5, "Book": 4, "ArXiv": 5, "Wikipedia": 4, "StackExchange": 3}
+
+
+def slim_pajama(folder, per_file=300, files=4, seed=1, ending=".jsonl.zst"):
+    """Files in the published layout; -> {source: [texts]}. Each text begins with its source, books are long."""
+    rng, texts = random.Random(seed), {f"RedPajama{n}": [] for n in SLIM}
+    words = "the of and to in a is that for it 3.14 x=1; foo_bar() naïve 東京 \\n".split(" ")
+    compress = (lambda b: b) if ending == ".jsonl" else library("zstandard").ZstdCompressor().compress
+    for file in range(files):
+        lines = []
+        for i in range(per_file):
+            name = "RedPajama" + rng.choices(list(SLIM), SLIM.values())[0]
+            n = rng.randint(5, 80) * (20 if name.endswith("Book") else 1)
+            texts[name].append(f"{name} {file}.{i} " + " ".join(rng.choices(words, k=n)))
+            lines.append(json.dumps({"text": texts[name][-1], "meta": {"redpajama_set_name": name}}))
+        save(f"{folder}/chunk{1 + file // 2}/example_train_{file}{ending}", compress("\n".join(lines).encode()))
+    return texts
+
+
+def mix_of(out):
+    """(train documents, {source: validation documents}) as text."""
+    tok = read_tokenizer(f"{out}/tokenizer.bin")
+    names = {n[4:-8] for n in os.listdir(out) if n.startswith("val_")}
+    read = lambda prefix: [t.decode() for t in documents(shard_ids(out, prefix), tok)]
+    return read("train"), {n: read(f"val_{n}") for n in names}
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def everything_in(folder):
+    return {os.path.relpath(os.path.join(f, n), folder): open(os.path.join(f, n), "rb").read()
+            for f, _, names in os.walk(folder) for n in names}
+
+
+def count_by_source(texts):
+    found = {}
+    for t in texts:
+        found.setdefault(t.split(" ")[0], []).append(t)
+    return found
+
+
+def test_mix_natural(d):
+    texts = slim_pajama(f"{d}/in/train")
+    told = must(f"{d}/in/train", "--mix", "natural", "--val-fraction", 0.05, "--out", f"{d}/o")
+    train, val = mix_of(f"{d}/o")
+    check("natural: every document once", sorted(train + sum(val.values(), [])) == sorted(sum(texts.values(), [])))
+    check("natural: a validation set for each source", val.keys() == texts.keys(), val.keys())
+    check("natural: each holds its source only", all(t in texts[n] for n, some in val.items() for t in some))
+    check("natural: about a twentieth each", all(1 <= len(v) <= max(3, 0.12 * len(texts[n])) for n, v in val.items()),
+          {n: (len(v), len(texts[n])) for n, v in val.items()})
+    order = {t: i for i, t in enumerate(sorted(sum(texts.values(), []), key=lambda t: tuple(map(int, t.split(" ")[1].split(".")))))}
+    check("natural: order kept", [order[t] for t in train] == sorted(order[t] for t in train))
+    check("the table", all(n in told for n in texts) and "copies" in told, told)
+    manifest = read_json(f"{d}/o/manifest.json")
+    check("manifest: documents of each source", all(manifest["sources"][n]["documents"] == len(texts[n]) for n in texts))
+    check("manifest: what was written", all(
+        (row["train"]["documents"], row["validation"]["documents"], row["validation"]["tokens"]) ==
+        (len([t for t in train if t in texts[n]]), len(val[n]), sum(len(t.encode()) + 1 for t in val[n]))
+        for n, row in manifest["sources"].items()))
+    for row in manifest["inputs"]:
+        data = open(row["path"], "rb").read()
+        check("manifest: inputs", row["bytes"] == len(data) and row["sha256"] == hashlib.sha256(data).hexdigest()
+              and row["documents"] == 300, row)
+    check("manifest: shards", all(read_bin(f"{d}/o/{row['path']}")[1][4] & 0xFFFFFFFF == row["crc32"]
+                                  and read_bin(f"{d}/o/{row['path']}")[1][2] == row["tokens"] for row in manifest["shards"]))
+    must(f"{d}/in/train", "--mix", "natural", "--val-fraction", 0.05, "--out", f"{d}/seed", "--seed", 2)
+    check("another seed, other validation", mix_of(f"{d}/seed")[1] != val)
+    r = run(f"{d}/in/train", "--out", f"{d}/plain")
+    check("without --mix: one validation set", r.returncode == 0 and os.path.exists(f"{d}/plain/val_000.bin"), r.stderr)
+    manifest = read_json(f"{d}/plain/manifest.json")
+    check("without --mix: a manifest as well", manifest["documents_read"] == 1200 and len(manifest["inputs"]) == 4)
+
+
+def test_mix_weights(d):
+    texts = slim_pajama(f"{d}/in", per_file=3000, ending=".jsonl")
+    size = {n: sum(len(t.encode()) + 1 for t in some) for n, some in texts.items()}
+    ask = {"RedPajamaC4": 2, "RedPajamaCommonCrawl": 5, "RedPajamaBook": 2, "RedPajamaGithub": 1}
+    spec = ",".join(f"{n}={w}" for n, w in ask.items())
+    mix = (f"{d}/in", "--mix", spec, "--shard-tokens", 500000)
+    for name, more in (("whole", []), ("repeat", ["--repeat", 2.5]), ("fixed", ["--train-tokens", 700000]),
+                       ("val", ["--val-tokens", 20000]), ("none", ["--val-fraction", 0])):
+        must(*mix, *more, "--out", f"{d}/{name}")
+        train, val = mix_of(f"{d}/{name}")
+        found = count_by_source(train)
+        tokens = {n: sum(len(t.encode()) + 1 for t in some) for n, some in found.items()}
+        total = sum(tokens.values())
+        check(f"{name}: only what was named", found.keys() == ask.keys(), found.keys())
+        check(f"{name}: shares within 2%", all(abs(tokens[n] / total / (w / 10) - 1) < 0.02 for n, w in ask.items()),
+              {n: tokens[n] / total for n in ask})
+        inside = set(sum(texts.values(), []))
+        check(f"{name}: each is a document of the input", inside.issuperset(train))
+        check(f"{name}: validation never trains", not set(train) & {t for some in val.values() for t in some})
+        most = 3 if name == "repeat" else 1
+        copies = {n: [some.count(t) for t in set(some)] for n, some in found.items()}
+        check(f"{name}: copies", all(max(c) <= most and (max(c) == 1 or max(c) - min(c) <= 1) for c in copies.values()))
+        manifest = read_json(f"{d}/{name}/manifest.json")["sources"]
+        check(f"{name}: manifest", all(abs(manifest[n]["achieved"] - tokens[n] / total) < 1e-9 and
+                                       abs(manifest[n]["weight"] - ask[n] / 10) < 1e-9 for n in ask))
+        scarce = min(ask, key=lambda n: size[n] / ask[n])
+        want = {"whole": size[scarce] * 0.99 * 10 / ask[scarce], "repeat": 2.5 * size[scarce] * 0.99 * 10 / ask[scarce],
+                "fixed": 700000, "none": size[scarce] * 10 / ask[scarce]}.get(name)
+        check(f"{name}: total", not want or abs(total / want - 1) < 0.02, (total, want))
+        if name in ("whole", "none"):
+            check(f"{name}: the scarcest is whole", len(found[scarce]) + len(val.get(scarce, [])) == len(texts[scarce]))
+        if name == "repeat":        # copies of one document lie in different passes
+            first = {}
+            gaps = [i - first[t] for i, t in enumerate(train) if t in first or first.setdefault(t, i) is None]
+            check("repeat: copies lie far apart", gaps and min(gaps) > len(train) / 10, min(gaps, default=0))
+            part = count_by_source(train[:len(train) // 3])
+            share = {n: sum(len(t.encode()) + 1 for t in some) for n, some in part.items()}
+            check("repeat: the first third has the mix as well", all(
+                abs(share[n] / sum(share.values()) - w / 10) < 0.05 for n, w in ask.items()), share)
+        if name == "val":
+            check("val: about 20,000 tokens of each", all(
+                0.5 < sum(len(t.encode()) + 1 for t in some) / min(20000, tokens[n] / 9) < 1.7 for n, some in val.items()),
+                {n: sum(map(len, some)) for n, some in val.items()})
+    for jobs in (2, 3):
+        must(*mix, "--jobs", jobs, "--out", f"{d}/jobs{jobs}")
+        check(f"{jobs} jobs: same bytes", everything_in(f"{d}/jobs{jobs}") == everything_in(f"{d}/whole"))
+    r = run(*mix, "--out", f"{d}/whole")
+    check("complete: nothing to do", r.returncode == 0 and "complete already" in r.stdout, r.stdout + r.stderr)
+    with contextlib.suppress(Skip):      # shares are of tokens, not of bytes: the tokens per byte of sources differ
+        save_jsonl(f"{d}/prose.jsonl", ["Once upon a time there was a little girl " * 5] * 900)
+        save_jsonl(f"{d}/code.jsonl", ["x1=7;y22=19;%%#@ {{}}~" * 5] * 900)
+        must("--mix", f"prose:{d}/prose.jsonl=1,code:{d}/code.jsonl=1", "--out", f"{d}/two", "--tokenizer", sentencepiece_model(d))
+        row = read_json(f"{d}/two/manifest.json")["sources"]
+        check("two sources of other density: half each", all(abs(r["achieved"] - 0.5) < 0.01 for r in row.values()) and
+              row["prose"]["copies"] == 1 or row["code"]["copies"] == 1, row)
+
+
+def test_mix_of_folders(d):
+    arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+    books = [f"books {i} " + "word " * 4000 + "end" for i in range(60)]
+    books[3] += "\nThe next line " * 50000         # in pieces
+    save(f"{d}/books/a.txt", "\n<|endoftext|>\n".join(books[:40]))
+    save(f"{d}/books/b.txt", "\n<|endoftext|>\n".join(books[40:]))
+    pages, held = [f"web {i} " + "page " * (i % 50) for i in range(10000)], [f"web held {i}" for i in range(20)]
+    os.makedirs(f"{d}/web")
+    for k in range(2):
+        parquet.write_table(arrow.table({"id": list(range(5000)), "text": pages[k * 5000:k * 5000 + 5000]}), f"{d}/web/{k}.parquet")
+    save_jsonl(f"{d}/held.jsonl", held)
+    spec = f"books:{d}/books=1,web:{d}/web=3"
+    split = ("--split-on", "<|endoftext|>")
+    must("--mix", spec, *split, "--out", f"{d}/o")
+    train, val = mix_of(f"{d}/o")
+    found = count_by_source(train)
+    check("folders: each document once", len(set(train)) == len(train) and set(train) <= set(books + pages))
+    check("folders: validation", val.keys() == {"books", "web"} and set(val["books"]) <= set(books))
+    tokens = {n: sum(len(t.encode()) + 1 for t in some) for n, some in found.items()}
+    check("folders: shares", abs(tokens["web"] / sum(tokens.values()) - 0.75) < 0.02, tokens)
+    half = count_by_source(train[:len(train) // 2])
+    check("folders: the first half has both", abs(sum(map(len, half["books"])) / sum(map(len, found["books"])) - 0.5) < 0.1)
+    must("--mix", spec, *split, "--val-from", f"web:{d}/held.jsonl", "--out", f"{d}/from")
+    train, val = mix_of(f"{d}/from")
+    check("--val-from", val == {"web": held}, val.keys())
+    inputs = [os.path.basename(row["path"]) for row in read_json(f"{d}/from/manifest.json")["inputs"]]
+    check("--val-from is in the manifest", inputs == ["a.txt", "b.txt", "0.parquet", "1.parquet", "held.jsonl"], inputs)
+    must(f"{d}/web", "--val-from", f"{d}/held.jsonl", "--out", f"{d}/plain")
+    tok = read_tokenizer(f"{d}/plain/tokenizer.bin")
+    read = lambda prefix: [t.decode() for t in documents(shard_ids(f"{d}/plain", prefix), tok)]
+    check("--val-from without --mix", read("train") == pages and read("val") == held)
+    meta = [{"redpajama_set_name": f"S {i % 3}/x"} for i in range(300)]
+    for name, column in (("struct", meta), ("text", [json.dumps(m) for m in meta])):
+        parquet.write_table(arrow.table({"text": pages[:300], "meta": column}), f"{d}/{name}.parquet")
+        must(f"{d}/{name}.parquet", "--mix", "S 0/x=1,S 2/x=1", "--out", f"{d}/{name}")
+        train, val = mix_of(f"{d}/{name}")
+        check(f"a table with a {name} column", {int(t.split(" ")[1]) % 3 for t in train} == {0, 2} and val.keys() == {"S-0-x", "S-2-x"})
+    rows = {"text": pages[:400], "id": [f"<urn:uuid:{i}>" for i in range(400)], "dump": [f"CC-MAIN-2024-{10 + i % 2 * 8}" for i in range(400)],
+            "url": ["http://x"] * 400, "language": ["en"] * 400, "language_score": [0.9] * 400, "token_count": [7] * 400}
+    os.makedirs(f"{d}/fineweb/data/CC-MAIN-2024-10")
+    parquet.write_table(arrow.table(rows), f"{d}/fineweb/data/CC-MAIN-2024-10/000_00000.parquet")
+    must(f"{d}/fineweb", "--mix", "CC-MAIN-2024-10=1,CC-MAIN-2024-18=3", "--mix-key", "dump", "--out", f"{d}/dumps")
+    train, val = mix_of(f"{d}/dumps")
+    check("FineWeb by dump", val.keys() == {"CC-MAIN-2024-10", "CC-MAIN-2024-18"} and set(train) < set(pages[:400]))
+    must(f"{d}/text.parquet", "--mix", "natural", "--out", f"{d}/ds", "--format", "ds", "--seq-len", 32)
+    names = sorted(n for n in os.listdir(f"{d}/ds/validation") if n.endswith(".ds"))
+    check("ds: validation shards", names == [f"val_S-{i}-x_000.ds" for i in range(3)], names)
+    rows = sum(os.path.getsize(f"{d}/ds/validation/{n}") for n in names) // 66
+    check("ds: metadata counts them all", read_json(f"{d}/ds/validation/metadata.json")["total_sequences"] == rows)
+
+
+def test_mix_refused(d):
+    slim_pajama(f"{d}/in", per_file=50)
+    o = ["--out", f"{d}/o"]
+    for name, spec, words in (
+            ("unknown", "RedPajamaC4=1,RedPajamaWiki=1", ["RedPajamaWiki", "RedPajamaWikipedia", "RedPajamaC4", "documents"]),
+            ("zero", "RedPajamaC4=0,RedPajamaBook=1", ["RedPajamaC4=0", "above 0"]),
+            ("sum zero", "RedPajamaC4=0", ["above 0"]), ("negative", "RedPajamaC4=-1,RedPajamaBook=2", ["RedPajamaC4=-1"]),
+            ("nan", "RedPajamaC4=nan", ["above 0"]), ("inf", "RedPajamaC4=inf", ["above 0"]), ("no number", "RedPajamaC4=x", ["RedPajamaC4=x"]),
+            ("no weight", "RedPajamaC4", ["NAME=WEIGHT"]), ("no name", "=1", ["NAME=WEIGHT"]), ("empty", "RedPajamaC4=1,", ["NAME=WEIGHT"]),
+            ("twice", "RedPajamaC4=1,RedPajamaC4=2", ["RedPajamaC4 twice"])):
+        refused(f"mix: {name}", words, f"{d}/in", "--mix", spec, *o)
+    must(f"{d}/in", "--mix", "RedPajamaC4=1,RedPajamaWikipedia=1", *o)          # nothing was written, so the folder is free
+    refused("mix: other weights", ["other options", "mix ="], f"{d}/in", "--mix", "RedPajamaC4=1,RedPajamaBook=1", *o)
+    refused("mix: no path", ["NAME:PATH"], "--mix", "a=1", "--out", f"{d}/1")
+    refused("mix: path missing", ["nowhere", "no such"], "--mix", f"a:{d}/nowhere=1", "--out", f"{d}/2")
+    refused("mix: natural without input", ["no INPUT"], "--mix", "natural", "--out", f"{d}/3")
+    refused("mix: too many tokens", ["--train-tokens", "RedPajamaBook", "--repeat"], f"{d}/in", "--mix",
+            "RedPajamaC4=1,RedPajamaBook=50", "--train-tokens", 10**9, "--out", f"{d}/4")
+    refused("mix: repeat below 1", ["--repeat"], f"{d}/in", "--mix", "natural", "--repeat", 0.5, "--out", f"{d}/5")
+    refused("--repeat alone", ["--mix"], f"{d}/in", "--repeat", 2, "--out", f"{d}/6")
+    refused("two ways to validate", ["--val-from"], f"{d}/in", "--val-from", f"{d}/in", "--val-tokens", 9, "--out", f"{d}/7")
+    line = {"none": '{"text": "a"}', "number": '{"text": "a", "meta": {"redpajama_set_name": 5}}', "flat": '{"text": "a", "meta": 7}',
+            "blank": '{"text": "a", "meta": {"redpajama_set_name": " "}}'}
+    for name, text in line.items():
+        path = save(f"{d}/{name}.jsonl", '{"text": "a", "meta": {"redpajama_set_name": "x"}}\n' + text + "\n")
+        refused(f"mix: {name} key", [f"{name}.jsonl:2", "meta.redpajama_set_name", "--mix-key"], path, "--mix", "natural", "--out", f"{d}/8{name}")
+    refused("mix: plain text", ["a.txt", "NAME:PATH"], save(f"{d}/a.txt", "hello"), "--mix", "natural", "--out", f"{d}/9")
+    many = save(f"{d}/many.jsonl", "".join(json.dumps({"text": "a", "url": f"u{i}"}) + "\n" for i in range(300)))
+    refused("mix: the key is no source", ["url", "256"], many, "--mix", "natural", "--mix-key", "url", "--out", f"{d}/10")
+    same = save(f"{d}/same.jsonl", "".join(json.dumps({"text": f"text {i}", "s": "a b" if i % 2 else "a/b"}) + "\n" for i in range(30)))
+    refused("mix: same file name", ["a b", "a/b"], same, "--mix", "natural", "--mix-key", "s", "--out", f"{d}/11")
+
+
+def test_datasets_on_disk(d):
+    """Folders that Hugging Face's `datasets` wrote itself."""
+    datasets, arrow = library("datasets"), library("pyarrow")
+    datasets.disable_progress_bars()
+    texts = [t for t in sample_texts(700) if t.strip()]
+    meta = [{"redpajama_set_name": f"S{i % 2}"} for i in range(len(texts))]
+    whole = datasets.Dataset.from_dict({"text": texts, "meta": meta})
+    whole.save_to_disk(f"{d}/one")
+    whole.save_to_disk(f"{d}/three", num_shards=3)
+    whole.select(range(5, 600, 2)).save_to_disk(f"{d}/chosen")
+    datasets.DatasetDict({"train": whole, "test": whole.select(range(3))}).save_to_disk(f"{d}/dict")
+    whole.map(lambda row: {"text": row["text"] + "!"}).save_to_disk(f"{d}/mapped")
+    shutil.copy(f"{d}/one/data-00000-of-00001.arrow", f"{d}/one/cache-1234.arrow")      # as map() leaves it there
+    for name, want in (("one", texts), ("three", texts), ("dict", texts), ("chosen", texts[5:600:2]),
+                       ("mapped", [t + "!" for t in texts]), ("dict/test", texts[:3])):
+        r = run(f"{d}/{name}", "--out", f"{d}/o_{name}", "--val-fraction", 0)
+        check(f"datasets: {name}", r.returncode == 0 and texts_of(f"{d}/o_{name}") == want, r.stderr)
+        check(f"datasets: {name}: what is not read is told", ("test/" in r.stderr) == (name == "dict") and
+              ("cache-1234.arrow" in r.stderr) == (name == "one"), r.stderr)
+    must(f"{d}/three", "--mix", "S0=1,S1=1", "--out", f"{d}/mix")
+    check("datasets: a mix", mix_of(f"{d}/mix")[1].keys() == {"S0", "S1"})
+    data = open(f"{d}/one/data-00000-of-00001.arrow", "rb").read()
+    for name, some in (("cut", data[:len(data) // 2]), ("end", data[:-8]), ("empty", b"")):
+        path = save(f"{d}/{name}.arrow", some)
+        refused(f"datasets: {name}", [path, "damaged"], path, "--out", f"{d}/p_{name}")
+    os.unlink(f"{d}/three/data-00001-of-00003.arrow")
+    refused("datasets: a file is gone", ["data-00001-of-00003.arrow", "missing"], f"{d}/three", "--out", f"{d}/q")
+    shutil.rmtree(f"{d}/dict/train")
+    refused("datasets: no train", ["no split train", "test"], f"{d}/dict", "--out", f"{d}/r")
+    state = read_json(f"{d}/chosen/state.json")
+    save(f"{d}/chosen/state.json", json.dumps({**state, "_indices_data_files": [{"filename": "indices.arrow"}]}))
+    refused("datasets: a choice of rows", ["flatten_indices"], f"{d}/chosen", "--out", f"{d}/s")
+
+
+def test_arrow_without_datasets(d):
+    """The same layout written by hand: stream and file form, strings of all kinds."""
+    arrow, ipc = library("pyarrow"), library("pyarrow.ipc")
+    texts = [t for t in sample_texts(500) if t.strip()]
+    for kind, new in (("stream", ipc.new_stream), ("file", ipc.new_file)):
+        for text in (arrow.string(), arrow.large_string()):
+            table = arrow.table({"n": list(range(len(texts))), "text": arrow.array(texts, text)})
+            with new(f"{d}/a.arrow", table.schema) as out:
+                out.write_table(table, max_chunksize=130)
+            must(f"{d}/a.arrow", "--out", f"{d}/{kind}{text}", "--val-fraction", 0)
+            check(f"arrow {kind} {text}", texts_of(f"{d}/{kind}{text}") == texts)
+    refused("arrow: no such column", ["n, text", "--text-key"], f"{d}/a.arrow", "--out", f"{d}/x", "--text-key", "body")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import tokens
+left = int(sys.argv[2])
+def deadly(call):
+    def wrapped(*args, **more):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **more)
+    return wrapped
+os.replace, os.fsync, os.unlink = deadly(os.replace), deadly(os.fsync), deadly(os.unlink)
+sys.exit(tokens.main(sys.argv[3:]))
+"""
+
+
+def test_kill_and_go_on(d):
+    """kill -9 before each step that reaches the disk, and at any time: the same command gives the same bytes."""
+    slim_pajama(f"{d}/slim", per_file=900, ending=".jsonl")
+    slim_pajama(f"{d}/large", per_file=3000, ending=".jsonl")
+    rng = random.Random(2)
+    save_jsonl(f"{d}/some/1.jsonl", [" ".join(rng.choices(("one", "two"), k=400)) for _ in range(900)])
+    save(f"{d}/some/2.txt.gz", gzip.compress(("\n".join(f"line {i} of a long text" for i in range(90000)) + "\n===\n" + "x y " * 99).encode()))
+    with contextlib.suppress(Skip):
+        arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+        parquet.write_table(arrow.table({"text": [f"row {i} " * 300 for i in range(900)]}), f"{d}/some/3.parquet")
+    common = ("--save-every", 0, "--shard-tokens", 400000, "--jobs", 1)
+    for name, args in (("plain", [f"{d}/some", "--split-on", "==="]),
+                       ("ds", [f"{d}/some", "--format", "ds", "--seq-len", 100, "--token-bytes", 4]),
+                       ("mix", [f"{d}/slim", "--mix", "RedPajamaC4=1,RedPajamaBook=1,RedPajamaWikipedia=1", "--repeat", 2]),
+                       ("end", [f"{d}/some/2.txt.gz"])):
+        must(*args, *common, "--out", f"{d}/whole/{name}")
+        want, told, out = everything_in(f"{d}/whole/{name}"), 0, f"{d}/killed/{name}"
+        for k in (1, 2, 3, 5, 7, 10, 14, 19, 25, 33, 43, 55, 70):
+            p = subprocess.run([sys.executable, "-c", KILLED, HERE, str(k), *map(str, [*args, *common, "--out", out])],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, universal_newlines=True)
+            if p.returncode == 0:
+                break
+            check(f"{name}: killed at {k}", p.returncode == -signal.SIGKILL, p.stderr)
+            r = run(*args, *common, "--out", out)
+            told += "goes on after" in r.stdout
+            check(f"{name}: killed at {k}, then as if not", r.returncode == 0 and everything_in(out) == want, r.stderr)
+            shutil.rmtree(out)
+        check(f"{name}: work was kept", told >= 3 or name == "end", told)
+    args = [f"{d}/large", "--mix", "natural", "--val-fraction", 0.1, *common[:-1], 2]
+    must(*args, "--out", f"{d}/whole/again")
+    times, began = 0, time.time()
+    while True:         # killed again and again, with workers; it must come to an end
+        p = subprocess.Popen([sys.executable, SCRIPT, *map(str, args), "--out", f"{d}/again"], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE)
+        try:
+            p.wait(rng.uniform(0.5, 1.5) + times / 20)
+            break
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
+            times += 1
+    check(f"killed {times} times: the same bytes", p.returncode == 0 and everything_in(f"{d}/again") == everything_in(f"{d}/whole/again"),
+          p.stderr.read())
+
+
+def test_go_on_refuses_other_input(d):
+    """What was read must still be so; what comes later may be mended."""
+    texts = [f"text {i} " + "word " * 400 for i in range(2000)]
+    lines = [json.dumps({"text": t}) + "\n" for t in texts]
+    save(f"{d}/in/1.jsonl", "".join(lines[:1000]))
+    bad = save(f"{d}/in/2.jsonl", "".join(lines[1000:1900] + ["{bad\n"] + lines[1900:]))
+    args = (f"{d}/in", "--out", f"{d}/o", "--save-every", 0, "--val-fraction", 0)
+    refused("a bad line", ["2.jsonl:901"], *args)
+    check("what was written before it is kept", os.path.exists(f"{d}/o/.state.json"))
+    shutil.copytree(f"{d}/o", f"{d}/o_kept")
+    save(f"{d}/in/1.jsonl", "".join(lines[1:1000]))
+    refused("a file that was read has changed", ["1.jsonl", "changed", f"remove {d}/o"], *args)
+    save(f"{d}/in/1.jsonl", "".join(lines[:1000]))
+    save(bad, "".join(lines[1001:]))
+    refused("the front of the open file has changed", ["2.jsonl", "changed"], *args)
+    save(bad, "".join(lines[1000:1010]))
+    refused("the open file is too short", ["2.jsonl", "changed"], *args)
+    save(bad, "".join(lines[1000:]))
+    r = run(*args)
+    check("mended: it goes on", r.returncode == 0 and "goes on after" in r.stdout and texts_of(f"{d}/o") == texts, r.stderr)
+    shutil.rmtree(f"{d}/o")
+    os.rename(f"{d}/o_kept", f"{d}/o")
+    for n in os.listdir(f"{d}/o"):
+        if n.endswith(".tmp"):
+            os.unlink(f"{d}/o/{n}")
+    refused("a shard is gone", ["missing", "remove"], *args)
+    shutil.rmtree(f"{d}/o")
+    must(*args)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500000, 2500000))        # as a full disk does
+    refused("disk full", ["free space"], *args[:1], "--out", f"{d}/full", *args[3:], preexec_fn=limit)
+    r = run(*args[:1], "--out", f"{d}/full", *args[3:])
+    check("room again: it goes on", "goes on after" in r.stdout and everything_in(f"{d}/full") == everything_in(f"{d}/o"), r.stderr)
+    os.unlink(f"{d}/o/train_000.bin")
+    r = run(*args)
+    check("complete, but a shard is gone: made anew", r.returncode == 0 and "made anew" in r.stderr and texts_of(f"{d}/o") == texts)
+    save_jsonl(f"{d}/in/2.jsonl", texts[:10])
+    r = run(*args)
+    check("complete, but the input has changed: made anew", r.returncode == 0 and len(texts_of(f"{d}/o")) == 1010, r.stderr)
 
 
 def test_bad_input(d):

@@ -5,27 +5,32 @@
     python3 data/tokens.py dump/ --tokenizer tokenizer.model --out data/slim --jobs 8      # SentencePiece
     python3 data/tokens.py a.jsonl.gz --tokenizer r50k_base.tiktoken --out data/web        # GPT-2
     python3 data/tokens.py a.jsonl.zst --tokenizer tokenizer.json --format ds --seq-len 2048 --out data/rows
+    python3 data/tokens.py SlimPajama-627B/train --mix 'RedPajamaC4=0.3,RedPajamaCommonCrawl=0.5,RedPajamaBook=0.2' \\
+        --val-from SlimPajama-627B/validation --tokenizer tokenizer.model --out data/mix   # sources by weight
+    python3 data/tokens.py --mix 'web:fineweb/=0.8,code:code.jsonl.zst=0.2' --out data/two
     python3 data/tokens.py --inspect data/tiny/train_000.bin
     python3 data/tokens.py --export-tokenizer tokenizer.model --out tokenizer.bin
     python3 data/test_tokens.py
 
-Inputs are .txt, .jsonl, .ndjson or .json (one JSON object per line), plain, .gz, .zst, .xz or .bz2, and .parquet;
-folders are searched, and what they hold besides is named.
+Inputs are .txt, .jsonl, .ndjson or .json (one JSON object per line), plain, .gz, .zst, .xz or .bz2, .parquet, and
+.arrow as Hugging Face's `datasets` saves it; folders are searched, and what they hold besides is named.
 Outputs (byte tables in data/README.md):
     bin   OUT/train_000.bin ..., OUT/val_000.bin ..., OUT/tokenizer.bin, OUT/tokens.json
     ds    the same as OUT/train/train_000.ds and OUT/validation/val_000.ds, each folder with metadata.json
+    With --mix the validation shards are val_SOURCE_000, ...; OUT/manifest.json tells inputs, sources and shards.
 
 What holds, whatever the input:
     - Memory is bounded: text flows through in pieces of at most 256 KiB (one JSON line or parquet row is read
       whole; a .zst file may ask for its window, up to 2 GiB).
     - The same inputs and options give the same bytes, for any --jobs: batches are cut by the reader and
       written in the reader's order.
-    - A document goes to validation if hash(seed, its index) says so; document 0 always trains. Where that leaves
-      validation empty (one book, a few files), the end of the text is validation instead.
+    - A document goes to validation if hash(seed, its index) says so; without --mix, document 0 always trains, and
+      where that leaves validation empty (one book, a few files), the end of the text is validation instead.
     - A document longer than a piece is cut where a line begins with a letter or digit. No GPT-2 or
       Llama token crosses such a place, so the tokens are those of the whole document.
     - A shard is written under a temporary name, fsynced, then renamed. A kill leaves whole shards only,
-      and tokens.json with "complete": false.
+      and tokens.json with "complete": false. Every --save-every seconds .state.json tells how far input and shards
+      are; the same command goes on from there, and its bytes are those of a run that was never killed.
     - A shard ends with the document that fills it, so no document is cut unless it is longer than a shard.
 """
 import argparse, base64, collections, concurrent.futures, concurrent.futures.process, contextlib, gzip
@@ -35,7 +40,7 @@ PIECE = 1 << 18          # bytes of text that are encoded at once
 BATCH = 1 << 20          # bytes of text handed to a worker at once
 LINE_MAX = 1 << 28       # the longest JSON line
 NEVER = -1e30            # score of a piece that no merge may produce (below any reader's "no merge yet")
-INPUT = re.compile(r"(?i)\.(txt|json|jsonl|ndjson)(\.gz|\.zst|\.xz|\.bz2)?$|\.parquet$")
+INPUT = re.compile(r"(?i)\.(txt|json|jsonl|ndjson)(\.gz|\.zst|\.xz|\.bz2)?$|\.(?:parquet|arrow)$")
 NOT_IN_FOLDER = re.compile(r"(?i)^\.|\.json$")         # hidden, or a stray info.json
 WIDE = [("utf-32", b"\xff\xfe\0\0"), ("utf-32", b"\0\0\xfe\xff"), ("utf-16", b"\xff\xfe"), ("utf-16", b"\xfe\xff")]
 LINE_CUT = re.compile(rb"(?s).*\S\n(?=[0-9A-Za-z])")    # greedy: the last such place
@@ -443,29 +448,65 @@ def write_whole(path, data):
     os.replace(path + ".tmp", path)
 
 
-# ---- Reading: files -> (document index, first, last, path, line, row or byte offset, kind, bytes) -----
+# ---- Reading: files -> (document index, first, last, path, line, row or byte offset, kind, source, bytes) -----
+def saved_by_datasets(folder):
+    """The files of a folder that Dataset.save_to_disk wrote (others may be left there by its cache), or None."""
+    with open(os.path.join(folder, "state.json"), encoding="utf-8") as f:
+        try:
+            state = json.load(f)
+            names = [row["filename"] for row in state["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            return None
+    if state.get("_indices_data_files"):
+        raise UserError(f"{folder}: this dataset keeps a choice of rows beside its files; save it again after "
+                        "flatten_indices()")
+    for n in names:
+        if not os.path.exists(os.path.join(folder, n)):
+            raise UserError(f"{folder}: {n} is missing, which its state.json names; save the dataset again")
+    return names
+
+
+def files_of_folder(path):
+    """(files to read, what else lies there): text by its names, datasets saved on disk by their lists."""
+    found, rest = [], []
+    for folder, folders, names in os.walk(path):
+        join = functools.partial(os.path.join, folder)
+        saved = saved_by_datasets(folder) if "state.json" in names else None
+        if "dataset_dict.json" in names:        # one folder for each split: the others are there to test with
+            if "train" not in folders:
+                raise UserError(f"{folder}: no split train (it has {', '.join(sorted(folders))}); name one of its folders")
+            rest += [join(n, "") for n in folders if n != "train"]
+            folders[:] = ["train"]
+        elif saved is not None:
+            found += map(join, saved)
+            rest += [join(n) for n in names if n not in saved + ["state.json", "dataset_info.json"]]
+        else:
+            for n in names:
+                (found if INPUT.search(n) and not NOT_IN_FOLDER.search(n) else rest).append(join(n))
+        rest += [join(n, "") for n in folders if os.path.islink(join(n))]
+        if "train" in folders and {"validation", "test"} & set(folders) and folder == path:
+            print(f"note: {path}: train is read together with {', '.join(sorted({'validation', 'test'} & set(folders)))}; "
+                  f"name {join('train')} to read only that", file=sys.stderr)
+    return sorted(found), sorted(rest)
+
+
 def find_inputs(paths):
     files = []
     for path in paths:
         if os.path.isdir(path):
-            found, rest = [], []
-            for folder, folders, names in os.walk(path):
-                for n in names:
-                    (found if INPUT.search(n) and not NOT_IN_FOLDER.search(n) else rest).append(os.path.join(folder, n))
-                rest += [os.path.join(folder, n, "") for n in folders if os.path.islink(os.path.join(folder, n))]
-            some = ", ".join(n[len(os.path.join(path, "")):] for n in sorted(rest)[:5]) + ", ..." * (len(rest) > 5)
+            found, rest = files_of_folder(path)
+            some = ", ".join(n[len(os.path.join(path, "")):] for n in rest[:5]) + ", ..." * (len(rest) > 5)
             if not found:
-                raise UserError(f"{path}: no .txt, .jsonl or .parquet file in this folder ({some or 'it is empty'}); "
-                                "name the files")
+                raise UserError(f"{path}: no .txt, .jsonl, .parquet or .arrow file in this folder "
+                                f"({some or 'it is empty'}); name the files")
             if rest:
-                print(f"note: {path}: {len(rest)} not read ({some}); name a file or a linked folder to read it",
-                      file=sys.stderr)
-            files += sorted(found)
+                print(f"note: {path}: {len(rest)} not read ({some}); name a file or folder to read it", file=sys.stderr)
+            files += found
         elif not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
         elif not INPUT.search(path):
             raise UserError(f"{path}: unknown kind of input; name it .txt or .jsonl (also with .gz, .zst, .xz, .bz2), "
-                            "or .parquet")
+                            ".parquet or .arrow")
         else:
             files.append(path)
     return files
@@ -545,22 +586,80 @@ def make_separator(how):
     return lambda line: line.strip() == how.encode() or regex.fullmatch(line.strip()) is not None
 
 
-def parquet_rows(path, key, progress):
-    parquet, before, number = need("pyarrow.parquet", "pyarrow"), progress.done, 0
-    file = parquet.ParquetFile(path)
-    if key not in file.schema_arrow.names:
-        raise UserError(f"{path}: no column \"{key}\" (it has {', '.join(file.schema_arrow.names)}); "
-                        "pass --text-key NAME")
-    for batch in file.iter_batches(256, columns=[key]):
-        column = batch.column(0)
-        if str(column.type) in ("string", "large_string"):      # as bytes, so that encode_batch tells what is not UTF-8
+def tables(path, columns=None):
+    """Yield (record batch of few rows, bytes of the file behind it); columns(names) says which are wanted."""
+    size, wanted = os.path.getsize(path), columns or (lambda names: names)
+    if not size:
+        raise EOFError("it is empty")
+    if path.lower().endswith(".parquet"):
+        file, rows = need("pyarrow.parquet", "pyarrow").ParquetFile(path), 0
+        for batch in file.iter_batches(256, columns=list(wanted(file.schema_arrow.names))):
+            rows += batch.num_rows
+            yield batch, size * rows // file.metadata.num_rows
+        return
+    arrow, ipc = need("pyarrow"), need("pyarrow.ipc", "pyarrow")
+    with arrow.OSFile(path) as f:       # not a memory map, whose pages would count as this process's memory
+        if f.read(6) == b"ARROW1":
+            file = ipc.open_file(f)
+            parts = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:       # the stream form, as `datasets` writes it; without its last word it would end early in silence
+            f.seek(max(0, size - 4))
+            if f.read(4) != bytes(4):
+                raise EOFError("it ends before its end mark")
+            f.seek(0)
+            file = parts = ipc.open_stream(f)
+        names = list(wanted(file.schema.names))
+        for part in parts:
+            for at in range(0, part.num_rows, 64):
+                yield part.select(names).slice(at, 64), f.tell()
+
+
+def table_rows(path, key, mix_key=None):
+    """Yield (row, True, True, text as bytes, source, bytes of the file behind it) of a .parquet or .arrow file."""
+    number, root = 0, None
+
+    def columns(names):
+        nonlocal root
+        root = mix_key and (mix_key if mix_key in names else mix_key.split(".")[0])
+        for name, option in ((key, "--text-key"), (root, "--mix-key")):
+            if name and name not in names:
+                raise UserError(f"{path}: no column \"{name}\" (it has {', '.join(names)}); pass {option} NAME")
+        return dict.fromkeys(n for n in (key, root) if n)
+    for batch, at in tables(path, columns):
+        column = batch.column(key)
+        if re.fullmatch("(large_)?string(_view)?", str(column.type)):   # as bytes: encode_batch tells what is not UTF-8
             column = column.cast(str(column.type).replace("string", "binary"))
-        for value in column.to_pylist():
+        sources = batch.column(root).to_pylist() if root else [None] * len(column)
+        for value, source in zip(column.to_pylist(), sources):
             number += 1
             if not isinstance(value, bytes):
                 raise UserError(f"{path}: row {number}: \"{key}\" is not a string; pass --text-key NAME")
-            progress.done = before + os.path.getsize(path) * number // file.metadata.num_rows
-            yield number, True, True, value
+            if root:
+                source = find_source({root: source}, mix_key, f"{path}: row {number}")
+            yield number, True, True, value, source, at
+
+
+def parquet_rows(path, key, progress):
+    before = progress.done
+    for *row, _, at in table_rows(path, key):
+        progress.done = before + at
+        yield tuple(row)
+
+
+def find_source(row, key, where):
+    """The value of a key such as meta.redpajama_set_name: a name in an object in a row."""
+    value = row
+    try:
+        for part in [key] if key in row else key.split("."):
+            if isinstance(value, str) and value.lstrip()[:1] == "{":        # an object that a table keeps as text
+                value = json.loads(value)
+            value = value[part]
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise UserError(f"{where}: no key \"{key}\", which tells the source; pass --mix-key NAME")
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: \"{key}\" is {json.dumps(value, default=str)[:40]}, not the name of a source; "
+                        "pass --mix-key NAME")
+    return value
 
 
 class Zstd(io.RawIOBase):
@@ -589,6 +688,30 @@ class Zstd(io.RawIOBase):
         return n
 
 
+class Hashed(io.RawIOBase):
+    """A file that counts, and hashes if asked, what is read from it."""
+    def __init__(self, raw, digest):
+        self.raw, self.digest, self.count = raw, digest, 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        n = self.raw.readinto(buffer)
+        self.count += n
+        if self.digest:
+            self.digest.update(memoryview(buffer)[:n])
+        return n
+
+
+def file_hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(BATCH):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def open_input(path, raw):
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
@@ -608,26 +731,50 @@ def refuse_wide(path, head):
         raise UserError(f"{path}: this is {kind.upper()} text, not UTF-8; convert it (iconv -f {kind} -t utf-8)")
 
 
-def read_documents(files, separator, text_key, progress, lines=json_lines, rows=parquet_rows):
-    document = -1
-    for path in files:
+class Place(argparse.Namespace):
+    """How far a list of files is read: `documents` of file number `file`, before which lie `before`. check: CRC of the
+    end of the last document's bytes; open: its end is still to come."""
+    def __init__(self, file=0, before=0, documents=0, check=0, open=False):
+        super().__init__(file=file, before=before, documents=documents, check=check, open=open)
+
+
+def read_documents(files, separator, text_key, progress, mix_key=None, place=None, finished=None, lines=json_lines,
+                   rows=table_rows):
+    """Goes on from `place`, and keeps it up to date. finished(path, bytes, SHA-256, documents) is told of each file."""
+    place = place or Place()
+    progress.done += sum(map(os.path.getsize, files[:place.file]))
+    for path in files[place.file:]:
         ending = os.path.splitext(path)[1].lower()[1:]
         kind = {"": "row", "txt": "text"}.get((INPUT.search(path)[1] or "").lower(), "line")
-        with open(path, "rb") as raw:
-            before, size = progress.done, os.path.getsize(path)
+        skip, check, documents, shown = place.documents, place.check, 0, 0
+        digest = hashlib.sha256() if finished and kind != "row" else None
+        with open(path, "rb", 0) as file:
+            size, counter = os.path.getsize(path), Hashed(file, digest)
             try:
-                if kind != "row":
+                if kind == "row":
+                    items = rows(path, text_key, mix_key)
+                else:
                     if not size and ending in ("gz", "zst", "xz", "bz2"):
                         raise EOFError("it is empty")
-                    stream = open_input(path.lower(), raw)
+                    if mix_key and kind == "text":
+                        raise UserError(f"{path}: plain text has no key \"{mix_key}\"; give its source a name with "
+                                        "--mix 'NAME:PATH=WEIGHT,...'")
+                    stream = open_input(path.lower(), io.BufferedReader(counter, 1 << 16))
                     refuse_wide(path, stream.peek(1024)[:1024])
-                for where, first, last, data in (rows(path, text_key, progress) if kind == "row" else
-                                                 lines(path, stream) if kind == "line" else
-                                                 text_pieces(stream, separator)):
-                    document += first
-                    if kind != "row":
-                        progress.done = before + raw.tell()
-                    yield document, first, last, path, where, kind, data
+                    items = lines(path, stream) if kind == "line" else text_pieces(stream, separator)
+                for where, first, last, data, *more in items:
+                    documents += first
+                    at = more[1] if more else counter.count
+                    progress.done, shown = progress.done + at - shown, at
+                    if documents <= skip:
+                        if last and documents == skip and zlib.crc32(data[-4096:]) != check:
+                            raise UserError(f"{path}: document {skip} is not what was read before; it has changed since: "
+                                            "remove the --out folder to start anew")
+                        continue
+                    place.open = not last
+                    if last:
+                        place.documents, place.check = documents, zlib.crc32(data[-4096:])
+                    yield place.before + documents - 1, first, last, path, where, kind, more[0] if more else None, data
             except UserError:
                 raise
             except Exception as e:      # each library has errors of its own; one with an errno is the disk's
@@ -635,7 +782,13 @@ def read_documents(files, separator, text_key, progress, lines=json_lines, rows=
                 if not known and not (isinstance(e, OSError) and e.errno is None):
                     raise
                 raise UserError(f"{path}: damaged {ending} file ({e}); get it again")
-            progress.done = before + size
+        if documents < skip:
+            raise UserError(f"{path}: {documents} documents, but {skip} were read before; it has changed since: remove the "
+                            "--out folder to start anew")
+        progress.done += size - shown
+        if finished:
+            finished(path, size, digest.hexdigest() if digest else file_hash(path), documents)
+        place.file, place.before, place.documents, place.check = place.file + 1, place.before + documents, 0, 0
 
 
 def batches(items):
@@ -681,13 +834,16 @@ def decode_text(data, errors, path, where, kind):
                         "(iconv -f latin1 -t utf-8) or pass --errors replace")
 
 
-def json_text(line, path, number):
+def json_fields(line, path, number):
+    """(text as bytes, source or None) of one line."""
     args = worker.args
     try:
-        text = json.loads(decode_text(line, args.errors, path, number, "line").lstrip("\ufeff"))[args.text_key]
+        row = json.loads(decode_text(line, args.errors, path, number, "line").lstrip("\ufeff"))
+        text = row[args.text_key]
         if not isinstance(text, str):
             raise UserError(f"{path}:{number}: \"{args.text_key}\" is not a string; pass --text-key NAME")
-        return text.encode("utf-8", args.errors)        # half a surrogate pair is legal JSON, but no text
+        source = find_source(row, args.mix_key, f"{path}:{number}") if getattr(args, "mix_key", None) else None
+        return text.encode("utf-8", args.errors), source        # half a surrogate pair is legal JSON, but no text
     except UnicodeEncodeError:
         raise UserError(f"{path}:{number}: a lone surrogate is not text; mend the line or pass --errors replace")
     except (KeyError, TypeError, IndexError):
@@ -697,17 +853,29 @@ def json_text(line, path, number):
         raise UserError(f"{path}:{number}: bad JSON ({e}){hint or '; mend or remove the line'}")
 
 
+def json_text(line, path, number):
+    return json_fields(line, path, number)[0]
+
+
 def encode_batch(batch):
-    """-> (uint16 or uint32 ids of all pieces, [(document, ids in this piece, first, last, text bytes)])."""
+    """-> (uint16 or uint32 ids of all pieces, [(document, ids in this piece, first, last, text bytes, part)]).
+    part: None, or what the mix does with it: (source, "train" or "val"); document is then (u, source, pass), see choose."""
     np, args, out, spans = need("numpy"), worker.args, [], []
-    for document, first, last, path, where, kind, data in batch:
+    rules = getattr(args, "rules", None)
+    for document, first, last, path, where, kind, source, data in batch:
+        part = None
         if kind == "line":
-            data = json_text(data, path, where)
+            data, source = json_fields(data, path, where)
+        if rules is not None:
+            u, name, number = document
+            part = choose(args, name or source, u, number)
+            if not part:
+                continue
         if first and last and not data.strip():
             continue
         start = len(out)
-        for part in split_pieces(data):
-            text = decode_text(part, args.errors, path, where, kind)
+        for piece in split_pieces(data):
+            text = decode_text(piece, args.errors, path, where, kind)
             out.append(np.asarray(worker.encode(text, not first or len(out) > start)))
         if first and args.bos_id >= 0:
             out.insert(start, np.array([args.bos_id]))
@@ -715,32 +883,309 @@ def encode_batch(batch):
             out.append(np.array([args.eos_id]))
         for ids in out[start:]:
             if len(ids) and int(ids.max()) >= 1 << 8 * args.token_bytes:
-                raise UserError(f"{path}: document {document} has token id {int(ids.max())}, which does not fit "
-                                f"{args.token_bytes} bytes; leave --token-bytes out")
-        spans.append((document, sum(map(len, out[start:])), first, last, len(data)))
+                raise UserError(f"{path}: {f'document {document}' if part is None else f'{kind} {where}'} has token id "
+                                f"{int(ids.max())}, which does not fit {args.token_bytes} bytes; leave --token-bytes out")
+        spans.append((document, sum(map(len, out[start:])), first, last, len(data), part))
     dtype = f"<u{args.token_bytes}"
     return (np.concatenate([a.astype(dtype) for a in out]) if out else np.zeros(0, dtype)), spans
 
 
-def encoded(work, args, start=start_worker, encode=encode_batch):
-    """encode over all batches, in order; at most 2 x jobs batches wait in memory."""
+def in_order(function, work, args, start=start_worker):
+    """(function(x), tag) for each (x, tag) of work, in that order; at most 2 x jobs of them wait in memory."""
     if args.jobs == 1:
         start(args, os.getpid())
-        yield from map(encode, work)
+        yield from ((function(x), tag) for x, tag in work)
         return
     pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start, initargs=(args, os.getpid()))
     try:
         waiting = collections.deque()
-        for batch in work:
-            waiting.append(pool.submit(encode, batch))
+        for x, tag in work:
+            waiting.append((pool.submit(function, x), tag))
             if len(waiting) > 2 * args.jobs:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                future, tag = waiting.popleft()
+                yield future.result(), tag
+        for future, tag in waiting:
+            yield future.result(), tag
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError("a worker process died (out of memory?); use a smaller --jobs")
     finally:
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
+
+
+def encoded(work, args):
+    """encode_batch over all batches, in order."""
+    return (result for result, _ in in_order(encode_batch, ((batch, None) for batch in work), args))
+
+
+# ---- Mixing: which documents of which source --------------------------------------------------------------------
+# A first pass counts the text of each source, by the hash u of each document, and encodes a sample of it. From that
+# follow, for each source, thresholds of u: below the first a document validates; above, it trains floor(copies) times,
+# and once more below the second. So what happens to a document depends on u and its source alone, in any order.
+BINS = 4096              # of u, in the count
+SAMPLE = 64 << 20        # bytes of input of which the documents are encoded to learn the tokens per byte of each source
+SAMPLE_TEXT = 1 << 16    # bytes of a document that are encoded for it
+MAX_SOURCES = 256
+
+
+def parse_mix(args):
+    """--mix -> (weights {source: weight} or None, [(source or None, [path])] to read)."""
+    if args.mix == "natural":
+        return None, [(None, args.inputs)]
+    weights, streams = {}, []
+    for row in args.mix.split(","):
+        name, equals, weight = row.strip().rpartition("=")
+        name, colon, path = name.partition(":") if not args.inputs else (name, "", "")
+        try:
+            weight = float(weight) if equals else 0.0
+        except ValueError:
+            weight = -1.0
+        if not name or not 0 < weight < float("inf"):
+            raise UserError(f"--mix: '{row.strip()}' is not {'NAME' if args.inputs else 'NAME:PATH'}=WEIGHT with a weight "
+                            "above 0; leave a source out to use nothing of it")
+        if name in weights:
+            raise UserError(f"--mix names {name} twice")
+        if not args.inputs and not path:
+            raise UserError(f"--mix: '{row.strip()}' has no path; write NAME:PATH=WEIGHT, or name INPUT files whose "
+                            "documents tell their source (--mix-key)")
+        weights[name] = weight
+        streams.append((name, [path]))
+    total = sum(weights.values())
+    return {n: w / total for n, w in weights.items()}, [(None, args.inputs)] if args.inputs else streams
+
+
+def parse_val_from(args, streams):
+    """--val-from -> [(source or None, [path])]: with NAME:PATH sources each path has its source's name before it."""
+    if not args.mix or streams[0][0] is None:
+        return [(None, args.val_from)] if args.val_from else []
+    rows = [row.partition(":") for row in args.val_from]
+    for name, _, path in rows:
+        if not path or name not in dict(streams):
+            raise UserError(f"--val-from {name}: write NAME:PATH with a NAME of --mix ({', '.join(dict(streams))})")
+    return [(name, [path]) for name, _, path in rows]
+
+
+def hash_of(args, stream, file, document):
+    """u, 64 bits: its upper ones choose documents, its lower ones the passes and the sample."""
+    data = f"{args.seed}:{stream}:{file}:{document}".encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def choose(args, source, u, number):
+    """What pass number `number` does with a document: "train", "val" or None. Its copies lie in different passes."""
+    rule = args.rules.get(source)
+    if rule is None or number == args.passes:       # after the passes come the files of --val-from
+        return rule and (source, "val")
+    validates, more, copies = rule
+    if u < validates:
+        return (source, "val") if number == 0 else None
+    return (source, "train") if (number - u) % args.passes < copies + (u < more) else None
+
+
+def count_file(task):
+    """-> ({source: its counts}, documents, SHA-256) of one file; sources are sparse: {bin of u: bytes}."""
+    stream, number, path, name = task
+    args, sources, told, index = worker.args, {}, [], -1
+    for _, first, last, path, where, kind, source, data in read_documents(
+            [path], make_separator(args.split_on), args.text_key, Progress(1), args.mix_key, None, lambda *x: told.append(x)):
+        if kind == "line":
+            data, source = json_fields(data, path, where)
+        if first:
+            index += 1
+            u = hash_of(args, stream, number, index)
+        if first and last and not data.strip():
+            continue
+        new = (name or source) not in sources
+        if new and len(sources) == MAX_SOURCES:
+            raise UserError(f"{path}: \"{args.mix_key}\" has more than {MAX_SOURCES} values ({', '.join(list(sources)[:3])}, "
+                            "...), too many for sources; pass another --mix-key")
+        s = sources.setdefault(name or source, {"documents": 0, "bytes": 0, "text": 0, "tokens": 0, "low": u, "bins": {}})
+        s["documents"] += first
+        s["bytes"] += len(data)
+        s["low"] = min(s["low"], u)
+        s["bins"][u * BINS >> 64] = s["bins"].get(u * BINS >> 64, 0) + len(data)
+        if first and (new or u & 0xFFFFFFFF < args.sample * 2.0 ** 32):
+            text = data[:SAMPLE_TEXT].decode("utf-8", "ignore")
+            s["tokens"] += len(worker.encode(text, False))
+            s["text"] += len(text.encode())
+    return sources, index + 1, told[0][2]
+
+
+def count_inputs(args, streams, progress, begun):
+    """-> {"inputs": [[path, bytes, SHA-256, documents]], "sources": {source: counts}}; goes on where a kill stopped it.
+    begun: shards exist that follow from the count, so it must not change."""
+    path, files = os.path.join(args.out, ".counts.json"), [f for _, files in streams for f in files]
+    sizes = [[f, os.path.getsize(f)] for f in files]
+    total = {"version": 1, "streams": [[name, len(files)] for name, files in streams], "sizes": sizes, "inputs": [],
+             "sources": {}}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            before = json.load(f)
+        if begun:
+            refuse_changed(args, before["sizes"], sizes)
+        if all(before[k] == total[k] for k in ("version", "streams", "sizes")):
+            total = before
+    done, saved = len(total["inputs"]), time.time()
+    progress.done = sum(size for _, size in sizes[:done])
+    args.sample, args.rules = min(1.0, SAMPLE / max(sum(size for _, size in sizes), 1)), None
+    tasks = [(i, j, f, name) for i, (name, files) in enumerate(streams) for j, f in enumerate(files)]
+    for sources, documents, digest in (r for r, _ in in_order(count_file, ((t, None) for t in tasks[done:]), args)):
+        for name, new in sources.items():
+            old = total["sources"].setdefault(name, {**dict.fromkeys(new, 0), "low": new["low"], "bins": [0] * BINS})
+            for key in ("documents", "bytes", "text", "tokens"):
+                old[key] += new[key]
+            old["low"] = min(old["low"], new["low"])
+            for b, n in new["bins"].items():
+                old["bins"][b] += n
+        if len(total["sources"]) > MAX_SOURCES:
+            raise UserError(f"\"{args.mix_key}\" has more than {MAX_SOURCES} values, too many for sources; pass another "
+                            "--mix-key")
+        progress.done += sizes[done][1]
+        total["inputs"].append([*sizes[done], digest, documents])
+        done += 1
+        progress.show(0)
+        if time.time() - saved >= args.save_every or done == len(sizes):
+            write_whole(path, json.dumps(total).encode())
+            saved = time.time()
+    progress.clear()
+    return total
+
+
+def plan_mix(args, weights, counts):
+    """Fills args.rules and args.passes; -> {source: what is told of it}. Tokens are those estimated from the sample."""
+    seen, edges = counts["sources"], (args.bos_id >= 0) + (args.eos_id >= 0)
+    unknown = [n for n in weights or () if n not in seen]
+    if unknown:
+        some = ", ".join(f"{n} ({s['documents']:,} documents)" for n, s in sorted(seen.items())) or "none"
+        raise UserError(f"--mix: no document of {', '.join(unknown)}; the sources seen are {some}")
+    names = sorted(seen) if weights is None else list(weights)
+    tokens = {n: s["bytes"] * s["tokens"] / max(s["text"], 1) + s["documents"] * edges for n, s in seen.items()}
+    if not names or not all(tokens[n] for n in names):
+        raise UserError("--mix: no text in the input; nothing to tokenize")
+
+    def below(n, u):        # tokens of the documents with a smaller hash
+        bins, at = seen[n]["bins"], u * BINS
+        part = sum(bins[:at >> 64]) + (bins[at >> 64] * (at % (1 << 64)) / 2.0 ** 64 if at >> 64 < BINS else 0)
+        return part / seen[n]["bytes"] * tokens[n]
+
+    def threshold(n, wanted):       # the hash with so many tokens below it
+        left, few = wanted / tokens[n] * seen[n]["bytes"], seen[n]["documents"] < 4 * BINS
+        for b, size in enumerate(seen[n]["bins"]):
+            if size and left < size:    # a bin with one document or so is taken or not; of many, a part is
+                part = max(left, 0) / size
+                return (b << 64) // BINS + int((part >= 0.5 if few else part) * 2.0 ** 64) // BINS
+            left -= size
+        return 1 << 64
+    wanted, share, natural = args.val_tokens or args.val_fraction, args.val_fraction, weights is None
+    spare = {n: tokens[n] - (min(args.val_tokens, tokens[n] / 10) if args.val_tokens else tokens[n] * share) for n in names}
+    weights = weights or {n: tokens[n] / sum(tokens[m] for m in names) for n in names}
+    most = lambda have: min(args.repeat * have[n] / weights[n] for n in names)
+    total, validates, left = most(spare), {}, {}
+    total = min(total, args.train_tokens or total)
+    for n in names:         # validation is a share of what the mix takes, whatever the source holds
+        distinct = min(weights[n] * total, spare[n])
+        part = min(args.val_tokens, distinct / 9) if args.val_tokens else distinct * share / (1 - share)
+        validates[n] = threshold(n, part) if wanted else 0
+        if wanted and seen[n]["documents"] > 1:         # one at least
+            validates[n] = max(validates[n], (seen[n]["low"] * BINS >> 64) + 1 << 64 >> BINS.bit_length() - 1)
+        left[n] = max(tokens[n] - below(n, validates[n]), 1e-9)
+    if natural:
+        weights = {n: left[n] / sum(left.values()) for n in names}
+    total, scarce = most(left), min(names, key=lambda n: left[n] / weights[n])
+    if args.train_tokens > total:
+        raise UserError(f"--train-tokens {args.train_tokens}: {scarce} has about {left[scarce]:,.0f} tokens to train, which "
+                        f"at its weight and --repeat {args.repeat:g} is enough for {total:,.0f}; ask for fewer, or pass "
+                        f"--repeat {args.train_tokens * weights[scarce] / left[scarce] * 1.01:.3g}")
+    total, args.rules, plan = args.train_tokens or total, {}, {}
+    for n in names:
+        copies = weights[n] * total / left[n]
+        whole = int(copies + 1e-9)
+        more = threshold(n, below(n, validates[n]) + (copies - whole) * left[n]) if copies - whole > 1e-9 else 0
+        args.rules[n] = (validates[n], more, whole)
+        plan[n] = {"weight": weights[n], "copies": copies, "documents": seen[n]["documents"], "bytes": seen[n]["bytes"],
+                   "tokens_estimated": round(tokens[n])}
+    args.passes = max(whole + (more > 0) for _, more, whole in args.rules.values())
+    held, wide = sum(tokens.values()), max(map(len, [*seen, "source"]))
+    print(f"{'source':{wide}s} {'documents':>12s} {'tokens, about':>16s} {'held':>7s} {'weight':>7s} {'copies':>7s}")
+    for n in sorted(seen):
+        row = f"{100 * weights[n]:6.2f}% {plan[n]['copies']:7.3f}" if n in plan else "      -  left out"
+        print(f"{n:{wide}s} {seen[n]['documents']:12,d} {tokens[n]:16,.0f} {100 * tokens[n] / held:6.2f}% {row}")
+    print(f"about {total:,.0f} tokens to train" + ("" if natural or args.train_tokens else
+          f": {scarce} is the scarcest for its weight, and is used {plan[scarce]['copies']:.4g} times (--repeat)"),
+          flush=True)
+    return plan
+
+
+def file_name(source):
+    """The source in the name of a shard, without what a file system or a pattern of the shell may not like."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", source)
+
+
+class Reader:
+    """All documents in the order in which they are written, pass after pass, then those of --val-from. Several streams
+    (NAME:PATH sources) are read side by side, each at the same share of its documents."""
+    def __init__(self, args, streams, val_streams, progress, totals=None):
+        self.args, self.streams, self.val_streams, self.progress, self.totals = args, streams, val_streams, progress, totals
+        self.number, self.places, self.inputs = 0, [], []       # pass; Place in each stream; files that were read whole
+
+    def documents(self):
+        args, separator = self.args, make_separator(self.args.split_on)
+        told = lambda *x: self.inputs.append(list(x))
+        once = sum(os.path.getsize(f) for _, files in self.streams for f in files)
+        self.progress.done = min(self.number, args.passes) * once
+        while self.number <= args.passes:
+            streams = self.streams if self.number < args.passes else self.val_streams
+            self.places = self.places or [Place() for _ in streams]
+            readers = [read_documents(files, separator, args.text_key, self.progress, args.mix_key, place,
+                                      told if not self.totals or self.number == args.passes else None)
+                       for (_, files), place in zip(streams, self.places)]
+            live = list(range(len(streams)))
+            behind = lambda i: (self.places[i].before + self.places[i].documents + 0.5) / self.totals[i]
+            while live:
+                i = min(live, key=behind) if self.totals and len(live) > 1 and self.number < args.passes else live[0]
+                for item in readers[i]:
+                    chosen = self.choose(i, streams[i][0], item)
+                    if chosen:
+                        yield chosen
+                    if item[2]:
+                        break
+                else:
+                    live.remove(i)
+            self.number, self.places = self.number + 1, []
+
+    def choose(self, i, name, item):
+        """The item as encode_batch wants it, or None where no source takes it."""
+        args, place = self.args, self.places[i]
+        if args.rules is None:
+            return (-1 if self.number == args.passes else item[0], *item[1:])       # -1: from --val-from
+        done = place.documents - (not place.open)       # documents of this file before this one
+        u = hash_of(args, i, place.file, done)
+        name = name or item[6]
+        if any(choose(args, n, u, self.number) for n in ([name] if name else args.rules)):
+            return ((u, name, self.number), *item[1:])
+
+    def batches(self):
+        """(batch, state): the state after it, or None inside a document."""
+        for batch in batches(self.documents()):
+            yield batch, None if any(p.open for p in self.places) else {
+                "pass": self.number, "places": [vars(p).copy() for p in self.places], "inputs": len(self.inputs)}
+
+    def restore(self, state, inputs):
+        self.number, self.places = state["pass"], [Place(**p) for p in state["places"]]
+        self.inputs = inputs[:state["inputs"]]
+        files = [f for _, files in ([] if self.totals else self.streams) + self.val_streams for f in files]
+        now = [[f, os.path.getsize(f)] for f in files[:len(self.inputs)]]
+        refuse_changed(self.args, [row[:2] for row in self.inputs], now)
+
+
+def refuse_changed(args, before, now):
+    for old, new in zip(before, now):
+        if old != new:
+            what = f"had {old[1]:,} bytes, now {new[1]:,}" if old[0] == new[0] else f"was read, now {new[0]}"
+            raise UserError(f"the input has changed since this preparation began ({old[0]} {what}); remove {args.out} to "
+                            "start anew")
+    if len(before) > len(now):
+        raise UserError(f"the input has changed since this preparation began ({before[len(now)][0]} is gone); remove "
+                        f"{args.out} to start anew")
 
 
 # ---- Writing -------------------------------------------------------------------------------------------
@@ -749,6 +1194,7 @@ class Shards:
     def __init__(self, folder, prefix, args, header):
         self.folder, self.prefix, self.args, self.header = folder, prefix, args, header
         self.file, self.files, self.count, self.documents, self.rows, self.pending = None, [], 0, 0, 0, None
+        self.about = []         # of each file: name, bytes, tokens, CRC-32
 
     def add(self, ids, first, last):
         self.count += len(ids)
@@ -780,11 +1226,14 @@ class Shards:
                     self.close()
             self.pending = self.pending[(len(self.pending) - 1) // T * T:].copy()
 
+    def name_file(self):
+        name = f"{self.prefix}_{len(self.files):03d}.{self.args.format}"
+        self.final, self.temporary = (os.path.join(self.folder, n) for n in (name, f".{name}.tmp"))
+
     def write(self, ids, tokens=None):
         if not self.file:
             os.makedirs(self.folder, exist_ok=True)
-            name = f"{self.prefix}_{len(self.files):03d}.{self.args.format}"
-            self.final, self.temporary = (os.path.join(self.folder, n) for n in (name, f".{name}.tmp"))
+            self.name_file()
             self.file, self.in_shard, self.crc = open(self.temporary, "wb", BATCH), 0, 0
             if self.args.format == "bin":
                 self.file.write(bytes(1024))
@@ -799,17 +1248,58 @@ class Shards:
         if self.args.format == "bin":
             self.file.seek(0)
             self.file.write(self.header(self.in_shard, self.crc))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        size = self.sync()
         self.file.close()
         os.replace(self.temporary, self.final)
         self.file = None
         self.files.append(self.final)
+        self.about.append([os.path.relpath(self.final, self.args.out), size, self.in_shard, self.crc])
 
-    def abandon(self):
+    def sync(self):
+        """All that was written is on the disk; -> bytes of the open file."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
+
+    def state(self):
+        """What restore() needs to go on from here, also after the machine stopped."""
+        size = self.sync() if self.file else 0
+        return {"size": size, "in_shard": self.in_shard if self.file else 0, "crc": self.crc if self.file else 0,
+                "about": self.about, "count": self.count, "documents": self.documents, "rows": self.rows,
+                "pending": None if self.pending is None else [int(i) for i in self.pending]}
+
+    def restore(self, state):
+        """Takes away what was written after state(): the end of the open file, and files that came later."""
+        np = need("numpy")
+        self.about, self.count, self.documents, self.rows = (state[k] for k in ("about", "count", "documents", "rows"))
+        self.files = [os.path.join(self.args.out, row[0]) for row in self.about]
+        if state["pending"] is not None:
+            self.pending = np.array(state["pending"], f"<u{self.args.token_bytes}")
+        self.name_file()
+        if state["size"] and not os.path.exists(self.temporary) and os.path.exists(self.final):
+            os.replace(self.final, self.temporary)          # it was finished after state()
+        ours = re.compile(rf"\.?{re.escape(self.prefix)}_(\d{{3,}})\.{self.args.format}(\.tmp)?")
+        for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
+            m = ours.fullmatch(name)
+            if m and int(m[1]) >= len(self.files) and not (state["size"] and name == os.path.basename(self.temporary)):
+                os.unlink(os.path.join(self.folder, name))
+        for path, size in [(f, row[1]) for f, row in zip(self.files, self.about)] + [(self.temporary, state["size"])]:
+            if size and not (os.path.exists(path) and os.path.getsize(path) >= size):
+                raise UserError(f"{path} is missing or too short, so this preparation cannot go on; remove {self.args.out} "
+                                "to start anew")
+        if state["size"]:
+            self.file, self.in_shard, self.crc = open(self.temporary, "r+b", BATCH), state["in_shard"], state["crc"]
+            self.file.truncate(state["size"])
+            if self.args.format == "bin":
+                self.file.write(bytes(1024))            # no magic before it is whole
+            self.file.seek(state["size"])
+
+    def abandon(self, keep=False):
+        """keep: a saved state counts on the file."""
         with contextlib.suppress(OSError):
             if self.file:
-                os.unlink(self.temporary)
+                if not keep:
+                    os.unlink(self.temporary)
                 self.file.close()
 
 
@@ -841,29 +1331,69 @@ def split_folders(args):
     return [os.path.join(args.out, n) for n in ("train", "validation")] if args.format == "ds" else [args.out] * 2
 
 
-def claim_folder(args, options, name="tokens.json"):
-    """An empty folder, or one that the same command filled before: its shards are then written anew."""
-    out, state = args.out, os.path.join(args.out, name)
-    if os.path.isdir(out) and os.listdir(out):
+# Where nothing is written yet these may change, and the count of a mix still serves.
+COUNT_SERVES = ("mix", "repeat", "train_tokens", "val_fraction", "val_tokens", "val_from", "shard_tokens")
+
+
+def claim_folder(args, options, resume=False, name="tokens.json"):
+    """An empty folder, or one that the same command filled before: its shards are then written anew. resume: -> the
+    state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do."""
+    out, state, saved = args.out, os.path.join(args.out, name), None
+    if os.path.isdir(out) and set(os.listdir(out)) - {name + ".tmp"}:       # which a kill at the start leaves
         if not os.path.exists(state):
             raise UserError(f"{out} is not empty and holds no {name}; choose another --out")
         with open(state, encoding="utf-8") as f:
-            before = json.load(f)["options"]
+            before = json.load(f)
+        begun = not resume or before.get("complete") or os.path.exists(os.path.join(out, ".state.json"))
         for key in options:
-            if before.get(key) != options[key]:
-                raise UserError(f"{out} was made with other options ({key} = {before.get(key)}, now {options[key]}); "
-                                "choose another --out or remove the folder")
+            if before["options"].get(key) != options[key] and (begun or key not in COUNT_SERVES):
+                raise UserError(f"{out} was made with other options ({key} = {before['options'].get(key)}, now "
+                                f"{options[key]}); choose another --out or remove the folder")
         for folder in split_folders(args):
             if folder != out and os.path.exists(os.path.join(folder, "tokens.json")):
                 raise UserError(f"{folder} holds another preparation (tokens.json); choose another --out")
-        remove_shards(args)
+        if resume and before.get("complete"):
+            if is_whole(args):
+                return "complete"
+            print(f"note: {out} was complete, but its input or shards are no longer those of its manifest.json: it is made "
+                  "anew", file=sys.stderr)
+        elif resume and os.path.exists(os.path.join(out, ".state.json")):
+            with open(os.path.join(out, ".state.json"), encoding="utf-8") as f:
+                saved = json.load(f)
+            if saved["version"] != 1:
+                raise UserError(f"{out} was begun by another version of tokens.py; remove it to start anew")
+        if not saved:
+            remove_shards(args)
+            if begun:
+                remove_files(out, ".counts.json")
     os.makedirs(out, exist_ok=True)
-    write_whole(state, json.dumps({"options": options, "complete": False}, indent=1).encode())
+    if not saved:
+        write_whole(state, json.dumps({"options": options, "complete": False}, indent=1).encode())
+    return saved
+
+
+def is_whole(args):
+    """Every input and every shard of manifest.json is there with its size."""
+    try:
+        with open(os.path.join(args.out, "manifest.json"), encoding="utf-8") as f:
+            manifest = json.load(f)
+        return all(os.path.getsize(os.path.join(folder, row["path"])) == row["bytes"]
+                   for folder, key in (("", "inputs"), (args.out, "shards")) for row in manifest[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def remove_files(folder, *names):
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
 
 
 def remove_shards(args):
     """Of this preparation only: what lies in other folders below --out is not ours."""
-    for folder, prefix in zip(split_folders(args), ("train", "val")):
+    remove_files(args.out, ".state.json")           # first: it counts on the shards
+    sources = "(_[A-Za-z0-9._-]+)?" if getattr(args, "mix", None) else ""
+    for folder, prefix in zip(split_folders(args), ("train", "val" + sources)):
         ours = re.compile(rf"\.?{prefix}_\d{{3,}}\.{args.format}(\.tmp)?")
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
             if ours.fullmatch(name) or name == "metadata.json" and args.format == "ds":
@@ -878,45 +1408,72 @@ def in_validation(document, args):
     return int.from_bytes(digest, "little") < share * 2.0 ** 64
 
 
-def write_shards(args, files, separator, vocab, progress, train_tokens=None):
-    """-> (train, val, bytes of text). train_tokens: so many, then validation; None: each document as in_validation
-    says."""
+def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tokens=None):
+    """-> (train, {source: val}, bytes of text, {source: [documents, tokens] of train}). Goes on from the state `saved`.
+    train_tokens: so many, then validation; None: each document as in_validation or the mix says."""
     def header(count, crc):
         magic = (20240520, 1) if args.token_bytes == 2 else (20240801, 7)
         return struct.pack("<4iIi", *magic, count, vocab, crc, args.eos_id + 1) + bytes(1000)
-    train, val = (Shards(f, p, args, header) for f, p in zip(split_folders(args), ("train", "val")))
-    split, text_bytes = train, 0
+    folders = split_folders(args)
+    train = Shards(folders[0], "train", args, header)
+    vals = {n: Shards(folders[1], f"val_{file_name(n)}" if plan else "val", args, header) for n in plan or [None]}
+    everything = {s.prefix: s for s in [train, *vals.values()]}
+    if len(everything) <= len(vals):
+        raise UserError("two sources have the same name in that of a file: " + ", ".join(map(str, vals)))
+    val, split, text_bytes, trained, stamp = vals.get(None), train, 0, {n: [0, 0] for n in plan or ()}, time.time()
+    kept = saved is not None
+    if saved:
+        for prefix, state in saved["splits"].items():
+            everything[prefix].restore(state)
+        reader.restore(saved["reader"], saved["inputs"])
+        text_bytes, trained = saved["text_bytes"], saved["trained"]
+        count = sum(s.documents for s in everything.values())
+        tokens = sum(s.count for s in everything.values())
+        print(f"goes on after {count:,} documents, {tokens:,} tokens", flush=True)
     try:
-        documents = read_documents(files, separator, args.text_key, progress)
-        for ids, spans in encoded(batches(documents), args):
+        for (ids, spans), state in in_order(encode_batch, reader.batches(), args):
             at = 0
-            for document, count, first, last, size in spans:
-                if train_tokens is not None:
+            for document, count, first, last, size, part in spans:
+                if part:
+                    split = train if part[1] == "train" else vals[part[0]]
+                    split.add(ids[at:at + count], first, last)
+                    if split is train:
+                        trained[part[0]][0] += first
+                        trained[part[0]][1] += count
+                elif train_tokens is not None:
                     here = min(count, train_tokens - train.count)
                     train.add(ids[at:at + here], first, last and here == count)
                     if here < count:
                         val.add(ids[at + here:at + count], first or here > 0, last)
                 else:
                     if first:
-                        split = val if in_validation(document, args) and not (
+                        split = val if document < 0 or in_validation(document, args) and not (
                             args.val_tokens and val.count >= args.val_tokens) else train
                     split.add(ids[at:at + count], first, last)
                 at, text_bytes = at + count, text_bytes + size
-            progress.show(train.count + val.count)
+            progress.show(sum(s.count for s in everything.values()))
+            if state and time.time() - stamp >= args.save_every:
+                write_whole(os.path.join(args.out, ".state.json"), json.dumps(
+                    {"version": 1, "train_tokens": train_tokens, "reader": state, "text_bytes": text_bytes,
+                     "trained": trained, "inputs": reader.inputs[:state["inputs"]],
+                     "splits": {p: s.state() for p, s in everything.items()}}).encode())
+                for folder in set(folders):
+                    sync_folder(folder)
+                kept, stamp = True, time.time()
         if not train.count:
-            raise UserError(f"no text in {', '.join(args.inputs[:3])}: nothing to tokenize")
+            raise UserError(f"no text in {', '.join(args.inputs[:3]) or args.mix}: nothing to tokenize")
         if args.format == "ds" and not train.rows:
             raise UserError(f"{train.count} training tokens fill no row of {args.seq_len} + 1; use a smaller --seq-len")
-        train.close()
-        val.close()
+        for s in everything.values():
+            s.close()
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}" if e.filename else
                         f"{args.out}: {e.strerror}; free space or choose another --out")
     finally:
-        train.abandon()
-        val.abandon()
+        for s in everything.values():
+            s.abandon(kept)
         progress.clear()
-    return train, val, text_bytes
+    return train, vals, text_bytes, trained
 
 
 def last_share(args, tokens):
@@ -930,41 +1487,100 @@ def prepare(args):
     need("numpy")
     tokenizer = load_tokenizer(args.tokenizer, args.tiktoken_pattern)
     tokenizer.encoder()              # a missing library is told before any work
-    files, separator = find_inputs(args.inputs), make_separator(args.split_on)
-    total = sum(os.path.getsize(f) for f in files)
+    make_separator(args.split_on)
+    weights, streams = parse_mix(args) if args.mix else (None, [(None, args.inputs)])
+    val_streams = [(n, find_inputs(paths)) for n, paths in parse_val_from(args, streams)]
+    streams = [(n, find_inputs(paths)) for n, paths in streams]
+    total, val_total = (sum(os.path.getsize(f) for _, files in some for f in files) for some in (streams, val_streams))
     args.jobs = max(1, min(args.jobs, total // (4 * BATCH)))
     args.bos_id = boundary(args.bos, tokenizer, tokenizer.bos, tokenizer.add_bos, "--bos")
     args.eos_id = boundary(args.eos, tokenizer, tokenizer.eos, True, "--eos")
     vocab, (export, crc) = len(tokenizer.pieces), tokenizer_bin(tokenizer)
     args.token_bytes = args.token_bytes or (2 if vocab <= 65536 else 4)
-    options = {k: v for k, v in vars(args).items() if k not in ("jobs", "out", "inspect", "export_tokenizer")}
+    options = {k: v for k, v in vars(args).items() if k not in ("jobs", "out", "inspect", "export_tokenizer", "save_every")}
     options["tokenizer_crc"] = crc
-    claim_folder(args, options)
-    progress, wanted = Progress(total), args.val_tokens or args.val_fraction
-    train, val, text_bytes = write_shards(args, files, separator, vocab, progress)
-    if wanted and not val.count and train.count >= 2 * (args.seq_len + 2):
-        count = train.count
-        remove_shards(args)
-        progress.done = 0
-        train, val, text_bytes = write_shards(args, files, separator, vocab, progress, count - last_share(args, count))
-        print(f"note: no document fell to validation, so the last {val.count:,} of {count:,} tokens did",
+    for key, unused in (("val_from", []), ("train_tokens", 0)):     # as in folders that were made before these came
+        options[key] = options[key] if options[key] != unused else None
+    saved = claim_folder(args, options, resume=True)
+    if saved == "complete":
+        print(f"{args.out} is complete already; remove it to make it anew")
+        return
+    counts, plan, args.rules, args.passes = None, None, None, 1
+    if args.mix:
+        counts = count_inputs(args, streams, Progress(total), begun=saved is not None)
+        plan = plan_mix(args, weights, counts)
+    progress, wanted = Progress(total * args.passes + val_total), args.val_tokens or args.val_fraction
+    totals, done = [], 0
+    for _, files in streams if counts else ():      # documents of each stream
+        totals.append(sum(row[3] for row in counts["inputs"][done:done + len(files)]))
+        done += len(files)
+    reader = Reader(args, streams, val_streams, progress, totals)
+    written = not (saved and saved["train_tokens"]) and write_shards(args, reader, vocab, progress, plan, saved)
+    count = written[0].count if written else 0
+    if not written or not plan and wanted and not written[1][None].count and count >= 2 * (args.seq_len + 2):
+        if written:
+            remove_shards(args)
+            saved = None
+        progress.done, reader = 0, Reader(args, streams, val_streams, progress)
+        written = write_shards(args, reader, vocab, progress, None, saved,
+                               saved["train_tokens"] if saved else count - last_share(args, count))
+        last = written[1][None].count
+        print(f"note: no document fell to validation, so the last {last:,} of {written[0].count + last:,} tokens did",
               file=sys.stderr)
+    finish(args, options, tokenizer, export, reader, counts, plan, *written)
+    val = written[1].get(None)
+    if val and wanted and (val.rows * args.seq_len if args.format == "ds" else val.count) < (args.val_tokens or 1):
+        print(f"note: validation got {val.count} tokens of {written[0].documents + val.documents} documents; for more use a "
+              "larger --val-fraction, or more documents (--split-on)", file=sys.stderr)
+    none = [n for n, v in written[1].items() if plan and (wanted or val_streams) and not v.files]
+    if none:
+        print(f"note: no validation shard for {', '.join(none)}: " + ("--val-from holds nothing of it" if val_streams else
+              "too few documents or tokens; use a larger --val-fraction"), file=sys.stderr)
+
+
+def finish(args, options, tokenizer, export, reader, counts, plan, train, vals, text_bytes, trained):
+    """Side files, manifest.json, at last tokens.json; and what is told of them."""
+    val = argparse.Namespace(folder=split_folders(args)[1], **{k: sum(getattr(v, k) for v in vals.values()) for k in (
+        "count", "documents", "rows")}, files=[f for v in vals.values() for f in v.files])
     side_files = tokenizer.side_files()
     for split, name in ((train, "train"), (val, "validation")):
         if split.files:
             finish_folder(split, name, args, tokenizer, {"tokenizer.bin": export, **side_files})
-    done = {n: {"documents": s.documents, "tokens": s.count, "rows": s.rows, "shards": len(s.files)}
-            for n, s in (("train", train), ("val", val))}
+    about = lambda s: {"documents": s.documents, "tokens": s.count, "rows": s.rows, "shards": len(s.files)}
+    done = {"train": about(train), "val": about(val)}
+    inputs = (counts["inputs"] if counts else []) + reader.inputs
+    manifest = {"tokenizer": {"name": tokenizer.name, "sha256": None if args.tokenizer == "bytes" else
+                              file_hash(args.tokenizer), "pieces": len(tokenizer.pieces),
+                              "tokenizer_bin_crc32": options["tokenizer_crc"]},
+                "documents_read": sum(row[3] for row in inputs), "text_bytes_written": text_bytes, **done}
+    if plan:
+        for n, row in plan.items():
+            row.update(achieved=trained[n][1] / train.count, train={"documents": trained[n][0], "tokens": trained[n][1]},
+                       validation=about(vals[n]))
+        manifest["sources"] = plan
+        manifest["left_out"] = {n: s["documents"] for n, s in sorted(counts["sources"].items()) if n not in plan}
+    else:
+        manifest["documents_without_text"] = manifest["documents_read"] - train.documents - val.documents
+    shards = [row for s in [train, *vals.values()] for row in s.about]
+    manifest["shards"] = [dict(zip(("path", "bytes", "tokens", "crc32"), row)) for row in shards]
+    manifest["inputs"] = [dict(zip(("path", "bytes", "sha256", "documents"), row)) for row in inputs]
+    write_whole(os.path.join(args.out, "manifest.json"), json.dumps(manifest, indent=1).encode())
     write_whole(os.path.join(args.out, "tokens.json"), json.dumps(
-        {"options": options, "complete": True, **done}, indent=1).encode())
+        {"options": options, "complete": True, **done, **({"sources": plan} if plan else {})}, indent=1).encode())
+    remove_files(args.out, ".state.json", ".counts.json")
+    if plan:
+        wide = max(map(len, [*plan, "source"]))
+        print(f"{'source':{wide}s} {'asked':>7s} {'is':>7s} {'train documents':>16s} {'tokens':>16s} {'val documents':>14s} "
+              f"{'tokens':>14s}")
+        for n, row in plan.items():
+            print(f"{n:{wide}s} {100 * row['weight']:6.2f}% {100 * row['achieved']:6.2f}% {trained[n][0]:16,d} "
+                  f"{trained[n][1]:16,d} {vals[n].documents:14,d} {vals[n].count:14,d}")
     for name, s in (("train", train), ("val", val)):
         tail = f", {s.rows:,} rows, last {s.count - s.rows * args.seq_len:,} tokens in no row" * (args.format == "ds")
         print(f"{name:5s} | {s.documents:,} documents | {s.count:,} tokens{tail} | {len(s.files)} shards")
-    print(f"vocabulary {vocab}, uint{8 * args.token_bytes}, {text_bytes / (train.count + val.count):.2f} bytes per "
-          f"token, {time.time() - progress.start:.1f} s -> {args.out}")
-    if wanted and (val.rows * args.seq_len if args.format == "ds" else val.count) < (args.val_tokens or 1):
-        print(f"note: validation got {val.count} tokens of {train.documents + val.documents} documents; for more use a "
-              "larger --val-fraction, or more documents (--split-on)", file=sys.stderr)
+    print(f"vocabulary {len(tokenizer.pieces)}, uint{8 * args.token_bytes}, "
+          f"{text_bytes / (train.count + val.count):.2f} bytes per token, {time.time() - reader.progress.start:.1f} s "
+          f"-> {args.out}")
 
 
 def boundary(choice, tokenizer, usual, wanted, option):
@@ -989,8 +1605,13 @@ def finish_folder(split, name, args, tokenizer, files):
                 "token_size_bytes": args.token_bytes, "total_sequences": split.rows,
                 "total_tokens": split.rows * (args.seq_len + 1), "eos_token_id": args.eos_id}
         write_whole(os.path.join(split.folder, "metadata.json"), json.dumps(meta, indent=1).encode())
-    if hasattr(os, "O_DIRECTORY"):       # the renames themselves reach the disk
-        fd = os.open(split.folder, os.O_RDONLY | os.O_DIRECTORY)
+    sync_folder(split.folder)
+
+
+def sync_folder(folder):
+    """The renames themselves reach the disk."""
+    if hasattr(os, "O_DIRECTORY") and os.path.isdir(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(fd)
         os.close(fd)
 
@@ -1068,6 +1689,16 @@ def inspect(path):
 
 
 # ---- Command line --------------------------------------------------------------------------------------
+MIX_HELP = """A weight is a share of the tokens to train; weights are divided by their sum. Documents are drawn by a hash of
+--seed and their place, none twice before each was taken once. The total is as large as the source that is scarcest
+for its weight allows: that one is used whole (R times with --repeat R), of the others as much as fits; with
+--train-tokens N it is about N, or an error where a source holds too little for R times. A source that is used 2.3
+times has each document 2 or 3 times. Tokens are known beforehand from a first pass over the input, which counts the
+text of each source and encodes a sample of it, so shares come out to about one part in a hundred. Sources that
+--mix does not name are left out; 'natural' takes every document once. Validation is a share of each source's
+chosen documents; they never train, and lie in shards val_SOURCE_000, ... of their own."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -1085,10 +1716,19 @@ def parse(argv):
     p.add_argument("--seq-len", type=int, default=0, metavar="N", help="row length, ds only")
     p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="a shard ends with the document "
                    "that reaches N (default 100,000,000), at the latest at 2N")
-    p.add_argument("--val-fraction", type=float, default=0.01, metavar="F", help="share of documents (default 0.01)")
-    p.add_argument("--val-tokens", type=int, default=0, metavar="N", help="instead: every tenth document until N tokens")
+    p.add_argument("--val-fraction", type=float, metavar="F", help="share of documents (default 0.01)")
+    p.add_argument("--val-tokens", type=int, default=0, metavar="N", help="instead: every tenth document until N tokens; "
+                   "with --mix about N tokens of each source, at most a tenth of what the mix takes of it")
+    p.add_argument("--val-from", action="append", default=[], metavar="PATH", help="instead: all of another file or folder, "
+                   "such as SlimPajama-627B/validation; may be repeated (NAME:PATH where --mix has NAME:PATH)")
     p.add_argument("--seed", type=int, default=1, help="of the train/validation split")
-    p.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines")
+    p.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines, or column of a table")
+    mix = p.add_argument_group("mixing sources", MIX_HELP)
+    mix.add_argument("--mix", metavar="SPEC", help="NAME=WEIGHT,... for documents that tell their source; or "
+                     "NAME:PATH=WEIGHT,... without INPUT, one source a path; or natural")
+    mix.add_argument("--mix-key", metavar="KEY", help="where a document tells its source (default meta.redpajama_set_name)")
+    mix.add_argument("--train-tokens", type=int, default=0, metavar="N", help="about so many tokens to train")
+    mix.add_argument("--repeat", type=float, metavar="R", help="use no source more than R times (default 1)")
     p.add_argument("--split-on", default="whole-file", metavar="REGEX", help="a .txt holds documents between lines that "
                    "equal or match this; or blank-lines; or whole-file (default)")
     p.add_argument("--bos", default="auto", metavar="on|off|PIECE", help="before each document (default: on for "
@@ -1097,6 +1737,8 @@ def parse(argv):
     p.add_argument("--token-bytes", type=int, choices=[2, 4], default=0, help="(default: 2 if the vocabulary fits)")
     p.add_argument("--errors", choices=["strict", "replace"], default="strict", help="for text that is not UTF-8")
     p.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="worker processes")
+    p.add_argument("--save-every", type=float, default=30, metavar="SECONDS", help="the same command goes on from what was "
+                   "saved last (default 30)")
     p.add_argument("--inspect", metavar="FILE", help="print what a .bin or .ds shard holds")
     p.add_argument("--export-tokenizer", metavar="MODEL", help="only write MODEL as tokenizer.bin to --out FILE")
     args = p.parse_args(argv)
@@ -1104,10 +1746,23 @@ def parse(argv):
         return args
     if not args.out:
         raise UserError("--out is missing; see --help")
-    if not args.inputs and not args.export_tokenizer:
+    if not args.inputs and not args.export_tokenizer and not (args.mix and args.mix != "natural"):
         raise UserError("no INPUT; name .txt or .jsonl files or folders, or see --help")
+    if not args.mix and (args.mix_key or args.train_tokens or args.repeat is not None):
+        raise UserError("--mix-key, --train-tokens and --repeat go with --mix ('natural' takes the sources as they are)")
+    if args.val_from and (args.val_tokens or args.val_fraction):
+        raise UserError("--val-from goes instead of --val-fraction and --val-tokens; pass one of them")
+    if args.val_fraction is None:
+        args.val_fraction = 0.0 if args.val_from else 0.01
+    if args.mix:
+        args.repeat = 1.0 if args.repeat is None else args.repeat
+        args.mix_key = (args.mix_key or "meta.redpajama_set_name") if args.inputs else None
+        if not 1 <= args.repeat <= 1000 or args.train_tokens < 0:
+            raise UserError("out of range: --repeat 1..1000, --train-tokens >= 0")
     if (args.format == "ds") != (args.seq_len > 0):
         raise UserError("--seq-len N (at least 1) goes with --format ds, and only with it")
+    if not args.save_every >= 0:
+        raise UserError("out of range: --save-every >= 0")
     if not 1 <= args.shard_tokens <= 1 << 30 or args.jobs < 1 or args.val_tokens < 0 or not 0 <= args.val_fraction < 1:
         raise UserError("out of range: --shard-tokens 1..2^30, --jobs >= 1, --val-tokens >= 0, --val-fraction 0..1")
     return args
@@ -1132,7 +1787,7 @@ def main(argv):
     except MemoryError:
         message = "out of memory; use a smaller --jobs"
     except KeyboardInterrupt:
-        message = "interrupted; the same command starts again"
+        message = "interrupted; the same command goes on"
     print(f"error: {message}", file=sys.stderr)
     return 1
 

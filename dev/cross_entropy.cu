@@ -2,6 +2,7 @@
 // NULL = losses only:
 //   the logits (N,Vp) become the gradient weight_n (softmax - onehot), 0 where ignored. Columns V..Vp-1 are
 //   padding: no part of the softmax, gradient 0
+// is_top (N), unless NULL: 1 where no logit of the row is above the target's, 0 where ignored
 // add_sum: sum (1) += nll (N), each times its weight if there are weights, or the partials of sum_of_squares,
 // in double, in a
 //   fixed order
@@ -18,8 +19,8 @@
 
 // ---- kernel 0: a thread per row, three walks --------------------------------------------------------------
 template <typename floatX>
-__global__ void cross_entropy_kernel0(float *nll, floatX *logits, const int *targets, const double *weight,
-                                      int N, int V, int Vp) {
+__global__ void cross_entropy_kernel0(float *nll, uint8_t *is_top, floatX *logits, const int *targets,
+                                      const double *weight, int N, int V, int Vp) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     floatX *row = logits + (size_t)n * Vp;
@@ -29,6 +30,7 @@ __global__ void cross_entropy_kernel0(float *nll, floatX *logits, const int *tar
     for (int v = 0; v < V; v++) top = fmaxf(top, to_float(row[v]));
     for (int v = 0; v < V; v++) sum += expf(to_float(row[v]) - top);
     nll[n] = target == IGNORED ? 0 : logf(sum) + top - to_float(row[target]);
+    if (is_top) is_top[n] = target != IGNORED && to_float(row[target]) >= top;
     if (!weight) return;
     for (int v = 0; v < Vp; v++) {
         const float p = v < V ? expf(to_float(row[v]) - top) / sum : 0;
@@ -49,8 +51,8 @@ __device__ float block_max(float x) {
 
 // ---- kernel 1: a block per row, three walks with block-wide reductions between them -----------------------
 template <typename floatX>
-__global__ void cross_entropy_kernel1(float *nll, floatX *logits, const int *targets, const double *weight,
-                                      int V, int Vp) {
+__global__ void cross_entropy_kernel1(float *nll, uint8_t *is_top, floatX *logits, const int *targets,
+                                      const double *weight, int V, int Vp) {
     floatX *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
     const float weight_n = weight ? (float)weight[blockIdx.x] : 0;
@@ -60,6 +62,7 @@ __global__ void cross_entropy_kernel1(float *nll, floatX *logits, const int *tar
     for (int v = threadIdx.x; v < V; v += blockDim.x) sum += expf(to_float(row[v]) - top);
     sum = block_sum(sum);
     if (threadIdx.x == 0) nll[blockIdx.x] = target == IGNORED ? 0 : logf(sum) + top - to_float(row[target]);
+    if (threadIdx.x == 0 && is_top) is_top[blockIdx.x] = target != IGNORED && to_float(row[target]) >= top;
     __syncthreads();                                            // x_target is read before it is overwritten
     if (!weight) return;
     for (int v = threadIdx.x; v < Vp; v += blockDim.x) {
@@ -71,8 +74,8 @@ __global__ void cross_entropy_kernel1(float *nll, floatX *logits, const int *tar
 // ---- kernel 2: two walks: each thread has its own maximum, and its sum shrinks when that grows; 16 bytes
 // per access. The second walk finds a row of 64 KB in the L2 cache, if not too many other rows came between
 template <typename floatX>
-__global__ void cross_entropy_kernel2(float *nll, floatX *logits, const int *targets, const double *weight,
-                                      int V, int Vp) {
+__global__ void cross_entropy_kernel2(float *nll, uint8_t *is_top, floatX *logits, const int *targets,
+                                      const double *weight, int V, int Vp) {
     constexpr int E = 16 / sizeof(floatX);
     floatX *row = logits + (size_t)blockIdx.x * Vp;
     const int target = targets[blockIdx.x];
@@ -89,6 +92,7 @@ __global__ void cross_entropy_kernel2(float *nll, floatX *logits, const int *tar
     const float row_top = block_max(top), total = block_sum(sum * __expf(top - row_top));
     if (threadIdx.x == 0)
         nll[blockIdx.x] = target == IGNORED ? 0 : logf(total) + row_top - to_float(row[target]);
+    if (threadIdx.x == 0 && is_top) is_top[blockIdx.x] = target != IGNORED && to_float(row[target]) >= row_top;
     __syncthreads();
     if (!weight) return;
     for (int v = threadIdx.x * E; v < Vp; v += blockDim.x * E) {
@@ -102,8 +106,8 @@ __global__ void cross_entropy_kernel2(float *nll, floatX *logits, const int *tar
 // ---- kernel 3, shipped: the row is copied to shared memory asynchronously, all of it in flight at once, and
 // read from DRAM once
 template <typename floatX>
-__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(float *nll, floatX *logits,
-        const int *targets, const double *weight, int V, int Vp, int cached) {
+__global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(float *nll, uint8_t *is_top,
+        floatX *logits, const int *targets, const double *weight, int V, int Vp, int cached) {
     constexpr int E = 16 / sizeof(floatX);
     __shared__ float tops[32], sums[32];
     // the first `cached` columns; the others in place
@@ -112,6 +116,7 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(
     const int first = threadIdx.x * E, step = blockDim.x * E;
     if (target == IGNORED) {
         if (threadIdx.x == 0) nll[blockIdx.x] = 0;
+        if (threadIdx.x == 0 && is_top) is_top[blockIdx.x] = 0;
         if (weight) for (int v = first; v < Vp; v += step) store(row + v, Pack<floatX, E>{});
         return;
     }
@@ -138,6 +143,7 @@ __global__ void __launch_bounds__(2 * CLASSIFIER_THREADS) cross_entropy_kernel3(
     const float some_top = lane < warps ? tops[lane] : -FLT_MAX, row_top = warp_max(some_top);
     const float total = warp_sum(lane < warps ? sums[lane] * exp_approx(some_top - row_top) : 0);
     if (threadIdx.x == 0) nll[blockIdx.x] = logf(total) + row_top - x_target;
+    if (threadIdx.x == 0 && is_top) is_top[blockIdx.x] = x_target >= row_top;
     if (!weight) return;
     const float weight_n = (float)weight[blockIdx.x], factor = weight_n / total;
     auto differentiate = [&](const floatX *from, int v) {
@@ -181,6 +187,7 @@ static void shape(int when, int N, int V, float amplitude, int weights, double s
                              "N %d V %d%s%s", N, V, weights_text[weights], ignored_text[ignored])) return;
     Tensor<floatX> logits("logits", n);
     Tensor<float> nll("nll", N);
+    Tensor<uint8_t> is_top("is_top", N);
     Tensor<int> targets("targets", N);
     Tensor<double> weight("weight", N);
     logits.normal(amplitude);
@@ -188,34 +195,39 @@ static void shape(int when, int N, int V, float amplitude, int weights, double s
         const bool ignore = ignored == ALL || (ignored == SOME && i % 3 == 1);
         targets.host[i] = ignore ? IGNORED : i == 0 ? V - 1 : i == 2 ? 0 : (int)(i * 2654435761u % V);
         weight.host[i] = scale * (weights == VARIED ? i % 4 - 1 : 1);
+        if (i % 4 == 3 && !ignore) logits.host[(size_t)i * Vp + targets.host[i]] = 5 * amplitude;   // likeliest
         for (int v = V; v < Vp; v++) logits.host[(size_t)i * Vp + v] = 50;      // padding must not count
     }
     reference<floatX>([&](int b) {
         std::vector<float> packed((size_t)N * V);                               // the twin has no padding
         std::vector<double> loss(N);
+        std::vector<unsigned char> first(N);
         for (int i = 0; i < N; i++) std::copy(logits.host + (size_t)i * Vp, logits.host + (size_t)i * Vp + V,
                                               packed.data() + (size_t)i * V);
-        twin::cross_entropy(loss.data(), packed.data(), targets.host, weights == LOSSES ? NULL : weight.host,
-                            N, V);
+        twin::cross_entropy(loss.data(), first.data(), packed.data(), targets.host,
+                            weights == LOSSES ? NULL : weight.host, N, V);
         std::copy(loss.begin(), loss.end(), nll.twin(b));
+        std::copy(first.begin(), first.end(), is_top.twin(b));
         float *gradient = logits.twin(b);
         if (weights == LOSSES) return;
         for (size_t i = 0; i < n; i++) gradient[i] = (int)(i % Vp) < V ? packed[i / Vp * V + i % Vp] : 0;
     });
     if (weights == LOSSES) logits.allow(0);                                     // not touched
+    is_top.set(7), is_top.allow(0);
     const double *w = weights == LOSSES ? NULL : (double *)weight;
     const Variant variants[] = {
         {0, "one thread per row, three walks", [&] {
-            launch(cross_entropy_kernel0<floatX>, CEIL_DIV(N, 32), 32, 0, nll, logits, targets, w, N, V, Vp);
+            launch(cross_entropy_kernel0<floatX>, CEIL_DIV(N, 32), 32, 0, nll, is_top, logits, targets, w, N, V,
+                   Vp);
         }},
         {1, "one block per row, three walks", [&] {
-            launch(cross_entropy_kernel1<floatX>, N, 512, 0, nll, logits, targets, w, V, Vp);
+            launch(cross_entropy_kernel1<floatX>, N, 512, 0, nll, is_top, logits, targets, w, V, Vp);
         }},
         {2, "two walks: maximum and sum together; 16-byte accesses", [&] {
-            launch(cross_entropy_kernel2<floatX>, N, 512, 0, nll, logits, targets, w, V, Vp);
+            launch(cross_entropy_kernel2<floatX>, N, 512, 0, nll, is_top, logits, targets, w, V, Vp);
         }},
         {3, "the row stays in shared memory, copied asynchronously", [&] {
-            cross_entropy<floatX>(nll, logits, targets, w, N, V, Vp);
+            cross_entropy<floatX>(nll, is_top, logits, targets, w, N, V, Vp);
         }, SHIPPED},
     };
     bench(variants);

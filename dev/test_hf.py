@@ -12,10 +12,12 @@ For small random Llama (rope type llama3), Mistral, Qwen2 and Qwen3 models:
   3. every file litespark wrote opens in the safetensors library, with the expected dtypes and shapes;
   4. a key that config.json lacks means what AutoConfig says, each in turn; sliding windows, odd rope keys and odd
      folders give transformers' loss, or are refused;
-  5. what inference needs is the same before and after: eos list, pad id, generation_config, tokenizer, chat template.
+  5. what inference needs is the same before and after: eos list, pad id, generation_config, tokenizer, chat template;
+  6. --eval-tasks has the acc and acc_norm of data/choices.py's tasks that the model has in transformers, and in lm_eval
+     (pip install lm_eval==0.4.13; else skipped), to the last digit; bits per byte are of the bytes of the text.
 Hugging Face's side runs in fp64 (except where its own code casts to fp32), so the tolerance is litespark's alone.
 """
-import argparse, glob, json, os, shutil, struct, subprocess, sys, tempfile
+import argparse, bz2, contextlib, glob, importlib.util, io, json, math, os, random, re, shutil, struct, subprocess, sys, tempfile
 
 try:
     import torch, transformers
@@ -28,6 +30,9 @@ except ImportError as e:
     print(f"skipped: {e}; pip install torch transformers safetensors numpy")
     sys.exit(0)
 from fixture import rel_l2, write_shard
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data"))
+import tokens  # noqa: E402
 
 B, T = 3, 29                      # T is no multiple of a tile
 VAL_TOKENS = 7 * T + 1 + 5        # 7 windows: the last batch of 3 is not full, 5 tokens are dropped
@@ -477,11 +482,200 @@ def check_init(name, model):
     check(f"{name} distribution", not bad, f"{bad}" if bad else "")
 
 
+# ---- multiple choice ------------------------------------------------------------------------------------------
+SHARED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "shared", "data")
+N_TASKS = 200
+
+
+def made_tasks(n):
+    """Questions and choices of random words, in which nothing is trivial: 2 to 5 choices, some spaces at the end of a query, an
+    empty query, one that is too long."""
+    rng, tasks = random.Random(7), []
+    words = lambda low, high: " ".join("".join(rng.choices("etaoinshr", k=rng.randint(1, 7))) for _ in range(rng.randint(low, high)))
+    for i in range(n):
+        query = "" if i == 5 else words(60, 60) if i == 6 else words(2, 12) + "  " * (i % 9 == 0)
+        choices = list(dict.fromkeys(words(2, 4) + "\u00e9" * (i % 3) for _ in range(rng.randint(2, 5))))
+        tasks.append({"query": query, "choices": choices, "gold": rng.randrange(len(choices))})
+    return tasks
+
+
+def llama2c_tokenizer(path, folder):
+    """tokenizer.json of a llama2.c tokenizer.bin, whose pieces are SentencePiece's."""
+    with open(path, "rb") as f:
+        data, at, pieces = f.read(), 4, []
+    while at < len(data):
+        score, size = struct.unpack_from("<fi", data, at)
+        pieces.append((data[at + 8:at + 8 + size].decode().strip("\n" if len(pieces) < 3 else "").replace(" ", "\u2581"), score))
+        at += 8 + size
+    rank = {text: -score for text, score in pieces[259:]}
+    replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
+    parts = {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace(" ", "\u2581")]},
+             "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [replace("\u2581", " "), {"type": "ByteFallback"}, {
+                 "type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+             "model": tokens.bpe({text: i for i, (text, _) in enumerate(pieces)}, rank, unk_token="<unk>", byte_fallback=True,
+                                 fuse_unk=True)}
+    for name, text in tokens.hugging_face(parts, {"<unk>": 0, "<s>": 1, "</s>": 2}, "<s>", "</s>").items():
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(text)
+    return os.path.join(folder, "tokenizer.json")
+
+
+def hellaswag_rows(n):
+    """The first tasks of the prepared text as HellaSwag's JSON lines have them."""
+    with bz2.open(os.path.join(SHARED, "text", "hellaswag_val_full.txt.bz2"), "rt", encoding="utf-8") as f:
+        lines = [next(f).rstrip("\n") for _ in range(6 * n)]
+    for i in range(0, len(lines), 6):
+        label, _, context = lines[i].partition(": ")
+        end = 0 if context.endswith(".") else max([m.end() for m in re.finditer(r"[.!?][\"')]* +", context)], default=0)
+        a, b = (context[:end].rstrip(), context[end:]) if end or not context.endswith(".") else (context, "")
+        yield {"activity_label": label, "ctx_a": a, "ctx_b": b, "label": lines[i + 1], "endings": lines[i + 2:i + 6]}
+
+
+def own_shares(model, tokenizer, tasks, S):
+    """acc, acc_norm in fp64, and the smallest distance between the best two scores of a task."""
+    right, closest = [0, 0], float("inf")
+    for task in tasks:
+        rows, lengths = [], []
+        for choice in task["choices"]:
+            query, rest = task["query"], " " + choice
+            rest, query = query[len(query.rstrip()):] + rest, query.rstrip()
+            if query:
+                before = tokenizer.encode(query)
+                after = tokenizer.encode(query + rest)[len(before):]
+            else:
+                before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+                after = tokenizer.encode(rest, add_special_tokens=False)
+            rows.append((before + after)[-(S + 1):])
+            lengths.append(len(after))
+        ids = torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows])      # what follows is not seen
+        log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scores = [log_p[i, len(r) - 1 - n:len(r) - 1].sum().item() for i, (r, n) in enumerate(zip(rows, lengths))]
+        for k, scale in enumerate((lambda c: 1, len)):
+            scaled = [s / scale(c) for s, c in zip(scores, task["choices"])]
+            right[k] += scaled.index(max(scaled)) == task["gold"]
+            closest = min(closest, *(abs(a - b) for i, a in enumerate(scaled) for b in scaled[:i]))
+    return [r / len(tasks) for r in right], closest
+
+
+def lm_eval_shares(model, tokenizer, path, S, hellaswag):
+    os.environ.update(HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=path + ".cache", LMEVAL_LOG_LEVEL="ERROR")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+    task = {"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": path}}, "validation_split":
+            "validation", "output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_target": "{{gold}}", "doc_to_choice":
+            "choices", "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]}
+    if hellaswag:
+        task["process_docs"] = process_docs
+    with contextlib.redirect_stderr(io.StringIO()):         # progress bars
+        done = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, max_length=S, batch_size=8), tasks=[task],
+                                       bootstrap_iters=1, log_samples=False)
+    return done["results"]["mine"]
+
+
+def check_choices(name, ls, folder, tokenizer_path, rows, S, hellaswag=False):
+    work = os.path.join(ls.work, name)
+    os.makedirs(work)
+    path = os.path.join(work, "tasks.jsonl")
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    choices_py = os.path.join(os.path.dirname(tokens.__file__), "choices.py")
+    done = subprocess.run([sys.executable, choices_py, path, "--tokenizer", tokenizer_path, "--seq-len", str(S), "--name", "mine",
+                           "--out", work + "/mine"], capture_output=True, text=True)
+    if not check(f"{name} choices.py", done.returncode == 0, done.stderr.strip()[-300:]):
+        return
+    exported = ls.run(f"{name} export", "--init-from", folder, "--steps", 0, "--seq-len", 8, "--batch-size", 1,
+                      "--total-batch-tokens", 8, "--train-data", text_shard(work, folder))
+    if not exported:
+        return
+    checkpoint = last_checkpoint(exported[0])
+    got = {}
+    for B in 1, 3:
+        done = ls.run(f"{name} evaluation", "--init-from", checkpoint, "--eval-only", "--eval-tasks", work + "/mine/validation/*.ds",
+                      "--seq-len", S, "--batch-size", B, "--total-batch-tokens", B * S)
+        if not done:
+            return
+        with open(os.path.join(done[0], "eval.jsonl")) as f:
+            got[B] = json.loads(f.read())["tasks"]["mine"]
+    check(f"{name} does not depend on --batch-size", got[1] == got[3], "" if got[1] == got[3] else f"{got}")
+    tokenizer = AutoTokenizer.from_pretrained(work + "/mine/validation")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    if hellaswag:
+        import choices
+        tasks = [{"query": q, "choices": c, "gold": g} for _, q, c, g in choices.read_tasks([path], "lm_eval")]
+    else:
+        tasks = rows
+    if importlib.util.find_spec("lm_eval"):
+        theirs = lm_eval_shares(model, tokenizer, path, S, hellaswag)
+        for key in "acc", "acc_stderr", "acc_norm", "acc_norm_stderr":
+            want = theirs[key + ",none"]
+            check(f"{name} {key} of lm_eval", abs(got[1][key] - want) < 1e-12, f"{got[1][key]}, lm_eval {want}")
+    else:
+        print(f"skipped: {name}: lm_eval (pip install lm_eval==0.4.13)")
+    with torch.no_grad():
+        want, closest = own_shares(model.double(), tokenizer, tasks, S)
+    check(f"{name} acc and acc_norm", [got[1]["acc"], got[1]["acc_norm"]] == want and got[1]["tasks"] == len(rows),
+          f"{got[1]['acc']}, {got[1]['acc_norm']}, transformers {want}, {len(rows)} tasks, closest scores {closest:.1e}")
+
+
+def check_bits_per_byte(name, ls, folder, tokenizer_path, first):
+    """The bytes of all targets are those of the text. first: bytes of text in its first token, which is no target."""
+    rng, lines = random.Random(5), []
+    for i in range(40):
+        lines.append(" ".join(rng.choice(("Once", "there", "was", "a", "caf\u00e9", "", "\U0001f600", "king,", "12")) for _ in range(20)))
+        lines[-1] = "The" + lines[-1] + "."
+    work = os.path.join(ls.work, name + "-bytes")
+    for n in range(len(lines), 0, -1):                      # until windows of some length take all the text
+        shutil.rmtree(work, ignore_errors=True)
+        os.makedirs(work)
+        with open(work + "/text.txt", "w", encoding="utf-8") as f:
+            f.write("\n\n".join(lines[:n]) + "\n")
+        subprocess.run([sys.executable, tokens.__file__, work + "/text.txt", "--split-on", "blank-lines", "--val-fraction", "0",
+                        "--tokenizer", tokenizer_path, "--out", work + "/out"], check=True, capture_output=True)
+        path = work + "/out/train_000.bin"
+        count = struct.unpack("<3i", open(path, "rb").read(12))[2] - 1
+        length = next((t for t in range(120, 15, -1) if count % t == 0), 0)
+        if length:
+            break
+    done = ls.run(f"{name} bits per byte", "--init-from", folder, "--eval-only", "--val-data", path, "--seq-len", length,
+                  "--total-batch-tokens", B * length)
+    if done:
+        with open(os.path.join(done[0], "eval.jsonl")) as f:
+            got = json.loads(f.read())
+        size = sum(len(x.encode()) for x in lines[:n]) - first
+        bits = got["val_loss"] * got["targets"] / math.log(2) / size
+        check(f"{name} bits per byte", got["targets"] == count and abs(got["bits_per_byte"] / bits - 1) < 1e-12,
+              f"{got['bits_per_byte']}, loss in bits / {size} bytes {bits}")
+
+
+def text_shard(work, folder):
+    """Some tokens, for a run of no steps."""
+    path = os.path.join(work, "text.bin")
+    write_shard(path, list(range(9)), AutoConfig.from_pretrained(folder).vocab_size)
+    return path
+
+
+def test_choices(ls):
+    folder = os.path.join(ls.work, "random")
+    make_model("llama").save_pretrained(folder)
+    check_choices("choices", ls, folder, "bytes", made_tasks(N_TASKS), 128)
+    check_bits_per_byte("choices", ls, folder, "bytes", 1)
+    trained = os.path.join(SHARED, "models", "stories260K_hf")
+    if not os.path.isdir(trained):
+        print(f"skipped: hellaswag: {trained} is not here")
+        return
+    tokenizer = os.path.join(ls.work, "tok512")
+    os.makedirs(tokenizer)
+    llama2c_tokenizer(os.path.join(SHARED, "tokenizers", "tok512.bin"), tokenizer)
+    check_choices("hellaswag", ls, trained, tokenizer + "/tokenizer.json", list(hellaswag_rows(N_TASKS)), 256, hellaswag=True)
+    check_bits_per_byte("hellaswag", ls, trained, tokenizer + "/tokenizer.json", 0)
+
+
 def main():
     ap = argparse.ArgumentParser(description="litespark against Hugging Face transformers")
     ap.add_argument("--binary", default="./train_litespark")
     ap.add_argument("--work", default="", help="keep all files here (default: a temporary folder, removed)")
-    ap.add_argument("--only", default=",".join(FAMILIES), help="families, comma separated")
+    ap.add_argument("--only", default=",".join([*FAMILIES, "choices"]), help="families and choices, comma separated")
     args = ap.parse_args()
     if not os.access(args.binary, os.X_OK):
         sys.exit(f"error: {args.binary} is not an executable; run `make train` first")
@@ -494,7 +688,8 @@ def main():
         base = os.path.join(work, family + "-runs")
         shutil.rmtree(base, ignore_errors=True)
         os.makedirs(base)
-        test_family(family, Litespark(args.binary, base))
+        ls = Litespark(args.binary, base)
+        test_choices(ls) if family == "choices" else test_family(family, ls)
     if not args.work:
         shutil.rmtree(work)
     print(f"{passed} passed, {failed} failed")

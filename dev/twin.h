@@ -27,7 +27,8 @@ void swiglu_forward(float *h, const float *gate_up, int N, int F);
 void swiglu_backward(float *gate_up, float *h, const float *dh, int N, int F);
 void mlp_forward(float *h, float *gate_up, const float *x, const float *w, int N, int C, int F);
 void mlp_backward_gate_up(float *gate_up, float *h, const float *dx, const float *w, int N, int C, int F);
-void cross_entropy(double *nll, float *logits, const int *targets, const double *weight, int N, int V);
+void cross_entropy(double *nll, unsigned char *is_top, float *logits, const int *targets, const double *weight,
+                   int N, int V);
 double sum_of_squares(const float *x, size_t n);
 void adamw_update(float *w, float *master, float *m, float *v, const float *grad, size_t n, double lr,
                   double beta1, double beta2, double eps, double decay, double grad_scale, int64_t step,

@@ -1,0 +1,509 @@
+#!/usr/bin/env python3
+"""Stages sft and dpo of the trainers, run as a user runs them.
+
+    dev/test_stages.py [--oracle DIR] TRAINER... [word...]    tests whose names hold a word, all without
+
+TRAINER is a program, or a command in quotes that ends with one (`ptxcpu --race -- build/train_litespark_ptx`). Against TRL's numbers where DIR (oracle/trl: oracle.json, policy, reference) exists, against equalities that must hold
+everywhere else. Python's own library only.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+TARGET, START = 0x80000000, 0x40000000
+top = tempfile.mkdtemp(prefix='stages')
+oracle_dir = None
+counts = {'passed': 0, 'failed': 0, 'skipped': 0}
+
+
+class Failed(Exception):
+    pass
+
+
+class Absent(Exception):
+    pass
+
+
+def check(truth, text):
+    if not truth:
+        raise Failed(text)
+
+
+def near(what, got, want, tolerance=1e-5):
+    check(abs(got - want) <= tolerance * max(abs(want), 1e-30), f'{what}: {got!r}, expected {want!r}')
+
+
+# ---- rows with flags
+def document(prompt, answer):
+    """Words of a document of which the answer is trained; nothing predicts a document's first token."""
+    words = list(prompt) + [t | TARGET for t in answer]
+    words[0] = words[0] & ~TARGET | START
+    return words
+
+
+def row(documents, S):
+    words = [w for d in documents for w in d]
+    assert len(words) <= S + 1, (len(words), S)
+    return words + [START] * (S + 1 - len(words))
+
+
+def shards(folder, stage, S, V, rows, n_documents, n_shards=1):
+    """Writes rows to shards of `folder`; returns the pattern."""
+    os.makedirs(folder, exist_ok=True)
+    for i in range(n_shards):
+        with open(f'{folder}/train_{i:03}.ds', 'wb') as f:
+            for words in rows[i::n_shards]:
+                f.write(struct.pack(f'<{S + 1}I', *words))
+    with open(f'{folder}/metadata.json', 'w') as f:
+        json.dump({'dataset': 'test', 'tokenizer': 'none', 'vocab_size': V, 'sequence_length': S, 'token_size_bytes': 4,
+                   'stage': stage, 'documents_per_row': n_documents}, f)
+    return f'{folder}/train_*.ds'
+
+
+class Noise:
+    """Numbers of a linear congruential generator: the same everywhere."""
+    def __init__(self, seed):
+        self.state = seed
+
+    def below(self, n):
+        self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
+        return (self.state >> 33) % n
+
+    def tokens(self, n, V):
+        return [3 + self.below(V - 3) for _ in range(n)]
+
+
+# ---- running a trainer
+class Run:
+    def __init__(self, trainer, *args, ranks=1, ok=True, threads=1):
+        command = trainer + [str(a) for a in args] + ['--threads', str(threads)]
+        if ranks > 1:
+            command = ['mpirun', '--allow-run-as-root', '--oversubscribe', '--bind-to', 'none', '-np', str(ranks)] + command
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+        self.text, self.rc = done.stdout, done.returncode
+        if ok:
+            check(self.rc == 0, f'exit status {self.rc} of {" ".join(command)}:\n{self.text[-2000:]}')
+
+    def refused(self, *words):
+        check(self.rc == 1, f'exit status {self.rc}, expected 1:\n{self.text[-1000:]}')
+        for word in words:
+            check(word in self.text, f'{word!r} is not in the message:\n{self.text[-1000:]}')
+
+
+def tensors(path):
+    with open(path, 'rb') as f:
+        n = struct.unpack('<Q', f.read(8))[0]
+        header = json.loads(f.read(n))
+        data = f.read()
+    found = {}
+    for name, t in header.items():
+        if name != '__metadata__':
+            begin, end = t['data_offsets']
+            found[name] = struct.unpack(f'<{(end - begin) // 4}f', data[begin:end])
+    return found
+
+
+def norms(grads):
+    return {name: math.sqrt(sum(x * x for x in t)) for name, t in grads.items() if name != 'loss'}
+
+
+def gradients(trainer, *args, ranks=1):
+    path = tempfile.mktemp(dir=top, suffix='.safetensors')
+    Run(trainer, *args, '--dump-grads', path, ranks=ranks)
+    return tensors(path)
+
+
+def log_of(out, kind='step'):
+    with open(f'{out}/log.jsonl') as f:
+        return [r for r in map(json.loads, f) if r['type'] == kind]
+
+
+def compare_grads(what, got, want, tolerance=1e-5):
+    near(f'{what}, loss', got['loss'][0], want['loss'][0], tolerance)
+    for name in want:
+        size = math.sqrt(sum(x * x for x in want[name]))
+        difference = math.sqrt(sum((x - y)**2 for x, y in zip(got[name], want[name])))
+        check(difference <= tolerance * size + 1e-9, f'{what}, {name}: differs by {difference / (size or 1):.1e}')
+
+
+def model(folder, V=96):
+    """config.json of a small Llama; returns its path."""
+    os.makedirs(folder, exist_ok=True)
+    path = f'{folder}/c.json'
+    with open(path, 'w') as f:
+        json.dump({'model_type': 'llama', 'vocab_size': V, 'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4,
+                   'num_key_value_heads': 2, 'intermediate_size': 64, 'max_position_embeddings': 512,
+                   'tie_word_embeddings': False, 'rms_norm_eps': 1e-5, 'rope_theta': 1e4, 'bos_token_id': None,
+                   'eos_token_id': None, 'initializer_range': 0.1}, f)
+    return path
+
+
+def start(trainer, folder):
+    """A checkpoint of random weights to begin with."""
+    rows = [row([document(Noise(1).tokens(9, 96), Noise(2).tokens(8, 96))], 16)]
+    data = shards(f'{folder}/plain', 'sft', 16, 96, rows, 1)
+    Run(trainer, '--config', model(folder), '--stage', 'sft', '--train-data', data, '--batch-size', 1, '--steps', 1,
+        '--lr', 1e-9, '--sample-every', 0, '--out', f'{folder}/start', '--seed', 7)
+    return f'{folder}/start/step_00000001'
+
+
+def sft_documents(n, seed=5, most=14):
+    noise = Noise(seed)
+    return [document(noise.tokens(1 + noise.below(8), 96), noise.tokens(1 + noise.below(most), 96)) for _ in range(n)]
+
+
+def pairs(n, seed=9, most=9):
+    noise = Noise(seed)
+    found = []
+    for _ in range(n):
+        prompt = noise.tokens(1 + noise.below(5), 96)
+        found.append([document(prompt, noise.tokens(1 + noise.below(most), 96)) for _ in range(2)])
+    return found
+
+
+def packed(groups, S):
+    """Rows of whole groups of documents (first fit); the most documents of a row."""
+    rows = []
+    for group in groups:
+        n = sum(map(len, group))
+        for r in rows:
+            if sum(map(len, r)) + n <= S + 1:
+                r.extend(group)
+                break
+        else:
+            rows.append(list(group))
+    return [row(r, S) for r in rows], max(map(len, rows))
+
+
+def alone(groups, S):
+    return [row(g, S) for g in groups], max(map(len, groups))
+
+
+# ---- tests: trainer, folder
+def oracle():
+    if not oracle_dir:
+        raise Absent("TRL's numbers are not here")
+    with open(f'{oracle_dir}/oracle.json') as f:
+        return json.load(f)
+
+
+def test_sft_equals_trl(trainer, folder):
+    o = oracle()['sft']
+    rows = []
+    for p in o['packed']:
+        words, at = [], 0
+        for n in p['seq_lengths']:
+            ids, labels = p['input_ids'][at:at + n], p['labels'][at:at + n]
+            words += [i | (TARGET if l != -100 and k else 0) | (0 if k else START) for k, (i, l) in enumerate(zip(ids, labels))]
+            at += n
+        rows.append(words + [START] * (32 - len(words)))
+    data = shards(folder + '/d', 'sft', 31, 96, rows, 8)
+    for name, want in o['batches'].items():
+        for B in (6, 2, 1):
+            got = gradients(trainer, '--stage', 'sft', '--init-from', oracle_dir + '/policy', '--train-data', data,
+                            '--batch-size', B, '--total-batch-tokens', 6 * 31)
+            near(f'{name}, B {B}: loss', got['loss'][0], want['loss_fp64'])
+            for tensor, norm in norms(got).items():
+                near(f'{name}, B {B}: {tensor}', norm, want['grad_l2_fp64'][tensor])
+
+
+DPO = {'sigmoid': [], 'sigmoid_beta0.5': ['--dpo-beta', 0.5], 'robust_ls0.1': ['--dpo-loss', 'robust', '--dpo-label-smoothing', 0.1],
+       'sigmoid+sft': ['--dpo-sft-weight', 1], 'sigmoid+0.2sft': ['--dpo-sft-weight', 0.2], 'ipo': ['--dpo-loss', 'ipo'],
+       'sigmoid_norm': ['--dpo-loss', 'norm', '--dpo-beta', 0.1], 'not_in_trl_cdpo_ls0.1': ['--dpo-label-smoothing', 0.1],
+       'policy_is_reference': []}
+
+
+def dpo_of_oracle(o, folder):
+    groups = []
+    for p in o['pairs']:
+        whole = [p['prompt_ids'] + p[side] for side in ('chosen_ids', 'rejected_ids')]
+        n = len(p['prompt_ids'])
+        groups.append([document(ids[:n], ids[n:o['max_length']]) for ids in whole])
+    rows, most = packed(groups, 95)
+    return shards(folder + '/several', 'dpo', 95, 96, rows, most), shards(folder + '/one', 'dpo', 47, 96, alone(groups, 47)[0], 2)
+
+
+def test_dpo_equals_trl(trainer, folder):
+    o = oracle()['dpo']
+    several, one = dpo_of_oracle(o, folder)
+    for name, args in DPO.items():
+        want = o['variants'][name]
+        reference = 'policy' if name == 'policy_is_reference' else 'reference'
+        for data, B, rows, S in ((one, 8, 8, 47), (one, 2, 8, 47), (several, 1, None, 95)):
+            if rows is None:
+                rows = os.path.getsize(os.path.dirname(data) + '/train_000.ds') // 4 // (S + 1)
+            got = gradients(trainer, '--stage', 'dpo', '--init-from', oracle_dir + '/policy', '--dpo-reference',
+                            f'{oracle_dir}/{reference}', '--train-data', data, '--batch-size', B, '--total-batch-tokens', rows * S, *args)
+            near(f'{name}, B {B}, S {S}: loss', got['loss'][0], want['loss_fp64'])
+            for tensor, norm in norms(got).items():
+                near(f'{name}, B {B}, S {S}: {tensor}', norm, want['grad_l2_fp64'][tensor], 2e-5 if name == 'sigmoid_norm' else 1e-5)
+
+
+def test_dpo_metrics_equal_trl(trainer, folder):
+    o = oracle()['dpo']
+    _, one = dpo_of_oracle(o, folder)
+    for name in ('sigmoid', 'sigmoid_beta0.5', 'ipo', 'policy_is_reference'):
+        reference = 'policy' if name == 'policy_is_reference' else 'reference'
+        out = f'{folder}/{name}'
+        Run(trainer, '--stage', 'dpo', '--init-from', oracle_dir + '/policy', '--dpo-reference', f'{oracle_dir}/{reference}',
+            '--train-data', one, '--batch-size', 8, '--steps', 1, '--out', out, '--sample-every', 0, '--checkpoint-every', 0, *DPO[name])
+        step = log_of(out)[0]
+        for key, want in o['variants'][name]['metrics_trl'].items():
+            if key.startswith(('rewards', 'logps')):
+                if name == 'policy_is_reference' and key.startswith('rewards'):
+                    check(step[key] == 0, f'{name}: {key} is {step[key]}, not 0')
+                else:
+                    near(f'{name}: {key}', step[key], want, 3e-5 if key.startswith('rewards') else 1e-5)
+        if name == 'policy_is_reference':
+            check(step['loss'] == math.log(2), f'loss {step["loss"]!r}, not ln 2')
+
+
+def test_splits_of_an_update_are_equal(trainer, folder):
+    begin = start(trainer, folder)
+    sft, _ = alone([[d] for d in sft_documents(8, most=20)], 31)
+    dpo, _ = alone(pairs(8), 31)
+    for stage, rows, n in (('sft', sft, 1), ('dpo', dpo, 2)):
+        data = shards(f'{folder}/{stage}', stage, 31, 96, rows, n)
+        args = ['--stage', stage, '--init-from', begin, '--train-data', data, '--total-batch-tokens', 8 * 31]
+        if stage == 'dpo':
+            args += ['--dpo-sft-weight', 0.3]
+        want = gradients(trainer, *args, '--batch-size', 8)
+        for B in (1, 2, 4):
+            compare_grads(f'{stage}, {B} rows at a time', gradients(trainer, *args, '--batch-size', B), want)
+        if shutil.which('mpirun'):
+            compare_grads(f'{stage}, 2 ranks', gradients(trainer, *args, '--batch-size', 2, ranks=2), want)
+
+
+def test_packed_equals_separate(trainer, folder):
+    begin = start(trainer, folder)
+    groups = {'sft': [[d] for d in sft_documents(12)], 'dpo': pairs(9)}
+    for stage, g in groups.items():
+        found = []
+        for name, (rows, n), S in (('packed', packed(g, 63), 63), ('alone', alone(g, 40), 40)):
+            data = shards(f'{folder}/{stage}_{name}', stage, S, 96, rows, n)
+            found.append(gradients(trainer, '--stage', stage, '--init-from', begin, '--train-data', data, '--batch-size', 1,
+                                   '--total-batch-tokens', len(rows) * S))
+        compare_grads(stage, *found)
+
+
+def test_all_targets_is_pretraining(trainer, folder):
+    begin = start(trainer, folder)
+    S, noise = 32, Noise(3)
+    rows = [noise.tokens(S + 1, 96) for _ in range(4)]
+    data = shards(f'{folder}/sft', 'sft', S, 96, [[w | TARGET if i else w | START for i, w in enumerate(r)] for r in rows], 1)
+    plain = shards(f'{folder}/plain_rows', 'pretrain', S, 96, rows, 1)
+    args = ['--init-from', begin, '--batch-size', 2, '--total-batch-tokens', 4 * S]
+    a = gradients(trainer, '--stage', 'sft', '--train-data', data, *args)
+    b = gradients(trainer, '--train-data', plain, *args)
+    check(a == b, 'rows of targets alone differ from the same text in pre-training')
+
+
+def test_rows_without_targets_are_harmless(trainer, folder):
+    begin = start(trainer, folder)
+    S = 31
+    rows, n = alone([[d] for d in sft_documents(3)], S)
+    full = shards(f'{folder}/full', 'sft', S, 96, rows, n)
+    more = shards(f'{folder}/more', 'sft', S, 96, rows + [row([], S)], n)
+    args = ['--stage', 'sft', '--init-from', begin, '--batch-size', 1]
+    compare_grads('a row of padding', gradients(trainer, *args, '--train-data', more, '--total-batch-tokens', 4 * S),
+                  gradients(trainer, *args, '--train-data', full, '--total-batch-tokens', 3 * S))
+    for stage in ('sft', 'dpo'):
+        empty = shards(f'{folder}/empty_{stage}', stage, S, 96, [row([], S)] * 2, 2)
+        grads = gradients(trainer, '--stage', stage, '--init-from', begin, '--train-data', empty, '--batch-size', 2, '--total-batch-tokens', 2 * S)
+        check(all(x == 0 for t in grads.values() for x in t), f'{stage}: an update without targets has a loss or a gradient')
+
+
+def test_resume_has_the_same_bits(trainer, folder):
+    begin = start(trainer, folder)
+    for stage, (rows, n) in {'sft': packed([[d] for d in sft_documents(40)], 47), 'dpo': packed(pairs(30), 47)}.items():
+        data = shards(f'{folder}/{stage}', stage, 47, 96, rows, n, n_shards=2)
+        args = ['--train-data', data, '--val-data', data, '--batch-size', 2, '--total-batch-tokens', 4 * 47, '--steps', 8, '--lr', 1e-3,
+                '--checkpoint-every', 4, '--keep', 9, '--sample-every', 0]
+        Run(trainer, '--stage', stage, '--init-from', begin, *args, '--out', f'{folder}/{stage}_a')
+        shutil.copytree(f'{folder}/{stage}_a/step_00000004', f'{folder}/{stage}_b/step_00000004')
+        again = Run(trainer, '--resume', f'{folder}/{stage}_b/step_00000004', '--out', f'{folder}/{stage}_b')
+        if stage == 'dpo':
+            check('one pass over' not in again.text, 'the reference pass ran again')
+        for name in sorted(f for f in os.listdir(f'{folder}/{stage}_a/step_00000008') if f.endswith('.safetensors')):
+            with open(f'{folder}/{stage}_a/step_00000008/{name}', 'rb') as a, open(f'{folder}/{stage}_b/step_00000008/{name}', 'rb') as b:
+                check(a.read() == b.read(), f'{stage}: {name} of the resumed run differs')
+        a, b = log_of(f'{folder}/{stage}_a')[4:], log_of(f'{folder}/{stage}_b')
+        for key in ('loss', 'grad_norm', 'trained_tokens', 'tokens') + (('rewards/margins',) if stage == 'dpo' else ()):
+            check([r[key] for r in a] == [r[key] for r in b], f'{stage}: {key} differs after the resume')
+        other = 'sft' if stage == 'dpo' else 'dpo'
+        Run(trainer, '--resume', f'{folder}/{stage}_b', '--stage', other, ok=False).refused('--stage', stage, 'cannot change')
+
+
+def test_policy_is_reference_is_ln_2(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed(pairs(12), 63)
+    data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n)
+    for precision in ('fp32', 'bf16'):
+        out = f'{folder}/{precision}'
+        Run(trainer, '--stage', 'dpo', '--init-from', begin, '--train-data', data, '--val-data', data, '--batch-size', 2,
+            '--total-batch-tokens', 4 * 63, '--steps', 1, '--lr', 0, '--precision', precision, '--out', out, '--sample-every', 0)
+        for record, prefix, loss in ((log_of(out)[0], '', 'loss'), (log_of(out, 'val')[0], 'val_', 'val_loss')):
+            near(f'{precision}: {loss}', record[loss], math.log(2), 1e-15)
+            for name in ('chosen', 'rejected', 'margins', 'accuracies'):
+                check(record[f'{prefix}rewards/{name}'] == 0, f'{precision}: {name} is {record[f"{prefix}rewards/{name}"]}')
+
+
+def test_reference_files(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed(pairs(12), 63)
+    data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n, n_shards=2)
+    args = ['--stage', 'dpo', '--train-data', data, '--batch-size', 2, '--total-batch-tokens', 4 * 63, '--steps', 2, '--lr', 1e-3,
+            '--sample-every', 0]
+    first = Run(trainer, *args, '--init-from', begin, '--out', f'{folder}/a')
+    check('one pass over' in first.text, 'no reference pass')
+    files = sorted(f for f in os.listdir(f'{folder}/dpo') if f.endswith('.ref'))
+    check(len(files) == 2, f'files of the reference: {files}')
+    whole = {f: open(f'{folder}/dpo/{f}', 'rb').read() for f in files}
+    check('one pass over' not in Run(trainer, *args, '--init-from', begin, '--out', f'{folder}/b').text, 'they are not used')
+    check(log_of(f'{folder}/a')[1]['loss'] == log_of(f'{folder}/b')[1]['loss'], 'another loss with kept log p')
+    path = f'{folder}/dpo/{files[0]}'
+    for at, word in ((8, 'CRC of the reference'), (12, 'CRC of the shard'), (16, 'sequence length'), (20, 'precision'), (24, 'rows'),
+                     (28, 'pairs per row'), (70, 'CRC of the values')):
+        damaged = bytearray(whole[files[0]])
+        damaged[at] ^= 1
+        open(path, 'wb').write(damaged)
+        Run(trainer, *args, '--init-from', begin, '--out', f'{folder}/c', ok=False).refused(files[0], word, 'remove it')
+    open(path, 'wb').write(whole[files[0]][:-4])
+    Run(trainer, *args, '--init-from', begin, '--out', f'{folder}/c', ok=False).refused(files[0], 'bytes')
+    open(path, 'wb').write(whole[files[0]])
+    with open(f'{folder}/dpo/train_000.ds', 'r+b') as f:            # another shard under the same name
+        f.seek(4 * 2)
+        word = struct.unpack('<I', f.read(4))[0]
+        f.seek(4 * 2)
+        f.write(struct.pack('<I', word ^ 1))
+    Run(trainer, *args, '--init-from', begin, '--out', f'{folder}/c', ok=False).refused(files[0], 'CRC of the shard')
+    check(not os.path.exists(f'{folder}/c'), 'a refused run left something behind')
+    # a resume whose files are gone needs the model it was begun with
+    for f in files:
+        os.remove(f'{folder}/dpo/{f}')
+    more = ['--resume', f'{folder}/b', '--steps', 3]
+    Run(trainer, *more, ok=False).refused('--dpo-reference')
+    Run(trainer, *more, '--dpo-reference', f'{folder}/b/step_00000002', ok=False).refused('--dpo-reference', 'was begun with')
+    check('one pass over' in Run(trainer, *more, '--dpo-reference', begin).text, 'no pass after the files are gone')
+
+
+def test_kill_in_the_reference_pass_loses_nothing(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed(pairs(1500), 63)
+    data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n, n_shards=2)
+    before = {f: open(f'{folder}/dpo/{f}', 'rb').read() for f in os.listdir(f'{folder}/dpo')}
+    args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--total-batch-tokens', 2 * 63, '--steps', 1,
+            '--sample-every', 0]
+    for _ in range(3):
+        p = subprocess.Popen(trainer + list(map(str, args)) + ['--threads', '1', '--out', f'{folder}/a'], stdout=subprocess.PIPE, text=True)
+        for line in p.stdout:
+            if line.startswith('reference'):
+                break
+        time.sleep(0.05)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    for f, content in before.items():
+        check(open(f'{folder}/dpo/{f}', 'rb').read() == content, f'{f} has changed')
+    check(not os.path.exists(f'{folder}/a/step_00000001'), 'a checkpoint of nothing')
+    Run(trainer, *args, '--out', f'{folder}/a')
+    check(os.path.exists(f'{folder}/a/step_00000001'), 'no run after the kills')
+    left = [f for f in os.listdir(f'{folder}/dpo') if f not in before and not f.endswith('.ref')]
+    check(not left, f'left behind: {left}')
+
+
+def test_what_does_not_fit_is_refused(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = alone([[d] for d in sft_documents(4)], 31)
+    sft = shards(f'{folder}/sft', 'sft', 31, 96, rows, n)
+    rows, n = alone(pairs(4), 31)
+    dpo = shards(f'{folder}/dpo', 'dpo', 31, 96, rows, n)
+    base = ['--init-from', begin, '--batch-size', 1, '--steps', 1, '--out', f'{folder}/none']
+
+    def refused(args, *words):
+        Run(trainer, *base, *args, ok=False).refused(*words)
+        check(not os.path.exists(f'{folder}/none'), 'a refused run left something behind')
+    refused(['--train-data', sft], 'sft', 'pretrain')
+    refused(['--stage', 'sft', '--train-data', dpo], '--stage dpo', '--stage sft')
+    refused(['--stage', 'dpo', '--train-data', sft], '--stage sft', '--stage dpo')
+    refused(['--stage', 'sft', '--train-data', sft, '--seq-len', 16], '--seq-len 31', '16')
+    refused(['--stage', 'sft', '--train-data', sft, '--document-mask', 'off'], '--document-mask')
+    refused(['--stage', 'sft', '--train-data', sft, '--dpo-beta', 1], '--dpo-beta', '--stage dpo')
+    refused(['--stage', 'dpo', '--train-data', dpo, '--dpo-loss', 'ipo', '--dpo-label-smoothing', 0.1], '--dpo-label-smoothing', 'ipo')
+    refused(['--stage', 'sft', '--train-data', sft, '--epochs', 2], '--epochs', '--steps')
+    odd = shards(f'{folder}/odd', 'dpo', 31, 96, [row([d], 31) for d in sft_documents(4)], 2)
+    refused(['--stage', 'dpo', '--train-data', odd], 'damaged', 'pairs')
+    headless = shards(f'{folder}/headless', 'sft', 31, 96, [[w & ~START for w in row([d], 31)] for d in sft_documents(4)], 2)
+    refused(['--stage', 'sft', '--train-data', headless], 'damaged', 'begin')
+    beyond = shards(f'{folder}/beyond', 'sft', 31, 200, [row([document([150], [5, 6])], 31)] * 4, 2)
+    refused(['--stage', 'sft', '--train-data', beyond], '150', 'vocabulary')
+
+
+def test_a_policy_far_from_its_reference_is_said(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed(pairs(12), 63)
+    data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n)
+    args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 2, '--total-batch-tokens', 4 * 63, '--steps', 12,
+            '--warmup-steps', 0, '--sample-every', 0]
+    check('far from its reference' in Run(trainer, *args, '--lr', 3e-2, '--dpo-beta', 100, '--out', f'{folder}/a').text, 'no warning')
+    check('far from' not in Run(trainer, *args, '--lr', 1e-4, '--out', f'{folder}/b').text, 'a warning without a reason')
+
+
+def test_tokens_and_targets_are_counted(trainer, folder):
+    begin = start(trainer, folder)
+    documents = sft_documents(10)
+    rows, n = packed([[d] for d in documents], 47)
+    data = shards(f'{folder}/sft', 'sft', 47, 96, rows, n)
+    text = Run(trainer, '--stage', 'sft', '--init-from', begin, '--train-data', data, '--val-data', data, '--batch-size', 1,
+               '--total-batch-tokens', len(rows) * 47, '--epochs', 2, '--out', f'{folder}/out', '--sample-every', 0).text
+    steps, targets = log_of(f'{folder}/out'), sum(w >> 31 for d in documents for w in d)
+    check(len(steps) == 2, f'{len(steps)} updates for two epochs of one')
+    check(steps[1]['tokens'] == 2 * len(rows) * 47 and steps[1]['trained_tokens'] == 2 * targets, f'{steps[1]}')
+    check(f'{targets} targets' in text and 'trained' in text, text[-800:])
+
+
+def main():
+    global oracle_dir
+    trainers, words, args = [], [], sys.argv[1:]
+    while args:
+        a = args.pop(0)
+        if a == '--oracle':
+            oracle_dir = args.pop(0)
+        elif os.access(a.split()[-1], os.X_OK) and os.path.isfile(a.split()[-1]):
+            trainers.append([os.path.abspath(w) if os.path.isfile(w) else w for w in a.split()])
+        else:
+            words.append(a)
+    if oracle_dir and not os.path.exists(f'{oracle_dir}/oracle.json'):
+        oracle_dir = None
+    if not trainers:
+        sys.exit(__doc__)
+    os.environ['OMP_WAIT_POLICY'] = 'passive'
+    for trainer in trainers:
+        for name, test in list(globals().items()):
+            if not name.startswith('test_') or (words and not any(w in name for w in words)):
+                continue
+            folder = tempfile.mkdtemp(dir=top)
+            title, begin = f'{name[5:]} ({os.path.basename(trainer[-1])})', time.time()
+            try:
+                test(trainer, folder)
+                counts['passed'] += 1
+                print(f'ok    {title} ({time.time() - begin:.1f} s)', flush=True)
+            except Absent as e:
+                counts['skipped'] += 1
+                print(f'skipped: {title}: {e}', flush=True)
+            except (Failed, OSError, KeyError, IndexError, subprocess.TimeoutExpired) as e:
+                counts['failed'] += 1
+                print(f'FAIL  {title}: {e}', flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(top, ignore_errors=True)
+    print('{passed} passed, {failed} failed, {skipped} skipped'.format(**counts))
+    sys.exit(1 if counts['failed'] else 0)
+
+
+main()
