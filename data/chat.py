@@ -7,7 +7,8 @@
     python3 data/chat.py --inspect data/chats/train/train_000.ds
     python3 data/test_chat.py
 
-Inputs are .jsonl, .ndjson or .json (a list, or one row per line), plain, .gz, .zst, .xz or .bz2, and .parquet. Rows are
+Inputs are .jsonl, .ndjson or .json (a list, or one row per line), plain, .gz, .zst, .xz or .bz2, .parquet and .arrow
+(also a folder that `datasets` saved). Rows are
     sft   messages or conversations (role/content or from/value), or the bare list of them
           prompt, completion (strings or messages) | instruction, input, output | text
           input_ids with labels (-100: not trained), completion_mask or assistant_masks
@@ -857,7 +858,7 @@ class Preparer:
             self.numbers["rows"] += 1
             before = {k: v[0] for k, v in self.counts.items()}
             try:
-                if data is None:
+                if not data:
                     raise Drop(f"a line longer than {ROW_MAX >> 20} MiB")
                 docs = self.row(data)
             except Drop as e:
@@ -897,7 +898,7 @@ def prepare_batch(rows):
 
 # ---- Reading ------------------------------------------------------------------------------------------------
 def json_rows(path, stream):
-    """One row per line, or one list of rows. -> (line, True, True, bytes); None for a line that is too long."""
+    """One row per line, or one list of rows. -> (line, True, True, bytes); no bytes: the line is too long."""
     first, number = b"", 0
     while not first.strip():
         first, number = stream.readline(ROW_MAX + 1), number + 1
@@ -915,7 +916,7 @@ def json_rows(path, stream):
     line = first
     while line:
         if len(line) > ROW_MAX:
-            yield number, True, True, None
+            yield number, True, True, b""
             while line and not line.endswith(b"\n"):
                 line = stream.readline(ROW_MAX)
         elif line.strip():
@@ -951,15 +952,14 @@ def list_rows(path, stream, text, line):
             text, at, rest = text[at:] + data[:keep].decode("utf-8", "surrogateescape"), 0, data[keep:]
 
 
-def table_rows(path):
-    """The known columns of each row of a .parquet or .arrow file, as JSON."""
-    number = 0
-
+def table_rows(path, *_):
+    """The known columns of each row of a table, as JSON."""
     def columns(names):
-        known = [c for c in names if c in FIELDS]
+        known = [n for n in names if n in FIELDS]
         if not known:
             raise UserError(f"{path}: no column that chat.py knows (it has {', '.join(names)})")
         return known
+    number = 0
     for batch, at in tokens.tables(path, columns):
         try:
             rows = batch.to_pylist()
@@ -976,12 +976,12 @@ def table_rows(path):
 
 
 def batches(items):
-    """As tokens.batches, with lines that are None."""
+    """As tokens.batches, but smaller: a template takes longer than a tokenizer."""
     batch, size = [], 0
     for item in items:
         batch.append(item)
-        size += len(item[-1] or b"") + 64
-        if size >= tokens.BATCH // 4:        # a template takes longer than a tokenizer
+        size += len(item[-1]) + 64
+        if size >= tokens.BATCH // 4:
             yield batch
             batch, size = [], 0
     if batch:
@@ -1087,7 +1087,8 @@ def tokenize(setup, files, spool, progress):
     lengths, targets, hashes = array.array("i"), array.array("i"), array.array("Q")
     counts, numbers, total = {}, collections.Counter(), 0
     rows = tokens.read_documents(files, None, None, progress, lines=json_rows, rows=table_rows)
-    for words, n, t, h, some, more in tokens.encoded(batches(rows), setup, start_preparer, prepare_batch):
+    work = ((batch, None) for batch in batches(rows))
+    for (words, n, t, h, some, more), _ in tokens.in_order(prepare_batch, work, setup, start_preparer):
         spool.write(words)
         lengths.extend(n)
         targets.extend(t)
@@ -1115,7 +1116,7 @@ def prepare(args):
     if os.path.exists(state):        # a template may write the date: that of the first start
         with open(state, encoding="utf-8") as f:
             setup.now = json.load(f).get("time", setup.now)
-    tokens.claim_folder(args, options, "chat.json")
+    tokens.claim_folder(args, options, name="chat.json")
     tokens.write_whole(state, json.dumps({"options": options, "complete": False, "time": setup.now}, indent=1).encode())
     if setup.template_text and "strftime_now" in setup.template_text:
         print(f"note: the template may write the date: {time.strftime('%d %b %Y', time.localtime(setup.now))}",

@@ -447,6 +447,10 @@ def test_files(d):
         must(f"{d}/p.parquet", "--stage", "sft", "--tokenizer", "bytes", "--seq-len", 40, "--val-fraction", 0, "--out",
              f"{d}/o_p")
         out["p.parquet"] = open(f"{d}/o_p/train/train_000.ds", "rb").read()
+        with library("pyarrow.ipc").new_stream(f"{d}/s.arrow", arrow.Table.from_pylist(rows).schema) as f:
+            f.write_table(arrow.Table.from_pylist(rows))
+        must(f"{d}/s.arrow", "--stage", "sft", "--tokenizer", "bytes", "--seq-len", 40, "--val-fraction", 0, "--out", f"{d}/o_s")
+        out["s.arrow"] = open(f"{d}/o_s/train/train_000.ds", "rb").read()
         chat = [{"messages": [{"role": "user", "content": "a", "tool_calls": None}, {"role": "assistant",
             "content": "b"}]}] * 3
         parquet.write_table(arrow.Table.from_pylist(chat), f"{d}/m.parquet")

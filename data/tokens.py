@@ -639,6 +639,13 @@ def table_rows(path, key, mix_key=None):
             yield number, True, True, value, source, at
 
 
+def parquet_rows(path, key, progress):
+    before = progress.done
+    for *row, _, at in table_rows(path, key):
+        progress.done = before + at
+        yield tuple(row)
+
+
 def find_source(row, key, where):
     """The value of a key such as meta.redpajama_set_name: a name in an object in a row."""
     value = row
@@ -731,9 +738,9 @@ class Place(argparse.Namespace):
         super().__init__(file=file, before=before, documents=documents, check=check, open=open)
 
 
-def read_documents(files, separator, text_key, progress, mix_key=None, place=None, finished=None,
-                   lines=None, rows=None):
-    """Goes on from `place`, and keeps it up to date. lines, rows: in place of json_lines and table_rows. finished(path, bytes, SHA-256, documents) is told of each file."""
+def read_documents(files, separator, text_key, progress, mix_key=None, place=None, finished=None, lines=json_lines,
+                   rows=table_rows):
+    """Goes on from `place`, and keeps it up to date. finished(path, bytes, SHA-256, documents) is told of each file."""
     place = place or Place()
     progress.done += sum(map(os.path.getsize, files[:place.file]))
     for path in files[place.file:]:
@@ -745,7 +752,7 @@ def read_documents(files, separator, text_key, progress, mix_key=None, place=Non
             size, counter = os.path.getsize(path), Hashed(file, digest)
             try:
                 if kind == "row":
-                    items = rows(path) if rows else table_rows(path, text_key, mix_key)
+                    items = rows(path, text_key, mix_key)
                 else:
                     if not size and ending in ("gz", "zst", "xz", "bz2"):
                         raise EOFError("it is empty")
@@ -754,19 +761,19 @@ def read_documents(files, separator, text_key, progress, mix_key=None, place=Non
                                         "--mix 'NAME:PATH=WEIGHT,...'")
                     stream = open_input(path.lower(), io.BufferedReader(counter, 1 << 16))
                     refuse_wide(path, stream.peek(1024)[:1024])
-                    items = (lines or json_lines)(path, stream) if kind == "line" else text_pieces(stream, separator)
+                    items = lines(path, stream) if kind == "line" else text_pieces(stream, separator)
                 for where, first, last, data, *more in items:
                     documents += first
                     at = more[1] if more else counter.count
                     progress.done, shown = progress.done + at - shown, at
                     if documents <= skip:
-                        if last and documents == skip and zlib.crc32((data or b"")[-4096:]) != check:
+                        if last and documents == skip and zlib.crc32(data[-4096:]) != check:
                             raise UserError(f"{path}: document {skip} is not what was read before; it has changed since: "
                                             "remove the --out folder to start anew")
                         continue
                     place.open = not last
                     if last:
-                        place.documents, place.check = documents, zlib.crc32((data or b"")[-4096:])
+                        place.documents, place.check = documents, zlib.crc32(data[-4096:])
                     yield place.before + documents - 1, first, last, path, where, kind, more[0] if more else None, data
             except UserError:
                 raise
@@ -905,9 +912,9 @@ def in_order(function, work, args, start=start_worker):
         pool.shutdown(cancel_futures=True)
 
 
-def encoded(work, args, start=start_worker, encode=encode_batch):
+def encoded(work, args):
     """encode_batch over all batches, in order."""
-    return (result for result, _ in in_order(encode, ((batch, None) for batch in work), args, start))
+    return (result for result, _ in in_order(encode_batch, ((batch, None) for batch in work), args))
 
 
 # ---- Mixing: which documents of which source --------------------------------------------------------------------
@@ -1328,7 +1335,7 @@ def split_folders(args):
 COUNT_SERVES = ("mix", "repeat", "train_tokens", "val_fraction", "val_tokens", "val_from", "shard_tokens")
 
 
-def claim_folder(args, options, name="tokens.json", resume=False):
+def claim_folder(args, options, resume=False, name="tokens.json"):
     """An empty folder, or one that the same command filled before: its shards are then written anew. resume: -> the
     state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do."""
     out, state, saved = args.out, os.path.join(args.out, name), None
