@@ -234,7 +234,7 @@ test-hf: build/train_litespark
 	else echo 'skipped: test-hf: pip cannot install torch and transformers (pip install torch transformers safetensors numpy; build/pip.log)'; fi
 
 test-data:
-	@if python3 -c 'import numpy' 2>/dev/null; then python3 data/test_tokens.py; else echo 'skipped: test-data: no python3 with numpy (pip install numpy sentencepiece tiktoken tokenizers)'; fi
+	@if python3 -c 'import numpy' 2>/dev/null; then python3 data/test_tokens.py && python3 data/test_choices.py && python3 data/test_chat.py; else echo 'skipped: test-data: no python3 with numpy (pip install numpy sentencepiece tiktoken tokenizers jinja2 transformers)'; fi
 
 # ---- fuzzing: libFuzzer, one program for all parsers
 SECONDS_EACH ?= 60

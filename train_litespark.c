@@ -502,7 +502,7 @@ void checkpoint_read_model(const char *dir, Model *m, int state);
 Str checkpoint_whole(const char *dir, int weights_only);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
 void weights_read(const char *dir, Model *m, const Config *c);
-void side_files_read(const char *model_dir, const Tokenizer *t);
+void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
 void weights_random(Model *m, const Config *c, uint64_t seed);
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
 uint32_t weights_crc(const Model *m);
@@ -2530,7 +2530,7 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
     *c = choose_config(resume_dir);
     if (c->rest_keys && !resume_dir) printf("config.json | passed on, not used: %s\n", c->rest_keys);
     const Tokenizer *tok = tr->tokenizer = tokenizer_choose(c, model_dir);
-    side_files_read(model_dir, tok);
+    side_files_read(model_dir, tok, opt.stage && !resume_dir ? opt.train_data : NULL);
     if (!c->V) {
         if (tok) V = tok->V;
         else data_declares(opt.train_data, &V, &S);
@@ -2584,7 +2584,8 @@ static void check_stage(const DataLoader *dl) {
     if (dl->stage == opt.stage) return;
     die("token shard '%s' was made for --stage %s, this run is --stage %s; %s", loader_path(dl),
         names[dl->stage], names[opt.stage],
-        opt.stage == STAGE_PRETRAIN ? "make shards of text with data/tokens.py"
+        dl->stage == STAGE_CHOICE ? "multiple choice goes with --eval-tasks"
+        : opt.stage == STAGE_PRETRAIN ? "make shards of text with data/tokens.py"
                                     : "make rows with data/chat.py");
 }
 
@@ -6111,14 +6112,21 @@ static void save_trainer_state(Saving *s, const TrainState *t) {
 }
 
 // Reads the side files of the folder model_dir or, where that is NULL, of the tokenizer's; tokenizer.bin is
-// t, if there is one.
-void side_files_read(const char *model_dir, const Tokenizer *t) {
+// t, if there is one. chats (or NULL): data of sft or dpo; the chat template beside them is what was trained,
+// and that tokenizer_config.json goes with it.
+void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats) {
+    const char *end = chats ? strrchr(chats, '/') : NULL;
+    const Str data = str("%.*s", end ? (int)(end - chats) : 1, end ? chats : ".");
+    const int templates = chats && !access(str("%s/chat_template.jinja", data.s).s, R_OK);
     const char *slash = t ? strrchr(t->path, '/') : NULL;
     const Str beside = str("%.*s", slash ? (int)(slash - t->path) : 1, slash ? t->path : ".");
     for (int i = 0; i < COUNT(side_names) && (model_dir || t) && !comm_rank(); i++) {
         Str path = str("%s/%s", model_dir ? model_dir : beside.s, side_names[i]);
         if (i == SIDE_GENERATION && !model_dir) continue;       // that of another model
         if (i == SIDE_TOKENIZER && t) path = str("%s", t->path);
+        if (templates && strstr("tokenizer_config.json chat_template.jinja", side_names[i])
+            && !access(str("%s/%s", data.s, side_names[i]).s, R_OK))
+            path = str("%s/%s", data.s, side_names[i]);
         if (access(path.s, F_OK)) continue;
         side_files[i].data = read_text_file(path.s, (size_t)1 << 30, &side_files[i].n);
     }

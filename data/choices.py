@@ -12,15 +12,15 @@ Inputs, told apart by content; each also with .gz, .zst, .xz or .bz2:
     - any task as JSON lines: "query" (or "context", "question"), "choices" (texts), "gold" (or "label", "answer": the number
       of the right one, from 0). The model reads query, delimiter and choice.
 
-The scores are those of EleutherAI's lm-evaluation-harness (lm_eval 0.4.13): the tokens of a choice are those of query + delimiter
-+ choice beyond as many as the query has by itself; an empty query is BOS (or else EOS); what is longer than --seq-len + 1 tokens
-loses tokens at its left, and is counted; acc_norm divides by the characters of the choice without the delimiter.
---hellaswag lm_eval (default) has the context as lm_eval's task has it: the second part (ctx_b) begins with a capital and goes on in
-small letters. The text file does not tell the parts: there, ctx_b is what follows the last end of a sentence in a context that ends
-without one (3,243 of the 10,042 tasks). --hellaswag plain leaves the context as it is.
+The scores are those of EleutherAI's lm-evaluation-harness (lm_eval 0.4.13): the tokens of a choice are those of query +
+delimiter + choice beyond as many as the query has by itself; an empty query is BOS (or else EOS); what is longer than
+--seq-len + 1 tokens loses tokens at its left, and is counted; acc_norm divides by the characters of the choice without the
+delimiter. --hellaswag lm_eval (default) has the context as lm_eval's task has it: the second part (ctx_b) begins with a
+capital and goes on in small letters. The text file does not tell the parts: there, ctx_b is what follows the last end of a
+sentence in a context that ends without one (3,243 of the 10,042 tasks). --hellaswag plain leaves the context as it is.
 
-Output (byte tables in data/README.md): OUT/validation/val_NAME_000.ds, val_NAME_000.choices, metadata.json, tokenizer.bin and the files
-for AutoTokenizer. The same inputs and options give the same bytes.
+Output (byte tables in data/README.md): OUT/validation/val_NAME_000.ds, val_NAME_000.choices, metadata.json, tokenizer.bin
+and the files for AutoTokenizer. The same inputs and options give the same bytes.
 """
 import argparse, hashlib, itertools, json, os, re, sys
 
@@ -55,7 +55,8 @@ def hellaswag_text(path, lines, how):
         if not block or block == [""]:
             return
         if len(block) < 6 or block[1].strip() not in ("0", "1", "2", "3"):
-            raise UserError(f"{path}:{first + 1}: not the six lines of a task (context, 0 to 3, four endings); get the file again")
+            raise UserError(f"{path}:{first + 1}: not the six lines of a task (context, 0 to 3, four endings); get the file "
+                            "again")
         yield f"{path}:{first + 1}", with_capital(block[0]) if how == "lm_eval" else block[0], block[2:], int(block[1])
 
 
@@ -89,11 +90,13 @@ def json_tasks(path, lines, how):
             second = row.get("ctx_b", "")
             texts = [row.get("activity_label", ""), row["ctx_a"], second]
             if not all(isinstance(t, str) for t in texts) or not isinstance(row["endings"], list):
-                raise UserError(f"{where}: not a task of HellaSwag (ctx_a, ctx_b, activity_label, endings, label); get the file again")
-            query = f"{texts[0]}: {texts[1]} {second.capitalize() if how == 'lm_eval' else second}"
-            yield where, tidy(query), [tidy(c) if isinstance(c, str) else c for c in row["endings"]], number(row.get("label"), where)
-            continue
-        yield where, one_of(row, QUERY, where), one_of(row, ("choices",), where), number(one_of(row, GOLD, where), where)
+                raise UserError(f"{where}: not a task of HellaSwag (ctx_a, ctx_b, activity_label, endings, label); get the "
+                                "file again")
+            query = tidy(f"{texts[0]}: {texts[1]} {second.capitalize() if how == 'lm_eval' else second}")
+            choices, gold = [tidy(c) if isinstance(c, str) else c for c in row["endings"]], row.get("label")
+        else:
+            query, choices, gold = (one_of(row, names, where) for names in (QUERY, ("choices",), GOLD))
+        yield where, query, choices, number(gold, where)
 
 
 def read_tasks(paths, how):
@@ -103,7 +106,8 @@ def read_tasks(paths, how):
                 stream = tokens.open_input(path.lower(), raw)
                 tokens.refuse_wide(path, stream.peek(1024)[:1024])
                 is_json = stream.peek(1)[:1] == b"{"
-                lines = (tokens.decode_text(line, "strict", path, n, "line") for n, line in enumerate(iter(stream.readline, b""), 1))
+                lines = (tokens.decode_text(line, "strict", path, n, "line")
+                         for n, line in enumerate(iter(stream.readline, b""), 1))
                 yield from (json_tasks if is_json else hellaswag_text)(path, lines, how)
             except UserError:
                 raise
@@ -167,9 +171,9 @@ def make_documents(args, tokenizer, tasks):
 
 
 def best_fit(lengths, room):
-    """Rows of at most `room`, as lists of numbers of `lengths`: best fit, the longest first, over the whole set. Of rows with the
-    same space left the oldest takes it; a row lists its items in their order, and rows go by their first item."""
-    rows, open_rows, sizes = [], {}, 0      # open_rows: space left -> rows with it; sizes: a bit for each space that is there
+    """Rows of at most `room`, as lists of numbers of `lengths`: best fit, the longest first, over the whole set. Of rows with
+    the same space left the oldest takes it; a row lists its items in their order, and rows go by their first item."""
+    rows, open_rows, sizes = [], {}, 0      # open_rows: space left -> rows with it; sizes: a bit for each such space
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fits = sizes >> lengths[i]
         if fits:
@@ -195,7 +199,8 @@ def prepare(args):
     tokenizer = tokens.load_tokenizer(args.tokenizer, args.tiktoken_pattern)
     args.bos_id = tokens.boundary(args.bos, tokenizer, tokenizer.bos, tokenizer.add_bos, "--bos")
     folder = os.path.join(args.out, "validation")
-    if os.path.isdir(args.out) and os.listdir(args.out) not in ([], ["validation"]) or os.path.isdir(folder) and os.listdir(folder):
+    there = [f for f in (args.out, folder) if os.path.isdir(f)]
+    if any(n for f in there for n in os.listdir(f) if n != "validation"):
         raise UserError(f"{args.out} is not empty; choose another --out or remove the folder")
     tasks = checked(read_tasks(args.inputs, args.hellaswag))
     documents, firsts, rows, cut = make_documents(args, tokenizer, itertools.islice(tasks, args.limit or None))
@@ -222,35 +227,40 @@ def prepare(args):
     meta = {"dataset": args.name, "split": "validation", "tokenizer": tokenizer.name, "vocab_size": len(tokenizer.pieces),
             "sequence_length": args.seq_len, "token_size_bytes": 4, "eos_token_id": tokenizer.eos, "stage": "choice",
             "documents_per_row": max(map(len, packed)), "total_sequences": len(packed),
-            "total_tokens": len(packed) * (args.seq_len + 1), "documents": len(documents), "tasks": n_tasks, "targets": targets,
-            "mask": "choice", "hellaswag": args.hellaswag, "delimiter": args.delimiter,
+            "total_tokens": len(packed) * (args.seq_len + 1), "documents": len(documents), "tasks": n_tasks,
+            "targets": targets, "mask": "choice", "hellaswag": args.hellaswag, "delimiter": args.delimiter,
             "tokenizer_sha256": hashlib.sha256(export).hexdigest(), "max_length": args.seq_len + 1,
             "counts": {"tasks": n_tasks, "left truncated": cut}}
     tokens.write_whole(os.path.join(folder, "metadata.json"), json.dumps(meta, indent=1).encode())
     tokens.write_whole(stem + ".choices", np.array([rows[i] for i in order], "<i4").tobytes())
     tokens.write_whole(stem + ".ds", words.astype("<u4").tobytes())
-    print(f"{args.name} | {n_tasks:,} tasks | {len(documents):,} choices | {used:,} tokens, {targets:,} of them scored | {len(packed):,} "
-          f"rows of {args.seq_len} + 1, {100 * used / words.size:.2f}% full | {cut:,} too long, cut at their left -> {stem}.ds")
+    print(f"{args.name} | {n_tasks:,} tasks | {len(documents):,} choices | {used:,} tokens, {targets:,} of them scored | "
+          f"{len(packed):,} rows of {args.seq_len} + 1, {100 * used / words.size:.2f}% full | {cut:,} too long, cut at their "
+          f"left -> {stem}.ds")
 
 
 def parse(argv):
     p = tokens.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("inputs", nargs="+", metavar="INPUT")
     p.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
-    p.add_argument("--tokenizer", required=True, metavar="bytes|FILE", help="the model's: SentencePiece model, tiktoken ranks or "
-                   "tokenizer.json")
-    p.add_argument("--tiktoken-pattern", choices=list(tokens.RANKS), help="how tiktoken ranks split words (default: that of the published file)")
-    p.add_argument("--seq-len", type=int, required=True, metavar="S", help="row length; the trainer's --seq-len must be the same")
+    p.add_argument("--tokenizer", required=True, metavar="bytes|FILE", help="the model's: SentencePiece model, tiktoken "
+                   "ranks or tokenizer.json")
+    p.add_argument("--tiktoken-pattern", choices=list(tokens.RANKS), help="how tiktoken ranks split words (default: that of "
+                   "the published file)")
+    p.add_argument("--seq-len", type=int, required=True, metavar="S", help="row length; the trainer's --seq-len must be that")
     p.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N tasks")
-    p.add_argument("--hellaswag", choices=["lm_eval", "plain"], default="lm_eval", help="how a context of HellaSwag begins its second part (above)")
+    p.add_argument("--hellaswag", choices=["lm_eval", "plain"], default="lm_eval", help="how a context of HellaSwag begins "
+                   "its second part (above)")
     p.add_argument("--delimiter", default=" ", metavar="TEXT", help="between query and choice (default: a space)")
-    p.add_argument("--bos", default="auto", metavar="on|off|PIECE", help="before each query (default: as the tokenizer does itself)")
+    p.add_argument("--bos", default="auto", metavar="on|off|PIECE", help="before each query (default: as the tokenizer "
+                   "itself does)")
     p.add_argument("--name", metavar="NAME", help="of the tasks, in file names and log (default: the first INPUT's)")
     args = p.parse_args(argv)
     stem = re.sub(r"(?i)(\.(txt|json|jsonl|ndjson))?(\.gz|\.zst|\.xz|\.bz2)?$", "", os.path.basename(args.inputs[0]))
     args.name = args.name or ("hellaswag" if stem.startswith("hellaswag") else stem)
     if not re.fullmatch(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*", args.name) or re.search(r"_\d+$", args.name):
-        raise UserError(f"--name {args.name}: letters, digits, - and _ please, and no _NUMBER at its end, which numbers shards")
+        raise UserError(f"--name {args.name}: letters, digits, - and _ please, and no _NUMBER at its end, which numbers "
+                        "shards")
     if args.seq_len < 1 or args.limit < 0:
         raise UserError("out of range: --seq-len at least 1, --limit at least 0")
     return args

@@ -1187,9 +1187,9 @@ def test_shared_corpora(d):
         check(f"{name}: ids = library", ids == [i for t in texts for i in [1] + sp.encode(t) + [2]])
 
 
-def main():
+def main(tests=globals()):
     wanted, start, skipped = sys.argv[1:], time.time(), 0
-    for name, test in list(globals().items()):
+    for name, test in list(tests.items()):
         if name.startswith("test_") and (not wanted or any(w in name for w in wanted)):
             began, folder = time.time(), tempfile.mkdtemp(prefix="tokens_")
             try:

@@ -133,6 +133,17 @@ def byte_level(ranks, special, words):
             "decoder": level, "model": bpe({**rank, **special}, rank, ignore_merges=True)}
 
 
+def sentencepiece_parts(text, rank, prefix, unknown, byte_fallback):
+    """The parts of a tokenizer.json with SentencePiece's rules for BPE. prefix: a space goes before the text."""
+    replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
+    front = [{"type": "Prepend", "prepend": "\u2581"}] * bool(prefix)
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * bool(prefix)
+    return {"normalizer": {"type": "Sequence", "normalizers": front + [replace(" ", "\u2581")]},
+            "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
+                replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+            "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True)}
+
+
 def protobuf_fields(data):
     """(field number, value) pairs of one protobuf message: int, or bytes for what has a length."""
     def varint(i):
@@ -186,14 +197,8 @@ def sentencepiece_tokenizer(path, data):
         text = [p.decode().replace(" ", "\u2581") for p in pieces]
         special = {t: i for i, t in enumerate(text) if types[i] in (2, 3)}
         rank = {t: -scores[i] for i, t in enumerate(text) if types[i] in (1, 4)}
-        replace = lambda a, b: {"type": "Replace", "pattern": {"String": a}, "content": b}
-        prefix = [{"type": "Prepend", "prepend": "\u2581"}] if normalizer[3] else []
-        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normalizer[3] else []
-        parts = {"normalizer": {"type": "Sequence", "normalizers": prefix + [replace(" ", "\u2581")]},
-                 "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
-                     replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-                 "model": bpe({t: i for i, t in enumerate(text)}, rank, unk_token=next(
-                     (t for i, t in enumerate(text) if types[i] == 2), None), byte_fallback=6 in types, fuse_unk=True)}
+        parts = sentencepiece_parts(text, rank, normalizer[3], next((t for i, t in enumerate(text) if types[i] == 2), None),
+                                    6 in types)
         name = lambda i: text[i] if i >= 0 else None
         return {**files, **hugging_face(parts, special, name(bos), name(eos))}
     unlike = ("is not a BPE model" if trainer[3] != 2 else "normalizes its text" if normalizer[2] else
@@ -733,7 +738,8 @@ class Place(argparse.Namespace):
         super().__init__(file=file, before=before, documents=documents, check=check, open=open)
 
 
-def read_documents(files, separator, text_key, progress, mix_key=None, place=None, finished=None):
+def read_documents(files, separator, text_key, progress, mix_key=None, place=None, finished=None, lines=json_lines,
+                   rows=table_rows):
     """Goes on from `place`, and keeps it up to date. finished(path, bytes, SHA-256, documents) is told of each file."""
     place = place or Place()
     progress.done += sum(map(os.path.getsize, files[:place.file]))
@@ -746,7 +752,7 @@ def read_documents(files, separator, text_key, progress, mix_key=None, place=Non
             size, counter = os.path.getsize(path), Hashed(file, digest)
             try:
                 if kind == "row":
-                    items = table_rows(path, text_key, mix_key)
+                    items = rows(path, text_key, mix_key)
                 else:
                     if not size and ending in ("gz", "zst", "xz", "bz2"):
                         raise EOFError("it is empty")
@@ -755,7 +761,7 @@ def read_documents(files, separator, text_key, progress, mix_key=None, place=Non
                                         "--mix 'NAME:PATH=WEIGHT,...'")
                     stream = open_input(path.lower(), io.BufferedReader(counter, 1 << 16))
                     refuse_wide(path, stream.peek(1024)[:1024])
-                    items = json_lines(path, stream) if kind == "line" else text_pieces(stream, separator)
+                    items = lines(path, stream) if kind == "line" else text_pieces(stream, separator)
                 for where, first, last, data, *more in items:
                     documents += first
                     at = more[1] if more else counter.count
@@ -802,9 +808,14 @@ worker = argparse.Namespace()
 
 
 def start_worker(args, parent):
-    """Fills `worker`. A child leaves when its parent is gone, since a killed parent cannot tell it to."""
+    """Fills `worker`."""
     tokenizer = load_tokenizer(args.tokenizer, args.tiktoken_pattern)
     worker.encode, worker.args = tokenizer.encoder(), args
+    leave_with(parent)
+
+
+def leave_with(parent):
+    """A child leaves when its parent is gone, since a killed parent cannot tell it to."""
     if parent != os.getpid():
         def watch():
             while os.getppid() == parent:
@@ -879,14 +890,13 @@ def encode_batch(batch):
     return (np.concatenate([a.astype(dtype) for a in out]) if out else np.zeros(0, dtype)), spans
 
 
-def in_order(function, work, args):
+def in_order(function, work, args, start=start_worker):
     """(function(x), tag) for each (x, tag) of work, in that order; at most 2 x jobs of them wait in memory."""
     if args.jobs == 1:
-        start_worker(args, os.getpid())
+        start(args, os.getpid())
         yield from ((function(x), tag) for x, tag in work)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start_worker,
-                                                  initargs=(args, os.getpid()))
+    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=start, initargs=(args, os.getpid()))
     try:
         waiting = collections.deque()
         for x, tag in work:
@@ -1325,13 +1335,13 @@ def split_folders(args):
 COUNT_SERVES = ("mix", "repeat", "train_tokens", "val_fraction", "val_tokens", "val_from", "shard_tokens")
 
 
-def claim_folder(args, options, resume=False):
+def claim_folder(args, options, resume=False, name="tokens.json"):
     """An empty folder, or one that the same command filled before: its shards are then written anew. resume: -> the
     state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do."""
-    out, state, saved = args.out, os.path.join(args.out, "tokens.json"), None
-    if os.path.isdir(out) and set(os.listdir(out)) - {"tokens.json.tmp"}:       # which a kill at the start leaves
+    out, state, saved = args.out, os.path.join(args.out, name), None
+    if os.path.isdir(out) and set(os.listdir(out)) - {name + ".tmp"}:       # which a kill at the start leaves
         if not os.path.exists(state):
-            raise UserError(f"{out} is not empty and holds no tokens.json; choose another --out")
+            raise UserError(f"{out} is not empty and holds no {name}; choose another --out")
         with open(state, encoding="utf-8") as f:
             before = json.load(f)
         begun = not resume or before.get("complete") or os.path.exists(os.path.join(out, ".state.json"))
@@ -1639,6 +1649,8 @@ def inspect(path):
             raise UserError(f"{path}: no metadata.json beside it, so its row length is unknown")
         with open(meta, encoding="utf-8") as f:
             meta = json.load(f)
+        if "stage" in meta:
+            raise UserError(f"{path}: flagged rows of stage {meta['stage']}; use data/chat.py --inspect")
         width, vocab, row = meta["token_size_bytes"], meta["vocab_size"], meta["sequence_length"] + 1
         eod, count = meta.get("eos_token_id", -1), size // width
         print(f"{path}: {count // row:,} rows of {row - 1} + 1 tokens, uint{8 * width}, vocabulary {vocab}")

@@ -14,10 +14,10 @@ For small random Llama (rope type llama3), Mistral, Qwen2 and Qwen3 models:
      folders give transformers' loss, or are refused;
   5. what inference needs is the same before and after: eos list, pad id, generation_config, tokenizer, chat template;
   6. --eval-tasks has the acc and acc_norm of data/choices.py's tasks that the model has in transformers, and in lm_eval
-     (pip install lm_eval==0.4.13; else skipped), to the last digit.
+     (pip install lm_eval==0.4.13; else skipped), to the last digit; bits per byte are of the bytes of the text.
 Hugging Face's side runs in fp64 (except where its own code casts to fp32), so the tolerance is litespark's alone.
 """
-import argparse, bz2, contextlib, glob, importlib.util, io, json, os, random, re, shutil, struct, subprocess, sys, tempfile
+import argparse, bz2, contextlib, glob, importlib.util, io, json, math, os, random, re, shutil, struct, subprocess, sys, tempfile
 
 try:
     import torch, transformers
@@ -535,7 +535,7 @@ def own_shares(model, tokenizer, tasks, S):
     """acc, acc_norm in fp64, and the smallest distance between the best two scores of a task."""
     right, closest = [0, 0], float("inf")
     for task in tasks:
-        scores = []
+        rows, lengths = [], []
         for choice in task["choices"]:
             query, rest = task["query"], " " + choice
             rest, query = query[len(query.rstrip()):] + rest, query.rstrip()
@@ -545,9 +545,11 @@ def own_shares(model, tokenizer, tasks, S):
             else:
                 before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
                 after = tokenizer.encode(rest, add_special_tokens=False)
-            ids = torch.tensor([(before + after)[-(S + 1):]])
-            log_p = model(ids[:, :-1]).logits[0].log_softmax(-1)[-len(after):]
-            scores.append(log_p.gather(1, ids[0, -len(after):, None]).sum().item())
+            rows.append((before + after)[-(S + 1):])
+            lengths.append(len(after))
+        ids = torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows])      # what follows is not seen
+        log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scores = [log_p[i, len(r) - 1 - n:len(r) - 1].sum().item() for i, (r, n) in enumerate(zip(rows, lengths))]
         for k, scale in enumerate((lambda c: 1, len)):
             scaled = [s / scale(c) for s, c in zip(scores, task["choices"])]
             right[k] += scaled.index(max(scaled)) == task["gold"]
@@ -616,6 +618,36 @@ def check_choices(name, ls, folder, tokenizer_path, rows, S, hellaswag=False):
           f"{got[1]['acc']}, {got[1]['acc_norm']}, transformers {want}, {len(rows)} tasks, closest scores {closest:.1e}")
 
 
+def check_bits_per_byte(name, ls, folder, tokenizer_path, first):
+    """The bytes of all targets are those of the text. first: bytes of text in its first token, which is no target."""
+    rng, lines = random.Random(5), []
+    for i in range(40):
+        lines.append(" ".join(rng.choice(("Once", "there", "was", "a", "caf\u00e9", "", "\U0001f600", "king,", "12")) for _ in range(20)))
+        lines[-1] = "The" + lines[-1] + "."
+    work = os.path.join(ls.work, name + "-bytes")
+    for n in range(len(lines), 0, -1):                      # until windows of some length take all the text
+        shutil.rmtree(work, ignore_errors=True)
+        os.makedirs(work)
+        with open(work + "/text.txt", "w", encoding="utf-8") as f:
+            f.write("\n\n".join(lines[:n]) + "\n")
+        subprocess.run([sys.executable, tokens.__file__, work + "/text.txt", "--split-on", "blank-lines", "--val-fraction", "0",
+                        "--tokenizer", tokenizer_path, "--out", work + "/out"], check=True, capture_output=True)
+        path = work + "/out/train_000.bin"
+        count = struct.unpack("<3i", open(path, "rb").read(12))[2] - 1
+        length = next((t for t in range(120, 15, -1) if count % t == 0), 0)
+        if length:
+            break
+    done = ls.run(f"{name} bits per byte", "--init-from", folder, "--eval-only", "--val-data", path, "--seq-len", length,
+                  "--total-batch-tokens", B * length)
+    if done:
+        with open(os.path.join(done[0], "eval.jsonl")) as f:
+            got = json.loads(f.read())
+        size = sum(len(x.encode()) for x in lines[:n]) - first
+        bits = got["val_loss"] * got["targets"] / math.log(2) / size
+        check(f"{name} bits per byte", got["targets"] == count and abs(got["bits_per_byte"] / bits - 1) < 1e-12,
+              f"{got['bits_per_byte']}, loss in bits / {size} bytes {bits}")
+
+
 def text_shard(work, folder):
     """Some tokens, for a run of no steps."""
     path = os.path.join(work, "text.bin")
@@ -627,6 +659,7 @@ def test_choices(ls):
     folder = os.path.join(ls.work, "random")
     make_model("llama").save_pretrained(folder)
     check_choices("choices", ls, folder, "bytes", made_tasks(N_TASKS), 128)
+    check_bits_per_byte("choices", ls, folder, "bytes", 1)
     trained = os.path.join(SHARED, "models", "stories260K_hf")
     if not os.path.isdir(trained):
         print(f"skipped: hellaswag: {trained} is not here")
@@ -635,6 +668,7 @@ def test_choices(ls):
     os.makedirs(tokenizer)
     llama2c_tokenizer(os.path.join(SHARED, "tokenizers", "tok512.bin"), tokenizer)
     check_choices("hellaswag", ls, trained, tokenizer + "/tokenizer.json", list(hellaswag_rows(N_TASKS)), 256, hellaswag=True)
+    check_bits_per_byte("hellaswag", ls, trained, tokenizer + "/tokenizer.json", 0)
 
 
 def main():

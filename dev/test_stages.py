@@ -455,6 +455,26 @@ def test_a_policy_far_from_its_reference_is_said(trainer, folder):
     check('far from' not in Run(trainer, *args, '--lr', 1e-4, '--out', f'{folder}/b').text, 'a warning without a reason')
 
 
+def test_checkpoints_carry_the_template_that_was_trained(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed([[d] for d in sft_documents(4)], 63)
+    data = shards(f'{folder}/sft', 'sft', 63, 96, rows, n)
+    for where, text in ((begin, 'of the model'), (f'{folder}/sft', 'of the data')):
+        for name in ('chat_template.jinja', 'tokenizer_config.json', 'tokenizer.json'):
+            with open(f'{where}/{name}', 'w') as f:
+                f.write(text)
+    args = ['--train-data', data, '--batch-size', 1, '--sample-every', 0]
+    Run(trainer, *args, '--stage', 'sft', '--init-from', begin, '--steps', 1, '--out', f'{folder}/out')
+    for f in (f'{folder}/sft/chat_template.jinja', f'{folder}/sft/tokenizer_config.json'):
+        os.remove(f)
+    Run(trainer, '--resume', 'auto', '--steps', 2, '--out', f'{folder}/out')
+    for name, want in (('chat_template.jinja', 'of the data'), ('tokenizer_config.json', 'of the data'), ('tokenizer.json', 'of the model')):
+        for step in (1, 2):
+            with open(f'{folder}/out/step_{step:08}/{name}') as f:
+                found = f.read()
+            check(found == want, f'{name} of step {step} is that {found}')
+
+
 def test_tokens_and_targets_are_counted(trainer, folder):
     begin = start(trainer, folder)
     documents = sft_documents(10)
