@@ -395,7 +395,6 @@ static const QuestionText question_texts[] = {
     {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "{hero} bought the {x}.", ""},
     {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "The {x} was for {friend}.", ""},
     // errand
-    {"said {hero.his} {kin=kin}", "Who wanted some {f}?", "{hero.His} {kin} wanted some {f}.", "kin"},
     {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "{hero} had to buy the {x}.", ""},
     {"Come and play <game> with me", "Who wanted to play?", "The {pal} wanted to play.", ""},
     // hungry
@@ -416,7 +415,6 @@ static const QuestionText question_texts[] = {
     {"painted it {c=colour}", "Who painted the {x}?", "{friend} painted the {x}.", ""},
     {"{friend} had the idea!", "Who had the idea?", "{friend} had the idea.", ""},
     // bake
-    {"bake a cake for {hero.his} {kin=kin}", "Who was the cake for?", "The cake was for {hero.his} {kin}.", "kin"},
     {"ran> home with the {$}", "Who had some {$}?", "{friend} had some {$}.", ""},
     // wish
     {"magic {x=treasure}[place p]", "What did {hero} find?", "{hero} found the {x}.", ""},
@@ -426,7 +424,6 @@ static const QuestionText question_texts[] = {
     {"planted {n=number} seeds", "How many seeds were planted?", "{hero} planted {n} seeds.", "number"},
     {"<size> {pal=animal} came by", "Who came by?", "A {pal} came by.", ""},
     // secret
-    {"The word is {w=secret}", "What was the secret word?", "The secret word was {w}.", ""},
     {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "The {pal} knew the word.", ""},
     {"there sat a <trait> {m=being}", "Who sat there?", "A {m} sat there.", ""},
     {"This {c=colour} {x=treasure}", "What did the {m} give to {hero}?", "The {m} gave {hero} the {x}.", ""},
@@ -452,7 +449,7 @@ enum {
     EOD = 256,            // <|endoftext|>: begin and end of a document; ids below are bytes, above words
     MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8,
     MAX_STORY = SEQ_LEN + 64,            // a story that fits the window, and a question with its answer
-    MAX_TOLD = 512, MAX_ROWS_OF_QUESTION = 16, MAX_FACTS = 16
+    MAX_TOLD = 512, MAX_ENDINGS = 256, MAX_FACTS = 16
 };
 
 typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight, n, tokens[MAX_WORD_TOKENS]; } Word;  // a space first
@@ -462,7 +459,8 @@ typedef struct Grammar {
     char pieces[MAX_PIECES][MAX_TEXT];   // piece of token id i; sorted above EOD
     int n_pieces, n_content_words;
     Class classes[COUNT(class_texts)];
-    const char *told[COUNT(question_texts)][MAX_ROWS_OF_QUESTION];   // where the text that answers a question ends
+    struct Ending { const char *end; int q; } endings[MAX_ENDINGS];   // where the text ends that answers question q,
+    int n_endings;                                                    // in the order of the grammar
 } Grammar;
 
 // One item of a grammar text: LITERAL name; DRAW a word of class `other` as variable `name` ("" = forget it);
@@ -617,19 +615,22 @@ static void finish_pieces(Grammar *g) {
 }
 
 // Where in the grammar a story has told what answers question q: an item of some rows ends there.
-static void find_answers(Grammar *g, int q) {
+static void find_endings(Grammar *g, int q) {
     const QuestionText *t = &question_texts[q];
-    int n = 0;
+    const int n_before = g->n_endings;
     for (int row = 0; row < COUNT(grammar_texts); row++) {
-        const char *found = strstr(grammar_texts[row].text, t->told);
+        const char *p = grammar_texts[row].text, *found = strstr(p, t->told);
         if (!found) continue;
-        if (n == MAX_ROWS_OF_QUESTION - 1) die("the question '%s' is answered in too many rows", t->question);
-        g->told[q][n] = found + strlen(t->told);
-        const char *p = grammar_texts[row].text;
-        for (Item item; p < g->told[q][n] && next_item(&p, &item);) ;
-        if (p != g->told[q][n++]) die("no item of the grammar ends where '%s' does", t->told);
+        const char *end = found + strlen(t->told);
+        for (Item item; p < end && next_item(&p, &item);) ;
+        if (p != end) die("no item of the grammar ends where '%s' does", t->told);
+        if (g->n_endings == MAX_ENDINGS) die("the questions have more than %d answers", MAX_ENDINGS);
+        int at = g->n_endings++;
+        for (; at > 0 && g->endings[at - 1].end > end; at--) g->endings[at] = g->endings[at - 1];
+        g->endings[at].end = end;
+        g->endings[at].q = q;
     }
-    if (n == 0) die("the grammar never tells '%s'", t->told);
+    if (g->n_endings == n_before) die("the grammar never tells '%s'", t->told);
 }
 
 static Grammar *grammar_create(void) {
@@ -651,7 +652,7 @@ static Grammar *grammar_create(void) {
     for (int c = 0; c < COUNT(class_texts); c++)
         for (int k = 0; k < g->classes[c].n; k++)
             g->classes[c].words[k].n = encode(g, g->classes[c].words[k].text, g->classes[c].words[k].tokens);
-    for (int q = 0; q < COUNT(question_texts); q++) find_answers(g, q);
+    for (int q = 0; q < COUNT(question_texts); q++) find_endings(g, q);
     return g;
 }
 
@@ -854,12 +855,14 @@ typedef struct Set {
     uint32_t *words;                    // of unit u: words[units[u].at], .n of them
     Answer *answers;
     int n_answers, answers_room;
+    unsigned char *openings;            // the first words of each unit, sorted
     int64_t n_words, words_room;
 } Set;
 
 enum {
     ROW = SEQ_LEN + 1,
     OPENING = 24,          // every document tells at least so many tokens: two that agree in them are one story
+    OPENING_BYTES = (1 + OPENING) * 4,
     MOST_QUESTIONS = 10,   // of a training document; those of validation have one
     MOST_SENTENCES = 3,    // of an ending
     MOST_FACTS = 3         // changed in an ending
@@ -906,6 +909,7 @@ static void set_free(Set *set) {
     free(set->units);
     free(set->words);
     free(set->answers);
+    free(set->openings);
     memset(set, 0, sizeof *set);
 }
 
@@ -985,14 +989,22 @@ static int ask(Set *set, Story *s, int q, const char *param, int hi) {
 typedef struct Known { int n, q[COUNT(question_texts)], told[COUNT(question_texts)]; } Known;
 
 static void find_known(Known *known, const Story *s) {
+    const Grammar *g = s->g;
     known->n = 0;
-    for (int q = 0; q < COUNT(question_texts); q++)
-        for (int i = 0, found = 0; i < s->n_told && !found; i++) {
-            for (int k = 0; s->g->told[q][k]; k++) found |= s->told[i].end == s->g->told[q][k];
-            if (!found) continue;
-            known->q[known->n] = q;
+    for (int i = 0; i < s->n_told; i++) {
+        int lo = 0, hi = g->n_endings;
+        while (lo < hi) {
+            const int middle = (lo + hi) / 2;
+            if (g->endings[middle].end < s->told[i].end) lo = middle + 1; else hi = middle;
+        }
+        for (; lo < g->n_endings && g->endings[lo].end == s->told[i].end; lo++) {
+            int is_known = 0;
+            for (int k = 0; k < known->n; k++) is_known |= known->q[k] == g->endings[lo].q;
+            if (is_known) continue;
+            known->q[known->n] = g->endings[lo].q;
             known->told[known->n++] = i;
         }
+    }
 }
 
 // A story, told so far that it answers a question drawn from all that it answers; this question, and up to most - 1
@@ -1082,9 +1094,7 @@ static int make_pair(Set *set, Story *s, int lo, int hi) {
     return 0;
 }
 
-static int same_words(const Set *a, int64_t at, const Set *b, int64_t bt, int n) {
-    return memcmp(a->words + at, b->words + bt, (size_t)n * 4) == 0;
-}
+static int compare_openings(const void *a, const void *b) { return memcmp(a, b, OPENING_BYTES); }
 
 // The next unit, of such a length that rows are full: one that leaves room for another, and the one that takes that room,
 // to within two words. With pairs, one of three has a row for itself: it is the one that tells most of its story.
@@ -1107,14 +1117,16 @@ static void make_set(Set *set, const Grammar *g, int stage, uint64_t seed, uint6
     for (uint64_t index = 0; set->n < n_units; index++) {
         story_tell(&story, g, seed, stream, index);
         if (!make_fitting(set, &story, most)) continue;
-        const Unit *u = &set->units[set->n - 1];
-        int is_held_out = 0;
-        for (int i = 0; held_out && i < held_out->n && !is_held_out; i++)
-            is_held_out = same_words(set, u->at, held_out, held_out->units[i].at, 1 + OPENING);
-        if (!is_held_out) continue;
+        const uint32_t *words = set->words + set->units[set->n - 1].at;
+        if (!held_out || !bsearch(words, held_out->openings, (size_t)held_out->n, OPENING_BYTES, compare_openings)) continue;
         set_drop(set);
         set->n_dropped++;
     }
+    set->openings = (unsigned char *)malloc((size_t)set->n * OPENING_BYTES);
+    if (!set->openings) die("out of memory");
+    for (int i = 0; i < set->n; i++)
+        memcpy(set->openings + (size_t)i * OPENING_BYTES, set->words + set->units[i].at, OPENING_BYTES);
+    qsort(set->openings, (size_t)set->n, OPENING_BYTES, compare_openings);
 }
 
 static int compare_answers(const void *a, const void *b) {
