@@ -436,7 +436,7 @@ static const QuestionText question_texts[] = {
 // It needs no piece that the vocabulary does not have.
 static const char chat_template[] =
     "<|endoftext|>{% for m in messages %}{% if m.role == 'user' %} Q: {{ m.content }}{% elif m.role == 'assistant' %}"
-    " A: {{ m.content }}<|endoftext|>{% else %} {{ m.content }}{% endif %}{% endfor %}"
+    " A: {{ m.content }}<|endoftext|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} A:{% endif %}";
 
 // ---------------------------------------------------------------------------------------------------------
