@@ -452,7 +452,11 @@ enum {
     MAX_TOLD = 512, MAX_ENDINGS = 256, MAX_FACTS = 16
 };
 
-typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight, n, tokens[MAX_WORD_TOKENS]; } Word;  // a space first
+typedef struct Word {                  // text: a space first
+    char text[MAX_TEXT];
+    const char *feature;
+    int weight, n, tokens[MAX_WORD_TOKENS];
+} Word;
 typedef struct Class { int n; Word words[MAX_CLASS_WORDS]; } Class;
 
 typedef struct Grammar {
@@ -1109,7 +1113,8 @@ static int make_fitting(Set *set, Story *s, int most) {
     return 0;
 }
 
-// n_units chats of up to `most` questions, or pairs, of one stream of stories, none of them about a story of held_out (or NULL).
+// n_units chats of up to `most` questions, or pairs, of one stream of stories, none of them about a story of
+// held_out (or NULL).
 static void make_set(Set *set, const Grammar *g, int stage, uint64_t seed, uint64_t stream, int n_units,
                      int most, const Set *held_out) {
     Story story;
@@ -1118,7 +1123,8 @@ static void make_set(Set *set, const Grammar *g, int stage, uint64_t seed, uint6
         story_tell(&story, g, seed, stream, index);
         if (!make_fitting(set, &story, most)) continue;
         const uint32_t *words = set->words + set->units[set->n - 1].at;
-        if (!held_out || !bsearch(words, held_out->openings, (size_t)held_out->n, OPENING_BYTES, compare_openings)) continue;
+        if (!held_out) continue;
+        if (!bsearch(words, held_out->openings, (size_t)held_out->n, OPENING_BYTES, compare_openings)) continue;
         set_drop(set);
         set->n_dropped++;
     }
@@ -1397,8 +1403,9 @@ static void write_marker(const Grammar *g, const char *dir, uint64_t seed, const
         "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n  \"val_rows\": %lld,\n"
         "  \"questions\": %d,\n  \"val_questions\": %d,\n  \"guess_accuracy\": %.4f,\n  \"pairs\": %d,\n"
         "  \"val_pairs\": %d,\n  \"vocab_size\": %d,\n  \"content_words\": %d,\n"
-        "  \"longest_story\": %d,\n  \"floor\": %.6f,\n  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
-        (long long)t->val_rows, t->questions, t->val_questions, t->guess, t->pairs, t->val_pairs, g->n_pieces,
+        "  \"longest_story\": %d,\n  \"floor\": %.6f,\n  \"complete\": true\n}\n", (unsigned long long)seed,
+        (long long)t->tokens, (long long)t->stories, (long long)t->val_rows, t->questions, t->val_questions, t->guess,
+        t->pairs, t->val_pairs, g->n_pieces,
         g->n_content_words, t->longest, t->floor);
     file_open(&file, dir, "stories.json");
     file_write(&file, json, (size_t)n);
@@ -1428,8 +1435,9 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
 static const char usage[] =
     "usage: stories [--out DIR] [--train-tokens N] [--val-rows N] [--questions N] [--pairs N] [--seed S]\n"
     "       stories --print N [--stage sft|dpo] [--seed S]\n"
-    "Writes to DIR (default data/stories): stories with their true loss, for training and validation; N questions about\n"
-    "stories for --stage sft; N pairs of endings for --stage dpo. Or prints N stories, questions or pairs.\n";
+    "Writes to DIR (default data/stories): stories with their true loss, for training and validation;\n"
+    "N chats about stories for --stage sft; N pairs of endings for --stage dpo.\n"
+    "Or prints N stories, chats or pairs.\n";
 
 static void print_story(const Story *s) {
     for (int i = 0; i < s->n - 1; i++) fputs(s->g->pieces[s->tokens[i]], stdout);

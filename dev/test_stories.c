@@ -384,7 +384,9 @@ static int same_dirs(const char *a, const char *b) {
                                         "sft/validation/tokenizer.bin", "dpo/train/train_000.ds",
                                         "dpo/train/metadata.json", "dpo/train/tokenizer.bin",
                                         "dpo/validation/val_000.ds", "dpo/validation/metadata.json",
-                                        "dpo/validation/tokenizer.bin", "stories.json"};
+                                        "dpo/validation/tokenizer.bin", "dpo/choices/val_000.ds",
+                                        "dpo/choices/val_000.choices", "dpo/choices/metadata.json",
+                                        "sft/train/chat_template.jinja", "stories.json"};
     int same = 1;
     for (int i = 0; i < COUNT(names); i++) {
         size_t n, m;
@@ -742,8 +744,8 @@ static void check_chats(const Docs *docs, const char *split, int most_turns, int
     char name[80];
     snprintf(name, sizeof name, "questions of %s have the answer that one reads in the story", split);
     report(name, n_wrong == 0 && n_text == 0 && n_lost == 0 && n_missed == 0 && most <= most_turns,
-           "%d questions, %d wrong, %d planted errors missed, %d texts with other tokens, %d of %d stories not of the grammar",
-           n_turns, n_wrong, n_missed, n_text, n_lost, n_scored);
+           "%d questions, %d wrong, %d planted errors missed, %d texts with other tokens, "
+           "%d of %d stories not of the grammar", n_turns, n_wrong, n_missed, n_text, n_lost, n_scored);
     snprintf(name, sizeof name, "answers and their ends are the targets of %s, nothing else", split);
     report(name, n_flags == 0, "%d words with another flag", n_flags);
 }
@@ -817,6 +819,31 @@ static int share_a_story(const Docs *a, const Docs *b) {   // documents that agr
     return n;
 }
 
+// The held-out pairs once more, as tasks of two choices: .choices says which document is the right one.
+static void check_choices(const char *dir, const Docs *pairs) {
+    size_t n, m, k;
+    unsigned char *rows = slurp(dir, "dpo/choices/val_000.ds", &n), *list = slurp(dir, "dpo/choices/val_000.choices", &m);
+    unsigned char *json = slurp(dir, "dpo/choices/metadata.json", &k);
+    int n_wrong = 0, n_second = 0;
+    int ok = rows && n == (size_t)pairs->n_rows * 257 * 4 && memcmp(rows, pairs->bytes, n) == 0 && list
+             && m == (size_t)pairs->n * 16 && json_says(json, "tasks", pairs->n / 2)
+             && json && strstr((char *)json, "\"stage\": \"choice\"");
+    for (int i = 0; ok && i < pairs->n; i++) {
+        const int32_t *is = (const int32_t *)(const void *)(list + 16 * i), *first = is - i % 2 * 4;
+        const Doc *d = &pairs->doc[i];
+        char text[4096] = "";
+        int cut = 0;
+        while (cut < d->n && !(d->words[cut] >> 31)) cut++;
+        text_of(d, cut, d->n, text, sizeof text);
+        n_wrong += is[0] != i / 2 || is[2] != first[2] || (is[1] == is[2]) != (i % 2 == 0) || is[1] < 0 || is[1] > 1
+                   || (i % 2 && is[1] == first[1]) || is[3] != (int)strlen(text) - 1;
+        n_second += i % 2 == 0 && is[2] == 1;
+    }
+    report("the pairs of validation are tasks of two choices, too", ok && n_wrong == 0 && abs(4 * n_second - pairs->n) <= 2,
+           "%d tasks, %d with the right one second, %d wrong", pairs->n / 2, n_second, n_wrong);
+    free(rows); free(list); free(json);
+}
+
 static void test_sets(const char *dir, int n_scored) {
     Docs train = read_docs(dir, "sft", "train", "train_000.ds"), val = read_docs(dir, "sft", "validation", "val_000.ds");
     Guess *train_guesses = (Guess *)calloc((size_t)train.n_targets, sizeof(Guess));
@@ -837,6 +864,7 @@ static void test_sets(const char *dir, int n_scored) {
     val = read_docs(dir, "dpo", "validation", "val_000.ds");
     check_pairs(&train, "train", n_scored);
     check_pairs(&val, "validation", n_scored);
+    check_choices(dir, &val);
     n_shared += share_a_story(&val, &train);
     report("no validation story of questions or pairs is in training", n_shared == 0, "%d shared beginnings", n_shared);
     docs_free(&train); docs_free(&val);
@@ -922,7 +950,8 @@ static void test_options(const char *program) {
     char command[700];
     snprintf(command, sizeof command,
              "%s --print 3 | grep -c . | grep -qx 3 && "
-             "%s --print 3 --stage sft | grep -c '^answer: .*<|endoftext|>$' | grep -qx 3 && "
+             "%s --print 3 --stage sft | sed 's/^.* Q: .* A: .*<|endoftext|>$/turn/' | sort -u | tr -d '\\n' "
+             "| grep -qx turn && "
              "%s --print 3 --stage dpo | grep -c '^rejected: ' | grep -qx 3 && "
              "%s --out build/out_test/a --train-tokens 300000 --val-rows 8 | grep -q 'floor 0'",
              program, program, program, program);
