@@ -3361,6 +3361,8 @@ const char *config_preset_names(void);
 int config_preset(Config *c, const char *name);
 void config_presets_help(void);                                 // --preset help
 Config choose_config(const char *resume_dir);
+Str config_arithmetic(const Config *c);
+void config_check_reference(const Config *c, const char *dir);
 void config_set_vocab(Config *c, int V);
 double config_params(const Config *c);
 // 12, 13
@@ -3410,8 +3412,9 @@ void weights_read(const char *dir, Model *m, const Config *c);
 void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
 void weights_random(Model *m, const Config *c, uint64_t seed);
 void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
-uint32_t weights_crc(const Model *m);
+uint32_t model_crc(const Model *m, const Config *c);
 int reference_read(DataLoader *dl, uint32_t weights);
+void reference_check_folders(const DataLoader *dl, uint32_t weights);
 void reference_write(const DataLoader *dl, uint32_t weights);
 
 // ---- what a run holds -------------------------------------------------------------------------------------
@@ -3584,7 +3587,7 @@ static void text_add_dpo(Text *r, const char *prefix, const double *sums, const 
 
 static Str dpo_text(const double *sums, const double *mass) {
     const double n = mass[MASS_PAIRS];
-    if (opt.stage != STAGE_DPO) return str("%s", "");
+    if (opt.stage != STAGE_DPO || !n) return str("%s", "");
     return str(" | margin %.4f (chosen %+.4f, rejected %+.4f) | accuracy %.1f%%", sums[REWARDS_MARGINS] / n,
                sums[REWARDS_CHOSEN] / n, sums[REWARDS_REJECTED] / n, 100 * sums[REWARDS_ACCURACIES] / n);
 }
@@ -3770,7 +3773,8 @@ static int evaluate(Trainer *tr) {
     comm_sum(mass, N_MASSES);
     comm_sum(sums, N_SUMS);
     for (int i = 0; i < dl->n_sources * N_EVAL; i++) total[i % N_EVAL] += source[i];
-    tr->val_loss = dpo ? dpo_mean(sums, mass) : total[EVAL_LOSS] / total[EVAL_TARGETS];
+    tr->val_loss = !dpo ? total[EVAL_LOSS] / total[EVAL_TARGETS]
+                 : mass[MASS_PAIRS] ? dpo_mean(sums, mass) : NAN;
     if (dl->has_floor && !dpo) tr->floor = total[EVAL_FLOOR] / total[EVAL_TARGETS];
     printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
     if (isfinite(tr->floor)) printf(", floor %.4f", tr->floor);
@@ -4162,6 +4166,7 @@ static void setup_objective(Trainer *tr) {
                                          "--dpo-sft-weight", "--dpo-reference"};
     if (opt.epochs > 0 && option_given("--steps") && option_given("--epochs"))
         die("choose one of --steps and --epochs");
+    if (option_given("--epochs") && !option_given("--steps")) opt.steps = -1;   // those of a resumed run
     tr->objective = &objectives[opt.stage];
     for (int i = 0; i < COUNT(of_dpo) && opt.stage != STAGE_DPO; i++)
         if (option_given(of_dpo[i])) die("%s goes with --stage dpo", of_dpo[i]);
@@ -4378,28 +4383,35 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
     DataLoader *const loaders[] = {&tr->train, &tr->val};
     Batch *const batches[] = {tr->batches, &tr->val_batch};
     int missing = 0;
+    if (opt.eval_only && !known && !opt.dpo_reference)
+        printf("note | the model is its own reference, so all margins are 0; name another by "
+               "--dpo-reference\n");
+    if (from && from != opt.init_from) config_check_reference(&tr->c, from);
     if (!known || opt.dpo_reference) {
         if (from) weights_read(from, tr->m, &tr->c);
         else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
         model_set_master(tr->m);
-        s->reference_crc = weights_crc(tr->m);
+        s->reference_crc = model_crc(tr->m, &tr->c);
         if (known && known != s->reference_crc)
-            die("--dpo-reference %s is not the model that this run was begun with; leave it out", from);
+            die("--dpo-reference %s is not the model that this run was begun with, or was in another "
+                "--precision; leave out what differs", from);
     }
     for (int i = 0; i < 2; i++)
         if (loaders[i]->n_shards) missing |= !reference_read(loaders[i], s->reference_crc) << i;
     if (missing && known && !opt.dpo_reference) {
         if (!from)
-            die("the reference's log p are no longer beside the shards of %s; name the model that this run "
-                "was begun with by --dpo-reference", loader_path(loaders[missing == 2]));
+            die("the reference's log p in %s are not beside the shards of %s; name the model that this run "
+                "was begun with by --dpo-reference", opt.precision == BF16 ? "bf16" : "fp32",
+                loader_path(loaders[missing == 2]));
         weights_read(from, tr->m, &tr->c);
         model_set_master(tr->m);
-        if (weights_crc(tr->m) != known)
-            die("--init-from %s is not the model that this run was begun with; name that by --dpo-reference",
-                from);
+        if (model_crc(tr->m, &tr->c) != known)
+            die("--init-from %s is not the model that this run was begun with, or was in another "
+                "--precision; name that model by --dpo-reference", from);
     }
     for (int i = 0; i < 2; i++) {
         if (!(missing >> i & 1)) continue;
+        reference_check_folders(loaders[i], s->reference_crc);
         printf("reference | one pass over %" PRId64 " rows of %s\n", loaders[i]->n_windows,
                loader_path(loaders[i]));
         fflush(stdout);
@@ -5125,7 +5137,8 @@ static int find_files(const char *pattern, glob_t *found) {
     for (size_t i = 0; i < n; i++) text_add(&escaped, "\\%c", pattern[i]);
     text_add(&escaped, "%s", pattern + n);
     const int failed = glob(escaped.s, GLOB_ERR, NULL, found);
-    if (failed && failed != GLOB_NOMATCH) die("cannot look for '%s': %s", pattern, strerror(errno));
+    const int absent = failed == GLOB_NOMATCH || (failed && errno == ENOENT);   // no file, or no such folder
+    if (failed && !absent) die("cannot look for '%s': %s", pattern, strerror(errno));
     free(escaped.s);
     return !failed;
 }
@@ -6360,6 +6373,23 @@ static Config read_config(const char *dir_or_file, int is_dir) {
     return c;
 }
 
+// What a model computes, as far as names and shapes of its weights do not tell.
+Str config_arithmetic(const Config *c) {
+    return str("%d query heads, %d key heads, head_dim %d, rms_norm_eps %.9g, rope_theta %.9g, rope_scaling "
+               "%.9g %.9g %.9g %d", c->H, c->K, c->D, c->eps, c->rope_theta, c->rope_factor,
+               c->rope_factor > 0 ? c->rope_low : 0, c->rope_factor > 0 ? c->rope_high : 0,
+               c->rope_factor > 0 ? c->rope_original_T : 0);
+}
+
+// The weights of `dir` are to run as the model c: dies if its own config.json has them run otherwise.
+void config_check_reference(const Config *c, const char *dir) {
+    const Config its = read_config(dir, 1);
+    const Str a = config_arithmetic(&its), b = config_arithmetic(c);
+    if (strcmp(a.s, b.s))
+        die("%s is another model than the one in training: %s, not %s; a reference may differ in its weights "
+            "alone", dir, a.s, b.s);
+}
+
 // The model of --preset, --config, --init-from or the checkpoint resume_dir (or NULL). V 0: the data decides.
 Config choose_config(const char *resume_dir) {
     Config c;
@@ -6939,7 +6969,7 @@ static void shard_open(DataLoader *dl, Shard *s) {
         die("token shard '%s' has rows for --seq-len %d, not %d; make it again for that", s->path,
             s->row - 1, dl->T);
     if (s->most_documents > dl->most_documents) dl->most_documents = s->most_documents;
-    if (s->eod < 0 && dl->document_mask && !s->stage)
+    if (s->eod < 0 && dl->document_mask && !s->stage && opt.stage == STAGE_PRETRAIN)
         die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, "
             "or train with --document-mask off", s->path);
     if (s->row && s->row < dl->T + 1)
@@ -6969,17 +6999,24 @@ static int shard_fd(DataLoader *dl, int index) {
     return s->fd;
 }
 
-// Dies unless row w with flags is as data/README.md has it: it begins with a document, and those that have
-// targets are as many as promised, for DPO an even number.
+// Dies unless row w with flags is as data/README.md has it: it begins with a document, none begins with a
+// target, and those that have targets are as many as promised, for DPO an even number. A document without
+// a target is harmless in SFT, elsewhere it would move those after it to another place.
 static void row_check(const Shard *s, size_t w, const uint32_t *row) {
-    int documents = 0, counted = 0;
-    if (!(row[0] & FLAG_START))
-        die("token shard '%s' is damaged: row %zu does not begin with a document; write it again", s->path,
-            w);
-    for (int t = 0; t < s->row; t++) {
-        if (row[t] & FLAG_START) counted = 0;
-        else if (row[t] & FLAG_TARGET && !counted) documents += counted = 1;
+    int documents = 0, counted = 0, first = 0;
+    const char *why = row[0] & FLAG_START ? NULL : "does not begin with a document";
+    for (int t = 0; t <= s->row && !why; t++) {
+        if (t < s->row && !(row[t] & FLAG_START)) {
+            if (row[t] & FLAG_TARGET && !counted) documents += counted = 1;
+            continue;
+        }
+        const int padding = t - first == 1 && row[first] == FLAG_START;
+        if (t > 0 && !counted && !padding && s->stage != STAGE_SFT) why = "has a document without a target";
+        if (t < s->row && row[t] & FLAG_TARGET) why = "has a document whose first token is a target";
+        first = t;
+        counted = 0;
     }
+    if (why) die("token shard '%s' is damaged: row %zu %s; write it again", s->path, w, why);
     if (documents > s->most_documents || (s->stage == STAGE_DPO && documents % 2))
         die("token shard '%s' is damaged: row %zu has %d documents, %s; write it again", s->path, w,
             documents, documents > s->most_documents ? "more than metadata.json promises"
@@ -8148,16 +8185,18 @@ void weights_random(Model *m, const Config *c, uint64_t seed) {
 }
 
 // ---- DPO: the reference's log p, beside the shards --------------------------------------------------------
-// X.ds has X.DEVICE-PRECISION-CRC.ref, CRC being that of the reference's weights (as their names and values
-// are in memory), little endian: 16 words of 4 bytes, then float32 (rows, pairs, 2): log p of the chosen and
-// of the rejected answer of each pair of each row; 0 where a row has fewer.
+// X.ds has X.DEVICE-PRECISION-CRC.ref, CRC being that of the reference: of what its config.json says beyond
+// the shapes of its weights, and of those (as their names and values are in memory). Little endian: 16 words
+// of 4 bytes, then float32 (rows, pairs, 2): log p of the chosen and of the rejected answer of each pair of
+// each row; 0 where a row has fewer.
 enum { REFERENCE_MAGIC = 20261129, REFERENCE_WORDS = 16 };
 static const char *const reference_words[] = {"magic", "version", "CRC of the reference", "CRC of the shard",
     "sequence length", "precision", "rows", "pairs per row", "CRC of the values"};
 
-uint32_t weights_crc(const Model *m) {
+uint32_t model_crc(const Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
-    uint32_t crc = 0;
+    const Str arithmetic = config_arithmetic(c);
+    uint32_t crc = crc32_update(0, arithmetic.s, strlen(arithmetic.s));
     for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
         crc = crc32_update(crc, t->name, strlen(t->name));
         for (size_t at = 0; at < t->n; at += IO_CHUNK) {
@@ -8181,15 +8220,19 @@ static void reference_header(const DataLoader *dl, const Shard *s, uint32_t weig
     if (!file_crc(s->path, &crc, &bytes))
         die("token shard '%s' cannot be read: %s", s->path, strerror(errno));
     const uint32_t all[REFERENCE_WORDS] = {REFERENCE_MAGIC, 1, weights, crc, (uint32_t)dl->T,
-        (uint32_t)opt.precision, (uint32_t)s->n_windows, (uint32_t)dl->most_documents / 2};
+        (uint32_t)opt.precision, (uint32_t)s->n_windows, (uint32_t)s->most_documents / 2};
     memcpy(words, all, sizeof all);
 }
 
-// Values of shard s in dl->reference.
-static float *reference_of(const DataLoader *dl, const Shard *s, size_t *n) {
-    const size_t of_row = (size_t)dl->most_documents / 2 * 2;
-    *n = s->n_windows * of_row;
-    return dl->reference + (size_t)s->first_window * of_row;
+static size_t reference_values(const Shard *s) { return s->n_windows * (size_t)(s->most_documents / 2) * 2; }
+
+// The values of shard s, to its rows in dl->reference or from them. Rows of other shards may hold more pairs.
+static void reference_copy(const DataLoader *dl, const Shard *s, float *values, int to_rows) {
+    const size_t n = (size_t)(s->most_documents / 2) * 2, of_row = (size_t)(dl->most_documents / 2) * 2;
+    for (size_t w = 0; w < s->n_windows; w++, values += n) {
+        float *row = dl->reference + ((size_t)s->first_window + w) * of_row;
+        memcpy(to_rows ? row : values, to_rows ? values : row, n * sizeof(float));
+    }
 }
 
 // dl->reference from the files beside its shards. 0: one is not there. Dies of one that is there and is not
@@ -8199,8 +8242,8 @@ int reference_read(DataLoader *dl, uint32_t weights) {
     for (Shard *s = dl->shards; s < dl->shards + dl->n_shards; s++) {
         const Str path = reference_path(s, weights);
         uint32_t want[REFERENCE_WORDS], found[REFERENCE_WORDS];
-        size_t n, bytes;
-        float *values = reference_of(dl, s, &n);
+        size_t bytes;
+        const size_t n = reference_values(s);
         if (access(path.s, F_OK)) {
             all = 0;
             continue;
@@ -8209,6 +8252,7 @@ int reference_read(DataLoader *dl, uint32_t weights) {
         if (bytes != sizeof found + n * sizeof(float))
             die("'%s' has %zu bytes, '%s' needs %zu; remove it, and it is made again", path.s, bytes, s->path,
                 sizeof found + n * sizeof(float));
+        float *values = (float *)xmalloc(n * sizeof(float) + 1);
         read_exactly(fd, path.s, found, sizeof found, 0);
         read_exactly(fd, path.s, values, n * sizeof(float), sizeof found);
         close(fd);
@@ -8218,8 +8262,22 @@ int reference_read(DataLoader *dl, uint32_t weights) {
             if (want[i] != found[i])
                 die("'%s': %s is %u, not %u as '%s' and this run have it; remove it, and it is made again",
                     path.s, reference_words[i], found[i], want[i], s->path);
+        reference_copy(dl, s, values, /*to_rows=*/1);
+        free(values);
     }
     return comm_max(!all) == 0;
+}
+
+static void reference_cannot_write(const char *path, const char *why) {
+    die("cannot write the reference's log p to %s: %s; copy the shards to a folder that can be written", path,
+        why);
+}
+
+// Dies unless reference_write can make its files: what is to be kept takes a pass over the data.
+void reference_check_folders(const DataLoader *dl, uint32_t weights) {
+    for (const Shard *s = dl->shards; s < dl->shards + dl->n_shards && comm_rank() == 0; s++)
+        if (access(folder_above(s->path).s, W_OK | X_OK))
+            reference_cannot_write(reference_path(s, weights).s, strerror(errno));
 }
 
 // Writes the files of reference_read, on rank 0. A file is whole once it has its name.
@@ -8227,8 +8285,9 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
     for (const Shard *s = dl->shards; s < dl->shards + dl->n_shards && comm_rank() == 0; s++) {
         const Str path = reference_path(s, weights), part = str("%s.%d.part", path.s, (int)getpid());
         uint32_t words[REFERENCE_WORDS];
-        size_t n;
-        const float *values = reference_of(dl, s, &n);
+        const size_t n = reference_values(s);
+        float *values = (float *)xmalloc(n * sizeof(float) + 1);
+        reference_copy(dl, s, values, /*to_rows=*/0);
         reference_header(dl, s, weights, words);
         words[8] = crc32_update(0, values, n * sizeof(float));
         FILE *f = fopen(part.s, "wb");
@@ -8238,9 +8297,9 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
         if (failed || rename(part.s, path.s)) {
             const char *why = strerror(errno);
             unlink(part.s);
-            die("cannot write the reference's log p to %s: %s; copy the shards to a folder that can be "
-                "written", path.s, why);
+            reference_cannot_write(path.s, why);
         }
+        free(values);
     }
 }
 // SHARED END
