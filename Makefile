@@ -1,5 +1,6 @@
 # litespark. `make` alone lists the targets and says what was found on this machine.
 #   make run                    build, make the default data, train on all cores
+#   make sft, make dpo          then answers and preferences
 #   make train [DEVICE=auto|cpu|cuda|emu]     build ./train_litespark: auto takes CUDA where a GPU answers, else the CPU
 #   make test [SAN=1]           prove it right
 ifeq ($(origin CC),default)
@@ -42,6 +43,7 @@ endif
 
 help:
 	@echo 'make run      build, make the default data, train on all cores (OUT=$(OUT))'
+	@echo 'make sft      then answers to questions: $(OUT)-sft     make dpo   then preferences: $(OUT)-dpo'
 	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
 	@echo 'make test     all tests that need no GPU; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
@@ -169,7 +171,21 @@ data/stories/stories.json: build/stories
 
 RANKS    ?= 1
 run: train      # dev/run.sh: mpirun with signals that save
-	exec $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark --resume auto --out $(OUT) $(ARGS)
+	exec $(TRAINER) --resume auto --out $(OUT) $(ARGS)
+
+# The stages after pre-training: answers to questions about stories (sft), endings to prefer (dpo). Each begins with the last
+# checkpoint in OUT, which `make run` makes if there is none, and goes to OUT-sft or OUT-dpo. Before and after: held-out data.
+TRAINER     = $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark
+LR_sft      = 3e-3
+LR_dpo      = 1e-3
+VAL_sft     = --stage sft --val-data 'data/stories/sft/validation/*.ds'
+VAL_dpo     = --eval-tasks 'data/stories/dpo/choices/*.ds' --seq-len 256
+sft dpo: train
+	@ls -d $(OUT)/step_???????? >/dev/null 2>&1 || $(MAKE) --no-print-directory run ARGS=
+	@base=$$(ls -d $(OUT)/step_???????? | tail -n 1) && echo "$@: from $$base to $(OUT)-$@" && \
+	./train_litespark --eval-only --init-from $$base $(VAL_$@) | sed -n 's/^step 0/before training/p' && \
+	exec $(TRAINER) --stage $@ --resume auto --init-from $$base --out $(OUT)-$@ --train-data 'data/stories/$@/train/*.ds' \
+	    --val-data 'data/stories/$@/validation/*.ds' --lr $(or $(LR),$(LR_$@)) $(MORE_$@) $(ARGS)
 
 # ---- tests: in-process in floats and in doubles, and the program as a user runs it
 TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered -DPOISON
@@ -287,4 +303,4 @@ sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
 	@python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean
+.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean

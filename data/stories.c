@@ -12,7 +12,12 @@
 // the alternatives begin with different tokens (the grammar is LL(1)). dev/test_stories.c recomputes every p
 // from the text alone, by summing over all derivations, and fails where the rule is broken.
 //
-// The file in order: the words, the grammar, reading them, the storyteller, the files, main.
+// From the same grammar come two sets for the stages after pre-training, of stories that it does not hold: questions
+// about a story, each with one right answer (--stage sft), and pairs of endings, of which one keeps to the facts of the
+// story and one does not (--stage dpo). Which answer is right and which ending is wrong is known, as the floor is.
+//
+// The file in order: the words, the grammar, the questions, reading them, the storyteller, documents with questions
+// and pairs, rows, the files, main.
 // The bytes of every file written here are described in data/README.md.
 
 #ifndef _POSIX_C_SOURCE
@@ -67,6 +72,8 @@ static const ClassText class_texts[] = {
     {"under", "under", "bed*2 table*2 chair stairs carpet"},
     {"inside", "in", "box*2 drawer basket bucket cupboard boot"},
     {"behind", "behind", "door*2 curtain clock sofa stove"},
+    {"place", "", "@indoors @waterside @upland"},
+    {"spot", "", "@under @inside @behind"},
     {"landmark", "", "tree*2 rock*2 bush log fence gate well bench"},
     {"rag", "", "sock shoe spoon glove bottle"},
     {"crumbs", "", "dust sand leaves crumbs"},
@@ -361,6 +368,78 @@ static const GrammarText grammar_texts[] = {
 };
 
 // ---------------------------------------------------------------------------------------------------------
+// The questions. `told` is text of the grammar: once a story has told it, and from then on, the question has
+// exactly one right answer. Question and answer may recall all that is remembered; where `told` is part of a rule
+// with a parameter, {$} is that rule's.
+// `alone` names classes: the question is asked only while the story has told one word of them. The model of the default
+// run is small: it finds the one animal or tool of a story, but of two colours it does not know which is the hat's.
+
+typedef struct QuestionText { const char *told, *question, *answer, *alone; } QuestionText;
+
+static const QuestionText question_texts[] = {
+    // of any story
+    {"[who hero]", "Who is the story about?", "The story is about {hero}.", ""},
+    {" lived[place home]", "Where was the house of {hero}?", "The house was {home.at} the {home}.", "place"},
+    {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}.", ""},
+    {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}.", ""},
+    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?", "{hero} went {home.at} the {home}.", "place"},
+    {"{cc=colour} {cloth=garment}", "What colour was the {cloth}?", "The {cloth} was {cc}.", "colour"},
+    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "{hero} always had on a {cloth}.", ""},
+    {"Everyone knew {hero.his} {cc=colour} {cloth=garment}", "What did everyone know?", "Everyone knew the {cloth}.", ""},
+    {"had made {hero.him} a {cc=colour} {cloth=garment}", "What was made for {hero}?", "A {cloth} was made for {hero}.", ""},
+    {"friend {friend=name}", "Who was the friend of {hero}?", "{hero.His} friend was {friend}.", ""},
+    // lost
+    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero} could not find the {x}.", ""},
+    {"`You played[place p] on", "Who helped {hero}?", "{hero.His} friend {friend} helped {hero.him}.", ""},
+    // gift
+    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "{hero} bought the {x}.", ""},
+    {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "The {x} was for {friend}.", ""},
+    // errand
+    {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "{hero} had to buy the {x}.", ""},
+    {"Come and play <game> with me", "Who wanted to play?", "The {pal} wanted to play.", ""},
+    // hungry
+    {"met a {s=sad} {pal=animal}", "Who was {s}?", "The {pal} was {s}.", ""},
+    {"if you {chore=chore}", "What did {hero} have to do?", "{hero} had to {chore}.", ""},
+    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "The {pal} gave {hero} the {x}.", ""},
+    // race
+    {"prize was a {c=colour} {x=toy}", "What was the prize?", "The prize was the {x}.", ""},
+    {"{friend=name} the {pal=animal}", "What was {friend}?", "{friend} was a {pal}.", ""},
+    {"hurt {friend.his} {limb=limb}", "What did {friend} hurt?", "{friend} hurt {friend.his} {limb}.", ""},
+    // storm
+    {"afraid of the {noise=noise}", "What was {friend} afraid of?", "{friend} was afraid of the {noise}.", ""},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "Who lost a {x}?", "The {m} lost a {x}.", ""},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "What did the {m} lose?", "The {m} lost a {x}.", ""},
+    // build
+    {"{x=craft} out of {m=material}", "What did {hero} build?", "{hero} built a {x}.", ""},
+    {"{x=craft} out of {m=material}", "What was the {x} made of at first?", "At first the {x} was made of {m}.", ""},
+    {"painted it {c=colour}", "Who painted the {x}?", "{friend} painted the {x}.", ""},
+    {"{friend} had the idea!", "Who had the idea?", "{friend} had the idea.", ""},
+    // bake
+    {"ran> home with the {$}", "Who had some {$}?", "{friend} had some {$}.", ""},
+    // wish
+    {"magic {x=treasure}[place p]", "What did {hero} find?", "{hero} found the {x}.", ""},
+    {"{m=being} came out", "Who came out of the {x}?", "A {m} came out of the {x}.", ""},
+    {"there was a <trait>[who friend]", "Who was the friend of {hero}?", "{hero.His} friend was {friend}.", ""},
+    // seeds
+    {"planted {n=number} seeds", "How many seeds were planted?", "{hero} planted {n} seeds.", "number"},
+    {"<size> {pal=animal} came by", "Who came by?", "A {pal} came by.", ""},
+    // secret
+    {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "The {pal} knew the word.", ""},
+    {"there sat a <trait> {m=being}", "Who sat there?", "A {m} sat there.", ""},
+    {"This {c=colour} {x=treasure}", "What did the {m} give to {hero}?", "The {m} gave {hero} the {x}.", ""},
+    // concert
+    {"But {hero} played it", "What did {hero} play?", "{hero} played the {i}.", ""},
+    {"friend {friend=name} laughed", "Who laughed?", "{friend} laughed.", ""},
+};
+
+// A chat about a story: the story as the system's turn, the question as the user's, the answer as the assistant's.
+// It needs no piece that the vocabulary does not have.
+static const char chat_template[] =
+    "<|endoftext|>{% for m in messages %}{% if m.role == 'user' %} Q: {{ m.content }}{% elif m.role == 'assistant' %}"
+    " A: {{ m.content }}<|endoftext|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} A:{% endif %}";
+
+// ---------------------------------------------------------------------------------------------------------
 // Reading the tables: the text of the grammar item by item, the classes, the vocabulary.
 
 #define COUNT(table) ((int)(sizeof(table) / sizeof((table)[0])))
@@ -368,16 +447,20 @@ static const GrammarText grammar_texts[] = {
 enum {
     SEQ_LEN = 256,        // T: a window has T+1 tokens, <|endoftext|> and whole stories
     EOD = 256,            // <|endoftext|>: begin and end of a document; ids below are bytes, above words
-    MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8
+    MAX_TEXT = 32, MAX_PIECES = 1024, MAX_CLASS_WORDS = 32, MAX_VARS = 48, MAX_DEPTH = 16, MAX_WORD_TOKENS = 8,
+    MAX_STORY = SEQ_LEN + 64,            // a story that fits the window, and a question with its answer
+    MAX_TOLD = 512, MAX_ENDINGS = 256, MAX_FACTS = 16
 };
 
-typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight; } Word;     // text: a space first
+typedef struct Word { char text[MAX_TEXT]; const char *feature; int weight, n, tokens[MAX_WORD_TOKENS]; } Word;  // a space first
 typedef struct Class { int n; Word words[MAX_CLASS_WORDS]; } Class;
 
 typedef struct Grammar {
     char pieces[MAX_PIECES][MAX_TEXT];   // piece of token id i; sorted above EOD
     int n_pieces, n_content_words;
     Class classes[COUNT(class_texts)];
+    struct Ending { const char *end; int q; } endings[MAX_ENDINGS];   // where the text ends that answers question q,
+    int n_endings;                                                    // in the order of the grammar
 } Grammar;
 
 // One item of a grammar text: LITERAL name; DRAW a word of class `other` as variable `name` ("" = forget it);
@@ -456,7 +539,8 @@ static const char *param_of(const Item *item, const char *param) {
 
 static int compare_text(const void *a, const void *b) { return strcmp((const char *)a, (const char *)b); }
 
-// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it, of a literal or a word of a class.
+// Greedy longest match, as every reader of a kind 1 tokenizer.bin does it, of a literal or a word of a class. What no
+// piece begins is a byte; only questions have such words.
 static int encode(const Grammar *g, const char *text, int *tokens) {
     int n = 0;
     while (*text) {
@@ -468,9 +552,9 @@ static int encode(const Grammar *g, const char *text, int *tokens) {
             piece[length] = 0;
             found = (const char *)bsearch(piece, words, n_words, MAX_TEXT, compare_text);
         }
-        if (!found || n == MAX_WORD_TOKENS) die("the vocabulary has no pieces for '%s'", text);
-        tokens[n++] = (int)((found - g->pieces[0]) / MAX_TEXT);
-        text += length;
+        if (n == MAX_WORD_TOKENS) die("a word has more than %d pieces, from '%s' on", MAX_WORD_TOKENS, text);
+        tokens[n++] = found ? (int)((found - g->pieces[0]) / MAX_TEXT) : (unsigned char)*text;
+        text += found ? length : 1;
     }
     return n;
 }
@@ -530,6 +614,25 @@ static void finish_pieces(Grammar *g) {
     g->n_pieces = n;
 }
 
+// Where in the grammar a story has told what answers question q: an item of some rows ends there.
+static void find_endings(Grammar *g, int q) {
+    const QuestionText *t = &question_texts[q];
+    const int n_before = g->n_endings;
+    for (int row = 0; row < COUNT(grammar_texts); row++) {
+        const char *p = grammar_texts[row].text, *found = strstr(p, t->told);
+        if (!found) continue;
+        const char *end = found + strlen(t->told);
+        for (Item item; p < end && next_item(&p, &item);) ;
+        if (p != end) die("no item of the grammar ends where '%s' does", t->told);
+        if (g->n_endings == MAX_ENDINGS) die("the questions have more than %d answers", MAX_ENDINGS);
+        int at = g->n_endings++;
+        for (; at > 0 && g->endings[at - 1].end > end; at--) g->endings[at] = g->endings[at - 1];
+        g->endings[at].end = end;
+        g->endings[at].q = q;
+    }
+    if (g->n_endings == n_before) die("the grammar never tells '%s'", t->told);
+}
+
 static Grammar *grammar_create(void) {
     Grammar *g = (Grammar *)calloc(1, sizeof(Grammar));
     if (!g) die("out of memory");
@@ -546,6 +649,10 @@ static Grammar *grammar_create(void) {
     for (int i = 0; i < COUNT(forms); i++) add_pieces(g, forms[i].text);
     for (int i = 0; i < COUNT(grammar_texts); i++) add_pieces(g, grammar_texts[i].text);
     finish_pieces(g);
+    for (int c = 0; c < COUNT(class_texts); c++)
+        for (int k = 0; k < g->classes[c].n; k++)
+            g->classes[c].words[k].n = encode(g, g->classes[c].words[k].text, g->classes[c].words[k].tokens);
+    for (int q = 0; q < COUNT(question_texts); q++) find_endings(g, q);
     return g;
 }
 
@@ -608,9 +715,17 @@ typedef struct Story {
     uint64_t rng;
     double p;
     int n, n_vars;
-    struct { char name[MAX_TEXT]; const Word *word; } vars[MAX_VARS];   // what the story remembers
-    uint16_t tokens[SEQ_LEN + 1];
-    float nll[SEQ_LEN + 1];            // -ln p(tokens[i] | the story before it)
+    struct {                           // what the story remembers, and after how many tokens it was drawn
+        char name[MAX_TEXT];
+        const Word *word;
+        const Class *from;
+        int n;
+    } vars[MAX_VARS];
+    struct { const char *end; char param[MAX_TEXT]; int n; } told[MAX_TOLD];   // each item: its end in the grammar,
+    int n_told;                                                                // the tokens once it was told
+    uint16_t tokens[MAX_STORY];
+    float nll[MAX_STORY];              // -ln p(tokens[i] | the story before it)
+    uint8_t recalls[MAX_STORY];        // 1 + v: here begins the word of vars[v], as it is; 0 elsewhere
 } Story;
 
 static uint64_t splitmix64(uint64_t *state) {
@@ -624,8 +739,9 @@ static uint64_t splitmix64(uint64_t *state) {
 static int random_below(Story *s, int n) { return (int)((splitmix64(&s->rng) >> 32) * (uint64_t)n >> 32); }
 
 static void tell_token(Story *s, int token) {
-    if (s->n > SEQ_LEN) die("a story is longer than %d tokens", SEQ_LEN);
+    if (s->n == MAX_STORY) die("a story with its question is longer than %d tokens", MAX_STORY);
     s->tokens[s->n] = (uint16_t)token;
+    s->recalls[s->n] = 0;
     s->nll[s->n++] = s->p == 1 ? 0.0f : (float)-log(s->p);
     s->p = 1;
 }
@@ -634,6 +750,8 @@ static void tell_text(Story *s, const char *text) {
     int tokens[MAX_WORD_TOKENS], n = encode(s->g, text, tokens);
     for (int i = 0; i < n; i++) tell_token(s, tokens[i]);
 }
+
+static void tell_word(Story *s, const Word *w) { for (int i = 0; i < w->n; i++) tell_token(s, w->tokens[i]); }
 
 static int is_remembered(const Story *s, const Word *w) {
     for (int v = 0; v < s->n_vars; v++) if (strcmp(s->vars[v].word->text, w->text) == 0) return 1;
@@ -652,18 +770,26 @@ static void tell_draw(Story *s, const Class *c, const char *var) {
     int x = random_below(s, total);
     for (; x >= left_to_draw[i]->weight; i++) x -= left_to_draw[i]->weight;
     s->p *= (double)left_to_draw[i]->weight / total;
-    tell_text(s, left_to_draw[i]->text);
+    tell_word(s, left_to_draw[i]);
     if (!var[0]) return;
     if (s->n_vars == MAX_VARS) die("the grammar has more than %d variables", MAX_VARS);
     strcpy(s->vars[s->n_vars].name, var);
-    s->vars[s->n_vars++].word = left_to_draw[i];
+    s->vars[s->n_vars].word = left_to_draw[i];
+    s->vars[s->n_vars].from = c;
+    s->vars[s->n_vars++].n = s->n;
 }
 
 static void tell_recall(Story *s, const char *var, const char *form) {
     const Word *w = NULL;
-    for (int v = 0; v < s->n_vars; v++) if (strcmp(s->vars[v].name, var) == 0) w = s->vars[v].word;
+    int at = s->n, v_of = 0;
+    for (int v = 0; v < s->n_vars; v++)
+        if (strcmp(s->vars[v].name, var) == 0) { v_of = v; w = s->vars[v].word; }
     if (!w) die("the grammar recalls {%s} before it is drawn", var);
-    if (!form[0]) { tell_text(s, w->text); return; }
+    if (!form[0]) {
+        tell_word(s, w);
+        s->recalls[at] = (uint8_t)(1 + v_of);
+        return;
+    }
     for (int i = 0; i < COUNT(forms); i++) {
         if (strcmp(forms[i].form, form) != 0 || strcmp(forms[i].feature, w->feature) != 0) continue;
         tell_text(s, forms[i].text);
@@ -672,19 +798,32 @@ static void tell_recall(Story *s, const char *var, const char *form) {
     die("the grammar has no form '%s' of '%s'", form, w->text);
 }
 
+static void tell_rule(Story *s, const char *rule, const char *param);
+
+static void tell_item(Story *s, const Item *item, const char *param) {
+    if (item->op == LITERAL) tell_text(s, item->name);
+    if (item->op == DRAW) tell_draw(s, &s->g->classes[find_class(item->other)], var_of(item, param));
+    if (item->op == RECALL) tell_recall(s, var_of(item, param), item->other);
+    if (item->op == CALL) tell_rule(s, item->name, param_of(item, param));
+}
+
+static void tell_items(Story *s, const char *text, const char *param) {
+    for (Item item; next_item(&text, &item);) {
+        tell_item(s, &item, param);
+        if (s->n_told == MAX_TOLD) die("a story has more than %d items", MAX_TOLD);
+        s->told[s->n_told].end = text;
+        s->told[s->n_told].n = s->n;
+        strcpy(s->told[s->n_told++].param, param);
+    }
+}
+
 static void tell_rule(Story *s, const char *rule, const char *param) {
     int row = find_rule(rule), total = 0;
     for (int i = row; in_rule(i, row); i++) total += grammar_texts[i].weight;
     int x = random_below(s, total);
     for (; x >= grammar_texts[row].weight; row++) x -= grammar_texts[row].weight;
     s->p *= (double)grammar_texts[row].weight / total;
-    const char *text = grammar_texts[row].text;
-    for (Item item; next_item(&text, &item);) {
-        if (item.op == LITERAL) tell_text(s, item.name);
-        if (item.op == DRAW) tell_draw(s, &s->g->classes[find_class(item.other)], var_of(&item, param));
-        if (item.op == RECALL) tell_recall(s, var_of(&item, param), item.other);
-        if (item.op == CALL) tell_rule(s, item.name, param_of(&item, param));
-    }
+    tell_items(s, grammar_texts[row].text, param);
 }
 
 // Story `index` of a stream, a pure function of (seed, stream, index). It ends with <|endoftext|>.
@@ -693,17 +832,375 @@ static void story_tell(Story *s, const Grammar *g, uint64_t seed, uint64_t strea
     s->rng = seed;
     s->rng = splitmix64(&s->rng) ^ stream;
     s->rng = splitmix64(&s->rng) ^ index;
-    s->n = s->n_vars = 0;
+    s->n = s->n_vars = s->n_told = 0;
     s->p = 1;
     tell_rule(s, "story", "");
     tell_token(s, EOD);
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Documents for the stages after pre-training: stories with a question, pairs of endings. A document begins with
+// <|endoftext|>, as a story does in the rows of pre-training; each of its words is a token with flags.
+
+static const uint32_t TARGET = 0x80000000u, START = 0x40000000u, PADDING = 0x40000000u, ID = 0x00FFFFFFu;
+
+enum { SFT, DPO };
+static const char *const stage_names[] = {"sft", "dpo"};
+
+typedef struct Unit { int64_t at; int n, n_answers; } Unit;         // what lies in one row: a document or a pair
+typedef struct Answer { int question, n; uint16_t facts[MAX_FACTS]; } Answer;   // the tokens that the question does not hold
+typedef struct Set {
+    int stage, n, room, n_dropped;      // dropped: training units that begin as one of validation does
+    Unit *units;
+    uint32_t *words;                    // of unit u: words[units[u].at], .n of them
+    Answer *answers;
+    int n_answers, answers_room;
+    unsigned char *openings;            // the first words of each unit, sorted
+    int64_t n_words, words_room;
+} Set;
+
+enum {
+    ROW = SEQ_LEN + 1,
+    OPENING = 24,          // every document tells at least so many tokens: two that agree in them are one story
+    OPENING_BYTES = (1 + OPENING) * 4,
+    MOST_QUESTIONS = 10,   // of a training document; those of validation have one
+    MOST_SENTENCES = 3,    // of an ending
+    MOST_FACTS = 3         // changed in an ending
+};
+
+static void set_word(Set *set, int token, uint32_t flags) {
+    if (set->n_words == set->words_room) {
+        set->words_room = set->words_room ? 2 * set->words_room : 65536;
+        set->words = (uint32_t *)realloc(set->words, (size_t)set->words_room * 4);
+        if (!set->words) die("out of memory");
+    }
+    set->words[set->n_words++] = (uint32_t)token | flags;
+}
+
+static void set_unit(Set *set) {   // a new one, of no words yet
+    if (set->n == set->room) {
+        set->room = set->room ? 2 * set->room : 1024;
+        set->units = (Unit *)realloc(set->units, (size_t)set->room * sizeof(Unit));
+        if (!set->units) die("out of memory");
+    }
+    const Unit u = {set->n_words, 0, 0};
+    set->units[set->n++] = u;
+}
+
+static void set_answer(Set *set, const Answer *a) {
+    if (set->n_answers == set->answers_room) {
+        set->answers_room = set->answers_room ? 2 * set->answers_room : 1024;
+        set->answers = (Answer *)realloc(set->answers, (size_t)set->answers_room * sizeof(Answer));
+        if (!set->answers) die("out of memory");
+    }
+    set->answers[set->n_answers++] = *a;
+    set->units[set->n - 1].n_answers++;
+}
+
+static void set_close(Set *set) { set->units[set->n - 1].n = (int)(set->n_words - set->units[set->n - 1].at); }
+
+static void set_drop(Set *set) {   // the last unit
+    const Unit *u = &set->units[--set->n];
+    set->n_words = u->at;
+    set->n_answers -= u->n_answers;
+}
+
+static void set_free(Set *set) {
+    free(set->units);
+    free(set->words);
+    free(set->answers);
+    free(set->openings);
+    memset(set, 0, sizeof *set);
+}
+
+// Where sentences end, outside of what somebody says: ends[k] tokens. The next sentence begins with a capital letter
+// or a quote; after `... drum?" she asked` it goes on. The end of the story is one of them.
+static int sentence_ends(const Story *s, int *ends) {
+    int n = 0, is_speech = 0;
+    for (int i = 0; i + 1 < s->n; i++) {
+        const char *last = s->g->pieces[s->tokens[i]], *next = s->g->pieces[s->tokens[i + 1]];
+        is_speech ^= strchr(last, '"') != NULL;
+        if (*last == '"') last = s->g->pieces[s->tokens[i - 1]];
+        const int is_begin = s->tokens[i + 1] == EOD || (*next == ' ' && (isupper((unsigned char)next[1]) || next[1] == '"'));
+        if (!is_speech && is_begin && strchr(".!?", *last)) ends[n++] = i + 1;
+    }
+    return n;
+}
+
+// One of the numbers of a rising list that lie in lo..hi, the smaller of two draws: documents that tell less of a story
+// are more frequent, and fill the rows that long ones leave. -1: there is none.
+static int draw_early(Story *s, const int *list, int n, int lo, int hi) {
+    while (n && *list < lo) list++, n--;
+    while (n && list[n - 1] > hi) n--;
+    if (n == 0) return -1;
+    const int a = random_below(s, n), b = random_below(s, n);
+    return list[a < b ? a : b];
+}
+
+static int is_told(const Story *s, const Word *w, int n_tokens) {
+    for (int i = 0, k; i + w->n <= n_tokens; i++) {
+        for (k = 0; k < w->n && s->tokens[i + k] == w->tokens[k]; k++) ;
+        if (k == w->n) return 1;
+    }
+    return 0;
+}
+
+static int is_alone(const Story *s, int q, int n_tokens) {
+    const char *name = question_texts[q].alone;
+    const Class *c = &s->g->classes[*name ? find_class(name) : 0];
+    int n_told = 0;
+    for (int k = 0; *name && k < c->n; k++) n_told += is_told(s, &c->words[k], n_tokens);
+    return n_told <= 1;
+}
+
+static int holds(const char *text, const Item *recall) {   // the variable, in any form
+    char brace[MAX_TEXT + 2];
+    const char *p = text;
+    size_t n = (size_t)snprintf(brace, sizeof brace, "{%s", recall->name);
+    while ((p = strstr(p, brace)) != NULL && p[n] != '}' && p[n] != '.') p++;
+    return p != NULL;
+}
+
+// Asks question q of a story that was cut after the tokens told, and answers it: the answer and <|endoftext|> are
+// targets. It stays untold, 0, where the document would have more than hi words.
+static int ask(Set *set, Story *s, int q, const char *param, int hi) {
+    const int n = s->n, n_told = s->n_told;
+    char text[128];
+    const char *p = text;
+    Answer a = {q, 0, {0}};
+    snprintf(text, sizeof text, " Q: %s A:", question_texts[q].question);
+    tell_items(s, text, param);
+    const int answer = s->n;
+    snprintf(text, sizeof text, " %s", question_texts[q].answer);
+    for (Item item; next_item(&p, &item);) {
+        const int at = s->n, is_fact = item.op == RECALL && !holds(question_texts[q].question, &item);
+        tell_item(s, &item, param);
+        for (int i = at; is_fact && i < s->n && a.n < MAX_FACTS; i++) a.facts[a.n++] = s->tokens[i];
+    }
+    tell_token(s, EOD);
+    s->n_told = n_told;
+    if (1 + s->n > hi) { s->n = n; return 0; }
+    for (int i = n; i < s->n; i++) set_word(set, s->tokens[i], i < answer ? 0 : TARGET);
+    set_answer(set, &a);
+    return 1;
+}
+
+// The questions that a whole story answers, and from which item on.
+typedef struct Known { int n, q[COUNT(question_texts)], told[COUNT(question_texts)]; } Known;
+
+static void find_known(Known *known, const Story *s) {
+    const Grammar *g = s->g;
+    known->n = 0;
+    for (int i = 0; i < s->n_told; i++) {
+        int lo = 0, hi = g->n_endings;
+        while (lo < hi) {
+            const int middle = (lo + hi) / 2;
+            if (g->endings[middle].end < s->told[i].end) lo = middle + 1; else hi = middle;
+        }
+        for (; lo < g->n_endings && g->endings[lo].end == s->told[i].end; lo++) {
+            int is_known = 0;
+            for (int k = 0; k < known->n; k++) is_known |= known->q[k] == g->endings[lo].q;
+            if (is_known) continue;
+            known->q[known->n] = g->endings[lo].q;
+            known->told[known->n++] = i;
+        }
+    }
+}
+
+// A story, told so far that it answers a question drawn from all that it answers; this question, and up to most - 1
+// others that it answers by then. 0 if that does not give lo to hi words. The story itself stays as it is.
+static int make_chat(Set *set, Story *s, Known known, int most, int lo, int hi) {
+    int ends[MAX_STORY], alone[COUNT(question_texts)], n_alone = 0, turns = most, pick = random_below(s, known.n);
+    for (int i = 0; i < known.n; i++) if (*question_texts[known.q[i]].alone) alone[n_alone++] = i;
+    if (n_alone && random_below(s, 2)) pick = alone[random_below(s, n_alone)];   // few beginnings leave them a chance
+    const int first = s->told[known.told[pick]].n, n = s->n;
+    const int cut = draw_early(s, ends, sentence_ends(s, ends), first > OPENING ? first : OPENING, hi);
+    uint16_t tokens[MAX_STORY];
+    if (cut < 0) return 0;
+    memcpy(tokens, s->tokens, sizeof tokens);
+    s->n = cut;
+    set_unit(set);
+    set_word(set, EOD, START);
+    for (int i = 0; i < cut; i++) set_word(set, s->tokens[i], 0);
+    while (turns > 0) {
+        const int q = known.q[pick], told = known.told[pick];
+        known.q[pick] = known.q[--known.n];
+        known.told[pick] = known.told[known.n];
+        if (s->told[told].n <= cut && is_alone(s, q, cut)) {
+            if (!ask(set, s, q, s->told[told].param, hi)) break;
+            turns--;
+        }
+        if (known.n == 0) break;
+        pick = random_below(s, known.n);
+    }
+    set_close(set);
+    const int is_made = s->n > cut && 1 + s->n >= lo;
+    if (!is_made) set_drop(set);
+    memcpy(s->tokens, tokens, sizeof tokens);
+    s->n = n;
+    return is_made;
+}
+
+// Another word of the class that vars[v] comes from, of the same form, which the story has not told so far.
+static const Word *draw_other(Story *s, int v, const Word *const *changed, int n_tokens) {
+    const Word *left[MAX_CLASS_WORDS], *now = s->vars[v].word;
+    int n = 0;
+    for (int k = 0; k < s->vars[v].from->n; k++) {
+        const Word *w = &s->vars[v].from->words[k];
+        int is_used = strcmp(w->feature, now->feature) != 0 || is_told(s, w, n_tokens);
+        for (int u = 0; u < s->n_vars; u++) is_used |= changed[u] && strcmp(changed[u]->text, w->text) == 0;
+        if (!is_used) left[n++] = w;
+    }
+    return n ? left[random_below(s, n)] : NULL;
+}
+
+// The beginning of a story and the one to three sentences after it, twice: as the story goes on (chosen), and with
+// other words for one to three things that it had told before (rejected), all of their mentions. The sentences are
+// targets. No story goes on like the rejected ones: their probability is 0. The pair has lo to hi words; 0 where nothing
+// is to change, or it has not.
+static int make_pair(Set *set, Story *s, int lo, int hi) {
+    const Word *changed[MAX_VARS] = {NULL};
+    int ends[MAX_STORY], facts[MAX_VARS], n_facts = 0, n_ends = sentence_ends(s, ends);
+    const int end = draw_early(s, ends, n_ends, lo / 2 - 2, hi / 2);   // rejected may be some tokens longer or shorter
+    while (n_ends && ends[n_ends - 1] >= end) n_ends--;
+    const int n_before = n_ends < MOST_SENTENCES ? n_ends : MOST_SENTENCES;
+    const int cut = draw_early(s, ends + n_ends - n_before, n_before, OPENING, SEQ_LEN);
+    if (end < 0 || cut < 0) return 0;
+    for (int v = 0; v < s->n_vars; v++) {
+        int is_fact = 0;
+        for (int i = cut; i < end; i++) is_fact |= s->recalls[i] == 1 + v && s->vars[v].n <= cut;
+        if (is_fact) facts[n_facts++] = v;
+    }
+    if (n_facts == 0) return 0;
+    for (int n = 1 + random_below(s, n_facts < MOST_FACTS ? n_facts : MOST_FACTS); n > 0; n--) {
+        const int pick = random_below(s, n_facts), v = facts[pick];
+        if (!(changed[v] = draw_other(s, v, changed, end))) return 0;
+        facts[pick] = facts[--n_facts];
+    }
+    set_unit(set);
+    set_word(set, EOD, START);
+    for (int i = 0; i < end; i++) set_word(set, s->tokens[i], i < cut ? 0 : TARGET);
+    set_word(set, EOD, START);
+    for (int i = 0; i < end; i++) {
+        const int v = s->recalls[i] - 1;
+        if (i < cut || v < 0 || !changed[v]) { set_word(set, s->tokens[i], i < cut ? 0 : TARGET); continue; }
+        for (int k = 0; k < changed[v]->n; k++) set_word(set, changed[v]->tokens[k], TARGET);
+        i += s->vars[v].word->n - 1;
+    }
+    set_close(set);
+    const int n = set->units[set->n - 1].n;
+    if (n >= lo && n <= hi) return 1;
+    set_drop(set);
+    return 0;
+}
+
+static int compare_openings(const void *a, const void *b) { return memcmp(a, b, OPENING_BYTES); }
+
+// The next unit, of such a length that rows are full: one that leaves room for another, and the one that takes that room,
+// to within two words. With pairs, one of three has a row for itself: it is the one that tells most of its story.
+static int make_fitting(Set *set, Story *s, int most) {
+    const int turn = set->stage == SFT && most == 1 ? 1 + set->n % 2 : set->n % 3, shortest = set->stage == SFT ? 48 : 96;
+    const int room = turn == 2 ? ROW - set->units[set->n - 1].n : ROW;
+    const int lo = turn == 1 ? shortest : room - 2, hi = turn == 1 ? ROW - shortest : room;
+    Known known;
+    if (set->stage == SFT) find_known(&known, s);
+    for (int tries = 0; tries < 8; tries++)
+        if (set->stage == SFT ? make_chat(set, s, known, most, lo, hi) : make_pair(set, s, lo, hi)) return 1;
+    return 0;
+}
+
+// n_units chats of up to `most` questions, or pairs, of one stream of stories, none of them about a story of held_out (or NULL).
+static void make_set(Set *set, const Grammar *g, int stage, uint64_t seed, uint64_t stream, int n_units,
+                     int most, const Set *held_out) {
+    Story story;
+    set->stage = stage;
+    for (uint64_t index = 0; set->n < n_units; index++) {
+        story_tell(&story, g, seed, stream, index);
+        if (!make_fitting(set, &story, most)) continue;
+        const uint32_t *words = set->words + set->units[set->n - 1].at;
+        if (!held_out || !bsearch(words, held_out->openings, (size_t)held_out->n, OPENING_BYTES, compare_openings)) continue;
+        set_drop(set);
+        set->n_dropped++;
+    }
+    set->openings = (unsigned char *)malloc((size_t)set->n * OPENING_BYTES);
+    if (!set->openings) die("out of memory");
+    for (int i = 0; i < set->n; i++)
+        memcpy(set->openings + (size_t)i * OPENING_BYTES, set->words + set->units[i].at, OPENING_BYTES);
+    qsort(set->openings, (size_t)set->n, OPENING_BYTES, compare_openings);
+}
+
+static int compare_answers(const void *a, const void *b) {
+    const Answer *x = (const Answer *)a, *y = (const Answer *)b;
+    const int order = strcmp(question_texts[x->question].question, question_texts[y->question].question);
+    return order ? order : memcmp(x->facts, y->facts, sizeof x->facts);
+}
+
+// The share of set's questions that one answers who has not read the stories, but knows of each question which answer
+// to it is the most frequent in train.
+static double guess_accuracy(const Set *train, const Set *set) {
+    Answer *sorted = (Answer *)malloc((size_t)train->n_answers * sizeof(Answer));
+    int n_right = 0, most = 0;
+    if (!sorted) die("out of memory");
+    memcpy(sorted, train->answers, (size_t)train->n_answers * sizeof(Answer));
+    qsort(sorted, (size_t)train->n_answers, sizeof(Answer), compare_answers);
+    for (int i = 0, n = 1, guess = 0; i < train->n_answers; i++, n++) {
+        const char *question = question_texts[sorted[i].question].question;
+        const int is_last = i + 1 == train->n_answers;
+        if (!is_last && compare_answers(&sorted[i], &sorted[i + 1]) == 0) continue;
+        if (n > most) { most = n; guess = i; }
+        n = 0;
+        if (!is_last && strcmp(question, question_texts[sorted[i + 1].question].question) == 0) continue;
+        for (int j = 0; j < set->n_answers; j++) n_right += compare_answers(&sorted[guess], &set->answers[j]) == 0;
+        most = 0;
+    }
+    free(sorted);
+    return (double)n_right / set->n_answers;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Rows of a set: best fit decreasing. The longest unit first, each into the row where it leaves least room.
+
+typedef struct Rows { uint32_t *words; int n, most_documents; int64_t n_documents, n_targets, n_padding; } Rows;
+
+static void pack_rows(Rows *rows, const Set *set) {
+    int with_room[ROW + 1], *next = (int *)malloc((size_t)set->n * sizeof(int));   // lists of rows by the room left
+    rows->words = (uint32_t *)malloc((size_t)set->n * ROW * 4);
+    if (!next || !rows->words) die("out of memory");
+    for (int i = 0; i <= ROW; i++) with_room[i] = -1;
+    for (int length = ROW; length > 0; length--)
+        for (int i = 0; i < set->n; i++) {
+            const Unit *u = &set->units[i];
+            if (u->n != length) continue;
+            int room = length, row;
+            while (room < ROW && with_room[room] < 0) room++;
+            if (with_room[room] >= 0) { row = with_room[room]; with_room[room] = next[row]; }
+            else {
+                row = rows->n++;
+                for (int t = 0; t < ROW; t++) rows->words[(int64_t)row * ROW + t] = PADDING;
+            }
+            memcpy(rows->words + (int64_t)row * ROW + ROW - room, set->words + u->at, (size_t)length * 4);
+            next[row] = with_room[room - length];
+            with_room[room - length] = row;
+        }
+    free(next);
+    for (int row = 0; row < rows->n; row++) {
+        int n_documents = 0;
+        for (int t = 0; t < ROW; t++) {
+            const uint32_t w = rows->words[(int64_t)row * ROW + t];
+            rows->n_padding += w == PADDING;
+            rows->n_targets += (w & TARGET) != 0;
+            n_documents += (w & START) && w != PADDING;
+        }
+        rows->n_documents += n_documents;
+        if (n_documents > rows->most_documents) rows->most_documents = n_documents;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // The files. Each is written under a temporary name and renamed; stories.json comes last, so it marks a whole
 // set.
 
-enum { TRAIN_STREAM, VAL_STREAM, PRINT_STREAM };
+enum { TRAIN_STREAM, VAL_STREAM, PRINT_STREAM, SFT_STREAM, SFT_VAL_STREAM, DPO_STREAM, DPO_VAL_STREAM };
 
 typedef struct File { FILE *f; char path[1024], temp[1040]; } File;
 
@@ -751,6 +1248,8 @@ typedef struct Totals {
     int64_t tokens, stories, val_rows;
     double floor;               // of the validation rows
     int longest;
+    int questions, val_questions, pairs, val_pairs;
+    double guess, fill;         // of the validation questions; of the set whose rows have most padding
 } Totals;
 
 // DIR/SPLIT/SPLIT_000.ds: rows of T+1 tokens: <|endoftext|>, then whole stories, the last one cut. So every
@@ -813,14 +1312,94 @@ static void write_tokenizer(const Grammar *g, const char *dir) {
     file_close(&file);
 }
 
+// DIR/NAME.choices: each pair as a task of two choices, of which the right one is the first and the second in turn.
+// What a reader must know of a document, in the order of the rows: task, choice, right choice, characters of the choice.
+static void write_choices(const Grammar *g, const char *dir, const char *name, const Rows *rows) {
+    File file;
+    int n_documents = 0;
+    file_open(&file, dir, name);
+    for (const uint32_t *w = rows->words, *end = w + (int64_t)rows->n * ROW; w < end;) {
+        int32_t task = n_documents / 2, gold = task % 2, choice = n_documents % 2 ? 1 - gold : gold, length = 0;
+        if (*w++ == PADDING) continue;
+        for (; w < end && !(*w & START); w++) length += *w & TARGET ? (int)strlen(g->pieces[*w & ID]) : 0;
+        const int32_t document[4] = {task, choice, gold, length - 1};   // without the space before the first word
+        file_write(&file, document, sizeof document);
+        n_documents++;
+    }
+    file_close(&file);
+}
+
+// DIR/STAGE/PART: the rows of a set, metadata.json and tokenizer.bin; with questions the chat template, with the part
+// "choices" what each document is. guess: the share of right answers without stories.
+static void write_set(const Grammar *g, const char *dir, const char *part, const Set *set, double guess, Totals *totals) {
+    const int is_train = strcmp(part, "train") == 0, is_choice = strcmp(part, "choices") == 0;
+    char folder[1024], json[1024], more[128];
+    Rows rows = {0};
+    File file;
+    pack_rows(&rows, set);
+    const int64_t n_words = (int64_t)rows.n * ROW;
+    const double fill = 1 - (double)rows.n_padding / (double)n_words;
+    if (totals->fill == 0 || fill < totals->fill) totals->fill = fill;
+    if (snprintf(folder, sizeof folder, "%s/%s/%s", dir, stage_names[set->stage], part) >= (int)sizeof folder)
+        die("the path %s is too long", dir);
+    make_dirs(folder);
+    write_tokenizer(g, folder);
+    file_open(&file, folder, is_train ? "train_000.ds" : "val_000.ds");
+    file_write(&file, rows.words, (size_t)n_words * 4);
+    file_close(&file);
+    if (is_choice) write_choices(g, folder, "val_000.choices", &rows);
+    if (set->stage == SFT) {
+        file_open(&file, folder, "chat_template.jinja");
+        file_write(&file, chat_template, strlen(chat_template));
+        file_close(&file);
+        snprintf(more, sizeof more, "  \"guess_accuracy\": %.4f,\n  \"template\": \"chat_template.jinja\",\n", guess);
+    } else snprintf(more, sizeof more, "  \"%s\": %d,\n", is_choice ? "tasks" : "pairs", set->n);
+    int n = snprintf(json, sizeof json,
+        "{\n  \"dataset\": \"stories\",\n  \"tokenizer\": \"tokenizer.bin\",\n  \"split\": \"%s\",\n"
+        "  \"vocab_size\": %d,\n  \"sequence_length\": %d,\n  \"token_size_bytes\": 4,\n"
+        "  \"eos_token_id\": %d,\n  \"stage\": \"%s\",\n  \"documents_per_row\": %d,\n"
+        "  \"total_sequences\": %d,\n  \"total_tokens\": %lld,\n  \"documents\": %lld,\n"
+        "  \"document_tokens\": %lld,\n%s  \"targets\": %lld,\n  \"mask\": \"%s\",\n  \"max_length\": %d,\n"
+        "  \"counts\": {\"begins as a validation story\": %d}\n}\n",
+        is_train ? "train" : "validation", g->n_pieces, SEQ_LEN, EOD, is_choice ? "choice" : stage_names[set->stage],
+        rows.most_documents, rows.n, (long long)n_words, (long long)rows.n_documents,
+        (long long)(n_words - rows.n_padding), more, (long long)rows.n_targets,
+        set->stage == SFT ? "assistant" : "completion", ROW, set->n_dropped);
+    file_open(&file, folder, "metadata.json");
+    file_write(&file, json, (size_t)n);
+    file_close(&file);
+    free(rows.words);
+}
+
+// The questions and the pairs, each with a validation set of its own, which is made first.
+static void write_sets(const Grammar *g, const char *dir, uint64_t seed, Totals *totals) {
+    Set train = {0}, val = {0};
+    make_set(&val, g, SFT, seed, SFT_VAL_STREAM, totals->val_questions, 1, NULL);
+    make_set(&train, g, SFT, seed, SFT_STREAM, totals->questions, MOST_QUESTIONS, &val);
+    totals->guess = guess_accuracy(&train, &val);
+    write_set(g, dir, "validation", &val, totals->guess, totals);
+    write_set(g, dir, "train", &train, guess_accuracy(&train, &train), totals);
+    set_free(&train);
+    set_free(&val);
+    make_set(&val, g, DPO, seed, DPO_VAL_STREAM, totals->val_pairs, 0, NULL);
+    make_set(&train, g, DPO, seed, DPO_STREAM, totals->pairs, 0, &val);
+    write_set(g, dir, "validation", &val, 0, totals);
+    write_set(g, dir, "choices", &val, 0, totals);
+    write_set(g, dir, "train", &train, 0, totals);
+    set_free(&train);
+    set_free(&val);
+}
+
 static void write_marker(const Grammar *g, const char *dir, uint64_t seed, const Totals *t) {
-    char json[512];
+    char json[1024];
     File file;
     int n = snprintf(json, sizeof json,
         "{\n  \"seed\": %llu,\n  \"train_tokens\": %lld,\n  \"train_stories\": %lld,\n  \"val_rows\": %lld,\n"
-        "  \"vocab_size\": %d,\n  \"content_words\": %d,\n  \"longest_story\": %d,\n  \"floor\": %.6f,\n"
-        "  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
-        (long long)t->val_rows, g->n_pieces, g->n_content_words, t->longest, t->floor);
+        "  \"questions\": %d,\n  \"val_questions\": %d,\n  \"guess_accuracy\": %.4f,\n  \"pairs\": %d,\n"
+        "  \"val_pairs\": %d,\n  \"vocab_size\": %d,\n  \"content_words\": %d,\n"
+        "  \"longest_story\": %d,\n  \"floor\": %.6f,\n  \"complete\": true\n}\n", (unsigned long long)seed, (long long)t->tokens, (long long)t->stories,
+        (long long)t->val_rows, t->questions, t->val_questions, t->guess, t->pairs, t->val_pairs, g->n_pieces,
+        g->n_content_words, t->longest, t->floor);
     file_open(&file, dir, "stories.json");
     file_write(&file, json, (size_t)n);
     file_close(&file);
@@ -839,6 +1418,7 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
     totals->val_rows = n_rows;
     write_rows(g, dir, "train", seed, TRAIN_STREAM, train_rows, &totals->stories);
     totals->tokens = train_rows * SEQ_LEN;
+    write_sets(g, dir, seed, totals);
     write_marker(g, dir, seed, totals);
 }
 
@@ -846,14 +1426,42 @@ static void write_stories(const Grammar *g, const char *dir, uint64_t seed, int6
 #ifndef STORIES_NO_MAIN
 
 static const char usage[] =
-    "usage: stories [--out DIR] [--train-tokens N] [--val-rows N] [--seed S]\n"
-    "       stories --print N [--seed S]\n"
-    "Writes training and validation stories with their true loss to DIR (default data/stories), "
-    "or prints N stories.\n";
+    "usage: stories [--out DIR] [--train-tokens N] [--val-rows N] [--questions N] [--pairs N] [--seed S]\n"
+    "       stories --print N [--stage sft|dpo] [--seed S]\n"
+    "Writes to DIR (default data/stories): stories with their true loss, for training and validation; N questions about\n"
+    "stories for --stage sft; N pairs of endings for --stage dpo. Or prints N stories, questions or pairs.\n";
 
 static void print_story(const Story *s) {
     for (int i = 0; i < s->n - 1; i++) fputs(s->g->pieces[s->tokens[i]], stdout);
     fputs("\n\n", stdout);
+}
+
+static void print_words(const Grammar *g, const uint32_t *words, int n) {
+    for (int i = 0; i < n; i++) {
+        const int id = (int)(words[i] & ID);
+        if (words[i] & START) continue;
+        if (id < EOD) putchar(id); else fputs(g->pieces[id], stdout);
+        if (id == EOD && i + 1 < n) putchar('\n');       // the next turn of a chat
+    }
+    putchar('\n');
+}
+
+static void print_set(const Grammar *g, const Set *set) {
+    for (const Unit *u = set->units; u < set->units + set->n; u++) {
+        const uint32_t *words = set->words + u->at;
+        int cut = 1, second = 1;
+        while (second < u->n && !(words[second] & START)) second++;
+        while (!(words[cut] & TARGET)) cut++;
+        if (set->stage == DPO) {
+            printf("beginning:");
+            print_words(g, words, cut);
+            printf("chosen:");
+            print_words(g, words + cut, second - cut);
+            printf("rejected:");
+            print_words(g, words + second + cut, u->n - second - cut);
+        } else print_words(g, words, u->n);
+        putchar('\n');
+    }
 }
 
 static int64_t parse_int(const char *name, const char *text, int64_t lo, int64_t hi) {
@@ -867,7 +1475,8 @@ static int64_t parse_int(const char *name, const char *text, int64_t lo, int64_t
 
 int main(int argc, char **argv) {
     const char *dir = "data/stories";
-    int64_t n_tokens = 6000000, n_rows = 256, seed = 1, n_print = 0;
+    int64_t n_tokens = 6000000, n_rows = 256, n_questions = 12000, n_pairs = 4000, seed = 1, n_print = 0;
+    int stage = -1;
     for (int i = 1; i < argc; i += 2) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         if (strcmp(name, "--help") == 0) { fputs(usage, stdout); return 0; }
@@ -875,6 +1484,11 @@ int main(int argc, char **argv) {
         else if (strcmp(name, "--train-tokens") == 0)
             n_tokens = parse_int(name, value, SEQ_LEN + 1, 1000000000);
         else if (strcmp(name, "--val-rows") == 0) n_rows = parse_int(name, value, 1, 1000000);
+        else if (strcmp(name, "--questions") == 0) n_questions = parse_int(name, value, 1, 1000000);
+        else if (strcmp(name, "--pairs") == 0) n_pairs = parse_int(name, value, 1, 1000000);
+        else if (strcmp(name, "--stage") == 0 && strcmp(value, "sft") == 0) stage = SFT;
+        else if (strcmp(name, "--stage") == 0 && strcmp(value, "dpo") == 0) stage = DPO;
+        else if (strcmp(name, "--stage") == 0) die("--stage wants sft or dpo, got '%s'", value);
         else if (strcmp(name, "--seed") == 0) seed = parse_int(name, value, 0, INT64_MAX);
         else if (strcmp(name, "--print") == 0) n_print = parse_int(name, value, 1, 1000000);
         else if (strcmp(name, "--out") == 0) die("--out wants a folder");
@@ -882,9 +1496,19 @@ int main(int argc, char **argv) {
     }
 
     Grammar *g = grammar_create();
-    Totals totals = {0, 0, 0, 0, longest_story(g)};
+    Totals totals = {.longest = longest_story(g), .questions = (int)n_questions, .val_questions = 1000,
+                     .pairs = (int)n_pairs, .val_pairs = 500};
     if (totals.longest > SEQ_LEN - 1)
         die("a story may take %d tokens, more than %d", totals.longest, SEQ_LEN - 1);
+    if (stage >= 0 && !n_print) die("--stage says what --print N prints");
+    if (stage >= 0) {
+        Set set = {0};
+        make_set(&set, g, stage, (uint64_t)seed, PRINT_STREAM, (int)n_print, 3, NULL);
+        print_set(g, &set);
+        set_free(&set);
+        free(g);
+        return 0;
+    }
     if (n_print) {
         Story story;
         for (int64_t i = 0; i < n_print; i++) {
@@ -901,6 +1525,9 @@ int main(int argc, char **argv) {
            "longest possible story %d tokens\n", dir,
            (long long)totals.tokens, (long long)totals.stories, (long long)totals.val_rows, SEQ_LEN + 1,
            g->n_pieces, g->n_content_words, totals.floor, totals.longest);
+    printf("stories: %s/sft | %d training and %d validation questions | right without the stories %.1f%% || %s/dpo | %d and "
+           "%d pairs | rows at least %.2f%% full\n", dir, totals.questions, totals.val_questions, 100 * totals.guess, dir,
+           totals.pairs, totals.val_pairs, 100 * totals.fill);
     free(g);
     return 0;
 }

@@ -9,6 +9,7 @@
 #endif
 #include STORIES_C
 #include <dirent.h>
+#include <strings.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
@@ -377,12 +378,18 @@ static unsigned char *slurp(const char *dir, const char *name, size_t *n) {
 static int same_dirs(const char *a, const char *b) {
     static const char *const names[] = {"tokenizer.bin", "train/train_000.ds", "train/train_000.nll",
                                         "train/metadata.json", "val/val_000.ds", "val/val_000.nll",
-                                        "val/metadata.json", "stories.json"};
+                                        "val/metadata.json", "sft/train/train_000.ds",
+                                        "sft/train/metadata.json", "sft/train/tokenizer.bin",
+                                        "sft/validation/val_000.ds", "sft/validation/metadata.json",
+                                        "sft/validation/tokenizer.bin", "dpo/train/train_000.ds",
+                                        "dpo/train/metadata.json", "dpo/train/tokenizer.bin",
+                                        "dpo/validation/val_000.ds", "dpo/validation/metadata.json",
+                                        "dpo/validation/tokenizer.bin", "stories.json"};
     int same = 1;
     for (int i = 0; i < COUNT(names); i++) {
         size_t n, m;
         unsigned char *x = slurp(a, names[i], &n), *y = slurp(b, names[i], &m);
-        same = same && n == m && (!x) == (!y) && (!x || memcmp(x, y, n) == 0);
+        same = same && n == m && x && y && ( memcmp(x, y, n) == 0);
         free(x);
         free(y);
     }
@@ -424,14 +431,431 @@ static double check_rows(const char *dir, const char *split, int n_rows, int n_s
     return sum / (n_rows * 256);
 }
 
-static void test_files(const Grammar *g) {
-    Totals totals = {0, 0, 0, 0, longest_story(g)};
+// ---- questions and pairs ----------------------------------------------------------------------------------
+// A reader who knows English sentences and no grammar: for each form of a question, a sentence of the story that tells
+// the answer. #1 is a word of the question, @1 a word that the story tells, @1:class one of that class, % any word.
+// In answers ? is a word that this sentence does not tell (him or her).
+static const struct { const char *question, *story, *answer; } readings[] = {
+    {"Who is the story about ?", "named @1 .", "The story is about @1 ."},
+    {"Where was the house of #1 ?", "named #1 . % lived @1 the @2 and", "The house was @1 the @2 ."},
+    {"What did #1 like to do ?", "loved to @1 .", "#1 liked to @1 ."},
+    {"What did #1 like to do ?", "liked nothing better than to @1 .", "#1 liked to @1 ."},
+    {"Where did #1 #2 ?", "went out to #2 @1 the @2 .", "#1 went @1 the @2 ."},
+    {"What colour was the #1 ?", "@1:colour #1", "The #1 was @1 ."},
+    {"What did #1 always have on ?", "always wore a % @1 .", "#1 always had on a @1 ."},
+    {"What did everyone know ?", "Everyone knew % % @1 .", "Everyone knew the @1 ."},
+    {"What was made for #1 ?", "had made % a % @1 .", "A @1 was made for #1 ."},
+    {"Who was the friend of #1 ?", "@2:pronoun friend @1:name", "@2 friend was @1 ."},
+    {"Who was the friend of #1 ?", "@2:pronoun % friend @1:name", "@2 friend was @1 ."},
+    {"Who was the friend of #1 ?", "wished for a friend , and there was a % % named @1 !", "? friend was @1 ."},
+    {"What could #1 not find ?", "could not find % % @1 .", "#1 could not find the @1 ."},
+    {"Who helped #1 ?", "@2:pronoun % friend @1:name came by", "@2 friend @1 helped ? ."},
+    {"Who helped #1 ?", "said @2 friend @1:name . \" You played", "@2 friend @1 helped ? ."},
+    {"What did #1 buy ?", "#1 bought a % @1 for", "#1 bought the @1 ."},
+    {"Who was the #1 for ?", "bought a % #1 for % friend @1", "The #1 was for @1 ."},
+    {"Who was the cake for ?", "bake a cake for @1 @2 .", "The cake was for @1 @2 ."},
+    {"Where did #1 put the #2 ?", "so % hid it @1 the @2 .", "#1 hid the #2 @1 the @2 ."},
+    {"Who wanted some #1 ?", "bring me some #1 , some % and a % % , \" said @1 @2", "@1 @2 wanted some #1 ."},
+    {"What did #1 have to buy ?", "bring me some % , some % and a % @1 ,", "#1 had to buy the @1 ."},
+    {"Who wanted to play ?", "Come and play % with me , \" % the @1", "The @1 wanted to play ."},
+    {"Who was #1 ?", "met a #1 @1", "The @1 was #1 ."},
+    {"What did the #1 like ?", "I only like @1 ,", "The #1 liked @1 ."},
+    {"What did #1 have to do ?", "if you @1 @2 @3 ,", "#1 had to @1 @2 @3 ."},
+    {"Who gave #1 the #2 ?", "Then the @1 gave % a % % of #2", "The @1 gave #1 the #2 ."},
+    {"Who gave #1 the #2 ?", "#1 got a % #2 from @1 @2 .", "@1 @2 gave ? the #2 ."},
+    {"What did the #1 give to #2 ?", "Take my % @1 , \" % the #1", "The #1 gave #2 the @1 ."},
+    {"What did the #1 give to #2 ?", "This % @1 is for you", "The #1 gave #2 the @1 ."},
+    {"What was the prize ?", "The prize was a % @1 .", "The prize was the @1 ."},
+    {"What was #1 ?", "friend #1 the @1 wanted", "#1 was a @1 ."},
+    {"What did #1 hurt ?", "and hurt @1 @2 .", "#1 hurt @1 @2 ."},
+    {"Where was #1 hiding ?", "#1 hid @1 the @2 .", "#1 was hiding @1 the @2 ."},
+    {"What was #1 afraid of ?", "I am afraid of the @1 ,", "#1 was afraid of the @1 ."},
+    {"Who lost a #1 ?", "@1 once lost a % #1", "The @1 lost a #1 ."},
+    {"What did the #1 lose ?", "#1 once lost a % @1 .", "The #1 lost a @1 ."},
+    {"What did #1 build ?", "began to build a % @1 out of", "#1 built a @1 ."},
+    {"What was the #1 made of at first ?", "a % #1 out of @1 .", "At first the #1 was made of @1 ."},
+    {"What is the #1 made of now ?", "Do not use % , use @1 ,", "Now the #1 is made of @1 ."},
+    {"Who painted the #1 ?", "built the #1 again , and @1 painted", "@1 painted the #1 ."},
+    {"Who had the idea ?", "and @1 had the idea", "@1 had the idea ."},
+    {"Who had some #1 ?", "any #1 ! So % % to % friend @1 ,", "@1 had some #1 ."},
+    {"What did #1 find ?", "found a magic @1", "#1 found the @1 ."},
+    {"Who came out of the #1 ?", "a % @1 came out", "A @1 came out of the #1 ."},
+    {"What was wished for first ?", "First @1 wished for some @2 .", "First @1 wished for some @2 ."},
+    {"How many seeds were planted ?", "@1 planted @2 seeds", "@1 planted @2 seeds ."},
+    {"Who came by ?", "Then a % @1 came by", "A @1 came by ."},
+    {"What did #1 bring the #2 ?", "came back with the @1 .", "#1 brought the #2 some @1 ."},
+    {"When were there #1 ?", "In @1 there were % % #1", "There were #1 in @1 ."},
+    {"Where was the door ?", "discovered a tiny % door @1 the @2 .", "The door was @1 the @2 ."},
+    {"What was the secret word ?", "The word is @1 ,", "The secret word was @1 ."},
+    {"Who knew the word ?", "The word is % , \" % the @1", "The @1 knew the word ."},
+    {"Who sat there ?", "there sat a % @1 .", "A @1 sat there ."},
+    {"What did #1 play ?", "#1 got a % @1 from", "#1 played the @1 ."},
+    {"When was the concert ?", "There is a concert % the % on @1 ,", "The concert was on @1 ."},
+    {"Who laughed ?", "friend @1 laughed", "@1 laughed ."},
+};
+
+enum { MAX_TEXT_WORDS = 512, WORD = 24 };
+typedef struct Text { int n; char word[MAX_TEXT_WORDS][WORD]; } Text;
+typedef struct Bound { char question[10][WORD], story[10][WORD]; } Bound;   // #i, @i
+
+static void split_words(Text *t, const char *text, size_t length) {   // words and marks; in patterns also @1:class
+    t->n = 0;
+    for (size_t i = 0; i < length && t->n < MAX_TEXT_WORDS;) {
+        if (text[i] == ' ') { i++; continue; }
+        size_t end = i;
+        while (end < length && (isalnum((unsigned char)text[end]) || strchr("#@:", text[end]))) end++;
+        if (end == i) end++;
+        snprintf(t->word[t->n++], WORD, "%.*s", (int)(end - i), text + i);
+        i = end;
+    }
+}
+
+static int is_of_class(const char *word, const char *class_name) {
+    if (strcmp(class_name, "pronoun") == 0) return strcasecmp(word, "his") == 0 || strcasecmp(word, "her") == 0;
+    const int c = class_of(class_name, strlen(class_name));
+    for (int k = 0; k < n_entries[c]; k++) if (strcmp(entries[c][k].text + 1, word) == 0) return 1;
+    return 0;
+}
+
+// Does the pattern from word p on fit the text from word t on, to its end if `whole`? It binds what it meets.
+static int fits(const Text *pattern, int p, const Text *text, int t, Bound *b, int whole) {
+    for (; p < pattern->n; p++, t++) {
+        const char *want = pattern->word[p];
+        if (*want == '*') {
+            for (int to = t; to < text->n; to++) {
+                Bound copy = *b;
+                if (fits(pattern, p + 1, text, to, &copy, whole)) { *b = copy; return 1; }
+            }
+            return 0;
+        }
+        if (t >= text->n) return 0;
+        const char *have = text->word[t];
+        const int is_word = isalpha((unsigned char)*have);
+        if (*want == '%' || *want == '?') { if (!is_word && strcmp(want, have) != 0) return 0; continue; }
+        if (*want == '#' || *want == '@') {
+            char *slot = *want == '#' ? b->question[want[1] - '0'] : b->story[want[1] - '0'];
+            if (!is_word || (want[2] == ':' && !is_of_class(have, want + 3))) return 0;
+            if (*slot && strcasecmp(slot, have) != 0) return 0;
+            if (!*slot) strcpy(slot, have);
+            continue;
+        }
+        if (strcasecmp(want, have) != 0) return 0;
+    }
+    return !whole || t == text->n;
+}
+
+// Does the answer say what the pattern says with what is bound?
+static int says(const char *pattern, const Text *answer, const Bound *b) {
+    Text p;
+    Bound copy = *b;
+    split_words(&p, pattern, strlen(pattern));
+    return fits(&p, 0, answer, 0, &copy, 1);
+}
+
+// All that a reader finds in the story must be the answer, and there must be something to find. 1: so it is.
+// fact: the answer without the words of the question, for those who guess.
+static int is_right(const Text *story, const Text *question, const Text *answer, char *fact, int *form) {
+    int n_found = 0, n_wrong = 0;
+    for (int r = 0; r < COUNT(readings); r++) {
+        Text pattern;
+        Bound asked;
+        memset(&asked, 0, sizeof asked);
+        split_words(&pattern, readings[r].question, strlen(readings[r].question));
+        if (!fits(&pattern, 0, question, 0, &asked, 1)) continue;
+        split_words(&pattern, readings[r].story, strlen(readings[r].story));
+        for (int at = 0; at < story->n; at++) {
+            Bound b = asked;
+            if (!fits(&pattern, 0, story, at, &b, 0)) continue;
+            n_found++;
+            if (!says(readings[r].answer, answer, &b)) { n_wrong++; continue; }
+            *form = r;
+            while (*form > 0 && strcmp(readings[*form - 1].question, readings[r].question) == 0) --*form;
+            *fact = 0;
+            for (int i = 1; i < 10; i++) if (*b.story[i] && !is_of_class(b.story[i], "pronoun"))
+                snprintf(fact + strlen(fact), 120 - strlen(fact), " %s", b.story[i]);
+        }
+    }
+    return n_found > 0 && n_wrong == 0;
+}
+
+// ---- the rows of a set, from their bytes
+typedef struct Doc { const uint32_t *words; int n, row; } Doc;
+typedef struct Docs { unsigned char *bytes; Doc *doc; int n, n_rows, most, n_bad; int64_t n_targets, n_padding; } Docs;
+
+static int json_says(const unsigned char *json, const char *key, int64_t value) {
+    char text[100];
+    snprintf(text, sizeof text, "\"%s\": %lld,", key, (long long)value);
+    return json && strstr((const char *)json, text) != NULL;
+}
+
+// Reads DIR/STAGE/SPLIT and checks all that a reader of any flagged rows relies on.
+static Docs read_docs(const char *dir, const char *stage, const char *split, const char *shard) {
+    char folder[300], name[64];
+    size_t n, m, k, l;
+    Docs d = {0};
+    snprintf(folder, sizeof folder, "%s/%s/%s", dir, stage, split);
+    d.bytes = slurp(folder, shard, &n);
+    unsigned char *json = slurp(folder, "metadata.json", &m);
+    unsigned char *tokenizer = slurp(folder, "tokenizer.bin", &k), *same = slurp(dir, "tokenizer.bin", &l);
+    int ok = d.bytes && n > 0 && n % (257 * 4) == 0 && tokenizer && k == l && memcmp(tokenizer, same, k) == 0;
+    d.n_rows = (int)(n / (257 * 4));
+    d.doc = (Doc *)malloc((n / 4 + 1) * sizeof(Doc));
+    for (int r = 0; ok && r < d.n_rows; r++) {
+        const uint32_t *row = (const uint32_t *)(const void *)d.bytes + r * 257;
+        const int first = d.n;
+        int is_padding = 0, has_target = 1;
+        ok = row[0] == (0x40000000u | 256);
+        for (int t = 0; t < 257; t++) {
+            const uint32_t w = row[t];
+            if (w == 0x40000000u) { is_padding = 1; d.n_padding++; continue; }
+            const int is_start = (w >> 30 & 1) != 0, is_target = w >> 31;
+            ok = ok && !is_padding && (w & 0x3F000000u) == 0 && (w & 0xFFFFFF) < (uint32_t)V && !(is_start && is_target);
+            if (is_start) {
+                ok = ok && has_target && (w & 0xFFFFFF) == 256;
+                has_target = 0;
+                d.doc[d.n].words = row + t;
+                d.doc[d.n].row = r;
+                d.doc[d.n++].n = 0;
+            }
+            has_target |= is_target;
+            d.n_targets += is_target;
+            d.doc[d.n - 1].n++;
+        }
+        ok = ok && has_target;
+        if (d.n - first > d.most) d.most = d.n - first;
+    }
+    ok = ok && json_says(json, "token_size_bytes", 4) && json_says(json, "sequence_length", 256)
+         && json_says(json, "vocab_size", V) && json_says(json, "eos_token_id", 256)
+         && json_says(json, "documents", d.n) && json_says(json, "documents_per_row", d.most)
+         && json_says(json, "total_sequences", d.n_rows) && json_says(json, "total_tokens", d.n_rows * 257)
+         && json_says(json, "targets", d.n_targets)
+         && (strcmp(stage, "dpo") != 0 || json_says(json, "pairs", d.n / 2));
+    snprintf(name, sizeof name, "\"stage\": \"%s\"", stage);
+    ok = ok && strstr((char *)json, name);
+    const double fill = 1 - (double)d.n_padding / (d.n_rows * 257.0);
+    snprintf(name, sizeof name, "rows of %s/%s", stage, split);
+    report(name, ok && fill >= 0.99, "%d documents in %d rows, %lld targets, %.2f%% full", d.n, d.n_rows,
+           (long long)d.n_targets, 100 * fill);
+    free(json); free(tokenizer); free(same);
+    return d;
+}
+
+static void docs_free(Docs *d) { free(d->bytes); free(d->doc); }
+
+// The text of words at..end; -1 where greedy longest match of the text gives other tokens. EOS ends a text.
+static int text_of(const Doc *d, int at, int end, char *text, size_t room) {
+    size_t n = 0;
+    for (int i = at; i < end; i++) {
+        const int id = (int)(d->words[i] & 0xFFFFFF);
+        if (id < 256) n += (size_t)snprintf(text + n, room - n, "%c", id);
+        else n += (size_t)snprintf(text + n, room - n, "%s", pieces[id]);
+    }
+    for (const char *p = text; at < end; at++) {
+        int id = longest_piece(p);
+        const size_t length = id < 0 ? 1 : strlen(pieces[id]);
+        if (id < 0) id = (unsigned char)*p;
+        if ((d->words[at] & 0xFFFFFF) != (uint32_t)id) return -1;
+        p += length;
+    }
+    return 0;
+}
+
+// How many of the n tokens some derivation of the grammar tells, as the scorer knows it.
+static int derivable(const uint32_t *words, int n) {
+    before.n = 1;
+    memset(&before.c[0], 0, sizeof(Config));
+    before.c[0].w = 1;
+    before.c[0].depth = 1;
+    before.c[0].stack[0].text = "[story]";
+    for (int t = 0; t < n; t++) {
+        after.n = 0;
+        for (int i = 0; i < before.n; i++) unfold(before.c[i], &after);
+        before.n = 0;
+        for (int i = 0; i < after.n; i++) {
+            Config *c = &after.c[i];
+            const int id = c->is_end ? 256 : longest_piece(c->pending + c->at);
+            if ((uint32_t)id != (words[t] & 0xFFFFFF)) continue;
+            c->at += c->is_end ? 0 : (int)strlen(pieces[id]);
+            before.c[before.n++] = *c;
+        }
+        if (before.n == 0) return t;
+    }
+    return n;
+}
+
+// A chat is <|endoftext|>, a story, and turns of " Q: question A:", answer, <|endoftext|>. Answers are targets, no more.
+typedef struct Guess { int form, n; char fact[120]; } Guess;
+
+static int compare_guesses(const void *a, const void *b) {
+    const Guess *x = (const Guess *)a, *y = (const Guess *)b;
+    return x->form != y->form ? x->form - y->form : strcmp(x->fact, y->fact);
+}
+
+static int is_text(const Doc *d, int at, const char *text) {   // do words from at on spell it
+    for (; *text; at++) {
+        if (at >= d->n) return 0;
+        const int id = (int)(d->words[at] & 0xFFFFFF);
+        const char byte[2] = {(char)id, 0}, *piece = id < 256 ? byte : pieces[id];
+        if (strncmp(text, piece, strlen(piece)) != 0) return 0;
+        text += strlen(piece);
+    }
+    return 1;
+}
+
+static void check_chats(const Docs *docs, const char *split, int most_turns, int n_scored, Guess *guesses, int *n_guesses) {
+    int n_wrong = 0, n_flags = 0, n_text = 0, n_turns = 0, n_lost = 0, n_missed = 0, most = 0, shown = 0;
+    Guess planted;
+    static Text story, question, answer;
+    for (const Doc *d = docs->doc; d < docs->doc + docs->n; d++) {
+        char told[4096], asked[400], said[400];
+        int end = 1, turns = 0;
+        while (end < d->n && !is_text(d, end, " Q:")) end++;
+        n_text += text_of(d, 1, end, told, sizeof told) != 0;
+        split_words(&story, told, strlen(told));
+        if (d - docs->doc < n_scored) n_lost += derivable(d->words + 1, end - 1) != end - 1;
+        for (int at = 1; at < end; at++) n_flags += d->words[at] >> 31 != 0;
+        for (int at = end; at < d->n; turns++) {
+            int a = at, e;
+            while (a < d->n && !is_text(d, a, " A:")) a++;
+            a += 2;                                        // " A" and ":"
+            for (e = a; e < d->n && (d->words[e] & 0xFFFFFF) != 256; ) e++;
+            if (e >= d->n) { n_text++; break; }
+            n_text += !is_text(d, at, " Q:") || text_of(d, at, a, asked, sizeof asked) != 0
+                      || text_of(d, a, e, said, sizeof said) != 0;
+            for (int i = at; i <= e; i++) n_flags += d->words[i] >> 31 != (uint32_t)(i >= a);
+            asked[strlen(asked) - 3] = 0;                  // " A:"
+            split_words(&question, asked + 3, strlen(asked + 3));
+            split_words(&answer, said, strlen(said));
+            Guess *g = &guesses[*n_guesses];
+            if (is_right(&story, &question, &answer, g->fact, &g->form)) {
+                ++*n_guesses;
+                const char *fact = strrchr(g->fact, ' ');   // planted: another word for the last thing that was told
+                for (int i = 0; fact && i < answer.n; i++)
+                    if (strcasecmp(answer.word[i], fact + 1) == 0) strcpy(answer.word[i], "zebra");
+                n_missed += fact && is_right(&story, &question, &answer, planted.fact, &planted.form);
+            } else { n_wrong++; if (shown++ < 3) printf("       %s |%s |%s\n", told, asked, said); }
+            at = e + 1;
+        }
+        n_turns += turns;
+        if (turns > most) most = turns;
+    }
+    char name[80];
+    snprintf(name, sizeof name, "questions of %s have the answer that one reads in the story", split);
+    report(name, n_wrong == 0 && n_text == 0 && n_lost == 0 && n_missed == 0 && most <= most_turns,
+           "%d questions, %d wrong, %d planted errors missed, %d texts with other tokens, %d of %d stories not of the grammar",
+           n_turns, n_wrong, n_missed, n_text, n_lost, n_scored);
+    snprintf(name, sizeof name, "answers and their ends are the targets of %s, nothing else", split);
+    report(name, n_flags == 0, "%d words with another flag", n_flags);
+}
+
+// Who knows all questions and answers of train, and guesses without a story.
+static double guess_rate(Guess *train, int n_train, const Guess *val, int n_val) {
+    int n_right = 0, best = 0;
+    qsort(train, (size_t)n_train, sizeof *train, compare_guesses);
+    for (int i = 0, n = 0, most = 0; i < n_train; i++) {
+        n = i && compare_guesses(&train[i - 1], &train[i]) == 0 ? n + 1 : 1;
+        if (i == 0 || train[i].form != train[i - 1].form) most = 0;
+        if (n > most) { most = n; best = i; }
+        if (i + 1 < n_train && train[i + 1].form == train[i].form) continue;
+        for (int j = 0; j < n_val; j++) n_right += compare_guesses(&train[best], &val[j]) == 0;
+    }
+    return (double)n_right / n_val;
+}
+
+static int is_one_class(int a, int b) {   // some class has words of which the pieces are a part
+    for (int c = 0; c < COUNT(class_texts); c++) {
+        int has_a = 0, has_b = 0;
+        for (int k = 0; k < n_entries[c]; k++) {
+            has_a |= strstr(entries[c][k].text, pieces[a]) != NULL;
+            has_b |= strstr(entries[c][k].text, pieces[b]) != NULL;
+        }
+        if (has_a && has_b) return 1;
+    }
+    return 0;
+}
+
+static void check_pairs(const Docs *docs, const char *split, int n_scored) {
+    int n_apart = 0, n_prompt = 0, n_right = 0, n_wrong = 0, n_class = 0, n_facts = 0, n_compared = 0;
+    for (int i = 0; i + 1 < docs->n; i += 2) {
+        const Doc *c = &docs->doc[i], *r = c + 1;
+        int cut = 0;
+        n_apart += c->row != r->row || c->words + c->n != r->words;
+        while (cut < c->n && !(c->words[cut] >> 31)) cut++;
+        n_prompt += cut >= r->n || memcmp(c->words, r->words, (size_t)cut * 4) != 0;
+        for (int t = cut; t < c->n; t++) n_prompt += !(c->words[t] >> 31);
+        for (int t = cut; t < r->n; t++) n_prompt += !(r->words[t] >> 31);
+        if (c->n == r->n) {
+            int differ = 0;
+            n_compared++;
+            for (int t = cut; t < c->n; t++) {
+                if (c->words[t] == r->words[t]) continue;
+                differ++;
+                n_class += !is_one_class((int)(c->words[t] & 0xFFFFFF), (int)(r->words[t] & 0xFFFFFF));
+            }
+            n_facts += differ;
+            n_class += differ == 0;
+        }
+        if (i / 2 >= n_scored) continue;
+        n_wrong += derivable(c->words + 1, c->n - 1) != c->n - 1;
+        n_right += derivable(r->words + 1, r->n - 1) == r->n - 1 || derivable(r->words + 1, cut - 1) != cut - 1;
+    }
+    char name[80];
+    snprintf(name, sizeof name, "pairs of %s lie side by side, with one beginning", split);
+    report(name, docs->n % 2 == 0 && n_apart == 0 && n_prompt == 0, "%d pairs, %d apart, %d other beginnings or flags",
+           docs->n / 2, n_apart, n_prompt);
+    snprintf(name, sizeof name, "the grammar tells the chosen ending of %s, and never the rejected one", split);
+    report(name, n_right == 0 && n_wrong == 0, "%d pairs, %d chosen not told, %d rejected told", n_scored, n_wrong, n_right);
+    snprintf(name, sizeof name, "rejected endings of %s are as well formed", split);
+    report(name, n_class == 0, "%.1f words of %d pairs replaced, %d by one of no common class",
+           (double)n_facts / n_compared, n_compared, n_class);
+}
+
+static int share_a_story(const Docs *a, const Docs *b) {   // documents that agree in the first 24 tokens
+    int n = 0;
+    for (int i = 0; i < a->n; i++)
+        for (int j = 0; j < b->n; j++) n += memcmp(a->doc[i].words, b->doc[j].words, 25 * 4) == 0;
+    return n;
+}
+
+static void test_sets(const char *dir, int n_scored) {
+    Docs train = read_docs(dir, "sft", "train", "train_000.ds"), val = read_docs(dir, "sft", "validation", "val_000.ds");
+    Guess *train_guesses = (Guess *)calloc((size_t)train.n_targets, sizeof(Guess));
+    Guess *val_guesses = (Guess *)calloc((size_t)val.n_targets, sizeof(Guess));
+    int n_train = 0, n_val = 0;
+    check_chats(&train, "train", MOST_QUESTIONS, n_scored, train_guesses, &n_train);
+    check_chats(&val, "validation", 1, n_scored, val_guesses, &n_val);
+    int n_shared = share_a_story(&val, &train);
+    size_t n;
+    unsigned char *json = slurp(dir, "sft/validation/metadata.json", &n);
+    const char *stated = json ? strstr((char *)json, "\"guess_accuracy\": ") : NULL;
+    const double rate = guess_rate(train_guesses, n_train, val_guesses, n_val), said = stated ? atof(stated + 18) : -1;
+    report("who has not read the stories is right as rarely as metadata.json says", fabs(rate - said) < 0.03 && rate < 0.2,
+           "%.4f, stated %.4f", rate, said);
+    free(train_guesses); free(val_guesses); free(json);
+    docs_free(&train); docs_free(&val);
+    train = read_docs(dir, "dpo", "train", "train_000.ds");
+    val = read_docs(dir, "dpo", "validation", "val_000.ds");
+    check_pairs(&train, "train", n_scored);
+    check_pairs(&val, "validation", n_scored);
+    n_shared += share_a_story(&val, &train);
+    report("no validation story of questions or pairs is in training", n_shared == 0, "%d shared beginnings", n_shared);
+    docs_free(&train); docs_free(&val);
+}
+
+static Totals small_set(const Grammar *g) {
+    Totals t = {.longest = longest_story(g), .questions = 3000, .val_questions = 500, .pairs = 1200, .val_pairs = 300};
+    return t;
+}
+
+static void test_files(const Grammar *g, int n_scored) {
+    Totals totals = small_set(g);
     write_stories(g, "build/out_test/a", 1, 256000, 40, &totals);
     read_tokenizer("build/out_test/a/tokenizer.bin");
     double floor_of_val = check_rows("build/out_test/a", "val", 40, 40);
     check_rows("build/out_test/a", "train", 1000, 40);
     report("the floor is the mean of the validation rows",
            fabs(floor_of_val - totals.floor) < 1e-6 && totals.tokens == 256000, "%.6f", totals.floor);
+    test_sets("build/out_test/a", n_scored);
     size_t n;
     int ok;
 
@@ -444,7 +868,7 @@ static void test_files(const Grammar *g) {
     }
     report("training and validation stories differ", n_same == 0, "%d of 2000 equal", n_same);
 
-    Totals again = {0, 0, 0, 0, longest_story(g)}, third = again;
+    Totals again = small_set(g), third = again;
     write_stories(g, "build/out_test/b", 1, 256000, 40, &again);
     ok = same_dirs("build/out_test/a", "build/out_test/b");
     write_stories(g, "build/out_test/b", 1, 1000, 40, &third);
@@ -476,6 +900,7 @@ static void test_files(const Grammar *g) {
 static void test_options(const char *program) {
     static const char *const bad[] = {"--what 1", "--out", "--train-tokens x", "--train-tokens 0",
                                       "--val-rows -1", "--seed", "--print 0", "--print 5x", "stray",
+                                      "--stage sft", "--stage all --print 2", "--questions 0", "--pairs 1e3",
                                       "--out /dev/null/x"};
     int n_ok = 0;
     for (int i = 0; i < COUNT(bad); i++) {
@@ -497,8 +922,10 @@ static void test_options(const char *program) {
     char command[700];
     snprintf(command, sizeof command,
              "%s --print 3 | grep -c . | grep -qx 3 && "
+             "%s --print 3 --stage sft | grep -c '^answer: .*<|endoftext|>$' | grep -qx 3 && "
+             "%s --print 3 --stage dpo | grep -c '^rejected: ' | grep -qx 3 && "
              "%s --out build/out_test/a --train-tokens 300000 --val-rows 8 | grep -q 'floor 0'",
-             program, program);
+             program, program, program, program);
     report("--print and --out work", system(command) == 0, "%s", program);
 }
 
@@ -508,7 +935,7 @@ int main(int argc, char **argv) {
     after.c = (Config *)malloc(MAX_CONFIGS * sizeof(Config));
     for (int i = 0; i < COUNT(class_texts); i++) scorer_class(i, i);
     make_dirs("build/out_test");
-    test_files(g);
+    test_files(g, argc > 2 ? atoi(argv[2]) / 4 : 1000);
     test_scores(g, argc > 2 ? atoi(argv[2]) : 4000);
     test_prefixes(g, 200000);
     if (argc > 1) test_options(argv[1]);
