@@ -434,6 +434,7 @@ void options_parse(int argc, char **argv);
 void options_check(void);
 void options_help(void);
 Option *option_find(const char *name);
+void option_set(Option *o, const char *text);
 int option_given(const char *name);
 const char *option_text(const Option *o);
 // 9, 10
@@ -2487,7 +2488,8 @@ static void setup_objective(Trainer *tr) {
                                          "--dpo-sft-weight", "--dpo-reference"};
     if (opt.epochs > 0 && option_given("--steps") && option_given("--epochs"))
         die("choose one of --steps and --epochs");
-    if (option_given("--epochs") && !option_given("--steps")) opt.steps = -1;   // those of a resumed run
+    // a resumed run may have been given steps before
+    if (option_given("--epochs") && !option_given("--steps")) option_set(option_find("--steps"), "-1");
     tr->objective = &objectives[opt.stage];
     for (int i = 0; i < COUNT(of_dpo) && opt.stage != STAGE_DPO; i++)
         if (option_given(of_dpo[i])) die("%s goes with --stage dpo", of_dpo[i]);
@@ -2704,7 +2706,7 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
     DataLoader *const loaders[] = {&tr->train, &tr->val};
     Batch *const batches[] = {tr->batches, &tr->val_batch};
     int missing = 0;
-    if (opt.eval_only && !known && !opt.dpo_reference)
+    if (opt.eval_only && opt.val_data && !known && !opt.dpo_reference)
         printf("note | the model is its own reference, so all margins are 0; name another by "
                "--dpo-reference\n");
     if (from && from != opt.init_from) config_check_reference(&tr->c, from);
