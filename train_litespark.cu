@@ -408,14 +408,10 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
-// ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
+// ---- what the plumbing offers ops and model; what it offers the training loop stands before that ----------
 typedef struct Str { char s[4096]; } Str;               // a short text as a value, with nothing to free
 // a growing text: start from zero, text_add, free(t.s)
 typedef struct Text { char *s; int n, max; } Text;
-typedef struct Json Json;
-typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
-typedef struct StWriter StWriter;                       // a safetensors file that is being written
-enum { ST_F32, ST_BF16, ST_F16, ST_I32 };
 enum { IO_CHUNK = 1 << 18, IO_THREADS = 16 };           // values between disk and model, per thread
 
 // 8. die: one line, all ranks end with status 1. Random numbers are functions of (seed, stream, index)
@@ -429,88 +425,9 @@ uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index);
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
 uint64_t hash_string(const char *s);
-void options_parse(int argc, char **argv);
-void options_check(void);
-void options_help(void);
-Option *option_find(const char *name);
-void option_set(Option *o, const char *text);
-int option_given(const char *name);
-const char *option_text(const Option *o);
-// 9, 10
-void text_add(Text *t, const char *fmt, ...);
-void text_add_string(Text *t, const char *s);
-void text_add_field(Text *t, const char *key, double x);
-const char *json_decimal(double x);
-StWriter *st_create(const char *path, const char *metadata);
-void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
-void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
-void st_begin(StWriter *w);
-size_t st_take(StWriter *w, size_t count);
-void st_write_at(StWriter *w, size_t place, const float *values, size_t count);
-void st_write(StWriter *w, const float *values, size_t count);
-int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
 // 11
-const char *config_preset_names(void);
-int config_preset(Config *c, const char *name);
-void config_presets_help(void);                                 // --preset help
-Config choose_config(const char *resume_dir);
-Str config_arithmetic(const Config *c);
-void config_check_reference(const Config *c, const char *dir);
-void config_set_vocab(Config *c, int V);
-double config_params(const Config *c);
 void param_table_build(ParamTable *p, const Config *c, int world);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
-// 12, 13
-Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
-int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
-void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
-double tokenizer_bytes(const Tokenizer *t, int previous_id, int id);
-int data_declares(const char *pattern, int *V, int *S);
-void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
-                 int shuffle, int vocab_size, int document_mask);
-void loader_log(const DataLoader *dl, const char *name, FILE *f);
-void loader_rewind(DataLoader *dl);
-int64_t loader_eval_batches(const DataLoader *dl);
-void loader_next(DataLoader *dl, Batch *batch);
-void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
-void batch_alloc_pairs(Batch *batch, DataLoader *dl);
-int64_t data_windows(const char *pattern, int T);
-int loader_source(const DataLoader *dl, int64_t window);
-void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size);
-const char *loader_path(const DataLoader *dl);
-// 14
-double learning_rate(const Options *o, int64_t step);
-double flops_per_token(const Config *c, double T, int causal);
-void log_open(const char *path);
-void log_record(Text *t);
-void log_close(void);
-void text_add_options(Text *t, int as_given);
-Str duration_text(double seconds);
-Str measured_text(double x, const char *format);
-Str flops_text(double x);
-// 15
-void out_check(const char *out);
-void out_make(const char *out);
-void out_lock(const char *out, int make);
-void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
-void out_remove_leftovers(const char *out);
-Str folder_above(const char *path);
-int same_folder(const char *a, const char *b);
-char *checkpoint_choose(const char *resume, const char *out);
-int checkpoint_list(const char *out, int64_t **steps);
-Str checkpoint_path(const char *out, int64_t step);
-void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
-void checkpoint_read_model(const char *dir, Model *m, int state);
-Str checkpoint_whole(const char *dir, int weights_only);
-void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
-void weights_read(const char *dir, Model *m, const Config *c);
-void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
-void weights_random(Model *m, const Config *c, uint64_t seed);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
-uint32_t model_crc(const Model *m, const Config *c);
-int reference_read(DataLoader *dl, uint32_t weights);
-void reference_check_folders(const DataLoader *dl, uint32_t weights);
-void reference_write(const DataLoader *dl, uint32_t weights);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -3413,6 +3330,95 @@ static const Objective objectives[] = {                     // by --stage
     {"pretrain", 0, weigh_targets}, {"sft", 0, weigh_targets}, {"dpo", 1, weigh_pairs}};
 
 // ==== 6. Training: an update, looking, saving, set-up, main ================================================
+// ---- what the plumbing (sections 8 to 15) offers ----------------------------------------------------------
+typedef struct Json Json;
+typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
+typedef struct StWriter StWriter;                       // a safetensors file that is being written
+enum { ST_F32, ST_BF16, ST_F16, ST_I32 };
+
+// 8
+void options_parse(int argc, char **argv);
+void options_check(void);
+void options_help(void);
+Option *option_find(const char *name);
+void option_set(Option *o, const char *text);
+int option_given(const char *name);
+const char *option_text(const Option *o);
+// 9, 10
+void text_add(Text *t, const char *fmt, ...);
+void text_add_string(Text *t, const char *s);
+void text_add_field(Text *t, const char *key, double x);
+const char *json_decimal(double x);
+StWriter *st_create(const char *path, const char *metadata);
+void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
+void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
+void st_begin(StWriter *w);
+size_t st_take(StWriter *w, size_t count);
+void st_write_at(StWriter *w, size_t place, const float *values, size_t count);
+void st_write(StWriter *w, const float *values, size_t count);
+int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
+// 11
+const char *config_preset_names(void);
+int config_preset(Config *c, const char *name);
+void config_presets_help(void);                                 // --preset help
+Config choose_config(const char *resume_dir);
+Str config_arithmetic(const Config *c);
+void config_check_reference(const Config *c, const char *dir);
+void config_set_vocab(Config *c, int V);
+double config_params(const Config *c);
+// 12, 13
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
+int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
+void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
+double tokenizer_bytes(const Tokenizer *t, int previous_id, int id);
+int data_declares(const char *pattern, int *V, int *S);
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
+                 int shuffle, int vocab_size, int document_mask);
+void loader_log(const DataLoader *dl, const char *name, FILE *f);
+void loader_rewind(DataLoader *dl);
+int64_t loader_eval_batches(const DataLoader *dl);
+void loader_next(DataLoader *dl, Batch *batch);
+void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
+void batch_alloc_pairs(Batch *batch, DataLoader *dl);
+int64_t data_windows(const char *pattern, int T);
+int loader_source(const DataLoader *dl, int64_t window);
+void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size);
+const char *loader_path(const DataLoader *dl);
+// 14
+double learning_rate(const Options *o, int64_t step);
+double flops_per_token(const Config *c, double T, int causal);
+void log_open(const char *path);
+void log_record(Text *t);
+void log_close(void);
+void text_add_options(Text *t, int as_given);
+Str duration_text(double seconds);
+Str measured_text(double x, const char *format);
+Str flops_text(double x);
+// 15
+void out_check(const char *out);
+void out_make(const char *out);
+void out_lock(const char *out, int make);
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
+void out_remove_leftovers(const char *out);
+Str folder_above(const char *path);
+int same_folder(const char *a, const char *b);
+char *checkpoint_choose(const char *resume, const char *out);
+int checkpoint_list(const char *out, int64_t **steps);
+Str checkpoint_path(const char *out, int64_t step);
+void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
+void checkpoint_read_model(const char *dir, Model *m, int state);
+Str checkpoint_whole(const char *dir, int weights_only);
+void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
+void weights_read(const char *dir, Model *m, const Config *c);
+void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
+void weights_random(Model *m, const Config *c, uint64_t seed);
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
+uint32_t model_crc(const Model *m, const Config *c);
+int reference_read(DataLoader *dl, uint32_t weights);
+void reference_check_folders(const DataLoader *dl, uint32_t weights);
+void reference_write(const DataLoader *dl, uint32_t weights);
+
+// ---- what a run holds -------------------------------------------------------------------------------------
 typedef struct Trainer {
     Model *m;
     Config c;
@@ -4382,8 +4388,8 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
     if (opt.eval_only && opt.val_data && !known && !opt.dpo_reference)
         printf("note | the model is its own reference, so all margins are 0; name another by "
                "--dpo-reference\n");
-    if (from && from != opt.init_from) config_check_reference(&tr->c, from);
     if (!known || opt.dpo_reference) {
+        if (opt.dpo_reference) config_check_reference(&tr->c, from);
         if (from) weights_read(from, tr->m, &tr->c);
         else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
         model_set_master(tr->m);
@@ -4399,6 +4405,7 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
             die("the reference's log p in %s are not beside the shards of %s; name the model that this run "
                 "was begun with by --dpo-reference", opt.precision == BF16 ? "bf16" : "fp32",
                 loader_path(loaders[missing == 2]));
+        config_check_reference(&tr->c, from);
         weights_read(from, tr->m, &tr->c);
         model_set_master(tr->m);
         if (model_crc(tr->m, &tr->c) != known)
