@@ -1759,7 +1759,8 @@ typedef struct Trainer {
     uint8_t *is_top;                        // (N) whether each is the likeliest token
     const char *start;                      // folder of the weights that training starts from, NULL: random
     double mass[N_MASSES], sums[N_SUMS];    // of the last update, over all ranks
-    double span;                            // tokens of a token's document, on average over the last update
+    double span, spans;                     // tokens of a token's document, on average over the last update;
+    int64_t n_spans;                        // the sum of that over n_spans updates
     Tokenizer *tokenizer;
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
@@ -1811,7 +1812,7 @@ static void forward_and_weigh(Trainer *tr, const Batch *batch, const double *mas
     tr->objective->weigh(tr->weight, batch, mass, tr->nll, sums);
 }
 
-// Average number of tokens in the document of a token: what attention costs grows with it.
+// Average number of tokens in the document of a token of this rank: what attention costs grows with it.
 static double mean_span(const Trainer *tr) {
     double squares = 0;
     const int T = (int)opt.seq_len, N = (int)opt.batch_size * T;
@@ -1834,7 +1835,11 @@ static int update_gradients(Trainer *tr, double *loss) {
     memset(sums, 0, sizeof tr->sums);
     if (!tr->batches_read) read_batches(tr);
     for (int64_t i = 0; i < tr->micro_steps; i++) add_mass(mass, &tr->batches[i]);
-    tr->span = mean_span(tr);
+    double span = mean_span(tr);
+    comm_sum(&span, 1);
+    tr->span = span / comm_world();
+    tr->spans += tr->span;
+    tr->n_spans++;
     // known before the first backward, so that nothing is scaled afterwards
     comm_sum(mass, N_MASSES);
     model_zero_grads(m);
@@ -2271,7 +2276,8 @@ static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
     if (!s->step || s->seconds <= 0) return;
     const double speed = (double)s->tokens / s->seconds;
-    const double flops = flops_per_token(&tr->c, tr->span, /*causal=*/0) * speed / comm_world();
+    const double span = tr->n_spans ? tr->spans / (double)tr->n_spans : tr->span;
+    const double flops = flops_per_token(&tr->c, span, /*causal=*/0) * speed / comm_world();
     const Str trained = opt.stage == STAGE_PRETRAIN ? str("%s", "")
                       : str(" (%" PRId64 " trained)", s->targets);
     printf("end | %" PRId64 " steps | %" PRId64 " tokens%s | %s in steps | %.0f tok/s | mfu %s of %s per "

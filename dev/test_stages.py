@@ -533,6 +533,22 @@ def test_evaluation_of_preferences(trainer, folder):
     Run(trainer, *args, '--val-data', empty, ok=False).refused('0 pairs', 'not finite')
 
 
+def test_flops_are_those_of_all_ranks(trainer, folder):
+    if not shutil.which('mpirun'):
+        raise Absent('needs mpirun')
+    begin, noise = start(trainer, folder), Noise(4)
+    rows = [row([document([5], noise.tokens(1 + 4 * i, 96))], 31) for i in range(8)]
+    data = shards(f'{folder}/sft', 'sft', 31, 96, rows, 1)
+    found = []
+    for ranks in (1, 2):
+        Run(trainer, '--stage', 'sft', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--total-batch-tokens', 2 * 31,
+            '--steps', 4, '--sample-every', 0, '--out', f'{folder}/{ranks}', ranks=ranks)
+        found.append([r['model_tflops_per_gpu'] / r['tokens_per_sec_per_gpu'] for r in log_of(f'{folder}/{ranks}')])
+    check(max(found[0]) > 1.01 * min(found[0]), f'all updates cost the same: {found[0]}')
+    for one, two in zip(*found):
+        near('FLOPs per token', two, one, 1e-9)
+
+
 def test_epochs_replace_the_steps_of_a_resumed_run(trainer, folder):
     begin = start(trainer, folder)
     data = shards(f'{folder}/sft', 'sft', 31, 96, *alone([[d] for d in sft_documents(8)], 31))
