@@ -1668,6 +1668,7 @@ void options_parse(int argc, char **argv);
 void options_check(void);
 void options_help(void);
 Option *option_find(const char *name);
+void option_set(Option *o, const char *text);
 int option_given(const char *name);
 const char *option_text(const Option *o);
 // 9, 10
@@ -1758,7 +1759,8 @@ typedef struct Trainer {
     uint8_t *is_top;                        // (N) whether each is the likeliest token
     const char *start;                      // folder of the weights that training starts from, NULL: random
     double mass[N_MASSES], sums[N_SUMS];    // of the last update, over all ranks
-    double span;                            // tokens of a token's document, on average over the last update
+    double span, spans;                     // tokens of a token's document, on average over the last update;
+    int64_t n_spans;                        // the sum of that over n_spans updates
     Tokenizer *tokenizer;
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
@@ -1810,7 +1812,7 @@ static void forward_and_weigh(Trainer *tr, const Batch *batch, const double *mas
     tr->objective->weigh(tr->weight, batch, mass, tr->nll, sums);
 }
 
-// Average number of tokens in the document of a token: what attention costs grows with it.
+// Average number of tokens in the document of a token of this rank: what attention costs grows with it.
 static double mean_span(const Trainer *tr) {
     double squares = 0;
     const int T = (int)opt.seq_len, N = (int)opt.batch_size * T;
@@ -1833,7 +1835,11 @@ static int update_gradients(Trainer *tr, double *loss) {
     memset(sums, 0, sizeof tr->sums);
     if (!tr->batches_read) read_batches(tr);
     for (int64_t i = 0; i < tr->micro_steps; i++) add_mass(mass, &tr->batches[i]);
-    tr->span = mean_span(tr);
+    double span = mean_span(tr);
+    comm_sum(&span, 1);
+    tr->span = span / comm_world();
+    tr->spans += tr->span;
+    tr->n_spans++;
     // known before the first backward, so that nothing is scaled afterwards
     comm_sum(mass, N_MASSES);
     model_zero_grads(m);
@@ -2270,7 +2276,8 @@ static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
     if (!s->step || s->seconds <= 0) return;
     const double speed = (double)s->tokens / s->seconds;
-    const double flops = flops_per_token(&tr->c, tr->span, /*causal=*/0) * speed / comm_world();
+    const double span = tr->n_spans ? tr->spans / (double)tr->n_spans : tr->span;
+    const double flops = flops_per_token(&tr->c, span, /*causal=*/0) * speed / comm_world();
     const Str trained = opt.stage == STAGE_PRETRAIN ? str("%s", "")
                       : str(" (%" PRId64 " trained)", s->targets);
     printf("end | %" PRId64 " steps | %" PRId64 " tokens%s | %s in steps | %.0f tok/s | mfu %s of %s per "
@@ -2493,7 +2500,8 @@ static void setup_objective(Trainer *tr) {
                                          "--dpo-sft-weight", "--dpo-reference"};
     if (opt.epochs > 0 && option_given("--steps") && option_given("--epochs"))
         die("choose one of --steps and --epochs");
-    if (option_given("--epochs") && !option_given("--steps")) opt.steps = -1;   // those of a resumed run
+    // a resumed run may have been given steps before
+    if (option_given("--epochs") && !option_given("--steps")) option_set(option_find("--steps"), "-1");
     tr->objective = &objectives[opt.stage];
     for (int i = 0; i < COUNT(of_dpo) && opt.stage != STAGE_DPO; i++)
         if (option_given(of_dpo[i])) die("%s goes with --stage dpo", of_dpo[i]);
@@ -2710,11 +2718,11 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
     DataLoader *const loaders[] = {&tr->train, &tr->val};
     Batch *const batches[] = {tr->batches, &tr->val_batch};
     int missing = 0;
-    if (opt.eval_only && !known && !opt.dpo_reference)
+    if (opt.eval_only && opt.val_data && !known && !opt.dpo_reference)
         printf("note | the model is its own reference, so all margins are 0; name another by "
                "--dpo-reference\n");
-    if (from && from != opt.init_from) config_check_reference(&tr->c, from);
     if (!known || opt.dpo_reference) {
+        if (opt.dpo_reference) config_check_reference(&tr->c, from);
         if (from) weights_read(from, tr->m, &tr->c);
         else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
         model_set_master(tr->m);
@@ -2730,6 +2738,7 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
             die("the reference's log p in %s are not beside the shards of %s; name the model that this run "
                 "was begun with by --dpo-reference", opt.precision == BF16 ? "bf16" : "fp32",
                 loader_path(loaders[missing == 2]));
+        config_check_reference(&tr->c, from);
         weights_read(from, tr->m, &tr->c);
         model_set_master(tr->m);
         if (model_crc(tr->m, &tr->c) != known)
