@@ -3550,6 +3550,8 @@ static Str update_verdict(const Trainer *tr, double loss, double norm, const cha
     if (!isfinite(loss) || !isfinite(norm))
         return str("loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
                    model_table(tr->m)->n_tensors, bad ? bad : "none");
+    if (!tr->mass[MASS_TARGETS])                            // momentum and weight decay alone would move them
+        return str("no target among %" PRId64 " tokens", opt.total_batch_tokens);
     if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
         return str("spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
                    z_norm);

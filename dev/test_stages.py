@@ -318,6 +318,12 @@ def test_rows_without_targets_are_harmless(trainer, folder):
         empty = shards(f'{folder}/empty_{stage}', stage, S, 96, [row([], S)] * 2, 2)
         grads = gradients(trainer, '--stage', stage, '--init-from', begin, '--train-data', empty, '--batch-size', 2, '--total-batch-tokens', 2 * S)
         check(all(x == 0 for t in grads.values() for x in t), f'{stage}: an update without targets has a loss or a gradient')
+        args = ['--stage', stage, '--init-from', begin, '--train-data', empty, '--batch-size', 2, '--total-batch-tokens', 2 * S,
+                '--sample-every', 0, '--val-every', 0]
+        check('skipped | no target' in Run(trainer, *args, '--steps', 2, '--out', f'{folder}/{stage}_2').text, 'it is not said')
+        with open(f'{begin}/model.safetensors', 'rb') as a, open(f'{folder}/{stage}_2/step_00000002/model.safetensors', 'rb') as b:
+            check(a.read() == b.read(), f'{stage}: updates without targets changed the weights')
+        Run(trainer, *args, '--steps', 9, '--out', f'{folder}/{stage}_9', ok=False).refused('5 updates in a row', 'no target')
 
 
 def test_resume_has_the_same_bits(trainer, folder):
