@@ -7010,9 +7010,9 @@ static int shard_fd(DataLoader *dl, int index) {
     return s->fd;
 }
 
-// Dies unless row w with flags is as data/README.md has it: it begins with a document, none begins with a
-// target, and those that have targets are as many as promised, for DPO an even number. A document without
-// a target is harmless in SFT, elsewhere it would move those after it to another place.
+// Dies unless row w with flags is as data/README.md has it: it begins with a document, and those that have
+// targets are as many as promised, for DPO an even number. A document without a target is harmless in SFT,
+// elsewhere it would move those after it to another place.
 static void row_check(const Shard *s, size_t w, const uint32_t *row) {
     int documents = 0, counted = 0, first = 0;
     const char *why = row[0] & FLAG_START ? NULL : "does not begin with a document";
@@ -7023,7 +7023,6 @@ static void row_check(const Shard *s, size_t w, const uint32_t *row) {
         }
         const int padding = t - first == 1 && row[first] == FLAG_START;
         if (t > 0 && !counted && !padding && s->stage != STAGE_SFT) why = "has a document without a target";
-        if (t < s->row && row[t] & FLAG_TARGET) why = "has a document whose first token is a target";
         first = t;
         counted = 0;
     }

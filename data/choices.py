@@ -268,8 +268,8 @@ def parse(argv):
     if not re.fullmatch(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*", args.name) or re.search(r"_\d+$", args.name):
         raise UserError(f"--name {args.name}: letters, digits, - and _ please, and no _NUMBER at its end, which numbers "
                         "shards")
-    if args.seq_len < 1 or args.limit < 0:
-        raise UserError("out of range: --seq-len at least 1, --limit at least 0")
+    if not 1 <= args.seq_len < 1 << 24 or args.limit < 0:
+        raise UserError("out of range: --seq-len 1 to 2^24, --limit at least 0")
     return args
 
 

@@ -441,11 +441,16 @@ def tokenizer_bin(t):
 
 def write_whole(path, data):
     """All or nothing, also when the machine stops."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as e:         # of a full disk names no file
+        if os.path.exists(path + ".tmp"):
+            os.unlink(path + ".tmp")
+        raise OSError(e.errno, e.strerror, e.filename or path)
 
 
 # ---- Reading: files -> (document index, first, last, path, line, row or byte offset, kind, source, bytes) -----
