@@ -178,6 +178,7 @@ run: train      # dev/run.sh: mpirun with signals that save
 TRAINER     = $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark
 LR_sft      = 3e-3
 LR_dpo      = 1e-3
+MORE_sft    = --epochs 2.4
 VAL_sft     = --stage sft --val-data 'data/stories/sft/validation/*.ds'
 VAL_dpo     = --eval-tasks 'data/stories/dpo/choices/*.ds' --seq-len 256
 sft dpo: train
@@ -185,7 +186,7 @@ sft dpo: train
 	@base=$$(ls -d $(OUT)/step_???????? | tail -n 1) && echo "$@: from $$base to $(OUT)-$@" && \
 	./train_litespark --eval-only --init-from $$base $(VAL_$@) | sed -n 's/^step 0/before training/p' && \
 	exec $(TRAINER) --stage $@ --resume auto --init-from $$base --out $(OUT)-$@ --train-data 'data/stories/$@/train/*.ds' \
-	    --val-data 'data/stories/$@/validation/*.ds' --lr $(or $(LR),$(LR_$@)) $(MORE_$@) $(ARGS)
+	    --val-data 'data/stories/$@/validation/*.ds' --lr $(or $(LR),$(LR_$@)) $(if $(filter --steps --epochs,$(ARGS)),,$(MORE_$@)) $(ARGS)
 
 # ---- tests: in-process in floats and in doubles, and the program as a user runs it
 TEST_ALL := $(ALL) -O2 -Wno-unused-function -Wno-clobbered -DPOISON

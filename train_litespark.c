@@ -409,14 +409,10 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
-// ---- what the plumbing (sections 8 to 15) offers the story ------------------------------------------------
+// ---- what the plumbing offers ops and model; what it offers the training loop stands before that ----------
 typedef struct Str { char s[4096]; } Str;               // a short text as a value, with nothing to free
 // a growing text: start from zero, text_add, free(t.s)
 typedef struct Text { char *s; int n, max; } Text;
-typedef struct Json Json;
-typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
-typedef struct StWriter StWriter;                       // a safetensors file that is being written
-enum { ST_F32, ST_BF16, ST_F16, ST_I32 };
 enum { IO_CHUNK = 1 << 18, IO_THREADS = 16 };           // values between disk and model, per thread
 
 // 8. die: one line, all ranks end with status 1. Random numbers are functions of (seed, stream, index)
@@ -430,84 +426,9 @@ uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index);
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
 uint64_t hash_string(const char *s);
-void options_parse(int argc, char **argv);
-void options_check(void);
-void options_help(void);
-Option *option_find(const char *name);
-int option_given(const char *name);
-const char *option_text(const Option *o);
-// 9, 10
-void text_add(Text *t, const char *fmt, ...);
-void text_add_string(Text *t, const char *s);
-void text_add_field(Text *t, const char *key, double x);
-const char *json_decimal(double x);
-StWriter *st_create(const char *path, const char *metadata);
-void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
-void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
-void st_begin(StWriter *w);
-size_t st_take(StWriter *w, size_t count);
-void st_write_at(StWriter *w, size_t place, const float *values, size_t count);
-void st_write(StWriter *w, const float *values, size_t count);
-int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
 // 11
-const char *config_preset_names(void);
-int config_preset(Config *c, const char *name);
-void config_presets_help(void);                                 // --preset help
-Config choose_config(const char *resume_dir);
-void config_set_vocab(Config *c, int V);
-double config_params(const Config *c);
 void param_table_build(ParamTable *p, const Config *c, int world);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
-// 12, 13
-Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
-int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
-void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
-double tokenizer_bytes(const Tokenizer *t, int previous_id, int id);
-int data_declares(const char *pattern, int *V, int *S);
-void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
-                 int shuffle, int vocab_size, int document_mask);
-void loader_log(const DataLoader *dl, const char *name, FILE *f);
-void loader_rewind(DataLoader *dl);
-int64_t loader_eval_batches(const DataLoader *dl);
-void loader_next(DataLoader *dl, Batch *batch);
-void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
-void batch_alloc_pairs(Batch *batch, DataLoader *dl);
-int64_t data_windows(const char *pattern, int T);
-int loader_source(const DataLoader *dl, int64_t window);
-void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size);
-const char *loader_path(const DataLoader *dl);
-// 14
-double learning_rate(const Options *o, int64_t step);
-double flops_per_token(const Config *c, double T, int causal);
-void log_open(const char *path);
-void log_record(Text *t);
-void log_close(void);
-void text_add_options(Text *t, int as_given);
-Str duration_text(double seconds);
-Str measured_text(double x, const char *format);
-Str flops_text(double x);
-// 15
-void out_check(const char *out);
-void out_make(const char *out);
-void out_lock(const char *out, int make);
-void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
-void out_remove_leftovers(const char *out);
-Str folder_above(const char *path);
-int same_folder(const char *a, const char *b);
-char *checkpoint_choose(const char *resume, const char *out);
-int checkpoint_list(const char *out, int64_t **steps);
-Str checkpoint_path(const char *out, int64_t step);
-void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
-void checkpoint_read_model(const char *dir, Model *m, int state);
-Str checkpoint_whole(const char *dir, int weights_only);
-void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
-void weights_read(const char *dir, Model *m, const Config *c);
-void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
-void weights_random(Model *m, const Config *c, uint64_t seed);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
-uint32_t weights_crc(const Model *m);
-int reference_read(DataLoader *dl, uint32_t weights);
-void reference_write(const DataLoader *dl, uint32_t weights);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -1736,6 +1657,95 @@ static const Objective objectives[] = {                     // by --stage
     {"pretrain", 0, weigh_targets}, {"sft", 0, weigh_targets}, {"dpo", 1, weigh_pairs}};
 
 // ==== 6. Training: an update, looking, saving, set-up, main ================================================
+// ---- what the plumbing (sections 8 to 15) offers ----------------------------------------------------------
+typedef struct Json Json;
+typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
+typedef struct StWriter StWriter;                       // a safetensors file that is being written
+enum { ST_F32, ST_BF16, ST_F16, ST_I32 };
+
+// 8
+void options_parse(int argc, char **argv);
+void options_check(void);
+void options_help(void);
+Option *option_find(const char *name);
+void option_set(Option *o, const char *text);
+int option_given(const char *name);
+const char *option_text(const Option *o);
+// 9, 10
+void text_add(Text *t, const char *fmt, ...);
+void text_add_string(Text *t, const char *s);
+void text_add_field(Text *t, const char *key, double x);
+const char *json_decimal(double x);
+StWriter *st_create(const char *path, const char *metadata);
+void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int64_t *shape);
+void st_declare_table(StWriter *w, const ParamTable *p, int dtype);
+void st_begin(StWriter *w);
+size_t st_take(StWriter *w, size_t count);
+void st_write_at(StWriter *w, size_t place, const float *values, size_t count);
+void st_write(StWriter *w, const float *values, size_t count);
+int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
+// 11
+const char *config_preset_names(void);
+int config_preset(Config *c, const char *name);
+void config_presets_help(void);                                 // --preset help
+Config choose_config(const char *resume_dir);
+Str config_arithmetic(const Config *c);
+void config_check_reference(const Config *c, const char *dir);
+void config_set_vocab(Config *c, int V);
+double config_params(const Config *c);
+// 12, 13
+Tokenizer *tokenizer_choose(const Config *c, const char *model_dir);
+int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int **ids);
+void tokenizer_print(const Tokenizer *t, int previous_id, int id, FILE *f);
+double tokenizer_bytes(const Tokenizer *t, int previous_id, int id);
+int data_declares(const char *pattern, int *V, int *S);
+void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
+                 int shuffle, int vocab_size, int document_mask);
+void loader_log(const DataLoader *dl, const char *name, FILE *f);
+void loader_rewind(DataLoader *dl);
+int64_t loader_eval_batches(const DataLoader *dl);
+void loader_next(DataLoader *dl, Batch *batch);
+void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
+void batch_alloc_pairs(Batch *batch, DataLoader *dl);
+int64_t data_windows(const char *pattern, int T);
+int loader_source(const DataLoader *dl, int64_t window);
+void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size);
+const char *loader_path(const DataLoader *dl);
+// 14
+double learning_rate(const Options *o, int64_t step);
+double flops_per_token(const Config *c, double T, int causal);
+void log_open(const char *path);
+void log_record(Text *t);
+void log_close(void);
+void text_add_options(Text *t, int as_given);
+Str duration_text(double seconds);
+Str measured_text(double x, const char *format);
+Str flops_text(double x);
+// 15
+void out_check(const char *out);
+void out_make(const char *out);
+void out_lock(const char *out, int make);
+void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
+void out_remove_leftovers(const char *out);
+Str folder_above(const char *path);
+int same_folder(const char *a, const char *b);
+char *checkpoint_choose(const char *resume, const char *out);
+int checkpoint_list(const char *out, int64_t **steps);
+Str checkpoint_path(const char *out, int64_t step);
+void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
+void checkpoint_read_model(const char *dir, Model *m, int state);
+Str checkpoint_whole(const char *dir, int weights_only);
+void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
+void weights_read(const char *dir, Model *m, const Config *c);
+void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
+void weights_random(Model *m, const Config *c, uint64_t seed);
+void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
+uint32_t model_crc(const Model *m, const Config *c);
+int reference_read(DataLoader *dl, uint32_t weights);
+void reference_check_folders(const DataLoader *dl, uint32_t weights);
+void reference_write(const DataLoader *dl, uint32_t weights);
+
+// ---- what a run holds -------------------------------------------------------------------------------------
 typedef struct Trainer {
     Model *m;
     Config c;
@@ -1749,7 +1759,8 @@ typedef struct Trainer {
     uint8_t *is_top;                        // (N) whether each is the likeliest token
     const char *start;                      // folder of the weights that training starts from, NULL: random
     double mass[N_MASSES], sums[N_SUMS];    // of the last update, over all ranks
-    double span;                            // tokens of a token's document, on average over the last update
+    double span, spans;                     // tokens of a token's document, on average over the last update;
+    int64_t n_spans;                        // the sum of that over n_spans updates
     Tokenizer *tokenizer;
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
@@ -1801,7 +1812,7 @@ static void forward_and_weigh(Trainer *tr, const Batch *batch, const double *mas
     tr->objective->weigh(tr->weight, batch, mass, tr->nll, sums);
 }
 
-// Average number of tokens in the document of a token: what attention costs grows with it.
+// Average number of tokens in the document of a token of this rank: what attention costs grows with it.
 static double mean_span(const Trainer *tr) {
     double squares = 0;
     const int T = (int)opt.seq_len, N = (int)opt.batch_size * T;
@@ -1824,7 +1835,11 @@ static int update_gradients(Trainer *tr, double *loss) {
     memset(sums, 0, sizeof tr->sums);
     if (!tr->batches_read) read_batches(tr);
     for (int64_t i = 0; i < tr->micro_steps; i++) add_mass(mass, &tr->batches[i]);
-    tr->span = mean_span(tr);
+    double span = mean_span(tr);
+    comm_sum(&span, 1);
+    tr->span = span / comm_world();
+    tr->spans += tr->span;
+    tr->n_spans++;
     // known before the first backward, so that nothing is scaled afterwards
     comm_sum(mass, N_MASSES);
     model_zero_grads(m);
@@ -1862,6 +1877,8 @@ static Str update_verdict(const Trainer *tr, double loss, double norm, const cha
     if (!isfinite(loss) || !isfinite(norm))
         return str("loss %g, gradient not finite in %d of %d tensors, first %s", loss, n_bad,
                    model_table(tr->m)->n_tensors, bad ? bad : "none");
+    if (!tr->mass[MASS_TARGETS])                            // momentum and weight decay alone would move them
+        return str("no target among %" PRId64 " tokens", opt.total_batch_tokens);
     if (opt.skip_spikes > 0 && (z_loss > opt.skip_spikes || z_norm > opt.skip_spikes))
         return str("spike: loss %.4f (%.1f standard deviations), grad_norm %.3f (%.1f)", loss, z_loss, norm,
                    z_norm);
@@ -1905,7 +1922,7 @@ static void text_add_dpo(Text *r, const char *prefix, const double *sums, const 
 
 static Str dpo_text(const double *sums, const double *mass) {
     const double n = mass[MASS_PAIRS];
-    if (opt.stage != STAGE_DPO) return str("%s", "");
+    if (opt.stage != STAGE_DPO || !n) return str("%s", "");
     return str(" | margin %.4f (chosen %+.4f, rejected %+.4f) | accuracy %.1f%%", sums[REWARDS_MARGINS] / n,
                sums[REWARDS_CHOSEN] / n, sums[REWARDS_REJECTED] / n, 100 * sums[REWARDS_ACCURACIES] / n);
 }
@@ -2091,7 +2108,8 @@ static int evaluate(Trainer *tr) {
     comm_sum(mass, N_MASSES);
     comm_sum(sums, N_SUMS);
     for (int i = 0; i < dl->n_sources * N_EVAL; i++) total[i % N_EVAL] += source[i];
-    tr->val_loss = dpo ? dpo_mean(sums, mass) : total[EVAL_LOSS] / total[EVAL_TARGETS];
+    tr->val_loss = !dpo ? total[EVAL_LOSS] / total[EVAL_TARGETS]
+                 : mass[MASS_PAIRS] ? dpo_mean(sums, mass) : NAN;
     if (dl->has_floor && !dpo) tr->floor = total[EVAL_FLOOR] / total[EVAL_TARGETS];
     printf("step %" PRId64 " | val loss %.4f", tr->state.step, tr->val_loss);
     if (isfinite(tr->floor)) printf(", floor %.4f", tr->floor);
@@ -2260,7 +2278,8 @@ static void report_end(const Trainer *tr) {
     const TrainState *s = &tr->state;
     if (!s->step || s->seconds <= 0) return;
     const double speed = (double)s->tokens / s->seconds;
-    const double flops = flops_per_token(&tr->c, tr->span, /*causal=*/0) * speed / comm_world();
+    const double span = tr->n_spans ? tr->spans / (double)tr->n_spans : tr->span;
+    const double flops = flops_per_token(&tr->c, span, /*causal=*/0) * speed / comm_world();
     const Str trained = opt.stage == STAGE_PRETRAIN ? str("%s", "")
                       : str(" (%" PRId64 " trained)", s->targets);
     printf("end | %" PRId64 " steps | %" PRId64 " tokens%s | %s in steps | %.0f tok/s | mfu %s of %s per "
@@ -2483,6 +2502,8 @@ static void setup_objective(Trainer *tr) {
                                          "--dpo-sft-weight", "--dpo-reference"};
     if (opt.epochs > 0 && option_given("--steps") && option_given("--epochs"))
         die("choose one of --steps and --epochs");
+    // a resumed run may have been given steps before
+    if (option_given("--epochs") && !option_given("--steps")) option_set(option_find("--steps"), "-1");
     tr->objective = &objectives[opt.stage];
     for (int i = 0; i < COUNT(of_dpo) && opt.stage != STAGE_DPO; i++)
         if (option_given(of_dpo[i])) die("%s goes with --stage dpo", of_dpo[i]);
@@ -2699,28 +2720,36 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
     DataLoader *const loaders[] = {&tr->train, &tr->val};
     Batch *const batches[] = {tr->batches, &tr->val_batch};
     int missing = 0;
+    if (opt.eval_only && opt.val_data && !known && !opt.dpo_reference)
+        printf("note | the model is its own reference, so all margins are 0; name another by "
+               "--dpo-reference\n");
     if (!known || opt.dpo_reference) {
+        if (opt.dpo_reference) config_check_reference(&tr->c, from);
         if (from) weights_read(from, tr->m, &tr->c);
         else weights_random(tr->m, &tr->c, (uint64_t)opt.seed);
         model_set_master(tr->m);
-        s->reference_crc = weights_crc(tr->m);
+        s->reference_crc = model_crc(tr->m, &tr->c);
         if (known && known != s->reference_crc)
-            die("--dpo-reference %s is not the model that this run was begun with; leave it out", from);
+            die("--dpo-reference %s is not the model that this run was begun with, or was in another "
+                "--precision; leave out what differs", from);
     }
     for (int i = 0; i < 2; i++)
         if (loaders[i]->n_shards) missing |= !reference_read(loaders[i], s->reference_crc) << i;
     if (missing && known && !opt.dpo_reference) {
         if (!from)
-            die("the reference's log p are no longer beside the shards of %s; name the model that this run "
-                "was begun with by --dpo-reference", loader_path(loaders[missing == 2]));
+            die("the reference's log p in %s are not beside the shards of %s; name the model that this run "
+                "was begun with by --dpo-reference", opt.precision == BF16 ? "bf16" : "fp32",
+                loader_path(loaders[missing == 2]));
+        config_check_reference(&tr->c, from);
         weights_read(from, tr->m, &tr->c);
         model_set_master(tr->m);
-        if (weights_crc(tr->m) != known)
-            die("--init-from %s is not the model that this run was begun with; name that by --dpo-reference",
-                from);
+        if (model_crc(tr->m, &tr->c) != known)
+            die("--init-from %s is not the model that this run was begun with, or was in another "
+                "--precision; name that model by --dpo-reference", from);
     }
     for (int i = 0; i < 2; i++) {
         if (!(missing >> i & 1)) continue;
+        reference_check_folders(loaders[i], s->reference_crc);
         printf("reference | one pass over %" PRId64 " rows of %s\n", loaders[i]->n_windows,
                loader_path(loaders[i]));
         fflush(stdout);
@@ -3478,7 +3507,8 @@ static int find_files(const char *pattern, glob_t *found) {
     for (size_t i = 0; i < n; i++) text_add(&escaped, "\\%c", pattern[i]);
     text_add(&escaped, "%s", pattern + n);
     const int failed = glob(escaped.s, GLOB_ERR, NULL, found);
-    if (failed && failed != GLOB_NOMATCH) die("cannot look for '%s': %s", pattern, strerror(errno));
+    const int absent = failed == GLOB_NOMATCH || (failed && errno == ENOENT);   // no file, or no such folder
+    if (failed && !absent) die("cannot look for '%s': %s", pattern, strerror(errno));
     free(escaped.s);
     return !failed;
 }
@@ -4713,6 +4743,23 @@ static Config read_config(const char *dir_or_file, int is_dir) {
     return c;
 }
 
+// What a model computes, as far as names and shapes of its weights do not tell.
+Str config_arithmetic(const Config *c) {
+    return str("%d query heads, %d key heads, head_dim %d, rms_norm_eps %.9g, rope_theta %.9g, rope_scaling "
+               "%.9g %.9g %.9g %d", c->H, c->K, c->D, c->eps, c->rope_theta, c->rope_factor,
+               c->rope_factor > 0 ? c->rope_low : 0, c->rope_factor > 0 ? c->rope_high : 0,
+               c->rope_factor > 0 ? c->rope_original_T : 0);
+}
+
+// The weights of `dir` are to run as the model c: dies if its own config.json has them run otherwise.
+void config_check_reference(const Config *c, const char *dir) {
+    const Config its = read_config(dir, 1);
+    const Str a = config_arithmetic(&its), b = config_arithmetic(c);
+    if (strcmp(a.s, b.s))
+        die("%s is another model than the one in training: %s, not %s; a reference may differ in its weights "
+            "alone", dir, a.s, b.s);
+}
+
 // The model of --preset, --config, --init-from or the checkpoint resume_dir (or NULL). V 0: the data decides.
 Config choose_config(const char *resume_dir) {
     Config c;
@@ -5292,7 +5339,7 @@ static void shard_open(DataLoader *dl, Shard *s) {
         die("token shard '%s' has rows for --seq-len %d, not %d; make it again for that", s->path,
             s->row - 1, dl->T);
     if (s->most_documents > dl->most_documents) dl->most_documents = s->most_documents;
-    if (s->eod < 0 && dl->document_mask && !s->stage)
+    if (s->eod < 0 && dl->document_mask && !s->stage && opt.stage == STAGE_PRETRAIN)
         die("token shard '%s' does not say which token ends a document; write it again with data/tokens.py, "
             "or train with --document-mask off", s->path);
     if (s->row && s->row < dl->T + 1)
@@ -5323,16 +5370,22 @@ static int shard_fd(DataLoader *dl, int index) {
 }
 
 // Dies unless row w with flags is as data/README.md has it: it begins with a document, and those that have
-// targets are as many as promised, for DPO an even number.
+// targets are as many as promised, for DPO an even number. A document without a target is harmless in SFT,
+// elsewhere it would move those after it to another place.
 static void row_check(const Shard *s, size_t w, const uint32_t *row) {
-    int documents = 0, counted = 0;
-    if (!(row[0] & FLAG_START))
-        die("token shard '%s' is damaged: row %zu does not begin with a document; write it again", s->path,
-            w);
-    for (int t = 0; t < s->row; t++) {
-        if (row[t] & FLAG_START) counted = 0;
-        else if (row[t] & FLAG_TARGET && !counted) documents += counted = 1;
+    int documents = 0, counted = 0, first = 0;
+    const char *why = row[0] & FLAG_START ? NULL : "does not begin with a document";
+    for (int t = 0; t <= s->row && !why; t++) {
+        if (t < s->row && !(row[t] & FLAG_START)) {
+            if (row[t] & FLAG_TARGET && !counted) documents += counted = 1;
+            continue;
+        }
+        const int padding = t - first == 1 && row[first] == FLAG_START;
+        if (t > 0 && !counted && !padding && s->stage != STAGE_SFT) why = "has a document without a target";
+        first = t;
+        counted = 0;
     }
+    if (why) die("token shard '%s' is damaged: row %zu %s; write it again", s->path, w, why);
     if (documents > s->most_documents || (s->stage == STAGE_DPO && documents % 2))
         die("token shard '%s' is damaged: row %zu has %d documents, %s; write it again", s->path, w,
             documents, documents > s->most_documents ? "more than metadata.json promises"
@@ -6501,16 +6554,18 @@ void weights_random(Model *m, const Config *c, uint64_t seed) {
 }
 
 // ---- DPO: the reference's log p, beside the shards --------------------------------------------------------
-// X.ds has X.DEVICE-PRECISION-CRC.ref, CRC being that of the reference's weights (as their names and values
-// are in memory), little endian: 16 words of 4 bytes, then float32 (rows, pairs, 2): log p of the chosen and
-// of the rejected answer of each pair of each row; 0 where a row has fewer.
+// X.ds has X.DEVICE-PRECISION-CRC.ref, CRC being that of the reference: of what its config.json says beyond
+// the shapes of its weights, and of those (as their names and values are in memory). Little endian: 16 words
+// of 4 bytes, then float32 (rows, pairs, 2): log p of the chosen and of the rejected answer of each pair of
+// each row; 0 where a row has fewer.
 enum { REFERENCE_MAGIC = 20261129, REFERENCE_WORDS = 16 };
 static const char *const reference_words[] = {"magic", "version", "CRC of the reference", "CRC of the shard",
     "sequence length", "precision", "rows", "pairs per row", "CRC of the values"};
 
-uint32_t weights_crc(const Model *m) {
+uint32_t model_crc(const Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
-    uint32_t crc = 0;
+    const Str arithmetic = config_arithmetic(c);
+    uint32_t crc = crc32_update(0, arithmetic.s, strlen(arithmetic.s));
     for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
         crc = crc32_update(crc, t->name, strlen(t->name));
         for (size_t at = 0; at < t->n; at += IO_CHUNK) {
@@ -6534,15 +6589,19 @@ static void reference_header(const DataLoader *dl, const Shard *s, uint32_t weig
     if (!file_crc(s->path, &crc, &bytes))
         die("token shard '%s' cannot be read: %s", s->path, strerror(errno));
     const uint32_t all[REFERENCE_WORDS] = {REFERENCE_MAGIC, 1, weights, crc, (uint32_t)dl->T,
-        (uint32_t)opt.precision, (uint32_t)s->n_windows, (uint32_t)dl->most_documents / 2};
+        (uint32_t)opt.precision, (uint32_t)s->n_windows, (uint32_t)s->most_documents / 2};
     memcpy(words, all, sizeof all);
 }
 
-// Values of shard s in dl->reference.
-static float *reference_of(const DataLoader *dl, const Shard *s, size_t *n) {
-    const size_t of_row = (size_t)dl->most_documents / 2 * 2;
-    *n = s->n_windows * of_row;
-    return dl->reference + (size_t)s->first_window * of_row;
+static size_t reference_values(const Shard *s) { return s->n_windows * (size_t)(s->most_documents / 2) * 2; }
+
+// The values of shard s, to its rows in dl->reference or from them. Rows of other shards may hold more pairs.
+static void reference_copy(const DataLoader *dl, const Shard *s, float *values, int to_rows) {
+    const size_t n = (size_t)(s->most_documents / 2) * 2, of_row = (size_t)(dl->most_documents / 2) * 2;
+    for (size_t w = 0; w < s->n_windows; w++, values += n) {
+        float *row = dl->reference + ((size_t)s->first_window + w) * of_row;
+        memcpy(to_rows ? row : values, to_rows ? values : row, n * sizeof(float));
+    }
 }
 
 // dl->reference from the files beside its shards. 0: one is not there. Dies of one that is there and is not
@@ -6552,8 +6611,8 @@ int reference_read(DataLoader *dl, uint32_t weights) {
     for (Shard *s = dl->shards; s < dl->shards + dl->n_shards; s++) {
         const Str path = reference_path(s, weights);
         uint32_t want[REFERENCE_WORDS], found[REFERENCE_WORDS];
-        size_t n, bytes;
-        float *values = reference_of(dl, s, &n);
+        size_t bytes;
+        const size_t n = reference_values(s);
         if (access(path.s, F_OK)) {
             all = 0;
             continue;
@@ -6562,6 +6621,7 @@ int reference_read(DataLoader *dl, uint32_t weights) {
         if (bytes != sizeof found + n * sizeof(float))
             die("'%s' has %zu bytes, '%s' needs %zu; remove it, and it is made again", path.s, bytes, s->path,
                 sizeof found + n * sizeof(float));
+        float *values = (float *)xmalloc(n * sizeof(float) + 1);
         read_exactly(fd, path.s, found, sizeof found, 0);
         read_exactly(fd, path.s, values, n * sizeof(float), sizeof found);
         close(fd);
@@ -6571,8 +6631,22 @@ int reference_read(DataLoader *dl, uint32_t weights) {
             if (want[i] != found[i])
                 die("'%s': %s is %u, not %u as '%s' and this run have it; remove it, and it is made again",
                     path.s, reference_words[i], found[i], want[i], s->path);
+        reference_copy(dl, s, values, /*to_rows=*/1);
+        free(values);
     }
     return comm_max(!all) == 0;
+}
+
+static void reference_cannot_write(const char *path, const char *why) {
+    die("cannot write the reference's log p to %s: %s; copy the shards to a folder that can be written", path,
+        why);
+}
+
+// Dies unless reference_write can make its files: what is to be kept takes a pass over the data.
+void reference_check_folders(const DataLoader *dl, uint32_t weights) {
+    for (const Shard *s = dl->shards; s < dl->shards + dl->n_shards && comm_rank() == 0; s++)
+        if (access(folder_above(s->path).s, W_OK | X_OK))
+            reference_cannot_write(reference_path(s, weights).s, strerror(errno));
 }
 
 // Writes the files of reference_read, on rank 0. A file is whole once it has its name.
@@ -6580,8 +6654,9 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
     for (const Shard *s = dl->shards; s < dl->shards + dl->n_shards && comm_rank() == 0; s++) {
         const Str path = reference_path(s, weights), part = str("%s.%d.part", path.s, (int)getpid());
         uint32_t words[REFERENCE_WORDS];
-        size_t n;
-        const float *values = reference_of(dl, s, &n);
+        const size_t n = reference_values(s);
+        float *values = (float *)xmalloc(n * sizeof(float) + 1);
+        reference_copy(dl, s, values, /*to_rows=*/0);
         reference_header(dl, s, weights, words);
         words[8] = crc32_update(0, values, n * sizeof(float));
         FILE *f = fopen(part.s, "wb");
@@ -6591,9 +6666,9 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
         if (failed || rename(part.s, path.s)) {
             const char *why = strerror(errno);
             unlink(part.s);
-            die("cannot write the reference's log p to %s: %s; copy the shards to a folder that can be "
-                "written", path.s, why);
+            reference_cannot_write(path.s, why);
         }
+        free(values);
     }
 }
 // SHARED END

@@ -308,25 +308,27 @@ def load(args):
 
 def find_template(choice, folder):
     """-> (text, name) of --template, or of the tokenizer's own: chat_template.jinja, or in tokenizer_config.json."""
-    if choice:
-        if choice in TEMPLATES:
-            return TEMPLATES[choice], choice
-        if not os.path.exists(choice):
-            raise UserError(f"--template {choice}: neither a file nor one of {', '.join(TEMPLATES)}")
-        with open(choice, encoding="utf-8") as f:
-            return f.read(), os.path.basename(choice)
-    for name in ("chat_template.jinja", "tokenizer_config.json", "chat_template.json") if folder else ():
-        path = os.path.join(folder, name)
+    if choice in TEMPLATES:
+        return TEMPLATES[choice], choice
+    if choice and not os.path.exists(choice):
+        raise UserError(f"--template {choice}: neither a file nor one of {', '.join(TEMPLATES)}")
+    names = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json") if folder else ()
+    for path in [choice] if choice else [os.path.join(folder, n) for n in names]:
         if not os.path.exists(path):
             continue
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-        if not name.endswith(".jinja"):
-            text = json.loads(text).get("chat_template")
-        if isinstance(text, list):
-            text = next((t["template"] for t in text if t.get("name") == "default"), None)
+        try:
+            with open(path, encoding="utf-8") as f:
+                text = f.read()
+            if not choice and path.endswith(".json"):
+                text = json.loads(text).get("chat_template")
+            if isinstance(text, list):
+                text = next((t["template"] for t in text if t.get("name") == "default"), None)
+            if not isinstance(text, (str, type(None))):
+                raise TypeError(f"it is {type(text).__name__}, not text")
+        except (ValueError, AttributeError, KeyError, TypeError) as e:
+            raise UserError(f"{path}: no readable chat template ({e}); mend the file, or choose a --template")
         if text:
-            return text, name
+            return text, os.path.basename(path)
     return None, None
 
 
@@ -465,7 +467,7 @@ def to_messages(value, system=None):
         role, content = m.pop("role", None) or m.pop("from", None), m.pop("content", m.pop("value", None))
         if role is None:
             raise Drop("a message lacks its role", ", ".join(list(m)[:5]))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise Drop("an unknown role", repr(role)[:40])
         if isinstance(content, list):        # parts of text; images and the like cannot be tokenized
             parts = [p if isinstance(p, str) else p.get("text", p.get("value")) if isinstance(p, dict) and
@@ -545,7 +547,7 @@ class Preparer:
     def encode(self, text, offsets=False):
         try:
             ids, spans = self.encoder.encode(text, offsets, self.marked)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):       # the latter: tokenizers, whose Rust takes UTF-8 alone
             raise Drop("not UTF-8", "a lone surrogate")
         return self.np.array(ids, self.np.uint32), spans
 
@@ -648,7 +650,8 @@ class Preparer:
             value = row.get(key)
             if value is None:
                 continue
-            if not isinstance(value, list) or len(value) != len(ids) or not all(isinstance(i, int) for i in value):
+            if not isinstance(value, list) or len(value) != len(ids) or not all(
+                    isinstance(i, int) and abs(i) < 1 << 62 for i in value):
                 raise Drop("a field of another kind", f"{key} is a list of as many numbers as input_ids")
             value = np.array(value, np.int64)
             if key == "labels" and not ((value == -100) | (value == ids)).all():

@@ -52,7 +52,7 @@ def with_capital(context):
 def hellaswag_text(path, lines, how):
     for first in itertools.count(0, 6):
         block = [line.rstrip("\r\n") for line in itertools.islice(lines, 6)]
-        if not block or block == [""]:
+        if not any(line.strip() for line in block):
             return
         if len(block) < 6 or block[1].strip() not in ("0", "1", "2", "3"):
             raise UserError(f"{path}:{first + 1}: not the six lines of a task (context, 0 to 3, four endings); get the file "
@@ -99,6 +99,14 @@ def json_tasks(path, lines, how):
         yield where, query, choices, number(gold, where)
 
 
+def decoded(line, path, n):
+    try:
+        return line.decode()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}:{n}: byte {e.start} of the line (0x{line[e.start]:02x}) is not UTF-8; convert the file (iconv "
+                        "-f latin1 -t utf-8)")
+
+
 def read_tasks(paths, how):
     for path in paths:
         with open(path, "rb") as raw:
@@ -106,8 +114,7 @@ def read_tasks(paths, how):
                 stream = tokens.open_input(path.lower(), raw)
                 tokens.refuse_wide(path, stream.peek(1024)[:1024])
                 is_json = stream.peek(1)[:1] == b"{"
-                lines = (tokens.decode_text(line, "strict", path, n, "line")
-                         for n, line in enumerate(iter(stream.readline, b""), 1))
+                lines = (decoded(line, path, n) for n, line in enumerate(iter(stream.readline, b""), 1))
                 yield from (json_tasks if is_json else hellaswag_text)(path, lines, how)
             except UserError:
                 raise
@@ -261,8 +268,8 @@ def parse(argv):
     if not re.fullmatch(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*", args.name) or re.search(r"_\d+$", args.name):
         raise UserError(f"--name {args.name}: letters, digits, - and _ please, and no _NUMBER at its end, which numbers "
                         "shards")
-    if args.seq_len < 1 or args.limit < 0:
-        raise UserError("out of range: --seq-len at least 1, --limit at least 0")
+    if not 1 <= args.seq_len < 1 << 24 or args.limit < 0:
+        raise UserError("out of range: --seq-len 1 to 2^24, --limit at least 0")
     return args
 
 

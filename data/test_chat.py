@@ -505,6 +505,7 @@ BAD = [  # what is wrong, the line, the reason
     (b'{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
     (b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}', "an empty answer"),
     (b'{"messages": [{"role": "user", "content": "x"}, {"role": "wizard", "content": "y"}]}', "an unknown role"),
+    (b'{"messages": [{"role": ["user"], "content": "x"}, {"role": "assistant", "content": "y"}]}', "an unknown role"),
     (b'{"messages": [{"content": "x"}, {"role": "assistant", "content": "y"}]}', "a message lacks its role"),
     (b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}', "a message lacks its content"),
     (b'{"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "y"}]}',
@@ -520,6 +521,7 @@ BAD = [  # what is wrong, the line, the reason
                                                                       "a field of another kind"),
     (b'{"input_ids": [1, 2], "labels": [2, 1]}', "labels that are neither -100 nor the token"), (b'{"input_ids": [1, 999]}',
         "token ids outside the vocabulary"),
+    (b'{"input_ids": [1, 2], "labels": [-100, 1' + b"0" * 30 + b']}', "a field of another kind"),
     (b'{"input_ids": [1, -1]}', "token ids outside the vocabulary"), (b'{"input_ids": []}', "no target"),
     (b'{"input_ids": [5]}', "no target"),
     (b'{"input_ids": [1, 2.5]}', "a field of another kind"), (b"[" * 100000, "not JSON"),
@@ -582,6 +584,12 @@ def test_bad_rows(d):
         text = must(f"{d}/p.parquet", "--stage", "sft", "--tokenizer", "bytes", "--seq-len", 9, "--out", f"{d}/p")
         check("parquet that is not UTF-8", "not UTF-8; first" in text and "row 1" in text and len(docs_of(f"{d}/p")) == 1,
               text)
+
+
+def test_lone_surrogates(d):
+    rows = [{"prompt": "x", "completion": "\ud800"}, {"prompt": "x", "completion": "y"}]
+    for name, folder, _ in chat_tokenizers(d):
+        check(f"{name}: text that is no text is dropped, not the run", len(in_process(rows, tokenizer=folder)) == 1)
 
 
 # ---- Lengths -----------------------------------------------------------------------------------------------------
@@ -939,6 +947,15 @@ def test_bad_options(d):
                         (["damaged tokenizer.bin"], [path, *good[:3], save(f"{d}/b.bin", (20251002).to_bytes(4, "little") +
                                                                            bytes(9)), *good[4:]])):
         refused(f"options {words}", words, *args)
+    # templates that are none
+    refused("a template of bytes", ["t.jinja", "template", "utf-8"], path, *good, "--template", save(f"{d}/t.jinja", b"\xff"))
+    os.makedirs(f"{d}/tk")
+    with contextlib.suppress(Skip):
+        tk = library("tokenizers")
+        tk.Tokenizer(tk.models.BPE({"a": 0, "b": 1}, [])).save(f"{d}/tk/tokenizer.json")
+        for text in ('{"chat_template": 5}', '{"chat_template": [5]}', '{"chat_template": [{"name": "default"}]}'):
+            save(f"{d}/tk/tokenizer_config.json", text)
+            refused(f"template {text}", ["tokenizer_config.json", "chat template"], path, *good[:3], f"{d}/tk", *good[4:])
 
 
 if __name__ == "__main__":

@@ -203,6 +203,9 @@ def test_bad_input(d):
         f.write(jl(good).replace("q", "\u00e9").encode("latin1"))
     path = jsonl(f"{d}/good.jsonl", [good])
     refused("latin1", [":1", "UTF-8"], f"{d}/latin.jsonl", "--tokenizer", "bytes", "--seq-len", 63, "--out", f"{d}/out")
+    said = str(run(f"{d}/latin.jsonl", "--tokenizer", "bytes", "--seq-len", 63, "--out", f"{d}/out"))
+    check("latin1: only options that there are are named", "UTF-8" in said and "--errors" not in said, said)
+    refused("a row beyond any memory", ["out of range"], path, "--tokenizer", "bytes", "--seq-len", 10**12, "--out", f"{d}/out")
     refused("no such file", ["none.jsonl"], f"{d}/none.jsonl", "--tokenizer", "bytes", "--seq-len", 63, "--out", f"{d}/out")
     refused("no tokenizer", ["--tokenizer"], path, "--seq-len", 63, "--out", f"{d}/out")
     refused("a name that numbers", ["--name x_001"], path, "--tokenizer", "bytes", "--seq-len", 63, "--out", f"{d}/out",

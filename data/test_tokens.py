@@ -905,7 +905,8 @@ def test_mix_refused(d):
             ("sum zero", "RedPajamaC4=0", ["above 0"]), ("negative", "RedPajamaC4=-1,RedPajamaBook=2", ["RedPajamaC4=-1"]),
             ("nan", "RedPajamaC4=nan", ["above 0"]), ("inf", "RedPajamaC4=inf", ["above 0"]), ("no number", "RedPajamaC4=x", ["RedPajamaC4=x"]),
             ("no weight", "RedPajamaC4", ["NAME=WEIGHT"]), ("no name", "=1", ["NAME=WEIGHT"]), ("empty", "RedPajamaC4=1,", ["NAME=WEIGHT"]),
-            ("twice", "RedPajamaC4=1,RedPajamaC4=2", ["RedPajamaC4 twice"])):
+            ("twice", "RedPajamaC4=1,RedPajamaC4=2", ["RedPajamaC4 twice"]), ("nothing", "", ["--mix is empty"]),
+            ("beyond a double", "RedPajamaC4=1e308,RedPajamaBook=1e308", ["above 0"])):
         refused(f"mix: {name}", words, f"{d}/in", "--mix", spec, *o)
     must(f"{d}/in", "--mix", "RedPajamaC4=1,RedPajamaWikipedia=1", *o)          # nothing was written, so the folder is free
     refused("mix: other weights", ["other options", "mix ="], f"{d}/in", "--mix", "RedPajamaC4=1,RedPajamaBook=1", *o)

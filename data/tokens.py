@@ -441,11 +441,16 @@ def tokenizer_bin(t):
 
 def write_whole(path, data):
     """All or nothing, also when the machine stops."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as e:         # of a full disk names no file
+        if os.path.exists(path + ".tmp"):
+            os.unlink(path + ".tmp")
+        raise OSError(e.errno, e.strerror, e.filename or path)
 
 
 # ---- Reading: files -> (document index, first, last, path, line, row or byte offset, kind, source, bytes) -----
@@ -939,7 +944,7 @@ def parse_mix(args):
             weight = float(weight) if equals else 0.0
         except ValueError:
             weight = -1.0
-        if not name or not 0 < weight < float("inf"):
+        if not name or not 1e-30 < weight < 1e30:        # beyond these sums and quotients leave a double's range
             raise UserError(f"--mix: '{row.strip()}' is not {'NAME' if args.inputs else 'NAME:PATH'}=WEIGHT with a weight "
                             "above 0; leave a source out to use nothing of it")
         if name in weights:
@@ -1748,6 +1753,8 @@ def parse(argv):
         raise UserError("--out is missing; see --help")
     if not args.inputs and not args.export_tokenizer and not (args.mix and args.mix != "natural"):
         raise UserError("no INPUT; name .txt or .jsonl files or folders, or see --help")
+    if args.mix == "":
+        raise UserError("--mix is empty; name NAME=WEIGHT,... or natural, or leave it out")
     if not args.mix and (args.mix_key or args.train_tokens or args.repeat is not None):
         raise UserError("--mix-key, --train-tokens and --repeat go with --mix ('natural' takes the sources as they are)")
     if args.val_from and (args.val_tokens or args.val_fraction):

@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)) + '/../data')
 TARGET, START, V, S = 0x80000000, 0x40000000, 32000, 512
 
 
-def sft_rows(n=96):
+def sft_rows(n=48):
     """(ids, length of the prompt): chat-like lengths, 24 to 512 tokens, median about 110."""
     rng, rows = random.Random(1), []
     for _ in range(n):
@@ -32,7 +32,7 @@ def sft_rows(n=96):
     return rows
 
 
-def dpo_rows(n=48):
+def dpo_rows(n=24):
     rng, rows = random.Random(2), []
     for _ in range(n):
         prompt = [rng.randrange(3, V) for _ in range(rng.randrange(16, 64))]
@@ -79,7 +79,7 @@ def litespark(a, top, case):
     folder = f'{top}/{case.replace(" ", "_")}'
     data = f'{folder}/*.ds' if os.path.exists(folder) else write(folder, stage, rows)
     out = tempfile.mkdtemp(dir=top)
-    updates = 4
+    updates = 3
     batch = min(8, len(rows)) if 'packed' not in case else min(4, len(rows))
     per_update = len(rows) // batch * batch
     command = [a.binary, '--stage', stage, '--init-from', f'{top}/start/step_00000001', '--train-data', data, '--steps', updates, '--batch-size',
@@ -121,7 +121,7 @@ def trl(a, top, case):
         def on_log(self, *_, logs=None, **__):
             self.logs.append(logs)
     common = dict(output_dir=tempfile.mkdtemp(dir=top), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1,
-                  learning_rate=1e-6, max_length=S, save_strategy='no', disable_tqdm=True, max_steps=4, dataloader_num_workers=0, dataset_num_proc=1)
+                  learning_rate=1e-6, max_length=S, save_strategy='no', disable_tqdm=True, max_steps=3, dataloader_num_workers=0, dataset_num_proc=1)
     if case.startswith('sft'):
         from trl import SFTConfig, SFTTrainer
         rows = [{'input_ids': ids, 'labels': [-100] * n + ids[n:]} for ids, n in sft_rows()]

@@ -57,6 +57,11 @@ def series(log, kind, key):
     return [p[0] for p in points], [p[1] for p in points]
 
 
+def wheres(key):
+    """Where a metric stands: in step records, and in those of evaluations, there perhaps with val_ before its name."""
+    return ("step", key), ("val", key if "accuracy" in key and "/" not in key else "val_" + key)
+
+
 def smoothed(values, n):
     """Mean of the n values around each point, fewer at the ends."""
     sums = [0.0]
@@ -130,6 +135,8 @@ def main():
     ap.add_argument("--points", type=int, default=400, help="most points of a line")
     ap.add_argument("--title", help="headline; default: parameters and tokens")
     ap.add_argument("--all", action="store_true", help="also speed, gradient norm and energy")
+    ap.add_argument("--keys", help="in place of the loss: these metrics, each in a panel, of step and val records (lines and dots), "
+                                   "such as answer_accuracy,rewards/margins,rewards/accuracies")
     args = ap.parse_args()
     args.points = max(2, args.points)
     try:
@@ -140,7 +147,12 @@ def main():
         sys.exit(f"error: no step or val record in {' '.join(args.logs)}")
 
     panels = [("loss", "loss")]
-    if args.all:
+    if args.keys:
+        panels = [(key, key) for key in args.keys.split(",")]
+        none = [key for key, _ in panels if not any(series(log, *where)[1] for _, log in logs for where in wheres(key))]
+        if none:
+            sys.exit(f"error: no record has {', '.join(none)}")
+    elif args.all:
         panels += [(key, title) for key, title in (("tokens_per_sec", "tokens per second"), ("grad_norm", "gradient norm"),
                                                    ("joules_per_token", "joules per token"))
                    if any(series(log, "step", key)[1] for _, log in logs)]
@@ -152,8 +164,18 @@ def main():
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
     for ax, (key, title) in zip(axes.flat, panels):
-        if key == "loss":
+        if key == "loss" and not args.keys:
             draw_loss(ax, logs, args)
+        elif args.keys:
+            for i, (name, log) in enumerate(logs):
+                (x, y), (vx, vy) = (series(log, *where) for where in wheres(key))
+                if y:
+                    ax.plot(*thinned(x, y, args.points), color=f"C{i % 10}", lw=0.8, alpha=0.7, label=f"{name}: training")
+                if vy:
+                    ax.plot(vx, vy, color=f"C{i % 10}", ls="-" if not y else "", lw=1.0, marker="o", ms=5, mec="black", mew=0.6,
+                            label=f"{name}: held-out data, {vy[-1]:.4g} at the end")
+            ax.set_title(title, fontsize=11, loc="left")
+            ax.legend(fontsize=9)
         else:
             for i, (name, log) in enumerate(logs):
                 ax.plot(*thinned(*series(log, "step", key), args.points), color=f"C{i % 10}", lw=0.8, label=name)

@@ -318,6 +318,12 @@ def test_rows_without_targets_are_harmless(trainer, folder):
         empty = shards(f'{folder}/empty_{stage}', stage, S, 96, [row([], S)] * 2, 2)
         grads = gradients(trainer, '--stage', stage, '--init-from', begin, '--train-data', empty, '--batch-size', 2, '--total-batch-tokens', 2 * S)
         check(all(x == 0 for t in grads.values() for x in t), f'{stage}: an update without targets has a loss or a gradient')
+        args = ['--stage', stage, '--init-from', begin, '--train-data', empty, '--batch-size', 2, '--total-batch-tokens', 2 * S,
+                '--sample-every', 0, '--val-every', 0]
+        check('skipped | no target' in Run(trainer, *args, '--steps', 2, '--out', f'{folder}/{stage}_2').text, 'it is not said')
+        with open(f'{begin}/model.safetensors', 'rb') as a, open(f'{folder}/{stage}_2/step_00000002/model.safetensors', 'rb') as b:
+            check(a.read() == b.read(), f'{stage}: updates without targets changed the weights')
+        Run(trainer, *args, '--steps', 9, '--out', f'{folder}/{stage}_9', ok=False).refused('5 updates in a row', 'no target')
 
 
 def test_resume_has_the_same_bits(trainer, folder):
@@ -443,6 +449,117 @@ def test_what_does_not_fit_is_refused(trainer, folder):
     refused(['--stage', 'sft', '--train-data', headless], 'damaged', 'begin')
     beyond = shards(f'{folder}/beyond', 'sft', 31, 200, [row([document([150], [5, 6])], 31)] * 4, 2)
     refused(['--stage', 'sft', '--train-data', beyond], '150', 'vocabulary')
+
+
+def test_rows_that_break_the_format_are_refused(trainer, folder):
+    begin = start(trainer, folder)
+    bare = document([20, 21, 22], [])
+    sides = [document([5], [6]), document([5], [7])]
+    high, padding = row(sides, 31), row(sides, 31)
+    high[1] |= 1 << 24
+    padding[9] |= TARGET
+    for name, words, reason in (('sides', row([sides[0], bare, document([7], [8]), bare], 31), 'without a target'),
+                                ('side', row([sides[0], bare], 31), 'without a target'),
+                                ('none', row([bare, bare], 31), 'without a target'),
+                                ('padding', padding, 'without a target'), ('high', high, str(6 | 1 << 24))):
+        data = shards(f'{folder}/{name}', 'dpo', 31, 96, [words], 4)
+        Run(trainer, '--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--steps', 1, '--out',
+            f'{folder}/none', ok=False).refused(f'{name}/train_000.ds', reason)
+    # in sft it costs nothing, so it is no reason to stop
+    some = shards(f'{folder}/some', 'sft', 31, 96, [row([bare, sides[0], bare], 31)], 1)
+    only = shards(f'{folder}/only', 'sft', 31, 96, [row([sides[0]], 31)], 1)
+    args = ['--stage', 'sft', '--init-from', begin, '--batch-size', 1, '--total-batch-tokens', 31]
+    compare_grads('a document without a target', gradients(trainer, *args, '--train-data', some),
+                  gradients(trainer, *args, '--train-data', only))
+
+
+def test_log_p_of_the_reference_outlive_other_runs(trainer, folder):
+    begin = start(trainer, folder)
+    few = alone(pairs(6, most=4), 31)
+    many = packed(pairs(9, seed=3, most=3), 31)
+    check(few[1] < many[1], 'both have as many pairs in a row')
+    shards(f'{folder}/d/a', 'dpo', 31, 96, *few)
+    shards(f'{folder}/d/b', 'dpo', 31, 96, *many)
+    args = ['--stage', 'dpo', '--init-from', begin, '--batch-size', 1, '--total-batch-tokens', 4 * 31, '--steps', 2,
+            '--sample-every', 0]
+    a, both = f'{folder}/d/a/*.ds', f'{folder}/d/*/*.ds'
+    Run(trainer, *args, '--train-data', a, '--out', f'{folder}/1')
+    Run(trainer, *args, '--train-data', both, '--out', f'{folder}/2')
+    for i, data in ((3, a), (4, both)):
+        again = Run(trainer, *args, '--train-data', data, '--out', f'{folder}/{i}').text
+        check('one pass over' not in again, 'the pass ran again')
+    losses = [[r['loss'] for r in log_of(f'{folder}/{i}')] for i in (1, 2, 3, 4)]
+    check(losses[0] == losses[2] and losses[1] == losses[3], f'another loss with kept log p: {losses}')
+    check(losses[3][0] == math.log(2), 'not ln 2 with rows of two folders')
+
+
+def test_a_reference_is_more_than_its_weights(trainer, folder):
+    begin, other = start(trainer, folder), f'{folder}/other'
+    shutil.copytree(begin, other)
+    os.remove(f'{other}/checksums.txt')
+    with open(f'{other}/config.json') as f:
+        config = json.load(f)
+    config['rope_theta'] = 77777.0
+    config.pop('rope_parameters', None)
+    with open(f'{other}/config.json', 'w') as f:
+        json.dump(config, f)
+    data = shards(f'{folder}/dpo', 'dpo', 31, 96, *alone(pairs(4), 31))
+    args = ['--stage', 'dpo', '--train-data', data, '--batch-size', 1, '--total-batch-tokens', 4 * 31, '--steps', 1,
+            '--sample-every', 0, '--out', f'{folder}/out']
+    Run(trainer, *args, '--init-from', begin, '--dpo-reference', other, ok=False).refused(other, 'rope_theta 77777')
+    Run(trainer, *args, '--init-from', begin)
+    shutil.rmtree(f'{folder}/out')
+    check('one pass over' in Run(trainer, *args, '--init-from', other).text, 'log p of another model were taken')
+
+
+def test_log_p_that_cannot_be_kept_are_not_made(trainer, folder):
+    if os.geteuid() == 0:
+        raise Absent('root writes into every folder; run it as a user')
+    begin = start(trainer, folder)
+    data = shards(f'{folder}/dpo', 'dpo', 31, 96, *alone(pairs(4), 31))
+    os.chmod(f'{folder}/dpo', 0o555)
+    r = Run(trainer, '--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--steps', 1, '--out',
+            f'{folder}/x', ok=False)
+    os.chmod(f'{folder}/dpo', 0o755)
+    r.refused('cannot write', f'{folder}/dpo/train_000')
+    check('one pass over' not in r.text, 'it is said after the pass')
+
+
+def test_evaluation_of_preferences(trainer, folder):
+    begin = start(trainer, folder)
+    data = shards(f'{folder}/dpo', 'dpo', 31, 96, *alone(pairs(4), 31))
+    empty = shards(f'{folder}/empty', 'dpo', 31, 96, [row([], 31)] * 2, 2)
+    args = ['--stage', 'dpo', '--init-from', begin, '--eval-only', '--batch-size', 1]
+    check('its own reference' in Run(trainer, *args, '--val-data', data).text, 'it is not said that the margins mean nothing')
+    named = Run(trainer, *args, '--val-data', data, '--dpo-reference', begin).text
+    check('its own reference' not in named, 'said without a reason')
+    Run(trainer, *args, '--val-data', empty, ok=False).refused('0 pairs', 'not finite')
+
+
+def test_flops_are_those_of_all_ranks(trainer, folder):
+    if not shutil.which('mpirun'):
+        raise Absent('needs mpirun')
+    begin, noise = start(trainer, folder), Noise(4)
+    rows = [row([document([5], noise.tokens(1 + 4 * i, 96))], 31) for i in range(8)]
+    data = shards(f'{folder}/sft', 'sft', 31, 96, rows, 1)
+    found = []
+    for ranks in (1, 2):
+        Run(trainer, '--stage', 'sft', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--total-batch-tokens', 2 * 31,
+            '--steps', 4, '--sample-every', 0, '--out', f'{folder}/{ranks}', ranks=ranks)
+        found.append([r['model_tflops_per_gpu'] / r['tokens_per_sec_per_gpu'] for r in log_of(f'{folder}/{ranks}')])
+    check(max(found[0]) > 1.01 * min(found[0]), f'all updates cost the same: {found[0]}')
+    for one, two in zip(*found):
+        near('FLOPs per token', two, one, 1e-9)
+
+
+def test_epochs_replace_the_steps_of_a_resumed_run(trainer, folder):
+    begin = start(trainer, folder)
+    data = shards(f'{folder}/sft', 'sft', 31, 96, *alone([[d] for d in sft_documents(8)], 31))
+    args = ['--batch-size', 1, '--total-batch-tokens', 2 * 31, '--sample-every', 0, '--out', f'{folder}/out']
+    Run(trainer, '--stage', 'sft', '--init-from', begin, '--train-data', data, '--steps', 2, *args)
+    Run(trainer, '--resume', 'auto', '--epochs', 2, *args)
+    check(len(log_of(f'{folder}/out')) == 8, f'{len(log_of(f"{folder}/out"))} updates for two epochs of four')
+    check('step 8 of 8' in Run(trainer, '--resume', 'auto', *args).text, 'the next resume has other steps')
 
 
 def test_a_policy_far_from_its_reference_is_said(trainer, folder):
