@@ -178,7 +178,7 @@ run: train      # dev/run.sh: mpirun with signals that save
 TRAINER     = $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark
 LR_sft      = 3e-3
 LR_dpo      = 1e-3
-MORE_sft    = --epochs 2.4
+MORE_sft    = --epochs 2.4 --val-every 400 --sample-every 0
 VAL_sft     = --stage sft --val-data 'data/stories/sft/validation/*.ds'
 VAL_dpo     = --eval-tasks 'data/stories/dpo/choices/*.ds' --seq-len 256
 sft dpo: train
