@@ -120,6 +120,7 @@ static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 // ---- options: one table feeds parser, --help, the log and resume ------------------------------------------
 enum { STAGE_PRETRAIN, STAGE_SFT, STAGE_DPO, STAGE_CHOICE };    // the last: of data alone, for evaluation
+static const char *const stage_names[] = {"pretrain", "sft", "dpo", "choice"};
 enum { DPO_SIGMOID, DPO_NORM, DPO_IPO, DPO_ROBUST };
 enum { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
 enum { FP32, BF16 };
@@ -2601,10 +2602,9 @@ static void resume_data(Trainer *tr) {
 
 // Shards are made for a stage.
 static void check_stage(const DataLoader *dl) {
-    static const char *const names[] = {"pretrain", "sft", "dpo", "choice"};
     if (dl->stage == opt.stage) return;
     die("token shard '%s' was made for --stage %s, this run is --stage %s; %s", loader_path(dl),
-        names[dl->stage], names[opt.stage],
+        stage_names[dl->stage], stage_names[opt.stage],
         dl->stage == STAGE_CHOICE ? "multiple choice goes with --eval-tasks"
         : opt.stage == STAGE_PRETRAIN ? "make shards of text with data/tokens.py"
                                     : "make rows with data/chat.py");
@@ -5271,10 +5271,9 @@ static void shard_open_ds(Shard *s, size_t bytes) {
     s->width = (int)json_int(meta, "token_size_bytes", where, 2, 4, JSON_REQUIRED);
     s->eod = (int)json_int(meta, "eos_token_id", where, -1, INT_MAX, -1);
     if (s->width == 3) die("'%s': \"token_size_bytes\" must be 2 or 4", where);
-    const char *stages[] = {"pretrain", "sft", "dpo", "choice"};
     const char *stage = json_string(meta, "stage", where, "pretrain");
-    while (s->stage < COUNT(stages) && strcmp(stage, stages[s->stage])) s->stage++;
-    if (s->stage == COUNT(stages)) die("'%s': stage \"%s\" is not known", where, stage);
+    while (s->stage < COUNT(stage_names) && strcmp(stage, stage_names[s->stage])) s->stage++;
+    if (s->stage == COUNT(stage_names)) die("'%s': stage \"%s\" is not known", where, stage);
     if (s->stage) {
         s->most_documents = (int)json_int(meta, "documents_per_row", where, 1, s->row, JSON_REQUIRED);
         if (s->width != 4) die("'%s': rows of stage %s have tokens of 4 bytes", where, stage);

@@ -25,6 +25,7 @@ and the files for AutoTokenizer. The same inputs and options give the same bytes
 import argparse, hashlib, itertools, json, os, re, sys
 
 import tokens
+from chat import pack
 from tokens import UserError
 
 TARGET, START = 1 << 31, 1 << 30            # beside the token's id
@@ -178,26 +179,12 @@ def make_documents(args, tokenizer, tasks):
 
 
 def best_fit(lengths, room):
-    """Rows of at most `room`, as lists of numbers of `lengths`: best fit, the longest first, over the whole set. Of rows with
-    the same space left the oldest takes it; a row lists its items in their order, and rows go by their first item."""
-    rows, open_rows, sizes = [], {}, 0      # open_rows: space left -> rows with it; sizes: a bit for each such space
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = sizes >> lengths[i]
-        if fits:
-            left = lengths[i] + (fits & -fits).bit_length() - 1
-            row = open_rows[left].pop(0)
-            if not open_rows[left]:
-                sizes ^= 1 << left
-        else:
-            left, row = room, len(rows)
-            rows.append([])
-        rows[row].append(i)
-        left -= lengths[i]
-        if left and not open_rows.setdefault(left, []):
-            sizes |= 1 << left
-        if left:
-            open_rows[left].append(row)
-    return sorted(map(sorted, rows))
+    """Rows of at most `room`, as lists of numbers of `lengths`, by chat.py's packing; a row lists its items in their order, and
+    rows go by their first item."""
+    rows = {}
+    for i, row in enumerate(pack(lengths, room)[0].tolist()):
+        rows.setdefault(row, []).append(i)
+    return sorted(rows.values())
 
 
 # ---- The output -------------------------------------------------------------------------------------------------
