@@ -219,7 +219,7 @@ static floatX *tensor_grads(const Model *m, const Tensor *t) { return unit_grads
 
 // A model with weights in which nothing is trivial: norms are not 1, biases not 0.
 static Model *make_model(const Config *c, int B, int T, int chunk, int recompute, int bf16) {
-    const Plan plan = {1, 0, 0, B, T, chunk, bf16, bf16, recompute, /*training=*/1, /*sample=*/0};
+    const Plan plan = {1, 0, 0, 1, B, T, chunk, bf16, bf16, recompute, /*training=*/1, /*sample=*/0};
     Model *m = model_plan(c, &plan);
     model_alloc(m);
     model_zero_grads(m);
@@ -241,7 +241,7 @@ static double forward_backward(Model *m, const Batch *batch, double weight) {
     for (int i = 0; i < N; i++) w[i] = batch->targets[i] == IGNORED ? 0 : weight;
     llama_forward(m, batch);
     llama_head(m, batch, w);
-    llama_backward(m, batch, NULL);
+    llama_backward(m, batch, /*last=*/1);
     free(w);
     return model_loss(m) / weight;
 }
@@ -2110,7 +2110,7 @@ static void test_preference_gradients_match_differences(void) {
         double weights[2 * 40];
         memcpy(weights, pair_weights, sizeof weights);
         llama_head(whole.m, &whole.batch, weights);
-        llama_backward(whole.m, &whole.batch, NULL);
+        llama_backward(whole.m, &whole.batch, /*last=*/1);
         model_loss(whole.m);
         check_gradients_of(pairs_objective, rows[i].name);
         batch_free(&whole.batch);
@@ -2494,15 +2494,23 @@ static void test_bf16_mode_is_close_to_fp32(void) {
 
 static void test_arenas_hold_what_the_tensors_need(void) {
     Config c = make_config("qwen3", 1, 300, 2, 48, 4, 2, 16, 40, "");
-    for (int zero = 0; zero < 2; zero++) for (int bf16 = 0; bf16 < 2; bf16++) for (int ranks = 1; ranks <= 4; ranks += 3) {
-        const Plan plan = {ranks, ranks - 1, zero, 3, 37, 50, bf16, bf16, RECOMPUTE_NONE, /*training=*/1, 0};
+    for (int zero = 0; zero < 4; zero++) for (int bf16 = 0; bf16 < 2; bf16++) for (int shard = 1; shard <= 4; shard += 3) {
+        if (!zero != (shard == 1)) continue;
+        const Plan plan = {8, 7, zero, shard, 3, 37, 50, bf16, bf16, RECOMPUTE_NONE, /*training=*/1, 0};
         Model *m = model_plan(&c, &plan);
-        const size_t share = zero ? m->p.n / (size_t)ranks : m->p.n;
-        const size_t need[] = {m->p.n, m->p.n, (bf16 ? 3 : 2) * share};
+        const size_t share = m->p.n / (size_t)shard, slots = slots_size(&m->p);
+        const size_t need[] = {zero == 3 ? share + slots : m->p.n, zero >= 2 ? share + slots : m->p.n,
+                               (bf16 ? 3 : 2) * share};
         for (int i = 0; i <= ARENA_OPTIMIZER; i++) {
             const size_t used = m->arena[i].used / sizeof(floatX);
-            CHECK(used >= need[i] && used <= need[i] + 3 * 16, "%s has %zu elements, %zu are needed", arena_names[i], used,
-                  need[i]);
+            CHECK(used >= need[i] && used <= need[i] + 3 * 16, "ZeRO %d: %s has %zu elements, %zu are needed", zero,
+                  arena_names[i], used, need[i]);
+        }
+        for (int u = 0; u < m->p.n_units; u++) for (int v = 0; v < u; v++) {        // slots overlap between layers only
+            const size_t a = slot_at(&m->p, u), b = slot_at(&m->p, v);
+            CHECK(a >= b + m->p.units[v].n_padded || b >= a + m->p.units[u].n_padded
+                  || (a == b && v >= UNIT_LAYER && u < m->p.n_units - 1), "slots of units %d and %d", u, v);
+            CHECK(a + m->p.units[u].n_padded <= slots, "slot of unit %d", u);
         }
         size_t covered = 0, first, n;
         for (int u = 0; u < m->p.n_units; u++) {            // shares are in range, and lie one after the other in m
@@ -2521,7 +2529,7 @@ static void test_evaluation_takes_the_memory_of_weights_and_one_layer(void) {
     size_t acts[2];
     for (int i = 0; i < 2; i++) {
         Config c = make_config("llama", 0, 300, i ? 12 : 3, 48, 4, 2, 16, 40, "");
-        const Plan plan = {1, 0, 0, 3, 37, 50, 1, 0, RECOMPUTE_NONE, /*training=*/0, 0};
+        const Plan plan = {1, 0, 0, 1, 3, 37, 50, 1, 0, RECOMPUTE_NONE, /*training=*/0, 0};
         Model *m = model_plan(&c, &plan);
         CHECK(!m->arena[ARENA_GRADIENTS].used && !m->arena[ARENA_OPTIMIZER].used, "gradients or optimizer are there");
         acts[i] = m->arena[ARENA_ACTIVATIONS].used;
@@ -2569,7 +2577,7 @@ static void test_kept_keys_give_the_same_logits(void) {
 static void test_init_depends_on_seed_and_name_only(void) {
     Config c = make_config("llama", 0, 300, 2, 64, 4, 2, 0, 40, "");
     Model *a = make_model(&c, 1, 4, 4, 0, 0);
-    const Plan plan = {3, 0, 0, 2, 8, 4, 0, 0, RECOMPUTE_NONE, 1, 0};      // other padding, other places in the flat buffer
+    const Plan plan = {3, 0, 1, 3, 2, 8, 4, 0, 0, RECOMPUTE_NONE, 1, 0};      // other padding, other places in the flat buffer
     Model *b = model_plan(&c, &plan);
     model_alloc(b);
     weights_random(a, &c, 5);
@@ -3040,7 +3048,7 @@ static void test_dry_run_prints_what_the_run_takes(void) {
         CHECK(access(file_at("dry"), F_OK), "--dry-run left a folder");
         double total = 0, want;
         Config c = read_config(tiny_config, 0);
-        const Plan plan = {1, 0, 0, 3, TINY_T, i == 3 ? 7 : 1 << 20, i == 1, i == 3,
+        const Plan plan = {1, 0, 0, 1, 3, TINY_T, i == 3 ? 7 : 1 << 20, i == 1, i == 3,
                            i == 2 ? RECOMPUTE_BLOCK : i == 3 ? RECOMPUTE_MLP : RECOMPUTE_NONE, /*training=*/1, 0};
         want = plan_bytes(&c, &plan) / 1048576;
         CHECK(a && strstr(a, "total ") && sscanf(strstr(a, "total ") + 6, "%lf", &total) == 1 && fabs(total - want) <= 0.051,

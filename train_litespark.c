@@ -94,17 +94,15 @@ typedef floatX LogProb;                 // of an answer: the sum over its tokens
 static const char device_kind[] = "cpu";
 static const char device_peak_is[] = "measured FMA peak", device_also_takes[] = "";
 
-// Sums of gradients over ranks, section 7
-void comm_reduce_start(floatX *x, size_t n);
+// Sums and copies over ranks, section 7
+void comm_all_reduce(floatX *x, size_t n, int among_copies);
+void comm_reduce_scatter(floatX *x, size_t n);
 void comm_progress(void);
-void comm_reduce_finish(void);
-void comm_allgather(floatX *x, size_t n);
+void comm_finish_sums(void);
+void comm_all_gather(floatX *x, size_t n);
 
 // What this trainer does not do: an option with this value (NULL: with any), and why.
 static const struct { const char *option, *value, *why; } refused[] = {
-    {"--zero", "2", "is for the CUDA trainer; the CPU trainer has 0 and 1"},
-    {"--zero", "3", "is for the CUDA trainer; the CPU trainer has 0 and 1"},
-    {"--shard-size", NULL, "is for the CUDA trainer; this is the CPU trainer"},
     {"--reduce-dtype", NULL, "is for the CUDA trainer; this is the CPU trainer"},
     {"--mlp", "products", "is for the CUDA trainer; this is the CPU trainer"},
     {"--deterministic", "off", "is for the CUDA trainer; the CPU trainer has deterministic kernels only"},
@@ -296,7 +294,7 @@ typedef struct Tensor {
 // what is reduced, sharded and saved together: the embedding, a layer, final norm and head
 typedef struct Unit {
     char name[24];              // "embed", "layers.7", "head"
-    // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks
+    // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks that share
     size_t at, n, n_padded;
     size_t vocab_padding;       // elements, for the rows V .. Vp-1
     int first_tensor, n_tensors;
@@ -404,6 +402,7 @@ typedef struct Model Model;     // section 4
 
 typedef struct Plan {           // what decides the size of every array of a rank
     int ranks, rank, zero;
+    int shard;                  // S ranks hold the shares of one copy, S*k .. S*k+S-1; 1: nothing is shared
     int B, T, chunk;            // micro-step of B sequences of T tokens; rows of logits that exist at a time
     int bf16, bf16_state, recompute;
     int training;               // 0: evaluation and samples; weights and activations are all there is
@@ -428,8 +427,10 @@ double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
 uint64_t hash_string(const char *s);
 // 11
-void param_table_build(ParamTable *p, const Config *c, int world);
+void param_table_build(ParamTable *p, const Config *c, int shard);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
+size_t slot_at(const ParamTable *p, int u);
+size_t slots_size(const ParamTable *p);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -439,6 +440,7 @@ void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
 void comm_barrier(void);
 void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
+void comm_share(int shard);                             // which ranks hold the shares of one copy
 void comm_broadcast(void *data, size_t bytes);          // from rank 0
 void comm_sum(double *x, int n);                        // over ranks, in place
 double comm_max(double x);
@@ -1145,9 +1147,11 @@ struct Model {
     Plan plan;
     int B, T, N;                        // micro-step: N = B*T rows
     int chunk;                          // rows of logits that exist at a time
-    floatX *weights, *grads;            // flat, (p.n)
-    // flat; ZeRO 1: this rank's share of each unit. In fp32 the weights are their own master
-    floatX *master, *m, *v;
+    // Flat: of all units, (p.n), or this rank's shares of them, (p.n / S): master, m and v from ZeRO 1 on,
+    // gradients from 2 on, weights with 3. In fp32 the weights are their own master.
+    floatX *weights, *grads, *master, *m, *v;
+    floatX *whole_weights, *whole_grads;// (slots_size) shared units, whole while they are used
+    uint8_t *is_whole, *reducing;       // (n_units) weights gathered; gradients on their way between ranks
     LayerActs *acts;                    // (L)
     floatX *x_last, *rstd_last;         // (N,C), (N)   input of the final norm
     floatX *norm;                       // (N,C)        a norm's output; rebuilt in backward
@@ -1166,9 +1170,28 @@ struct Model {
 const ParamTable *model_table(const Model *m) { return &m->p; }
 double model_bytes(const Model *m, int arena) { return (double)m->arena[arena].used; }
 
-// Where unit u lies
-static floatX *unit_weights(const Model *m, int u) { return m->weights + m->p.units[u].at; }
-static floatX *unit_grads(const Model *m, int u) { return m->grads + m->p.units[u].at; }
+// The part of unit u whose optimizer state this rank holds: its elements [*first, *first + *n).
+void state_share(const Model *m, int u, size_t *first, size_t *n) {
+    *n = m->p.units[u].n_padded / m->plan.shard;
+    *first = *n * (m->plan.rank % m->plan.shard);
+}
+
+// x of this rank's part of unit u, in a flat buffer of shares or of units
+static floatX *own(const Model *m, floatX *x, int of_shares, int u) {
+    size_t first, n;
+    state_share(m, u, &first, &n);
+    return x + (of_shares ? m->p.units[u].at / m->plan.shard : m->p.units[u].at + first);
+}
+static floatX *own_weights(const Model *m, int u) { return own(m, m->weights, m->plan.zero == 3, u); }
+static floatX *own_grads(const Model *m, int u) { return own(m, m->grads, m->plan.zero >= 2, u); }
+
+// Where unit u lies, whole
+static floatX *unit_weights(const Model *m, int u) {
+    return m->plan.zero == 3 ? m->whole_weights + slot_at(&m->p, u) : m->weights + m->p.units[u].at;
+}
+static floatX *unit_grads(const Model *m, int u) {
+    return m->plan.zero >= 2 ? m->whole_grads + slot_at(&m->p, u) : m->grads + m->p.units[u].at;
+}
 static HeadParams head_weights(const Model *m) {
     return head_params(unit_weights(m, m->p.n_units - 1), unit_weights(m, UNIT_EMBED), &m->p);
 }
@@ -1205,11 +1228,13 @@ static void layout(Model *m) {
     const Config *c = &m->c;
     const Plan *plan = &m->plan;
     const size_t n = m->p.n, N = m->N, HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
-    const size_t n_state = plan->zero ? n / plan->ranks : n;
-    m->weights = take_x(&m->arena[ARENA_WEIGHTS], n);
+    const size_t n_state = n / plan->shard, slots = slots_size(&m->p);
+    m->weights = take_x(&m->arena[ARENA_WEIGHTS], plan->zero == 3 ? n_state : n);
+    if (plan->zero == 3) m->whole_weights = take_x(&m->arena[ARENA_WEIGHTS], slots);
     m->master = m->weights;
     if (plan->training) {
-        m->grads = take_x(&m->arena[ARENA_GRADIENTS], n);
+        m->grads = take_x(&m->arena[ARENA_GRADIENTS], plan->zero >= 2 ? n_state : n);
+        if (plan->zero >= 2) m->whole_grads = take_x(&m->arena[ARENA_GRADIENTS], slots);
         Arena *o = &m->arena[ARENA_OPTIMIZER];
         m->m = take_x(o, n_state);
         m->v = take_x(o, n_state);
@@ -1256,7 +1281,9 @@ Model *model_plan(const Config *c, const Plan *plan) {
     m->T = plan->T;
     m->N = m->B * m->T;
     m->chunk = plan->chunk < m->N ? plan->chunk : m->N;
-    param_table_build(&m->p, c, plan->ranks);
+    param_table_build(&m->p, c, plan->shard);
+    m->is_whole = (uint8_t *)xcalloc((size_t)m->p.n_units, 1);
+    m->reducing = (uint8_t *)xcalloc((size_t)m->p.n_units, 1);
     m->acts = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
     m->kept = (int *)xcalloc((size_t)plan->sample, sizeof(int));
     layout(m);
@@ -1283,6 +1310,7 @@ void model_alloc(Model *m) {
 #endif
     }
     layout(m);
+    memset(m->is_whole, m->plan.zero < 3, (size_t)m->p.n_units);
     storing_bf16 = m->plan.bf16;
     rope_table(m->cosine, m->sine, &m->c, m->T);
 }
@@ -1291,46 +1319,123 @@ void model_free(Model *m) {
     for (int i = 0; i < N_ARENAS; i++) free(m->arena[i].base);
     free(m->acts);
     free(m->kept);
+    free(m->is_whole);
+    free(m->reducing);
     free(m->p.tensors);
     free(m->p.units);
     free(m);
 }
 
-// ---- weights and state ------------------------------------------------------------------------------------
-// The part of unit u whose optimizer state this rank holds: its elements [*first, *first + *n).
-void state_share(const Model *m, int u, size_t *first, size_t *n) {
-    *n = m->p.units[u].n_padded / (m->plan.zero ? m->plan.ranks : 1);
-    *first = m->plan.zero ? *n * m->plan.rank : 0;
+// ---- units between ranks: ZeRO (Rajbhandari et al. 2020) --------------------------------------------------
+// S ranks share one copy of the state, each unit in S equal parts: from ZeRO 1 on the optimizer's, from 2 on
+// the gradients, with 3 the weights. Nothing but these verbs knows of it:
+//     unit_gather(m, u, next)     before use: unit u's weights are whole; may begin with the unit used next
+//     grads_open(m, u)            before backward adds to unit u's gradients
+//     unit_reduce(m, u, last)     after backward: begins to add them up over ranks; last: of an update
+//     reduce_finish(m)            all sums are complete
+// A shared unit is whole in its slot. The embedding and the head stay in theirs until the next update; layers
+// have two in turn, so that a unit can be on its way while another is in use: to gather one releases the one
+// before.
+void unit_gather(Model *m, int u, int next) {
+    size_t first, n;
+    (void)next;                                 // nobody here could fetch it meanwhile
+    if (m->is_whole[u]) return;
+    for (int v = 0; v < m->p.n_units; v++) if (slot_at(&m->p, v) == slot_at(&m->p, u)) m->is_whole[v] = 0;
+    state_share(m, u, &first, &n);
+    memcpy(unit_weights(m, u) + first, own_weights(m, u), n * sizeof(floatX));
+    comm_all_gather(unit_weights(m, u), n);
+    m->is_whole[u] = 1;
 }
 
-// Element `at` of unit u in one kind of state. A rank's m, v and master hold its shares of the units one
-// after another, so unit u begins at units[u].at / ranks. Without a master of its own: the weights.
+// All weights are others than before.
+static void weights_changed(Model *m) {
+    memset(m->is_whole, m->plan.zero < 3, (size_t)m->p.n_units);
+    m->n_kept = 0;
+}
+
+// Waits for the sums that are on their way. MPI leaves this rank's share of them at the start of the unit.
+static void reduce_land(Model *m) {
+    comm_finish_sums();
+    for (int u = 0; u < m->p.n_units; u++) {
+        size_t first, n;
+        floatX *to = own_grads(m, u), *sum = unit_grads(m, u);
+        if (!m->reducing[u]) continue;
+        state_share(m, u, &first, &n);
+        if (m->plan.zero == 1) memmove(to, sum, n * sizeof(floatX));
+        else for (size_t i = 0; i < n; i++) to[i] += sum[i];
+        m->reducing[u] = 0;
+    }
+}
+
+static void grads_open(Model *m, int u) {
+    if (m->plan.zero < 2) return;
+    for (int v = 0; v < m->p.n_units; v++)
+        if (m->reducing[v] && slot_at(&m->p, v) == slot_at(&m->p, u)) reduce_land(m);
+    memset(unit_grads(m, u), 0, m->p.units[u].n_padded * sizeof(floatX));
+}
+
+static void unit_reduce(Model *m, int u, int last) {
+    size_t first, n;
+    if (m->plan.zero < 2 && !last) return;      // whole gradients add up here until then
+    state_share(m, u, &first, &n);
+    if (m->plan.zero) comm_reduce_scatter(unit_grads(m, u), n);
+    else comm_all_reduce(unit_grads(m, u), n, /*among_copies=*/0);
+    m->reducing[u] = m->plan.zero > 0;
+}
+
+void reduce_finish(Model *m) {
+    reduce_land(m);
+    if (!m->plan.zero || m->plan.shard == m->plan.ranks) return;
+    for (int u = 0; u < m->p.n_units; u++)
+        comm_all_reduce(own_grads(m, u), m->p.units[u].n_padded / m->plan.shard, /*among_copies=*/1);
+    comm_finish_sums();
+}
+
+// Unit u's weights or gradients are whole, for model_read; all ranks call it.
+void model_gather(Model *m, int what, int u) {
+    size_t first, n;
+    unit_gather(m, u, u);
+    if (what != STATE_GRADS || !m->plan.zero) return;
+    state_share(m, u, &first, &n);
+    memmove(unit_grads(m, u) + first, own_grads(m, u), n * sizeof(floatX));
+    comm_all_gather(unit_grads(m, u), n);
+}
+
+// ---- weights and state ------------------------------------------------------------------------------------
+// Element `at` of unit u in one kind of state: master, m and v only of this rank's share, weights and
+// gradients of any that is whole. Without a master of its own: the weights.
 static floatX *state_of(const Model *m, int what, int u, size_t at) {
     size_t first, n;
     state_share(m, u, &first, &n);
-    const size_t of_share = m->p.units[u].at / (m->plan.zero ? m->plan.ranks : 1) + (at - first);
-    if (what == STATE_GRADS) return unit_grads(m, u) + at;
-    if (what == STATE_M) return m->m + of_share;
-    if (what == STATE_V) return m->v + of_share;
-    if (what == STATE_MASTER && m->master != m->weights) return m->master + of_share;
-    return unit_weights(m, u) + at;
+    const int has_master = m->master != m->weights;
+    if (what == STATE_M || what == STATE_V || (what == STATE_MASTER && has_master))
+        return own(m, what == STATE_M ? m->m : what == STATE_V ? m->v : m->master, 1, u) + (at - first);
+    if (what == STATE_MASTER) return own_weights(m, u) + (at - first);
+    return (what == STATE_GRADS ? unit_grads(m, u) : unit_weights(m, u)) + at;
 }
 
 // Host access for checkpoints: elements [at, at+n) of unit u as fp32; of master, m and v those of this rank's
-// share.
+// share, of weights and gradients after model_gather.
 void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host) {
     const floatX *x = state_of(m, what, u, at);
     for (size_t i = 0; i < n; i++) host[i] = (float)x[i];
 }
 
+// Of shared weights what is not in this rank's share is left out.
 void model_write(Model *m, int what, int u, size_t at, size_t n, const float *host) {
-    floatX *x = state_of(m, what, u, at);
-    for (size_t i = 0; i < n; i++) x[i] = host[i];
+    floatX *x = what == STATE_WEIGHTS && m->plan.zero == 3 ? NULL : state_of(m, what, u, at);
+    size_t first = at, own_n = n;
+    if (!x) {
+        state_share(m, u, &first, &own_n);
+        x = own_weights(m, u) - first + at;
+    }
+    for (size_t i = 0; i < n; i++) if (at + i >= first && at + i < first + own_n) x[i] = host[i];
 }
 
-// Where they lie, to be read and written without a copy.
+// Where they lie, to be read and written without a copy; NULL: they lie elsewhere or are no floats.
 float *model_floats(const Model *m, int what, int u, size_t at) {
-    return sizeof(floatX) == sizeof(float) ? (float *)state_of(m, what, u, at) : NULL;
+    const int shared = what == STATE_WEIGHTS && m->plan.zero == 3;
+    return sizeof(floatX) == sizeof(float) && !shared ? (float *)state_of(m, what, u, at) : NULL;
 }
 
 // Master weights from the weights (of this rank's shares), then the weights rounded to what they are computed
@@ -1339,9 +1444,10 @@ void model_set_master(Model *m) {
     for (int u = 0; u < m->p.n_units && m->master != m->weights; u++) {
         size_t first, n;
         state_share(m, u, &first, &n);
-        memcpy(state_of(m, STATE_MASTER, u, first), unit_weights(m, u) + first, n * sizeof(floatX));
+        memcpy(state_of(m, STATE_MASTER, u, first), own_weights(m, u), n * sizeof(floatX));
     }
-    store_matrix(m->weights, m->p.n);
+    store_matrix(m->weights, m->plan.zero == 3 ? m->p.n / m->plan.shard : m->p.n);
+    weights_changed(m);
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------
@@ -1364,9 +1470,11 @@ static void attention_block_forward(Model *m, const LayerParams *w, LayerActs *y
 // Runs all layers on the batch's inputs; leaves the final norm's output (N,C) in m->norm.
 void llama_forward(Model *m, const Batch *batch) {
     const Config *c = &m->c;
-    const int N = batch->B * batch->T;
+    const int N = batch->B * batch->T, head = UNIT_LAYER + c->L;
+    unit_gather(m, UNIT_EMBED, UNIT_LAYER);
     embedding_forward(m->acts[0].x, batch->inputs, unit_weights(m, UNIT_EMBED), N, c->C);
     for (int l = 0; l < c->L; l++) {
+        unit_gather(m, UNIT_LAYER + l, UNIT_LAYER + l + 1);
         const LayerParams w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         LayerActs *y = &m->acts[l];
         floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
@@ -1375,6 +1483,7 @@ void llama_forward(Model *m, const Batch *batch) {
         mlp_forward(m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
         matmul_forward(x_next, m->h, w.down, N, c->F, c->C, y->x_mid, NULL);
     }
+    unit_gather(m, head, head);
     rmsnorm_forward(m->norm, m->rstd_last, m->x_last, head_weights(m).norm, c->eps, N, c->C);
 }
 
@@ -1386,6 +1495,8 @@ void llama_head(Model *m, const Batch *batch, const double *weight) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
     const floatX *head = head_weights(m).head;
+    if (weight) grads_open(m, UNIT_LAYER + c->L);
+    if (weight) grads_open(m, UNIT_EMBED);
     for (int n = 0; n < N; n += m->chunk) {
         const int rows = N - n < m->chunk ? N - n : m->chunk;
         const floatX *norm = m->norm + (size_t)n * c->C;
@@ -1434,16 +1545,18 @@ void next_logits(Model *m, const int *ids, int n, float *logits) {
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------
-// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. unit_done(u), if given, is
-// called when unit u's are complete.
-void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int)) {
+// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. last: of an update's
+// micro-steps.
+void llama_backward(Model *m, const Batch *batch, int last) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     memset(m->dx, 0, (size_t)N * C * sizeof(floatX));
     rmsnorm_backward(m->dx, head_grads(m).norm, NULL, m->dnorm, m->x_last, m->rstd_last,
                      head_weights(m).norm, N, C);
-    if (unit_done) unit_done(m, UNIT_LAYER + c->L);
+    unit_reduce(m, UNIT_LAYER + c->L, last);
     for (int l = c->L - 1; l >= 0; l--) {
+        unit_gather(m, UNIT_LAYER + l, l ? UNIT_LAYER + l - 1 : UNIT_LAYER);
+        grads_open(m, UNIT_LAYER + l);
         const LayerParams w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         const LayerParams dw = layer_params(unit_grads(m, UNIT_LAYER + l), &m->p, l);
         LayerActs *y = &m->acts[l];
@@ -1478,52 +1591,65 @@ void llama_backward(Model *m, const Batch *batch, void (*unit_done)(Model *, int
         matmul_backward_x(m->dnorm, m->dqkv, w.qkv, N, C, W);
         rmsnorm_backward(m->dx, dw.norm1, m->norm, m->dnorm, y->x, y->rstd1, w.norm1, N, C);
         matmul_backward_w(dw.qkv, m->dqkv, m->norm, N, C, W);
-        if (unit_done) unit_done(m, UNIT_LAYER + l);
+        unit_reduce(m, UNIT_LAYER + l, last);
     }
     embedding_backward(unit_grads(m, UNIT_EMBED), batch->inputs, m->dx, N, C);
-    if (unit_done) unit_done(m, UNIT_EMBED);
+    unit_reduce(m, UNIT_EMBED, last);
 }
 
 // ---- update -----------------------------------------------------------------------------------------------
-void model_zero_grads(Model *m) { memset(m->grads, 0, m->p.n * sizeof(floatX)); }
+void model_zero_grads(Model *m) {
+    memset(m->grads, 0, (m->plan.zero >= 2 ? m->p.n / m->plan.shard : m->p.n) * sizeof(floatX));
+}
 
-// Starts to add up unit u's gradients over the ranks; model_reduce_finish waits for all.
-void model_reduce_unit(Model *m, int u) { comm_reduce_start(unit_grads(m, u), m->p.units[u].n_padded); }
-void model_reduce_finish(Model *m) { (void)m; comm_reduce_finish(); }
+// The part of a tensor that lies in this rank's share of its unit: the unit's elements [*at, *at + n); n.
+static size_t own_part(const Model *m, const Tensor *t, size_t *at) {
+    size_t first, n;
+    state_share(m, t->unit, &first, &n);
+    *at = t->at > first ? t->at : first;
+    const size_t end = min_size(t->at + t->n, first + n);
+    return end > *at ? end - *at : 0;
+}
 
 // Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
 double gradient_norm(Model *m, const char **bad, int *n_bad) {
-    double total = 0;
+    const int n = m->p.n_tensors, is_copy = m->plan.rank >= m->plan.shard;
+    double total = 0, *squares = (double *)xcalloc((size_t)n, sizeof(double));
+    for (int i = 0; i < n && !(m->plan.zero && is_copy); i++) {
+        const Tensor *t = &m->p.tensors[i];
+        size_t at, first, share, k = own_part(m, t, &at);
+        state_share(m, t->unit, &first, &share);
+        if (k) squares[i] = sum_of_squares(own_grads(m, t->unit) + (at - first), k);
+    }
+    if (m->plan.zero) comm_sum(squares, n);
     *bad = NULL;
     *n_bad = 0;
-    for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
-        const double squares = sum_of_squares(unit_grads(m, t->unit) + t->at, t->n);
-        if (!isfinite(squares) && !(*n_bad)++) *bad = t->name;
-        total += squares;
+    for (int i = 0; i < n; i++) {
+        if (!isfinite(squares[i]) && !(*n_bad)++) *bad = m->p.tensors[i].name;
+        total += squares[i];
     }
+    free(squares);
     return sqrt(total);
 }
 
-// One AdamW update with gradients * grad_scale (clipping); step counts from 1. ZeRO 1: each rank updates its
-// shares, then all gather the weights.
+// One AdamW update with gradients * grad_scale (clipping); step counts from 1. Each rank updates its shares;
+// weights that it has whole are gathered at once.
 void model_update(Model *m, double lr, double grad_scale, int64_t step, const Options *o) {
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
-    m->n_kept = 0;                              // of other weights
-    for (int u = 0; u < m->p.n_units; u++) {
-        const Unit *unit = &m->p.units[u];
-        size_t first, n;
-        state_share(m, u, &first, &n);
-        for (const Tensor *t = m->p.tensors + unit->first_tensor, *end = t + unit->n_tensors; t < end; t++) {
-            const size_t at = t->at > first ? t->at : first, stop = min_size(t->at + t->n, first + n);
-            if (at >= stop) continue;
-            floatX *master = state_of(m, STATE_MASTER, u, at);
-            floatX *m_at = state_of(m, STATE_M, u, at), *v_at = state_of(m, STATE_V, u, at);
-            adamw_update(unit_weights(m, u) + at, master, m_at, v_at, unit_grads(m, u) + at, stop - at, lr,
-                         o->beta1, o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step,
-                         m->plan.bf16_state, key, unit->at + at);
-        }
-        if (m->plan.zero) comm_allgather(unit_weights(m, u), n);
+    for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
+        const int u = t->unit;
+        size_t at, first, share, n = own_part(m, t, &at);
+        state_share(m, u, &first, &share);
+        if (!n) continue;
+        adamw_update(own_weights(m, u) + (at - first), state_of(m, STATE_MASTER, u, at),
+                     state_of(m, STATE_M, u, at), state_of(m, STATE_V, u, at),
+                     own_grads(m, u) + (at - first), n, lr, o->beta1, o->beta2, o->eps,
+                     t->decay ? o->weight_decay : 0, grad_scale, step, m->plan.bf16_state, key,
+                     m->p.units[u].at + at);
     }
+    for (int u = 0; u < m->p.n_units && m->plan.zero && m->plan.zero < 3; u++)
+        comm_all_gather(unit_weights(m, u), m->p.units[u].n_padded / m->plan.shard);
+    weights_changed(m);
 }
 
 // SHARED BEGIN
@@ -1737,11 +1863,12 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
 void checkpoint_read_model(const char *dir, Model *m, int state);
 Str checkpoint_whole(const char *dir, int weights_only);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
+void save_table(StWriter *w, Model *m, int kind);
 void weights_read(const char *dir, Model *m, const Config *c);
 void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
 void weights_random(Model *m, const Config *c, uint64_t seed);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
-uint32_t model_crc(const Model *m, const Config *c);
+void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o);
+uint32_t model_crc(Model *m, const Config *c);
 int reference_read(DataLoader *dl, uint32_t weights);
 void reference_check_folders(const DataLoader *dl, uint32_t weights);
 void reference_write(const DataLoader *dl, uint32_t weights);
@@ -1849,12 +1976,12 @@ static int update_gradients(Trainer *tr, double *loss) {
         const Batch *batch = &tr->batches[i];
         forward_and_weigh(tr, batch, mass, sums);
         llama_head(m, batch, tr->weight);
-        llama_backward(m, batch, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
+        llama_backward(m, batch, /*last=*/i + 1 == tr->micro_steps);
     }
     tr->next = tr->train.state;
     tr->batches_read = 0;
     if (tr->state.step + 1 < opt.steps && !opt.dump_grads) read_batches(tr);     // while a GPU computes
-    model_reduce_finish(m);
+    reduce_finish(m);
     *loss = model_loss(m);
     comm_sum(loss, 1);
     comm_sum(sums, N_SUMS);
@@ -2229,9 +2356,11 @@ static int sample_token(const float *logits, int V, double temperature, double c
     return best;
 }
 
-// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait in their next comm_barrier.
+// Prints --prompt and up to --sample-tokens more. Rank 0 alone, the others wait in their next comm_barrier;
+// with shared weights no rank can do without the others, and all do the same (but print nothing).
 static void generate(Trainer *tr) {
-    if (comm_rank() || !opt.sample_tokens) return;
+    const int together = tr->m->plan.zero == 3;
+    if ((comm_rank() && !together) || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
     const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos;
     const int room = (int)opt.seq_len;
@@ -2244,7 +2373,7 @@ static void generate(Trainer *tr) {
         tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
-    for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
+    for (int64_t i = 0; i < opt.sample_tokens && !(together ? stop_requested() : signals); i++) {
         const int window = n < room ? n : room;             // the last tokens that the model can see
         const uint64_t draw = ((uint64_t)tr->state.step << 20) + (uint64_t)i;
         comm_busy();
@@ -2329,18 +2458,18 @@ static void train(Trainer *tr) {
 static void dump_grads(Trainer *tr) {
     double mean_loss;
     if (!update_gradients(tr, &mean_loss)) die("--dump-grads: stopped by a signal");
-    if (comm_rank()) return;
     const ParamTable *p = model_table(tr->m);
     const float loss = (float)mean_loss;
     const int64_t one = 1;
-    StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
-    st_declare(w, "loss", ST_F32, 1, &one);
-    st_declare_table(w, p, ST_F32);
-    st_begin(w);
-    st_write(w, &loss, 1);
-    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++)
-        save_values(w, tr->m, STATE_GRADS, t->unit, t->at, t->n);
-    const int failed = st_finish(w, NULL, NULL);
+    StWriter *w = comm_rank() ? NULL : st_create(opt.dump_grads, "{\"format\":\"pt\"}");
+    if (w) {
+        st_declare(w, "loss", ST_F32, 1, &one);
+        st_declare_table(w, p, ST_F32);
+        st_begin(w);
+        st_write(w, &loss, 1);
+    }
+    save_table(w, tr->m, STATE_GRADS);
+    const int failed = w ? st_finish(w, NULL, NULL) : 0;
     if (failed) die("--dump-grads: %s: cannot write: %s", opt.dump_grads, strerror(failed));
     printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
 }
@@ -2387,8 +2516,10 @@ static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
     const int samples = opt.generate || (training && opt.sample_every);
     const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
-    Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
+    const int shard = !opt.zero ? 1 : opt.shard_size ? (int)opt.shard_size : machine->ranks;
+    Plan plan = {machine->ranks, comm_rank(), shard > 1 ? (int)opt.zero : 0, shard, (int)B, (int)opt.seq_len,
+                 (int)opt.logits_chunk, opt.precision == BF16, opt.optimizer_dtype == BF16,
+                 (int)opt.recompute, training,
                  samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};
     return plan;
 }
@@ -2571,6 +2702,9 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 // Sizes of everything; nothing is allocated yet.
 static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
+    if (opt.shard_size && !opt.zero) die("--shard-size %" PRId64 " is for --zero 1, 2 or 3", opt.shard_size);
+    if (opt.shard_size && machine.ranks % opt.shard_size)
+        die("--shard-size %" PRId64 " does not divide %d ranks", opt.shard_size, machine.ranks);
     resolve_batch(&tr->c, &machine);
     if ((is_training() || opt.dry_run) && opt.total_batch_tokens)
         tr->epoch = (double)data_windows(opt.train_data, (int)opt.seq_len) * (double)opt.seq_len
@@ -2760,6 +2894,7 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
 }
 
 static void setup_weights(Trainer *tr, const char *resume_dir) {
+    comm_share(tr->m->plan.shard);
     model_alloc(tr->m);
     if (opt.stage == STAGE_DPO && !opt.generate) setup_reference(tr, resume_dir);
     if (resume_dir) checkpoint_read_model(resume_dir, tr->m, /*state=*/is_training());
@@ -2893,6 +3028,7 @@ int comm_world(void) { return comm.world; }
 // BUCKET: elements of one all-reduce, so that large units overlap too
 enum { MAX_PENDING = 4096, BUCKET = 1 << 22 };
 static MPI_Comm rounds;                     // all ranks, for barriers
+static MPI_Comm group, copies;              // ranks that share a copy; those with this rank's shares
 static MPI_Request pending[MAX_PENDING];
 static int n_pending;
 #define MPI_FLOATX (sizeof(floatX) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT)
@@ -2985,20 +3121,29 @@ void comm_barrier(void) {
     } while (anybody_busy);
 }
 
-void comm_reduce_finish(void) {
-    if (n_pending) comm_wait(pending, n_pending, "the all-reduce of gradients");
+void comm_share(int shard) {
+    if (comm.world == 1) return;
+    MPI_Comm_split(MPI_COMM_WORLD, comm.rank / shard, comm.rank, &group);
+    MPI_Comm_split(MPI_COMM_WORLD, comm.rank % shard, comm.rank, &copies);
+}
+
+void comm_finish_sums(void) {
+    if (n_pending) comm_wait(pending, n_pending, "the sums of gradients");
     n_pending = 0;
 }
 
-// x (n) becomes its sum over ranks some time before comm_reduce_finish returns; until then it must not be
-// touched.
-void comm_reduce_start(floatX *x, size_t n) {
+static MPI_Request *next_request(void) {
+    if (n_pending == MAX_PENDING) comm_finish_sums();
+    return &pending[n_pending++];
+}
+
+// x (n) becomes its sum over all ranks, or over the copies of this share, some time before comm_finish_sums
+// returns; until then it must not be touched.
+void comm_all_reduce(floatX *x, size_t n, int among_copies) {
     if (comm.world == 1) return;
-    for (size_t at = 0; at < n; at += BUCKET) {
-        if (n_pending == MAX_PENDING) comm_reduce_finish();
+    for (size_t at = 0; at < n; at += BUCKET)
         MPI_Iallreduce(MPI_IN_PLACE, x + at, (int)min_size(n - at, BUCKET), MPI_FLOATX, MPI_SUM,
-                       MPI_COMM_WORLD, &pending[n_pending++]);
-    }
+                       among_copies ? copies : MPI_COMM_WORLD, next_request());
 }
 
 // MPI moves data only inside its calls: backward calls this once per layer.
@@ -3007,12 +3152,23 @@ void comm_progress(void) {
     if (n_pending) MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);
 }
 
-// Rank r holds elements [r*n, (r+1)*n) of x; afterwards all ranks hold all.
-void comm_allgather(floatX *x, size_t n) {
-    MPI_Request r;
+static void check_count(size_t n) {
     if (n > INT_MAX)
         die("a unit of %zu elements per rank is too large for MPI; use more ranks or --zero 0", n);
-    MPI_Iallgather(MPI_IN_PLACE, 0, MPI_FLOATX, x, (int)n, MPI_FLOATX, MPI_COMM_WORLD, &r);
+}
+
+// x (S*n), its r-th n elements being of rank r of those that share: x[0..n) becomes their sum over these
+// ranks in this one's part, as comm_all_reduce does it.
+void comm_reduce_scatter(floatX *x, size_t n) {
+    check_count(n);
+    MPI_Ireduce_scatter_block(MPI_IN_PLACE, x, (int)n, MPI_FLOATX, MPI_SUM, group, next_request());
+}
+
+// Rank r of those that share holds elements [r*n, (r+1)*n) of x; afterwards all of these ranks hold all.
+void comm_all_gather(floatX *x, size_t n) {
+    MPI_Request r;
+    check_count(n);
+    MPI_Iallgather(MPI_IN_PLACE, 0, MPI_FLOATX, x, (int)n, MPI_FLOATX, group, &r);
     comm_wait(&r, 1, "the all-gather of weights");
 }
 #else
@@ -3029,10 +3185,12 @@ void comm_finish(void) {}
 void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
 void comm_sum(double *x, int n) { (void)x; (void)n; }
 double comm_max(double x) { return x; }
-void comm_reduce_start(floatX *x, size_t n) { (void)x; (void)n; }
+void comm_share(int shard) { (void)shard; }
+void comm_all_reduce(floatX *x, size_t n, int among_copies) { (void)x; (void)n; (void)among_copies; }
 void comm_progress(void) {}
-void comm_reduce_finish(void) {}
-void comm_allgather(floatX *x, size_t n) { (void)x; (void)n; }
+void comm_finish_sums(void) {}
+void comm_reduce_scatter(floatX *x, size_t n) { (void)x; (void)n; }
+void comm_all_gather(floatX *x, size_t n) { (void)x; (void)n; }
 void comm_busy(void) {}
 void comm_barrier(void) {}
 #endif
@@ -4679,12 +4837,12 @@ static void table_tensor(ParamTable *p, const char *prefix, const char *name, in
     p->n_params += t->n;
 }
 
-// The table of a model; unit sizes are divisible by the number of ranks.
-void param_table_build(ParamTable *p, const Config *c, int world) {
+// The table of a model whose units are shared by `shard` ranks.
+void param_table_build(ParamTable *p, const Config *c, int shard) {
     memset(p, 0, sizeof *p);
     p->units = (Unit *)xcalloc((size_t)c->L + 2, sizeof(Unit));
     p->tensors = (Tensor *)xcalloc(((size_t)c->L + 2) * MAX_TENSORS_PER_UNIT, sizeof(Tensor));
-    p->unit_align = (size_t)UNIT_ALIGN * world;
+    p->unit_align = (size_t)UNIT_ALIGN * shard;
     size_t vocab_padding = (size_t)(c->Vp - c->V) * c->C;
     table_unit(p, "embed", vocab_padding);
     table_tensor(p, "model.", "embed_tokens.weight", c->V, c->C, INIT_NORMAL, 0);
@@ -4715,6 +4873,21 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
     table_unit(p, "head", c->tied ? 0 : vocab_padding);
     table_tensor(p, "model.", "norm.weight", c->C, 0, INIT_ONE, 0);
     if (!c->tied) table_tensor(p, "", "lm_head.weight", c->V, c->C, INIT_NORMAL, 0);
+}
+
+// Where a shared unit is whole, in elements from the first slot on: one slot for the embedding, one for the
+// head, two in turn for the layers, which are of one size.
+size_t slot_at(const ParamTable *p, int u) {
+    const Unit *embed = &p->units[UNIT_EMBED], *head = &p->units[p->n_units - 1];
+    if (u == UNIT_EMBED) return 0;
+    if (u == p->n_units - 1) return embed->n_padded;
+    return embed->n_padded + head->n_padded + (size_t)((u - UNIT_LAYER) % 2) * p->units[u].n_padded;
+}
+
+size_t slots_size(const ParamTable *p) {
+    const int layers = p->n_units - 2;
+    return p->units[UNIT_EMBED].n_padded + p->units[p->n_units - 1].n_padded
+         + (size_t)(layers < 2 ? layers : 2) * p->units[UNIT_LAYER].n_padded;
 }
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
@@ -6100,14 +6273,25 @@ void st_declare_table(StWriter *w, const ParamTable *p, int dtype) {
     }
 }
 
-static void save_weights(Saving *s, const Model *m, int dtype) {
+// The tensors of the table in one kind of state, weights or gradients, are the next values of w. All ranks
+// call it, for a unit may have to be gathered; those that do not write have no w.
+void save_table(StWriter *w, Model *m, int kind) {
     const ParamTable *p = model_table(m);
-    StWriter *w = save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
-    st_declare_table(w, p, dtype);
-    st_begin(w);
-    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++)
-        save_values(w, m, STATE_WEIGHTS, t->unit, t->at, t->n);
-    save_end(s, w, "model.safetensors");
+    for (int u = 0; u < p->n_units; u++) {
+        model_gather(m, kind, u);
+        const Tensor *t = p->tensors + p->units[u].first_tensor;
+        for (int i = 0; w && i < p->units[u].n_tensors; i++) save_values(w, m, kind, u, t[i].at, t[i].n);
+    }
+}
+
+static void save_weights(Saving *s, Model *m, int dtype) {
+    StWriter *w = comm_rank() ? NULL : save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
+    if (w) {
+        st_declare_table(w, model_table(m), dtype);
+        st_begin(w);
+    }
+    save_table(w, m, STATE_WEIGHTS);
+    if (w) save_end(s, w, "model.safetensors");
 }
 
 static const char *const state_kinds[] = {"weights", "master", "m", "v"};
@@ -6233,8 +6417,8 @@ static void checkpoint_place(Saving *s, const char *tmp, const Options *o, int64
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o) {
-    int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
+void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o) {
+    int rank = comm_rank(), parts = m->plan.shard;
     Str tmp = free_name(o->out, t->step);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     // CRC-32 and bytes of each optimizer file; failures
@@ -6246,8 +6430,8 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
+    save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
     if (rank == 0 && !s.error.n) {
-        save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
         save_side_files(&s, c, o);
         save_trainer_state(&s, t);
     }
@@ -6561,12 +6745,13 @@ enum { REFERENCE_MAGIC = 20261129, REFERENCE_WORDS = 16 };
 static const char *const reference_words[] = {"magic", "version", "CRC of the reference", "CRC of the shard",
     "sequence length", "precision", "rows", "pairs per row", "CRC of the values"};
 
-uint32_t model_crc(const Model *m, const Config *c) {
+uint32_t model_crc(Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
     const Str arithmetic = config_arithmetic(c);
     uint32_t crc = crc32_update(0, arithmetic.s, strlen(arithmetic.s));
     for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
         crc = crc32_update(crc, t->name, strlen(t->name));
+        model_gather(m, STATE_WEIGHTS, t->unit);
         for (size_t at = 0; at < t->n; at += IO_CHUNK) {
             const size_t n = min_size(t->n - at, IO_CHUNK);
             model_read(m, STATE_WEIGHTS, t->unit, t->at + at, n, io_values[0]);

@@ -34,7 +34,8 @@ Rules
 - Every sum has a fixed order: no float atomics, so two runs give the same bits.
 - Memory: one arena each for weights, gradients, optimizer, activations and workspace, allocated before step
   0; no GPU memory is allocated in a step.
-- Kernels start only through launch(), on gpu.stream; inline PTX stands once, at the head of section 3; no
+- Kernels start only through launch(), on gpu.stream, and those of sums over ranks through launch_on(), on
+  gpu.comm_stream; inline PTX stands once, at the head of section 3; no
   architecture #ifdef outside it.
 - The text between SHARED BEGIN and SHARED END is the twin's, copied by `make sync`.
 Not here: tensor and pipeline parallelism, mixture of experts, serving, training of tokenizers.
@@ -94,18 +95,16 @@ enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA contex
 static const char device_peak_is[] = "datasheet, dense";
 static const char device_also_takes[] = ", and about 800 MiB for context, cuBLASLt and NCCL";
 
-// Sums of gradients over ranks, section 7
-void comm_reduce_start(float *x, size_t n);
-void comm_reduce_finish(void);
+// Sums and copies over ranks, section 7. They run on gpu.comm_stream once gpu.stream has come this far
+template <typename T> void comm_all_reduce(T *x, size_t n, int among_copies);
+template <typename T> void comm_reduce_scatter(T *x, size_t n);
+template <typename T> void comm_all_gather(T *x, const T *own, size_t n);
+void comm_follow(void);
+void comm_join(void);
 void gpu_wait(cudaEvent_t event);
 
 // What this trainer does not do: an option with this value (NULL: with any), and why.
 static const struct { const char *option, *value, *why; } refused[] = {
-    {"--zero", "1", "is not in this version of the CUDA trainer; it keeps whole copies on every GPU"},
-    {"--zero", "2", "is not in this version of the CUDA trainer; it keeps whole copies on every GPU"},
-    {"--zero", "3", "is not in this version of the CUDA trainer; it keeps whole copies on every GPU"},
-    {"--shard-size", NULL, "is not in this version of the CUDA trainer; it keeps whole copies on every GPU"},
-    {"--reduce-dtype", "bf16", "is not in this version"},
     {"--deterministic", "off", ": there are only deterministic kernels"},
     {"--gpus", NULL, "is not in this version; without ZeRO the memory per GPU does not depend on it"},
     {"--nodes", NULL, "is not in this version; without ZeRO the memory per GPU does not depend on it"},
@@ -295,7 +294,7 @@ typedef struct Tensor {
 // what is reduced, sharded and saved together: the embedding, a layer, final norm and head
 typedef struct Unit {
     char name[24];              // "embed", "layers.7", "head"
-    // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks
+    // place in the flat buffer, elements; n_padded: a multiple of UNIT_ALIGN * ranks that share
     size_t at, n, n_padded;
     size_t vocab_padding;       // elements, for the rows V .. Vp-1
     int first_tensor, n_tensors;
@@ -403,6 +402,7 @@ typedef struct Model Model;     // section 4
 
 typedef struct Plan {           // what decides the size of every array of a rank
     int ranks, rank, zero;
+    int shard;                  // S ranks hold the shares of one copy, S*k .. S*k+S-1; 1: nothing is shared
     int B, T, chunk;            // micro-step of B sequences of T tokens; rows of logits that exist at a time
     int bf16, bf16_state, recompute;
     int training;               // 0: evaluation and samples; weights and activations are all there is
@@ -427,8 +427,10 @@ double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
 uint64_t hash_string(const char *s);
 // 11
-void param_table_build(ParamTable *p, const Config *c, int world);
+void param_table_build(ParamTable *p, const Config *c, int shard);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
+size_t slot_at(const ParamTable *p, int u);
+size_t slots_size(const ParamTable *p);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -438,6 +440,7 @@ void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
 void comm_barrier(void);
 void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
+void comm_share(int shard);                             // which ranks hold the shares of one copy
 void comm_broadcast(void *data, size_t bytes);          // from rank 0
 void comm_sum(double *x, int n);                        // over ranks, in place
 double comm_max(double x);
@@ -470,9 +473,10 @@ typedef struct Gpu {
     float *scratch;                     // partial sums of kernels
     float *staging;                     // pinned: IO_CHUNK floats per thread, to or from the device
     int number;                         // of the device
-    cudaStream_t comm_stream;           // sums of gradients over ranks, under the compute of `stream`
+    cudaStream_t comm_stream;           // sums and copies over ranks, under the compute of `stream`
     cudaEvent_t ready, summed;
-    void *nccl;                         // ncclComm_t, NULL with one rank
+    // ncclComm_t, NULL with one rank: all ranks; those that share a copy; those with this rank's shares
+    void *nccl, *group, *copies;
     char bus[32];                       // PCI address: which one it is
 } Gpu;
 static Gpu gpu;                         // every op works on gpu.stream
@@ -499,10 +503,12 @@ static int device_attribute(cudaDeviceAttr attribute) {
 // More than 48 KiB of shared memory, static and dynamic together, is opted in to (no kernel here has more
 // than 17 KiB of static). Errors inside the kernel show at the next synchronising call
 // (CUDA_LAUNCH_BLOCKING=1 moves that to the launch).
-#define launch(...) launch_kernel("launch(" #__VA_ARGS__ ")", __FILE__, __LINE__, __VA_ARGS__)
+#define launch(...) launch_on(gpu.stream, __VA_ARGS__)
+#define launch_on(stream, ...) \
+    launch_kernel(stream, "launch(" #__VA_ARGS__ ")", __FILE__, __LINE__, __VA_ARGS__)
 template <typename... P, typename... A>
-void launch_kernel(const char *call, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block,
-                   size_t shared_bytes, A... args) {
+void launch_kernel(cudaStream_t stream, const char *call, const char *file, int line, void (*kernel)(P...),
+                   dim3 grid, dim3 block, size_t shared_bytes, A... args) {
     if (shared_bytes > 31 << 10)
         cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                    (int)shared_bytes), call, file, line);
@@ -510,7 +516,7 @@ void launch_kernel(const char *call, const char *file, int line, void (*kernel)(
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
-    config.stream = gpu.stream;
+    config.stream = stream;
     cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), call, file, line);
 }
 
@@ -2607,6 +2613,26 @@ void adamw_update(floatX *w, float *master, floatM *m, floatM *v, const float *g
            grad, n, a);
 }
 
+// ---- convert_kernel1: gradients on their way between ranks ------------------------------------------------
+// to (n) = from (n), rounded to T; ADD: +=. On the stream of communication
+// bytes   n·(4 + 2); a unit of 80 M: 480 MB, 0.14 ms of an H100's memory under the products of the next unit
+// limits  n % 4 == 0, both aligned to 4 elements
+template <int ADD, typename T, typename From>
+__global__ void convert_kernel1(T *to, const From *from, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= n) return;
+    float x[4];
+    widen(x, load<4>(from + i));
+    if constexpr (ADD) accumulate(x, to + i);
+    store(to + i, narrow<T>(x));
+}
+
+template <int ADD, typename T, typename From> void convert(T *to, const From *from, size_t n) {
+    assert(n % 4 == 0);
+    launch_on(gpu.comm_stream, convert_kernel1<ADD, T, From>, (unsigned)CEIL_DIV(n, 4 * 256), 256, 0, to,
+              from, n);
+}
+
 // ==== 4. Model: layout, forward, head and loss, backward, update ===========================================
 // ---- parameters: pointers into one unit of the weights or of the gradients, wherever the unit lies --------
 template <typename T> struct LayerParams {
@@ -2678,8 +2704,14 @@ struct Model {                          // what does not depend on the precision
     int B, T, N;                        // micro-step: N = B*T rows
     // rows of logits that exist at a time; N_chunks*chunk >= N rows of norm and nll
     int chunk, N_chunks;
-    float *grads, *master;              // flat, (p.n); in fp32 the weights are their own master
-    void *m, *v;                        // flat, float or bf16
+    // Flat: of all units, (p.n), or this rank's shares of them, (p.n / S): master, m and v from ZeRO 1 on,
+    // gradients from 2 on, weights with 3. In fp32 the weights are their own master.
+    float *grads, *master;
+    void *m, *v;                        // float or bf16
+    float *whole_grads;                 // (slots_size) shared units, whole while they are used
+    bf16 *wire;                         // --reduce-dtype bf16: a unit's gradients on their way
+    uint8_t *is_whole;                  // (n_units) weights are gathered, or will be by
+    cudaEvent_t *gathered, *reduced;    // (n_units) these events of gpu.comm_stream
     float *nll;                         // (N_chunks*chunk) loss of each target
     uint8_t *is_top;                    // (N)          whether it is the likeliest token; of losses only
     float *cosine, *sine;               // (T,D/2)
@@ -2694,7 +2726,7 @@ struct Model {                          // what does not depend on the precision
 };
 
 template <typename floatX> struct ModelOf : Model {
-    floatX *weights;                    // flat, (p.n)
+    floatX *weights, *whole_weights;    // as grads and whole_grads
     LayerActs<floatX> *acts;            // (L)
     floatX *x_last;                     // (N,C)        input of the final norm
     float *rstd_last;                   // (N)
@@ -2715,11 +2747,30 @@ template <typename F> static void with_precision(const Model *m, F f) {
 const ParamTable *model_table(const Model *m) { return &m->p; }
 double model_bytes(const Model *m, int arena) { return (double)m->arena[arena].used; }
 
-// Where unit u lies
-template <typename floatX> static floatX *unit_weights(const ModelOf<floatX> *m, int u) {
-    return m->weights + m->p.units[u].at;
+// The part of unit u whose optimizer state this rank holds: its elements [*first, *first + *n).
+void state_share(const Model *m, int u, size_t *first, size_t *n) {
+    *n = m->p.units[u].n_padded / m->plan.shard;
+    *first = *n * (m->plan.rank % m->plan.shard);
 }
-static float *unit_grads(const Model *m, int u) { return m->grads + m->p.units[u].at; }
+
+// x of this rank's part of unit u, in a flat buffer of shares or of units
+template <typename T> static T *own(const Model *m, T *x, int of_shares, int u) {
+    size_t first, n;
+    state_share(m, u, &first, &n);
+    return x + (of_shares ? m->p.units[u].at / m->plan.shard : m->p.units[u].at + first);
+}
+template <typename floatX> static floatX *own_weights(const ModelOf<floatX> *m, int u) {
+    return own(m, m->weights, m->plan.zero == 3, u);
+}
+static float *own_grads(const Model *m, int u) { return own(m, m->grads, m->plan.zero >= 2, u); }
+
+// Where unit u lies, whole
+template <typename floatX> static floatX *unit_weights(const ModelOf<floatX> *m, int u) {
+    return m->plan.zero == 3 ? m->whole_weights + slot_at(&m->p, u) : m->weights + m->p.units[u].at;
+}
+static float *unit_grads(const Model *m, int u) {
+    return m->plan.zero >= 2 ? m->whole_grads + slot_at(&m->p, u) : m->grads + m->p.units[u].at;
+}
 template <typename floatX> static HeadParams<floatX> head_weights(const ModelOf<floatX> *m) {
     return head_params(unit_weights(m, m->p.n_units - 1), unit_weights(m, UNIT_EMBED), &m->p);
 }
@@ -2756,15 +2807,18 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     const Plan *plan = &m->plan;
     const size_t n = m->p.n, N = m->N, padded = (size_t)m->chunk * m->N_chunks;
     const size_t HD = (size_t)c->H * c->D, KD = (size_t)c->K * c->D;
-    take(&m->arena[ARENA_WEIGHTS], &m->weights, n);
+    const size_t n_state = n / plan->shard, slots = slots_size(&m->p);
+    take(&m->arena[ARENA_WEIGHTS], &m->weights, plan->zero == 3 ? n_state : n);
+    if (plan->zero == 3) take(&m->arena[ARENA_WEIGHTS], &m->whole_weights, slots);
     m->master = (float *)m->weights;
     if (plan->training) {
-        const size_t state_bytes = n * (plan->bf16_state ? sizeof(bf16) : sizeof(float));
-        take(&m->arena[ARENA_GRADIENTS], &m->grads, n);
+        const size_t state_bytes = n_state * (plan->bf16_state ? sizeof(bf16) : sizeof(float));
+        take(&m->arena[ARENA_GRADIENTS], &m->grads, plan->zero >= 2 ? n_state : n);
+        if (plan->zero >= 2) take(&m->arena[ARENA_GRADIENTS], &m->whole_grads, slots);
         Arena *o = &m->arena[ARENA_OPTIMIZER];
         take(o, (char **)&m->m, state_bytes);
         take(o, (char **)&m->v, state_bytes);
-        if (plan->bf16) take(o, &m->master, n);
+        if (plan->bf16) take(o, &m->master, n_state);
     }
     Arena *a = &m->arena[ARENA_ACTIVATIONS];
     const int keep_block = plan->training && plan->recompute != RECOMPUTE_BLOCK;
@@ -2786,6 +2840,11 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
     take(w, &m->norm, padded * c->C);
     take(w, &m->h, N * c->F);
     if (plan->training) {
+        if (plan->ranks > 1 && opt.reduce_dtype == BF16) {
+            size_t longest = 0;
+            for (int u = 0; u < m->p.n_units; u++) longest = std::max(longest, m->p.units[u].n_padded);
+            take(w, &m->wire, longest);
+        }
         take(w, &m->dnorm, padded * c->C);
         take(w, &m->dx, N * c->C);
         take(w, &m->datt, N * HD);
@@ -2815,7 +2874,11 @@ Model *model_plan(const Config *c, const Plan *plan) {
     m->N = m->B * m->T;
     m->chunk = plan->chunk < m->N ? plan->chunk : m->N;
     m->N_chunks = CEIL_DIV(m->N, m->chunk);
-    param_table_build(&m->p, c, plan->ranks);
+    param_table_build(&m->p, c, plan->shard);
+    const size_t n_units = m->p.n_units;
+    m->is_whole = (uint8_t *)xcalloc(n_units, 1);
+    m->gathered = (cudaEvent_t *)xcalloc(2 * n_units, sizeof(cudaEvent_t));
+    m->reduced = m->gathered + n_units;
     m->kept = (int *)xcalloc((size_t)plan->sample, sizeof(int));
     with_precision(m, [&](auto *m) {
         m->acts = (decltype(m->acts))xcalloc((size_t)c->L, sizeof *m->acts);
@@ -2845,6 +2908,9 @@ void model_alloc(Model *m) {
     cudaCheck(cudaMallocHost((void **)&m->weight_host, (size_t)m->N * sizeof(double)));
     cudaCheck(cudaEventCreateWithFlags(&m->fed, cudaEventDisableTiming));
     cudaCheck(cudaEventCreateWithFlags(&m->weighed, cudaEventDisableTiming));
+    for (int i = 0; i < 2 * m->p.n_units && m->plan.zero; i++)
+        cudaCheck(cudaEventCreateWithFlags(&m->gathered[i], cudaEventDisableTiming));
+    memset(m->is_whole, m->plan.zero < 3, (size_t)m->p.n_units);
     rope_table(m->cosine, m->sine, &m->c, m->T);
     if (!gpu.staging)
         cudaCheck(cudaMallocHost((void **)&gpu.staging, (size_t)IO_THREADS * IO_CHUNK * sizeof(float)));
@@ -2854,18 +2920,104 @@ void model_alloc(Model *m) {
 void model_free(Model *m) {
     with_precision(m, [](auto *m) { free(m->acts); });
     free(m->kept);
+    free(m->is_whole);
+    free(m->gathered);
     free(m->p.tensors);
     free(m->p.units);
     free(m);
 }
 
-// ---- weights and state ------------------------------------------------------------------------------------
-// The part of unit u whose optimizer state this rank holds: its elements [*first, *first + *n).
-void state_share(const Model *m, int u, size_t *first, size_t *n) {
-    *first = 0;
-    *n = m->p.units[u].n_padded;
+// ---- units between ranks: ZeRO (Rajbhandari et al. 2020) --------------------------------------------------
+// S ranks share one copy of the state, each unit in S equal parts: from ZeRO 1 on the optimizer's, from 2 on
+// the gradients, with 3 the weights. Nothing but these verbs knows of it:
+//     unit_gather(m, u, next)     before use: unit u's weights are whole; begins with the unit used next
+//     grads_open(m, u)            before backward adds to unit u's gradients
+//     unit_reduce(m, u, last)     after backward: begins to add them up over ranks; last: of an update
+//     reduce_finish(m)            all sums are complete
+// A shared unit is whole in its slot. The embedding and the head stay in theirs until the next update; layers
+// have two in turn, so that a unit can be on its way while another is in use: to gather one releases the one
+// before. All collectives run on gpu.comm_stream, in the order of these calls, which is that of all ranks.
+
+// Whoever used its slot before is behind gpu.stream's present end.
+template <typename floatX> static void gather_start(ModelOf<floatX> *m, int u) {
+    if (m->is_whole[u]) return;
+    for (int v = 0; v < m->p.n_units && m->plan.zero == 3; v++)
+        if (slot_at(&m->p, v) == slot_at(&m->p, u)) m->is_whole[v] = 0;
+    comm_follow();
+    comm_all_gather(unit_weights(m, u), own_weights(m, u), m->p.units[u].n_padded / m->plan.shard);
+    cudaCheck(cudaEventRecord(m->gathered[u], gpu.comm_stream));
+    m->is_whole[u] = 1;
 }
 
+template <typename floatX> static void unit_gather(ModelOf<floatX> *m, int u, int next) {
+    if (!m->plan.zero) return;
+    gather_start(m, u);
+    gather_start(m, next);
+    cudaCheck(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0));
+}
+
+// All weights are others than before. Those that stay whole are (ZeRO 1, 2: will be, in the order of their
+// use) gathered at once.
+static void weights_changed(Model *m) {
+    memset(m->is_whole, m->plan.zero < 3, (size_t)m->p.n_units);
+    m->n_kept = 0;
+}
+
+static void grads_open(Model *m, int u) {
+    if (m->plan.zero < 2) return;
+    for (int v = 0; v < m->p.n_units; v++) if (slot_at(&m->p, v) == slot_at(&m->p, u))
+        cudaCheck(cudaStreamWaitEvent(gpu.stream, m->reduced[v], 0));
+    cudaCheck(cudaMemsetAsync(unit_grads(m, u), 0, m->p.units[u].n_padded * sizeof(float), gpu.stream));
+}
+
+// x (n) = its sum over all ranks, or over the copies of this share, by way of the wire's type
+static void sum_over_ranks(Model *m, float *x, size_t n, int among_copies) {
+    if (!m->wire) return comm_all_reduce(x, n, among_copies);
+    convert<0>(m->wire, x, n);
+    comm_all_reduce(m->wire, n, among_copies);
+    convert<0>(x, m->wire, n);
+}
+
+static void unit_reduce(Model *m, int u, int last) {
+    size_t first, n;
+    float *x = unit_grads(m, u);
+    if (m->plan.ranks == 1) return;
+    if (m->plan.zero < 2 && !last) return;      // whole gradients add up here until then
+    state_share(m, u, &first, &n);
+    comm_follow();
+    if (!m->plan.zero) return sum_over_ranks(m, x, n, /*among_copies=*/0);
+    if (m->wire) {
+        convert<0>(m->wire, x, n * m->plan.shard);
+        comm_reduce_scatter(m->wire, n);
+        if (m->plan.zero == 1) convert<0>(own_grads(m, u), m->wire + first, n);
+        else convert<1>(own_grads(m, u), m->wire + first, n);
+    } else {
+        comm_reduce_scatter(x, n);
+        if (m->plan.zero >= 2) convert<1>(own_grads(m, u), x + first, n);
+    }
+    cudaCheck(cudaEventRecord(m->reduced[u], gpu.comm_stream));
+}
+
+// gpu.stream goes on when all sums are complete.
+void reduce_finish(Model *m) {
+    if (m->plan.ranks == 1) return;
+    for (int u = 0; u < m->p.n_units && m->plan.zero && m->plan.shard < m->plan.ranks; u++)
+        sum_over_ranks(m, own_grads(m, u), m->p.units[u].n_padded / m->plan.shard, /*among_copies=*/1);
+    comm_join();
+}
+
+// Unit u's weights or gradients are whole, for model_read; all ranks call it.
+void model_gather(Model *m, int what, int u) {
+    size_t first, n;
+    with_precision(m, [&](auto *m) { unit_gather(m, u, u); });
+    if (what != STATE_GRADS || !m->plan.zero) return;
+    state_share(m, u, &first, &n);
+    comm_follow();
+    comm_all_gather(unit_grads(m, u), own_grads(m, u), n);
+    comm_join();
+}
+
+// ---- weights and state ------------------------------------------------------------------------------------
 // Threads convert at the same time, each in its part of gpu.staging; their copies take turns on gpu.stream,
 // behind the kernels.
 static void copy_staged(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
@@ -2895,36 +3047,55 @@ template <typename T> static void copy_from_host(T *x, size_t n, const float *ho
     }
 }
 
-// One kind of state: a flat buffer of floats or of bf16.
-typedef struct State { void *x; int bf16; } State;
-static State state_of(const Model *m, int what) {
-    State weights = {NULL, m->plan.bf16};
-    with_precision(m, [&](auto *m) { weights.x = m->weights; });
-    const State by_kind[] = {weights, {m->master, 0}, {m->m, m->plan.bf16_state}, {m->v, m->plan.bf16_state},
-                             {m->grads, 0}};
-    return by_kind[what];                       // STATE_*
+// Element `at` of unit u in one kind of state: master, m and v only of this rank's share, weights and
+// gradients of any that is whole.
+typedef struct State { void *x; int bf16; size_t at; } State;
+static State state_of(const Model *m, int what, int u, size_t at) {
+    State s = {NULL, m->plan.bf16, at};
+    size_t first, n;
+    state_share(m, u, &first, &n);
+    if (what == STATE_GRADS) s = {unit_grads(m, u), 0, at};
+    else if (what == STATE_WEIGHTS) with_precision(m, [&](auto *m) { s.x = unit_weights(m, u); });
+    else if (what == STATE_MASTER && !m->plan.bf16)
+        with_precision(m, [&](auto *m) { s = {own_weights(m, u), 0, at - first}; });
+    else {
+        void *const by_kind[] = {NULL, m->master, m->m, m->v};
+        s = {by_kind[what], what != STATE_MASTER && m->plan.bf16_state, 0};
+        s.at = m->p.units[u].at / m->plan.shard + (at - first);
+    }
+    return s;
 }
 
 // Host access for checkpoints: elements [at, at+n) of unit u as fp32; of master, m and v those of this rank's
-// share.
+// share, of weights and gradients after model_gather.
 void model_read(const Model *m, int what, int u, size_t at, size_t n, float *host) {
-    const State s = state_of(m, what);
-    at += m->p.units[u].at;
-    if (s.bf16) copy_to_host((bf16 *)s.x + at, n, host);
-    else copy_to_host((float *)s.x + at, n, host);
+    const State s = state_of(m, what, u, at);
+    if (s.bf16) copy_to_host((bf16 *)s.x + s.at, n, host);
+    else copy_to_host((float *)s.x + s.at, n, host);
 }
 
-// Weights go to the master too, so that nothing is lost on the way through bf16.
+static void write_state(const State &s, size_t n, const float *host) {
+    if (s.bf16) copy_from_host((bf16 *)s.x + s.at, n, host);
+    else copy_from_host((float *)s.x + s.at, n, host);
+}
+
+// Weights go to the master too, so that nothing is lost on the way through bf16; of it, and of shared
+// weights, what is not in this rank's share is left out.
 void model_write(Model *m, int what, int u, size_t at, size_t n, const float *host) {
-    const State s = state_of(m, what);
-    at += m->p.units[u].at;
-    if (s.bf16) copy_from_host((bf16 *)s.x + at, n, host);
-    else copy_from_host((float *)s.x + at, n, host);
-    if (what == STATE_WEIGHTS && m->plan.bf16 && m->plan.training) copy_from_host(m->master + at, n, host);
+    size_t first, share;
+    state_share(m, u, &first, &share);
+    const size_t begin = std::max(at, first), end = std::min(at + n, first + share);
+    if (what != STATE_WEIGHTS || m->plan.zero < 3) write_state(state_of(m, what, u, at), n, host);
+    if (what != STATE_WEIGHTS || begin >= end) return;
+    if (m->plan.zero == 3) with_precision(m, [&](auto *m) {
+        copy_from_host(own_weights(m, u) + (begin - first), end - begin, host + (begin - at));
+    });
+    if (m->plan.bf16 && m->plan.training)
+        write_state(state_of(m, STATE_MASTER, u, begin), end - begin, host + (begin - at));
 }
 
 float *model_floats(const Model *, int, int, size_t) { return NULL; }
-void model_set_master(Model *) {}               // model_write has done it
+void model_set_master(Model *m) { weights_changed(m); }     // model_write has written it
 
 // ---- data to the device -----------------------------------------------------------------------------------
 static Feed feed_at(int *x, size_t N) {
@@ -2982,9 +3153,11 @@ static void attention_block_forward(ModelOf<floatX> *m, const LayerParams<floatX
 // Runs all layers on the batch's inputs; leaves the final norm's output (N,C) in m->norm.
 template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *batch) {
     const Config *c = &m->c;
-    const int N = batch->B * batch->T;
+    const int N = batch->B * batch->T, head = UNIT_LAYER + c->L;
+    unit_gather(m, UNIT_EMBED, UNIT_LAYER);
     embedding_forward(m->acts[0].x, batch->inputs, batch->order, unit_weights(m, UNIT_EMBED), N, c->C);
     for (int l = 0; l < c->L; l++) {
+        unit_gather(m, UNIT_LAYER + l, UNIT_LAYER + l + 1);
         const LayerParams<floatX> w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
         floatX *x_next = l + 1 < c->L ? m->acts[l + 1].x : m->x_last;
@@ -2993,6 +3166,7 @@ template <typename floatX> void llama_forward(ModelOf<floatX> *m, const Feed *ba
         mlp_forward(m->h, y->gate_up, m->norm, w.gate_up, N, c->C, c->F);
         matmul_forward(x_next, m->h, w.down, N, c->F, c->C, y->x_mid, NULL);
     }
+    unit_gather(m, head, head);
     rmsnorm_forward(m->norm, m->rstd_last, m->x_last, head_weights(m).norm, c->eps, N, c->C);
 }
 
@@ -3011,6 +3185,8 @@ template <typename floatX> void llama_head(ModelOf<floatX> *m, const Feed *batch
     const Config *c = &m->c;
     const int N = batch->B * batch->T;
     const floatX *head = head_weights(m).head;
+    if (weight) grads_open(m, UNIT_LAYER + c->L);
+    if (weight) grads_open(m, UNIT_EMBED);
     for (int n = 0; n < N; n += m->chunk) {
         const int rows = N - n < m->chunk ? N - n : m->chunk;
         floatX *norm = m->norm + (size_t)n * c->C;
@@ -3095,18 +3271,19 @@ void next_logits(Model *model, const int *ids, int n, float *logits) {
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------
-// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. unit_done(u), if given, is
-// called when the work of unit u is enqueued.
-template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *batch,
-                                               void (*unit_done)(Model *, int)) {
+// From m->dnorm, which llama_head left, to the gradients of all parameters, +=. last: of an update's
+// micro-steps.
+template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *batch, int last) {
     const Config *c = &m->c;
     const int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     floatX *none = NULL;
     cudaCheck(cudaMemsetAsync(m->dx, 0, (size_t)N * C * sizeof(floatX), gpu.stream));
     rmsnorm_backward(m->dx, head_grads(m).norm, none, m->dnorm, m->x_last, m->rstd_last, head_weights(m).norm,
                      N, C);
-    if (unit_done) unit_done(m, UNIT_LAYER + c->L);
+    unit_reduce(m, UNIT_LAYER + c->L, last);
     for (int l = c->L - 1; l >= 0; l--) {
+        unit_gather(m, UNIT_LAYER + l, l ? UNIT_LAYER + l - 1 : UNIT_LAYER);
+        grads_open(m, UNIT_LAYER + l);
         const LayerParams<floatX> w = layer_params(unit_weights(m, UNIT_LAYER + l), &m->p, l);
         const LayerParams<float> dw = layer_params(unit_grads(m, UNIT_LAYER + l), &m->p, l);
         LayerActs<floatX> *y = &m->acts[l];
@@ -3140,35 +3317,44 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *b
         matmul_backward_x(m->dnorm, m->dqkv, w.qkv, N, C, W);
         rmsnorm_backward(m->dx, dw.norm1, m->norm, m->dnorm, y->x, y->rstd1, w.norm1, N, C);
         matmul_backward_w(dw.qkv, m->dqkv, m->norm, N, C, W);
-        if (unit_done) unit_done(m, UNIT_LAYER + l);
+        unit_reduce(m, UNIT_LAYER + l, last);
     }
     embedding_backward(unit_grads(m, UNIT_EMBED), batch->order, batch->starts, batch->tokens,
                        batch->n_distinct, m->dx, N, C);
-    if (unit_done) unit_done(m, UNIT_EMBED);
+    unit_reduce(m, UNIT_EMBED, last);
 }
 
-void llama_backward(Model *model, const Batch *, void (*unit_done)(Model *, int)) {
-    with_precision(model, [&](auto *m) { llama_backward(m, &m->feed, unit_done); });
+void llama_backward(Model *model, const Batch *, int last) {
+    with_precision(model, [&](auto *m) { llama_backward(m, &m->feed, last); });
 }
 
 // ---- update -----------------------------------------------------------------------------------------------
 void model_zero_grads(Model *m) {
-    cudaCheck(cudaMemsetAsync(m->grads, 0, m->p.n * sizeof(float), gpu.stream));
+    const size_t n = m->plan.zero >= 2 ? m->p.n / m->plan.shard : m->p.n;
+    cudaCheck(cudaMemsetAsync(m->grads, 0, n * sizeof(float), gpu.stream));
 }
 
-// Starts to add up unit u's gradients over the ranks; model_reduce_finish waits for all.
-void model_reduce_unit(Model *m, int u) { comm_reduce_start(unit_grads(m, u), m->p.units[u].n_padded); }
-void model_reduce_finish(Model *) { comm_reduce_finish(); }
+// The part of a tensor that lies in this rank's share of its unit: the unit's elements [*at, *at + n); n.
+static size_t own_part(const Model *m, const Tensor *t, size_t *at) {
+    size_t first, n;
+    state_share(m, t->unit, &first, &n);
+    *at = t->at > first ? t->at : first;
+    const size_t end = min_size(t->at + t->n, first + n);
+    return end > *at ? end - *at : 0;
+}
 
 // Global L2 norm of the gradients; not finite: *bad names the first tensor at fault and *n_bad counts them.
 double gradient_norm(Model *m, const char **bad, int *n_bad) {
-    const int n = m->p.n_tensors;
+    const int n = m->p.n_tensors, is_copy = m->plan.rank >= m->plan.shard;
     double total = 0, *squares = (double *)xmalloc((size_t)n * sizeof(double));
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n && !(m->plan.zero && is_copy); i++) {
         const Tensor *t = &m->p.tensors[i];
-        sum_of_squares(m->sums + 1 + i, unit_grads(m, t->unit) + t->at, t->n);
+        size_t at, first, share, k = own_part(m, t, &at);
+        state_share(m, t->unit, &first, &share);
+        if (k) sum_of_squares(m->sums + 1 + i, own_grads(m, t->unit) + (at - first), k);
     }
     take_sums(m, 1, n, squares);
+    if (m->plan.zero) comm_sum(squares, n);
     *bad = NULL;
     *n_bad = 0;
     for (int i = 0; i < n; i++) {
@@ -3179,23 +3365,35 @@ double gradient_norm(Model *m, const char **bad, int *n_bad) {
     return sqrt(total);
 }
 
+// Each rank updates its shares; weights that it has whole are gathered at once, while the next are updated.
 template <typename floatM, typename floatX>
-static void update_tensors(ModelOf<floatX> *m, double lr, double grad_scale, int64_t step, const Options *o) {
+static void update_units(ModelOf<floatX> *m, double lr, double grad_scale, int64_t step, const Options *o) {
     const uint32_t key = (uint32_t)random_bits((uint64_t)o->seed, hash_string("update"), (uint64_t)step);
-    for (const Tensor *t = m->p.tensors; t < m->p.tensors + m->p.n_tensors; t++) {
-        const size_t at = m->p.units[t->unit].at + t->at;
-        adamw_update(m->weights + at, m->master + at, (floatM *)m->m + at, (floatM *)m->v + at, m->grads + at,
-                     t->n, lr, o->beta1, o->beta2, o->eps, t->decay ? o->weight_decay : 0, grad_scale, step,
-                     key, at);
+    for (int u = 0; u < m->p.n_units; u++) {
+        const Tensor *t = m->p.tensors + m->p.units[u].first_tensor, *end = t + m->p.units[u].n_tensors;
+        size_t first, share;
+        state_share(m, u, &first, &share);
+        for (; t < end; t++) {
+            size_t at, n = own_part(m, t, &at);
+            if (!n) continue;
+            const State master = state_of(m, STATE_MASTER, u, at);
+            const size_t i = m->p.units[u].at / m->plan.shard + (at - first);       // place among the shares
+            adamw_update(own_weights(m, u) + (at - first), (float *)master.x + master.at, (floatM *)m->m + i,
+                         (floatM *)m->v + i, own_grads(m, u) + (at - first), n, lr, o->beta1, o->beta2,
+                         o->eps, t->decay ? o->weight_decay : 0, grad_scale, step, key,
+                         m->p.units[u].at + at);
+        }
+        m->is_whole[u] = 0;
+        if (m->plan.zero == 1 || m->plan.zero == 2) gather_start(m, u);
     }
+    weights_changed(m);
 }
 
 // One AdamW update with gradients * grad_scale (clipping); step counts from 1.
 void model_update(Model *model, double lr, double grad_scale, int64_t step, const Options *o) {
-    model->n_kept = 0;                          // of other weights
     with_precision(model, [&](auto *m) {
-        if (m->plan.bf16_state) update_tensors<bf16>(m, lr, grad_scale, step, o);
-        else update_tensors<float>(m, lr, grad_scale, step, o);
+        if (m->plan.bf16_state) update_units<bf16>(m, lr, grad_scale, step, o);
+        else update_units<float>(m, lr, grad_scale, step, o);
     });
 }
 
@@ -3410,11 +3608,12 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was);
 void checkpoint_read_model(const char *dir, Model *m, int state);
 Str checkpoint_whole(const char *dir, int weights_only);
 void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t n);
+void save_table(StWriter *w, Model *m, int kind);
 void weights_read(const char *dir, Model *m, const Config *c);
 void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
 void weights_random(Model *m, const Config *c, uint64_t seed);
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o);
-uint32_t model_crc(const Model *m, const Config *c);
+void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o);
+uint32_t model_crc(Model *m, const Config *c);
 int reference_read(DataLoader *dl, uint32_t weights);
 void reference_check_folders(const DataLoader *dl, uint32_t weights);
 void reference_write(const DataLoader *dl, uint32_t weights);
@@ -3522,12 +3721,12 @@ static int update_gradients(Trainer *tr, double *loss) {
         const Batch *batch = &tr->batches[i];
         forward_and_weigh(tr, batch, mass, sums);
         llama_head(m, batch, tr->weight);
-        llama_backward(m, batch, i + 1 == tr->micro_steps ? model_reduce_unit : NULL);
+        llama_backward(m, batch, /*last=*/i + 1 == tr->micro_steps);
     }
     tr->next = tr->train.state;
     tr->batches_read = 0;
     if (tr->state.step + 1 < opt.steps && !opt.dump_grads) read_batches(tr);     // while a GPU computes
-    model_reduce_finish(m);
+    reduce_finish(m);
     *loss = model_loss(m);
     comm_sum(loss, 1);
     comm_sum(sums, N_SUMS);
@@ -3902,9 +4101,11 @@ static int sample_token(const float *logits, int V, double temperature, double c
     return best;
 }
 
-// Prints --prompt and up to --sample-tokens more; rank 0 only, the others wait in their next comm_barrier.
+// Prints --prompt and up to --sample-tokens more. Rank 0 alone, the others wait in their next comm_barrier;
+// with shared weights no rank can do without the others, and all do the same (but print nothing).
 static void generate(Trainer *tr) {
-    if (comm_rank() || !opt.sample_tokens) return;
+    const int together = tr->m->plan.zero == 3;
+    if ((comm_rank() && !together) || !opt.sample_tokens) return;
     const Tokenizer *tok = tr->tokenizer;
     const int bos = tok && tok->bos >= 0 ? tok->bos : tr->c.bos;
     const int room = (int)opt.seq_len;
@@ -3917,7 +4118,7 @@ static void generate(Trainer *tr) {
         tokenizer_print(tok, n ? ids[n - 1] : -1, prompt[i], stdout);
         ids[n++] = prompt[i];
     }
-    for (int64_t i = 0; i < opt.sample_tokens && !signals; i++) {
+    for (int64_t i = 0; i < opt.sample_tokens && !(together ? stop_requested() : signals); i++) {
         const int window = n < room ? n : room;             // the last tokens that the model can see
         const uint64_t draw = ((uint64_t)tr->state.step << 20) + (uint64_t)i;
         comm_busy();
@@ -4002,18 +4203,18 @@ static void train(Trainer *tr) {
 static void dump_grads(Trainer *tr) {
     double mean_loss;
     if (!update_gradients(tr, &mean_loss)) die("--dump-grads: stopped by a signal");
-    if (comm_rank()) return;
     const ParamTable *p = model_table(tr->m);
     const float loss = (float)mean_loss;
     const int64_t one = 1;
-    StWriter *w = st_create(opt.dump_grads, "{\"format\":\"pt\"}");
-    st_declare(w, "loss", ST_F32, 1, &one);
-    st_declare_table(w, p, ST_F32);
-    st_begin(w);
-    st_write(w, &loss, 1);
-    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++)
-        save_values(w, tr->m, STATE_GRADS, t->unit, t->at, t->n);
-    const int failed = st_finish(w, NULL, NULL);
+    StWriter *w = comm_rank() ? NULL : st_create(opt.dump_grads, "{\"format\":\"pt\"}");
+    if (w) {
+        st_declare(w, "loss", ST_F32, 1, &one);
+        st_declare_table(w, p, ST_F32);
+        st_begin(w);
+        st_write(w, &loss, 1);
+    }
+    save_table(w, tr->m, STATE_GRADS);
+    const int failed = w ? st_finish(w, NULL, NULL) : 0;
     if (failed) die("--dump-grads: %s: cannot write: %s", opt.dump_grads, strerror(failed));
     printf("loss %.6f | gradients of %d tensors in %s\n", loss, p->n_tensors, opt.dump_grads);
 }
@@ -4060,8 +4261,10 @@ static Plan plan_of(const Machine *machine, int64_t B) {
     const int training = !opt.eval_only && !opt.generate;
     const int samples = opt.generate || (training && opt.sample_every);
     const int64_t text = (int64_t)strlen(opt.prompt) + opt.sample_tokens + 2;  // at most, with BOS and EOS
-    Plan plan = {machine->ranks, comm_rank(), (int)opt.zero, (int)B, (int)opt.seq_len, (int)opt.logits_chunk,
-                 opt.precision == BF16, opt.optimizer_dtype == BF16, (int)opt.recompute, training,
+    const int shard = !opt.zero ? 1 : opt.shard_size ? (int)opt.shard_size : machine->ranks;
+    Plan plan = {machine->ranks, comm_rank(), shard > 1 ? (int)opt.zero : 0, shard, (int)B, (int)opt.seq_len,
+                 (int)opt.logits_chunk, opt.precision == BF16, opt.optimizer_dtype == BF16,
+                 (int)opt.recompute, training,
                  samples ? (int)(text < opt.seq_len ? text : opt.seq_len) : 0};
     return plan;
 }
@@ -4244,6 +4447,9 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 // Sizes of everything; nothing is allocated yet.
 static void setup_sizes(Trainer *tr) {
     const Machine machine = device_machine();
+    if (opt.shard_size && !opt.zero) die("--shard-size %" PRId64 " is for --zero 1, 2 or 3", opt.shard_size);
+    if (opt.shard_size && machine.ranks % opt.shard_size)
+        die("--shard-size %" PRId64 " does not divide %d ranks", opt.shard_size, machine.ranks);
     resolve_batch(&tr->c, &machine);
     if ((is_training() || opt.dry_run) && opt.total_batch_tokens)
         tr->epoch = (double)data_windows(opt.train_data, (int)opt.seq_len) * (double)opt.seq_len
@@ -4433,6 +4639,7 @@ static void setup_reference(Trainer *tr, const char *resume_dir) {
 }
 
 static void setup_weights(Trainer *tr, const char *resume_dir) {
+    comm_share(tr->m->plan.shard);
     model_alloc(tr->m);
     if (opt.stage == STAGE_DPO && !opt.generate) setup_reference(tr, resume_dir);
     if (resume_dir) checkpoint_read_model(resume_dir, tr->m, /*state=*/is_training());
@@ -4544,7 +4751,8 @@ int main(int argc, char **argv) {
 // values travel by MPI, always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of
 // their own, and gpu_wait and NCCL's start have the same limit: a dead or stuck peer or GPU ends the job with
 // a message.
-static struct { int rank, world, local_rank, local_ranks; } comm = {0, 1, 0, 1};    // local: on this machine
+// local: on this machine; shard: ranks that share a copy
+static struct { int rank, world, local_rank, local_ranks, shard; } comm = {0, 1, 0, 1, 1};
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
@@ -4738,15 +4946,46 @@ double energy_read(void) {
 }
 
 // ---- sums over ranks, and waiting for them ----------------------------------------------------------------
-// x (n) of all ranks is summed on the communication stream once the compute stream has come this far.
-void comm_reduce_start(float *x, size_t n) {
+// What comes next on gpu.comm_stream begins when gpu.stream has come this far.
+void comm_follow(void) {
     if (comm.world == 1) return;
-#ifdef USE_MPI
     cudaCheck(cudaEventRecord(gpu.ready, gpu.stream));
     cudaCheck(cudaStreamWaitEvent(gpu.comm_stream, gpu.ready, 0));
-    ncclCheck(ncclAllReduce(x, x, n, ncclFloat32, ncclSum, (ncclComm_t)gpu.nccl, gpu.comm_stream));
-#endif
 }
+
+// gpu.stream goes on when gpu.comm_stream has come this far.
+void comm_join(void) {
+    if (comm.world == 1) return;
+    cudaCheck(cudaEventRecord(gpu.summed, gpu.comm_stream));
+    cudaCheck(cudaStreamWaitEvent(gpu.stream, gpu.summed, 0));
+}
+
+#ifdef USE_MPI
+template <typename T> static ncclDataType_t nccl_type(T *) {
+    return sizeof(T) == sizeof(bf16) ? ncclBfloat16 : ncclFloat32;
+}
+
+// x (n) = its sum over all ranks, or over those with the same share
+template <typename T> void comm_all_reduce(T *x, size_t n, int among_copies) {
+    ncclCheck(ncclAllReduce(x, x, n, nccl_type(x), ncclSum,
+                            (ncclComm_t)(among_copies ? gpu.copies : gpu.nccl), gpu.comm_stream));
+}
+
+// x (S*n), its r-th n elements being of rank r of those that share: this rank's = their sum over these ranks.
+template <typename T> void comm_reduce_scatter(T *x, size_t n) {
+    T *own = x + n * (comm.rank % comm.shard);
+    ncclCheck(ncclReduceScatter(x, own, n, nccl_type(x), ncclSum, (ncclComm_t)gpu.group, gpu.comm_stream));
+}
+
+// x (S*n) = own (n) of each rank of those that share, one after another; own may lie in its place of x.
+template <typename T> void comm_all_gather(T *x, const T *own, size_t n) {
+    ncclCheck(ncclAllGather(own, x, n, nccl_type(x), (ncclComm_t)gpu.group, gpu.comm_stream));
+}
+#else
+template <typename T> void comm_all_reduce(T *, size_t, int) {}
+template <typename T> void comm_reduce_scatter(T *, size_t) {}
+template <typename T> void comm_all_gather(T *, const T *, size_t) {}
+#endif
 
 // Waits for an event of the compute stream, or for all of it (NULL) and so for the sums it waits for. An
 // error of NCCL, a peer that does not come, or a GPU that hangs ends the job.
@@ -4757,10 +4996,12 @@ void gpu_wait(cudaEvent_t event) {
             die("the GPU stopped: %s; with CUDA_LAUNCH_BLOCKING=1 the kernel is named",
                 cudaGetErrorString(e));
 #ifdef USE_MPI
-        ncclResult_t state = ncclSuccess;
-        if (gpu.nccl) ncclCheck(ncclCommGetAsyncError((ncclComm_t)gpu.nccl, &state));
-        if (state != ncclSuccess && state != ncclInProgress)
-            die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
+        for (void *nccl : {gpu.nccl, gpu.group, gpu.copies}) {
+            ncclResult_t state = ncclSuccess;
+            if (nccl) ncclCheck(ncclCommGetAsyncError((ncclComm_t)nccl, &state));
+            if (state != ncclSuccess && state != ncclInProgress)
+                die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
+        }
 #endif
         comm_check_time(start, "the sums of gradients");
     }
@@ -4768,11 +5009,17 @@ void gpu_wait(cudaEvent_t event) {
 
 void device_wait(void) { gpu_wait(NULL); }
 
-// The compute stream goes on when all sums are complete.
-void comm_reduce_finish(void) {
+// Ranks S*k .. S*k+S-1 share copy k.
+void comm_share(int shard) {
+    comm.shard = shard;
     if (comm.world == 1) return;
-    cudaCheck(cudaEventRecord(gpu.summed, gpu.comm_stream));
-    cudaCheck(cudaStreamWaitEvent(gpu.stream, gpu.summed, 0));
+#ifdef USE_MPI
+    gpu.group = gpu.nccl;
+    if (shard == 1 || shard == comm.world) return;
+    ncclComm_t all = (ncclComm_t)gpu.nccl;
+    ncclCheck(ncclCommSplit(all, comm.rank / shard, comm.rank, (ncclComm_t *)&gpu.group, NULL));
+    ncclCheck(ncclCommSplit(all, comm.rank % shard, comm.rank, (ncclComm_t *)&gpu.copies, NULL));
+#endif
 }
 
 #ifdef USE_MPI
@@ -6320,12 +6567,12 @@ static void table_tensor(ParamTable *p, const char *prefix, const char *name, in
     p->n_params += t->n;
 }
 
-// The table of a model; unit sizes are divisible by the number of ranks.
-void param_table_build(ParamTable *p, const Config *c, int world) {
+// The table of a model whose units are shared by `shard` ranks.
+void param_table_build(ParamTable *p, const Config *c, int shard) {
     memset(p, 0, sizeof *p);
     p->units = (Unit *)xcalloc((size_t)c->L + 2, sizeof(Unit));
     p->tensors = (Tensor *)xcalloc(((size_t)c->L + 2) * MAX_TENSORS_PER_UNIT, sizeof(Tensor));
-    p->unit_align = (size_t)UNIT_ALIGN * world;
+    p->unit_align = (size_t)UNIT_ALIGN * shard;
     size_t vocab_padding = (size_t)(c->Vp - c->V) * c->C;
     table_unit(p, "embed", vocab_padding);
     table_tensor(p, "model.", "embed_tokens.weight", c->V, c->C, INIT_NORMAL, 0);
@@ -6356,6 +6603,21 @@ void param_table_build(ParamTable *p, const Config *c, int world) {
     table_unit(p, "head", c->tied ? 0 : vocab_padding);
     table_tensor(p, "model.", "norm.weight", c->C, 0, INIT_ONE, 0);
     if (!c->tied) table_tensor(p, "", "lm_head.weight", c->V, c->C, INIT_NORMAL, 0);
+}
+
+// Where a shared unit is whole, in elements from the first slot on: one slot for the embedding, one for the
+// head, two in turn for the layers, which are of one size.
+size_t slot_at(const ParamTable *p, int u) {
+    const Unit *embed = &p->units[UNIT_EMBED], *head = &p->units[p->n_units - 1];
+    if (u == UNIT_EMBED) return 0;
+    if (u == p->n_units - 1) return embed->n_padded;
+    return embed->n_padded + head->n_padded + (size_t)((u - UNIT_LAYER) % 2) * p->units[u].n_padded;
+}
+
+size_t slots_size(const ParamTable *p) {
+    const int layers = p->n_units - 2;
+    return p->units[UNIT_EMBED].n_padded + p->units[p->n_units - 1].n_padded
+         + (size_t)(layers < 2 ? layers : 2) * p->units[UNIT_LAYER].n_padded;
 }
 
 // The tensor of a unit whose name ends in `suffix`, or NULL.
@@ -7741,14 +8003,25 @@ void st_declare_table(StWriter *w, const ParamTable *p, int dtype) {
     }
 }
 
-static void save_weights(Saving *s, const Model *m, int dtype) {
+// The tensors of the table in one kind of state, weights or gradients, are the next values of w. All ranks
+// call it, for a unit may have to be gathered; those that do not write have no w.
+void save_table(StWriter *w, Model *m, int kind) {
     const ParamTable *p = model_table(m);
-    StWriter *w = save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
-    st_declare_table(w, p, dtype);
-    st_begin(w);
-    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++)
-        save_values(w, m, STATE_WEIGHTS, t->unit, t->at, t->n);
-    save_end(s, w, "model.safetensors");
+    for (int u = 0; u < p->n_units; u++) {
+        model_gather(m, kind, u);
+        const Tensor *t = p->tensors + p->units[u].first_tensor;
+        for (int i = 0; w && i < p->units[u].n_tensors; i++) save_values(w, m, kind, u, t[i].at, t[i].n);
+    }
+}
+
+static void save_weights(Saving *s, Model *m, int dtype) {
+    StWriter *w = comm_rank() ? NULL : save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
+    if (w) {
+        st_declare_table(w, model_table(m), dtype);
+        st_begin(w);
+    }
+    save_table(w, m, STATE_WEIGHTS);
+    if (w) save_end(s, w, "model.safetensors");
 }
 
 static const char *const state_kinds[] = {"weights", "master", "m", "v"};
@@ -7874,8 +8147,8 @@ static void checkpoint_place(Saving *s, const char *tmp, const Options *o, int64
 }
 
 // Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
-void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const Options *o) {
-    int rank = comm_rank(), parts = o->zero ? comm_world() : 1;
+void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o) {
+    int rank = comm_rank(), parts = m->plan.shard;
     Str tmp = free_name(o->out, t->step);
     Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
     // CRC-32 and bytes of each optimizer file; failures
@@ -7887,8 +8160,8 @@ void checkpoint_save(const Model *m, const TrainState *t, const Config *c, const
         sums[2 * rank] = s.crc;
         sums[2 * rank + 1] = (double)s.bytes;
     }
+    save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
     if (rank == 0 && !s.error.n) {
-        save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
         save_side_files(&s, c, o);
         save_trainer_state(&s, t);
     }
@@ -8202,12 +8475,13 @@ enum { REFERENCE_MAGIC = 20261129, REFERENCE_WORDS = 16 };
 static const char *const reference_words[] = {"magic", "version", "CRC of the reference", "CRC of the shard",
     "sequence length", "precision", "rows", "pairs per row", "CRC of the values"};
 
-uint32_t model_crc(const Model *m, const Config *c) {
+uint32_t model_crc(Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
     const Str arithmetic = config_arithmetic(c);
     uint32_t crc = crc32_update(0, arithmetic.s, strlen(arithmetic.s));
     for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
         crc = crc32_update(crc, t->name, strlen(t->name));
+        model_gather(m, STATE_WEIGHTS, t->unit);
         for (size_t at = 0; at < t->n; at += IO_CHUNK) {
             const size_t n = min_size(t->n - at, IO_CHUNK);
             model_read(m, STATE_WEIGHTS, t->unit, t->at + at, n, io_values[0]);

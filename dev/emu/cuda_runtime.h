@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sched.h>
 #include <time.h>
 #include <tuple>
 #include <type_traits>
@@ -211,7 +212,8 @@ struct CUevent_st {
     double time = 0;
     bool live = true;
 };
-struct EmuWork { std::function<void()> run; CUevent_st *wait = nullptr; uint64_t generation = 0; };
+// run says whether the work is complete: a collective is not until its peers are there, and is asked again.
+struct EmuWork { std::function<bool()> run; CUevent_st *wait = nullptr; uint64_t generation = 0; };
 struct CUstream_st { std::deque<EmuWork> queue; bool blocking = true, live = true; };
 typedef CUstream_st *cudaStream_t;
 typedef CUevent_st *cudaEvent_t;
@@ -221,31 +223,41 @@ namespace emu {
 inline std::vector<CUstream_st *> &streams = *new std::vector<CUstream_st *>;   // never freed: queued work may name handles
 inline std::vector<CUevent_st *> &events = *new std::vector<CUevent_st *>;
 inline uint64_t async_rng = settings.async;
-inline void run_one(CUstream_st *s);
-inline void run_until(CUevent_st *e, uint64_t generation) {
-    while (e->reached < generation && e->stream && !e->stream->queue.empty()) run_one(e->stream);
-}
-inline void run_one(CUstream_st *s) {
-    EmuWork w = std::move(s->queue.front());
-    if (w.wait) run_until(w.wait, w.generation);
+// One piece of the first work of a stream that has some, or of what it waits for; false: nothing could be done now.
+inline bool advance(CUstream_st *s) {
+    EmuWork &w = s->queue.front();
+    if (w.wait && w.wait->reached < w.generation && w.wait->stream && !w.wait->stream->queue.empty())
+        return advance(w.wait->stream);
+    if (w.run) {
+        DeviceAccess access;
+        if (!w.run()) return false;
+    }
     s->queue.pop_front();
-    DeviceAccess access;
-    if (w.run) w.run();
+    return true;
 }
-inline void drain(CUstream_st *s) { while (!s->queue.empty()) run_one(s); }
-inline void drain_blocking() { for (CUstream_st *s : streams) if (s->blocking) drain(s); }
 inline void progress() {                                      // some queued work happens to run now
     while (settings.async && !streams.empty()) {
         async_rng = async_rng * 6364136223846793005ull + 1442695040888963407ull;
         CUstream_st *s = streams[(async_rng >> 33) % streams.size()];
         if (async_rng >> 62) return;                          // three times in four
-        if (!s->queue.empty()) run_one(s);
+        if (!s->queue.empty()) advance(s);
     }
 }
+inline void meanwhile() {                                     // the host or a stream waits for other ranks
+    static unsigned spins = 0;
+    progress();
+    if (++spins % 64) sched_yield();
+    else usleep(20);
+}
+inline void run_until(CUevent_st *e, uint64_t generation) {
+    while (e->reached < generation && e->stream && !e->stream->queue.empty()) if (!advance(e->stream)) meanwhile();
+}
+inline void drain(CUstream_st *s) { while (!s->queue.empty()) if (!advance(s)) meanwhile(); }
+inline void drain_blocking() { for (CUstream_st *s : streams) if (s->blocking) drain(s); }
 inline cudaError_t dead_handle(const char *call) {
     return host_error(cudaErrorInvalidResourceHandle, "%s of a destroyed stream or event", call);
 }
-inline cudaError_t submit(cudaStream_t s, std::function<void()> run) {   // to the default stream: it runs now
+inline cudaError_t submit_steps(cudaStream_t s, std::function<bool()> run) {   // to the default stream: it runs now
     if (sticky) return done();
     if (s && !s->live) return dead_handle("work");
     if (settings.async && s) {
@@ -254,9 +266,12 @@ inline cudaError_t submit(cudaStream_t s, std::function<void()> run) {   // to t
     } else {
         drain_blocking();
         DeviceAccess access;
-        run();
+        while (!run()) meanwhile();
     }
     return done();
+}
+inline cudaError_t submit(cudaStream_t s, std::function<void()> run) {
+    return submit_steps(s, [run = std::move(run)] { run(); return true; });
 }
 }  // namespace emu
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
@@ -283,7 +298,7 @@ inline cudaError_t cudaStreamQuery(cudaStream_t s) {
     if (emu::hangs("stream")) return cudaErrorNotReady;
     emu::progress();
     if (!s || s->queue.empty()) return emu::done();
-    emu::run_one(s);                                          // polling makes progress
+    if (!emu::advance(s)) emu::meanwhile();                   // polling makes progress
     return cudaErrorNotReady;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
@@ -318,7 +333,7 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { emu::run_until(e, e->re
 inline cudaError_t cudaEventQuery(cudaEvent_t e) {
     if (emu::hangs("event")) return cudaErrorNotReady;
     if (e->reached >= e->recorded) return emu::done();
-    if (e->stream && !e->stream->queue.empty()) emu::run_one(e->stream);
+    if (e->stream && !e->stream->queue.empty() && !emu::advance(e->stream)) emu::meanwhile();
     return cudaErrorNotReady;
 }
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {

@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <ucontext.h>
 #include <unistd.h>
+#include <algorithm>
 #include <atomic>
 #include <deque>
 #include <functional>
@@ -171,6 +172,31 @@ struct ExitStatus {
 };
 inline ExitStatus exit_status;
 
+// EMU_REPORT=file: what a run took of the device and sent to other ranks, as JSON; rank N > 0 writes file.rankN.
+struct Traffic { uint64_t calls, bytes, ring_bytes_sent; };
+inline size_t memory_used = 0, memory_peak = 0;               // bytes of device memory, as cudaMalloc was asked for
+inline std::map<std::string, Traffic> &traffic = *new std::map<std::string, Traffic>;   // by call, type and ranks: nccl.h
+struct Report {
+    ~Report() {
+        const char *path = getenv("EMU_REPORT"), *rank = getenv("OMPI_COMM_WORLD_RANK");
+        if (!path || !*path) return;
+        const bool first = !rank || !strcmp(rank, "0");
+        FILE *f = fopen((std::string(path) + (first ? "" : std::string(".rank") + rank)).c_str(), "w");
+        if (!f) { fprintf(stderr, "emu: cannot write EMU_REPORT=%s\n", path); return; }
+        fprintf(f, "{\"rank\": %s, \"memory_peak\": %zu, \"calls\": [", rank ? rank : "0", memory_peak);
+        const char *separator = "\n";
+        for (const auto &it : traffic) {
+            fprintf(f, "%s  {%s, \"calls\": %llu, \"bytes\": %llu, \"ring_bytes_sent\": %llu}", separator, it.first.c_str(),
+                    (unsigned long long)it.second.calls, (unsigned long long)it.second.bytes,
+                    (unsigned long long)it.second.ring_bytes_sent);
+            separator = ",\n";
+        }
+        fprintf(f, "\n]}\n");
+        fclose(f);
+    }
+};
+inline Report report_at_exit;
+
 // What a successful call returns.
 inline cudaError_t done() { return (cudaError_t)(sticky ? (int)(last_error = sticky) : 0); }
 
@@ -203,7 +229,6 @@ struct Allocation {
 enum { PAGE = 4096, GUARD = 4 * PAGE, ALIGN = 256, FENCE = 64, POISON = 0xFF };  // cudaMalloc aligns to 256 bytes
 inline std::map<uintptr_t, Allocation> allocations;           // by base; freed ones stay, their pages inaccessible
 inline std::recursive_mutex memory_lock;
-inline size_t memory_used = 0;
 extern "C" char __executable_start, _end;                     // bounds of the program
 
 inline bool in_range(const void *p, size_t n, const void *base, size_t bytes) {
@@ -262,7 +287,7 @@ inline cudaError_t allocate(void **out, size_t bytes, char kind, const void *sit
     ASAN_POISON_MEMORY_REGION(pages, a.base - pages);
     ASAN_POISON_MEMORY_REGION(a.base + bytes, n - bytes);
     allocations[(uintptr_t)a.base] = a;
-    if (kind == 'd') memory_used += bytes;
+    if (kind == 'd') memory_peak = std::max(memory_peak, memory_used += bytes);
     *out = a.base;
     return done();
 }

@@ -634,23 +634,109 @@ static void test_matmul() {
         strstr(report, "leaves its allocation"));
 }
 // One rank in this process; with USE_MPI under mpirun, all of them.
+static ncclComm_t ready(ncclComm_t c) {                      // polls a communicator that does not block
+    for (ncclResult_t state = ncclInProgress; state == ncclInProgress;) ncclCommGetAsyncError(c, &state);
+    return c;
+}
+template <typename T> bool collectives(ncclComm_t c, cudaStream_t s, ncclDataType_t type, int n) {
+    const int R = c->size, r = c->rank;
+    bool ok = true;
+    for (int in_place = 0; in_place < 2; in_place++) {
+        Buffer<T> all(n * R), part(n), out(n * R);
+        for (int i = 0; i < n * R; i++) all.h[i] = (T)(float)((i + 3 * r) % 120);
+        for (int i = 0; i < n; i++) part.h[i] = (T)(float)((i + 5 * r) % 120);
+        all.up(), part.up(), out.up();
+        T *to = in_place ? all.d : out.d;
+        ok &= ncclAllReduce(all.d, to, n * R, type, ncclSum, ready(c), s) <= (c->blocking ? 0 : ncclInProgress);
+        ready(c), cudaStreamSynchronize(s);
+        cudaMemcpy(out.h, to, n * R * sizeof(T), cudaMemcpyDeviceToHost);
+        auto sum = [&](int i) { T x = (T)0.0f; for (int q = 0; q < R; q++) x = (T)((float)x + (i + 3 * q) % 120); return (float)x; };
+        for (int i = 0; i < n * R; i++) ok &= (float)out.h[i] == sum(i);
+        all.up();
+        to = in_place ? all.d + r * n : part.d;
+        ncclReduceScatter(all.d, to, n, type, ncclSum, ready(c), s);
+        ready(c), cudaStreamSynchronize(s);
+        cudaMemcpy(out.h, to, n * sizeof(T), cudaMemcpyDeviceToHost);
+        for (int i = 0; i < n; i++) ok &= (float)out.h[i] == sum(r * n + i);
+        part.up(), out.up();
+        cudaMemcpy(all.d + r * n, part.d, n * sizeof(T), cudaMemcpyDeviceToDevice);
+        to = in_place ? all.d : out.d;
+        ncclAllGather(in_place ? all.d + r * n : part.d, to, n, type, ready(c), s);
+        ready(c), cudaStreamSynchronize(s);
+        cudaMemcpy(out.h, to, n * R * sizeof(T), cudaMemcpyDeviceToHost);
+        for (int i = 0; i < n * R; i++) ok &= (float)out.h[i] == (float)((i % n + 5 * (i / n)) % 120);
+    }
+    return ok;
+}
 static void test_nccl(int rank, int world) {
     ncclUniqueId id = {};
-    ncclComm_t c = nullptr;
+    ncclComm_t c = nullptr, polled = nullptr, half = nullptr;
     if (rank == 0) ncclGetUniqueId(&id);
 #ifdef USE_MPI
     MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
 #endif
-    bool ok = !ncclCommInitRank(&c, world, id, rank);
+    check("nccl: a communicator", !ncclCommInitRank(&c, world, id, rank));
     const int n = (1 << 20) + 1001;                          // more than one message of MPI
-    Buffer<float> x(n), sum(n);
-    for (int i = 0; i < n; i++) x.h[i] = (float)(i + rank);
-    x.up();
-    ok &= !ncclAllReduce(x.d, sum.d, n, ncclFloat32, ncclSum, c, 0);
-    ok &= !ncclAllReduce(x.d, x.d, n, ncclFloat32, ncclSum, c, 0);
-    x.down(), sum.down();
-    for (int i = 0; i < n; i++) ok &= x.h[i] == (float)(i * world + world * (world - 1) / 2) && sum.h[i] == x.h[i];
-    check("nccl: all-reduce, in place and not", ok && !ncclCommDestroy(c));
+    check("nccl: collectives of fp32, in place and not", collectives<float>(c, 0, ncclFloat32, n));
+    check("nccl: collectives of bf16", collectives<bf16>(c, 0, ncclBfloat16, 999));
+    cudaStream_t s, t;
+    cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), cudaStreamCreateWithFlags(&t, cudaStreamNonBlocking);
+    bool right = true;
+    for (uint64_t seed = 1; seed <= 5; seed++) {
+        emu::settings.async = emu::async_rng = seed + rank;
+        right &= collectives<float>(c, s, ncclFloat32, 1000);
+    }
+    check("nccl: collectives in steps (EMU_ASYNC)", right);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    check("nccl: one that does not block", ncclCommInitRankConfig(&polled, world, id, rank, &config) == ncclInProgress);
+    Buffer<float> x(64);
+    capture_begin();
+    const bool early = ncclAllReduce(x.d, x.d, 64, ncclFloat32, ncclSum, polled, s) == ncclInvalidUsage;
+    capture_end();
+    check("nccl: a call before the last one is ready is refused", early && strstr(report, "in progress"));
+    check("nccl: calls that are polled", collectives<float>(ready(polled), s, ncclFloat32, 1000));
+    check("nccl: a split", ncclCommSplit(polled, rank % 2, rank, &half, nullptr) == ncclInProgress && ready(polled) &&
+        collectives<float>(ready(half), s, ncclFloat32, 100) && half->size == (world + 1 - rank % 2) / 2 && half->rank == rank / 2);
+    // Two communicators on two streams, begun in another order by every other rank; a group reaches its streams at its end.
+    Buffer<float> y(64), z(64);
+    for (int i = 0; i < 64; i++) y.h[i] = z.h[i] = 1;
+    y.up(), z.up();
+    ncclGroupStart();
+    ncclAllReduce(y.d, y.d, 64, ncclFloat32, ncclSum, c, s);
+    ncclAllReduce(z.d, z.d, 64, ncclFloat32, ncclSum, half, t);
+    cudaStreamSynchronize(rank % 2 ? s : t);
+    y.down();
+    const bool held = y.h[0] == 1;
+    ncclGroupEnd();
+    ready(half);
+    cudaStreamSynchronize(rank % 2 ? s : t), cudaStreamSynchronize(rank % 2 ? t : s);
+    y.down(), z.down();
+    check("nccl: groups, two streams", held && y.h[5] == (float)world && z.h[5] == (float)half->size);
+    // Work that writes to a buffer of a collective, or reads its result, without waiting for it.
+    bool unseen = true;
+    int reports = 0, nans = 0;
+    for (uint64_t seed = 1; seed <= 40; seed++) {
+        emu::settings.async = emu::async_rng = seed * 77 + rank;
+        x.up(), y.up();
+        capture_begin();
+        ncclAllReduce(x.d, z.d, 64, ncclFloat32, ncclSum, c, s);
+        cudaMemsetAsync(seed % 2 ? x.d : z.d, 0, 64, t);
+        cudaMemcpyAsync(y.d, z.d, 256, cudaMemcpyDeviceToDevice, t);
+        cudaStreamSynchronize(t), cudaStreamSynchronize(s);
+        capture_end();
+        reports += strstr(report, "other work wrote to its ") != nullptr;
+        emu::sticky = 0;
+        y.down();
+        nans += y.h[40] != y.h[40];
+    }
+    unseen = world > 1 && (!reports || !nans);
+    check("nccl: missing waits show", !unseen);
+    emu::settings.async = 0;
+#ifdef USE_MPI
+    MPI_Barrier(MPI_COMM_WORLD);
+#endif
+    check("nccl: abort", !ncclCommDestroy(c) && !ncclCommAbort(ready(half)) && !ncclCommAbort(ready(polled)));
 }
 int main(int argc, char **argv) {
     int rank = 0, world = 1;
@@ -659,6 +745,7 @@ int main(int argc, char **argv) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world);
     test_nccl(rank, world);
+    if (rank == 0) printf("%d passed, %d failed\n", passed, failed);
     MPI_Finalize();
     return failed > 0;
 #endif
