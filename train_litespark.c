@@ -250,6 +250,7 @@ typedef struct Options { OPTIONS(FIELD, NO_FIELD) } Options;
 #undef FIELD
 #undef NO_FIELD
 static Options opt;             // resolved: what the user left open is decided by resolve_options
+static int64_t running_step;    // for messages of a stuck job
 typedef struct Option Option;
 
 // ---- a model ----------------------------------------------------------------------------------------------
@@ -2109,6 +2110,7 @@ static int train_step(Trainer *tr) {
     const char *bad;
     double loss;
     int n_bad;
+    running_step = s->step + 1;
     if (!update_gradients(tr, &loss)) return 0;
     double facts[3] = {loss, gradient_norm(tr->m, &bad, &n_bad), now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
@@ -3069,8 +3071,8 @@ static void comm_wait(MPI_Request *requests, int n, const char *what) {
         if (done) return;
         double waited = now_seconds() - start;
         if (waited > (double)opt.timeout)
-            die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
-                "(or raise --timeout)", waited, what);
+            die("waited %.0f s for the other ranks in %s, step %" PRId64 ": one is dead or stuck; resume "
+                "with --resume auto (or raise --timeout)", waited, what, running_step);
         usleep(50);
     }
 }

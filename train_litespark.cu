@@ -96,9 +96,9 @@ static const char device_peak_is[] = "datasheet, dense";
 static const char device_also_takes[] = ", and about 800 MiB for context, cuBLASLt and NCCL";
 
 // Sums and copies over ranks, section 7. They run on gpu.comm_stream once gpu.stream has come this far
-template <typename T> void comm_all_reduce(T *x, size_t n, int among_copies);
-template <typename T> void comm_reduce_scatter(T *x, size_t n);
-template <typename T> void comm_all_gather(T *x, const T *own, size_t n);
+template <typename T> void comm_all_reduce(T *x, size_t n, int among_copies, const char *unit);
+template <typename T> void comm_reduce_scatter(T *x, size_t n, const char *unit);
+template <typename T> void comm_all_gather(T *x, const T *own, size_t n, const char *unit);
 void comm_follow(void);
 void comm_join(void);
 void gpu_wait(cudaEvent_t event);
@@ -250,6 +250,7 @@ typedef struct Options { OPTIONS(FIELD, NO_FIELD) } Options;
 #undef FIELD
 #undef NO_FIELD
 static Options opt;             // resolved: what the user left open is decided by resolve_options
+static int64_t running_step;    // for messages of a stuck job
 typedef struct Option Option;
 
 // ---- a model ----------------------------------------------------------------------------------------------
@@ -2944,7 +2945,8 @@ template <typename floatX> static void gather_start(ModelOf<floatX> *m, int u) {
     for (int v = 0; v < m->p.n_units && m->plan.zero == 3; v++)
         if (slot_at(&m->p, v) == slot_at(&m->p, u)) m->is_whole[v] = 0;
     comm_follow();
-    comm_all_gather(unit_weights(m, u), own_weights(m, u), m->p.units[u].n_padded / m->plan.shard);
+    comm_all_gather(unit_weights(m, u), own_weights(m, u), m->p.units[u].n_padded / m->plan.shard,
+                    m->p.units[u].name);
     cudaCheck(cudaEventRecord(m->gathered[u], gpu.comm_stream));
     m->is_whole[u] = 1;
 }
@@ -2970,11 +2972,11 @@ static void grads_open(Model *m, int u) {
     cudaCheck(cudaMemsetAsync(unit_grads(m, u), 0, m->p.units[u].n_padded * sizeof(float), gpu.stream));
 }
 
-// x (n) = its sum over all ranks, or over the copies of this share, by way of the wire's type
-static void sum_over_ranks(Model *m, float *x, size_t n, int among_copies) {
-    if (!m->wire) return comm_all_reduce(x, n, among_copies);
+// x (n), of unit u, = its sum over all ranks, or over the copies of this share, by way of the wire's type
+static void sum_over_ranks(Model *m, int u, float *x, size_t n, int among_copies) {
+    if (!m->wire) return comm_all_reduce(x, n, among_copies, m->p.units[u].name);
     convert<0>(m->wire, x, n);
-    comm_all_reduce(m->wire, n, among_copies);
+    comm_all_reduce(m->wire, n, among_copies, m->p.units[u].name);
     convert<0>(x, m->wire, n);
 }
 
@@ -2985,14 +2987,14 @@ static void unit_reduce(Model *m, int u, int last) {
     if (m->plan.zero < 2 && !last) return;      // whole gradients add up here until then
     state_share(m, u, &first, &n);
     comm_follow();
-    if (!m->plan.zero) return sum_over_ranks(m, x, n, /*among_copies=*/0);
+    if (!m->plan.zero) return sum_over_ranks(m, u, x, n, /*among_copies=*/0);
     if (m->wire) {
         convert<0>(m->wire, x, n * m->plan.shard);
-        comm_reduce_scatter(m->wire, n);
+        comm_reduce_scatter(m->wire, n, m->p.units[u].name);
         if (m->plan.zero == 1) convert<0>(own_grads(m, u), m->wire + first, n);
         else convert<1>(own_grads(m, u), m->wire + first, n);
     } else {
-        comm_reduce_scatter(x, n);
+        comm_reduce_scatter(x, n, m->p.units[u].name);
         if (m->plan.zero >= 2) convert<1>(own_grads(m, u), x + first, n);
     }
     cudaCheck(cudaEventRecord(m->reduced[u], gpu.comm_stream));
@@ -3002,7 +3004,7 @@ static void unit_reduce(Model *m, int u, int last) {
 void reduce_finish(Model *m) {
     if (m->plan.ranks == 1) return;
     for (int u = 0; u < m->p.n_units && m->plan.zero && m->plan.shard < m->plan.ranks; u++)
-        sum_over_ranks(m, own_grads(m, u), m->p.units[u].n_padded / m->plan.shard, /*among_copies=*/1);
+        sum_over_ranks(m, u, own_grads(m, u), m->p.units[u].n_padded / m->plan.shard, /*among_copies=*/1);
     comm_join();
 }
 
@@ -3013,7 +3015,7 @@ void model_gather(Model *m, int what, int u) {
     if (what != STATE_GRADS || !m->plan.zero) return;
     state_share(m, u, &first, &n);
     comm_follow();
-    comm_all_gather(unit_grads(m, u), own_grads(m, u), n);
+    comm_all_gather(unit_grads(m, u), own_grads(m, u), n, m->p.units[u].name);
     comm_join();
 }
 
@@ -3854,6 +3856,7 @@ static int train_step(Trainer *tr) {
     const char *bad;
     double loss;
     int n_bad;
+    running_step = s->step + 1;
     if (!update_gradients(tr, &loss)) return 0;
     double facts[3] = {loss, gradient_norm(tr->m, &bad, &n_bad), now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
@@ -4748,23 +4751,36 @@ int main(int argc, char **argv) {
 
 // ==== 7. Ranks, and the GPU under each =====================================================================
 // Without MPI there is one rank and every function is the identity, so callers have no special case. Host
-// values travel by MPI, always in a loop of MPI_Test with a time limit, gradients by NCCL on a stream of
-// their own, and gpu_wait and NCCL's start have the same limit: a dead or stuck peer or GPU ends the job with
-// a message.
+// values travel by MPI, always in a loop of MPI_Test with a time limit, weights and gradients by NCCL on a
+// stream of their own, and gpu_wait and NCCL's start have the same limit: a dead or stuck peer or GPU ends
+// the job with a message.
 // local: on this machine; shard: ranks that share a copy
 static struct { int rank, world, local_rank, local_ranks, shard; } comm = {0, 1, 0, 1, 1};
 
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
 
-// Loops that wait for other ranks call it: after --timeout seconds the job ends.
+// Collectives on their way, the newest at n - 1: of a stuck job the first that is not done is named.
+enum { MAX_COLLECTIVES = 64 };
+static struct { const char *what, *unit; cudaEvent_t done; } collectives[MAX_COLLECTIVES];
+static int64_t n_collectives;
+
+static Str stuck_collective(void) {
+    for (int64_t i = std::max<int64_t>(0, n_collectives - MAX_COLLECTIVES); i < n_collectives; i++) {
+        const auto *c = &collectives[i % MAX_COLLECTIVES];
+        if (cudaEventQuery(c->done) == cudaErrorNotReady) return str("the %s of %s", c->what, c->unit);
+    }
+    return str("what the GPU computes");
+}
+
+// Loops that wait for other ranks call it: after --timeout seconds the job ends. what: NULL: for the GPU
 static void comm_check_time(double start, const char *what) {
     double waited = now_seconds() - start;
     if (waited > (double)opt.timeout && comm.world == 1)
         die("waited %.0f s for the GPU: it hangs; resume with --resume auto (or raise --timeout)", waited);
     if (waited > (double)opt.timeout)
-        die("waited %.0f s for the other ranks in %s: one is dead or stuck; resume with --resume auto "
-            "(or raise --timeout)", waited, what);
+        die("waited %.0f s for the other ranks in %s, step %" PRId64 ": one is dead or stuck; resume with "
+            "--resume auto (or raise --timeout)", waited, what ? what : stuck_collective().s, running_step);
 }
 
 #ifdef USE_MPI
@@ -4961,30 +4977,53 @@ void comm_join(void) {
 }
 
 #ifdef USE_MPI
+// Our communicators do not block: a call that still runs is asked after, within --timeout. *nccl is the
+// communicator.
+static void nccl_done(ncclResult_t r, void *const *nccl, const char *what) {
+    const double start = now_seconds();
+    for (; r == ncclInProgress; usleep(50)) {
+        comm_check_time(start, what);
+        if (*nccl && ncclCommGetAsyncError((ncclComm_t)*nccl, &r) != ncclSuccess) r = ncclInternalError;
+    }
+    if (r != ncclSuccess) die("NCCL: %s: %s; NCCL_DEBUG=INFO says more", what, ncclGetErrorString(r));
+}
+
 template <typename T> static ncclDataType_t nccl_type(T *) {
     return sizeof(T) == sizeof(bf16) ? ncclBfloat16 : ncclFloat32;
 }
 
+// A collective of a unit is on its way.
+static void sent(ncclResult_t r, void *const *nccl, const char *what, const char *unit) {
+    auto *c = &collectives[n_collectives++ % MAX_COLLECTIVES];
+    nccl_done(r, nccl, what);
+    if (!c->done) cudaCheck(cudaEventCreateWithFlags(&c->done, cudaEventDisableTiming));
+    c->what = what, c->unit = unit;
+    cudaCheck(cudaEventRecord(c->done, gpu.comm_stream));
+}
+
 // x (n) = its sum over all ranks, or over those with the same share
-template <typename T> void comm_all_reduce(T *x, size_t n, int among_copies) {
-    ncclCheck(ncclAllReduce(x, x, n, nccl_type(x), ncclSum,
-                            (ncclComm_t)(among_copies ? gpu.copies : gpu.nccl), gpu.comm_stream));
+template <typename T> void comm_all_reduce(T *x, size_t n, int among_copies, const char *unit) {
+    void *const *among = among_copies ? &gpu.copies : &gpu.nccl;
+    sent(ncclAllReduce(x, x, n, nccl_type(x), ncclSum, (ncclComm_t)*among, gpu.comm_stream), among,
+         "all-reduce", unit);
 }
 
 // x (S*n), its r-th n elements being of rank r of those that share: this rank's = their sum over these ranks.
-template <typename T> void comm_reduce_scatter(T *x, size_t n) {
+template <typename T> void comm_reduce_scatter(T *x, size_t n, const char *unit) {
     T *own = x + n * (comm.rank % comm.shard);
-    ncclCheck(ncclReduceScatter(x, own, n, nccl_type(x), ncclSum, (ncclComm_t)gpu.group, gpu.comm_stream));
+    sent(ncclReduceScatter(x, own, n, nccl_type(x), ncclSum, (ncclComm_t)gpu.group, gpu.comm_stream),
+         &gpu.group, "reduce-scatter", unit);
 }
 
 // x (S*n) = own (n) of each rank of those that share, one after another; own may lie in its place of x.
-template <typename T> void comm_all_gather(T *x, const T *own, size_t n) {
-    ncclCheck(ncclAllGather(own, x, n, nccl_type(x), (ncclComm_t)gpu.group, gpu.comm_stream));
+template <typename T> void comm_all_gather(T *x, const T *own, size_t n, const char *unit) {
+    sent(ncclAllGather(own, x, n, nccl_type(x), (ncclComm_t)gpu.group, gpu.comm_stream), &gpu.group,
+         "all-gather", unit);
 }
 #else
-template <typename T> void comm_all_reduce(T *, size_t, int) {}
-template <typename T> void comm_reduce_scatter(T *, size_t) {}
-template <typename T> void comm_all_gather(T *, const T *, size_t) {}
+template <typename T> void comm_all_reduce(T *, size_t, int, const char *) {}
+template <typename T> void comm_reduce_scatter(T *, size_t, const char *) {}
+template <typename T> void comm_all_gather(T *, const T *, size_t, const char *) {}
 #endif
 
 // Waits for an event of the compute stream, or for all of it (NULL) and so for the sums it waits for. An
@@ -5003,7 +5042,7 @@ void gpu_wait(cudaEvent_t event) {
                 die("NCCL: %s; resume with --resume auto", ncclGetErrorString(state));
         }
 #endif
-        comm_check_time(start, "the sums of gradients");
+        comm_check_time(start, NULL);
     }
 }
 
@@ -5016,9 +5055,14 @@ void comm_share(int shard) {
 #ifdef USE_MPI
     gpu.group = gpu.nccl;
     if (shard == 1 || shard == comm.world) return;
-    ncclComm_t all = (ncclComm_t)gpu.nccl;
-    ncclCheck(ncclCommSplit(all, comm.rank / shard, comm.rank, (ncclComm_t *)&gpu.group, NULL));
-    ncclCheck(ncclCommSplit(all, comm.rank % shard, comm.rank, (ncclComm_t *)&gpu.copies, NULL));
+    const ncclComm_t all = (ncclComm_t)gpu.nccl;
+    gpu.group = NULL;
+    nccl_done(ncclCommSplit(all, comm.rank / shard, comm.rank, (ncclComm_t *)&gpu.group, NULL), &gpu.nccl,
+              "splitting the ranks");
+    nccl_done(ncclInProgress, &gpu.group, "splitting the ranks");
+    nccl_done(ncclCommSplit(all, comm.rank % shard, comm.rank, (ncclComm_t *)&gpu.copies, NULL), &gpu.nccl,
+              "splitting the ranks");
+    nccl_done(ncclInProgress, &gpu.copies, "splitting the ranks");
 #endif
 }
 
@@ -5033,13 +5077,6 @@ static void refuse_shared_gpu(int visible) {
         die("ranks %d and %d of %d on this machine have the same GPU, %s (%s; %d GPUs visible); start "
             "one rank per GPU", j, i, comm.local_ranks, bus[i], gpu.device.name, visible);
     free(bus);
-}
-
-static void nccl_too_late(int) {        // a signal handler: no die
-    static const char message[] = "error: NCCL has not started within --timeout: a rank is stuck, or the "
-                                  "network between machines is closed to it; NCCL_DEBUG=INFO says more\n";
-    if (write(STDERR_FILENO, message, sizeof message - 1)) {}
-    _exit(EXIT_FAILURE);
 }
 #else
 static void refuse_shared_gpu(int) {}
@@ -5076,10 +5113,10 @@ void device_open(void) {
     ncclUniqueId id;
     if (comm.rank == 0) ncclCheck(ncclGetUniqueId(&id));
     comm_broadcast(&id, sizeof id);
-    signal(SIGALRM, nccl_too_late);
-    alarm((unsigned)opt.timeout);
-    ncclCheck(ncclCommInitRank((ncclComm_t *)&gpu.nccl, comm.world, id, comm.rank));
-    alarm(0);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    nccl_done(ncclCommInitRankConfig((ncclComm_t *)&gpu.nccl, comm.world, id, comm.rank, &config), &gpu.nccl,
+              "NCCL's start (is the network between machines open to it?)");
 #endif
 }
 

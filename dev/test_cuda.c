@@ -809,7 +809,7 @@ static void check_ranks_and_gpus(void) {
         {"part of a gpu", {"EMU_MIG=1"}, NULL, "MIG 1g is a part of a GPU, and energy is counted for the whole"},
         {"gpu hangs", {"EMU_HANG=stream"}, "for the GPU: it hangs", NULL},
         {"gpu hangs between micro-steps", {"EMU_HANG=event"}, "for the GPU: it hangs", NULL},
-        {"nccl hangs", {"EMU_HANG=nccl", "EMU_HANG=nccl"}, "NCCL has not started", NULL}};
+        {"nccl hangs", {"EMU_HANG=nccl", "EMU_HANG=nccl"}, "in NCCL's start", NULL}};
     Run probe = start("mpirun -np 2 --oversubscribe %s --help", cuda);
     const int have_mpi = !finish(&probe);
     for (int i = 0; i < COUNT(row); i++) {
