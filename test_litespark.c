@@ -2545,7 +2545,7 @@ static void test_kept_keys_give_the_same_logits(void) {
     const char *const families[] = {"llama", "qwen2", "qwen3"};
     for (int f = 0; f < 3; f++) for (int training = 0; training < 2; training++) {
         Config c = make_config(families[f], 0, V, 3, 48, 4, 2, 16, 40, "");
-        const Plan kept = {1, 0, 0, 1, T, 4, 0, 0, training ? RECOMPUTE_BLOCK : RECOMPUTE_NONE, training, S};
+        const Plan kept = {1, 0, 0, 1, 1, T, 4, 0, 0, training ? RECOMPUTE_BLOCK : RECOMPUTE_NONE, training, S};
         Model *whole_text = make_model(&c, 1, T, 4, 0, 0), *m = model_plan(&c, &kept);
         model_alloc(m);
         memcpy(m->weights, whole_text->weights, m->p.n * sizeof(floatX));
