@@ -47,7 +47,7 @@ help:
 	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
 	@echo 'make test     all tests that need no GPU; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
-	@echo 'make test-data   the preparation of data (python3)      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
+	@echo 'make test-data   the preparation of data (python3)      make test-plots   pages and pictures of logs      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
@@ -253,6 +253,10 @@ test-hf: build/train_litespark
 test-data:
 	@if python3 -c 'import numpy' 2>/dev/null; then python3 data/test_tokens.py && python3 data/test_choices.py && python3 data/test_chat.py; else echo 'skipped: test-data: no python3 with numpy (pip install numpy sentencepiece tiktoken tokenizers jinja2 transformers)'; fi
 
+# The page, pictures and exports of logs; pages need chromium, pictures matplotlib.
+test-plots: build/train_litespark
+	@if python3 -c '' 2>/dev/null; then python3 dev/test_plots.py $< $(T); else echo 'skipped: test-plots: no python3'; fi
+
 # ---- fuzzing: libFuzzer, one program for all parsers
 SECONDS_EACH ?= 60
 FUZZ     := json config safetensors index shard tokenizer options state
@@ -304,4 +308,4 @@ sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
 	@python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean
+.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data test-plots fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean

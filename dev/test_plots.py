@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""`make test-plots`: dev/plot_log.py on logs of the trainer and on logs with all that can go wrong in one. The page runs in headless
+Chromium (apt-get install chromium), pictures need matplotlib: what is not here is skipped. Words choose tests by name.
+
+    dev/test_plots.py build/train_litespark [word ...]
+"""
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+DEV = os.path.dirname(os.path.abspath(__file__))
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+TOP = tempfile.mkdtemp()
+counts = {"passed": 0, "failed": 0, "skipped": 0}
+trainer = None
+
+
+class Absent(Exception):
+    pass
+
+
+class Failed(Exception):
+    pass
+
+
+def expect(ok, what):
+    if not ok:
+        raise Failed(str(what)[:1500])
+
+
+def need(module):
+    if importlib.util.find_spec(module) is None:
+        raise Absent(f"pip install {module}")
+
+
+def plot(*words):
+    r = subprocess.run([sys.executable, f"{DEV}/plot_log.py", *map(str, words)], capture_output=True, text=True)
+    return r.returncode, r.stdout + r.stderr
+
+
+def steps_of(n, **more):
+    """Step records of a run of n updates that takes 0.5 s and 40 J each; the counter is read every fourth update."""
+    joules = lambda i: 160.0 * (i // 4)
+    return [{"type": "step", "step": i, "loss": 0.5 + 7 / i, "lr": 1e-3, "grad_norm": 1 + 1 / i, "tokens": 100.0 * i, "trained_tokens": 60.0 * i,
+             "tokens_per_sec": 200.0, "trained_tokens_per_sec": 120.0, "mfu": 0.4, "mfu_causal": 0.35, "time_per_iteration": 0.5,
+             "joules_per_token": 0.4 if i >= 4 else None, "watts": 80.0 if i >= 4 else None, "joules": joules(i), "skipped": False} | more
+            for i in range(1, n + 1)]
+
+
+def header(**more):
+    return {"type": "header", "program": "litespark", "commit": "abc", "device": "a <b>processor</b>", "host": "h", "ranks": 1, "parameters": 1000,
+            "peak_tflops_per_gpu": 0.5, "run": "1", "step": 0, "idle_watts": 30.0, "power_limit_watts": 200.0,
+            "options": {"stage": "pretrain", "lr": "0.001", "out": "x</script><script>document.title = 'broken out'</script>"} | more}
+
+
+def write_log(name, records):
+    os.makedirs(f"{TOP}/{name}", exist_ok=True)
+    path = f"{TOP}/{name}/log.jsonl"
+    with open(path, "w") as f:
+        f.write("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def hard_log(name="hard", **options):
+    """Resumed at step 5 (with other losses), a skipped step without loss, half a line, lines that are no records, text and NaN for numbers."""
+    old, new = steps_of(8, loss=9.0), steps_of(40)[5:]
+    new[10] |= {"loss": None, "grad_norm": None, "skipped": True}       # step 16
+    new[12] |= {"grad_norm": 77.0}                                      # step 18
+    vals = [{"type": "val", "step": s, "val_loss": 1 + 1 / s, "floor": 0.49, "perplexity": 3.0, "bits_per_byte": 0.2, "token_accuracy": 0.5 + s / 100,
+             "sources": {"web": {"loss": 2.0 / s}, "<i>code</i>": {"loss": 1.0}}} for s in (20, 40)]
+    tasks = [{"type": "tasks", "step": 40, "tasks": {"story": {"acc": 0.6, "acc_norm": 0.7, "tasks": 9}}}]
+    looks = [{"type": "look", "step": 20, "evaluation_seconds": 2.0, "evaluation_joules": 3600.0, "checkpoint_seconds": 1.0, "checkpoint_joules": 1800.0}]
+    end = [{"type": "end", "step": 40, "tokens": 4000, "joules": 1600.0}]
+    return write_log(name, [header(**options), *old, '{"type": "step", "step": 9, "lo', "[1, 2]", "17", '{"type": "step"}', '{"type": "val", "step": "x"}',
+                            header(**options), '{"type": "step", "step": 3, "loss": "text", "mfu": NaN}', *steps_of(5)[2:], *new[:15], vals[0], *looks,
+                            *new[15:], vals[1], *tasks, *end])
+
+
+def dpo_log():
+    rows = [r | {"rewards/margins": i / 10, "rewards/chosen": -1.0, "rewards/rejected": -1 - i / 10, "rewards/accuracies": 0.9, "logps/chosen": -20.0,
+                 "logps/rejected": -30.0} for i, r in enumerate(steps_of(20))]
+    for r in rows:
+        r |= {"joules": None, "joules_per_token": None, "watts": None}
+    vals = [{"type": "val", "step": 20, "val_loss": 0.3, "val_rewards/margins": 1.9, "val_rewards/accuracies": 0.97}]
+    return write_log("dpo", [header(stage="dpo", lr="0.002"), *rows, *vals])
+
+
+# Runs in the page: every axis, every panel, a mouse, a run switched off, the other theme
+PROBE = """
+const result = {error: document.documentElement.dataset.error || null, title: document.title, axes: {}};
+const box = e => e.getBoundingClientRect();
+const count = () => [...document.querySelectorAll(".panel")].map(p => ({title: p.querySelector("h3").textContent,
+    paths: [...p.querySelectorAll("svg:last-child path:not(.skipped)")].map(e => (e.getAttribute("d").match(/[ML]/g) || []).length),
+    circles: p.querySelectorAll("circle").length, floors: p.querySelectorAll(".floor").length, skipped: p.querySelectorAll(".skipped").length}));
+for (const option of document.getElementById("axis").options) {
+    document.getElementById("axis").value = option.value;
+    document.getElementById("axis").dispatchEvent(new Event("change"));
+    const svg = document.querySelector(".panel svg:last-child"), b = box(svg);
+    svg.dispatchEvent(new MouseEvent("mousemove", {clientX: b.left + b.width * (58 + 0.5 * 548) / 620, clientY: b.top + 20, bubbles: true}));
+    const tip = document.getElementById("tip");
+    result.axes[option.value] = {panels: count(), tip: tip.style.visibility === "visible" ? tip.textContent : null};
+    svg.dispatchEvent(new MouseEvent("mouseleave"));
+    result.axes[option.value].left = tip.style.visibility;
+}
+result.bad = document.querySelectorAll('[d*="NaN"], [cx*="NaN"], [cy*="NaN"], [x*="NaN"], [y1*="NaN"], [d*="Infinity"]').length;
+result.rows = Object.fromEntries([...document.querySelectorAll("tr")].map(r => [...r.cells].map(c => c.textContent)).map(c => [c[0], c.slice(1)]));
+result.differs = [...document.querySelectorAll("tr.differs")].map(r => r.cells[0].textContent);
+result.wide = document.documentElement.scrollWidth > innerWidth;
+const first = document.querySelector("#runs input");
+if (first) { first.click(); result.one_less = count(); first.click(); }
+const button = document.querySelector(".panel button"), labels = () => [...document.querySelectorAll(".panel:first-child svg text")].map(t => t.textContent).join();
+result.log = labels(); button.click(); result.linear = labels(); button.click();
+result.colors = [getComputedStyle(document.body).backgroundColor];
+document.getElementById("theme").click(); result.colors.push(getComputedStyle(document.body).backgroundColor);
+document.body.append(Object.assign(document.createElement("pre"), {id: "result", textContent: JSON.stringify(result)}));
+"""
+
+
+def chromium(page, *flags):
+    if not CHROMIUM:
+        raise Absent("apt-get install chromium")
+    r = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1900",
+                        f"--user-data-dir={TOP}/chromium", *flags, "file://" + page], capture_output=True, text=True, timeout=120)
+    expect(r.returncode == 0, r.stderr)
+    return r.stdout
+
+
+def probed(page):
+    with open(page) as f:
+        text = f.read()
+    text = text.replace("<head>", "<head><script>onerror = m => document.documentElement.dataset.error = m</script>", 1)
+    with open(page + ".probe.html", "w") as f:
+        f.write(text.replace("</body>", f"<script>{PROBE}</script></body>"))
+    dom = chromium(page + ".probe.html", "--dump-dom")
+    found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.S)
+    expect(found, "the page ended before the probe: " + dom[:800])
+    result = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    expect(result["error"] is None, result["error"])
+    expect(result["bad"] == 0, f"{result['bad']} coordinates are no numbers")
+    return result
+
+
+def test_page_shows_every_metric_of_a_hard_log():
+    status, said = plot(hard_log(), "-o", f"{TOP}/hard.html", "--carbon-intensity", 400)
+    expect(status == 0 and "skipped 3 broken lines" in said, said)
+    r = probed(f"{TOP}/hard.html")
+    panels = {p["title"]: p for p in r["axes"]["tokens"]["panels"]}
+    for title in ("loss, nats per token", "tokens per second", "model FLOPs utilisation (MFU)", "power of all ranks, W", "joules per token",
+                  "gradient norm, before it is clipped", "learning rate", "skipped updates so far", "perplexity of held-out data",
+                  "bits per byte of held-out data", "accuracy on held-out data", "loss of each source of held-out data",
+                  "multiple choice: share of right choices"):
+        expect(title in panels, f"no panel {title}")
+    expect(not any("margin" in p for p in panels), "a panel of dpo")
+    loss = panels["loss, nats per token"]
+    expect(loss["paths"] == [39, 39] and loss["circles"] == 2 and loss["floors"] == 1 and loss["skipped"] == 1, loss)
+    expect(set(r["axes"]) == {"tokens", "time", "energy", "step"}, set(r["axes"]))
+    tip = r["axes"]["tokens"]["tip"].split("\n")        # the middle of 4000 tokens: step 20, whose loss is 0.5 + 7/20
+    expect(tip[0] == "2000 tokens" and "loss 0.85  at step 20" in tip and "loss (held-out) 1.05  at step 20" in tip, tip)
+    expect(r["axes"]["time"]["tip"].split("\n")[:2] == ["10 s", "loss 0.85  at step 20"], r["axes"]["time"]["tip"])
+    expect(r["axes"]["energy"]["tip"].startswith("800 J\nloss 0.85"), r["axes"]["energy"]["tip"])
+    expect(r["axes"]["tokens"]["left"] == "hidden", "the values stay when the mouse has left")
+    expect(r["title"] == "hard" and not r["wide"] and r["log"] != r["linear"], "title, width or scale")
+    want = {"updates": "40", "of them skipped": "1", "tokens": "4,000", "tokens per second": "200", "loss of held-out data": "1.0250",
+            "above the floor": "0.5350 (109.2%)", "energy of updates": "0.0004444 kWh", "energy of evaluations": "0.001 kWh",
+            "energy of checkpoints": "0.0005 kWh", "above idle": "0.0002778 kWh", "mean power of updates": "80 W", "joules per token": "0.4",
+            "joules per update": "40", "gCO2e at 400 g/kWh": "0.7778", "lr": "0.001", "device": "a <b>processor</b>", "power limit, W": "200.0"}
+    for name, text in want.items():
+        expect(r["rows"].get(name) == [text], f"{name}: {r['rows'].get(name)}, not {text}")
+
+
+def test_page_compares_runs_and_says_unavailable():
+    both = [dpo_log(), hard_log("other", lr="0.001")]
+    status, said = plot(*both, "-o", f"{TOP}/two.html")
+    expect(status == 0, said)
+    r = probed(f"{TOP}/two.html")
+    panels = {p["title"]: p for p in r["axes"]["tokens"]["panels"]}
+    less = {p["title"]: p for p in r["one_less"]}
+    expect(len(panels["loss, nats per token"]["paths"]) == 4 and len(less["loss, nats per token"]["paths"]) == 2, "a run is not switched off")
+    margins = panels["margin of the chosen answers over the rejected"]
+    expect(len(margins["paths"]) == 6 and margins["circles"] == 1, margins)
+    expect(not less["margin of the chosen answers over the rejected"]["paths"], "the margins stay")
+    expect(r["rows"]["joules per token"] == ["unavailable", "0.4"] and r["rows"]["pairs won"] == ["0.9700", ""], r["rows"])
+    expect("lr" in r["differs"] and "commit" not in r["differs"], r["differs"])
+    expect("dpo: loss" in r["axes"]["tokens"]["tip"] and "other: loss" in r["axes"]["tokens"]["tip"], r["axes"]["tokens"]["tip"])
+
+
+def test_page_is_light_and_dark_and_alone():
+    plot(hard_log(), "-o", f"{TOP}/alone.html")
+    with open(f"{TOP}/alone.html") as f:
+        text = f.read()
+    links = set(re.findall(r"https?://[^\"' )]*|\bsrc=|@import|\bfetch\(", text)) - {"http://www.w3.org/2000/svg"}
+    expect(not links, f"the page asks for {links}")
+    for preferred, flags in enumerate((["--blink-settings=preferredColorScheme=0"], ["--blink-settings=preferredColorScheme=1"])):
+        picture = f"{TOP}/{preferred}.png"
+        chromium(f"{TOP}/alone.html", f"--screenshot={picture}", *flags)
+        need("matplotlib")
+        import matplotlib.image
+        pixels = matplotlib.image.imread(picture)[..., :3]
+        corner, spread = pixels[2, 2].mean(), pixels[100:600, 100:600].std()
+        expect((corner > 0.9) == bool(preferred) and (corner < 0.15) != bool(preferred), f"the background is {corner}")
+        blue = ((pixels[..., 2] > pixels[..., 0] + 0.25)).sum()
+        expect(blue > 500 and spread > 0.02, f"{blue} pixels of the first run's colour")
+    r = probed(f"{TOP}/alone.html")
+    expect(len(set(r["colors"])) == 2, "the button changes nothing")
+
+
+def test_page_of_a_long_run_keeps_extremes_and_is_small():
+    rows = steps_of(20000)
+    rows[12344] |= {"loss": 99.0}
+    rows[17776] |= {"skipped": True, "loss": None}
+    status, said = plot(write_log("long", [header(), *rows]), "-o", f"{TOP}/long.html")
+    expect(status == 0, said)
+    with open(f"{TOP}/long.html") as f:
+        text = f.read()
+    data = json.loads(re.search(r"^const data = (.*);$", text, re.M)[1])
+    lines = data["runs"][0]["lines"]
+    expect(99.0 in lines["loss"] and 17777 in data["runs"][0]["skipped"], "a spike or a skipped step is lost")
+    expect(len(lines["step"]) <= 2600 and len(text) < 1 << 20, f"{len(lines['step'])} steps, {len(text)} bytes")
+    expect(lines["step"][0] == 1 and lines["step"][-1] == 20000 and lines["step"] == sorted(set(lines["step"])), "order of steps")
+
+
+def test_page_of_a_run_of_the_trainer():
+    out = f"{TOP}/run"
+    fixture = f"{DEV}/fixture/llama"
+    r = subprocess.run([trainer, "--config", f"{fixture}/config.json", "--train-data", f"{fixture}/tokens.bin", "--val-data", f"{fixture}/tokens.bin",
+                        *"--seq-len 16 --batch-size 2 --steps 30 --val-every 10 --sample-every 0 --checkpoint-every 0 --threads 1 --out".split(), out],
+                       capture_output=True, text=True)
+    expect(r.returncode == 0, r.stderr)
+    status, said = plot(f"{out}/log.jsonl", "-o", f"{TOP}/run.html")
+    expect(status == 0 and "skipped" not in said, said)
+    r = probed(f"{TOP}/run.html")
+    loss = r["axes"]["tokens"]["panels"][0]
+    expect(loss["paths"] == [30] or loss["paths"] == [30, 30], loss)
+    expect(loss["circles"] == 3 and r["rows"]["updates"] == ["30"] and r["rows"]["seq-len"] == ["16"], loss)
+    expect(float(r["rows"]["tokens per second"][0].replace(",", "")) > 0, r["rows"])
+
+
+def test_pictures():
+    need("matplotlib")
+    hard = hard_log()
+    for words in (["-o", f"{TOP}/a.svg"], ["--all", "--x", "energy", "-o", f"{TOP}/b.png"], ["--keys", "bits_per_byte,mfu", "--x", "time", "-o", f"{TOP}/c.svg"]):
+        status, said = plot(hard, dpo_log(), *words)
+        expect(status == 0 and os.path.getsize(words[-1]) > 5000, said)
+    import matplotlib.image
+    expect(matplotlib.image.imread(f"{TOP}/b.png").std() > 0.05, "an empty picture")
+    with open(f"{TOP}/a.svg") as f:
+        text = f.read()
+    for what in ("hard: validation loss", "0.4900", "hard: 1 skipped", "dpo: training loss"):
+        expect(what in text, f"no '{what}' in the picture")
+    plot(hard, "-o", f"{TOP}/d.svg"), plot(hard, "-o", f"{TOP}/e.svg")
+    with open(f"{TOP}/d.svg") as f, open(f"{TOP}/e.svg") as g:
+        expect(f.read() == g.read(), "the same log, other bytes")
+
+
+def test_errors_are_one_line():
+    empty = write_log("empty", [header()])
+    for words, what in (([f"{TOP}/none.jsonl"], "No such file"), ([empty], "no step or val record"), ([hard_log(), "-o", f"{TOP}/none/x.html"], "No such file"),
+                        ([dpo_log(), "--x", "energy", "-o", f"{TOP}/x.png"], "no counter of energy"),
+                        ([hard_log(), "--carbon-intensity", "-1"], "grams per kWh")):
+        status, said = plot(*words)
+        last = said.strip().split("\n")[-1]
+        expect(status == 1 and last.startswith("error: ") and what in last and "Traceback" not in said, f"{words}: {said}")
+
+
+def main():
+    global trainer
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    trainer, words = os.path.abspath(sys.argv[1]), sys.argv[2:]
+    for name, test in list(globals().items()):
+        if not name.startswith("test_") or (words and not any(w in name for w in words)):
+            continue
+        try:
+            test()
+            counts["passed"] += 1
+            print(f"ok    {name[5:]}", flush=True)
+        except Absent as e:
+            counts["skipped"] += 1
+            print(f"skipped: {name[5:]}: {e}", flush=True)
+        except (Failed, OSError, KeyError, IndexError, subprocess.SubprocessError) as e:
+            counts["failed"] += 1
+            print(f"FAIL  {name[5:]}: {type(e).__name__}: {e}", flush=True)
+    shutil.rmtree(TOP, ignore_errors=True)
+    print("{passed} passed, {failed} failed, {skipped} skipped".format(**counts))
+    sys.exit(1 if counts["failed"] else 0)
+
+
+main()
