@@ -69,6 +69,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <time.h>
 #include <unistd.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <algorithm>
@@ -427,6 +428,7 @@ uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index);
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
 uint64_t hash_string(const char *s);
+static int live_shown;                                  // a live line stands on the terminal
 // 11
 void param_table_build(ParamTable *p, const Config *c, int shard);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
@@ -3545,6 +3547,9 @@ Option *option_find(const char *name);
 void option_set(Option *o, const char *text);
 int option_given(const char *name);
 const char *option_text(const Option *o);
+int live_wanted(void);
+void live_show(double done, const char *left, const char *right);
+void live_end(void);
 // 9, 10
 void text_add(Text *t, const char *fmt, ...);
 void text_add_string(Text *t, const char *s);
@@ -3656,7 +3661,10 @@ static volatile sig_atomic_t signals;       // 1 once one has come
 // A second SIGINT over a second after the first is a hand that does not want to wait.
 static void on_signal(int number) {
     static double interrupted;              // when the first SIGINT came
-    if (number == SIGINT && interrupted > 0 && now_seconds() - interrupted > 1) _exit(128 + SIGINT);
+    if (number == SIGINT && interrupted > 0 && now_seconds() - interrupted > 1) {
+        if (live_shown && write(STDOUT_FILENO, "\n", 1)) {}
+        _exit(128 + SIGINT);
+    }
     if (number == SIGINT && interrupted == 0) interrupted = now_seconds();
     signals = 1;
 }
@@ -3812,9 +3820,17 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     const double report = flops_per_token(&tr->c, tr->span, /*causal=*/0) * speed / world;
     const double causal = flops_per_token(&tr->c, tr->span, /*causal=*/1) * speed / world;
     const double peak = report <= tr->peak ? tr->peak : NAN;    // more: measured on a busy machine
-    if (*skipped) printf("step %" PRId64 " | skipped | %s\n", step, skipped);
-    if (step % opt.log_every == 0 || step == opt.steps || step == 1) {
-        const double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
+    if (*skipped) {
+        live_end();
+        printf("step %" PRId64 " | skipped | %s\n", step, skipped);
+    }
+    const int due = step % opt.log_every == 0 || step == opt.steps || step == 1;
+    const double left = (double)(opt.steps - step) * tr->state.seconds / (double)step;
+    if (due && live_wanted()) {
+        const Str mfu = report <= tr->peak ? str(" | mfu %.0f%%", 100 * report / peak) : str("%s", "");
+        live_show((double)step / (double)opt.steps, str("step %" PRId64 "/%" PRId64, step, opt.steps).s,
+                  str("loss %.4f | %.0f tok/s%s | eta %s", loss, speed, mfu.s, duration_text(left).s).s);
+    } else if (due) {
         const Str of_them = opt.stage == STAGE_PRETRAIN ? str("%s", "") : str(", %.0f trained", trained);
         const Str joules = opt.stage == STAGE_PRETRAIN ? str("%s", "")
                          : str(", %s trained", measured_text(tr->window.joules_per_target, "%.3g").s);
@@ -3827,9 +3843,11 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
         fflush(stdout);
     }
     const double margin = tr->sums[REWARDS_MARGINS] / tr->mass[MASS_PAIRS];
-    if (opt.stage == STAGE_DPO && fabs(margin) > 20)
+    if (opt.stage == STAGE_DPO && fabs(margin) > 20) {
+        live_end();
         printf("step %" PRId64 " | warning: rewards/margins %.1f: the policy is far from its reference; a "
                "lower --lr or a higher --dpo-beta holds it\n", step, margin);
+    }
     const struct { const char *key; double x; } row[] = {
         {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens},
         {"trained_tokens", (double)tr->state.targets},
@@ -4184,6 +4202,7 @@ static void train(Trainer *tr) {
         const int saving = due && !tr->bad_in_a_row;        // five bad ones must not push out a good one
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
+        live_end();
         window_turn(tr, /*of_updates=*/1);
         if (evaluating) evaluate_all(tr);
         if (saving) save(tr);
@@ -4191,6 +4210,7 @@ static void train(Trainer *tr) {
         if (sampling) generate(tr);
         window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
     }
+    live_end();
     window_turn(tr, /*of_updates=*/1);
     const int stopped = stop_requested();
     if (opt.checkpoint_every || stopped) save(tr);          // skipped updates at the end changed no weight
@@ -5135,6 +5155,7 @@ void die(const char *fmt, ...) {
     if (die_hook) die_hook(message);
     if (comm_rank() > 0) usleep(500000);        // what all ranks see, rank 0 alone should say
     fflush(stdout);
+    if (live_shown) fputs("\r\033[K", stderr);
     if (comm_world() > 1) fprintf(stderr, "error: rank %d: %s\n", comm_rank(), message);
     else fprintf(stderr, "error: %s\n", message);
     comm_abort();
@@ -5178,6 +5199,39 @@ Str str(const char *fmt, ...) {
         die("%.80s... is too long", text.s);
     va_end(args);
     return text;
+}
+
+// ---- the live line: on a terminal it stands in place of the lines of steps, below all others --------------
+// mpirun puts a terminal of its own between us and the user; dev/run.sh says what the user has.
+int live_wanted(void) {
+    const char *run = getenv("LITESPARK_RUN"), *kind = getenv("TERM");
+    const int under_mpirun = getenv("OMPI_COMM_WORLD_SIZE") != NULL;
+    return (under_mpirun ? run && !strcmp(run, "terminal") : isatty(STDOUT_FILENO))
+        && kind && strcmp(kind, "dumb");
+}
+
+// left [====>   ] right, over the line before, at most ten times a second: 79 columns (some terminals wrap
+// after the last of 80), fewer where the terminal is narrower. done: 0 .. 1
+void live_show(double done, const char *left, const char *right) {
+    static double shown_at;
+    struct winsize size = {0, 0, 0, 0};
+    char bar[80] = "";
+    const int known = !ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) && size.ws_col > 0 && size.ws_col < 80;
+    const int columns = (known ? size.ws_col : 80) - 1;
+    const int room = columns - (int)strlen(left) - (int)strlen(right) - 4, full = (int)(done * room);
+    if (live_shown && now_seconds() - shown_at < 0.1) return;
+    for (int i = 0; i < room; i++) bar[i] = i < full ? '=' : i == full ? '>' : ' ';
+    const Str line = room > 2 ? str("%s [%s] %s", left, bar, right) : str("%s | %s", left, right);
+    printf("\r%.*s\033[K", columns, line.s);
+    fflush(stdout);
+    shown_at = now_seconds();
+    live_shown = 1;
+}
+
+void live_end(void) {
+    if (live_shown) fputs("\r\033[K", stdout);
+    live_shown = 0;
+    fflush(stdout);
 }
 
 double now_seconds(void) {          // differences only: the zero is arbitrary, and the clock never jumps
@@ -7725,9 +7779,12 @@ void log_record(Text *t) {
         const off_t end = lseek(log_file.fd, 0, SEEK_END);
         errno = 0;
         if (write(log_file.fd, t->s, (size_t)t->n) != t->n) {
-            if (!log_file.lost++)
+            const char *why = strerror(errno ? errno : ENOSPC);
+            if (!log_file.lost++) {
+                live_end();
                 fprintf(stderr, "warning: cannot write %s: %s; training goes on without these records\n",
-                        log_file.path.s, strerror(errno ? errno : ENOSPC));
+                        log_file.path.s, why);
+            }
             if (ftruncate(log_file.fd, end)) {}             // a half line would spoil the next one
         }
     }

@@ -9,13 +9,15 @@ command -v mpirun >/dev/null || { echo 'error: dev/run.sh: there is no mpirun: a
 [ $# -gt 0 ] || { echo 'usage: dev/run.sh -np RANKS [mpirun OPTIONS] ./train_litespark OPTIONS' >&2; exit 1; }
 [ "$(id -u)" != 0 ] || root=--allow-run-as-root
 interrupted=0
+seen=1              # what the ranks are told: whether a terminal shows what they print
+[ -t 1 ] && seen=terminal
 stop() { kill -USR1 $job; }
 interrupt() {
     now=$(date +%s)
     if [ $interrupted = 0 ]; then interrupted=$now; stop
     elif [ $((now - interrupted)) -ge 2 ]; then kill -TERM $job; fi
 }
-setsid mpirun $root --bind-to none -x LITESPARK_RUN=1 "$@" </dev/null &
+setsid mpirun $root --bind-to none -x LITESPARK_RUN=$seen "$@" </dev/null &
 job=$!
 trap stop TERM HUP USR1
 trap interrupt INT
