@@ -47,7 +47,7 @@ help:
 	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
 	@echo 'make test     all tests that need no GPU; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
-	@echo 'make test-data   the preparation of data (python3)      make test-plots, test-terminal   what runs show      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
+	@echo 'make test-data   the preparation of data (python3)      make test-plots, test-terminal, test-energy   what runs show      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
@@ -261,6 +261,10 @@ test-plots: build/train_litespark
 test-terminal: build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu)
 	@if python3 -c '' 2>/dev/null; then python3 dev/test_terminal.py $^ $(T); else echo 'skipped: test-terminal: no python3'; fi
 
+# The energy of runs, with counters that the test makes.
+test-energy: build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu)
+	@if python3 -c '' 2>/dev/null; then python3 dev/test_energy.py $^ $(T); else echo 'skipped: test-energy: no python3'; fi
+
 # ---- fuzzing: libFuzzer, one program for all parsers
 SECONDS_EACH ?= 60
 FUZZ     := json config safetensors index shard tokenizer options state
@@ -312,4 +316,4 @@ sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
 	@python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data test-plots test-terminal fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean
+.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean

@@ -1662,6 +1662,7 @@ static void test_energy_counters_add_up_and_wrap(void) {
     Energy e;
     energy_open(&e, file_at("nothing"));
     CHECK(e.n == 0 && isnan(energy_sum(&e)), "no counters must give NaN, not %g", energy_sum(&e));
+    CHECK(isnan(energy_limit(&e)), "no counters have no limit, not %g", energy_limit(&e));
     for (int i = 0; i < 4; i++) {
         mkdir(file_at("%s", names[i]), 0777);
         write_text(file_at("%s/name", names[i]), kinds[i]);
@@ -1670,12 +1671,25 @@ static void test_energy_counters_add_up_and_wrap(void) {
     }
     energy_open(&e, test_dir);
     CHECK(e.n == 3, "%d counters: two packages and one memory expected, cores are part of the package", e.n);
-    CHECK(energy_sum(&e) == 0, "joules before any were spent: %g", e.joules);
+    CHECK(energy_sum(&e) == 0, "joules before any were spent: %g", energy_sum(&e));
     write_text(file_at("intel-rapl:0/energy_uj"), "9500000\n");
     write_text(file_at("intel-rapl:0:1/energy_uj"), "9250000\n");
     CHECK_ERROR("0.75 J", fabs(energy_sum(&e) - 0.75), 1e-12);
     write_text(file_at("intel-rapl:1/energy_uj"), "1000000\n");  // wrapped: 1 J to the end, 1 J after it
     CHECK_ERROR("2.75 J", fabs(energy_sum(&e) - 2.75), 1e-12);
+    remove(file_at("intel-rapl:1/energy_uj"));                  // not readable for a moment: nothing is lost
+    CHECK_ERROR("2.75 J", fabs(energy_sum(&e) - 2.75), 1e-12);
+    CHECK(isnan(energy_limit(&e)), "no counter has a limit, not %g", energy_limit(&e));
+    write_text(file_at("intel-rapl:1/energy_uj"), "1500000\n");
+    CHECK_ERROR("3.25 J", fabs(energy_sum(&e) - 3.25), 1e-12);
+    write_text(file_at("intel-rapl:0/constraint_0_power_limit_uw"), "100000000\n");
+    write_text(file_at("intel-rapl:0:1/constraint_0_power_limit_uw"), "0\n");         // none
+    write_text(file_at("intel-rapl:1/constraint_0_power_limit_uw"), "120500000\n");
+    energy_open(&e, test_dir);
+    e.opened -= 10;
+    write_text(file_at("intel-rapl:0:1/energy_uj"), "9450000\n");      // 0.2 J of memory, without limit, in 10 s: 0.02 W
+    energy_sum(&e);
+    CHECK_ERROR("220.52 W", fabs(energy_limit(&e) - 220.52), 1e-3);
     Text t = {NULL, 0, 0};
     text_add_field(&t, "watts", NAN);
     CHECK(!strcmp(t.s, ", \"watts\": null"), "NaN is written as %s", t.s);

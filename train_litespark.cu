@@ -60,6 +60,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -215,6 +216,8 @@ enum { START, GIVEN, FIXED };
     X(INT, "--checkpoint-every", checkpoint_every, GIVEN, "-1", -1, 1e12, \
       "updates between checkpoints, 0 = none, not even at the end, -1 = steps/5 and at the end") \
     X(INT, "--keep", keep, GIVEN, "2", 1, 1e9, "checkpoints to keep") \
+    X(TEXT, "--power-log", power_log, START, NULL, 0, 0, \
+      "file to append power, clock and temperature to, each second; of rank N: FILE.N") \
     GROUP("System") \
     X(INT, "--seed", seed, FIXED, "1", 0, 9e15, "of random weights, the order of data, and samples") \
     X(CHOICE, "--precision", precision, GIVEN, "fp32", 0, 0, "fp32|bf16: of weights and activations") \
@@ -452,8 +455,11 @@ void device_wait(void);                                 // until it has done wha
 Machine device_machine(void);                           // what there is to plan with, the same on all ranks
 const char *device_name(void);
 double device_peak(int bf16);                           // FLOP/s of a rank; NAN: unknown
-// joules of this rank's part since some moment; NAN: unavailable
+// This rank's part of the machine. NAN: unavailable. Joules since some moment; the power it may take, in W
 double energy_read(void);
+double power_limit(void);
+// For a thread of its own: joules, clock in MHz, temperature in C. 0: another rank counts for this one
+int power_sample(double *joules, double *mhz, double *celsius);
 int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
 void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
 
@@ -3596,6 +3602,7 @@ double flops_per_token(const Config *c, double T, int causal);
 void log_open(const char *path);
 void log_record(Text *t);
 void log_close(void);
+void power_log_start(const char *path);
 void text_add_options(Text *t, int as_given);
 Str duration_text(double seconds);
 Str measured_text(double x, const char *format);
@@ -3626,6 +3633,8 @@ void reference_check_folders(const DataLoader *dl, uint32_t weights);
 void reference_write(const DataLoader *dl, uint32_t weights);
 
 // ---- what a run holds -------------------------------------------------------------------------------------
+enum { SPENT_UPDATES, SPENT_EVALUATION, SPENT_CHECKPOINT, SPENT_SAMPLE, N_SPENT };
+static const char *const spent_names[] = {"updates", "evaluation", "checkpoint", "sample"};
 typedef struct Trainer {
     Model *m;
     Config c;
@@ -3653,6 +3662,10 @@ typedef struct Trainer {
         double start, joules, joules_per_token, joules_per_target, watts;
         int64_t tokens, targets;
     } window;
+    // since this start, over all ranks; NAN: unavailable
+    struct { double seconds, joules; } spent[N_SPENT];
+    struct { int64_t step, tokens, targets; } begun;
+    double idle, limit;                     // W: taken before training; that may be taken
 } Trainer;
 
 static volatile sig_atomic_t signals;       // 1 once one has come
@@ -3769,26 +3782,57 @@ static Str update_verdict(const Trainer *tr, double loss, double norm, const cha
 }
 
 // Energy is read over windows of at least 2 s, with the device idle at both ends: a GPU's counter moves every
-// 0.1 s. This ends a window, which counts if it was of updates, and begins the next. All ranks call it
+// 0.1 s. This ends a window, in which the energy went into `what`, and begins the next. All ranks call it
 // together.
 enum { ENERGY_SECONDS = 2 };
-static void window_turn(Trainer *tr, int of_updates) {
+static void window_turn(Trainer *tr, int what) {
     device_wait();
     comm_barrier();                                         // rank 0 alone may have been sampling
     tr->peak = device_peak(opt.precision == BF16);          // a CPU's is measured, and may be higher now
     double now = now_seconds(), energy = energy_read(), joules = energy - tr->window.joules;
+    const double seconds = now - tr->window.start;
     comm_sum(&joules, 1);                                   // each rank reads its own counters
-    if (of_updates) tr->state.joules += joules;
-    // cut short by an evaluation or the end: too coarse
-    if (of_updates && now - tr->window.start >= ENERGY_SECONDS) {
-        tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
-        tr->window.joules_per_target = joules / (double)(tr->state.targets - tr->window.targets);
-        tr->window.watts = joules / (now - tr->window.start);
+    tr->spent[what].seconds += seconds;
+    tr->spent[what].joules += joules;
+    if (what == SPENT_UPDATES) {
+        tr->state.joules += joules;
+        if (seconds >= ENERGY_SECONDS) {                    // else cut short, and too coarse
+            tr->window.joules_per_token = joules / (double)(tr->state.tokens - tr->window.tokens);
+            tr->window.joules_per_target = joules / (double)(tr->state.targets - tr->window.targets);
+            tr->window.watts = joules / seconds;
+        }
+    } else {
+        Text r = {NULL, 0, 0};
+        text_add(&r, "{\"type\": \"look\", \"step\": %" PRId64, tr->state.step);
+        text_add_field(&r, str("%s_seconds", spent_names[what]).s, seconds);
+        text_add_field(&r, str("%s_joules", spent_names[what]).s, joules);
+        log_record(&r);
     }
     tr->window.start = now;
     tr->window.joules = energy;
     tr->window.tokens = tr->state.tokens;
     tr->window.targets = tr->state.targets;
+}
+
+// The first window. Where there are counters, the two seconds before show what the machine takes anyway: this
+// rank's part is set up and waits. Where there are none, that costs no time.
+static void window_first(Trainer *tr) {
+    double facts[2] = {energy_read(), power_limit()}, start = now_seconds();
+    tr->idle = NAN;
+    if (comm_max(!isfinite(facts[0])) == 0) {
+        while (!signals && now_seconds() - start < ENERGY_SECONDS) usleep(50000);
+        facts[0] = (energy_read() - facts[0]) / (now_seconds() - start);
+        comm_sum(facts, 2);
+        tr->idle = stop_requested() ? NAN : facts[0];
+        tr->limit = facts[1];
+        printf("energy | idle %s W | limit %s W | of all ranks\n", measured_text(tr->idle, "%.1f").s,
+               measured_text(tr->limit, "%.1f").s);
+    } else tr->limit = tr->state.joules = NAN;
+    tr->begun.step = tr->state.step;
+    tr->begun.tokens = tr->window.tokens = tr->state.tokens;
+    tr->begun.targets = tr->window.targets = tr->state.targets;
+    tr->window.start = now_seconds();
+    tr->window.joules = energy_read();
 }
 
 // What the update's preferences were, under TRL's names: means over its pairs.
@@ -3856,7 +3900,8 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
         {"model_tflops_per_gpu", report * 1e-12}, {"mfu", report / peak},
         {"mfu_causal", causal / peak}, {"time_per_iteration", seconds},
         {"joules_per_token", tr->window.joules_per_token},
-        {"joules_per_trained_token", tr->window.joules_per_target}, {"watts", tr->window.watts}};
+        {"joules_per_trained_token", tr->window.joules_per_target}, {"watts", tr->window.watts},
+        {"joules", tr->state.joules > 0 ? tr->state.joules : NAN}};     // 0: no window has ended
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
@@ -3892,7 +3937,7 @@ static int train_step(Trainer *tr) {
         s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
     }
     tr->bad_in_a_row = *skipped.s ? tr->bad_in_a_row + 1 : 0;
-    if (facts[2] > ENERGY_SECONDS) window_turn(tr, /*of_updates=*/1);
+    if (facts[2] > ENERGY_SECONDS) window_turn(tr, SPENT_UPDATES);
     const double seconds = now_seconds() - start;
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, skipped.s);
@@ -4168,6 +4213,7 @@ static void save(Trainer *tr) {
     tr->saved_step = tr->state.step;
     printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out,
            tr->state.step, now_seconds() - start);
+    window_turn(tr, SPENT_CHECKPOINT);
 }
 
 static void report_end(const Trainer *tr) {
@@ -4190,9 +4236,54 @@ static void report_end(const Trainer *tr) {
                tr->floor, tr->val_loss - tr->floor);
 }
 
+// What the updates since this start took, apart from all else, on the screen and as the last record.
+static void report_energy(const Trainer *tr) {
+    const double seconds = tr->spent[SPENT_UPDATES].seconds, joules = tr->spent[SPENT_UPDATES].joules;
+    const double steps = (double)(tr->state.step - tr->begun.step), world = comm_world();
+    const double tokens = (double)(tr->state.tokens - tr->begun.tokens);
+    const double targets = (double)(tr->state.targets - tr->begun.targets);
+    const double span = tr->n_spans ? tr->spans / (double)tr->n_spans : tr->span;
+    const double gflop = flops_per_token(&tr->c, span, /*causal=*/0) * tokens * 1e-9;
+    const double watts = joules / seconds, above = joules - tr->idle * seconds, limit = tr->limit;
+    if (!steps) return;
+    const struct { const char *key; double x; } row[] = {
+        {"tokens", (double)tr->state.tokens}, {"joules", tr->state.joules},     // from the first start on
+        {"updates_joules_above_idle", above}, {"kwh", joules / 3.6e6}, {"watts", watts},
+        {"watts_per_gpu", watts / world}, {"idle_watts", tr->idle}, {"power_limit_watts", limit},
+        {"joules_per_token", joules / tokens}, {"joules_per_trained_token", joules / targets},
+        {"joules_per_update", joules / steps}, {"tokens_per_joule", tokens / joules},
+        {"gflop_per_joule", gflop / joules}};
+    Text r = {NULL, 0, 0}, others = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"end\", \"step\": %" PRId64, tr->state.step);
+    for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
+    text_add(&others, "%s", "");
+    for (int i = 0; i < N_SPENT; i++) {
+        if (tr->spent[i].seconds <= 0) continue;
+        text_add_field(&r, str("%s_seconds", spent_names[i]).s, tr->spent[i].seconds);
+        text_add_field(&r, str("%s_joules", spent_names[i]).s, tr->spent[i].joules);
+        if (i != SPENT_UPDATES)
+            text_add(&others, " | %s %.3g kWh", spent_names[i], tr->spent[i].joules / 3.6e6);
+    }
+    log_record(&r);
+    if (isfinite(joules)) {
+        const Str trained = opt.stage == STAGE_PRETRAIN ? str("%s", "")
+                          : str(" (%.3g trained)", joules / targets);
+        printf("energy | updates %.3g kWh, above idle %s kWh | %.1f W per rank | %.3g J/token%s | "
+               "%.3g tokens/J | %.3g J/update | %.3g GFLOP/J%s\n", joules / 3.6e6,
+               measured_text(above / 3.6e6, "%.3g").s, watts / world, joules / tokens, trained.s,
+               tokens / joules, joules / steps, gflop / joules, others.s);
+    }
+    free(others.s);
+    // a device at its limit swings about it; 5% more is another unit, another device or a broken counter
+    const int too_much = watts > 1.05 * limit, too_little = seconds >= ENERGY_SECONDS && watts < tr->idle;
+    if (too_much || too_little)
+        printf("warning: updates took %.1f W, %s %.1f W: do not trust the energy of this run\n", watts,
+               too_much ? "more than the limit of" : "less than idle before them,",
+               too_much ? limit : tr->idle);
+}
+
 static void train(Trainer *tr) {
     int due = 0;                                            // a checkpoint
-    window_turn(tr, /*of_updates=*/0);
     while (tr->state.step < opt.steps && train_step(tr)) {
         const int64_t step = tr->state.step;
         const int last = step == opt.steps;
@@ -4203,22 +4294,31 @@ static void train(Trainer *tr) {
         const int sampling = opt.sample_every && step % opt.sample_every == 0 && !last;
         if (!evaluating && !saving && !sampling) continue;
         live_end();
-        window_turn(tr, /*of_updates=*/1);
-        if (evaluating) evaluate_all(tr);
+        window_turn(tr, SPENT_UPDATES);                     // energy per token is that of updates
+        if (evaluating) {
+            evaluate_all(tr);
+            window_turn(tr, SPENT_EVALUATION);
+        }
         if (saving) save(tr);
         if (saving) due = 0;
-        if (sampling) generate(tr);
-        window_turn(tr, /*of_updates=*/0);                  // energy per token is that of updates
+        if (sampling) {
+            generate(tr);
+            window_turn(tr, SPENT_SAMPLE);
+        }
     }
     live_end();
-    window_turn(tr, /*of_updates=*/1);
+    window_turn(tr, SPENT_UPDATES);
     const int stopped = stop_requested();
     if (opt.checkpoint_every || stopped) save(tr);          // skipped updates at the end changed no weight
     if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
     else report_end(tr);
-    if (!stopped && opt.sample_every) generate(tr);
+    if (!stopped && opt.sample_every) {
+        generate(tr);
+        window_turn(tr, SPENT_SAMPLE);
+    }
+    report_energy(tr);
     log_close();
 }
 
@@ -4694,6 +4794,8 @@ static void log_header(const Trainer *tr) {
     text_add_string(&r, host);
     text_add(&r, ", \"ranks\": %d, \"parameters\": %zu", comm_world(), model_table(tr->m)->n_params);
     text_add_field(&r, "peak_tflops_per_gpu", tr->peak * 1e-12);
+    text_add_field(&r, "idle_watts", tr->idle);
+    text_add_field(&r, "power_limit_watts", tr->limit);
     text_add(&r, ", \"run\": \"%016" PRIx64 "\", \"step\": %" PRId64 ", \"options\": ", tr->state.run,
              tr->state.step);
     text_add_options(&r, /*as_given=*/0);
@@ -4717,6 +4819,7 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
     printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
            flops_text(tr->peak).s, device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
     warn_of_mpirun();
+    window_first(tr);
     log_header(tr);
     if (resume_dir)
         printf("resume | %s | step %" PRId64 " of %" PRId64 "%s\n", resume_dir, tr->state.step, opt.steps,
@@ -4738,6 +4841,7 @@ static void setup(Trainer *tr) {
     if (!opt.generate) print_model(tr);
     catch_signals();                        // the reference pass of DPO may take long
     setup_weights(tr, resume_dir);
+    if (opt.power_log) power_log_start(opt.power_log);
     // an evaluation leaves something only where it is told to
     if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
 }
@@ -4957,8 +5061,14 @@ void device_check_sizes(const Config *c) {
             "hidden_size of at most 16384", c->C, c->F, pack, pack == 8 ? "bf16" : "fp32");
 }
 
-// ---- energy: NVML's total-energy counter, in mJ since the driver loaded; opened at run time ---------------
-static struct { void *device; int (*total)(void *device, unsigned long long *mj); } nvml;
+// ---- energy: NVML, opened at run time: a counter of mJ since the driver loaded, and what goes with it -----
+static struct {
+    void *device;
+    int (*total)(void *device, unsigned long long *mj);
+    int (*limit)(void *device, unsigned *mw);
+    int (*clock)(void *device, int of, unsigned *mhz);
+    int (*temperature)(void *device, int of, unsigned *celsius);
+} nvml;
 
 static void energy_open(void) {
     if (strstr(gpu.device.name, "MIG")) {
@@ -4969,16 +5079,36 @@ static void energy_open(void) {
     if (!lib) return;
     auto init = (int (*)(void))dlsym(lib, "nvmlInit_v2");
     auto by_bus = (int (*)(const char *, void **))dlsym(lib, "nvmlDeviceGetHandleByPciBusId_v2");
-    auto total = (int (*)(void *, unsigned long long *))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
+    auto total = (decltype(nvml.total))dlsym(lib, "nvmlDeviceGetTotalEnergyConsumption");
     if (!init || !by_bus || !total || init() || by_bus(gpu.bus, &nvml.device)) return;
     nvml.total = total;
+    nvml.limit = (decltype(nvml.limit))dlsym(lib, "nvmlDeviceGetEnforcedPowerLimit");
+    nvml.clock = (decltype(nvml.clock))dlsym(lib, "nvmlDeviceGetClockInfo");
+    nvml.temperature = (decltype(nvml.temperature))dlsym(lib, "nvmlDeviceGetTemperature");
+}
+
+static double energy_now(double otherwise) {
+    unsigned long long mj;
+    return nvml.total && !nvml.total(nvml.device, &mj) ? (double)mj * 1e-3 : otherwise;
 }
 
 double energy_read(void) {
     static double joules = NAN;             // as last read
-    unsigned long long mj;
-    if (nvml.total && !nvml.total(nvml.device, &mj)) joules = (double)mj * 1e-3;
-    return joules;
+    return joules = energy_now(joules);
+}
+
+double power_limit(void) {
+    unsigned mw;
+    return nvml.limit && !nvml.limit(nvml.device, &mw) ? mw * 1e-3 : NAN;
+}
+
+int power_sample(double *joules, double *mhz, double *celsius) {
+    enum { CLOCK_SM = 1, SENSOR_GPU = 0 };
+    unsigned x;
+    *joules = energy_now(NAN);
+    *mhz = nvml.clock && !nvml.clock(nvml.device, CLOCK_SM, &x) ? x : NAN;
+    *celsius = nvml.temperature && !nvml.temperature(nvml.device, SENSOR_GPU, &x) ? x : NAN;
+    return 1;
 }
 
 // ---- sums over ranks, and waiting for them ----------------------------------------------------------------
@@ -7796,6 +7926,46 @@ void log_close(void) {
         fprintf(stderr, "warning: %" PRId64 " records are missing in %s\n", log_file.lost, log_file.path.s);
     if (log_file.fd >= 0) close(log_file.fd);
     log_file.fd = -1;
+}
+
+// ---- --power-log: a thread that writes what this rank's part of the machine does each second --------------
+static void *power_log_thread(void *file) {
+    double joules, before = NAN, then = 0, mhz, celsius;
+    for (;;) {
+        if (!power_sample(&joules, &mhz, &celsius)) return NULL;
+        const double now = now_seconds();
+        struct timespec date;
+        clock_gettime(CLOCK_REALTIME, &date);
+        if (then > 0) {
+            Text r = {NULL, 0, 0};
+            text_add(&r, "{\"time\": %" PRId64 ".%03d", (int64_t)date.tv_sec, (int)(date.tv_nsec / 1000000));
+            text_add_field(&r, "watts", (joules - before) / (now - then));
+            text_add_field(&r, "mhz", mhz);
+            text_add_field(&r, "celsius", celsius);
+            text_add(&r, "}\n");
+            if (fputs(r.s, (FILE *)file)) {}                // a full disk ends no training
+            fflush((FILE *)file);
+            free(r.s);
+        }
+        before = joules;
+        then = now;
+        usleep(1000000 - (useconds_t)(date.tv_nsec / 1000));        // until the next full second
+    }
+}
+
+void power_log_start(const char *path) {
+    const Str name = comm_rank() ? str("%s.%d", path, comm_rank()) : str("%s", path);
+    pthread_t thread;
+    sigset_t all, before;
+    double joules, mhz, celsius;
+    if (!power_sample(&joules, &mhz, &celsius)) return;
+    FILE *f = fopen(name.s, "a");
+    if (!f) die("--power-log: cannot write %s: %s", name.s, strerror(errno));
+    sigfillset(&all);                           // signals are for the thread that trains
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&thread, NULL, power_log_thread, f)) die("--power-log: there is no thread for it");
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_detach(thread);
 }
 
 // "15 s" .. "3 h 20 min": for people

@@ -1,0 +1,266 @@
+#!/usr/bin/env python3
+"""`make test-energy`: the energy of a run, with counters that this test makes: RAPL's files in a folder of its own for the CPU trainer
+(LITESPARK_SYS), a stand-in for NVML for the emulated CUDA trainer. Words choose tests by name.
+
+    dev/test_energy.py build/train_litespark build/train_litespark_emu [word ...]
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+DEV = os.path.dirname(os.path.abspath(__file__))
+FIXTURE = f"{DEV}/fixture/llama"
+TOP = tempfile.mkdtemp()
+counts = {"passed": 0, "failed": 0, "skipped": 0}
+
+
+class Absent(Exception):
+    pass
+
+
+class Failed(Exception):
+    pass
+
+
+def expect(ok, what):
+    if not ok:
+        raise Failed(str(what)[-1500:])
+
+
+def near(x, want, share, what):
+    expect(isinstance(x, (int, float)) and abs(x / want - 1) <= share, f"{what}: {x}, not {want} +- {100 * share:.0f}%")
+
+
+class Power:
+    """Watts over time: idle first, busy once the run has written the header of its log, which follows the measurement of idle."""
+
+    def __init__(self, out, idle, busy):
+        self.out, self.idle, self.busy, self.begin, self.since, self.stop = out, idle, busy, time.monotonic(), None, False
+
+    def joules(self):
+        now = time.monotonic()
+        if self.since is None and os.path.exists(f"{self.out}/log.jsonl") and os.path.getsize(f"{self.out}/log.jsonl"):
+            self.since = now
+        return self.idle * (now - self.begin) + (self.busy - self.idle) * (now - self.since if self.since else 0)
+
+
+class Sysfs:
+    """class/powercap with a package and its memory, whose counters are written every 10 ms. wrap: joules at which they begin anew."""
+
+    def __init__(self, name, package, memory=None, wrap=300.0, limit=None):
+        self.root, self.stop = f"{TOP}/{name}", False
+        for i, (power, kind) in enumerate(((package, "package-0"), (memory, "dram"))):
+            if not power:
+                continue
+            folder = f"{self.root}/class/powercap/intel-rapl:0" + (":0" if i else "")
+            texts = {"name": kind, "max_energy_range_uj": str(int(wrap * 1e6)), "energy_uj": str(int(0.7 * wrap * 1e6))}
+            if limit and not i:
+                texts["constraint_0_power_limit_uw"] = str(int(limit * 1e6))
+            for file, text in texts.items():
+                write(f"{folder}/{file}", text + "\n")
+            threading.Thread(target=self.serve, args=(f"{folder}/energy_uj", power, wrap), daemon=True).start()
+
+    def serve(self, path, power, wrap):
+        while not self.stop:
+            write(path + ".part", f"{int((power.joules() + 0.7 * wrap) % wrap * 1e6)}\n")      # the first wrap comes soon
+            os.replace(path + ".part", path)
+            time.sleep(0.01)
+
+
+def write(path, text):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        f.write(text)
+
+
+def nvml(idle, busy, limit):
+    """A folder with libnvidia-ml.so.1: 2 s of idle from the first reading on, then busy."""
+    folder = tempfile.mkdtemp(dir=TOP)
+    write(f"{folder}/nvml.cpp", f"""#include <time.h>
+        static double now() {{ timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + 1e-9 * t.tv_nsec; }}
+        extern "C" int nvmlInit_v2() {{ return 0; }}
+        extern "C" int nvmlDeviceGetHandleByPciBusId_v2(const char *, void **d) {{ *d = 0; return 0; }}
+        extern "C" int nvmlDeviceGetTotalEnergyConsumption(void *, unsigned long long *mj) {{
+            static double first = now();
+            const double t = now() - first;
+            *mj = 1e3 * (t < 2 ? {idle} * t : {idle} * 2 + {busy} * (t - 2));
+            return 0;
+        }}
+        extern "C" int nvmlDeviceGetEnforcedPowerLimit(void *, unsigned *mw) {{ *mw = {limit}000; return 0; }}
+        extern "C" int nvmlDeviceGetClockInfo(void *, int of, unsigned *mhz) {{ *mhz = of == 1 ? 1980 : 1; return 0; }}
+        extern "C" int nvmlDeviceGetTemperature(void *, int of, unsigned *c) {{ *c = of == 0 ? 66 : 1; return 0; }}
+        """)
+    r = subprocess.run([os.environ.get("CXX") or "g++", "-shared", "-fPIC", f"{folder}/nvml.cpp", "-o", f"{folder}/libnvidia-ml.so.1"], capture_output=True, text=True)
+    expect(r.returncode == 0, r.stderr)
+    return folder
+
+
+def is_cuda(trainer):
+    return "emu" in os.path.basename(trainer)
+
+
+def train(trainer, out, more="", seconds=8, until=(), **env):
+    """Trains for about so many seconds and until the log has these words, then stops it as a user would: a signal. (records by type, what it
+    printed)"""
+    words = [trainer, "--config", f"{FIXTURE}/config.json", "--train-data", f"{FIXTURE}/tokens.bin", "--val-data", f"{FIXTURE}/tokens.bin",
+             *"--seq-len 16 --batch-size 2 --threads 1 --sample-tokens 4 --steps 100000000 --log-every 100 --out".split(), out, *more.split()]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env})
+    begin = time.time()
+    while process.poll() is None:
+        time.sleep(0.1)
+        if time.time() - begin > seconds and os.path.exists(f"{out}/log.jsonl"):
+            with open(f"{out}/log.jsonl") as f:
+                text = f.read()
+            if all(word in text for word in until):
+                break
+        expect(time.time() - begin < 300, "it does not begin")
+    process.terminate()
+    text = process.communicate()[0]
+    expect(process.returncode == 0, text)
+    return records(f"{out}/log.jsonl"), text
+
+
+def records(path):
+    of = {}
+    with open(path) as f:
+        for r in map(json.loads, f):
+            of.setdefault(r.get("type"), []).append(r)
+    return of
+
+
+def with_counters(trainer, out, idle, busy, limit, name, more="", seconds=8, until=()):
+    """A run on a machine that takes so many W: (records, text, W of updates that are to be seen)"""
+    if is_cuda(trainer):
+        folder = nvml(idle, busy, limit)
+        return *train(trainer, out, more, seconds, until, LD_LIBRARY_PATH=f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"), busy
+    sysfs = Sysfs(name, Power(out, idle, busy), Power(out, 10, 10), limit=limit)
+    try:
+        return *train(trainer, out, more, seconds, until, LITESPARK_SYS=sysfs.root), busy + 10
+    finally:
+        sysfs.stop = True
+
+
+def test_energy_of_a_run(trainer, out):
+    looks = "--val-every 4 --checkpoint-every 6 --sample-every 5" if is_cuda(trainer) else \
+            "--val-every 40 --checkpoint-every 90 --sample-every 70 --total-batch-tokens 3200"
+    log, text, watts = with_counters(trainer, out, 40, 110, 300, "run", looks, 9, ("evaluation_", "checkpoint_", "sample_"))
+    head, end, steps = log["header"][0], log["end"][-1], log["step"]
+    extra = 0 if is_cuda(trainer) else 10                                               # the memory's
+    near(head["idle_watts"], 40 + extra, 0.15, "idle")
+    near(head["power_limit_watts"], 300 + extra, 0.02, "limit")
+    expect("energy counters found" in text and "energy | idle " in text and "energy | updates " in text, text)
+    near(end["watts"], watts, 0.15, "W of updates")
+    near(end["joules"], end["updates_joules"], 1e-9, "J of the run")
+    near(end["updates_joules"] / end["updates_seconds"], watts, 0.15, "J by s")
+    near(end["joules_per_token"], end["joules"] / end["tokens"], 1e-6, "J/token")
+    near(end["joules_per_update"], end["joules"] / end["step"], 1e-6, "J/update")
+    near(end["tokens_per_joule"] * end["joules_per_token"], 1, 1e-9, "tokens/J")
+    near(end["kwh"], end["joules"] / 3.6e6, 1e-9, "kWh")
+    near(end["updates_joules_above_idle"], end["joules"] - end["idle_watts"] * end["updates_seconds"], 1e-6, "above idle")
+    flops = 6 * (2 * (32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 16) + 32 * 53) + 12 * 2 * 32 * 16        # per token of the fixture's model
+    near(end["gflop_per_joule"], flops * 1e-9 / end["joules_per_token"], 1e-6, "GFLOP/J")
+    for kind in ("evaluation", "checkpoint", "sample"):
+        looks = [r for r in log.get("look", []) if f"{kind}_joules" in r]
+        expect(looks, f"no {kind}")
+        near(sum(r[f"{kind}_seconds"] for r in looks), end[f"{kind}_seconds"], 1e-6, f"s of {kind}")
+        near(sum(r[f"{kind}_joules"] for r in looks), end[f"{kind}_joules"], 1e-6, f"J of {kind}")
+        expect(f"| {kind} " in text.split("energy | updates")[1], f"{kind} is not on the screen")
+    joules = [r["joules"] for r in steps]
+    expect(joules[0] is None and joules == sorted(joules, key=lambda x: x or 0) and 0 not in joules, joules[:9])
+    seen = [r["watts"] for r in steps if r["watts"]]
+    expect(seen or is_cuda(trainer), "no window of 2 s has ended")
+    for x in set(seen):
+        near(x, watts, 0.25, "W of a window")
+    expect("warning: updates took" not in text, text)
+
+
+def test_power_above_its_limit_or_below_idle_is_named(trainer, out):
+    for idle, busy, limit, what in ((40, 110, 60, "more than the limit of"), (110, 40, 300, "less than idle")):
+        _, text, _ = with_counters(trainer, out + str(busy), idle, busy, limit, f"limit{busy}", "--val-every 0 --sample-every 0 --checkpoint-every 0", 7)
+        expect("warning: updates took" in text and what in text, text)
+
+
+def test_without_counters_nothing_is_zero_and_nothing_waits(trainer, out):
+    begin = time.time()
+    log, text = train(trainer, out, "--steps 3 --val-every 2 --sample-every 0 --checkpoint-every 2".replace("--steps 3", ""), 1, ("evaluation_", "checkpoint_"), LITESPARK_SYS=f"{TOP}/none")
+    expect("energy |" not in text and "energy counters unavailable" in text, text)
+    for kind, keys in (("step", ("joules", "watts", "joules_per_token")), ("end", ("joules", "kwh", "watts", "gflop_per_joule", "idle_watts", "evaluation_joules")),
+                       ("look", ("evaluation_joules", "checkpoint_joules")), ("header", ("idle_watts", "power_limit_watts"))):
+        for r in log[kind]:
+            expect(all(r.get(k) is None for k in keys), r)
+    expect(all(any(k in r for r in log["look"]) for k in ("evaluation_seconds", "checkpoint_seconds")), log["look"])
+
+
+def test_resumed_run_adds_up(trainer, out):
+    if is_cuda(trainer):
+        raise Absent("the text is shared: tested on the CPU trainer")
+    first, _, _ = with_counters(trainer, out, 40, 110, 300, "first", "--val-every 0 --sample-every 0", 6)
+    sysfs = Sysfs("second", Power(out, 110, 110), limit=300)
+    log, text = train(trainer, out, "--val-every 0 --sample-every 0 --resume auto", 6, LITESPARK_SYS=sysfs.root)
+    sysfs.stop = True
+    a, b = log["end"]
+    near(b["joules"], a["joules"] + b["updates_joules"], 1e-6, "J of both starts")
+    near(b["joules_per_token"], b["updates_joules"] / (b["tokens"] - a["tokens"]), 1e-6, "J/token since the second start")
+
+
+def test_power_log(trainer, out):
+    log = f"{TOP}/{os.path.basename(trainer)}.power.jsonl"
+    more = f"--val-every 0 --sample-every 0 --checkpoint-every 0 --power-log {log}"
+    if is_cuda(trainer):
+        with_counters(trainer, out, 50, 50, 300, "power", more, 6)
+        watts, mhz, celsius = 50, 1980, 66
+    else:
+        sysfs = Sysfs("power", Power(out, 50, 50))
+        for i, khz in enumerate((2000000, 3000000)):
+            write(f"{sysfs.root}/devices/system/cpu/cpu{i}/cpufreq/scaling_cur_freq", f"{khz}\n")
+            write(f"{sysfs.root}/class/thermal/thermal_zone{i}/temp", f"{(41 + i) * 1000}\n")
+        train(trainer, out, more, 6, LITESPARK_SYS=sysfs.root)
+        sysfs.stop = True
+        watts, mhz, celsius = 50, 2500, 42
+    rows = records(log)[None]
+    expect(len(rows) >= 4 and all(set(r) == {"time", "watts", "mhz", "celsius"} for r in rows), rows)
+    span = rows[-1]["time"] - rows[0]["time"]
+    near(span / (len(rows) - 1), 1, 0.25, "s between samples")
+    near(sum(r["watts"] for r in rows) / len(rows), watts, 0.15, "W")
+    expect(all(r["mhz"] == mhz and r["celsius"] == celsius for r in rows), rows)
+    train(trainer, out + "2", more, 3, LITESPARK_SYS=f"{TOP}/none")
+    more_rows = records(log)[None][len(rows):]
+    expect(more_rows and all(r[k] is None for r in more_rows for k in ("watts", "mhz", "celsius")), more_rows)
+    r = subprocess.run([trainer, "--config", f"{FIXTURE}/config.json", "--train-data", f"{FIXTURE}/tokens.bin", "--seq-len", "16", "--batch-size", "2", "--steps", "2",
+                        "--power-log", f"{TOP}/none/x", "--out", out + "3"], capture_output=True, text=True)
+    expect(r.returncode == 1 and r.stderr.startswith("error: --power-log: cannot write ") and not os.path.exists(f"{out}3/log.jsonl"), r.stderr)
+
+
+def main():
+    trainers, words = [], []
+    for word in sys.argv[1:]:
+        (trainers if os.access(word, os.X_OK) else words).append(word)
+    if not trainers:
+        sys.exit(__doc__)
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    for trainer in trainers:
+        for name, test in list(globals().items()):
+            if not name.startswith("test_") or (words and not any(w in name for w in words)):
+                continue
+            title = f"{name[5:]} ({os.path.basename(trainer)})"
+            try:
+                test(os.path.abspath(trainer), tempfile.mkdtemp(dir=TOP) + "/out")
+                counts["passed"] += 1
+                print(f"ok    {title}", flush=True)
+            except Absent as e:
+                counts["skipped"] += 1
+                print(f"skipped: {title}: {e}", flush=True)
+            except (Failed, OSError, KeyError, IndexError, TypeError, subprocess.SubprocessError) as e:
+                counts["failed"] += 1
+                print(f"FAIL  {title}: {type(e).__name__}: {e}", flush=True)
+    shutil.rmtree(TOP, ignore_errors=True)
+    print("{passed} passed, {failed} failed, {skipped} skipped".format(**counts))
+    sys.exit(1 if counts["failed"] else 0)
+
+
+main()
