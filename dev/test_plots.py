@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""`make test-plots`: dev/plot_log.py on logs of the trainer and on logs with all that can go wrong in one. The page runs in headless
-Chromium (apt-get install chromium), pictures need matplotlib: what is not here is skipped. Words choose tests by name.
+"""`make test-plots`: dev/plot_log.py and export_log.py on logs of the trainer and on logs with all that can go wrong in one. The page runs
+in headless Chromium (apt-get install chromium), pictures need matplotlib, exports tensorboard and wandb, which read them back: what is not
+here is skipped. Words choose tests by name.
 
     dev/test_plots.py build/train_litespark [word ...]
 """
@@ -38,9 +39,13 @@ def need(module):
         raise Absent(f"pip install {module}")
 
 
-def plot(*words):
-    r = subprocess.run([sys.executable, f"{DEV}/plot_log.py", *map(str, words)], capture_output=True, text=True)
+def plot(*words, tool="plot_log.py"):
+    r = subprocess.run([sys.executable, f"{DEV}/{tool}", *map(str, words)], capture_output=True, text=True, timeout=300)
     return r.returncode, r.stdout + r.stderr
+
+
+def export(*words):
+    return plot(*words, tool="export_log.py")
 
 
 def steps_of(n, **more):
@@ -257,6 +262,77 @@ def test_pictures():
         expect(f.read() == g.read(), "the same log, other bytes")
 
 
+# What hard_log and dpo_log must come to elsewhere: {tag: [(step, value)]}
+def expect_scalars(of, name):
+    if name == "hard":
+        expect(len(of["train/loss"]) == 39 and 16 not in dict(of["train/loss"]), of["train/loss"])          # that of the skipped step is null
+        for step, x in of["train/loss"]:
+            expect(abs(x - (9 if step < 3 else 0.5 + 7 / step)) < 1e-6, f"loss {x} of step {step}")         # what was logged twice: the later
+        expect([s for s, _ in of["val/loss"]] == [20, 40] and abs(dict(of["val/loss"])[40] - 1.025) < 1e-6, of["val/loss"])
+        expect(abs(dict(of["val/story acc"])[40] - 0.6) < 1e-6 and abs(dict(of["val/loss of web"])[20] - 0.1) < 1e-6, of.keys())
+    else:
+        expect(len(of["train/rewards/margins"]) == 20 and abs(dict(of["val/rewards/margins"])[20] - 1.9) < 1e-6, of.keys())
+        expect("train/watts" not in of and "train/joules" not in of, "what is unavailable has values")
+
+
+def test_tensorboard_reads_what_was_exported():
+    need("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    status, said = export(hard_log(), dpo_log(), "--tensorboard", f"{TOP}/events")
+    expect(status == 0, said)
+    for name in ("hard", "dpo"):
+        a = EventAccumulator(f"{TOP}/events/{name}", size_guidance={"scalars": 0, "tensors": 0})
+        a.Reload()
+        expect_scalars({tag: [(e.step, e.value) for e in a.Scalars(tag)] for tag in a.Tags()["scalars"]}, name)
+        text = a.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
+        expect("| lr | 0.00" in text and "processor" in a.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode(), text)
+        times = [e.wall_time for e in a.Scalars("train/loss")]
+        expect(abs(times[-1] - times[0] - 0.5 * (len(times) - (name == "dpo"))) < 0.6, "times of events")
+    status, said = export(hard_log(), "--tensorboard", f"{TOP}/events")
+    expect(status == 1 and "holds events already" in said and "Traceback" not in said, said)
+
+
+def wandb_records(path):
+    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB of pieces, each with 7 bytes of checksum, length and kind."""
+    from wandb.proto import wandb_internal_pb2
+    with open(path, "rb") as f:
+        data = f.read()
+    at, record = 7, b""                                 # after the magic of the file
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        n, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+        record += data[at + 7:at + 7 + n]
+        at += 7 + n
+        if kind in (1, 4):                              # whole, or its last piece
+            r = wandb_internal_pb2.Record()
+            r.ParseFromString(record)
+            record = b""
+            yield r
+
+
+def test_wandb_runs_hold_what_was_exported():
+    need("wandb")
+    for name, log in (("hard", hard_log()), ("dpo", dpo_log())):
+        status, said = export(log, "--wandb", f"{TOP}/{name}-runs")
+        expect(status == 0, said)
+        place = next(line for line in said.split("\n") if line.startswith(f"{TOP}/{name}-runs"))
+        of, config, runs = {}, {}, 0
+        for r in wandb_records(*(f"{place}/{f}" for f in os.listdir(place) if f.endswith(".wandb"))):
+            kind = r.WhichOneof("record_type")
+            if kind == "run":
+                runs += 1
+                expect(r.run.display_name == name and r.run.project == "litespark", r.run)
+                config |= {c.key: json.loads(c.value_json) for c in r.run.config.update}
+            elif kind == "history":
+                row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in r.history.item}
+                for tag, x in row.items():
+                    of.setdefault(tag, []).append((row.get("_step", r.history.step.num), x))
+        expect_scalars(of, name)
+        expect(runs == 1 and config["lr"].startswith("0.00") and config["facts"]["parameters"] == 1000, config)
+
+
 def test_errors_are_one_line():
     empty = write_log("empty", [header()])
     for words, what in (([f"{TOP}/none.jsonl"], "No such file"), ([empty], "no step or val record"), ([hard_log(), "-o", f"{TOP}/none/x.html"], "No such file"),
@@ -265,6 +341,10 @@ def test_errors_are_one_line():
         status, said = plot(*words)
         last = said.strip().split("\n")[-1]
         expect(status == 1 and last.startswith("error: ") and what in last and "Traceback" not in said, f"{words}: {said}")
+    for words, what in (([f"{TOP}/none.jsonl", "--tensorboard", f"{TOP}/x"], "No such file"), ([hard_log()], "name what to write"),
+                        ([empty, "--wandb", f"{TOP}/x"], "no step or val record"), ([hard_log(), hard_log(), "--wandb", f"{TOP}/x"], "one name")):
+        status, said = export(*words)
+        expect(status == 1 and said.strip().split("\n")[-1].startswith("error: ") and what in said and "Traceback" not in said, f"{words}: {said}")
 
 
 def main():
