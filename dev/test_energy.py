@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """`make test-energy`: the energy of a run, with counters that this test makes: RAPL's files in a folder of its own for the CPU trainer
-(LITESPARK_SYS), a stand-in for NVML for the emulated CUDA trainer. Words choose tests by name.
+(LITESPARK_SYS), a stand-in for NVML for the emulated CUDA trainer. And dev/power_sweep.py, with stand-ins for nvidia-smi and the trainer.
+Words choose tests by name.
 
     dev/test_energy.py build/train_litespark build/train_litespark_emu [word ...]
 """
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -234,6 +236,109 @@ def test_power_log(trainer, out):
     r = subprocess.run([trainer, "--config", f"{FIXTURE}/config.json", "--train-data", f"{FIXTURE}/tokens.bin", "--seq-len", "16", "--batch-size", "2", "--steps", "2",
                         "--power-log", f"{TOP}/none/x", "--out", out + "3"], capture_output=True, text=True)
     expect(r.returncode == 1 and r.stderr.startswith("error: --power-log: cannot write ") and not os.path.exists(f"{out}3/log.jsonl"), r.stderr)
+
+
+# ---- the sweep: a trainer whose speed grows with the root of the power limit, which it reads where it is set
+FAKE_TRAINER = """#!/usr/bin/env python3
+import json, os, sys, time
+out = sys.argv[sys.argv.index("--out") + 1]
+os.makedirs(out)
+if "--hang" in sys.argv:
+    open(out + "/started", "w").close()
+    time.sleep(60)
+if "--fail" in sys.argv:
+    sys.exit("error: a fault of the trainer")
+limit = float(open(os.environ["FAKE_LIMIT"]).read()) / float(os.environ.get("FAKE_UNIT", "1"))
+seconds = 1.0 if "--short" in sys.argv else 10.0
+with open(out + "/log.jsonl", "w") as f:
+    for i in range(8):
+        f.write(json.dumps({"type": "step", "tokens_per_sec": 1.0 if i == 0 else 100 * limit ** 0.5}) + "\\n")
+    joules = None if "--blind" in sys.argv else limit / (100 * limit ** 0.5)
+    f.write(json.dumps({"type": "end", "joules_per_token": joules, "watts": limit, "updates_seconds": seconds}) + "\\n")
+"""
+FAKE_SMI = """#!/bin/sh
+state=$(dirname "$0")/state
+case "$*" in
+    -L) ;;
+    *power.limit*) cat "$state" ;;
+    *power.min_limit*) echo 100.00 ;;
+    *power.max_limit*) echo 700.00 ;;
+    *-pl*) [ -z "$FAKE_DENY" ] || { echo 'Insufficient Permissions'; exit 4; }; for x; do :; done; echo "$x.00" >"$state"; echo "set $x" >>"$state.log" ;;
+    *-lgc*) for x; do :; done; echo "lock $x" >>"$state.log" ;;
+    *-rgc*) echo reset >>"$state.log" ;;
+esac
+"""
+
+
+def sweep(folder, *words, wait=True, **env):
+    for name, text in (("trainer", FAKE_TRAINER), ("bin/nvidia-smi", FAKE_SMI)):
+        write(f"{folder}/{name}", text)
+        os.chmod(f"{folder}/{name}", 0o755)
+    env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "FAKE_LIMIT": f"{folder}/bin/state", **env}
+    p = subprocess.Popen([sys.executable, f"{DEV}/power_sweep.py", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return (p.communicate(timeout=120)[0], p.returncode) if wait else p
+
+
+def content(path):
+    with open(path) as f:
+        return f.read()
+
+
+def test_sweep_of_a_gpu(trainer, out):
+    if is_cuda(trainer):
+        raise Absent("it runs no trainer: tested once")
+    state = f"{out}/bin/state"
+    write(state, "650.00\n")
+    job = ["--", f"{out}/trainer"]
+    text, status = sweep(out, "--watts", "400,225,50", "--out", f"{out}/a", *job)
+    rows = [json.loads(x) for x in content(f"{out}/a/results.jsonl").split("\n")[:-1]]
+    expect(status == 0 and [r["point"] for r in rows] == [400, 225], text)
+    near(rows[0]["tokens_per_sec"], 2000, 1e-9, "tok/s at 400 W")
+    near(rows[1]["joules_per_token"], 0.15, 1e-9, "J/token at 225 W")
+    expect("not permitted: 50 W: GPU 0 takes limits of 100 to 700 W" in text and "least energy at 225 W: 0.15 J/token" in text, text)
+    expect(os.path.exists(f"{out}/a/sweep.svg") or "skipped: " in text, text)
+    expect(content(state) == "650.00\n" and content(state + ".log").split("\n")[-2] == "set 650", "the limit is not as it was")
+    text, status = sweep(out, "--watts", "400", "--out", f"{out}/b", *job, FAKE_DENY="1")
+    lines = text.strip().split("\n")
+    expect(status == 1 and len(lines) == 1 and lines[0].startswith("not permitted: 400 W: ") and "Insufficient Permissions" in lines[0], text)
+    text, status = sweep(out, "--mhz", "1200", "--out", f"{out}/c", *job)
+    expect(status == 0 and content(state + ".log").split("\n")[-3:] == ["lock 1200,1200", "reset", ""], content(state + ".log"))
+    for more, what in (("--fail", "at 400 W: error: a fault of the trainer"), ("--blind", "no counter of energy"), ("--short", "too few"), ("--out", "leave it out")):
+        text, status = sweep(out, "--watts", "400", "--out", f"{out}/{more}", *job, more)
+        expect(status == 1 and what in text and "Traceback" not in text and content(state) == "650.00\n", text)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        p = sweep(out, "--watts", "400", "--out", f"{out}/{number}", *job, "--hang", wait=False)
+        while not os.path.exists(f"{out}/{number}/400W/started"):
+            time.sleep(0.05)
+        expect(content(state) == "400.00\n", "the limit is not set")
+        p.send_signal(number)
+        text = p.communicate(timeout=90)[0]
+        expect(p.returncode == 1 and "as they were" in text and "Traceback" not in text and content(state) == "650.00\n", text)
+
+
+def test_sweep_of_a_processor(trainer, out):
+    if is_cuda(trainer):
+        raise Absent("it runs no trainer: tested once")
+    caps = f"{out}/sys/class/powercap"
+    for i in (0, 1):
+        write(f"{caps}/intel-rapl:{i}/name", f"package-{i}\n")
+        write(f"{caps}/intel-rapl:{i}/constraint_0_power_limit_uw", "150000000\n")
+        write(f"{out}/sys/devices/system/cpu/cpu{i}/cpufreq/scaling_max_freq", "3000000\n")
+    limits = [f"{caps}/intel-rapl:{i}/constraint_0_power_limit_uw" for i in (0, 1)]
+    env = {"LITESPARK_SYS": f"{out}/sys", "FAKE_LIMIT": limits[1], "FAKE_UNIT": "1e6"}
+    text, status = sweep(out, "--cpu", "--watts", "200,100", "--out", f"{out}/a", "--", f"{out}/trainer", **env)
+    expect(status == 0 and "100 W | 707 tok/s | 0.07071 J/token" in text, text)         # 50 W for each package
+    expect([content(x).strip() for x in limits] == ["150000000"] * 2, "the limits are not as they were")
+    clock = f"{out}/sys/devices/system/cpu/cpu1/cpufreq/scaling_max_freq"
+    text, status = sweep(out, "--cpu", "--mhz", "1600", "--out", f"{out}/b", "--", f"{out}/trainer", **env | {"FAKE_LIMIT": clock, "FAKE_UNIT": "1e5"})
+    expect(status == 0 and "1600 MHz | 400 tok/s" in text and content(clock).strip() == "3000000", text)
+    os.remove(limits[0])
+    os.symlink("/proc/sys/kernel/ngroups_max", limits[0])                               # a number that nobody may change
+    text, status = sweep(out, "--cpu", "--watts", "100", "--out", f"{out}/c", "--", f"{out}/trainer", **env)
+    lines = text.strip().split("\n")
+    expect(status == 1 and len(lines) == 1 and lines[0].startswith("not permitted: 100 W: ") and limits[0] in lines[0], text)
+    text, status = sweep(out, "--cpu", "--watts", "100", "--out", f"{out}/d", "--", f"{out}/trainer", **env | {"LITESPARK_SYS": f"{out}/none"})
+    expect(status == 1 and text.strip() == "not permitted: 100 W: this machine shows no RAPL limit (class/powercap)", text)
 
 
 def main():
