@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Litespark logs for other viewers: TensorBoard's event files, or offline runs of Weights & Biases. Nothing goes over a network.
+"""Litespark logs for other viewers: TensorBoard's event files, offline runs of Weights & Biases. Nothing goes over a network.
 
-    pip install tensorboard && python3 dev/export_log.py out/log.jsonl --tensorboard events       then: tensorboard --logdir events
-    pip install wandb && python3 dev/export_log.py out/log.jsonl --wandb runs                      then: wandb sync runs/wandb/offline-run-*
+    pip install tensorboard; python3 dev/export_log.py out/log.jsonl --tensorboard events     then: tensorboard --logdir events
+    pip install wandb; python3 dev/export_log.py out/log.jsonl --wandb runs     then: wandb sync runs/wandb/offline-run-*
 
-Each log is a run of its own, by the name of its folder. Metrics of updates are train/KEY, those of evaluations val/KEY, both over the step;
-what is null in the log (unavailable, not finite) is left out. Options and facts of the run go with it. A log that was resumed is one run.
+Each log is a run of its own, by the name of its folder. Metrics of updates are train/KEY, those of evaluations val/KEY, both
+over the step; what is null in the log (unavailable, not finite) is left out. Options and facts of the run go with it. A log
+that was resumed is one run.
 """
 import argparse
 import glob
@@ -18,7 +19,7 @@ NOT_METRICS = ("type", "step", "skipped", "sources", "tasks", "time", "energy")
 
 
 def scalars(log):
-    """[(step, seconds of updates up to it, {tag: value})] in the order of steps, those of the update before those of the evaluation."""
+    """[(step, seconds of updates up to it, {tag: value})] in the order of steps."""
     rows, seconds = [], 0
     for step in sorted(log["step"].keys() | log["val"].keys()):
         values, r = {}, log["step"].get(step)
@@ -50,7 +51,8 @@ def to_tensorboard(path, name, log, folder):
     for title, table in (("options", log["last"].get("options", {})), ("run", facts(log))):
         text = "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in table.items())
         kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        value = Summary.Value(tag=title + "/text_summary", metadata=kind, tensor=TensorProto(dtype=DT_STRING, string_val=[text.encode()]))
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+        value = Summary.Value(tag=title + "/text_summary", metadata=kind, tensor=tensor)
         writer.add_event(Event(wall_time=begin, step=0, summary=Summary(value=[value])))
     for step, seconds, values in rows:
         summary = Summary(value=[Summary.Value(tag=k, simple_value=x) for k, x in values.items()])
@@ -67,8 +69,9 @@ def to_wandb(path, name, log, folder):
     except ImportError:
         sys.exit("error: --wandb needs pip install wandb")
     os.makedirs(folder, exist_ok=True)
-    run = wandb.init(mode="offline", project="litespark", name=name, dir=folder, config={**log["last"].get("options", {}), "facts": facts(log)},
-                     settings=wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_stats=True))
+    quiet = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_stats=True)
+    run = wandb.init(mode="offline", project="litespark", name=name, dir=folder, settings=quiet,
+                     config={**log["last"].get("options", {}), "facts": facts(log)})
     place = os.path.dirname(run.dir)
     for step, _, values in scalars(log):
         run.log(values, step=step)

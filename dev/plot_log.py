@@ -5,8 +5,8 @@
     python3 dev/plot_log.py out/log.jsonl -o loss.svg                       a picture of the loss: .svg, .png or .pdf
     python3 dev/plot_log.py out/log.jsonl --all --x energy -o run.png       all metrics, over the energy of the updates
 
-Pictures need matplotlib (pip install matplotlib), the page needs nothing. A log that a kill cut short is fine, and so is one that was
-resumed: where a step was logged twice the later record wins.
+Pictures need matplotlib (pip install matplotlib), the page needs nothing. A log that a kill cut short is fine, and so is one
+that was resumed: where a step was logged twice the later record wins.
 """
 import argparse
 import bisect
@@ -34,7 +34,8 @@ PANELS = [("loss, nats per token", ["loss"], 0),
           ("perplexity of held-out data", ["perplexity"], 0),
           ("bits per byte of held-out data", ["bits_per_byte"], 0),
           ("accuracy on held-out data", ["token_accuracy", "answer_accuracy"], 0)]
-AS_THEY_ARE = {"lr", "skipped_so_far", "watts", "joules_per_token", "joules_per_trained_token"}     # without a mean of several steps
+# drawn without a mean of several steps
+AS_THEY_ARE = {"lr", "skipped_so_far", "watts", "joules_per_token", "joules_per_trained_token"}
 AXES = {"tokens": "tokens trained on", "time": "seconds in updates", "energy": "joules in updates", "step": "step"}
 
 
@@ -43,8 +44,9 @@ def number(r, key):
 
 
 def read_log(path):
-    """{"header": the first, "last": the last header, "step", "val": {step: record}, "look", "end": [records]}; a step record gets "time"
-    and "energy" (seconds and joules of all updates up to it) and "skipped_so_far". Lines that are not JSON are counted and skipped."""
+    """{"header": the first, "last": the last header, "step", "val": {step: record}, "look", "end": [records]}; a step record
+    gets "time" and "energy" (seconds and joules of all updates up to it) and "skipped_so_far". Lines that are not JSON are
+    counted and skipped."""
     log, bad = {"header": {}, "last": {}, "step": {}, "val": {}, "look": [], "end": []}, 0
     with open(path, errors="replace") as f:
         for line in filter(str.strip, f):
@@ -75,7 +77,7 @@ def read_log(path):
 
 
 def add_axes(log):
-    """Time adds up. The energy of a step is known where a window of the counter ended; in between, it grows with the tokens."""
+    """Time adds up. Energy is known where a window of the counter ended; in between, it grows with the tokens."""
     time, skipped, knots = 0, 0, [(0, 0.0)]
     steps = [log["step"][s] for s in sorted(log["step"])]
     for r in steps + log["end"][-1:]:
@@ -104,7 +106,7 @@ def places(log, kind, axis):
 
 
 def series(log, kind, key, axis="tokens"):
-    """Places on the axis and values of `key`, in order; null and non-finite values are left out. Without tokens: over steps."""
+    """Places on the axis and values of `key`, in order, without null and non-finite values. Without tokens: over steps."""
     where = places(log, kind, axis) or (places(log, kind, "step") if axis == "tokens" else {})
     points = [(where[s], r[key]) for s, r in sorted(log[kind].items()) if s in where and number(r, key)]
     return [p[0] for p in points], [p[1] for p in points]
@@ -118,8 +120,9 @@ def wheres(key):
 def panels_of(logs):
     """The panels of PANELS for which there is something to draw, and those of the sources and tasks of these logs."""
     of_val = {k for _, log in logs for r in log["val"].values() for k in r}
-    panels = PANELS + [("loss of each source of held-out data", sorted(k for k in of_val if k.startswith("loss of ")), 0),
-                       ("multiple choice: share of right choices", sorted(k for k in of_val if k.endswith((" acc", " acc_norm"))), 0)]
+    sources = sorted(k for k in of_val if k.startswith("loss of "))
+    tasks = sorted(k for k in of_val if k.endswith((" acc", " acc_norm")))
+    panels = PANELS + [("loss of each source of held-out data", sources, 0), ("multiple choice: share of right choices", tasks, 0)]
     pretrain = all(log["last"].get("options", {}).get("stage", "pretrain") == "pretrain" for _, log in logs)
     def drawn(key):
         values = [y for _, log in logs for where in wheres(key) for y in series(log, *where, "step")[1]]
@@ -199,15 +202,15 @@ def draw_loss(ax, logs, args):
 
 
 def draw_metrics(ax, keys, logs, args):
-    dashes = ("-", "--", ":")
     for i, (name, log) in enumerate(logs):
         for k, key in enumerate(keys):
             (x, y), (vx, vy) = (series(log, *where, args.x) for where in wheres(key))
             what = name if len(keys) == 1 else key if len(logs) == 1 else f"{name}: {key}"
+            color, dashes = f"C{i % 10}", ("-", "--", ":")[k % 3]
             if y:
-                ax.plot(*thinned(x, y, args.points), color=f"C{i % 10}", ls=dashes[k % 3], lw=0.8, alpha=0.7, label=f"{what}: training")
+                ax.plot(*thinned(x, y, args.points), color=color, ls=dashes, lw=0.8, alpha=0.7, label=f"{what}: training")
             if vy:
-                ax.plot(vx, vy, color=f"C{i % 10}", ls=dashes[k % 3] if not y else "", lw=1.0, marker="os^"[k % 3], ms=5, mec="black", mew=0.6,
+                ax.plot(vx, vy, color=color, ls=dashes if not y else "", lw=1.0, marker="os^"[k % 3], ms=5, mec="black", mew=0.6,
                         label=f"{what}: held-out data, {vy[-1]:.4g} at the end")
     ax.legend(fontsize=9)
 
@@ -223,7 +226,7 @@ def write_picture(logs, args):
     panels = [("", ["loss"], 0)]
     if args.keys:
         panels = [(key, [key], 0) for key in args.keys.split(",")]
-        none = [keys[0] for _, keys, _ in panels if not any(series(log, *where)[1] for _, log in logs for where in wheres(keys[0]))]
+        none = [key for key, _, _ in panels if not any(series(log, *where)[1] for _, log in logs for where in wheres(key))]
         if none:
             sys.exit(f"error: no record has {', '.join(none)}")
     elif args.all:
@@ -232,7 +235,7 @@ def write_picture(logs, args):
                          "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]})
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(8.5 * columns if columns == 1 else 14, 4.6 * rows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, columns, figsize=(8.5 if columns == 1 else 14, 4.6 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
     by_step = args.x == "tokens" and not any(number(r, "tokens") for _, log in logs for r in log["step"].values())
@@ -304,7 +307,8 @@ def page_data(logs, args):
             if all_steps:
                 of_steps[key] = [rounded(log["step"][s].get(k)) for s in steps]
             if all_steps and key not in AS_THEY_ARE:
-                mean = dict(zip(all_steps, smoothed([log["step"][s][k] for s in all_steps], args.smooth or max(1, len(all_steps) // 100))))
+                n = args.smooth or max(1, len(all_steps) // 100)
+                mean = dict(zip(all_steps, smoothed([log["step"][s][k] for s in all_steps], n)))
                 of_steps["mean of " + key] = [rounded(mean.get(s)) for s in steps]
             if any(number(r, vk) for r in log["val"].values()):
                 of_vals[key] = [rounded(log["val"][s].get(vk)) for s in of_vals["step"]]
@@ -326,9 +330,11 @@ def table(title, columns):
 
 
 def facts(log):
-    names = {"device": "device", "host": "host", "ranks": "ranks", "parameters": "parameters", "commit": "commit", "run": "run",
-             "peak_tflops_per_gpu": "peak, TFLOP/s per rank", "idle_watts": "idle, W", "power_limit_watts": "power limit, W"}
-    return {title: log["last"][key] if log["last"].get(key) is not None else "unavailable" for key, title in names.items() if key in log["last"]}
+    """What stands in the header, but the options."""
+    head, names = log["last"], {"device": "device", "host": "host", "ranks": "ranks", "parameters": "parameters", "commit": "commit",
+                                "run": "run", "peak_tflops_per_gpu": "peak, TFLOP/s per rank", "idle_watts": "idle, W",
+                                "power_limit_watts": "power limit, W"}
+    return {title: "unavailable" if head[key] is None else head[key] for key, title in names.items() if key in head}
 
 
 def results(log, args):
@@ -341,38 +347,41 @@ def results(log, args):
         return next((r[key] for r in reversed(val) if number(r, key)), None)
     rows = {"updates": last.get("step", 0), "of them skipped": last.get("skipped_so_far", 0),
             "tokens": text(last.get("tokens"), "{:,.0f}"), "trained tokens": text(last.get("trained_tokens"), "{:,.0f}")}
-    seconds, tokens = last.get("time"), last.get("tokens")
+    seconds, tokens = last.get("time") or math.nan, last.get("tokens") or math.nan
     rows["time in updates"] = text(seconds, "{:,.1f} s")
-    own = sum(r["tokens_per_sec"] * r["time_per_iteration"] for r in steps if number(r, "tokens_per_sec") and number(r, "time_per_iteration"))
-    if seconds:
-        rows["tokens per second"] = text(own / seconds, "{:,.0f}")
+    timed = [r for r in steps if number(r, "tokens_per_sec") and number(r, "time_per_iteration")]
+    rows["tokens per second"] = text(sum(r["tokens_per_sec"] * r["time_per_iteration"] for r in timed) / seconds, "{:,.0f}")
     mfu = sorted(r["mfu"] for r in steps if number(r, "mfu"))
     rows["MFU, median"] = text(100 * mfu[len(mfu) // 2] if mfu else None, "{:.1f}%")
     for key, title in (("val_loss", "loss of held-out data"), ("floor", "floor of that data"), ("perplexity", "perplexity"),
-                       ("bits_per_byte", "bits per byte"), ("token_accuracy", "token accuracy"), ("answer_accuracy", "answer accuracy"),
-                       ("val_rewards/margins", "margin"), ("val_rewards/accuracies", "pairs won")):
+                       ("bits_per_byte", "bits per byte"), ("token_accuracy", "token accuracy"),
+                       ("answer_accuracy", "answer accuracy"), ("val_rewards/margins", "margin"),
+                       ("val_rewards/accuracies", "pairs won")):
         if at_end(key) is not None:
             rows[title] = f"{at_end(key):.4f}"
     if rows.keys() >= {"loss of held-out data", "floor of that data"} and at_end("floor"):
-        rows["above the floor"] = f"{at_end('val_loss') - at_end('floor'):.4f} ({100 * (at_end('val_loss') / at_end('floor') - 1):.1f}%)"
-    ends = log["end"][-1:] or [{}]
-    joules = next((r["joules"] for r in ends + steps[::-1] if number(r, "joules")), None)
-    energy = {"energy of updates": (joules, 3.6e6, "{:.4g} kWh")}
+        above = at_end("val_loss") - at_end("floor")
+        rows["above the floor"] = f"{above:.4f} ({100 * above / at_end('floor'):.1f}%)"
+    # energy: NAN where a part of it is unavailable
+    end = log["end"][-1] if log["end"] else {}
+    joules = next((r["joules"] for r in [end] + steps[::-1] if number(r, "joules")), math.nan)
+    parts = {"updates": joules}
     for kind in ("evaluation", "sample", "checkpoint"):
-        spent = [r.get(kind + "_joules") for r in log["look"] if kind + "_seconds" in r]
+        spent = [r[kind + "_joules"] if number(r, kind + "_joules") else math.nan for r in log["look"] if kind + "_seconds" in r]
         if spent:
-            energy[f"energy of {kind}s"] = (sum(spent) if all(isinstance(x, (int, float)) for x in spent) else None, 3.6e6, "{:.4g} kWh")
-    known = [x for x, _, _ in energy.values() if x is not None]
-    total = sum(known) if len(known) == len(energy) else None
-    for title, (x, unit, form) in energy.items():
-        rows[title] = text(x / unit if x is not None else None, form)
-    idle = log["last"].get("idle_watts")
-    rows["above idle"] = text((joules - idle * seconds) / 3.6e6 if joules is not None and idle and seconds else None, "{:.4g} kWh")
-    rows["mean power of updates"] = text(joules / seconds if joules is not None and seconds else None, "{:.4g} W")
-    rows["joules per token"] = text(joules / tokens if joules is not None and tokens else None, "{:.4g}")
-    rows["joules per update"] = text(joules / last["step"] if joules is not None and last.get("step") else None, "{:.4g}")
+            parts[kind + "s"] = sum(spent)
+    rows |= {"energy of " + name: text(x / 3.6e6, "{:.4g} kWh") for name, x in parts.items()}
+    idle = log["last"]["idle_watts"] if number(log["last"], "idle_watts") else math.nan
+    targets = last["trained_tokens"] if number(last, "trained_tokens") else math.nan
+    rows |= {"of updates above idle": text((joules - idle * seconds) / 3.6e6, "{:.4g} kWh"),
+             "power of updates": text(joules / seconds, "{:.4g} W"), "joules per token": text(joules / tokens, "{:.4g}"),
+             "joules per update": text(joules / (last.get("step") or math.nan), "{:.4g}"),
+             "tokens per joule": text(tokens / joules, "{:.4g}"), "GFLOP per joule": text(end.get("gflop_per_joule"), "{:.4g}")}
+    if targets and targets != tokens:
+        rows["joules per trained token"] = text(joules / targets, "{:.4g}")
     if args.carbon_intensity is not None:
-        rows[f"gCO2e at {args.carbon_intensity:g} g/kWh"] = text(total / 3.6e6 * args.carbon_intensity if total is not None else None, "{:.4g}")
+        grams = sum(parts.values()) / 3.6e6 * args.carbon_intensity
+        rows[f"gCO2e at {args.carbon_intensity:g} g/kWh"] = text(grams, "{:.4g}")
     return rows
 
 
@@ -380,7 +389,7 @@ def write_page(logs, args):
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html"), encoding="utf-8") as f:
         page = f.read()
     data = page_data(logs, args)
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")     # no text of a log ends the script
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")    # no text of a log ends the script
     try:
         with open(args.out, "w", encoding="utf-8") as f:
             f.write(page.replace("TITLE", html.escape(data["title"]), 1).replace("null/*DATA*/", text, 1))
@@ -392,14 +401,16 @@ def main():
     ap = argparse.ArgumentParser(description="plot litespark logs")
     ap.add_argument("logs", nargs="+")
     ap.add_argument("-o", "--out", default="run.html", help="what to write: a page (.html) or a picture (.svg, .png or .pdf)")
-    ap.add_argument("--smooth", type=int, default=0, help="training metrics: mean of N steps, 1 = none, 0 = a hundredth of the run")
+    ap.add_argument("--smooth", type=int, default=0, metavar="N",
+                    help="training metrics: mean of N steps, 1 = none, 0 = a hundredth of the run")
     ap.add_argument("--title", help="headline; default: names, and of one run parameters and tokens")
-    ap.add_argument("--carbon-intensity", type=float, metavar="G", help="page: grams of CO2e per kWh, for the energy of the whole run")
+    ap.add_argument("--carbon-intensity", type=float, metavar="G",
+                    help="page: grams of CO2e per kWh, for the energy of updates, evaluations, samples and checkpoints")
     ap.add_argument("--x", choices=AXES, default="tokens", help="pictures: the horizontal axis (the page has a switch)")
     ap.add_argument("--points", type=int, default=400, help="pictures: most points of a line")
     ap.add_argument("--all", action="store_true", help="pictures: every metric, not only the loss")
-    ap.add_argument("--keys", help="pictures: in place of the loss these metrics, each in a panel, of step and val records (lines and dots), "
-                                   "such as answer_accuracy,rewards/margins,rewards/accuracies")
+    ap.add_argument("--keys", help="pictures: in place of the loss these metrics, each in a panel, of step and val records "
+                                   "(lines and dots), such as answer_accuracy,rewards/margins,rewards/accuracies")
     args = ap.parse_args()
     args.points, args.points_of_page = max(2, args.points), 2000
     if args.carbon_intensity is not None and not 0 <= args.carbon_intensity < math.inf:

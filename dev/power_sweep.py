@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Train the same job at several power limits or clocks: tokens per second against joules per token.
 
-    sudo python3 dev/power_sweep.py --watts 250,350,500,700 --out sweep -- ./train_litespark --preset 100M --steps 200 --checkpoint-every 0 ...
+    sudo python3 dev/power_sweep.py --watts 250,350,500,700 --out sweep -- ./train_litespark --preset 100M --steps 200 ...
     sudo python3 dev/power_sweep.py --mhz 1200,1500,1980 --out sweep -- ./train_litespark ...
 
-GPUs (nvidia-smi answers) by nvidia-smi -pl and -lgc, all of --gpus alike; else the processor by its RAPL limit (packages share --watts evenly)
-and cpufreq. The command gets --out sweep/POINT. Each point must train for more than 4 seconds, so that a window of the energy counter ends. At
-the end, also after Ctrl-C or an error, limits and clocks are as they were. Writes sweep/results.jsonl, and sweep/sweep.svg (pip install
-matplotlib).
+GPUs (nvidia-smi answers) by nvidia-smi -pl and -lgc, all of --gpus alike; else the processor by its RAPL limit (packages share
+--watts evenly) and cpufreq. The command gets --out sweep/POINT. Each point must train for 4 seconds or more: the counters are
+coarse. At the end, also after Ctrl-C or an error, limits and clocks are as they were. Writes sweep/results.jsonl, and
+sweep/sweep.svg (pip install matplotlib).
 """
 import argparse
 import glob
@@ -140,7 +140,8 @@ def draw(rows, unit, path):
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     ax.plot([r["tokens_per_sec"] for r in rows], [r["joules_per_token"] for r in rows], marker="o")
     for r in rows:
-        ax.annotate(f"{r['point']:g} {unit}", (r["tokens_per_sec"], r["joules_per_token"]), xytext=(5, 5), textcoords="offset points")
+        place = r["tokens_per_sec"], r["joules_per_token"]
+        ax.annotate(f"{r['point']:g} {unit}", place, xytext=(5, 5), textcoords="offset points")
     ax.set(xlabel="tokens per second", ylabel="joules per token", xlim=(0, None), ylim=(0, None))
     ax.grid(alpha=0.3)
     fig.savefig(path, metadata={"Date": None})
@@ -155,8 +156,8 @@ def numbers(text):
 
 
 def main():
-    ap = argparse.ArgumentParser(description="train at several power limits or clocks", usage="%(prog)s --watts W,W,... | --mhz M,M,... [--gpus 0,1] "
-                                 "[--out DIR] -- COMMAND")
+    ap = argparse.ArgumentParser(description="train at several power limits or clocks",
+                                 usage="%(prog)s --watts W,W,... | --mhz M,M,... [--gpus 0,1] [--cpu] [--out DIR] -- COMMAND")
     points = ap.add_mutually_exclusive_group(required=True)
     points.add_argument("--watts", type=numbers, help="power limits: of each GPU, or of all packages of the processor")
     points.add_argument("--mhz", type=numbers, help="clocks")
@@ -170,9 +171,10 @@ def main():
         sys.exit("error: the command's --out is the sweep's: leave it out")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit("error: stopped by a signal; limits and clocks are as they were"))
-    gpu = not args.cpu and shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+    smi = not args.cpu and shutil.which("nvidia-smi")
     try:
-        device = Gpus(args.gpus.split(",")) if gpu else Processor()
+        answers = smi and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+        device = Gpus(args.gpus.split(",")) if answers else Processor()
     except NotPermitted as e:
         sys.exit(f"error: {e}")
     os.makedirs(args.out, exist_ok=True)
@@ -188,11 +190,14 @@ def main():
             if os.path.exists(f"{out}/log.jsonl"):
                 sys.exit(f"error: {out} holds a run already; choose another --out")
             r = subprocess.run([*args.command, "--out", out], capture_output=True, text=True)
-            row, why = measured(f"{out}/log.jsonl") if r.returncode == 0 else (None, " ".join((r.stderr.strip() or r.stdout).split("\n")[-1:]))
+            row, why = None, (r.stderr.strip() or r.stdout).split("\n")[-1]
+            if r.returncode == 0:
+                row, why = measured(f"{out}/log.jsonl")
             if not row:
                 sys.exit(f"error: at {x:g} {unit}: {why}")
             rows.append({"kind": kind, "point": x} | row)
-            print(f"{x:g} {unit} | {row['tokens_per_sec']:.0f} tok/s | {row['joules_per_token']:.4g} J/token | {row['watts']:.1f} W", flush=True)
+            print(f"{x:g} {unit} | {row['tokens_per_sec']:.0f} tok/s | {row['joules_per_token']:.4g} J/token | "
+                  f"{row['watts']:.1f} W", flush=True)
             with open(f"{args.out}/results.jsonl", "a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
     except KeyboardInterrupt:

@@ -80,7 +80,7 @@ def hard_log(name="hard", **options):
              "sources": {"web": {"loss": 2.0 / s}, "<i>code</i>": {"loss": 1.0}}} for s in (20, 40)]
     tasks = [{"type": "tasks", "step": 40, "tasks": {"story": {"acc": 0.6, "acc_norm": 0.7, "tasks": 9}}}]
     looks = [{"type": "look", "step": 20, "evaluation_seconds": 2.0, "evaluation_joules": 3600.0, "checkpoint_seconds": 1.0, "checkpoint_joules": 1800.0}]
-    end = [{"type": "end", "step": 40, "tokens": 4000, "joules": 1600.0}]
+    end = [{"type": "end", "step": 40, "tokens": 4000, "joules": 1600.0, "gflop_per_joule": 2.5}]
     return write_log(name, [header(**options), *old, '{"type": "step", "step": 9, "lo', "[1, 2]", "17", '{"type": "step"}', '{"type": "val", "step": "x"}',
                             header(**options), '{"type": "step", "step": 3, "loss": "text", "mfu": NaN}', *steps_of(5)[2:], *new[:15], vals[0], *looks,
                             *new[15:], vals[1], *tasks, *end])
@@ -130,7 +130,7 @@ def chromium(page, *flags):
     if not CHROMIUM:
         raise Absent("apt-get install chromium")
     r = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1900",
-                        f"--user-data-dir={TOP}/chromium", *flags, "file://" + page], capture_output=True, text=True, timeout=120)
+                        f"--user-data-dir={tempfile.mkdtemp(dir=TOP)}", *flags, "file://" + page], capture_output=True, text=True, timeout=120)
     expect(r.returncode == 0, r.stderr)
     return r.stdout
 
@@ -172,8 +172,8 @@ def test_page_shows_every_metric_of_a_hard_log():
     expect(r["title"] == "hard" and not r["wide"] and r["log"] != r["linear"], "title, width or scale")
     want = {"updates": "40", "of them skipped": "1", "tokens": "4,000", "tokens per second": "200", "loss of held-out data": "1.0250",
             "above the floor": "0.5350 (109.2%)", "energy of updates": "0.0004444 kWh", "energy of evaluations": "0.001 kWh",
-            "energy of checkpoints": "0.0005 kWh", "above idle": "0.0002778 kWh", "mean power of updates": "80 W", "joules per token": "0.4",
-            "joules per update": "40", "gCO2e at 400 g/kWh": "0.7778", "lr": "0.001", "device": "a <b>processor</b>", "power limit, W": "200.0"}
+            "energy of checkpoints": "0.0005 kWh", "of updates above idle": "0.0002778 kWh", "power of updates": "80 W", "joules per token": "0.4",
+            "joules per update": "40", "tokens per joule": "2.5", "joules per trained token": "0.6667", "GFLOP per joule": "2.5", "gCO2e at 400 g/kWh": "0.7778", "lr": "0.001", "device": "a <b>processor</b>", "power limit, W": "200.0"}
     for name, text in want.items():
         expect(r["rows"].get(name) == [text], f"{name}: {r['rows'].get(name)}, not {text}")
 

@@ -169,7 +169,7 @@ def test_second_interrupt_leaves_a_line_of_its_own(trainer, out):
 def test_skipped_steps_and_errors_stand_above_it(trainer, out):
     status, screen = on_terminal(command(trainer, out, "--steps 100 --val-every 0 --sample-every 0 --lr 1000 --weight-decay 1000 --warmup-steps 0 --checkpoint-every 0"))
     skipped = [line for line in screen.lines if " | skipped | " in line]
-    expect(status == 1 and len(skipped) == 5 and live_lines(screen) is not None, screen.lines)
+    expect(status == 1 and len(skipped) >= 5 and live_lines(screen) is not None, screen.lines)
     expect(screen.lines[-2].startswith("error: step ") and screen.lines[-1] == "", screen.lines[-3:])
 
 
