@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Litespark logs for other viewers: TensorBoard's event files, offline runs of Weights & Biases. Nothing goes over a network.
 
-    pip install tensorboard; python3 dev/export_log.py out/log.jsonl --tensorboard events     then: tensorboard --logdir events
-    pip install wandb; python3 dev/export_log.py out/log.jsonl --wandb runs     then: wandb sync runs/wandb/offline-run-*
+    pip install tensorboard; python3 dev/export_log.py out/log.jsonl --tensorboard events     then tensorboard --logdir events
+    pip install wandb; python3 dev/export_log.py out/log.jsonl --wandb runs     then wandb sync runs/wandb/offline-run-*
 
 Each log is a run of its own, by the name of its folder. Metrics of updates are train/KEY, those of evaluations val/KEY, both
 over the step; what is null in the log (unavailable, not finite) is left out. Options and facts of the run go with it. A log

@@ -122,7 +122,8 @@ def panels_of(logs):
     of_val = {k for _, log in logs for r in log["val"].values() for k in r}
     sources = sorted(k for k in of_val if k.startswith("loss of "))
     tasks = sorted(k for k in of_val if k.endswith((" acc", " acc_norm")))
-    panels = PANELS + [("loss of each source of held-out data", sources, 0), ("multiple choice: share of right choices", tasks, 0)]
+    panels = PANELS + [("loss of each source of held-out data", sources, 0),
+                       ("multiple choice: share of right choices", tasks, 0)]
     pretrain = all(log["last"].get("options", {}).get("stage", "pretrain") == "pretrain" for _, log in logs)
     def drawn(key):
         values = [y for _, log in logs for where in wheres(key) for y in series(log, *where, "step")[1]]
@@ -141,7 +142,7 @@ def smoothed(values, n):
 
 
 def thinned(x, y, n):
-    """At most n points of a line, the first and the last among them: a picture has no more columns, and an SVG stays small."""
+    """At most n points of a line, with the first and the last: a picture has no more columns, and an SVG stays small."""
     if len(x) <= n:
         return x, y
     keep = [round(i * (len(x) - 1) / (n - 1)) for i in range(n)]
@@ -178,14 +179,15 @@ def draw_loss(ax, logs, args):
                     label=prefix + "validation loss" + (f", {vy[-1]:.4f} at the end" if one else ""))
         skipped = [(a, b) for a, b in zip(*series(log, "step", "skipped_so_far", args.x)) if b]
         skipped = [b[0] for a, b in zip([(0, 0)] + skipped, skipped) if b[1] > a[1]]
-        ax.plot(skipped, [0.02] * len(skipped), color="red", ls="", marker="^", ms=5, transform=ax.get_xaxis_transform(),
-                label=f"{prefix}{len(skipped)} skipped" if skipped else None)
+        if skipped:
+            ax.plot(skipped, [0.02] * len(skipped), color="red", ls="", marker="^", ms=5, transform=ax.get_xaxis_transform(),
+                    label=f"{prefix}{len(skipped)} skipped")
         lowest, highest = min([lowest] + y + vy), max([highest] + y + vy)
     floors = sorted({f for _, log in logs for f in series(log, "val", "floor")[1]})
     for f in floors:
         ax.axhline(f, color="black", ls="--", lw=1.2)
         lowest = min(lowest, f)
-    if lowest > 0:                         # on a logarithmic scale the last tenth above the floor is seen as well as the first
+    if lowest > 0:                         # on a logarithmic scale the last tenth above the floor is seen, too
         ax.set_yscale("log")
         low, high = lowest * (0.84 if floors else 0.95), highest * 1.05
         ticks = [m * 10 ** e for e in range(-4, 4) for m in (1, 1.5, 2, 3, 4, 5, 6, 8)]
@@ -195,7 +197,8 @@ def draw_loss(ax, logs, args):
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     for f in floors:                       # below its line, at the left end
-        ax.annotate(f"{f:.4f}  {FLOOR}" if one else f"{f:.4f}  {FLOOR.split(',')[0]}", (0.012, f), xycoords=("axes fraction", "data"),
+        what = FLOOR if one else FLOOR.split(",")[0]
+        ax.annotate(f"{f:.4f}  {what}", (0.012, f), xycoords=("axes fraction", "data"),
                     xytext=(0, -4), textcoords="offset points", va="top", fontsize=9)
     ax.set_ylabel("loss, nats per token" + (" (log scale)" if lowest > 0 else ""))
     ax.legend(fontsize=9, loc="upper right", framealpha=1)
@@ -210,8 +213,8 @@ def draw_metrics(ax, keys, logs, args):
             if y:
                 ax.plot(*thinned(x, y, args.points), color=color, ls=dashes, lw=0.8, alpha=0.7, label=f"{what}: training")
             if vy:
-                ax.plot(vx, vy, color=color, ls=dashes if not y else "", lw=1.0, marker="os^"[k % 3], ms=5, mec="black", mew=0.6,
-                        label=f"{what}: held-out data, {vy[-1]:.4g} at the end")
+                ax.plot(vx, vy, color=color, ls=dashes if not y else "", lw=1.0, marker="os^"[k % 3], ms=5, mec="black",
+                        mew=0.6, label=f"{what}: held-out data, {vy[-1]:.4g} at the end")
     ax.legend(fontsize=9)
 
 
@@ -235,7 +238,8 @@ def write_picture(logs, args):
                          "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]})
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(8.5 if columns == 1 else 14, 4.6 * rows), squeeze=False, layout="constrained")
+    size = 8.5 if columns == 1 else 14, 4.6 * rows
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
     by_step = args.x == "tokens" and not any(number(r, "tokens") for _, log in logs for r in log["step"].values())
@@ -331,9 +335,8 @@ def table(title, columns):
 
 def facts(log):
     """What stands in the header, but the options."""
-    head, names = log["last"], {"device": "device", "host": "host", "ranks": "ranks", "parameters": "parameters", "commit": "commit",
-                                "run": "run", "peak_tflops_per_gpu": "peak, TFLOP/s per rank", "idle_watts": "idle, W",
-                                "power_limit_watts": "power limit, W"}
+    head, names = log["last"], {key: key for key in ("device", "host", "ranks", "parameters", "commit", "run")}
+    names |= {"peak_tflops_per_gpu": "peak, TFLOP/s per rank", "idle_watts": "idle, W", "power_limit_watts": "power limit, W"}
     return {title: "unavailable" if head[key] is None else head[key] for key, title in names.items() if key in head}
 
 
@@ -367,16 +370,17 @@ def results(log, args):
     joules = next((r["joules"] for r in [end] + steps[::-1] if number(r, "joules")), math.nan)
     parts = {"updates": joules}
     for kind in ("evaluation", "sample", "checkpoint"):
-        spent = [r[kind + "_joules"] if number(r, kind + "_joules") else math.nan for r in log["look"] if kind + "_seconds" in r]
-        if spent:
-            parts[kind + "s"] = sum(spent)
+        looks, key = [r for r in log["look"] if kind + "_seconds" in r], kind + "_joules"
+        if looks:
+            parts[kind + "s"] = sum(r[key] if number(r, key) else math.nan for r in looks)
     rows |= {"energy of " + name: text(x / 3.6e6, "{:.4g} kWh") for name, x in parts.items()}
     idle = log["last"]["idle_watts"] if number(log["last"], "idle_watts") else math.nan
     targets = last["trained_tokens"] if number(last, "trained_tokens") else math.nan
     rows |= {"of updates above idle": text((joules - idle * seconds) / 3.6e6, "{:.4g} kWh"),
              "power of updates": text(joules / seconds, "{:.4g} W"), "joules per token": text(joules / tokens, "{:.4g}"),
              "joules per update": text(joules / (last.get("step") or math.nan), "{:.4g}"),
-             "tokens per joule": text(tokens / joules, "{:.4g}"), "GFLOP per joule": text(end.get("gflop_per_joule"), "{:.4g}")}
+             "tokens per joule": text(tokens / joules, "{:.4g}"),
+             "GFLOP per joule": text(end.get("gflop_per_joule"), "{:.4g}")}
     if targets and targets != tokens:
         rows["joules per trained token"] = text(joules / targets, "{:.4g}")
     if args.carbon_intensity is not None:
@@ -389,7 +393,7 @@ def write_page(logs, args):
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html"), encoding="utf-8") as f:
         page = f.read()
     data = page_data(logs, args)
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")    # no text of a log ends the script
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")     # no text ends the script
     try:
         with open(args.out, "w", encoding="utf-8") as f:
             f.write(page.replace("TITLE", html.escape(data["title"]), 1).replace("null/*DATA*/", text, 1))

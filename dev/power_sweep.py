@@ -4,9 +4,9 @@
     sudo python3 dev/power_sweep.py --watts 250,350,500,700 --out sweep -- ./train_litespark --preset 100M --steps 200 ...
     sudo python3 dev/power_sweep.py --mhz 1200,1500,1980 --out sweep -- ./train_litespark ...
 
-GPUs (nvidia-smi answers) by nvidia-smi -pl and -lgc, all of --gpus alike; else the processor by its RAPL limit (packages share
---watts evenly) and cpufreq. The command gets --out sweep/POINT. Each point must train for 4 seconds or more: the counters are
-coarse. At the end, also after Ctrl-C or an error, limits and clocks are as they were. Writes sweep/results.jsonl, and
+GPUs (nvidia-smi answers) by nvidia-smi -pl and -lgc, all of --gpus alike; else the processor by its RAPL limit (packages
+share --watts evenly) and cpufreq. The command gets --out sweep/POINT. Each point must train for 4 seconds or more: the counters
+are coarse. At the end, also after Ctrl-C or an error, limits and clocks are as they were. Writes sweep/results.jsonl, and
 sweep/sweep.svg (pip install matplotlib).
 """
 import argparse
