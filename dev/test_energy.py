@@ -7,6 +7,7 @@ Words choose tests by name.
 """
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,11 @@ def write(path, text):
         f.write(text)
 
 
+def content(path):
+    with open(path) as f:
+        return f.read()
+
+
 def nvml(idle, busy, limit):
     """A folder with libnvidia-ml.so.1: 2 s of idle from the first reading on, then busy."""
     folder = tempfile.mkdtemp(dir=TOP)
@@ -106,9 +112,14 @@ def is_cuda(trainer):
     return "emu" in os.path.basename(trainer)
 
 
+def coarse(trainer):
+    """How far W may be off: the stand-in for NVML counts when it is asked, RAPL's files are as old as this busy machine lets them be."""
+    return 0.1 if is_cuda(trainer) else 0.4
+
+
 def train(trainer, out, more="", seconds=8, until=(), **env):
-    """Trains for about so many seconds and until the log has these words, then stops it as a user would: a signal. (records by type, what it
-    printed)"""
+    """Trains for so many seconds and until the log (with that of --power-log) has these patterns, then stops it as a user would: a
+    signal. (records by type, what it printed)"""
     words = [trainer, "--config", f"{FIXTURE}/config.json", "--train-data", f"{FIXTURE}/tokens.bin", "--val-data", f"{FIXTURE}/tokens.bin",
              *"--seq-len 16 --batch-size 2 --threads 1 --sample-tokens 4 --steps 100000000 --log-every 100 --out".split(), out, *more.split()]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env})
@@ -116,9 +127,10 @@ def train(trainer, out, more="", seconds=8, until=(), **env):
     while process.poll() is None:
         time.sleep(0.1)
         if time.time() - begin > seconds and os.path.exists(f"{out}/log.jsonl"):
-            with open(f"{out}/log.jsonl") as f:
-                text = f.read()
-            if all(word in text for word in until):
+            text = content(f"{out}/log.jsonl")
+            if "--power-log" in words:
+                text += content(words[words.index("--power-log") + 1])
+            if all(re.search(pattern, text, re.S) for pattern in until):
                 break
         expect(time.time() - begin < 300, "it does not begin")
     process.terminate()
@@ -156,9 +168,9 @@ def test_energy_of_a_run(trainer, out):
     near(head["idle_watts"], 40 + extra, 0.15, "idle")
     near(head["power_limit_watts"], 300 + extra, 0.02, "limit")
     expect("energy counters found" in text and "energy | idle " in text and "energy | updates " in text, text)
-    near(end["watts"], watts, 0.15, "W of updates")
+    near(end["watts"], watts, coarse(trainer), "W of updates")
     near(end["joules"], end["updates_joules"], 1e-9, "J of the run")
-    near(end["updates_joules"] / end["updates_seconds"], watts, 0.15, "J by s")
+    near(end["updates_joules"] / end["updates_seconds"], watts, coarse(trainer), "J by s")
     near(end["joules_per_token"], end["joules"] / end["tokens"], 1e-6, "J/token")
     near(end["joules_per_update"], end["joules"] / end["step"], 1e-6, "J/update")
     near(end["tokens_per_joule"] * end["joules_per_token"], 1, 1e-9, "tokens/J")
@@ -177,13 +189,14 @@ def test_energy_of_a_run(trainer, out):
     seen = [r["watts"] for r in steps if r["watts"]]
     expect(seen or is_cuda(trainer), "no window of 2 s has ended")
     for x in set(seen):
-        near(x, watts, 0.25, "W of a window")
+        near(x, watts, coarse(trainer), "W of a window")
     expect("warning: updates took" not in text, text)
 
 
 def test_power_above_its_limit_or_below_idle_is_named(trainer, out):
     for idle, busy, limit, what in ((40, 110, 60, "more than the limit of"), (110, 40, 300, "less than idle")):
-        _, text, _ = with_counters(trainer, out + str(busy), idle, busy, limit, f"limit{busy}", "--val-every 0 --sample-every 0 --checkpoint-every 0", 7)
+        _, text, _ = with_counters(trainer, out + str(busy), idle, busy, limit, f"limit{busy}", "--val-every 0 --sample-every 0 --checkpoint-every 0", 7,
+                                   [r'"watts": \d'])               # of a window of two seconds
         expect("warning: updates took" in text and what in text, text)
 
 
@@ -213,24 +226,25 @@ def test_resumed_run_adds_up(trainer, out):
 def test_power_log(trainer, out):
     log = f"{TOP}/{os.path.basename(trainer)}.power.jsonl"
     more = f"--val-every 0 --sample-every 0 --checkpoint-every 0 --power-log {log}"
+    samples = [r'("celsius".*){5}']
     if is_cuda(trainer):
-        with_counters(trainer, out, 50, 50, 300, "power", more, 6)
+        with_counters(trainer, out, 50, 50, 300, "power", more, 6, samples)
         watts, mhz, celsius = 50, 1980, 66
     else:
         sysfs = Sysfs("power", Power(out, 50, 50))
         for i, khz in enumerate((2000000, 3000000)):
             write(f"{sysfs.root}/devices/system/cpu/cpu{i}/cpufreq/scaling_cur_freq", f"{khz}\n")
             write(f"{sysfs.root}/class/thermal/thermal_zone{i}/temp", f"{(41 + i) * 1000}\n")
-        train(trainer, out, more, 6, LITESPARK_SYS=sysfs.root)
+        train(trainer, out, more, 6, samples, LITESPARK_SYS=sysfs.root)
         sysfs.stop = True
         watts, mhz, celsius = 50, 2500, 42
     rows = records(log)[None]
     expect(len(rows) >= 4 and all(set(r) == {"time", "watts", "mhz", "celsius"} for r in rows), rows)
     span = rows[-1]["time"] - rows[0]["time"]
     near(span / (len(rows) - 1), 1, 0.25, "s between samples")
-    near(sum(r["watts"] for r in rows) / len(rows), watts, 0.15, "W")
+    near(sum(r["watts"] for r in rows) / len(rows), watts, coarse(trainer), "W")
     expect(all(r["mhz"] == mhz and r["celsius"] == celsius for r in rows), rows)
-    train(trainer, out + "2", more, 3, LITESPARK_SYS=f"{TOP}/none")
+    train(trainer, out + "2", more, 3, [r'"celsius": null'], LITESPARK_SYS=f"{TOP}/none")
     more_rows = records(log)[None][len(rows):]
     expect(more_rows and all(r[k] is None for r in more_rows for k in ("watts", "mhz", "celsius")), more_rows)
     r = subprocess.run([trainer, "--config", f"{FIXTURE}/config.json", "--train-data", f"{FIXTURE}/tokens.bin", "--seq-len", "16", "--batch-size", "2", "--steps", "2",
@@ -277,11 +291,6 @@ def sweep(folder, *words, wait=True, **env):
     env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "FAKE_LIMIT": f"{folder}/bin/state", **env}
     p = subprocess.Popen([sys.executable, f"{DEV}/power_sweep.py", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return (p.communicate(timeout=120)[0], p.returncode) if wait else p
-
-
-def content(path):
-    with open(path) as f:
-        return f.read()
 
 
 def test_sweep_of_a_gpu(trainer, out):
