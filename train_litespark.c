@@ -6884,8 +6884,8 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
 //            of an all-reduce; of m ranks in a machine, 1/m of it goes over the network
 //   latency  as NCCL's own model has it (src/graph/tuning.cc: ring and tree, protocol Simple)
 //   overlap  a unit's gradients are summed, and the next unit's weights gathered, while a layer computes:
-//            exposed is what takes longer than the layer. Nothing hides the sums of the first layer, of the
-//            embedding and between groups that share, nor an update's first gathers (embedding, first layer)
+//            exposed is what takes longer than the layer. Nothing hides an update's last sums (first layer,
+//            embedding, all between groups that share) nor its first gathers (embedding, first layer)
 //   energy   0.9 of the power limit (published pre-training, OLMo 3: 620 to 650 W per H100) x --pue
 // Left out: gaps between kernels, the host, SMs that NCCL takes, contention in the network, power limits,
 // biases and head norms of Qwen, the second head of dpo; data, evaluation, checkpoints, failures.
@@ -7085,8 +7085,10 @@ static void communication(Traffic *t, const GpuKind *g, const Plan *p, const Par
         Collective sum = collective(g, per_node, S, 1, n * bytes, zero ? 1 : 2);
         const Collective gather = collective(g, per_node, S, 1, n * (p->bf16 ? 2 : 4), 1);
         const Collective of_groups = collective(g, per_node, groups, S, n / S * bytes, 2);
-        if (bytes == 2) sum.seconds += 6 * n / (g->dram * 1e12);            // rounded
-        add(&t[SUMS], sums, sum, is_head ? backward : 0);
+        const double rounded = bytes == 2 ? (zero ? 6 : 12) * n : 0, added = zero >= 2 ? 12 * n / S : 0;
+        sum.seconds += (rounded + added) / (g->dram * 1e12);
+        add(&t[SUMS], 1, sum, is_head ? backward : 0);
+        add(&t[SUMS], sums - 1, sum, is_head ? backward : forward);         // of the next micro-step
         if (is_layer) add(&t[SUMS], sums * (L - 1), sum, backward);
         if (zero && groups > 1) add(&t[GROUP_SUMS], is_layer ? L : 1, of_groups, 0);
         if (zero) add(&t[GATHERS], 1, gather, is_head ? forward : 0);
@@ -7227,7 +7229,7 @@ static void advise(const GpuKind *g, const Config *c, const Machine *machine, co
         printf("advice | --gpus %d %s %s: %.1f GiB, %.0f tokens/s per GPU\n", n, layout_text(&f.plan).s,
                now->fits ? "is faster" : "fits", f.bytes / GIB, f.speed);
     if (!now->fits || waits <= 100 * EXPOSED_WANTED) return;
-    printf("advice | %.1f%% of the step waits for other GPUs: one has %.0f sequences of an update\n", waits,
+    printf("advice | %.1f%% of the step waits for other GPUs; sequences per GPU in an update: %.0f\n", waits,
            now->micro * now->plan.B);
     for (double more = 2; more <= 64; more *= 2) {
         f = forecast(g, c, &now->plan, machine, more * tokens);
@@ -7258,7 +7260,7 @@ static void plan_print(const GpuKind *g, const Config *c, const Machine *machine
         plan.B = B + bit;
         if ((double)plan.B * plan.T < INT_MAX / 2 && plan_bytes(c, &plan) < machine->memory) B = plan.B;
     }
-    printf("fits | %s: %.1f of %.1f GiB | largest micro-step that fits: %d sequences\n",
+    printf("fits | %s: %.1f of %.1f GiB | largest micro-step that fits: --batch-size %d\n",
            f.fits ? "yes" : "NO", f.bytes / GIB, machine->memory / GIB, B);
     printf("%-28s %10s %8s\n", "time of an update", "ms", "share");
     for (int i = 0; i < N_GROUPS; i++)
