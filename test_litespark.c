@@ -3119,16 +3119,16 @@ static void test_plan_exposes_what_compute_does_not_hide(void) {
         double all = 0, compute = 0;
         for (int k = 0; k < N_TRAFFIC; k++) all += f.traffic[k].seconds;
         for (int k = 0; k < N_GROUPS; k++) compute += f.group[k];
-        CHECK(f.exposed > 0 && f.exposed < 0.2 * all, "ZeRO %d: of %g s %g are exposed", zero, all, f.exposed);
-        CHECK_ERROR("step", fabs(f.step - compute - f.exposed), 1e-12);
+        CHECK(f.all.exposed > 0 && f.all.exposed < 0.2 * all, "ZeRO %d: of %g s %g are exposed", zero, all, f.all.exposed);
+        CHECK_ERROR("step", fabs(f.step - compute - f.all.exposed), 1e-12);
         CHECK_ERROR("speed", fabs(f.speed - 4 * 4 * 4096 / f.step) / f.speed, 1e-12);
         g.link = 3.5, g.network = 0.46;         // a hundred times slower: nearly all of it
         const Forecast slow = forecast_of(&g, "3B", 16, zero, zero ? 16 : 1, 4, 4096, 4, RECOMPUTE_NONE);
-        CHECK(slow.exposed > 60 * all, "ZeRO %d: of %g s %g are exposed", zero, 100 * all, slow.exposed);
+        CHECK(slow.all.exposed > 60 * all, "ZeRO %d: of %g s %g are exposed", zero, 100 * all, slow.all.exposed);
     }
     // ring of 16 ranks in two machines: 14 hops inside, 1 between; all bytes through each GPU, or over eight network ports
     g.link = 350;
-    Collective c = collective(&g, 8, 16, 1, 1.6e9, 1);
+    Traffic c = collective(&g, 8, 16, 1, 1.6e9, 1);
     CHECK_ERROR("seconds of a gather", fabs(c.seconds - (8.4e-6 + 14 * 3.4e-6 + 14e-6 + 1.5 / (8 * 0.46))), 1e-12);
     g.network = 46;
     c = collective(&g, 8, 16, 1, 1.6e9, 1);
@@ -5075,9 +5075,9 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"keys of other weights kept", "m->n_kept = 0;  ", "", "kept_keys", 0},
     {"angles of a sample begin anew", "w->q_norm, w->k_norm, m->cosine + angles,", "w->q_norm, w->k_norm, m->cosine,",
     "kept_keys", 0},
-    {"plan: a ring that sends all", "rounds * (n - 1.0) / n * bytes", "rounds * 1.0 * bytes", "plan_counts", 0},
+    {"plan: a ring that sends all", "laps * (n - 1.0) / n * bytes", "laps * 1.0 * bytes", "plan_counts", 0},
     {"plan: no gathers in backward", "add(&t[GATHERS], micro * turns, gather,", "add(&t[GATHERS], 0, gather,", "plan_counts", 0},
-    {"plan: nothing hides", "fmax(0, c.seconds - hides_under)", "c.seconds", "plan_exposes", 0},
+    {"plan: nothing hides", "fmax(0, one.seconds - hides_under)", "one.seconds", "plan_exposes", 0},
     {"plan: norms of the backward forgotten", "b[OF_NORMS] = 2 * (pass(", "b[OF_NORMS] = 0 * (pass(", "plan_agrees", 0},
     {"saving in place", "Str tmp = free_name(o->out, t->step);", "Str tmp = checkpoint_path(o->out, t->step);", "kill", 1},
     {"damaged checkpoints count", "kept += is_whole(dir.s);", "kept++;", "one_run", 1},

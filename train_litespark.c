@@ -6920,8 +6920,7 @@ static const GpuKind gpu_kinds[] = {
 };
 enum { GPUS_PER_NODE = 8, MOST_GPUS = 4096 };
 static const double HOP_NVLINK = 3.4e-6, HOP_PCIE = 5.7e-6, HOP_NETWORK = 14e-6, CALL = 8.4e-6;  // NCCL's
-static const double POWER_SHARE = 0.9, EXPOSED_WANTED = 0.08;
-static const double GIB = 1 << 30;
+static const double POWER_SHARE = 0.9, WAITING_WANTED = 8 /* percent */, GIB = 1 << 30;
 
 static const GpuKind *gpu_of_option(const char *option) {
     for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
@@ -6942,8 +6941,8 @@ enum { EMBED_FORWARD, EMBED_BACKWARD, NORM_FORWARD, NORM_BACKWARD, LAST_NORM_BAC
        ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, CROSS_ENTROPY, CLEAR_GRADS,
        SUM_OF_SQUARES, ADAMW };
 enum { ATTENTION_FORWARD, ATTENTION_BACKWARD, GATE_UP_SWIGLU, DOWN_SWIGLU_BACKWARD };
-// us on an H100, a + b x + c x^2: of a query head and x = T tokens; of a row and column of h and x = C
-typedef struct MmaKernel { int kernel, D, group; double tensor[3], other[3]; } MmaKernel;
+// us on an H100, a + b x + c x^2: of a query head (G share a key) and x = T; of an element of h and x = C
+typedef struct MmaKernel { int kernel, D, G; double tensor[3], other[3]; } MmaKernel;
 // counted, written by dev/speed_model.py --planner sync
 static const struct { double fixed, per_row; } passes[] = {         // bytes per column
     {588, 2.26562},             // embedding forward
@@ -6986,12 +6985,12 @@ static double product(const GpuKind *g, double M, double N, double K, int out_by
 }
 
 // Of the counted head sizes the nearest; what its tensor cores do grows with the head size.
-static double mma_kernel(const GpuKind *g, int kernel, int D, int group, double x) {
+static double mma_kernel(const GpuKind *g, int kernel, int D, int G, double x) {
     const GpuKind *h100 = gpu_of_option("h100");
     const MmaKernel *best = NULL;
     for (const MmaKernel *k = mma_kernels; k < mma_kernels + COUNT(mma_kernels); k++)
         if (k->kernel == kernel && (!best || abs(k->D - D) < abs(best->D - D)
-                                    || (k->D == best->D && abs(k->group - group) < abs(best->group - group))))
+                                    || (k->D == best->D && abs(k->G - G) < abs(best->G - G))))
             best = k;
     const double *t = best->tensor, *o = best->other, wider = D ? (double)D / best->D : 1;
     const double tensor = h100->bf16 * h100->mma_sync / (g->bf16 * g->mma_sync) * wider;
@@ -7011,7 +7010,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     const double W = HD + 2.0 * c->K * c->D, qk = (double)(c->H + c->K) * c->D, heads = (double)p->B * c->H;
     const double chunk = fmin(p->chunk, N), chunks = ceil(N / chunk), norm = pass(g, NORM_FORWARD, N, C);
     const double own = n / p->shard, dram = g->dram * 1e12;
-    const int group = c->H / c->K, products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && g->mma_sync == 1);
+    const int G = c->H / c->K, products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && g->mma_sync == 1);
     double *s = t[MICRO_STEP], *f = t[FORWARD], *a = t[AGAIN], *b = t[BACKWARD];
     memset(t, 0, sizeof(double) * N_PHASES * N_GROUPS);
     s[OF_EMBEDDING] = pass(g, EMBED_FORWARD, N, C) + pass(g, EMBED_BACKWARD, N, C);
@@ -7025,7 +7024,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     f[OF_NORMS] = 2 * norm;
     f[OF_PROJECTIONS] = product(g, N, W, C, 2, 0) + product(g, N, C, HD, 2, 1);
     f[OF_ATTENTION] = pass(g, ROPE_FORWARD, N, qk)
-                    + heads * mma_kernel(g, ATTENTION_FORWARD, c->D, group, p->T);
+                    + heads * mma_kernel(g, ATTENTION_FORWARD, c->D, G, p->T);
     f[OF_MLP] = gate_up + (products ? 0 : pass(g, SWIGLU_FORWARD, N, F)) + product(g, N, C, F, 2, 1);
     a[OF_PROJECTIONS] = p->recompute == RECOMPUTE_BLOCK ? f[OF_PROJECTIONS] : 0;
     a[OF_ATTENTION] = p->recompute == RECOMPUTE_BLOCK ? f[OF_ATTENTION] : 0;
@@ -7038,36 +7037,39 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     b[OF_PROJECTIONS] = product(g, C, HD, N, 4, 1) + product(g, N, HD, C, 2, 0) + product(g, N, C, W, 2, 0)
                       + product(g, W, C, N, 4, 1);
     b[OF_ATTENTION] = pass(g, ROPE_BACKWARD, N, qk)
-                    + heads * mma_kernel(g, ATTENTION_BACKWARD, c->D, group, p->T);
+                    + heads * mma_kernel(g, ATTENTION_BACKWARD, c->D, G, p->T);
     t[UPDATE][OF_OPTIMIZER] = pass(g, CLEAR_GRADS, p->zero >= 2 ? own : n, 1)
                             + pass(g, SUM_OF_SQUARES, own, 1) + pass(g, ADAMW, own, 1)
                             - (p->bf16_state ? 8 * own / dram : 0);
 }
 
 // ---- communication ----------------------------------------------------------------------------------------
-typedef struct Collective { double inside, across, seconds; } Collective;   // bytes of a GPU per link
-
-// One over n ranks, `stride` apart, of `bytes` (a gather's result); rounds: 1, or 2 of an all-reduce
-static Collective collective(const GpuKind *g, int per_node, int n, int stride, double bytes, int rounds) {
-    const double m = fmin(n, fmax(1, per_node / stride)), nodes = ceil(n / m);      // m: in one machine
-    const double volume = rounds * (n - 1.0) / n * bytes, hop = g->link < 100 ? HOP_PCIE : HOP_NVLINK;
-    const double across = nodes > 1 ? volume / m : 0, inside = volume - across;
-    const double ring = rounds * ((n - nodes) * hop + (nodes - 1) * HOP_NETWORK);
-    const double tree = 2 * ((m - 1) * hop + log2(nodes) * HOP_NETWORK);            // all-reduce only
-    const double moving = fmax((m > 1 ? volume : 0) / g->link, across / g->network) * 1e-9;
-    const Collective c = {inside, across, CALL + (rounds == 2 ? fmin(ring, tree) : ring) + moving};
-    return c;
-}
-
-typedef struct Traffic { double count, inside, across, seconds, exposed; } Traffic;    // in an update
+typedef struct Traffic {            // of one GPU: collectives, bytes inside its machine and over the network,
+    double count, inside, across;
+    double seconds, exposed;        // the time, and how much of it nothing hides
+} Traffic;
 enum { SUMS, GATHERS, GROUP_SUMS, N_TRAFFIC };
 
-static void add(Traffic *t, double count, Collective c, double hides_under) {
-    t->count += count;
-    t->inside += count * c.inside;
-    t->across += count * c.across;
-    t->seconds += count * c.seconds;
-    t->exposed += count * fmax(0, c.seconds - hides_under);
+// One over n ranks, `stride` apart, of `bytes` (a gather's result); laps of the ring: 1, of an all-reduce 2
+static Traffic collective(const GpuKind *g, int per_node, int n, int stride, double bytes, int laps) {
+    const double m = fmin(n, fmax(1, per_node / stride)), nodes = ceil(n / m);      // m: in one machine
+    const double volume = laps * (n - 1.0) / n * bytes, hop = g->link < 100 ? HOP_PCIE : HOP_NVLINK;
+    const double across = nodes > 1 ? volume / m : 0, inside = volume - across;
+    const double ring = laps * ((n - nodes) * hop + (nodes - 1) * HOP_NETWORK);
+    const double tree = 2 * ((m - 1) * hop + log2(nodes) * HOP_NETWORK);            // all-reduce only
+    const double moving = fmax((m > 1 ? volume : 0) / g->link, across / g->network) * 1e-9;
+    const double seconds = CALL + (laps == 2 ? fmin(ring, tree) : ring) + moving;
+    const Traffic t = {1, inside, across, seconds, seconds};
+    return t;
+}
+
+// *t += `count` of `one`, each of which has so many seconds of compute to hide under
+static void add(Traffic *t, double count, Traffic one, double hides_under) {
+    t->count += count * one.count;
+    t->inside += count * one.inside;
+    t->across += count * one.across;
+    t->seconds += count * one.seconds;
+    t->exposed += count * fmax(0, one.seconds - hides_under);
 }
 
 // t (N_TRAFFIC) = what an update of `micro` micro-steps sends, unit by unit, as section 4 does it: embedding
@@ -7078,14 +7080,13 @@ static void communication(Traffic *t, const GpuKind *g, const Plan *p, const Par
     const int zero = p->zero, S = zero ? p->shard : p->ranks, groups = p->ranks / S, L = table->n_units - 2;
     const int bytes = opt.reduce_dtype == BF16 ? 2 : 4;
     const double sums = zero >= 2 ? micro : 1, turns = L > 2 ? L - 2 : 0;
-    memset(t, 0, sizeof(Traffic) * N_TRAFFIC);
     for (int i = 0; i < 3 && p->ranks > 1; i++) {
-        const int is_layer = i == 1, is_head = i == 2, u = is_head ? L + 1 : i;
-        const double n = (double)table->units[u].n_padded;
-        Collective sum = collective(g, per_node, S, 1, n * bytes, zero ? 1 : 2);
-        const Collective gather = collective(g, per_node, S, 1, n * (p->bf16 ? 2 : 4), 1);
-        const Collective of_groups = collective(g, per_node, groups, S, n / S * bytes, 2);
+        const int is_layer = i == 1, is_head = i == 2;
+        const double n = (double)table->units[is_head ? L + 1 : i].n_padded;
         const double rounded = bytes == 2 ? (zero ? 6 : 12) * n : 0, added = zero >= 2 ? 12 * n / S : 0;
+        Traffic sum = collective(g, per_node, S, 1, n * bytes, zero ? 1 : 2);
+        const Traffic gather = collective(g, per_node, S, 1, n * (p->bf16 ? 2 : 4), 1);
+        const Traffic of_groups = collective(g, per_node, groups, S, n / S * bytes, 2);
         sum.seconds += (rounded + added) / (g->dram * 1e12);
         add(&t[SUMS], 1, sum, is_head ? backward : 0);
         add(&t[SUMS], sums - 1, sum, is_head ? backward : forward);         // of the next micro-step
@@ -7104,9 +7105,10 @@ typedef struct Forecast {
     int nodes, fits;
     double bytes, micro;            // of a rank; micro-steps
     double group[N_GROUPS];         // seconds of an update
-    Traffic traffic[N_TRAFFIC];
-    double step, exposed;           // seconds
-    double speed;                   // tokens/s of a GPU
+    Traffic traffic[N_TRAFFIC], all;
+    double step;                    // seconds
+    double speed, mfu, mfu_causal;  // tokens/s of a GPU; percent
+    double seconds, hours, kwh;     // of the run: seconds, GPU-hours
 } Forecast;
 
 // tokens: of an update
@@ -7130,50 +7132,55 @@ static Forecast forecast(const GpuKind *g, const Config *c, const Plan *plan, co
     }
     communication(f.traffic, g, plan, model_table(m), machine->ranks_per_node, f.micro, phase[FORWARD],
                   phase[AGAIN] + phase[BACKWARD]);
-    for (int i = 0; i < N_TRAFFIC; i++) f.exposed += f.traffic[i].exposed;
-    f.step += f.exposed;
+    for (int i = 0; i < N_TRAFFIC; i++)
+        add(&f.all, 1, f.traffic[i], f.traffic[i].seconds - f.traffic[i].exposed);
+    f.step += f.all.exposed;
     f.speed = tokens / f.step / plan->ranks;
+    f.mfu = 100 * flops_per_token(c, plan->T, /*causal=*/0) * f.speed / (g->bf16 * 1e12);
+    f.mfu_causal = 100 * flops_per_token(c, plan->T, /*causal=*/1) * f.speed / (g->bf16 * 1e12);
+    f.seconds = opt.tokens / (f.speed * plan->ranks);
+    f.hours = f.seconds / 3600 * plan->ranks;
+    f.kwh = f.hours * g->watts * POWER_SHARE * opt.pue * 1e-3;
     model_free(m);
     return f;
 }
 
-static Machine machine_of(const GpuKind *g, int ranks, int64_t nodes) {
-    const int of_eight = CEIL_DIV(ranks, GPUS_PER_NODE);
-    Machine m = {ranks, ranks / (nodes ? (int)nodes : of_eight), g->memory * GIB - GPU_ALLOWANCE};
+static Machine machine_of(const GpuKind *g, int ranks, int nodes) {         // nodes 0: of eight GPUs
+    const int n = nodes ? nodes : CEIL_DIV(ranks, GPUS_PER_NODE);
+    const Machine m = {ranks, ranks / n, g->memory * GIB - GPU_ALLOWANCE};
     return m;
 }
 
 // What --device plans for; --gpus auto: one, to begin with.
 Machine plan_machine(void) {
-    return machine_of(gpu_of_option(opt.device), strcmp(opt.gpus, "auto") ? atoi(opt.gpus) : 1, opt.nodes);
+    const int ranks = strcmp(opt.gpus, "auto") ? atoi(opt.gpus) : 1;
+    return machine_of(gpu_of_option(opt.device), ranks, (int)opt.nodes);
 }
 
-// The layout of `ranks` GPUs that is fastest among those that fit: ZeRO, ranks that share, recomputation,
-// micro-step; as_given: what the command line gives stays. 0: none.
-static int best_layout(Forecast *best, const GpuKind *g, const Config *c, int ranks, double tokens,
+// *f = the layout of `ranks` GPUs that is fastest among those that fit: stage of ZeRO, halvings of the ranks
+// that share, recomputation, micro-step. as_given: what the command line gives stays. 0: none fits.
+static int best_layout(Forecast *f, const GpuKind *g, const Config *c, int ranks, double tokens,
                        int as_given) {
     const Machine machine = machine_of(g, ranks, 0);
-    const double rows = tokens / ((double)opt.seq_len * ranks);     // sequences of a GPU in an update
-    best->speed = 0;
-    // every choice of stage, halvings of the ranks that share (16: 4096 down to 1 and more), recomputation
+    const double rows = tokens / ((double)opt.seq_len * ranks);         // sequences of a GPU in an update
+    int found = 0;
     for (int i = 0; i < 4 * 16 * 3 && rows == floor(rows); i++) {
         Plan p = plan_of(&machine, 1);
         p.zero = i / 48;
         p.shard = p.zero ? ranks >> i / 3 % 16 : 1;
         p.recompute = i % 3;
-        const int is_choice = p.zero ? p.shard > 1 && (p.shard == ranks || p.shard >= GPUS_PER_NODE) : i < 3;
-        if (!is_choice || (as_given && ((option_given("--zero") && p.zero != opt.zero)
-                                        || (opt.shard_size && p.zero && p.shard != opt.shard_size)
-                                        || (option_given("--recompute") && p.recompute != opt.recompute))))
-            continue;
+        if (p.zero ? p.shard < 2 || (p.shard < ranks && p.shard < GPUS_PER_NODE) : i > 2) continue;
+        if (as_given && ((option_given("--zero") && p.zero != opt.zero)
+                         || (opt.shard_size && p.zero && p.shard != opt.shard_size)
+                         || (option_given("--recompute") && p.recompute != opt.recompute))) continue;
         for (; p.B <= rows && (p.B == 1 || p.B * p.T <= ENOUGH_ROWS); p.B++) {
             if (fmod(rows, p.B)) continue;
             if (as_given && option_given("--batch-size") && p.B != opt.batch_size) continue;
-            const Forecast f = forecast(g, c, &p, &machine, tokens);
-            if (f.fits && f.speed > best->speed) *best = f;
+            const Forecast it = forecast(g, c, &p, &machine, tokens);
+            if (it.fits && (!found || it.speed > f->speed)) *f = it, found = 1;
         }
     }
-    return best->speed > 0;
+    return found;
 }
 
 // ---- reports ----------------------------------------------------------------------------------------------
@@ -7188,25 +7195,17 @@ void plan_check(void) {
     if (!opt.device) return;
     if (!opt.dry_run) die("--device goes with --dry-run: it plans, and trains nothing");
     Text names = {NULL, 0, 0};
-    for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
-        if (g->option) text_add(&names, " %s", g->option);
+    for (int i = 0; i < COUNT(gpu_kinds); i++)
+        if (gpu_kinds[i].option) text_add(&names, " %s", gpu_kinds[i].option);
     if (!gpu_of_option(opt.device)) die("--device %s: choose one of%s", opt.device, names.s);
     free(names.s);
     if (!list && (!parse_int(opt.gpus, &n) || n < 1 || n > MOST_GPUS))
         die("--gpus %s: neither auto nor a number from 1 to %d", opt.gpus, MOST_GPUS);
     if (opt.nodes && list) die("--nodes goes with a number of --gpus, not with auto");
-    if (n % (opt.nodes ? opt.nodes : CEIL_DIV(n, GPUS_PER_NODE)))
-        die("--gpus %s: not the same number in each of %" PRId64 " machines; say --nodes", opt.gpus,
-            opt.nodes ? opt.nodes : CEIL_DIV(n, GPUS_PER_NODE));
+    const int64_t nodes = opt.nodes ? opt.nodes : CEIL_DIV(n, GPUS_PER_NODE);
+    if (n % nodes)
+        die("--gpus %s: not the same number in each of %" PRId64 " machines; say --nodes", opt.gpus, nodes);
     if (opt.precision != BF16) die("--device %s: only --precision bf16 is modelled", opt.device);
-}
-
-static double run_seconds(const Forecast *f) { return opt.tokens / (f->speed * f->plan.ranks); }
-static double run_kwh(const GpuKind *g, const Forecast *f) {
-    return run_seconds(f) / 3600 * f->plan.ranks * g->watts * POWER_SHARE * opt.pue * 1e-3;
-}
-static double mfu(const GpuKind *g, const Config *c, const Forecast *f, int causal) {
-    return 100 * flops_per_token(c, f->plan.T, causal) * f->speed / (g->bf16 * 1e12);
 }
 
 // As options: "--zero 3 --shard-size 8 --batch-size 2 --recompute none"
@@ -7217,10 +7216,11 @@ static Str layout_text(const Plan *p) {
     return str("--zero %d%s --batch-size %d --recompute %s", p->zero, shard.s, p->B, words[p->recompute]);
 }
 
+static double waiting(const Forecast *f) { return 100 * f->all.exposed / f->step; }    // percent
+
 // What to change: a layout that fits, or is faster; more work per GPU; fewer GPUs.
 static void advise(const GpuKind *g, const Config *c, const Machine *machine, const Forecast *now,
                    double tokens) {
-    const double waits = 100 * now->exposed / now->step;
     Forecast f;
     int n = machine->ranks, found = best_layout(&f, g, c, n, tokens, 0);
     while (!found && !now->fits && (n *= 2) <= MOST_GPUS) found = best_layout(&f, g, c, n, tokens, 0);
@@ -7228,27 +7228,22 @@ static void advise(const GpuKind *g, const Config *c, const Machine *machine, co
     if (found && (!now->fits || f.speed > 1.02 * now->speed))
         printf("advice | --gpus %d %s %s: %.1f GiB, %.0f tokens/s per GPU\n", n, layout_text(&f.plan).s,
                now->fits ? "is faster" : "fits", f.bytes / GIB, f.speed);
-    if (!now->fits || waits <= 100 * EXPOSED_WANTED) return;
-    printf("advice | %.1f%% of the step waits for other GPUs; sequences per GPU in an update: %.0f\n", waits,
-           now->micro * now->plan.B);
-    for (double more = 2; more <= 64; more *= 2) {
-        f = forecast(g, c, &now->plan, machine, more * tokens);
-        if (f.exposed > EXPOSED_WANTED * f.step && more < 64) continue;
-        printf("advice | --total-batch-tokens %.0f: %.1f%%, %.0f tokens/s per GPU; --lr may need to change\n",
-               more * tokens, 100 * f.exposed / f.step, f.speed);
-        break;
-    }
-    for (n = machine->ranks / 2; n && best_layout(&f, g, c, n, tokens, 0); n /= 2) {
-        if (f.exposed > EXPOSED_WANTED * f.step && n > 1) continue;
-        printf("advice | --gpus %d %s: %.1f%%, %.0f tokens/s per GPU, the run takes %s\n", n,
-               layout_text(&f.plan).s, 100 * f.exposed / f.step, f.speed, duration_text(run_seconds(&f)).s);
-        break;
-    }
+    if (!now->fits || waiting(now) <= WAITING_WANTED) return;
+    printf("advice | %.1f%% of the step waits for other GPUs; sequences per GPU in an update: %.0f\n",
+           waiting(now), now->micro * now->plan.B);
+    double more = 1;
+    do f = forecast(g, c, &now->plan, machine, (more *= 2) * tokens);
+    while (more < 64 && waiting(&f) > WAITING_WANTED);
+    printf("advice | --total-batch-tokens %.0f: %.1f%%, %.0f tokens/s per GPU; --lr may need to change\n",
+           more * tokens, waiting(&f), f.speed);
+    do found = best_layout(&f, g, c, n /= 2, tokens, 0);
+    while (found && n > 1 && waiting(&f) > WAITING_WANTED);
+    if (found) printf("advice | --gpus %d %s: %.1f%%, %.0f tokens/s per GPU, the run takes %s\n", n,
+                      layout_text(&f.plan).s, waiting(&f), f.speed, duration_text(f.seconds).s);
 }
 
 // One layout, in full
-static void plan_print(const GpuKind *g, const Config *c, const Machine *machine) {
-    const double tokens = (double)opt.total_batch_tokens;
+static void plan_print(const GpuKind *g, const Config *c, const Machine *machine, double tokens) {
     Plan plan = plan_of(machine, opt.batch_size);
     const Forecast f = forecast(g, c, &plan, machine, tokens);
     const char *const rows[] = {plan.zero ? "gradients, reduce-scatter" : "gradients, all-reduce",
@@ -7265,56 +7260,53 @@ static void plan_print(const GpuKind *g, const Config *c, const Machine *machine
     printf("%-28s %10s %8s\n", "time of an update", "ms", "share");
     for (int i = 0; i < N_GROUPS; i++)
         printf("  %-26s %10.1f %7.1f%%\n", group_names[i], 1e3 * f.group[i], 100 * f.group[i] / f.step);
-    printf("  %-26s %10.1f %7.1f%%\n", "communication, exposed", 1e3 * f.exposed, 100 * f.exposed / f.step);
-    printf("%-28s %10s %8s %10s %10s %10s\n", "of a GPU to others", "ms", "exposed", "times",
+    printf("  %-26s %10.1f %7.1f%%\n", "communication, exposed", 1e3 * f.all.exposed, waiting(&f));
+    printf("%-28s %10s %8s %10s %10s %10s\n", "between GPUs, per GPU", "ms", "exposed", "times",
            g->link < 100 ? "GB PCIe" : "GB NVLink", "GB network");
-    Traffic sum = {0, 0, 0, 0, 0};
     for (int i = 0; i <= N_TRAFFIC; i++) {
-        const Traffic *t = i < N_TRAFFIC ? &f.traffic[i] : &sum;
-        const Collective mean = {t->inside, t->across, t->seconds};
-        if (i < N_TRAFFIC && !t->count) continue;
-        printf("  %-26s %10.1f %8.1f %10.0f %10.3f %10.3f\n", i < N_TRAFFIC ? rows[i] : "communication, all",
-               1e3 * t->seconds, 1e3 * t->exposed, t->count, 1e-9 * t->inside, 1e-9 * t->across);
-        add(&sum, 1, mean, t->seconds - t->exposed);
-        sum.count += t->count - 1;
+        const Traffic *t = i < N_TRAFFIC ? &f.traffic[i] : &f.all;
+        if (t->count || i == N_TRAFFIC)
+            printf("  %-26s %10.1f %8.1f %10.0f %10.3f %10.3f\n",
+                   i < N_TRAFFIC ? rows[i] : "communication, all", 1e3 * t->seconds, 1e3 * t->exposed,
+                   t->count, 1e-9 * t->inside, 1e-9 * t->across);
     }
     printf("speed | %.3f s per update | %.0f tokens/s per GPU, %.0f in all | mfu %.1f%% (causal %.1f%%)\n",
-           f.step, f.speed, f.speed * plan.ranks, mfu(g, c, &f, 0), mfu(g, c, &f, 1));
-    const double kwh = run_kwh(g, &f), seconds = run_seconds(&f);
+           f.step, f.speed, f.speed * plan.ranks, f.mfu, f.mfu_causal);
     printf("run | %.4g tokens | %s | %.0f GPU-hours | %.0f kWh, %.4f J/token | %.0f kg CO2\n", opt.tokens,
-           duration_text(seconds).s, seconds / 3600 * plan.ranks, kwh, kwh * 3.6e6 / opt.tokens,
-           kwh * opt.carbon_intensity * 1e-3);
+           duration_text(f.seconds).s, f.hours, f.kwh, f.kwh * 3.6e6 / opt.tokens,
+           f.kwh * opt.carbon_intensity * 1e-3);
     advise(g, c, machine, &f, tokens);
 }
 
-static int by_cost(const void *a, const void *b) {              // GPU-hours: the inverse of speed
-    const double x = ((const Forecast *)a)->speed, y = ((const Forecast *)b)->speed;
-    return (x < y) - (x > y);
+static int by_cost(const void *a, const void *b) {
+    const double x = ((const Forecast *)a)->hours, y = ((const Forecast *)b)->hours;
+    return (x > y) - (x < y);
 }
 
 // --gpus auto: of each power of two of GPUs the fastest layout that fits, the cheapest first
-static void plan_list(const GpuKind *g, const Config *c) {
+static void plan_list(const GpuKind *g, const Config *c, double tokens) {
     Forecast found[16], *f = found;
-    for (int n = 1; n <= MOST_GPUS; n *= 2) f += best_layout(f, g, c, n, (double)opt.total_batch_tokens, 1);
+    for (int n = 1; n <= MOST_GPUS; n *= 2) f += best_layout(f, g, c, n, tokens, 1);
     if (f == found)
         die("--gpus auto: no layout of up to %d x %s holds this model and batch", MOST_GPUS, g->option);
     qsort(found, (size_t)(f - found), sizeof *found, by_cost);
-    printf("plans | %s | %.4g tokens in updates of %" PRId64 " | modelled, not measured\n", g->option,
-           opt.tokens, opt.total_batch_tokens);
+    printf("plans | %s | %.4g tokens in updates of %.0f | modelled, not measured\n", g->option, opt.tokens,
+           tokens);
     printf("%5s %5s %9s %8s %8s %7s %7s %7s  %s\n", "gpus", "nodes", "GPU-hours", "days", "MWh", "t CO2",
            "exposed", "mfu", "layout");
     for (const Forecast *i = found; i < f; i++)
         printf("%5d %5d %9.0f %8.2f %8.2f %7.2f %6.1f%% %6.1f%%  %s: %.1f GiB, %.0f tokens/s per GPU\n",
-               i->plan.ranks, i->nodes, run_seconds(i) / 3600 * i->plan.ranks, run_seconds(i) / 86400,
-               run_kwh(g, i) * 1e-3, run_kwh(g, i) * opt.carbon_intensity * 1e-6, 100 * i->exposed / i->step,
-               mfu(g, c, i, 0), layout_text(&i->plan).s, i->bytes / GIB, i->speed);
+               i->plan.ranks, i->nodes, i->hours, i->seconds / 86400, i->kwh * 1e-3,
+               i->kwh * opt.carbon_intensity * 1e-6, waiting(i), i->mfu, layout_text(&i->plan).s,
+               i->bytes / GIB, i->speed);
 }
 
 void plan_report(const Config *c, const Machine *machine) {
     const GpuKind *g = gpu_of_option(opt.device);
-    if (opt.tokens == 0) opt.tokens = (double)opt.steps * (double)opt.total_batch_tokens;
-    if (strcmp(opt.gpus, "auto")) plan_print(g, c, machine);
-    else plan_list(g, c);
+    const double tokens = (double)opt.total_batch_tokens;
+    if (opt.tokens == 0) opt.tokens = (double)opt.steps * tokens;
+    if (strcmp(opt.gpus, "auto")) plan_print(g, c, machine, tokens);
+    else plan_list(g, c, tokens);
 }
 // SHARED END
 
