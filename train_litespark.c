@@ -7272,7 +7272,7 @@ static void plan_print(const GpuKind *g, const Config *c, const Machine *machine
     }
     printf("speed | %.3f s per update | %.0f tokens/s per GPU, %.0f in all | mfu %.1f%% (causal %.1f%%)\n",
            f.step, f.speed, f.speed * plan.ranks, f.mfu, f.mfu_causal);
-    printf("run | %.4g tokens | %s | %.0f GPU-hours | %.0f kWh, %.4f J/token | %.0f kg CO2\n", opt.tokens,
+    printf("run | %.4g tokens | %s | %.1f GPU-hours | %.1f kWh, %.4f J/token | %.1f kg CO2\n", opt.tokens,
            duration_text(f.seconds).s, f.hours, f.kwh, f.kwh * 3.6e6 / opt.tokens,
            f.kwh * opt.carbon_intensity * 1e-3);
     advise(g, c, machine, &f, tokens);
