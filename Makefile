@@ -312,8 +312,8 @@ gpu-quick: $(if $(NVCC),gpu-quick-build)
 
 check:
 	@CC='$(CC)' CXX='$(CXX)' dev/check.sh
-sync:   # the .c owns the shared regions, the .cu its kernels (copies in dev/)
-	@python3 dev/story.py sync && python3 dev/kernels.py sync
+sync:   # the counts of kernels own the planner's; the .c the shared regions; the .cu its kernels (copies in dev/)
+	@python3 dev/speed_model.py --planner sync && python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
 .PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean

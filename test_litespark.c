@@ -3077,6 +3077,109 @@ static void test_dry_run_prints_what_the_run_takes(void) {
 }
 
 
+// ---- planning (section 16): a layout of GPUs, forecast in this process
+static Forecast forecast_of(const GpuKind *g, const char *preset, int ranks, int zero, int shard, int B, int T, int micro,
+                            int recompute) {
+    Config c;
+    config_preset(&c, preset);
+    Machine machine = machine_of(g, ranks, 0);
+    const Plan plan = {ranks, 0, zero, shard, B, T, 2048, /*bf16=*/1, /*bf16_state=*/0, recompute, /*training=*/1, 0};
+    options_default();
+    return forecast(g, &c, &plan, &machine, (double)micro * B * T * ranks);
+}
+
+// Bytes that a GPU sends, by hand from the sizes of the units: a ring's (n-1)/n, and which link.
+static void test_plan_counts_the_bytes_of_each_stage(void) {
+    const struct { int ranks, zero, shard; double sums, gathers, groups; } rows[] = {   // of all bytes, (n-1)/n and such
+        {1, 0, 1, 0, 0, 0}, {8, 0, 1, 2 * 7 / 8., 0, 0}, {16, 0, 1, 2 * 15 / 16., 0, 0}, {8, 1, 8, 7 / 8., 7 / 8., 0},
+        {16, 1, 16, 15 / 16., 15 / 16., 0}, {16, 2, 16, 15 / 16., 15 / 16., 0}, {16, 2, 8, 7 / 8., 7 / 8., 2 * (1 / 2.) / 8},
+        {8, 3, 8, 7 / 8., 7 / 8., 0}, {32, 3, 8, 7 / 8., 7 / 8., 2 * (3 / 4.) / 8}, {32, 3, 16, 15 / 16., 15 / 16., 2 * (1 / 2.) / 16},
+        {16, 1, 4, 3 / 4., 3 / 4., 2 * (3 / 4.) / 4}};
+    const GpuKind *h100 = gpu_of_option("h100");
+    for (int i = 0; i < COUNT(rows); i++) for (int micro = 1; micro <= 3; micro += 2) {
+        const int zero = rows[i].zero, S = rows[i].shard, R = rows[i].ranks;
+        const Forecast f = forecast_of(h100, "3B", R, zero, S, 1, 4096, micro, RECOMPUTE_NONE);
+        Config c;
+        ParamTable p;
+        config_preset(&c, "3B");
+        param_table_build(&p, &c, S);
+        const double layer = (double)p.units[UNIT_LAYER].n_padded, all = (double)p.n;
+        // weights that are gathered: all once; ZeRO 3: layers again in each forward but two, in each backward but two
+        const double again = zero < 3 ? 0 : layer * ((micro - 1) * (c.L - 2) + micro * (c.L - 2));
+        const double want[] = {4 * all * rows[i].sums * (zero >= 2 ? micro : 1), 2 * (all + again) * rows[i].gathers,
+                               4 * all * rows[i].groups};
+        // 1/m leaves the machine, m ranks of the collective being in it; groups of less than a machine meet inside, too
+        const double leaves[] = {(zero ? S : R) > 8 ? 1 / 8. : 0, S > 8 ? 1 / 8. : 0, S < 8 ? S / 8. : 1};
+        for (int k = 0; k < N_TRAFFIC; k++) {
+            const Traffic *t = &f.traffic[k];
+            CHECK_ERROR("bytes", fabs(t->inside + t->across - want[k]) / (want[k] + 1), 1e-12);
+            CHECK_ERROR("bytes over the network", fabs(t->across - want[k] * leaves[k]) / (want[k] + 1), 1e-12);
+        }
+        free(p.tensors);
+        free(p.units);
+        if (n_bad) { fprintf(stderr, "row %d, %d micro-steps\n", i, micro); return; }
+    }
+    // 2.289 G gradients of 4 bytes, twice 7/8: as a literal
+    const Forecast f = forecast_of(h100, "3B", 8, 0, 1, 4, 4096, 8, RECOMPUTE_NONE);
+    CHECK_ERROR("GB of the 3B's all-reduce", fabs(f.traffic[SUMS].inside * 1e-9 - 16.024), 5e-4);
+}
+
+// Communication hides under compute where there is enough of it, and only there.
+static void test_plan_exposes_what_compute_does_not_hide(void) {
+    GpuKind g = *gpu_of_option("h100");
+    for (int zero = 0; zero <= 3; zero++) {
+        g.link = 350, g.network = 46;
+        const Forecast f = forecast_of(&g, "3B", 16, zero, zero ? 16 : 1, 4, 4096, 4, RECOMPUTE_NONE);
+        double all = 0, compute = 0;
+        for (int k = 0; k < N_TRAFFIC; k++) all += f.traffic[k].seconds;
+        for (int k = 0; k < N_GROUPS; k++) compute += f.group[k];
+        CHECK(f.all.exposed > 0 && f.all.exposed < 0.2 * all, "ZeRO %d: of %g s %g are exposed", zero, all, f.all.exposed);
+        CHECK_ERROR("step", fabs(f.step - compute - f.all.exposed), 1e-12);
+        CHECK_ERROR("speed", fabs(f.speed - 4 * 4 * 4096 / f.step) / f.speed, 1e-12);
+        g.link = 3.5, g.network = 0.46;         // a hundred times slower: nearly all of it
+        const Forecast slow = forecast_of(&g, "3B", 16, zero, zero ? 16 : 1, 4, 4096, 4, RECOMPUTE_NONE);
+        CHECK(slow.all.exposed > 60 * all, "ZeRO %d: of %g s %g are exposed", zero, 100 * all, slow.all.exposed);
+    }
+    // ring of 16 ranks in two machines: 14 hops inside, 1 between; all bytes through each GPU, or over eight network ports
+    g.link = 350;
+    Traffic c = collective(&g, 8, 16, 1, 1.6e9, 1);
+    CHECK_ERROR("seconds of a gather", fabs(c.seconds - (8.4e-6 + 14 * 3.4e-6 + 14e-6 + 1.5 / (8 * 0.46))), 1e-12);
+    g.network = 46;
+    c = collective(&g, 8, 16, 1, 1.6e9, 1);
+    CHECK_ERROR("over a fast network", fabs(c.seconds - (8.4e-6 + 14 * 3.4e-6 + 14e-6 + 1.5 / 350)), 1e-12);
+    c = collective(&g, 8, 4, 8, 1.6e9, 2);      // groups: one rank in each of four machines; a tree has fewer hops
+    CHECK_ERROR("between groups", fabs(c.seconds - (8.4e-6 + 2 * 2 * 14e-6 + 2.4 / 46)), 1e-12);
+}
+
+// dev/speed_model.py, where the counts are from, and the planner say the same of one GPU.
+static void test_plan_agrees_with_the_model_of_speed(void) {
+    const struct { const char *device, *preset; int B, T, recompute; const char *mlp; } rows[] = {
+        {"h100", "3B", 4, 4096, RECOMPUTE_NONE, "passes"}, {"h100", "3B", 1, 1024, RECOMPUTE_BLOCK, "passes"},
+        {"h200", "30B", 1, 4096, RECOMPUTE_MLP, "passes"}, {"a100", "llama3.2-1B", 2, 2048, RECOMPUTE_NONE, "products"},
+        {"4090", "100M", 8, 1024, RECOMPUTE_NONE, "products"}};
+    const char *const words[] = {"none", "mlp", "block"};
+    if (access("dev/speed_model.py", R_OK)) SKIP("dev/speed_model.py is not here (run in the project's folder)");
+    for (int i = 0; i < COUNT(rows); i++) {
+        const int B = rows[i].B, T = rows[i].T;
+        char command[600];
+        snprintf(command, sizeof command, "python3 dev/speed_model.py --device %s --preset %s --batch-size %d --seq-len %d "
+                 "--total-batch-tokens %d --recompute %s --mlp %s", rows[i].device, rows[i].preset, B, T, 4 * B * T,
+                 words[rows[i].recompute], rows[i].mlp);
+        Process p = start_command(command);
+        Result r = finish(&p, TIMEOUT);
+        if (r.code == 127) SKIP("no python3 (apt-get install python3)");
+        CHECK(r.code == 0, "%s: %s", command, r.err);
+        const char *line = strstr(r.out, "step of ");
+        double ms = 0;
+        CHECK(line && sscanf(line, "step of %*d tokens: %lf ms", &ms) == 1, "no step in %s", r.out);
+        const Forecast f = forecast_of(gpu_of_option(rows[i].device), rows[i].preset, 1, 0, 1, B, T, 4, rows[i].recompute);
+        CHECK(fabs(1e3 * f.step / ms - 1) < 0.002, "%s on %s: the planner has %.2f ms, the model of speed %.2f", rows[i].preset,
+              rows[i].device, 1e3 * f.step, ms);
+    }
+    const Forecast f = forecast_of(gpu_of_option("h100"), "3B", 1, 0, 1, 4, 4096, 64, RECOMPUTE_NONE);
+    CHECK(fabs(f.speed / 34930 - 1) < 0.02, "%.0f tokens/s; dev/SPEED.md has 34,930", f.speed);
+}
+
 static void test_accumulation_equals_a_large_batch(void) {
     if (!have_binary()) return;
     const char *const split[] = {"--batch-size 8", "--batch-size 4", "--batch-size 1"};
@@ -4789,10 +4892,12 @@ static void test_options_refuse_bad_values(void) {
 
 static void test_options_of_the_gpu_are_refused_by_name(void) {
     if (!have_binary()) return;
-    const Refusal rows[] = {{"--zero 2", "--zero 2"}, {"--zero 3", "--zero 3"}, {"--zero 4", "--zero"},
+    const Refusal rows[] = {{"--zero 4", "--zero"},
         {"--shard-size 2", "--shard-size"}, {"--reduce-dtype bf16", "--reduce-dtype"},
         {"--deterministic off", "--deterministic"}, {"--gpus 8", "--gpus"}, {"--nodes 2", "--nodes"},
-        {"--device h100", "--device"}, {"--dry-run --gpus 8", "--gpus"}, {"--dpo-beta 0.2", "--dpo-beta"}};
+        {"--tokens 1e9", "--tokens"}, {"--pue 2", "--pue"}, {"--carbon-intensity 9", "--carbon-intensity"},
+        {"--device h100 --precision bf16", "--dry-run"}, {"--dry-run --gpus 8", "--gpus"},
+        {"--dry-run --device h100 --precision bf16", "DEVICE=emu"}, {"--dpo-beta 0.2", "--dpo-beta"}};
     // a list, needing no data; an unknown name is refused before the data are looked for
     Result presets = trainer(0, "--preset help --train-data %s --out %s", file_at("none"), file_at("none"));
     CHECK_RAN(presets);
@@ -4984,6 +5089,10 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"keys of other weights kept", "m->n_kept = 0;  ", "", "kept_keys", 0},
     {"angles of a sample begin anew", "w->q_norm, w->k_norm, m->cosine + angles,", "w->q_norm, w->k_norm, m->cosine,",
     "kept_keys", 0},
+    {"plan: a ring that sends all", "laps * (n - 1.0) / n * bytes", "laps * 1.0 * bytes", "plan_counts", 0},
+    {"plan: no gathers in backward", "add(&t[GATHERS], micro * turns, gather,", "add(&t[GATHERS], 0, gather,", "plan_counts", 0},
+    {"plan: nothing hides", "fmax(0, one.seconds - hides_under)", "one.seconds", "plan_exposes", 0},
+    {"plan: norms of the backward forgotten", "b[OF_NORMS] = 2 * (pass(", "b[OF_NORMS] = 0 * (pass(", "plan_agrees", 0},
     {"saving in place", "Str tmp = free_name(o->out, t->step);", "Str tmp = checkpoint_path(o->out, t->step);", "kill", 1},
     {"damaged checkpoints count", "kept += is_whole(dir.s);", "kept++;", "one_run", 1},
 };
@@ -5147,6 +5256,9 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(run_logs_every_metric_as_json, F32),
     TEST(run_loss_is_the_losses_of_the_model, F32),
     TEST(dry_run_prints_what_the_run_takes, F32),
+    TEST(plan_counts_the_bytes_of_each_stage, F32),
+    TEST(plan_exposes_what_compute_does_not_hide, F32),
+    TEST(plan_agrees_with_the_model_of_speed, F32),
     TEST(two_runs_give_the_same_bits, F32),
     TEST(accumulation_equals_a_large_batch, F32),
     TEST(ranks_give_the_same_training, F32),

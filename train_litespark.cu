@@ -42,7 +42,7 @@ Not here: tensor and pipeline parallelism, mixture of experts, serving, training
 
 Read 3 (ops), 4 (model), 5 (objectives), 6 (training) from top to bottom; 2 tells the words. The rest is
 plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 safetensors, 11 models,
-12 tokenizer, 13 data, 14 schedule and log, 15 checkpoints.
+12 tokenizer, 13 data, 14 schedule and log, 15 checkpoints, 16 planning.
 */
 
 // ==== 2. Vocabulary: types, options, and what the plumbing offers ==========================================
@@ -93,7 +93,6 @@ typedef __nv_bfloat16 bf16;
 enum { ENOUGH_ROWS = 32768 };           // of a micro-step: more are no faster
 typedef float LogProb;                  // of an answer: the sum over its tokens, rounded
 static const char device_kind[] = "gpu";
-enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA context, cuBLASLt, NCCL buffers
 static const char device_peak_is[] = "datasheet, dense";
 static const char device_also_takes[] = ", and about 800 MiB for context, cuBLASLt and NCCL";
 
@@ -108,9 +107,6 @@ void gpu_wait(cudaEvent_t event);
 // What this trainer does not do: an option with this value (NULL: with any), and why.
 static const struct { const char *option, *value, *why; } refused[] = {
     {"--deterministic", "off", ": there are only deterministic kernels"},
-    {"--gpus", NULL, "is not in this version; without ZeRO the memory per GPU does not depend on it"},
-    {"--nodes", NULL, "is not in this version; without ZeRO the memory per GPU does not depend on it"},
-    {"--device", NULL, "is not in this version; without ZeRO the memory per GPU does not depend on it"},
 };
 
 // SHARED BEGIN
@@ -237,12 +233,19 @@ enum { START, GIVEN, FIXED };
       "seconds to wait for a sign of life of another rank or the GPU") \
     GROUP("Tools") \
     X(FLAG, "--dry-run", dry_run, START, NULL, 0, 0, "print the memory that this run needs and stop") \
-    X(INT, "--gpus", gpus, START, "0", 0, 1e6, "with --dry-run: GPUs to plan for") \
-    X(INT, "--nodes", nodes, START, "0", 0, 1e6, "with --dry-run: machines to plan for") \
-    X(TEXT, "--device", device, START, NULL, 0, 0, "with --dry-run: GPU to plan for") \
     X(TEXT, "--dump-grads", dump_grads, START, NULL, 0, 0, \
       "write the first update's gradients to this safetensors file and stop") \
-    X(FLAG, "--help", help, START, NULL, 0, 0, "this list")
+    X(FLAG, "--help", help, START, NULL, 0, 0, "this list") \
+    GROUP("Planning (--dry-run; the CUDA trainer, which needs no GPU for it)") \
+    X(TEXT, "--device", device, START, NULL, 0, 0, \
+      "what a run would take on h100, h200, b200, a100, l40s or 4090: memory, time, energy (modelled)") \
+    X(TEXT, "--gpus", gpus, START, "1", 0, 0, "how many of them; auto: list layouts, the cheapest first") \
+    X(INT, "--nodes", nodes, START, "0", 0, 1e6, "machines that they are in, 0 = of 8 GPUs each") \
+    X(REAL, "--tokens", tokens, START, "0", 0, 1e18, "tokens of the run, 0 = --steps updates") \
+    X(REAL, "--carbon-intensity", carbon_intensity, START, "350", 0, 1e5, \
+      "g of CO2 per kWh; the report's is 350, the average of the USA") \
+    X(REAL, "--pue", pue, START, "1", 1, 10, \
+      "power of the building over that of the GPUs, 1 = of the GPUs alone, as in the report")
 
 enum { OPT_GROUP, OPT_TEXT, OPT_INT, OPT_REAL, OPT_CHOICE, OPT_FLAG };
 typedef const char *TEXT_value;
@@ -400,6 +403,7 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
 
 // memory: bytes that a rank may use
 typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;
+enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA context, cuBLASLt, NCCL buffers
 
 enum { ARENA_WEIGHTS, ARENA_GRADIENTS, ARENA_OPTIMIZER, ARENA_ACTIVATIONS, ARENA_WORKSPACE, N_ARENAS };
 static const char *const arena_names[] = {"weights", "gradients", "optimizer", "activations", "workspace"};
@@ -437,6 +441,8 @@ void param_table_build(ParamTable *p, const Config *c, int shard);
 const Tensor *table_find(const ParamTable *p, int unit, const char *suffix);
 size_t slot_at(const ParamTable *p, int u);
 size_t slots_size(const ParamTable *p);
+// 16
+double gpu_peak(const char *name, int bf16);
 
 // ---- what each trainer has of its own: ranks and device (section 7), model (section 4) --------------------
 int comm_rank(void);
@@ -3539,7 +3545,7 @@ static const Objective objectives[] = {                     // by --stage
     {"pretrain", 0, weigh_targets}, {"sft", 0, weigh_targets}, {"dpo", 1, weigh_pairs}};
 
 // ==== 6. Training: an update, looking, saving, set-up, main ================================================
-// ---- what the plumbing (sections 8 to 15) offers ----------------------------------------------------------
+// ---- what the plumbing (sections 8 to 16) offers ----------------------------------------------------------
 typedef struct Json Json;
 typedef struct StSet StSet;                             // the tensors of a checkpoint, for reading
 typedef struct StWriter StWriter;                       // a safetensors file that is being written
@@ -3631,12 +3637,17 @@ uint32_t model_crc(Model *m, const Config *c);
 int reference_read(DataLoader *dl, uint32_t weights);
 void reference_check_folders(const DataLoader *dl, uint32_t weights);
 void reference_write(const DataLoader *dl, uint32_t weights);
+// 16
+void plan_check(void);
+Machine plan_machine(void);
+void plan_report(const Config *c, const Machine *machine);
 
 // ---- what a run holds -------------------------------------------------------------------------------------
 enum { SPENT_UPDATES, SPENT_EVALUATION, SPENT_CHECKPOINT, SPENT_SAMPLE, N_SPENT };
 static const char *const spent_names[] = {"updates", "evaluation", "checkpoint", "sample"};
 typedef struct Trainer {
     Model *m;
+    Machine machine;                        // the sizes are for this one
     Config c;
     const Objective *objective;
     DataLoader train, val;
@@ -4569,7 +4580,7 @@ static void setup_model(Trainer *tr, const char *resume_dir) {
 
 // Sizes of everything; nothing is allocated yet.
 static void setup_sizes(Trainer *tr) {
-    const Machine machine = device_machine();
+    const Machine machine = tr->machine = opt.device ? plan_machine() : device_machine();
     if (opt.shard_size && !opt.zero) die("--shard-size %" PRId64 " is for --zero 1, 2 or 3", opt.shard_size);
     if (opt.shard_size && machine.ranks % opt.shard_size)
         die("--shard-size %" PRId64 " does not divide %d ranks", opt.shard_size, machine.ranks);
@@ -4667,7 +4678,7 @@ static void print_model(const Trainer *tr) {
            c->V, c->tied ? "tied" : "own");
     printf("batch | %" PRId64 " tokens per update = %" PRId64 " sequences x %" PRId64 " tokens x %d ranks x %"
            PRId64 " micro-steps | %s | recompute %s\n", opt.total_batch_tokens, opt.batch_size, opt.seq_len,
-           comm_world(), tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32",
+           tr->machine.ranks, tr->micro_steps, opt.precision == BF16 ? "bf16" : "fp32",
            option_text(option_find("--recompute")));
     printf("memory");
     for (int i = 0; i < N_ARENAS; i++) {
@@ -4858,8 +4869,10 @@ int main(int argc, char **argv) {
         refuse();
         device_open();
         setup(tr);
-        if (opt.dry_run) print_model(tr);
-        else if (opt.eval_only) {
+        if (opt.dry_run) {
+            if (!opt.device || strcmp(opt.gpus, "auto")) print_model(tr);
+            if (opt.device) plan_report(&tr->c, &tr->machine);
+        } else if (opt.eval_only) {
             if (!evaluate_all(tr)) die("--eval-only: stopped by a signal");
             if (opt.val_data && !isfinite(tr->val_loss)) die("--eval-only: the loss is not finite");
         } else if (opt.generate) generate(tr);
@@ -5014,30 +5027,8 @@ void comm_barrier(void) {}
 #endif
 
 // ---- the GPU ----------------------------------------------------------------------------------------------
-// Dense peaks, 10^12 FLOP/s, of NVIDIA's datasheets: bf16 tensor cores; fp32 without TF32. Names as
-// cudaGetDeviceProperties gives them.
-static const struct { const char *name; double bf16_tflops, fp32_tflops; } gpu_peaks[] = {
-    {"H100 NVL", 835, 60},          // H100 datasheet, sparse figures halved
-    {"H100 PCIe", 756, 51},
-    {"H100", 989.4, 67},            // SXM
-    {"H200 NVL", 835, 60},
-    {"H200", 989.4, 67},
-    {"GH200", 989.4, 67},
-    {"A100", 312, 19.5},            // A100 datasheet
-    {"A800", 312, 19.5},
-    {"L40S", 362, 91.6},            // L40S datasheet
-    {"RTX 4090", 165.2, 82.6},      // Ada whitepaper, fp32 accumulate
-    {"RTX 3090", 71, 35.6},         // GA102 whitepaper, fp32 accumulate
-};
-
-// FLOP/s of the device at this precision; NAN: not in the table, and then MFU is not printed.
-double device_peak(int bf16) {
-    const char *name = gpu.device.name;
-    for (size_t i = 0; i < sizeof gpu_peaks / sizeof *gpu_peaks; i++)
-        if (strstr(name, gpu_peaks[i].name) && !strstr(name, "MIG") && !strstr(name, "Laptop"))
-            return 1e12 * (bf16 ? gpu_peaks[i].bf16_tflops : gpu_peaks[i].fp32_tflops);
-    return NAN;
-}
+// FLOP/s of the device at this precision; NAN: not in section 16's table, and then MFU is not printed.
+double device_peak(int bf16) { return gpu_peak(gpu.device.name, bf16); }
 
 const char *device_name(void) { return gpu.device.name; }
 
@@ -5776,8 +5767,7 @@ void options_check(void) {
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (opt.eval_tasks && !*opt.eval_tasks) die("--eval-tasks is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
-    if ((option_given("--gpus") || option_given("--nodes") || option_given("--device")) && !opt.dry_run)
-        die("--gpus, --nodes and --device go with --dry-run");
+    plan_check();
 }
 
 // ==== 9. JSON: a strict reader (RFC 8259) and the few verbs that write it ==================================
@@ -8848,5 +8838,440 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
         }
         free(values);
     }
+}
+
+// ==== 16. Planning: what a run on other GPUs would take ====================================================
+// --dry-run --device NAME says of a layout (GPUs, machines, ZeRO, micro-step) whether it fits and what it
+// costs, without a GPU. Memory is exact: model_plan lays out the arenas as for a run. Time is MODELLED:
+//   compute  a kernel takes the bytes it touches over DRAM's speed; a product its FLOPs over what cuBLASLt
+//            reaches, or its bytes; attention and our own products tensor cores plus instructions. The counts
+//            are of an emulator that ran the kernels (dev/speed_model.py, dev/SPEED.md)
+//   volume   a ring over n ranks: each sends (n-1)/n of the bytes of a gather or a reduce-scatter, twice that
+//            of an all-reduce; of m ranks in a machine, 1/m of it goes over the network
+//   latency  as NCCL's own model has it (src/graph/tuning.cc: ring and tree, protocol Simple)
+//   overlap  a unit's gradients are summed, and the next unit's weights gathered, while a layer computes:
+//            exposed is what takes longer than the layer. Nothing hides an update's last sums (first layer,
+//            embedding, all between groups that share) nor its first gathers (embedding, first layer)
+//   energy   0.9 of the power limit (published pre-training, OLMo 3: 620 to 650 W per H100) x --pue
+// Left out: gaps between kernels, the host, SMs that NCCL takes, contention in the network, power limits,
+// biases and head norms of Qwen, the second head of dpo; data, evaluation, checkpoints, failures.
+typedef struct GpuKind {
+    const char *option, *name;      // of --device, NULL: cannot be planned for; of cudaGetDeviceProperties
+    double bf16, fp32;              // peaks, dense, 10^12 FLOP/s: tensor cores; without TF32
+    double products, dram;          // what cuBLASLt reaches, 10^12 FLOP/s; DRAM, 10^12 B/s
+    double sms, clock, mma_sync;    // GHz; mma.sync's share of the peak, 1: all that the tensor cores have
+    double memory;                  // GiB of an idle GPU
+    double link, network;           // what NCCL reaches per GPU and direction, 10^9 B/s
+    double watts;                   // power limit
+} GpuKind;
+// Peaks, memory, watts: NVIDIA's datasheets, sparse figures halved (4090, 3090: whitepapers, fp32 sums).
+// products: 0.7 of the peak on Hopper, where the best shapes reach 0.80 (ml-engineering's MAMF); assumed 0.8
+// on A100, 0.9 on 4090, 0.7 else. dram: 0.9 of the datasheet. mma_sync: FlashAttention-2's share on Hopper;
+// assumed the same per SM and clock on B200. link: NVLink 0.78 of the datasheet (NCCL issue 1281: 350 of 450
+// on H100), PCIe 4.0 0.6, without peer access 0.4 (assumed). network: 400 Gb/s per GPU (nccl-tests issue 290:
+// 46 to 48 of 50 GB/s); A100 200; assumed 100 on L40S and, for a machine of eight, on 4090.
+static const GpuKind gpu_kinds[] = {
+//  --device  name         bf16   fp32  prod. dram   SMs  clock  mma   GiB  link  netw. watts
+    {NULL,   "H100 NVL",    835,   60,    0, 0,      0,    0,    0,    0,    0,    0,    0},
+    {NULL,   "H100 PCIe",   756,   51,    0, 0,      0,    0,    0,    0,    0,    0,    0},
+    {NULL,   "H200 NVL",    835,   60,    0, 0,      0,    0,    0,    0,    0,    0,    0},
+    {"h100", "H100",      989.4,   67,  700, 3.0,  132, 1.755, 0.62,  79,  350,   46,  700},
+    {"h200", "H200",      989.4,   67,  700, 4.3,  132, 1.755, 0.62, 139,  350,   46,  700},
+    {"b200", "B200",       2250,   75, 1575, 7.2,  148,  1.85, 0.32, 178,  700,   46, 1000},
+    {"a100", "A100",        312, 19.5,  250, 1.8,  108,  1.41,  1.0,  79,  235,   23,  400},
+    {NULL,   "A800",        312, 19.5,    0, 0,      0,    0,    0,    0,    0,    0,    0},
+    {"l40s", "L40S",        362, 91.6,  250, 0.78, 142,  2.52,  1.0,  44,   19, 11.5,  350},
+    {"4090", "RTX 4090",  165.2, 82.6,  150, 0.9,  128,  2.52,  1.0,  23,   13,  1.4,  450},
+    {NULL,   "RTX 3090",     71, 35.6,    0, 0,      0,    0,    0,    0,    0,    0,    0},
+};
+enum { GPUS_PER_NODE = 8, MOST_GPUS = 4096 };
+static const double HOP_NVLINK = 3.4e-6, HOP_PCIE = 5.7e-6, HOP_NETWORK = 14e-6, CALL = 8.4e-6;  // NCCL's
+static const double POWER_SHARE = 0.9, WAITING_WANTED = 8 /* percent */, GIB = 1 << 30;
+
+static const GpuKind *gpu_of_option(const char *option) {
+    for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
+        if (g->option && !strcmp(g->option, option)) return g;
+    return NULL;
+}
+
+// Dense peak in FLOP/s of the GPU with this name; NAN: not in the table.
+double gpu_peak(const char *name, int bf16) {
+    for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
+        if (strstr(name, g->name) && !strstr(name, "MIG") && !strstr(name, "Laptop"))
+            return 1e12 * (bf16 ? g->bf16 : g->fp32);
+    return NAN;
+}
+
+// ---- compute: one op after the other, as section 4 runs them ----------------------------------------------
+enum { EMBED_FORWARD, EMBED_BACKWARD, NORM_FORWARD, NORM_BACKWARD, LAST_NORM_BACKWARD, NORM_SUMS,
+       ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, CROSS_ENTROPY, CLEAR_GRADS,
+       SUM_OF_SQUARES, ADAMW };
+enum { ATTENTION_FORWARD, ATTENTION_BACKWARD, GATE_UP_SWIGLU, DOWN_SWIGLU_BACKWARD };
+// us on an H100, a + b x + c x^2: of a query head (G share a key) and x = T; of an element of h and x = C
+typedef struct MmaKernel { int kernel, D, G; double tensor[3], other[3]; } MmaKernel;
+// counted, written by dev/speed_model.py --planner sync
+static const struct { double fixed, per_row; } passes[] = {         // bytes per column
+    {588, 2.26562},             // embedding forward
+    {2415.4, 2.39753},          // embedding backward
+    {0, 4.26562},               // RMSNorm forward
+    {1688.73, 10.017},          // RMSNorm backward
+    {1374.55, 8.15341},         // the final one's
+    {1064, 0},                  // sums of its partials
+    {0, 4.22222},               // RoPE forward
+    {0, 4.22222},               // RoPE backward
+    {0, 6},                     // SwiGLU forward
+    {0, 12},                    // SwiGLU backward
+    {0, 4.018},                 // cross-entropy
+    {0, 4},                     // clear gradients
+    {0, 4.00782},               // sum of squares
+    {0, 30},                    // AdamW
+};
+static const MmaKernel mma_kernels[] = {        // tensor cores; instructions and exponentials
+    {ATTENTION_FORWARD, 64, 4, {-9.974e-05, 1.278e-05, 1.972e-07}, {0.000101, 5.466e-05, 3.146e-07}},
+    {ATTENTION_BACKWARD, 64, 4, {-8.42e-05, 3.978e-05, 7.881e-07}, {-0.0001239, 0.0001075, 9.422e-07}},
+    {ATTENTION_FORWARD, 104, 1, {-8.415e-05, 2.218e-05, 3.452e-07}, {-1.662e-05, 7.059e-05, 3.622e-07}},
+    {ATTENTION_BACKWARD, 104, 1, {0.06116, -3.7e-05, 1.414e-06}, {0.06476, 9.811e-05, 1.349e-06}},
+    {ATTENTION_FORWARD, 128, 4, {4.234e-05, 2.52e-05, 3.946e-07}, {-0.0001332, 7.314e-05, 3.726e-07}},
+    {ATTENTION_BACKWARD, 128, 4, {0.07014, -4.251e-05, 1.616e-06}, {0.06862, 4.476e-05, 1.348e-06}},
+    {ATTENTION_FORWARD, 128, 8, {5.714e-05, 2.52e-05, 3.946e-07}, {-7.221e-05, 7.304e-05, 3.726e-07}},
+    {ATTENTION_BACKWARD, 128, 8, {0.07006, -4.24e-05, 1.616e-06}, {0.06866, 3.66e-05, 1.348e-06}},
+    {GATE_UP_SWIGLU, 0, 0, {0, 6.165e-09, 0}, {1.083e-06, 2.835e-09, 0}},
+    {DOWN_SWIGLU_BACKWARD, 0, 0, {0, 3.082e-09, 0}, {1.321e-06, 1.622e-09, 0}},
+};
+// end of what is counted
+
+static double pass(const GpuKind *g, int kernel, double rows, double columns) {
+    return columns * (passes[kernel].fixed + passes[kernel].per_row * rows) / (g->dram * 1e12);
+}
+
+// M x N sums over K in bf16; out_bytes of a result; add: the result is read, too
+static double product(const GpuKind *g, double M, double N, double K, int out_bytes, int add) {
+    const double bytes = 2 * (M * K + N * K) + M * N * out_bytes * (1 + add);
+    return fmax(2 * M * N * K / (g->products * 1e12), bytes / (g->dram * 1e12));
+}
+
+// Of the counted head sizes the nearest; what its tensor cores do grows with the head size.
+static double mma_kernel(const GpuKind *g, int kernel, int D, int G, double x) {
+    const GpuKind *h100 = gpu_of_option("h100");
+    const MmaKernel *best = NULL;
+    for (const MmaKernel *k = mma_kernels; k < mma_kernels + COUNT(mma_kernels); k++)
+        if (k->kernel == kernel && (!best || abs(k->D - D) < abs(best->D - D)
+                                    || (k->D == best->D && abs(k->G - G) < abs(best->G - G))))
+            best = k;
+    const double *t = best->tensor, *o = best->other, wider = D ? (double)D / best->D : 1;
+    const double tensor = h100->bf16 * h100->mma_sync / (g->bf16 * g->mma_sync) * wider;
+    const double other = h100->sms * h100->clock / (g->sms * g->clock);
+    return 1e-6 * ((t[0] + (t[1] + t[2] * x) * x) * tensor + (o[0] + (o[1] + o[2] * x) * x) * other);
+}
+
+enum { OF_EMBEDDING, OF_ATTENTION, OF_PROJECTIONS, OF_MLP, OF_NORMS, OF_HEAD, OF_OPTIMIZER, N_GROUPS };
+static const char *const group_names[] = {"embedding", "attention, RoPE", "matmuls q k v o", "MLP", "norms",
+                                          "head, loss", "optimizer, clearing"};
+enum { MICRO_STEP, FORWARD, AGAIN, BACKWARD, UPDATE, N_PHASES };    // FORWARD to BACKWARD: of one layer
+
+// t (N_PHASES, N_GROUPS) = seconds; n: parameters
+static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const Config *c, const Plan *p,
+                          double n) {
+    const double N = (double)p->B * p->T, C = c->C, F = c->F, HD = (double)c->H * c->D;
+    const double W = HD + 2.0 * c->K * c->D, qk = (double)(c->H + c->K) * c->D, heads = (double)p->B * c->H;
+    const double chunk = fmin(p->chunk, N), chunks = ceil(N / chunk), norm = pass(g, NORM_FORWARD, N, C);
+    const double own = n / p->shard, dram = g->dram * 1e12;
+    const int G = c->H / c->K, products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && g->mma_sync == 1);
+    double *s = t[MICRO_STEP], *f = t[FORWARD], *a = t[AGAIN], *b = t[BACKWARD];
+    memset(t, 0, sizeof(double) * N_PHASES * N_GROUPS);
+    s[OF_EMBEDDING] = pass(g, EMBED_FORWARD, N, C) + pass(g, EMBED_BACKWARD, N, C);
+    s[OF_NORMS] = norm + pass(g, LAST_NORM_BACKWARD, N, C) + pass(g, NORM_SUMS, 0, C);
+    s[OF_HEAD] = chunks * (product(g, chunk, c->Vp, C, 2, 0) + product(g, chunk, C, c->Vp, 2, 0)
+                           + product(g, c->Vp, C, chunk, 4, 1) + pass(g, CROSS_ENTROPY, chunk, c->V))
+               + 2 * N * C / dram;                                      // dx is cleared
+    s[OF_OPTIMIZER] = p->zero >= 2 ? pass(g, CLEAR_GRADS, n, 1) : 0;    // what a unit adds to before the sum
+    const double gate_up = products ? N * F * mma_kernel(g, GATE_UP_SWIGLU, 0, 0, C)
+                                    : product(g, N, 2 * F, C, 2, 0);
+    f[OF_NORMS] = 2 * norm;
+    f[OF_PROJECTIONS] = product(g, N, W, C, 2, 0) + product(g, N, C, HD, 2, 1);
+    f[OF_ATTENTION] = pass(g, ROPE_FORWARD, N, qk)
+                    + heads * mma_kernel(g, ATTENTION_FORWARD, c->D, G, p->T);
+    f[OF_MLP] = gate_up + (products ? 0 : pass(g, SWIGLU_FORWARD, N, F)) + product(g, N, C, F, 2, 1);
+    a[OF_PROJECTIONS] = p->recompute == RECOMPUTE_BLOCK ? f[OF_PROJECTIONS] : 0;
+    a[OF_ATTENTION] = p->recompute == RECOMPUTE_BLOCK ? f[OF_ATTENTION] : 0;
+    a[OF_MLP] = p->recompute != RECOMPUTE_NONE ? gate_up : 0;
+    a[OF_NORMS] = p->recompute * norm;                                  // none 0, mlp 1, block 2
+    b[OF_MLP] = (products ? N * F * mma_kernel(g, DOWN_SWIGLU_BACKWARD, 0, 0, C)
+                          : product(g, N, F, C, 2, 0) + pass(g, SWIGLU_BACKWARD, N, F))
+              + product(g, C, F, N, 4, 1) + product(g, N, C, 2 * F, 2, 0) + product(g, 2 * F, C, N, 4, 1);
+    b[OF_NORMS] = 2 * (pass(g, NORM_BACKWARD, N, C) + pass(g, NORM_SUMS, 0, C));
+    b[OF_PROJECTIONS] = product(g, C, HD, N, 4, 1) + product(g, N, HD, C, 2, 0) + product(g, N, C, W, 2, 0)
+                      + product(g, W, C, N, 4, 1);
+    b[OF_ATTENTION] = pass(g, ROPE_BACKWARD, N, qk)
+                    + heads * mma_kernel(g, ATTENTION_BACKWARD, c->D, G, p->T);
+    t[UPDATE][OF_OPTIMIZER] = pass(g, CLEAR_GRADS, p->zero >= 2 ? own : n, 1)
+                            + pass(g, SUM_OF_SQUARES, own, 1) + pass(g, ADAMW, own, 1)
+                            - (p->bf16_state ? 8 * own / dram : 0);
+}
+
+// ---- communication ----------------------------------------------------------------------------------------
+typedef struct Traffic {            // of one GPU: collectives, bytes inside its machine and over the network,
+    double count, inside, across;
+    double seconds, exposed;        // the time, and how much of it nothing hides
+} Traffic;
+enum { SUMS, GATHERS, GROUP_SUMS, N_TRAFFIC };
+
+// One over n ranks, `stride` apart, of `bytes` (a gather's result); laps of the ring: 1, of an all-reduce 2
+static Traffic collective(const GpuKind *g, int per_node, int n, int stride, double bytes, int laps) {
+    const double m = fmin(n, fmax(1, per_node / stride)), nodes = ceil(n / m);      // m: in one machine
+    const double volume = laps * (n - 1.0) / n * bytes, hop = g->link < 100 ? HOP_PCIE : HOP_NVLINK;
+    const double across = nodes > 1 ? volume / m : 0, inside = volume - across;
+    const double ring = laps * ((n - nodes) * hop + (nodes - 1) * HOP_NETWORK);
+    const double tree = 2 * ((m - 1) * hop + log2(nodes) * HOP_NETWORK);            // all-reduce only
+    const double moving = fmax((m > 1 ? volume : 0) / g->link, across / g->network) * 1e-9;
+    const double seconds = CALL + (laps == 2 ? fmin(ring, tree) : ring) + moving;
+    const Traffic t = {1, inside, across, seconds, seconds};
+    return t;
+}
+
+// *t += `count` of `one`, each of which has so many seconds of compute to hide under
+static void add(Traffic *t, double count, Traffic one, double hides_under) {
+    t->count += count * one.count;
+    t->inside += count * one.inside;
+    t->across += count * one.across;
+    t->seconds += count * one.seconds;
+    t->exposed += count * fmax(0, one.seconds - hides_under);
+}
+
+// t (N_TRAFFIC) = what an update of `micro` micro-steps sends, unit by unit, as section 4 does it: embedding
+// and head are gathered once per update; two layers stay whole where the order turns. forward, backward:
+// seconds of a layer
+static void communication(Traffic *t, const GpuKind *g, const Plan *p, const ParamTable *table, int per_node,
+                          double micro, double forward, double backward) {
+    const int zero = p->zero, S = zero ? p->shard : p->ranks, groups = p->ranks / S, L = table->n_units - 2;
+    const int bytes = opt.reduce_dtype == BF16 ? 2 : 4;
+    const double sums = zero >= 2 ? micro : 1, turns = L > 2 ? L - 2 : 0;
+    for (int i = 0; i < 3 && p->ranks > 1; i++) {
+        const int is_layer = i == 1, is_head = i == 2;
+        const double n = (double)table->units[is_head ? L + 1 : i].n_padded;
+        const double rounded = bytes == 2 ? (zero ? 6 : 12) * n : 0, added = zero >= 2 ? 12 * n / S : 0;
+        Traffic sum = collective(g, per_node, S, 1, n * bytes, zero ? 1 : 2);
+        const Traffic gather = collective(g, per_node, S, 1, n * (p->bf16 ? 2 : 4), 1);
+        const Traffic of_groups = collective(g, per_node, groups, S, n / S * bytes, 2);
+        sum.seconds += (rounded + added) / (g->dram * 1e12);
+        add(&t[SUMS], 1, sum, is_head ? backward : 0);
+        add(&t[SUMS], sums - 1, sum, is_head ? backward : forward);         // of the next micro-step
+        if (is_layer) add(&t[SUMS], sums * (L - 1), sum, backward);
+        if (zero && groups > 1) add(&t[GROUP_SUMS], is_layer ? L : 1, of_groups, 0);
+        if (zero) add(&t[GATHERS], 1, gather, is_head ? forward : 0);
+        if (zero && is_layer) add(&t[GATHERS], L - 1, gather, forward);
+        if (zero == 3 && is_layer) add(&t[GATHERS], (micro - 1) * turns, gather, forward);
+        if (zero == 3 && is_layer) add(&t[GATHERS], micro * turns, gather, fmax(0, backward - sum.seconds));
+    }
+}
+
+// ---- a layout, and what it would cost ---------------------------------------------------------------------
+typedef struct Forecast {
+    Plan plan;
+    int nodes, fits;
+    double bytes, micro;            // of a rank; micro-steps
+    double group[N_GROUPS];         // seconds of an update
+    Traffic traffic[N_TRAFFIC], all;
+    double step;                    // seconds
+    double speed, mfu, mfu_causal;  // tokens/s of a GPU; percent
+    double seconds, hours, kwh;     // of the run: seconds, GPU-hours
+} Forecast;
+
+// tokens: of an update
+static Forecast forecast(const GpuKind *g, const Config *c, const Plan *plan, const Machine *machine,
+                         double tokens) {
+    Forecast f;
+    double t[N_PHASES][N_GROUPS], phase[N_PHASES] = {0};
+    memset(&f, 0, sizeof f);
+    f.plan = *plan;
+    f.nodes = machine->ranks / machine->ranks_per_node;
+    f.micro = tokens / ((double)plan->B * plan->T * plan->ranks);
+    Model *m = model_plan(c, plan);
+    for (int i = 0; i < N_ARENAS; i++) f.bytes += model_bytes(m, i);
+    f.fits = f.bytes < machine->memory;
+    compute_times(t, g, c, plan, config_params(c));
+    const double times[N_PHASES] = {f.micro, f.micro * c->L, f.micro * (c->L - 1), f.micro * c->L, 1};
+    for (int i = 0; i < N_PHASES; i++) for (int k = 0; k < N_GROUPS; k++) {
+        f.group[k] += times[i] * t[i][k];
+        f.step += times[i] * t[i][k];
+        phase[i] += t[i][k];
+    }
+    communication(f.traffic, g, plan, model_table(m), machine->ranks_per_node, f.micro, phase[FORWARD],
+                  phase[AGAIN] + phase[BACKWARD]);
+    for (int i = 0; i < N_TRAFFIC; i++)
+        add(&f.all, 1, f.traffic[i], f.traffic[i].seconds - f.traffic[i].exposed);
+    f.step += f.all.exposed;
+    f.speed = tokens / f.step / plan->ranks;
+    f.mfu = 100 * flops_per_token(c, plan->T, /*causal=*/0) * f.speed / (g->bf16 * 1e12);
+    f.mfu_causal = 100 * flops_per_token(c, plan->T, /*causal=*/1) * f.speed / (g->bf16 * 1e12);
+    f.seconds = opt.tokens / (f.speed * plan->ranks);
+    f.hours = f.seconds / 3600 * plan->ranks;
+    f.kwh = f.hours * g->watts * POWER_SHARE * opt.pue * 1e-3;
+    model_free(m);
+    return f;
+}
+
+static Machine machine_of(const GpuKind *g, int ranks, int nodes) {         // nodes 0: of eight GPUs
+    const int n = nodes ? nodes : CEIL_DIV(ranks, GPUS_PER_NODE);
+    const Machine m = {ranks, ranks / n, g->memory * GIB - GPU_ALLOWANCE};
+    return m;
+}
+
+// What --device plans for; --gpus auto: one, to begin with.
+Machine plan_machine(void) {
+    const int ranks = strcmp(opt.gpus, "auto") ? atoi(opt.gpus) : 1;
+    return machine_of(gpu_of_option(opt.device), ranks, (int)opt.nodes);
+}
+
+// *f = the layout of `ranks` GPUs that is fastest among those that fit: stage of ZeRO, halvings of the ranks
+// that share, recomputation, micro-step. as_given: what the command line gives stays. 0: none fits.
+static int best_layout(Forecast *f, const GpuKind *g, const Config *c, int ranks, double tokens,
+                       int as_given) {
+    const Machine machine = machine_of(g, ranks, 0);
+    const double rows = tokens / ((double)opt.seq_len * ranks);         // sequences of a GPU in an update
+    int found = 0;
+    for (int i = 0; i < 4 * 16 * 3 && rows == floor(rows); i++) {
+        Plan p = plan_of(&machine, 1);
+        p.zero = i / 48;
+        p.shard = p.zero ? ranks >> i / 3 % 16 : 1;
+        p.recompute = i % 3;
+        if (p.zero ? p.shard < 2 || (p.shard < ranks && p.shard < GPUS_PER_NODE) : i > 2) continue;
+        if (as_given && ((option_given("--zero") && p.zero != opt.zero)
+                         || (opt.shard_size && p.zero && p.shard != opt.shard_size)
+                         || (option_given("--recompute") && p.recompute != opt.recompute))) continue;
+        for (; p.B <= rows && (p.B == 1 || p.B * p.T <= ENOUGH_ROWS); p.B++) {
+            if (fmod(rows, p.B)) continue;
+            if (as_given && option_given("--batch-size") && p.B != opt.batch_size) continue;
+            const Forecast it = forecast(g, c, &p, &machine, tokens);
+            if (it.fits && (!found || it.speed > f->speed)) *f = it, found = 1;
+        }
+    }
+    return found;
+}
+
+// ---- reports ----------------------------------------------------------------------------------------------
+// What can be said against the options of planning without the model.
+void plan_check(void) {
+    static const char *const with_device[] = {"--gpus", "--nodes", "--tokens", "--carbon-intensity", "--pue"};
+    const int list = !strcmp(opt.gpus, "auto");
+    int64_t n = 1;
+    for (int i = 0; i < COUNT(with_device); i++)
+        if (!opt.device && option_given(with_device[i]))
+            die("%s goes with --dry-run --device", with_device[i]);
+    if (!opt.device) return;
+    if (!opt.dry_run) die("--device goes with --dry-run: it plans, and trains nothing");
+    Text names = {NULL, 0, 0};
+    for (int i = 0; i < COUNT(gpu_kinds); i++)
+        if (gpu_kinds[i].option) text_add(&names, " %s", gpu_kinds[i].option);
+    if (!gpu_of_option(opt.device)) die("--device %s: choose one of%s", opt.device, names.s);
+    free(names.s);
+    if (!list && (!parse_int(opt.gpus, &n) || n < 1 || n > MOST_GPUS))
+        die("--gpus %s: neither auto nor a number from 1 to %d", opt.gpus, MOST_GPUS);
+    if (opt.nodes && list) die("--nodes goes with a number of --gpus, not with auto");
+    const int64_t nodes = opt.nodes ? opt.nodes : CEIL_DIV(n, GPUS_PER_NODE);
+    if (n % nodes)
+        die("--gpus %s: not the same number in each of %" PRId64 " machines; say --nodes", opt.gpus, nodes);
+    if (opt.precision != BF16) die("--device %s: only --precision bf16 is modelled", opt.device);
+}
+
+// As options: "--zero 3 --shard-size 8 --batch-size 2 --recompute none"
+static Str layout_text(const Plan *p) {
+    static const char *const words[] = {"none", "mlp", "block"};
+    const int is_part = p->shard > 1 && p->shard < p->ranks;
+    const Str shard = str(is_part ? " --shard-size %d" : "%.0d", is_part ? p->shard : 0);
+    return str("--zero %d%s --batch-size %d --recompute %s", p->zero, shard.s, p->B, words[p->recompute]);
+}
+
+static double waiting(const Forecast *f) { return 100 * f->all.exposed / f->step; }    // percent
+
+// What to change: a layout that fits, or is faster; more work per GPU; fewer GPUs.
+static void advise(const GpuKind *g, const Config *c, const Machine *machine, const Forecast *now,
+                   double tokens) {
+    Forecast f;
+    int n = machine->ranks, found = best_layout(&f, g, c, n, tokens, 0);
+    while (!found && !now->fits && (n *= 2) <= MOST_GPUS) found = best_layout(&f, g, c, n, tokens, 0);
+    if (!found && !now->fits) printf("advice | no layout of up to %d of these GPUs holds it\n", MOST_GPUS);
+    if (found && (!now->fits || f.speed > 1.02 * now->speed))
+        printf("advice | --gpus %d %s %s: %.1f GiB, %.0f tokens/s per GPU\n", n, layout_text(&f.plan).s,
+               now->fits ? "is faster" : "fits", f.bytes / GIB, f.speed);
+    if (!now->fits || waiting(now) <= WAITING_WANTED) return;
+    printf("advice | %.1f%% of the step waits for other GPUs; sequences per GPU in an update: %.0f\n",
+           waiting(now), now->micro * now->plan.B);
+    double more = 1;
+    do f = forecast(g, c, &now->plan, machine, (more *= 2) * tokens);
+    while (more < 64 && waiting(&f) > WAITING_WANTED);
+    printf("advice | --total-batch-tokens %.0f: %.1f%%, %.0f tokens/s per GPU; --lr may need to change\n",
+           more * tokens, waiting(&f), f.speed);
+    do found = best_layout(&f, g, c, n /= 2, tokens, 0);
+    while (found && n > 1 && waiting(&f) > WAITING_WANTED);
+    if (found) printf("advice | --gpus %d %s: %.1f%%, %.0f tokens/s per GPU, the run takes %s\n", n,
+                      layout_text(&f.plan).s, waiting(&f), f.speed, duration_text(f.seconds).s);
+}
+
+// One layout, in full
+static void plan_print(const GpuKind *g, const Config *c, const Machine *machine, double tokens) {
+    Plan plan = plan_of(machine, opt.batch_size);
+    const Forecast f = forecast(g, c, &plan, machine, tokens);
+    const char *const rows[] = {plan.zero ? "gradients, reduce-scatter" : "gradients, all-reduce",
+                                "weights, all-gather", "gradients, between groups"};
+    printf("plan | %d x %s, %d per machine | %s | modelled, not measured\n", plan.ranks, g->option,
+           machine->ranks_per_node, layout_text(&plan).s);
+    int B = 0;
+    for (int bit = 1 << 20; bit; bit /= 2) {
+        plan.B = B + bit;
+        if ((double)plan.B * plan.T < INT_MAX / 2 && plan_bytes(c, &plan) < machine->memory) B = plan.B;
+    }
+    printf("fits | %s: %.1f of %.1f GiB | largest micro-step that fits: --batch-size %d\n",
+           f.fits ? "yes" : "NO", f.bytes / GIB, machine->memory / GIB, B);
+    printf("%-28s %10s %8s\n", "time of an update", "ms", "share");
+    for (int i = 0; i < N_GROUPS; i++)
+        printf("  %-26s %10.1f %7.1f%%\n", group_names[i], 1e3 * f.group[i], 100 * f.group[i] / f.step);
+    printf("  %-26s %10.1f %7.1f%%\n", "communication, exposed", 1e3 * f.all.exposed, waiting(&f));
+    printf("%-28s %10s %8s %10s %10s %10s\n", "between GPUs, per GPU", "ms", "exposed", "times",
+           g->link < 100 ? "GB PCIe" : "GB NVLink", "GB network");
+    for (int i = 0; i <= N_TRAFFIC; i++) {
+        const Traffic *t = i < N_TRAFFIC ? &f.traffic[i] : &f.all;
+        if (t->count || i == N_TRAFFIC)
+            printf("  %-26s %10.1f %8.1f %10.0f %10.3f %10.3f\n",
+                   i < N_TRAFFIC ? rows[i] : "communication, all", 1e3 * t->seconds, 1e3 * t->exposed,
+                   t->count, 1e-9 * t->inside, 1e-9 * t->across);
+    }
+    printf("speed | %.3f s per update | %.0f tokens/s per GPU, %.0f in all | mfu %.1f%% (causal %.1f%%)\n",
+           f.step, f.speed, f.speed * plan.ranks, f.mfu, f.mfu_causal);
+    printf("run | %.4g tokens | %s | %.1f GPU-hours | %.1f kWh, %.4f J/token | %.1f kg CO2\n", opt.tokens,
+           duration_text(f.seconds).s, f.hours, f.kwh, f.kwh * 3.6e6 / opt.tokens,
+           f.kwh * opt.carbon_intensity * 1e-3);
+    advise(g, c, machine, &f, tokens);
+}
+
+static int by_cost(const void *a, const void *b) {
+    const double x = ((const Forecast *)a)->hours, y = ((const Forecast *)b)->hours;
+    return (x > y) - (x < y);
+}
+
+// --gpus auto: of each power of two of GPUs the fastest layout that fits, the cheapest first
+static void plan_list(const GpuKind *g, const Config *c, double tokens) {
+    Forecast found[16], *f = found;
+    for (int n = 1; n <= MOST_GPUS; n *= 2) f += best_layout(f, g, c, n, tokens, 1);
+    if (f == found)
+        die("--gpus auto: no layout of up to %d x %s holds this model and batch", MOST_GPUS, g->option);
+    qsort(found, (size_t)(f - found), sizeof *found, by_cost);
+    printf("plans | %s | %.4g tokens in updates of %.0f | modelled, not measured\n", g->option, opt.tokens,
+           tokens);
+    printf("%5s %5s %9s %8s %8s %7s %7s %7s  %s\n", "gpus", "nodes", "GPU-hours", "days", "MWh", "t CO2",
+           "exposed", "mfu", "layout");
+    for (const Forecast *i = found; i < f; i++)
+        printf("%5d %5d %9.0f %8.2f %8.2f %7.2f %6.1f%% %6.1f%%  %s: %.1f GiB, %.0f tokens/s per GPU\n",
+               i->plan.ranks, i->nodes, i->hours, i->seconds / 86400, i->kwh * 1e-3,
+               i->kwh * opt.carbon_intensity * 1e-6, waiting(i), i->mfu, layout_text(&i->plan).s,
+               i->bytes / GIB, i->speed);
+}
+
+void plan_report(const Config *c, const Machine *machine) {
+    const GpuKind *g = gpu_of_option(opt.device);
+    const double tokens = (double)opt.total_batch_tokens;
+    if (opt.tokens == 0) opt.tokens = (double)opt.steps * tokens;
+    if (strcmp(opt.gpus, "auto")) plan_print(g, c, machine, tokens);
+    else plan_list(g, c, tokens);
 }
 // SHARED END

@@ -28,6 +28,13 @@ else
     echo "skipped: check of the kernels in dev/ (python3)"
 fi
 
+# the planner's counts are those of dev/results/kernel_counts.json
+if python3 -c '' 2>/dev/null; then
+    python3 dev/speed_model.py --planner check || say "the planner of train_litespark.c and dev/speed_model.py differ"
+else
+    echo "skipped: check of the planner's counts (python3)"
+fi
+
 # no data in the repository but the fixture
 binaries=$(tracked '*.bin' | grep -v '^dev/fixture/')
 [ -z "$binaries" ] || say "tracked data: $binaries"

@@ -2,15 +2,16 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|rtx4090] [--mlp passes|products] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp passes|products] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
+    dev/speed_model.py --planner check|sync               the counts that the trainers' planner has (train_litespark.c, section 16)
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
 
 Where the numbers come from
   counts   dev/results/kernel_counts.json: bytes, FLOPs and instructions of every kernel, counted while ptxcpu, an emulator of the
            compiled PTX, ran the trainer on small models (--measure). Each count is fitted as fixed + slope * rows (attention:
-           a + b*T + c*T^2 per query head, T 4096 itself counted) and taken at the size asked for; the fixed part is kept.
+           a + b*T + c*T^2 per query head, exact at T 4096) and taken at the size asked for; the fixed part is kept.
   GEMM     cuBLASLt at 700 TFLOP/s, or its compulsory bytes at 3.0 TB/s where that takes longer (small chunks of logits).
   MLP      passes: SwiGLU between cuBLASLt's products, the default on this device. products: SwiGLU in the epilogues of our own
            (--mlp products, the default where mma.sync has the full rate); their time like attention's, as a sum of terms.
@@ -35,12 +36,24 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 COUNTS = os.path.join(HERE, "results", "kernel_counts.json")
 
 # ---- the device and the assumptions -----------------------------------------------------------------------------------
-# Data sheet: dense bf16 peak (fp32 sums), SMs, clock, memory. Assumed: cuBLASLt's FLOP/s, DRAM bytes/s, mma.sync's share of the peak.
-# The counts are in us of an H100; for another device its tensor term is scaled by mma.sync's rate, the others by SMs times clock.
-# H200: "141GB" of HBM3e, "4.8TB/s", BFLOAT16 "1,979 TFLOPS" with sparsity (NVIDIA's data sheet): an H100 SXM with other memory (its L2 of 50 MB,
-# which the model does not know, included); 4.3 TB/s is the H100's assumed share of the data sheet's.
-DEVICES = {"h100": (989.4e12, 700e12, 3.0e12, 132, 1.755e9, 0.62, 79), "h200": (989.4e12, 700e12, 4.3e12, 132, 1.755e9, 0.62, 139), "a100": (312e12, 250e12, 1.8e12, 108, 1.41e9, 1.0, 79),
-           "rtx4090": (165.2e12, 150e12, 0.9e12, 128, 2.52e9, 1.0, 23)}
+# The table of GPUs is that of the trainers (section 16), with its sources: dense bf16 peak (fp32 sums), cuBLASLt's FLOP/s, DRAM bytes/s, SMs, clock,
+# mma.sync's share of the peak, memory in GiB. The counts are in us of an H100; for another device its tensor term is scaled by mma.sync's rate, the
+# others by SMs times clock.
+TRAINER = os.path.join(HERE, "..", "train_litespark.c")
+
+
+def devices():
+    with open(TRAINER, encoding="utf-8") as f:
+        text = f.read()
+    rows = re.findall(r'^    \{"(\w+)", "[^"]+",((?: *[0-9.]+,?){12})\}', text[text.index("gpu_kinds[] = {"):], re.M)
+    found = {}
+    for name, numbers in rows:
+        bf16, _, products, dram, sms, clock, mma_sync, memory = [float(x) for x in numbers.split(",")[:8]]
+        found[name] = (bf16 * 1e12, products * 1e12, dram * 1e12, int(sms), clock * 1e9, mma_sync, memory)
+    return found
+
+
+DEVICES = devices()
 PEAK, GEMM, DRAM, SMS, CLOCK, MMA_SYNC, MEMORY_GIB = DEVICES["h100"]
 
 
@@ -148,7 +161,7 @@ RUNS = {"norm 1": ((512, 1, 2048, 16, 2, 128, 128), 256, 9, 256), "norm 2": ((51
         "norm 3": ((512, 1, 2048, 16, 2, 128, 128), 256, 16, 256), "mlp 1": ((32000, 1, 128, 1, 1, 128, 11008), 256, 2, 256),
         "mlp 2": ((32000, 1, 128, 1, 1, 128, 11008), 256, 4, 256)}
 for _D, _H, _K in ((128, 8, 1), (104, 1, 1), (64, 4, 1), (128, 4, 1)):
-    for _T in (768, 1536, 2304, 4096):      # multiples of the tiles of 64 and 128, for the fit; 4096 is taken as it is
+    for _T in (768, 1536, 2304, 4096):      # multiples of the tiles of 64 and 128, for the fit
         RUNS[f"attention D{_D} G{_H // _K} T{_T}"] = ((512, 1, _H * _D, _H, _K, _D, 128), _T, 1, 256)
 for _C in (256, 512):                       # the MLP's products with SwiGLU: a + b C per element of h
     RUNS[f"products C{_C}"] = ((512, 1, _C, 2, 1, 128, 512), 256, 2, 256)
@@ -227,6 +240,7 @@ def write_counts(f, runs):
 # ---- from counts to sizes ---------------------------------------------------------------------------------------------
 TERMS = ("tensor_us", "fp32_us", "int_us", "sfu_us", "shared_us", "issue_us", "shuffle_us")
 SUMS = ("sectors", "compulsory", "mma_flops", "instructions") + TERMS
+FIT_T = (768, 2304, 4096)       # exact where it matters most; T 1536 lies between
 
 
 class Counts:
@@ -283,17 +297,13 @@ class Counts:
         return {q: k[q] / items * n for q in SUMS}
 
     def attention(self, kernel, c, B, T):
-        """Per query head a + b T + c T^2, through three runs of the same head_dim and group."""
+        """Per query head a + b T + c T^2, through the runs of FIT_T with the same head_dim and group."""
         group = c.H // c.K
         have = sorted({(r["D"], r["H"] // r["K"]) for n, r in self.runs.items() if n.startswith("attention")})
         same = [x for x in have if x[0] == c.D] or sys.exit(f"speed_model: no counts for head_dim {c.D}: add it to RUNS and --measure")
         D, G = min(same, key=lambda x: abs(x[1] - group))
-        exact = f"attention D{D} G{G} T{T}"
-        if exact in self.runs:
-            name, r = self.name(exact, kernel), self.runs[exact]
-            return {q: self.total(exact, name)[q] / r["H"] * B * c.H for q in SUMS}
-        runs = [n for n in self.runs if n.startswith(f"attention D{D} G{G} ")][:3]
-        t = [self.runs[n]["T"] for n in runs]
+        runs = [f"attention D{D} G{G} T{t}" for t in FIT_T]
+        t = FIT_T
         out = {}
         for q in SUMS:
             name = next(k for k in self.runs[runs[0]]["kernels"] if k.startswith(kernel))
@@ -371,6 +381,11 @@ def own_product(name, times, q, factor, extra):
     return op
 
 
+def counted_parameters(counts):
+    r = counts.runs["mlp 1"]
+    return Config(r["V"], r["L"], r["C"], r["H"], r["K"], r["D"], r["F"], 1).n
+
+
 def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
     """Ops of a micro-step (N = B*T tokens) and of an update, in the order of the program."""
     N, C, F, L = B * T, c.C, c.F, c.L
@@ -426,8 +441,7 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
         gemm("qkv backward w", L, c.W, C, N, 4, True),
         memory_bound("other", "embedding backward", 1, embed("embedding_backward")),
     ]
-    r = counts.runs["mlp 1"]
-    run_n = Config(r["V"], r["L"], r["C"], r["H"], r["K"], r["D"], r["F"], 1).n
+    run_n = counted_parameters(counts)
     adamw = counts.per_item("mlp 1", counts.name("mlp 1", "adamw_update<bf16, float>"), run_n, c.n)
     if state == "bf16":     # m and v: 4 bytes less to read and to write each; instructions as with float
         adamw = adamw | {"sectors": adamw["sectors"] - 8.0 * c.n, "compulsory": adamw["compulsory"] - 8.0 * c.n}
@@ -435,6 +449,87 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
               memory_bound("optimizer", "global norm", 1, counts.per_item("mlp 1", "sum_of_squares", run_n, c.n)),
               memory_bound("optimizer", "AdamW", 1, adamw)]
     return ops, update
+
+
+# ---- the planner's constants ------------------------------------------------------------------------------------------
+# The trainers' planner (section 16, --dry-run --device) has the same ops; its counts are rows that this writes into train_litespark.c.
+def planner_passes(counts):
+    """name: bytes per column of a pass over rows: (fixed, per row); of those over parameters: per parameter"""
+    def of(per):        # per(rows): quantities of a launch with one column, rows 0 and 1 apart
+        return per(0)["sectors"], per(1)["sectors"] - per(0)["sectors"]
+    width = lambda r: (r["H"] + r["K"]) * r["D"]
+    rows = lambda kernel, pair, key: of(lambda N: counts.rows(counts.name(pair[0], kernel), N, 1, *pair, key))
+    norm, mlp = ("norm 1", "norm 3"), ("mlp 1", "mlp 2")
+    backward = counts.name("norm 1", "rmsnorm_backward")
+    run, r3 = counts.runs["mlp 2"], counts.runs["norm 3"]
+    per_param = lambda kernel: counts.per_item("mlp 1", counts.name("mlp 1", kernel), counted_parameters(counts), 1)["sectors"]
+    cross = counts.per_item("mlp 2", counts.name("mlp 2", "cross_entropy"), run["B"] * run["T"] * run["V"], 1)["sectors"]
+    return {"embedding forward": rows("embedding_forward", norm, lambda r: r["C"]), "embedding backward": rows("embedding_backward", norm, lambda r: r["C"]),
+            "RMSNorm forward": rows("rmsnorm_forward", norm, lambda r: r["C"]), "RMSNorm backward": of(lambda N: counts.norm_backward(backward, N, 1, False)),
+            "the final one's": of(lambda N: counts.norm_backward(backward, N, 1, True)),
+            "sums of its partials": (counts.per_launch("norm 3", "column_sums")["sectors"] / r3["C"], 0),
+            "RoPE forward": rows("qk_norm_rope_forward", norm, width), "RoPE backward": rows("qk_norm_rope_backward", norm, width),
+            "SwiGLU forward": rows("swiglu_forward", mlp, lambda r: r["F"]), "SwiGLU backward": rows("swiglu_backward", mlp, lambda r: r["F"]),
+            "cross-entropy": (0, cross), "clear gradients": (0, 4), "sum of squares": (0, per_param("sum_of_squares")),
+            "AdamW": (0, per_param("adamw_update<bf16, float>"))}
+
+
+def planner_rows(counts):
+    """The text between the marks in train_litespark.c"""
+    out = ["static const struct { double fixed, per_row; } passes[] = {         // bytes per column"]
+    out += [f"    {{{a:.6g}, {b:.6g}}},".ljust(32) + f"// {name}" for name, (a, b) in planner_passes(counts).items()]
+    out += ["};", "static const MmaKernel mma_kernels[] = {        // tensor cores; instructions and exponentials"]
+    factor, backward_factor = fa2()[1], fa2_backward()[1]
+    numbers = lambda xs: ", ".join(f"{x:.4g}" for x in xs)
+    row = lambda name, D, G, tensor, other: f"    {{{name}, {D}, {G}, {{{numbers(tensor)}}}, {{{numbers(other)}}}}},"
+    for D, G in sorted({(r["D"], r["H"] // r["K"]) for n, r in counts.runs.items() if n.startswith("attention")}):
+        c = Config(512, 1, D * G, G, 1, D, 128, 1)
+        for name, kernels, f in (("ATTENTION_FORWARD", ["attention_forward"], factor), ("ATTENTION_BACKWARD", ["attention_backward_dq", "attention_backward_dkdv"], backward_factor)):
+            at = lambda T, terms: f * sum(counts.attention(k, c, 1, T)[t] for k in kernels for t in terms) / G
+            fit = lambda terms: quadratic(FIT_T, [at(T, terms) for T in FIT_T])
+            out.append(row(name, D, G, fit(("tensor_us",)), fit(("issue_us", "sfu_us"))))
+    for name, kernel in (("GATE_UP_SWIGLU", "gate_up_swiglu"), ("DOWN_SWIGLU_BACKWARD", "swiglu_down_backward")):
+        at = lambda C, terms: factor * sum(counts.product(kernel, 1, C, 1)[t] for t in terms)
+        line = lambda terms: (at(0, terms), at(1, terms) - at(0, terms), 0)
+        out.append(row(name, 0, 0, line(("tensor_us",)), line(("issue_us", "sfu_us"))))
+    return "\n".join(out + ["};"]) + "\n"
+
+
+def quadratic(x, y):
+    """a, b, c of a + b x + c x^2 through three points"""
+    d1, d2 = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    c = (d2 - d1) / (x[2] - x[0])
+    b = d1 - c * (x[0] + x[1])
+    return y[0] - b * x[0] - c * x[0] ** 2, b, c
+
+
+PLANNER = re.compile(r"(// counted, written by dev/speed_model.py --planner sync\n).*?(// end of what is counted\n)", re.S)
+
+
+def planner(counts, what):
+    """sync: writes the rows; check: they are there, and what they leave out (other terms of a kernel) is the limit on no device. 1: it is not so"""
+    with open(TRAINER, encoding="utf-8") as f:
+        text = f.read()
+    if not PLANNER.search(text): sys.exit("speed_model: train_litespark.c has no marks for the planner's rows")
+    wanted = PLANNER.sub(lambda m: m[1] + planner_rows(counts) + m[2], text)
+    if what == "sync":
+        if wanted != text:
+            with open(TRAINER, "w", encoding="utf-8") as f:
+                f.write(wanted)
+        return 0
+    bad = wanted != text
+    if bad: print("speed_model: the planner's rows in train_litespark.c are not what results/kernel_counts.json gives (make sync)")
+    for device in DEVICES:
+        with open(COUNTS) as f:
+            counts = Counts(json.load(f)["runs"])
+        choose_device(device, counts.runs)
+        for preset, T in (("3B", 4096), ("30B", 4096), ("llama3.2-1B", 1024)):
+            ops, update = step_ops(counts, Config(*PRESETS[preset]), 1, T, "none", DEFAULT_CHUNK, "fp32", "passes")
+            for x in ops + update:
+                if x.group != "GEMM" and x.limit not in ("dram", "tensor+issue+sfu"):
+                    print(f"speed_model: the planner leaves out that {x.name} is bound by {x.limit} on {device} ({preset})")
+                    bad = True
+    return 1 if bad else 0
 
 
 # ---- reports ----------------------------------------------------------------------------------------------------------
@@ -523,6 +618,7 @@ def main():
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
     p.add_argument("--check", metavar="TRAINER")
+    p.add_argument("--planner", choices=["check", "sync"])
     p.add_argument("--measure", nargs=2, metavar=("PTXCPU", "BINARY"))
     p.add_argument("--only", help="with --measure: runs whose name contains this; the others are kept")
     o = p.parse_args()
@@ -530,6 +626,7 @@ def main():
     if o.measure: return measure(*o.measure, o.only)
     with open(COUNTS) as f:
         counts = Counts(json.load(f)["runs"])
+    if o.planner: return planner(counts, o.planner)
     memory_gib = choose_device(o.device, counts.runs)
     o.memory_gib = o.memory_gib or memory_gib
     if o.kernels:

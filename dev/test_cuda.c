@@ -800,6 +800,75 @@ static void check_memory(void) {
     }
 }
 
+// --dry-run --device: the memory of a rank among others, by hand; what does not fit; lists by cost; refusals. No GPU is used.
+static void check_plan(void) {
+    if (level == PTX) return;
+    const char *base = path_text("%s --preset 3B --precision bf16 --seq-len 4096 --total-batch-tokens 1048576 "
+                                 "--train-data none --dry-run", cuda);
+    Config c;
+    config_preset(&c, "3B");
+    for (int zero = 0; zero <= 3 && wanted("plan memory"); zero++) for (int S = 4; S <= 8; S *= 2) {
+        char name[100];
+        snprintf(name, sizeof name, "plan memory: ZeRO %d over %d", zero, S);
+        if (!zero && S == 4) continue;
+        ParamTable p;
+        param_table_build(&p, &c, zero ? S : 1);
+        const double n = (double)p.n, share = zero ? n / S : n, MiB = 1048576;
+        const double slots = (double)(p.units[UNIT_EMBED].n_padded + 2 * p.units[UNIT_LAYER].n_padded + p.units[c.L + 1].n_padded);
+        const double want[] = {2 * (zero == 3 ? share + slots : n) / MiB, 4 * (zero >= 2 ? share + slots : n) / MiB, 12 * share / MiB};
+        double has[3] = {0, 0, 0};
+        Run r = start("exec %s --device h100 --gpus 8 --zero %d %s --batch-size 1", base, zero, zero && S == 4 ? "--shard-size 4" : "");
+        finish(&r);
+        const char *a = strstr(r.out, "memory |");
+        int ok = a && sscanf(a, "memory | weights %lf MiB | gradients %lf MiB | optimizer %lf MiB", &has[0], &has[1], &has[2]) == 3;
+        for (int i = 0; i < 3; i++) ok &= fabs(has[i] - want[i]) < 0.06;
+        result(name, ok && strstr(r.out, "fits | yes"), "weights, gradients, optimizer %.1f %.1f %.1f MiB, by hand %.1f %.1f %.1f",
+               has[0], has[1], has[2], want[0], want[1], want[2]);
+        free(p.tensors);
+        free(p.units);
+    }
+    const struct { const char *name, *options, *out; } says[] = {
+        {"does not fit", "--device 4090", "fits | NO"}, {"advice that fits", "--device 4090", "advice | --gpus "},
+        {"advice that is faster", "--device h100 --gpus 256 --zero 3 --shard-size 8", "is faster"},
+        {"too little work", "--device h100 --gpus 256 --zero 3 --shard-size 8", "of the step waits for other GPUs"},
+        {"3B as in SPEED.md", "--device h100", "| 34929 tokens/s per GPU"}};
+    for (int i = 0; i < COUNT(says); i++) {
+        char name[100];
+        snprintf(name, sizeof name, "plan: %s", says[i].name);
+        if (!wanted(name)) continue;
+        Run r = start("exec %s %s", base, says[i].options);
+        finish(&r);
+        const int ok = r.code == 0 && strstr(r.out, says[i].out);
+        result(name, ok, "%s%s", says[i].out, ok ? "" : r.code ? complaint(&r) : str(": not in %s", r.out).s);
+    }
+    if (wanted("plans by cost")) {
+        Run r = start("exec %s --device h100 --gpus auto", base);
+        finish(&r);
+        int rows = 0, ok = 1, gpus, nodes;
+        double hours, before = 0;
+        for (const char *line = strstr(r.out, "\n gpus"); line && (line = strchr(line + 1, '\n')) && line[1]; before = hours, rows++)
+            ok &= sscanf(line, "%d %d %lf", &gpus, &nodes, &hours) == 3 && hours >= before && nodes == (gpus + 7) / 8;
+        ok &= r.code == 0 && rows == 9;
+        result("plans by cost", ok, "%d rows%s", rows, ok ? "" : r.code ? complaint(&r) : str(": %s", r.out).s);
+    }
+    const char *const refusals[][2] = {{"--gpus 8", "--dry-run --device"}, {"--device h300", "choose one of h100 h200"},
+        {"--device h100 --gpus many", "neither auto nor"}, {"--device h100 --gpus 0", "neither auto nor"},
+        {"--device h100 --gpus 9", "say --nodes"}, {"--device h100 --gpus 8 --nodes 3", "in each of 3 machines"},
+        {"--device h100 --gpus auto --nodes 2", "--nodes"}, {"--device h100 --pue 0.5", "--pue"},
+        {"--device h100 --tokens -1", "--tokens"}, {"--device h100 --carbon-intensity x", "--carbon-intensity"},
+        {"--device h100 --gpus 512", "--total-batch-tokens"}, {"--device 4090 --gpus auto --zero 0", "no layout"},
+        {"--device h100 --gpus 8 --zero 1 --shard-size 3", "--shard-size"}};
+    for (int i = 0; i < COUNT(refusals); i++) {
+        char name[200];
+        snprintf(name, sizeof name, "plan refused: %s", refusals[i][0]);
+        if (!wanted(name)) continue;
+        Run r = start("exec %s %s", base, refusals[i][0]);
+        finish(&r);
+        const char *line = strchr(r.err, '\n');
+        result(name, r.code == 1 && line && !line[1] && strstr(r.err, refusals[i][1]), "%s", r.code ? complaint(&r) : r.out);
+    }
+}
+
 // One GPU per rank, however the launcher shows them; a GPU that hangs ends the run within --timeout.
 static void check_ranks_and_gpus(void) {
     const Case *c = case_named("llama");
@@ -1004,6 +1073,7 @@ int main(int argc, char **argv) {
     check_evaluation();
     check_generation();
     check_memory();
+    check_plan();
     check_refusals();
     check_planted();
     if (!getenv("KEEP")) nftw(top, remove_one, 16, FTW_DEPTH | FTW_PHYS);
