@@ -296,7 +296,7 @@ def test_resume_across_stages_and_ranks(trainer, folder):
             continue
         out = f'{folder}/{i}{j}'
         shutil.copytree(f'{folder}/{i}/step_{n_steps // 2:08}', f'{out}/step_{n_steps // 2:08}')
-        again = Training(trainer, ['--resume', out], splits[j], out, '--val-every', 5)
+        again = Training(trainer, ['--resume', out], splits[j], out)
         what = f'{splits[i]}, then {splits[j]}'
         worst, n = max(worst, again.compare(what, straight[j], n_steps // 2)), n + 1
         if i == j:
@@ -329,7 +329,7 @@ def test_checkpoints_go_from_trainer_to_trainer(trainer, folder):
             out = f'{folder}/{i}{kind(a)}'
             straight = Training(a, args, s, out, *steps)
             shutil.copytree(f'{out}/step_{n_steps // 2:08}', f'{out}b/step_{n_steps // 2:08}')
-            again = Training(b, ['--resume', f'{out}b'], t, f'{out}b', '--val-every', 5)
+            again = Training(b, ['--resume', f'{out}b'], t, f'{out}b')
             worst = max(worst, again.compare(f'{kind(a)} {s}, then {kind(b)} {t}', straight, n_steps // 2, 1e-5))
     return f'losses within {worst:.1e}'
 
