@@ -190,7 +190,7 @@ def main(tests, usage):
     if not trainers:
         sys.exit(usage)
     for name, value in (('OMP_WAIT_POLICY', 'passive'), ('EMU_THREADS', '1'), ('OMPI_MCA_mpi_yield_when_idle', '1'),
-                        ('OMPI_MCA_btl_vader_single_copy_mechanism', 'none')):
+                        ('OMPI_MCA_btl_vader_single_copy_mechanism', 'none'), ('PTXCPU_DEVICES', '8')):
         os.environ.setdefault(name, value)
     counts = {'passed': 0, 'failed': 0, 'skipped': 0}
     for trainer in trainers:

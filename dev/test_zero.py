@@ -122,7 +122,7 @@ CASES = [
     Case('qwen3 norm', family='qwen3', head_dim=24, tie_word_embeddings=False),
     Case('qwen3 tied', family='qwen3', head_dim=16, tie_word_embeddings=True, vocab_size=257),
     Case('odd', hidden_size=20, num_attention_heads=5, num_key_value_heads=1, head_dim=8, intermediate_size=28, num_hidden_layers=5,
-         T=7),
+         T=7, rows=12),
     Case('one layer', num_hidden_layers=1),
     Case('two layers', num_hidden_layers=2, tie_word_embeddings=True),
     Case('sft', stage='sft', T=23, vocab_size=101),
@@ -135,20 +135,19 @@ RECOMPUTE = ('none', 'mlp', 'block')
 
 # ---- the same gradients
 def test_gradients_are_those_of_one_rank(trainer, folder):
-    few = {'quick': 6 if kind(trainer) == 'cpu' else 9, 'ptx': 0}.get(level, 1)
-    cases, splits = (CASES, all_splits()) if level != 'ptx' else ([CASES[1], CASES[5]], [Split(2, z) for z in range(4)] + [Split(4, 3, 2)])
+    cases, splits, every = {
+        'quick': (CASES, all_splits(4) + [Split(8, 3, 4)], 6 if kind(trainer) == 'cpu' else 9), 'long': (CASES, all_splits(), 1),
+        'ptx': ([CASES[1], CASES[5]], [Split(2, z) for z in range(4)] + [Split(4, 3, 2)], 2)}[level]
     worst, n = 0, 0
     for i, case in enumerate(cases):
         args, want = case.make(folder), None
         for j, split in enumerate(splits):
-            if (level == 'quick' and (j - 4 * i) % len(splits) % few) or (level == 'ptx' and (i + j) % 2):
+            if case.rows % split.ranks or (j - 4 * i) % len(splits) % every:
                 continue
             if want is None:
                 want = case.gradients(trainer, args, Split(1))
             # 1, 2 or 4 rows at a time: several micro-steps where ranks leave room
-            B = max(b for b in (1, 2, 4) if case.rows % (split.ranks * b) == 0 and b <= 1 + j % 4) if case.rows % split.ranks == 0 else 0
-            if not B:
-                continue
+            B = max(b for b in (1, 2, 4) if case.rows % (split.ranks * b) == 0 and b <= 1 + j % 4)
             got = case.gradients(trainer, args, split, B, '--recompute', RECOMPUTE[(i + j) % 3])
             worst, n = max(worst, compare_grads(f'{case.name}, {split}, B {B}', got, want)), n + 1
     return f'{n} splits, {worst:.1e} at most'
@@ -235,6 +234,8 @@ class Training:
         for a, b in zip(mine, its):
             near(f'{what}: loss', a, b, tolerance)
             worst = max(worst, abs(a / b - 1))
+        for a, b in zip(self.steps[first - len(other.steps):], other.steps[first:]):
+            near(f'{what}: grad_norm', a['grad_norm'], b['grad_norm'], 10 * tolerance)
         vals = [v for v in other.val if v['step'] > first]
         check(len(self.val) >= len(vals) > 0, f'{what}: {len(self.val)} evaluations')
         for a, b in zip(self.val[-len(vals):], vals):
@@ -531,6 +532,102 @@ def test_what_does_not_fit_is_refused(trainer, folder):
     refused(1, ['--reduce-dtype', 'fp16'], '--reduce-dtype')
     if kind(trainer) == 'cpu':
         refused(2, ['--zero', 2, '--reduce-dtype', 'bf16'], '--reduce-dtype', 'CUDA')
+
+
+# ---- planted errors
+class Planted:
+    """An error: after `anchor` in the trainers' text `old` is replaced by `new`; the finder must fail with that split."""
+    def __init__(self, name, kinds, anchor, old, new, finder, *split):
+        self.name, self.kinds, self.anchor, self.old, self.new, self.finder = name, kinds, anchor, old, new, finder
+        self.split = Split(*split)
+
+
+PLANTED = [
+    Planted("the next rank's share", 'cpu emu', 'void state_share(', 'm->plan.rank % m->plan.shard',
+            '(m->plan.rank + 1) % m->plan.shard', 'gradients', 2, 1),
+    Planted('a unit that is not reduced', 'cpu emu', 'static void unit_reduce(', 'if (m->plan.zero < 2 && !last) return;',
+            'if ((m->plan.zero < 2 && !last) || u == 2) return;', 'gradients', 2, 0),
+    Planted('stale weights in a slot', 'cpu emu', 'static void weights_changed(', 'm->plan.zero < 3', '1', 'training', 2, 3),
+    Planted('a sum over ranks replaces that of the micro-step before', 'cpu', 'static void reduce_land(', 'to[i] += sum[i];',
+            'to[i] = sum[i];', 'gradients', 2, 2),
+    Planted('a sum over ranks replaces that of the micro-step before', 'emu', 'static void unit_reduce(',
+            'convert<1>(own_grads(m, u), x + first, n);', 'convert<0>(own_grads(m, u), x + first, n);', 'gradients', 2, 2),
+    Planted('copies keep their own sums', 'cpu', 'void reduce_finish(', 'm->plan.shard == m->plan.ranks', '1', 'gradients', 4, 1, 2),
+    Planted('copies keep their own sums', 'emu', 'void reduce_finish(', 'm->plan.shard < m->plan.ranks', '0', 'gradients', 4, 1, 2),
+    Planted('the norm of a share for that of all', 'cpu emu', 'double gradient_norm(', 'comm_sum(squares, n);', ';', 'training', 2, 2),
+    Planted('weights before the update are gathered', 'emu', 'static void update_units(', 'm->is_whole[u] = 0;', ';', 'training', 2, 1),
+    Planted('weights are used before they are there', 'emu', 'static void unit_gather(',
+            'cudaCheck(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0));', ';', 'order', 2, 3),
+    Planted('a sum does not wait for the gradients', 'emu', 'void comm_follow(',
+            'cudaCheck(cudaStreamWaitEvent(gpu.comm_stream, gpu.ready, 0));', ';', 'order', 2, 2),
+    Planted('a slot of gradients is opened before its sum is complete', 'emu', 'static void grads_open(',
+            'cudaCheck(cudaStreamWaitEvent(gpu.stream, m->reduced[v], 0));', ';', 'order', 2, 3),
+]
+
+
+def planted_program(trainer, folder, rows):
+    """The trainer with all errors, of which the variable PLANTED chooses one."""
+    name, compiler = ('train_litespark.c', ['gcc', '-std=gnu11', '-march=native']) if kind(trainer) == 'cpu' else \
+        ('train_litespark.cu', ['g++', '-x', 'c++', '-std=c++17', '-Idev/emu'])
+    with open(name) as f:
+        text = f.read()
+    text = text.replace('#define CEIL_DIV', '#define planted (getenv("PLANTED") ? atoi(getenv("PLANTED")) : -1)\n#define CEIL_DIV', 1)
+    for i, row in enumerate(rows):
+        at = text.find(row.anchor)
+        at = text.find(row.old, at) if at >= 0 else -1
+        check(at >= 0, f'{row.name}: its text is not in {name}: mend its row')
+        both = f'if (planted == {i}) {{ {row.new} }} else {{ {row.old} }}' if row.old.endswith(';') else \
+            f'(planted == {i} ? {row.new} : {row.old})'
+        text = text[:at] + both + text[at + len(row.old):]
+    with open(f'{folder}/{name}', 'w') as f:
+        f.write(text)
+    flags = [subprocess.run(['mpicc', f'--showme:{k}'], stdout=subprocess.PIPE, text=True).stdout.split() for k in ('compile', 'link')]
+    program = f'{folder}/planted_{kind(trainer)}'
+    done = subprocess.run([*compiler, '-O1', '-w', '-fopenmp', '-DUSE_MPI', *flags[0], f'{folder}/{name}', '-o', program, *flags[1],
+                           '-ldl', '-lm'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    check(done.returncode == 0, f'the copy does not compile:\n{done.stdout[-1000:]}')
+    return [program]
+
+
+def test_planted_errors_are_found(trainer, folder):
+    needs(trainer, 'cpu', 'emu')
+    if level == 'quick' and kind(trainer) == 'emu':
+        raise Absent('is for the level long')
+    rows = [row for row in PLANTED if kind(trainer) in row.kinds]
+    program = planted_program(trainer, folder, rows)
+    case = CASES[0]
+    args, run = case.make(folder), run_args(RUN, folder)
+    want = case.gradients(trainer, args, Split(1))
+    one = Training(trainer, run, Split(1), f'{folder}/one', '--steps', 5)
+    more = ['--timeout', 20]
+
+    def find(finder, split, out):
+        if finder == 'training':
+            Training(program, run, split, out, '--steps', 5, *more).compare('', one)
+            return
+        for seed in range(1, 9) if finder == 'order' else [0]:
+            os.environ['EMU_ASYNC'] = str(seed)
+            try:
+                compare_grads('', case.gradients(program, args, split, 2, *more), want)
+            finally:
+                del os.environ['EMU_ASYNC']
+    tried = set()
+    for row in rows:                                            # nothing is planted: all must be well
+        if (row.finder, str(row.split)) not in tried:
+            find(row.finder, row.split, f'{folder}/none{len(tried)}')
+            tried.add((row.finder, str(row.split)))
+    missed = []
+    for i, row in enumerate(rows):
+        os.environ['PLANTED'] = str(i)
+        try:
+            find(row.finder, row.split, f'{folder}/{i}')
+            missed.append(row.name)
+        except (Failed, subprocess.TimeoutExpired):
+            pass
+        finally:
+            del os.environ['PLANTED']
+    check(not missed, f'not found: {missed}')
+    return f'{len(rows)} found'
 
 
 def main():
