@@ -607,7 +607,7 @@ def test_planted_errors_are_found(trainer, folder):
     args, run = case.make(folder), run_args(RUN, folder)
     want = case.gradients(trainer, args, Split(1))
     one = Training(trainer, run, Split(1), f'{folder}/one', *lengths(4))
-    more = ['--timeout', 20]
+    more = ['--timeout', 60]
 
     def find(finder, split, out):
         if finder == 'training':
