@@ -17,10 +17,9 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 
 import harness
-from harness import (Absent, Failed, Noise, Run, alone, check, compare_grads, gradients, log_of, model, near, packed, pairs,
+from harness import (Absent, Failed, Noise, Run, check, compare_grads, gradients, log_of, model, near, packed, pairs,
                      sft_documents, shards, tensors)
 
 level = 'quick'
@@ -39,11 +38,15 @@ class Split:
         return f'{self.ranks} ranks ZeRO {self.zero}' + (f' shard {self.shard}' if self.shard else '')
 
 
+def splits_of(text):
+    """Ranks, stage and S, as in '4/3/2'."""
+    return [Split(*map(int, word.split('/'))) for word in text.split()]
+
+
 def all_splits(most=8):
     """Every stage with 1, 2, 4, 8 ranks, HSDP, and ranks that are no power of two."""
-    found = [Split(n, z) for n in (2, 4, 8) for z in range(4)] + [Split(1, z) for z in (1, 2, 3)]
-    found += [Split(4, z, 2) for z in (1, 2, 3)] + [Split(8, z, s) for z in (1, 2, 3) for s in (2, 4)]
-    found += [Split(3, 3), Split(6, 2, 3), Split(6, 3, 2), Split(2, 3, 1)]
+    found = splits_of('2/0 2/1 2/2 2/3 4/0 4/1 4/2 4/3 8/0 8/1 8/2 8/3 1/1 1/2 1/3 4/1/2 4/2/2 4/3/2 8/1/2 8/1/4 8/2/2 8/2/4 8/3/2 '
+                      '8/3/4 3/3 6/2/3 6/3/2 2/3/1')
     return [s for s in found if s.ranks <= most]
 
 
@@ -67,9 +70,8 @@ class Case:
     """A model, data of a stage, and the rows of an update."""
     def __init__(self, name, family='llama', stage='pretrain', T=11, rows=16, more=(), **keys):
         self.name, self.family, self.stage, self.T, self.rows, self.more = name, family, stage, T, rows, list(more)
-        self.keys = dict(num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40,
-                         vocab_size=101, **{k: v for k, v in keys.items() if k == 'head_dim'})
-        self.keys.update(keys)
+        self.keys = {**dict(num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+                            intermediate_size=40, vocab_size=101), **keys}
 
     def make(self, folder, n_updates=1):
         """Writes data and model; what an update needs, without batch size and split."""
@@ -121,8 +123,8 @@ CASES = [
     Case('qwen2 tied', family='qwen2', tie_word_embeddings=True),
     Case('qwen3 norm', family='qwen3', head_dim=24, tie_word_embeddings=False),
     Case('qwen3 tied', family='qwen3', head_dim=16, tie_word_embeddings=True, vocab_size=257),
-    Case('odd', hidden_size=20, num_attention_heads=5, num_key_value_heads=1, head_dim=8, intermediate_size=28, num_hidden_layers=5,
-         T=7, rows=12),
+    Case('odd', hidden_size=20, num_attention_heads=5, num_key_value_heads=1, head_dim=8, intermediate_size=28,
+         num_hidden_layers=5, T=7, rows=12),
     Case('one layer', num_hidden_layers=1),
     Case('two layers', num_hidden_layers=2, tie_word_embeddings=True),
     Case('sft', stage='sft', T=23, vocab_size=101),
@@ -136,8 +138,8 @@ RECOMPUTE = ('none', 'mlp', 'block')
 # ---- the same gradients
 def test_gradients_are_those_of_one_rank(trainer, folder):
     cases, splits, every = {
-        'quick': (CASES, all_splits(4) + [Split(8, 3, 4)], 6 if kind(trainer) == 'cpu' else 9), 'long': (CASES, all_splits(), 1),
-        'ptx': ([CASES[1], CASES[5]], [Split(2, z) for z in range(4)] + [Split(4, 3, 2)], 2)}[level]
+        'quick': (CASES, all_splits(4) + splits_of('8/3/4'), 6 if kind(trainer) == 'cpu' else 9),
+        'long': (CASES, all_splits(), 1), 'ptx': ([CASES[1], CASES[5]], splits_of('2/0 2/1 2/2 2/3 4/3/2'), 2)}[level]
     worst, n = 0, 0
     for i, case in enumerate(cases):
         args, want = case.make(folder), None
@@ -160,8 +162,9 @@ def random_case(noise, i):
     K = pick(1, 2, 3)
     H = K * pick(1, 2, 3)
     stage, ranks = pick('pretrain', 'masked', 'sft', 'dpo'), pick(2, 2, 3, 4, 5, 8)
-    keys = dict(num_hidden_layers=pick(1, 2, 3, 4, 5), hidden_size=4 * H * pick(1, 2), num_attention_heads=H, num_key_value_heads=K,
-                intermediate_size=4 * (1 + noise.below(16)), vocab_size=40 + noise.below(200), tie_word_embeddings=bool(noise.below(2)))
+    keys = dict(num_hidden_layers=pick(1, 2, 3, 4, 5), hidden_size=4 * H * pick(1, 2), num_attention_heads=H,
+                num_key_value_heads=K, intermediate_size=4 * (1 + noise.below(16)), vocab_size=40 + noise.below(200),
+                tie_word_embeddings=bool(noise.below(2)))
     if family != 'llama' or noise.below(2):
         keys['head_dim'] = pick(8, 16, 24)
     else:
@@ -172,8 +175,8 @@ def random_case(noise, i):
     zero = noise.below(4)
     split = Split(ranks, zero, pick(0, pick(*divisors)) if zero else 0)
     B, micro = pick(1, 2), pick(1, 2, 3)
-    case = Case(f'random {i}', family, stage, T=pick(20, 23, 31), rows=ranks * B * micro, more=['--recompute', pick(*RECOMPUTE)], **keys)
-    return case, split, B
+    more = ['--recompute', pick(*RECOMPUTE)]
+    return Case(f'random {i}', family, stage, T=pick(20, 23, 31), rows=ranks * B * micro, more=more, **keys), split, B
 
 
 def test_gradients_of_random_shapes(trainer, folder):
@@ -184,7 +187,8 @@ def test_gradients_of_random_shapes(trainer, folder):
         args = case.make(folder)
         want = case.gradients(trainer, args, Split(1))
         got = case.gradients(trainer, args, split, B)
-        worst = max(worst, compare_grads(f'{case.name} ({case.family}, {case.stage}, {case.keys}), {split}, B {B}', got, want))
+        what = f'{case.name} ({case.family}, {case.stage}, {case.keys}), {split}, B {B}'
+        worst = max(worst, compare_grads(what, got, want))
         shutil.rmtree(case.folder)
     return f'{n} models, {worst:.1e} at most'
 
@@ -195,7 +199,7 @@ def test_other_orders_of_work_give_the_same_bits(trainer, folder):
     n = 0
     for i, case in enumerate(some([CASES[1], CASES[7], CASES[5]], 3)):
         args = case.make(folder)
-        for split in some([Split(2, 3), Split(2, 0), Split(2, 1), Split(4, 2, 2), Split(4, 3, 2)], 5 if level == 'ptx' else 3):
+        for split in some(splits_of('2/3 2/0 2/1 4/2/2 4/3/2'), 5 if level == 'ptx' else 3):
             B = case.rows // split.ranks // 2
             want = case.gradients(trainer, args, split, B)
             for seed in (1, 2, 3):
@@ -212,7 +216,8 @@ def test_other_orders_of_work_give_the_same_bits(trainer, folder):
 # ---- the same run
 RUN = Case('run', family='qwen3', head_dim=16, rows=8, T=13, tie_word_embeddings=True)
 OWN = Case('own head', family='qwen2', rows=8, T=13)
-LOOK = ['--lr', 2e-3, '--eps', 1e-6, '--warmup-steps', 2, '--weight-decay', 0.1, '--sample-tokens', 10, '--temperature', 0, '--keep', 9]
+LOOK = ['--lr', 2e-3, '--eps', 1e-6, '--warmup-steps', 2, '--weight-decay', 0.1, '--sample-tokens', 10, '--temperature', 0,
+        '--keep', 9]
 
 
 def run_length(trainer):
@@ -270,14 +275,16 @@ def run_args(case, folder):
 
 def test_training_is_that_of_one_rank(trainer, folder):
     worst, n = 0, 0
-    splits = [Split(2, 3), Split(4, 2, 2), Split(2, 1), Split(4, 3, 2), Split(2, 0), Split(4, 1, 2), Split(2, 2), Split(8, 3), Split(8, 2),
-              Split(8, 3, 4)]
+    splits = splits_of('2/3 4/2/2 2/1 4/3/2 2/0 4/1/2 2/2 8/3 8/2 8/3/4')
     steps = lengths(run_length(trainer))
+    n_splits = 10 if kind(trainer) == 'cpu' else {'quick': 4, 'ptx': 1}.get(level)
     for i, case in enumerate((RUN, OWN)):
+        if level == 'ptx' and i:
+            continue
         args = run_args(case, folder)
         one = Training(trainer, args, Split(1), f'{case.folder}/one', *steps)
         for j, split in enumerate(splits):
-            if (level != 'long' and j // 2 % 2 != i) or (kind(trainer) != 'cpu' and level == 'quick' and j >= 4) or (level == 'ptx' and j):
+            if level != 'long' and (j // 2 % 2 != i or j >= n_splits):
                 continue
             got = Training(trainer, args, split, f'{case.folder}/{j}', *steps, '--recompute', RECOMPUTE[j % 3])
             worst, n = max(worst, got.compare(f'{case.name}, {split}', one)), n + 1
@@ -286,14 +293,14 @@ def test_training_is_that_of_one_rank(trainer, folder):
 
 def test_two_runs_have_the_same_bits(trainer, folder):
     args = run_args(RUN, folder)
-    splits = [Split(2, 2), Split(4, 3, 2), Split(2, 3), Split(2, 0), Split(2, 1), Split(8, 3, 4)]
+    splits = splits_of('2/2 4/3/2 2/3 2/0 2/1 8/3/4')
     for j, split in enumerate(splits if level == 'long' else splits[:2 if kind(trainer) == 'cpu' else 1]):
         a, b = (Training(trainer, args, split, f'{folder}/{j}{k}', *lengths(4)) for k in 'ab')
         check(a.losses == b.losses and a.val == b.val and a.samples == b.samples, f'{split}: other losses')
         check(a.files(4) == b.files(4), f'{split}: other weights or state')
 
 
-RESUMES = [Split(2, 1), Split(4, 3, 2), Split(1), Split(2, 2), Split(2, 3), Split(8, 2, 4), Split(2, 0), Split(4, 1, 2), Split(4, 3)]
+RESUMES = splits_of('2/1 4/3/2 1 2/2 2/3 8/2/4 2/0 4/1/2 4/3')
 
 
 def test_resume_across_stages_and_ranks(trainer, folder):
@@ -330,7 +337,7 @@ def test_checkpoints_go_from_trainer_to_trainer(trainer, folder):
     twin, worst = twin_of(trainer), 0
     args, n_steps = run_args(RUN, folder), run_length(trainer)
     steps = lengths(n_steps)
-    splits = [Split(4, 3, 2), Split(2, 2), Split(1), Split(2, 1), Split(8, 3)]
+    splits = splits_of('4/3/2 2/2 1 2/1 8/3')
     for i, split in enumerate(splits if level == 'long' else splits[:1]):
         other = splits[(i + 1) % len(splits)]
         for a, b, s, t in ((twin, trainer, split, other), (trainer, twin, other, split)):
@@ -357,7 +364,7 @@ def test_bf16(trainer, folder):
         args = case.make(folder)
         exact = case.gradients(trainer, args, Split(1))
         one = case.gradients(trainer, args, Split(1), 0, '--precision', 'bf16')
-        for split in some([Split(2, 0), Split(2, 3), Split(4, 2, 2), Split(2, 1), Split(2, 2), Split(8, 3, 4)], 3, 1):
+        for split in some(splits_of('2/0 2/3 4/2/2 2/1 2/2 8/3/4'), 3, 1):
             got = case.gradients(trainer, args, split, 0, '--precision', 'bf16')
             for name in exact:
                 e, e1 = relative(got[name], exact[name]), relative(one[name], exact[name])
@@ -369,7 +376,7 @@ def test_bf16(trainer, folder):
             for name in exact:
                 # each rank's part is rounded, then each sum; parts may be longer than their sum
                 e, bound = relative(wire[name], exact[name]), 2 * split.ranks * 2**-9
-                check(name == 'loss' or e <= bound, f'{case.name}, {split}, {name}: {e:.1e} with --reduce-dtype bf16, {bound:.1e} allowed')
+                check(name == 'loss' or e <= bound, f'{case.name}, {split}, {name}: {e:.1e} by bf16 sums, allowed {bound:.1e}')
                 most_wire = max(most_wire, e)
             check(most_wire > 1e-4, 'nothing was rounded with --reduce-dtype bf16')
     return f'error in bf16 {most:.1e} at most' + (f', of fp32 with --reduce-dtype bf16 {most_wire:.1e}' if most_wire else '')
@@ -378,7 +385,8 @@ def test_bf16(trainer, folder):
 # ---- memory and bytes
 def unit_sizes(keys, S, biases=False, qk_norm=False):
     """Elements of embedding, a layer, head, as they lie in memory: tensors at multiples of 64, units of 128 S."""
-    C, H, K, F, V = (keys[k] for k in ('hidden_size', 'num_attention_heads', 'num_key_value_heads', 'intermediate_size', 'vocab_size'))
+    C, H, K = (keys[k] for k in ('hidden_size', 'num_attention_heads', 'num_key_value_heads'))
+    F, V = keys['intermediate_size'], keys['vocab_size']
     D = keys.get('head_dim', C // H)
     padding = (-V % 128) * C
     up = lambda n, to: -(-n // to) * to
@@ -430,20 +438,20 @@ def memory_line(text):
     return {name: float(x) for name, x in re.findall(r'\| (\w+) ([\d.]+) MiB', line)}, line
 
 
-BIG = Case('memory', family='qwen2', hidden_size=128, num_hidden_layers=3, intermediate_size=264, vocab_size=1111, rows=8, T=8)
+BIG = [Case('memory', family='qwen2', hidden_size=128, intermediate_size=264, vocab_size=1111, rows=8, T=8),
+       Case('memory tied', family='qwen3', head_dim=24, hidden_size=96, vocab_size=901, tie_word_embeddings=True,
+            num_hidden_layers=1, rows=8, T=8)]
 
 
 def test_memory_is_the_planned(trainer, folder):
     needs(trainer, 'cpu', 'emu')
-    cases = some([BIG, Case('memory tied', family='qwen3', head_dim=24, hidden_size=96, vocab_size=901, tie_word_embeddings=True,
-                            num_hidden_layers=1, rows=8, T=8)], 2)
     n = 0
-    for case in cases:
+    for case in some(BIG, 2):
         args = case.make(folder)
-        for i, split in enumerate(some(all_splits(4) + [Split(8, 3, 4)], 3 if kind(trainer) == 'cpu' else 5, 2)):
+        for i, split in enumerate(some(all_splits(4) + splits_of('8/3/4'), 3 if kind(trainer) == 'cpu' else 5, 2)):
             bf16, bf16_state = i % 2 == 1, i % 4 == 3
-            more = [*args, '--batch-size', case.rows // split.ranks, *split.args(), '--precision', 'bf16' if bf16 else 'fp32', '--optimizer-dtype',
-                    'bf16' if bf16_state else 'fp32']
+            more = [*args, '--batch-size', case.rows // split.ranks, *split.args(), '--precision', 'bf16' if bf16 else 'fp32',
+                    '--optimizer-dtype', 'bf16' if bf16_state else 'fp32']
             what = f'{case.name}, {split}{", bf16" * bf16}{", bf16 state" * bf16_state}'
             planned, line = memory_line(Run(trainer, *more, '--dry-run', ranks=split.ranks).text)
             # the twin keeps all in fp32, whatever the precision
@@ -452,7 +460,8 @@ def test_memory_is_the_planned(trainer, folder):
             if on_cpu:
                 want = state_bytes(case, split)[:2] + (state_bytes(case, split)[2] * (1.5 if bf16 else 1),)
             for name, size in zip(('weights', 'gradients', 'optimizer'), want):
-                check(abs(planned[name] - size / 2**20) <= 0.051, f'{what}: {name} {planned[name]} MiB planned, {size / 2**20:.2f} by formula')
+                check(abs(planned[name] - size / 2**20) <= 0.051,
+                      f'{what}: {name} {planned[name]} MiB planned, {size / 2**20:.2f} by formula')
             if not on_cpu:
                 ranks, text = reports(trainer, folder, [*more, '--dump-grads', f'{folder}/g'], split.ranks)
                 check(memory_line(text)[1] == line, f'{what}: the run says {memory_line(text)[1]}, --dry-run {line}')
@@ -461,7 +470,8 @@ def test_memory_is_the_planned(trainer, folder):
                     check(r['memory_peak'] == sum(taken), f'{what}: {r["memory_peak"]} bytes at most, {sum(taken)} of arenas')
                     for name, size, got in zip(('weights', 'gradients', 'optimizer'), want, taken):
                         check(got == size, f'{what}, rank {r["rank"]}: {got} bytes of {name}, {size:.0f} by formula')
-                    check(abs(planned['total'] - sum(taken) / 2**20) <= 0.051, f'{what}: {planned["total"]} MiB planned, {sum(taken)} bytes')
+                    check(abs(planned['total'] - sum(taken) / 2**20) <= 0.051,
+                          f'{what}: {planned["total"]} MiB planned, {sum(taken)} bytes')
             n += 1
     return f'{n} plans'
 
@@ -492,7 +502,7 @@ def traffic_of_update(case, split, micro, bf16=False, wire=4):
 
 def test_bytes_between_ranks(trainer, folder):
     needs(trainer, 'emu', 'ptx')
-    few = {3: [Split(2, 3), Split(4, 2, 2)], 2: [Split(2, 3)], 5: [Split(2, 3)], 1: [Split(2, 1), Split(2, 3)]}
+    few = {3: splits_of('2/3 4/2/2'), 2: splits_of('2/3'), 5: splits_of('2/3'), 1: splits_of('2/1 2/3')}
     n = 0
     for L, splits in few.items():
         case = Case(f'{L} layers', num_hidden_layers=L, tie_word_embeddings=L % 3 == 0, rows=8, T=5)
@@ -504,8 +514,9 @@ def test_bytes_between_ranks(trainer, folder):
             micro, bf16, wire = case.rows // split.ranks // B, (L + j) % 3 == 2, 2 if (L + j) % 4 == 3 else 4
             found = []
             for steps in (1, 2):
-                more = ['--batch-size', B, *split.args(), '--steps', steps, '--out', f'{folder}/{L}_{j}_{steps}', '--checkpoint-every', 0,
-                        '--sample-every', 0, '--precision', 'bf16' if bf16 else 'fp32', '--reduce-dtype', 'bf16' if wire == 2 else 'fp32']
+                more = ['--batch-size', B, *split.args(), '--steps', steps, '--out', f'{folder}/{L}_{j}_{steps}',
+                        '--checkpoint-every', 0, '--sample-every', 0, '--precision', 'bf16' if bf16 else 'fp32',
+                        '--reduce-dtype', 'bf16' if wire == 2 else 'fp32']
                 found.append(reports(trainer, folder, [*args, *more], split.ranks)[0])
             want = traffic_of_update(case, split, micro, bf16, wire)
             for one, two in zip(*found):
@@ -516,8 +527,7 @@ def test_bytes_between_ranks(trainer, folder):
                         if c['ranks'] > 1:
                             got[key] = got.get(key, 0) + sign * c['bytes']
                 got = {key: size for key, size in got.items() if size}
-                check(got == want, f'{case.name}, {split}, {micro} micro-steps, {"bf16" if bf16 else "fp32"}, wire {wire}: {got} bytes '
-                      f'of an update, {want} by formula')
+                check(got == want, f'{case.name}, {split}, {micro} micro-steps, {more}: an update takes {got}, {want} by formula')
             n += 1
     return f'{n} splits'
 
@@ -560,10 +570,14 @@ PLANTED = [
             'to[i] = sum[i];', 'gradients', 2, 2),
     Planted('a sum over ranks replaces that of the micro-step before', 'emu', 'static void unit_reduce(',
             'convert<1>(own_grads(m, u), x + first, n);', 'convert<0>(own_grads(m, u), x + first, n);', 'gradients', 2, 2),
-    Planted('copies keep their own sums', 'cpu', 'void reduce_finish(', 'm->plan.shard == m->plan.ranks', '1', 'gradients', 4, 1, 2),
-    Planted('copies keep their own sums', 'emu', 'void reduce_finish(', 'm->plan.shard < m->plan.ranks', '0', 'gradients', 4, 1, 2),
-    Planted('the norm of a share for that of all', 'cpu emu', 'double gradient_norm(', 'comm_sum(squares, n);', ';', 'training', 2, 2),
-    Planted('weights before the update are gathered', 'emu', 'static void update_units(', 'm->is_whole[u] = 0;', ';', 'training', 2, 1),
+    Planted('copies keep their own sums', 'cpu', 'void reduce_finish(', 'm->plan.shard == m->plan.ranks', '1',
+            'gradients', 4, 1, 2),
+    Planted('copies keep their own sums', 'emu', 'void reduce_finish(', 'm->plan.shard < m->plan.ranks', '0',
+            'gradients', 4, 1, 2),
+    Planted('the norm of a share for that of all', 'cpu emu', 'double gradient_norm(', 'comm_sum(squares, n);', ';',
+            'training', 2, 2),
+    Planted('weights before the update are gathered', 'emu', 'static void update_units(', 'm->is_whole[u] = 0;', ';',
+            'training', 2, 1),
     Planted('weights are used before they are there', 'emu', 'static void unit_gather(',
             'cudaCheck(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0));', ';', 'order', 2, 3),
     Planted('a sum does not wait for the gradients', 'emu', 'void comm_follow(',
@@ -579,7 +593,8 @@ def planted_program(trainer, folder, rows):
         ('train_litespark.cu', ['g++', '-x', 'c++', '-std=c++17', '-Idev/emu'])
     with open(name) as f:
         text = f.read()
-    text = text.replace('#define CEIL_DIV', '#define planted (getenv("PLANTED") ? atoi(getenv("PLANTED")) : -1)\n#define CEIL_DIV', 1)
+    text = text.replace('#define CEIL_DIV',
+                        '#define planted (getenv("PLANTED") ? atoi(getenv("PLANTED")) : -1)\n#define CEIL_DIV', 1)
     for i, row in enumerate(rows):
         at = text.find(row.anchor)
         at = text.find(row.old, at) if at >= 0 else -1
@@ -589,10 +604,11 @@ def planted_program(trainer, folder, rows):
         text = text[:at] + both + text[at + len(row.old):]
     with open(f'{folder}/{name}', 'w') as f:
         f.write(text)
-    flags = [subprocess.run(['mpicc', f'--showme:{k}'], stdout=subprocess.PIPE, text=True).stdout.split() for k in ('compile', 'link')]
+    flags = [subprocess.run(['mpicc', f'--showme:{k}'], stdout=subprocess.PIPE, text=True).stdout.split()
+             for k in ('compile', 'link')]
     program = f'{folder}/planted_{kind(trainer)}'
-    done = subprocess.run([*compiler, '-O1', '-w', '-fopenmp', '-DUSE_MPI', *flags[0], f'{folder}/{name}', '-o', program, *flags[1],
-                           '-ldl', '-lm'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([*compiler, '-O1', '-w', '-fopenmp', '-DUSE_MPI', *flags[0], f'{folder}/{name}', '-o', program,
+                           *flags[1], '-ldl', '-lm'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     check(done.returncode == 0, f'the copy does not compile:\n{done.stdout[-1000:]}')
     return [program]
 
