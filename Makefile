@@ -47,6 +47,7 @@ help:
 	@echo 'make train    build ./train_litespark     make data   the default data, data/stories'
 	@echo 'make test     all tests that need no GPU; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
+	@echo 'make test-zero   ZeRO and HSDP are runs of one rank; test-zero-long: all of them; test-zero-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-data   the preparation of data (python3)      make test-plots, test-terminal, test-energy   what runs show      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
@@ -220,6 +221,18 @@ ORACLE   ?= $(wildcard ../shared/data/oracle/trl)
 test-stages: build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu)
 	@python3 dev/test_stages.py $(ORACLE:%=--oracle %) $^ $(T)
 
+# ZeRO 0 to 3 and HSDP: as of one rank. Over dev/emu, with NCCL over MPI (test-zero: two minutes; -long: all), or the nvcc binary.
+build/train_litespark_ptx_ranks: train_litespark.cu
+	@mkdir -p build
+	$(NVCC) -O3 -std=c++17 -lineinfo -cudart shared -gencode arch=compute_80,code=[sm_80,compute_80] $< -o $@ -lcublasLt -ldl $(NV_MPI)
+ZERO_PTX := $(if $(NV_MPI),$(if $(and $(NVCC),$(PTXCPU)),1))
+test-zero test-zero-long: $(if $(filter 1,$(MPI)),build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu))
+	@$(if $(filter 1,$(MPI)),python3 dev/test_zero.py --level $(if $(filter test-zero-long,$@),long,quick) $^ $(T),echo 'skipped: $@: no MPI (apt-get install openmpi-bin libopenmpi-dev)')
+test-zero-ptx: $(if $(ZERO_PTX),build/ptxcpu/made build/train_litespark_ptx_ranks build/train_litespark)
+	@if [ -z '$(ZERO_PTX)' ]; then echo 'skipped: test-zero-ptx: needs nvcc, NCCL, MPI and ptxcpu (PTXCPU=path)'; \
+	elif [ ! -f build/ptxcpu/made ]; then echo 'skipped: test-zero-ptx: ptxcpu does not build, see build/ptxcpu.log'; \
+	else python3 dev/test_zero.py --level ptx 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx_ranks' $(T); fi
+
 build/ptxcpu/made:
 	@mkdir -p build && rm -rf build/ptxcpu && cp -r '$(PTXCPU)' build/ptxcpu && chmod -R u+w build/ptxcpu && if $(MAKE) -C build/ptxcpu >build/ptxcpu.log 2>&1; then touch $@; fi
 test-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_litespark_ptx $(PROVE))
@@ -316,4 +329,4 @@ sync:   # the counts of kernels own the planner's; the .c the shared regions; th
 	@python3 dev/speed_model.py --planner sync && python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean
+.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-zero test-zero-long test-zero-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean

@@ -3,8 +3,8 @@
 
     dev/test_stages.py [--oracle DIR] TRAINER... [word...]    tests whose names hold a word, all without
 
-TRAINER is a program, or a command in quotes that ends with one (`ptxcpu --race -- build/train_litespark_ptx`). Against TRL's numbers where DIR (oracle/trl: oracle.json, policy, reference) exists, against equalities that must hold
-everywhere else. Python's own library only.
+TRAINER is a program, or a command in quotes that ends with one (`ptxcpu --race -- build/train_litespark_ptx`). Against TRL's
+numbers where DIR (oracle/trl: oracle.json, policy, reference) exists, against equalities that must hold everywhere else.
 """
 import json
 import math
@@ -14,135 +14,13 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 
-TARGET, START = 0x80000000, 0x40000000
-top = tempfile.mkdtemp(prefix='stages')
+import harness
+from harness import (START, TARGET, Absent, Noise, Run, alone, check, compare_grads, document, gradients, log_of, model, near, norms,
+                     packed, pairs, row, sft_documents, shards)
+
 oracle_dir = None
-counts = {'passed': 0, 'failed': 0, 'skipped': 0}
-
-
-class Failed(Exception):
-    pass
-
-
-class Absent(Exception):
-    pass
-
-
-def check(truth, text):
-    if not truth:
-        raise Failed(text)
-
-
-def near(what, got, want, tolerance=1e-5):
-    check(abs(got - want) <= tolerance * max(abs(want), 1e-30), f'{what}: {got!r}, expected {want!r}')
-
-
-# ---- rows with flags
-def document(prompt, answer):
-    """Words of a document of which the answer is trained; nothing predicts a document's first token."""
-    words = list(prompt) + [t | TARGET for t in answer]
-    words[0] = words[0] & ~TARGET | START
-    return words
-
-
-def row(documents, S):
-    words = [w for d in documents for w in d]
-    assert len(words) <= S + 1, (len(words), S)
-    return words + [START] * (S + 1 - len(words))
-
-
-def shards(folder, stage, S, V, rows, n_documents, n_shards=1):
-    """Writes rows to shards of `folder`; returns the pattern."""
-    os.makedirs(folder, exist_ok=True)
-    for i in range(n_shards):
-        with open(f'{folder}/train_{i:03}.ds', 'wb') as f:
-            for words in rows[i::n_shards]:
-                f.write(struct.pack(f'<{S + 1}I', *words))
-    with open(f'{folder}/metadata.json', 'w') as f:
-        json.dump({'dataset': 'test', 'tokenizer': 'none', 'vocab_size': V, 'sequence_length': S, 'token_size_bytes': 4,
-                   'stage': stage, 'documents_per_row': n_documents}, f)
-    return f'{folder}/train_*.ds'
-
-
-class Noise:
-    """Numbers of a linear congruential generator: the same everywhere."""
-    def __init__(self, seed):
-        self.state = seed
-
-    def below(self, n):
-        self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
-        return (self.state >> 33) % n
-
-    def tokens(self, n, V):
-        return [3 + self.below(V - 3) for _ in range(n)]
-
-
-# ---- running a trainer
-class Run:
-    def __init__(self, trainer, *args, ranks=1, ok=True, threads=1):
-        command = trainer + [str(a) for a in args] + ['--threads', str(threads)]
-        if ranks > 1:
-            command = ['mpirun', '--allow-run-as-root', '--oversubscribe', '--bind-to', 'none', '-np', str(ranks)] + command
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-        self.text, self.rc = done.stdout, done.returncode
-        if ok:
-            check(self.rc == 0, f'exit status {self.rc} of {" ".join(command)}:\n{self.text[-2000:]}')
-
-    def refused(self, *words):
-        check(self.rc == 1, f'exit status {self.rc}, expected 1:\n{self.text[-1000:]}')
-        for word in words:
-            check(word in self.text, f'{word!r} is not in the message:\n{self.text[-1000:]}')
-
-
-def tensors(path):
-    with open(path, 'rb') as f:
-        n = struct.unpack('<Q', f.read(8))[0]
-        header = json.loads(f.read(n))
-        data = f.read()
-    found = {}
-    for name, t in header.items():
-        if name != '__metadata__':
-            begin, end = t['data_offsets']
-            found[name] = struct.unpack(f'<{(end - begin) // 4}f', data[begin:end])
-    return found
-
-
-def norms(grads):
-    return {name: math.sqrt(sum(x * x for x in t)) for name, t in grads.items() if name != 'loss'}
-
-
-def gradients(trainer, *args, ranks=1):
-    path = tempfile.mktemp(dir=top, suffix='.safetensors')
-    Run(trainer, *args, '--dump-grads', path, ranks=ranks)
-    return tensors(path)
-
-
-def log_of(out, kind='step'):
-    with open(f'{out}/log.jsonl') as f:
-        return [r for r in map(json.loads, f) if r['type'] == kind]
-
-
-def compare_grads(what, got, want, tolerance=1e-5):
-    near(f'{what}, loss', got['loss'][0], want['loss'][0], tolerance)
-    for name in want:
-        size = math.sqrt(sum(x * x for x in want[name]))
-        difference = math.sqrt(sum((x - y)**2 for x, y in zip(got[name], want[name])))
-        check(difference <= tolerance * size + 1e-9, f'{what}, {name}: differs by {difference / (size or 1):.1e}')
-
-
-def model(folder, V=96):
-    """config.json of a small Llama; returns its path."""
-    os.makedirs(folder, exist_ok=True)
-    path = f'{folder}/c.json'
-    with open(path, 'w') as f:
-        json.dump({'model_type': 'llama', 'vocab_size': V, 'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4,
-                   'num_key_value_heads': 2, 'intermediate_size': 64, 'max_position_embeddings': 512,
-                   'tie_word_embeddings': False, 'rms_norm_eps': 1e-5, 'rope_theta': 1e4, 'bos_token_id': None,
-                   'eos_token_id': None, 'initializer_range': 0.1}, f)
-    return path
 
 
 def start(trainer, folder):
@@ -152,38 +30,6 @@ def start(trainer, folder):
     Run(trainer, '--config', model(folder), '--stage', 'sft', '--train-data', data, '--batch-size', 1, '--steps', 1,
         '--lr', 1e-9, '--sample-every', 0, '--out', f'{folder}/start', '--seed', 7)
     return f'{folder}/start/step_00000001'
-
-
-def sft_documents(n, seed=5, most=14):
-    noise = Noise(seed)
-    return [document(noise.tokens(1 + noise.below(8), 96), noise.tokens(1 + noise.below(most), 96)) for _ in range(n)]
-
-
-def pairs(n, seed=9, most=9):
-    noise = Noise(seed)
-    found = []
-    for _ in range(n):
-        prompt = noise.tokens(1 + noise.below(5), 96)
-        found.append([document(prompt, noise.tokens(1 + noise.below(most), 96)) for _ in range(2)])
-    return found
-
-
-def packed(groups, S):
-    """Rows of whole groups of documents (first fit); the most documents of a row."""
-    rows = []
-    for group in groups:
-        n = sum(map(len, group))
-        for r in rows:
-            if sum(map(len, r)) + n <= S + 1:
-                r.extend(group)
-                break
-        else:
-            rows.append(list(group))
-    return [row(r, S) for r in rows], max(map(len, rows))
-
-
-def alone(groups, S):
-    return [row(g, S) for g in groups], max(map(len, groups))
 
 
 # ---- tests: trainer, folder
@@ -607,40 +453,12 @@ def test_tokens_and_targets_are_counted(trainer, folder):
 
 def main():
     global oracle_dir
-    trainers, words, args = [], [], sys.argv[1:]
-    while args:
-        a = args.pop(0)
-        if a == '--oracle':
-            oracle_dir = args.pop(0)
-        elif os.access(a.split()[-1], os.X_OK) and os.path.isfile(a.split()[-1]):
-            trainers.append([os.path.abspath(w) if os.path.isfile(w) else w for w in a.split()])
-        else:
-            words.append(a)
-    if oracle_dir and not os.path.exists(f'{oracle_dir}/oracle.json'):
-        oracle_dir = None
-    if not trainers:
-        sys.exit(__doc__)
-    os.environ['OMP_WAIT_POLICY'] = 'passive'
-    for trainer in trainers:
-        for name, test in list(globals().items()):
-            if not name.startswith('test_') or (words and not any(w in name for w in words)):
-                continue
-            folder = tempfile.mkdtemp(dir=top)
-            title, begin = f'{name[5:]} ({os.path.basename(trainer[-1])})', time.time()
-            try:
-                test(trainer, folder)
-                counts['passed'] += 1
-                print(f'ok    {title} ({time.time() - begin:.1f} s)', flush=True)
-            except Absent as e:
-                counts['skipped'] += 1
-                print(f'skipped: {title}: {e}', flush=True)
-            except (Failed, OSError, KeyError, IndexError, subprocess.TimeoutExpired) as e:
-                counts['failed'] += 1
-                print(f'FAIL  {title}: {e}', flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(top, ignore_errors=True)
-    print('{passed} passed, {failed} failed, {skipped} skipped'.format(**counts))
-    sys.exit(1 if counts['failed'] else 0)
+    if '--oracle' in sys.argv:
+        at = sys.argv.index('--oracle')
+        if os.path.exists(f'{sys.argv[at + 1]}/oracle.json'):
+            oracle_dir = sys.argv[at + 1]
+        del sys.argv[at:at + 2]
+    harness.main(globals(), __doc__)
 
 
 main()

@@ -173,6 +173,7 @@ struct ExitStatus {
 inline ExitStatus exit_status;
 
 // EMU_REPORT=file: what a run took of the device and sent to other ranks, as JSON; rank N > 0 writes file.rankN.
+inline std::vector<size_t> &allocated = *new std::vector<size_t>;    // bytes of each cudaMalloc
 struct Traffic { uint64_t calls, bytes, ring_bytes_sent; };
 inline size_t memory_used = 0, memory_peak = 0;               // bytes of device memory, as cudaMalloc was asked for
 inline std::map<std::string, Traffic> &traffic = *new std::map<std::string, Traffic>;   // by call, type and ranks: nccl.h
@@ -183,7 +184,9 @@ struct Report {
         const bool first = !rank || !strcmp(rank, "0");
         FILE *f = fopen((std::string(path) + (first ? "" : std::string(".rank") + rank)).c_str(), "w");
         if (!f) { fprintf(stderr, "emu: cannot write EMU_REPORT=%s\n", path); return; }
-        fprintf(f, "{\"rank\": %s, \"memory_peak\": %zu, \"calls\": [", rank ? rank : "0", memory_peak);
+        fprintf(f, "{\"rank\": %s, \"memory_peak\": %zu, \"allocations\": [", rank ? rank : "0", memory_peak);
+        for (size_t i = 0; i < allocated.size(); i++) fprintf(f, "%s%zu", i ? ", " : "", allocated[i]);
+        fprintf(f, "], \"calls\": [");
         const char *separator = "\n";
         for (const auto &it : traffic) {
             fprintf(f, "%s  {%s, \"calls\": %llu, \"bytes\": %llu, \"ring_bytes_sent\": %llu}", separator, it.first.c_str(),
@@ -287,7 +290,7 @@ inline cudaError_t allocate(void **out, size_t bytes, char kind, const void *sit
     ASAN_POISON_MEMORY_REGION(pages, a.base - pages);
     ASAN_POISON_MEMORY_REGION(a.base + bytes, n - bytes);
     allocations[(uintptr_t)a.base] = a;
-    if (kind == 'd') memory_peak = std::max(memory_peak, memory_used += bytes);
+    if (kind == 'd') memory_peak = std::max(memory_peak, memory_used += bytes), allocated.push_back(bytes);
     *out = a.base;
     return done();
 }
