@@ -3012,15 +3012,11 @@ static void unit_reduce(Model *m, int u, int last) {
         if (m->plan.zero >= 2) convert<1>(own_grads(m, u), x + first, n);
     }
     cudaCheck(cudaEventRecord(m->reduced[u], gpu.comm_stream));
+    if (last && m->plan.shard < m->plan.ranks) sum_over_ranks(m, u, own_grads(m, u), n, /*among_copies=*/1);
 }
 
 // gpu.stream goes on when all sums are complete.
-void reduce_finish(Model *m) {
-    if (m->plan.ranks == 1) return;
-    for (int u = 0; u < m->p.n_units && m->plan.zero && m->plan.shard < m->plan.ranks; u++)
-        sum_over_ranks(m, u, own_grads(m, u), m->p.units[u].n_padded / m->plan.shard, /*among_copies=*/1);
-    comm_join();
-}
+void reduce_finish(Model *) { comm_join(); }
 
 // Unit u's weights or gradients are whole, for model_read; all ranks call it.
 void model_gather(Model *m, int what, int u) {
@@ -8851,7 +8847,7 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
 //   latency  as NCCL's own model has it (src/graph/tuning.cc: ring and tree, protocol Simple)
 //   overlap  a unit's gradients are summed, and the next unit's weights gathered, while a layer computes:
 //            exposed is what takes longer than the layer. Nothing hides an update's last sums (first layer,
-//            embedding, all between groups that share) nor its first gathers (embedding, first layer)
+//            embedding) nor its first gathers (embedding, first layer)
 //   energy   0.9 of the power limit (published pre-training, OLMo 3: 620 to 650 W per H100) x --pue
 // Left out: gaps between kernels, the host, SMs that NCCL takes, contention in the network, power limits,
 // biases and head norms of Qwen, the second head of dpo; data, evaluation, checkpoints, failures.
@@ -9057,7 +9053,9 @@ static void communication(Traffic *t, const GpuKind *g, const Plan *p, const Par
         add(&t[SUMS], 1, sum, is_head ? backward : 0);
         add(&t[SUMS], sums - 1, sum, is_head ? backward : forward);         // of the next micro-step
         if (is_layer) add(&t[SUMS], sums * (L - 1), sum, backward);
-        if (zero && groups > 1) add(&t[GROUP_SUMS], is_layer ? L : 1, of_groups, 0);
+        const double left = fmax(0, backward - sum.seconds - (zero == 3 ? gather.seconds : 0));
+        if (zero && groups > 1) add(&t[GROUP_SUMS], 1, of_groups, is_head ? left : 0);
+        if (zero && groups > 1 && is_layer) add(&t[GROUP_SUMS], L - 1, of_groups, left);
         if (zero) add(&t[GATHERS], 1, gather, is_head ? forward : 0);
         if (zero && is_layer) add(&t[GATHERS], L - 1, gather, forward);
         if (zero == 3 && is_layer) add(&t[GATHERS], (micro - 1) * turns, gather, forward);
