@@ -4048,6 +4048,98 @@ static void test_resume_on_another_number_of_ranks_goes_on(void) {
     }
 }
 
+// The values of UNIT.KIND. in all optimizer files of a checkpoint, by offset; the caller frees.
+static float *optimizer_values(const StSet *s, const char *prefix, size_t *n) {
+    float *x = NULL;
+    *n = 0;
+    for (int found = 1; found;) {
+        found = 0;
+        for (int i = 0; i < s->n_tensors; i++) {
+            const StTensor *t = &s->tensors[i];
+            if (strcmp(t->name, str("%s%zu", prefix, *n).s) || !t->n) continue;
+            x = (float *)realloc(x, (*n + t->n) * sizeof(float));
+            st_read(s, t, 0, t->n, x + *n);
+            *n += t->n;
+            found = 1;
+        }
+    }
+    return x;
+}
+
+// From one number of ranks and ZeRO stage to the next and back, without an update: the same bits. Every rank writes a file.
+static void test_saved_state_keeps_its_bits_on_any_ranks(void) {
+    if (!have_mpi()) return;
+    const struct { int ranks; const char *more; } rows[] = {{2, ""}, {1, ""}, {3, ""}, {3, "--zero 1"}, {2, "--zero 2"},
+        {4, "--zero 3 --shard-size 2"}, {2, "--zero 3"}, {2, ""}};
+    char from[400] = "";
+    for (int i = 0; i < COUNT(rows) && !n_bad; i++) {
+        const char *out = file_at("out%d", i);
+        if (!i) CHECK_RAN(trainer(2, "%s --total-batch-tokens %d --batch-size 1 --steps 2 --lr 1e-2 --out %s", tiny(),
+            12 * TINY_T, out));
+        else CHECK_RAN(trainer(rows[i].ranks, "--resume %s %s --batch-size 1 --threads 1 --out %s", from, rows[i].more, out));
+        snprintf(from, sizeof from, "%s/step_00000002", out);
+        for (int r = 0; r < rows[i].ranks; r++)
+            CHECK(!access(str("%s/%s", from, optimizer_file(r, rows[i].ranks).s).s, R_OK), "none of rank %d", r);
+        StSet *a = st_open_all(file_at("out0/step_00000002/optimizer-*.safetensors"));
+        StSet *b = st_open_all(str("%s/optimizer-*.safetensors", from).s);
+        if (!a || !b) die("no optimizer files in %s", from);
+        int n_kinds = 0;
+        for (int k = 0; k < a->n_tensors; k++) {
+            size_t n, n_other;
+            const char *name = a->tensors[k].name, *dot = strrchr(name, '.');
+            if (strcmp(dot, ".0")) continue;
+            const Str prefix = str("%.*s.", (int)(dot - name), name);
+            float *x = optimizer_values(a, prefix.s, &n), *y = optimizer_values(b, prefix.s, &n_other);
+            CHECK(n == n_other && !memcmp(x, y, n * sizeof(float)), "row %d: %s differs", i, prefix.s);
+            n_kinds++;
+            free(x);
+            free(y);
+        }
+        CHECK(n_kinds == 3 * 4, "%d kinds of 4 units", n_kinds);
+        CHECK(same_files(file_at("out0/step_00000002/model.safetensors"), str("%s/model.safetensors", from).s), "row %d: weights", i);
+        st_close(a);
+        st_close(b);
+    }
+}
+
+// Files of the model: whole units in order, none empty, about as large as each other, of at most about 40 GB.
+static void test_model_is_split_evenly_over_ranks(void) {
+    const char *const presets[] = {"15M", "smollm2-135M", "100M", "llama3.2-1B", "3B", "30B", "llama3.1-8B"};
+    const int worlds[] = {1, 2, 3, 8, 64, 512};
+    for (int i = 0; i < COUNT(presets) * COUNT(worlds) * 2; i++) {
+        const char *name = presets[i / 2 / COUNT(worlds)];
+        const int world = worlds[i / 2 % COUNT(worlds)], dtype = i % 2 ? ST_BF16 : ST_F32;
+        Config c;
+        ParamTable p;
+        CHECK(config_preset(&c, name), "no preset %s", name);
+        param_table_build(&p, &c, world);
+        int *of_unit = (int *)xcalloc((size_t)p.n_units, sizeof(int));
+        const int files = model_files(&p, dtype, world, of_unit);
+        double bytes[1024] = {0}, total = 0, largest = 0;
+        for (int u = 0; u < p.n_units; u++) {
+            const double b = (double)p.units[u].n * (double)st_dtypes[dtype].bytes;
+            const int step = u ? of_unit[u] - of_unit[u - 1] : of_unit[u];
+            CHECK(step == 0 || (u && step == 1), "%s: unit %d", name, u);
+            bytes[of_unit[u]] += b;
+            total += b;
+            largest = fmax(largest, b);
+        }
+        CHECK(files == of_unit[p.n_units - 1] + 1 && files >= 1, "%s: %d files", name, files);
+        CHECK(files <= world || total / world > 40e9, "%s: %d files of %d ranks", name, files, world);
+        CHECK(files == 1 || world > 1 || total > 40e9, "%s: split for one rank", name);
+        for (int f = 0; f < files && files > 1; f++) {
+            const double even = fmax(total / fmax(world, ceil(total / 40e9)), 64 << 20);
+            const int rank = model_file_rank(f, files, world), before = f ? model_file_rank(f - 1, files, world) : -1;
+            CHECK(bytes[f] > 0 && bytes[f] <= even + largest + 1 && bytes[f] < 42e9,
+                "%s on %d ranks: %.0f bytes in file %d of %d", name, world, bytes[f], f, files);
+            CHECK(rank < world && (files > world || rank > before), "%s: two files of rank %d", name, rank);
+        }
+        free(of_unit);
+        free(p.tensors);
+        free(p.units);
+    }
+}
+
 // What a resume does with options: fixed ones are refused by name, those that were left open are decided anew.
 static void test_resume_takes_up_options_by_their_kind(void) {
     if (!have_binary()) return;
@@ -4336,7 +4428,7 @@ static void test_log_on_a_full_disk_ends_no_run(void) {
     if (symlink("/dev/full", file_at("out/log.jsonl"))) die("test: no link");
     Result r = trainer(0, "%s --batch-size 2 --steps 3 --checkpoint-every 3 --out %s", tiny(), file_at("out"));
     CHECK_RAN(r);
-    CHECK(count_lines(r.err, "warning: ") == 2 && strstr(r.err, "log.jsonl: No space left") && strstr(r.err, "6 records are missing"),
+    CHECK(count_lines(r.err, "warning: ") == 2 && strstr(r.err, "log.jsonl: No space left") && strstr(r.err, "7 records are missing"),
         "%s", r.err);
     unlink(file_at("out/log.jsonl"));
     r = trainer(0, "--resume %s --val-data %s --eval-only --threads 1", file_at("out"), val_glob);
@@ -4536,7 +4628,7 @@ static void test_timeout_counts_from_the_last_sign_of_life(void) {
     free(list);
     Process verifies = trainer_start(2, "%s --timeout 2 --resume auto --steps 1 --sample-every 0 --out %s", options, file_at("out"));
     Process samples = trainer_start(2, "%s --timeout 3 --steps 2 --sample-every 1 --sample-tokens 100000000 --out %s", options, file_at("out1"));
-    Process saves = trainer_start(2, "%s --timeout 3 --steps 2 --sample-every 0 --checkpoint-every 1 --out %s", options, file_at("out2"));
+    Process saves = trainer_start(2, "%s --timeout 3 --steps 1 --sample-every 0 --checkpoint-every 1 --out %s", options, file_at("out2"));
     // rank 0 gets a hundredth of its time for the first 5 s of saving
     pid_t ranks[2];
     double seen = 0;
@@ -4824,13 +4916,125 @@ static void test_full_disk_keeps_the_old_checkpoint(void) {
     Options o = opt;
     o.out = disk;
     o.keep = 2;
-    checkpoint_save(m, &t, &c, &o);
-    CHECK(!DIES(checkpoint_save(m, &t, &c, &o)), "%s", died);        // where there is room it is replaced
+    checkpoint_save(m, &t, &c, &o, /*goes_on=*/0);
+    CHECK(!DIES(checkpoint_save(m, &t, &c, &o, /*goes_on=*/0)), "%s", died);    // where there is room it is replaced
     write_text(file_at("disk/one"), "");
-    CHECK_DIES(checkpoint_save(m, &t, &c, &o), "checksums.txt", "No space left");
+    CHECK_DIES(checkpoint_save(m, &t, &c, &o, /*goes_on=*/0), "checksums.txt", "No space left");
     CHECK(!(why = checkpoint_whole(file_at("disk/step_00000000"), 0)).s[0], "%s", why.s);
     model_free(m);
     umount(disk);
+}
+
+// A disk without room for one more file, at each file in turn: copied or not, in a thread or not, the old checkpoint
+// stays and nothing half-written does; with room for all the new one is whole.
+static void test_every_failing_file_keeps_the_old_checkpoint(void) {
+    Config c = make_config("llama", 0, 61, 2, 32, 4, 2, 8, 40, "");
+    Model *m = make_model(&c, 1, 8, 4, 0, 0);
+    const char *disk = folder("disk");
+    enum { FILES = 6 };                                     // of such a checkpoint; and a folder
+    TrainState t = {0};
+    Options o = opt;
+    o.out = disk;
+    o.keep = 2;
+    o.checkpoint_every = 1;
+    o.steps = 9;
+    Str why = {""};
+    for (int how = 0; how < 3; how++) for (int room = 0; room <= FILES + 1; room++) {
+        if (mount("none", disk, "tmpfs", 0, str("nr_inodes=%d", 1 + 1 + FILES + room).s)) {
+            snprintf(skip_reason, sizeof skip_reason, "this user may not mount a tmpfs");
+            return;
+        }
+        if (how) checkpoint_reserve(m, &o);
+        CHECK(!how == !save_copy.base, "a copy: %d", save_copy.base != NULL);
+        t.step = 1;
+        CHECK(!DIES(checkpoint_save(m, &t, &c, &o, 0)), "%s", died);
+        t.step = 2;
+        const int fits = room == FILES + 1;
+        const int dies = DIES((checkpoint_save(m, &t, &c, &o, how == 2), checkpoint_wait()));
+        CHECK(dies == !fits, "way %d, room for %d files: %s", how, room, dies ? died : "saved");
+        if (dies) CHECK(strstr(died, "cannot save step 2") && strstr(died, "No space left")
+            && strstr(died, "older checkpoints are whole"), "%s", died);
+        const int is_there = access(file_at("disk/step_00000002"), F_OK) == 0;
+        CHECK(is_there == fits && access(file_at("disk/tmp.step_00000002"), F_OK), "way %d, %d: what is left", how, room);
+        for (int step = 1; step <= 1 + fits; step++)
+            CHECK(!(why = checkpoint_whole(file_at("disk/step_%08d", step), 0)).s[0], "%s", why.s);
+        device_host_memory_free(save_copy.base);
+        save_copy.base = NULL;
+        umount(disk);
+    }
+    // not enough memory for a copy: said, and saved without
+    memory_limit = 1e4;
+    checkpoint_reserve(m, &o);
+    CHECK(!save_copy.base, "a copy beyond the memory there is");
+    memory_limit = INFINITY;
+    t.step = 3;
+    CHECK(!DIES(checkpoint_save(m, &t, &c, &o, 1)), "%s", died);
+    CHECK(!(why = checkpoint_whole(file_at("disk/step_00000003"), 0)).s[0], "%s", why.s);
+    model_free(m);
+}
+
+// A step that OUT/tmp.step_N is of, -1: there is no such folder.
+static int step_being_written(const char *out) {
+    int step = -1;
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) sscanf(e->d_name, "tmp.step_%d", &step);
+    if (d) closedir(d);
+    return step;
+}
+
+// Two ranks train on while a checkpoint is written: kill -9 then leaves the one before, a signal a whole newest one.
+static void test_ends_during_a_write_lose_nothing(void) {
+    if (!have_mpi()) return;
+    make_tiny();
+    char *wide = config_text("llama", 0, TINY_V, 4, 256, 4, 2, 0, 1024, ""), options[1500];
+    write_text(file_at("wide.json"), wide);
+    free(wide);
+    snprintf(options, sizeof options, "--config %s --train-data %s --seq-len %d --threads 1 --batch-size 1 "
+        "--log-every 1000 --sample-every 0 --steps 1000000 --checkpoint-every 10 --resume auto", file_at("wide.json"),
+        train_glob, TINY_T);
+    const char *out = file_at("out");
+    int during[2] = {0, 0};
+    for (int i = 0; i < 40 && (!during[0] || !during[1]) && !n_bad; i++) {
+        const int kills = !during[0], before = steps_logged(out);
+        Process p = trainer_start(2, "%s --out %s", options, out);
+        if (!wait_for_steps(out, before + 11, &p)) break;
+        int64_t newest;
+        int hit = 0;
+        double lines[4000];
+        // a step was logged after the folder appeared: training goes on
+        for (double begin = now_seconds(); !hit && now_seconds() - begin < 20 && !has_ended(&p);) {
+            const int step = step_being_written(out);
+            const int n = step < 0 ? 0 : log_values(out, "step", "step", lines, COUNT(lines));
+            hit = n > 0 && n < COUNT(lines) && lines[n - 1] > step && count_checkpoints(out, &newest)
+                && step_being_written(out) == step;
+        }
+        if (kills) kill(-p.pid, SIGKILL);
+        else kill(p.pid, SIGUSR1);
+        Result r = finish(&p, TIMEOUT);
+        CHECK(kills || r.code == 0, "exit status %d: %s", r.code, last_line(r.err));
+        for (pid_t ranks[4]; find_ranks(p.pid, ranks, 4) > 0;) usleep(10000);
+        if (!hit) continue;
+        const int left = step_being_written(out) >= 0;
+        during[!kills] += kills ? left : 1;
+        int64_t *steps;
+        const int n = checkpoint_list(out, &steps);
+        for (int k = 0; k < n; k++) {
+            const Str why = checkpoint_whole(checkpoint_path(out, steps[k]).s, 0);
+            CHECK(!why.s[0], "%s", why.s);
+        }
+        const Str stopped = str("stopped by a signal at step %d;", n ? (int)steps[n - 1] : -1);
+        CHECK(n >= 1 && (kills || strstr(r.out, stopped.s)), "%d checkpoints: %s", n, last_line(r.out));
+        CHECK(kills || !left, "a half-written folder stays");
+        free(steps);
+    }
+    CHECK(during[0] && during[1], "%d kills and %d signals came while a checkpoint was written", during[0], during[1]);
+    double held[4000], background[4000], bytes[4000];
+    const int n = log_values(out, "save", "seconds_held_up", held, 4000);
+    CHECK(n >= 2 && log_values(out, "save", "seconds_in_background", background, 4000) == n
+        && log_values(out, "save", "bytes", bytes, 4000) == n, "%d saves are logged", n);
+    for (int i = 0; i < n && i < 4000; i++)
+        CHECK(held[i] >= 0 && background[i] >= 0 && bytes[i] > 12 * 3e6,
+            "held up %g s, %g s in the background, %g bytes", held[i], background[i], bytes[i]);
 }
 
 // ==== 13. Bad input =====================================================================================================
@@ -5281,6 +5485,8 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(end_of_doc_gradients_are_the_mean_over_real_targets, F32),
     TEST(end_of_doc_evaluation_is_the_mean_over_real_targets, F32),
     TEST(resume_is_bit_exact, F32),
+    TEST(saved_state_keeps_its_bits_on_any_ranks, F32),
+    TEST(model_is_split_evenly_over_ranks, F32),
     TEST(resume_takes_up_options_by_their_kind, F32),
     TEST(resume_of_format_1_goes_on, F32),
     TEST(resume_on_another_number_of_ranks_goes_on, F32),
@@ -5307,6 +5513,8 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(non_finite_gradients_never_reach_the_weights, F32),
     TEST(skip_spikes_skips_an_outlier, F32),
     TEST(full_disk_keeps_the_old_checkpoint, F32),
+    TEST(every_failing_file_keeps_the_old_checkpoint, F32),
+    TEST(ends_during_a_write_lose_nothing, F32),
     TEST(options_refuse_bad_values, F32),
     TEST(options_of_the_gpu_are_refused_by_name, F32),
     TEST(bad_models_and_data_are_refused_before_any_work, F32),

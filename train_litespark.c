@@ -435,6 +435,9 @@ void *xmalloc(size_t bytes);
 void *xcalloc(size_t n, size_t size);
 char *xstrdup(const char *s);
 double now_seconds(void);
+int read_number(const char *path, double *x);           // that a file begins with; 0: there is none
+void take_limit(double *limit, double x);
+void cgroup_limits(const char *groups, const char *folder, double *cores, double *memory);
 uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index);
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
@@ -472,6 +475,8 @@ double power_limit(void);
 int power_sample(double *joules, double *mhz, double *celsius);
 int device_logits_chunk(int V);                         // rows of logits at a time that are fast here
 void device_check_sizes(const Config *c);               // dies if the kernels cannot take them
+void *device_host_memory(const Model *m, size_t bytes); // for a copy of the state; NULL: there is not so much
+void device_host_memory_free(void *p);
 
 // model_*, llama_*, next_logits, gradient_norm, state_share: section 4. next_document: section 5
 int next_document(const Batch *batch, int b, int *t, Document *d);
@@ -1457,6 +1462,13 @@ float *model_floats(const Model *m, int what, int u, size_t at) {
     return sizeof(floatX) == sizeof(float) && !shared ? (float *)state_of(m, what, u, at) : NULL;
 }
 
+// Starts to copy elements as they lie there to `host`, if that is in bf16 (bf16: wanted) or fp32; device_wait
+// ends it. 0: not done, read them. Here they can be read in place.
+int model_copy_start(const Model *m, int what, int u, size_t at, size_t n, int bf16, void *host) {
+    (void)m; (void)what; (void)u; (void)at; (void)n; (void)bf16; (void)host;
+    return 0;
+}
+
 // Master weights from the weights (of this rank's shares), then the weights rounded to what they are computed
 // in.
 void model_set_master(Model *m) {
@@ -1890,7 +1902,12 @@ void save_table(StWriter *w, Model *m, int kind);
 void weights_read(const char *dir, Model *m, const Config *c);
 void side_files_read(const char *model_dir, const Tokenizer *t, const char *chats);
 void weights_random(Model *m, const Config *c, uint64_t seed);
-void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o);
+double checkpoint_copy_bytes(const Model *m, const Options *o, int rank, int world);
+void checkpoint_reserve(const Model *m, const Options *o);
+void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o, int goes_on);
+int checkpoint_writing(void);
+void checkpoint_turn(double writing);
+void checkpoint_wait(void);
 uint32_t model_crc(Model *m, const Config *c);
 int reference_read(DataLoader *dl, uint32_t weights);
 void reference_check_folders(const DataLoader *dl, uint32_t weights);
@@ -1907,6 +1924,7 @@ typedef struct Trainer {
     Model *m;
     Machine machine;                        // the sizes are for this one
     Config c;
+    double writing;                         // ranks that wrote a checkpoint when the last update began
     const Objective *objective;
     DataLoader train, val;
     Tasks tasks;
@@ -2000,9 +2018,10 @@ static int update_gradients(Trainer *tr, double *loss) {
     memset(sums, 0, sizeof tr->sums);
     if (!tr->batches_read) read_batches(tr);
     for (int64_t i = 0; i < tr->micro_steps; i++) add_mass(mass, &tr->batches[i]);
-    double span = mean_span(tr);
-    comm_sum(&span, 1);
-    tr->span = span / comm_world();
+    double facts[2] = {mean_span(tr), (double)checkpoint_writing()};
+    comm_sum(facts, 2);
+    tr->span = facts[0] / comm_world();
+    tr->writing = facts[1];
     tr->spans += tr->span;
     tr->n_spans++;
     // known before the first backward, so that nothing is scaled afterwards
@@ -2210,11 +2229,12 @@ static int train_step(Trainer *tr) {
     const double seconds = now_seconds() - start;
     s->seconds += seconds;
     log_step(tr, loss, lr, norm, seconds, skipped.s);
-    if (tr->bad_in_a_row >= MOST_BAD_IN_A_ROW)
-        die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from "
-            "before: lower --lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW,
-            skipped.s, opt.out);
-    return 1;
+    checkpoint_turn(tr->writing);
+    if (tr->bad_in_a_row < MOST_BAD_IN_A_ROW) return 1;
+    checkpoint_wait();
+    die("step %" PRId64 ": %d updates in a row were unusable (%s); the newest checkpoint in %s is from "
+        "before: lower --lr or look at the data, then --resume auto", s->step, MOST_BAD_IN_A_ROW, skipped.s,
+        opt.out);
 }
 
 // ---- looking: evaluation and samples ----------------------------------------------------------------------
@@ -2475,13 +2495,10 @@ static void generate(Trainer *tr) {
 }
 
 // ---- the loop ---------------------------------------------------------------------------------------------
-static void save(Trainer *tr) {
+static void save(Trainer *tr, int goes_on) {
     if (tr->saved_step == tr->state.step) return;
-    const double start = now_seconds();
-    checkpoint_save(tr->m, &tr->state, &tr->c, &opt);
+    checkpoint_save(tr->m, &tr->state, &tr->c, &opt, goes_on);
     tr->saved_step = tr->state.step;
-    printf("step %" PRId64 " | saved %s/step_%08" PRId64 " in %.1f s\n", tr->state.step, opt.out,
-           tr->state.step, now_seconds() - start);
     window_turn(tr, SPENT_CHECKPOINT);
 }
 
@@ -2568,7 +2585,7 @@ static void train(Trainer *tr) {
             evaluate_all(tr);
             window_turn(tr, SPENT_EVALUATION);
         }
-        if (saving) save(tr);
+        if (saving) save(tr, /*goes_on=*/!last);
         if (saving) due = 0;
         if (sampling) {
             generate(tr);
@@ -2578,7 +2595,10 @@ static void train(Trainer *tr) {
     live_end();
     window_turn(tr, SPENT_UPDATES);
     const int stopped = stop_requested();
-    if (opt.checkpoint_every || stopped) save(tr);          // skipped updates at the end changed no weight
+    // skipped updates at the end changed no weight
+    if (opt.checkpoint_every || stopped) save(tr, /*goes_on=*/0);
+    checkpoint_wait();
+    window_turn(tr, SPENT_CHECKPOINT);
     if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
@@ -2945,6 +2965,10 @@ static void print_model(const Trainer *tr) {
         if (bytes > 0) printf(" | %s %.1f MiB", arena_names[i], bytes / 1048576);
     }
     printf(" | total %.1f MiB per rank%s\n", total / 1048576, device_also_takes);
+    if (opt.checkpoint_every && opt.checkpoint_every < opt.steps && (is_training() || opt.dry_run))
+        printf("checkpoints | every %" PRId64 " updates | written while training goes on, from a copy of "
+               "%.1f MiB in host memory per rank\n", opt.checkpoint_every,
+               checkpoint_copy_bytes(tr->m, &opt, comm_rank(), device_machine().ranks) / 1048576);
 }
 
 // log p of all answers of dl's pairs under the model's present weights -> dl->reference, on all ranks.
@@ -3110,6 +3134,7 @@ static void setup(Trainer *tr) {
     if (!opt.generate) print_model(tr);
     catch_signals();                        // the reference pass of DPO may take long
     setup_weights(tr, resume_dir);
+    if (is_training()) checkpoint_reserve(tr->m, &opt);
     if (opt.power_log) power_log_start(opt.power_log);
     // an evaluation leaves something only where it is told to
     if (is_training() || (opt.eval_only && option_given("--out"))) setup_output(tr, resume_dir);
@@ -3185,7 +3210,8 @@ void comm_abort(void) {
 
 void comm_init(int *argc, char ***argv) {
     spin_less(*argv);
-    MPI_Init(argc, argv);
+    int level;                              // of threads: only the main one calls MPI
+    MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_dup(MPI_COMM_WORLD, &rounds);
     MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &comm.world);
@@ -3354,13 +3380,6 @@ static Str sys_path(const char *path) {
     return str("%.100s/%s", sys ? sys : "/sys", path);
 }
 
-static int read_number(const char *path, double *x) {
-    FILE *f = fopen(path, "r");
-    int ok = f && fscanf(f, "%lf", x) == 1;
-    if (f) fclose(f);
-    return ok;
-}
-
 // Packages are intel-rapl:N, their memory intel-rapl:N:M with the name "dram" (AMD's packages have the same
 // names).
 void energy_open(Energy *e, const char *folder) {
@@ -3468,40 +3487,6 @@ static void spin_less(char **argv) {
 #endif
 }
 
-// *limit becomes x if that is less. A file that says "max" (version 2) has no number, -1 (version 1) is none.
-static void take_limit(double *limit, double x) { if (x > 0 && x < *limit) *limit = x; }
-
-// What control groups let this process have, in cores and bytes: the least of its group and those above it.
-// Version 2 has one tree of groups, version 1 one for each kind of resource.
-void cgroup_limits(const char *groups, const char *folder, double *cores, double *memory) {
-    *cores = *memory = INFINITY;
-    FILE *f = fopen(groups, "r");
-    for (char line[1200]; f && fgets(line, sizeof line, f);) {
-        char kinds[102] = ",", path[1001] = "";
-        if (sscanf(line, "%*d::%1000[^\n]", path) != 1 &&
-            sscanf(line, "%*d:%99[^:]:%1000[^\n]", kinds + 1, path) != 2) continue;
-        strcat(kinds, ",");
-        for (char *end = path + strlen(path); end; end = strrchr(path, '/')) {
-            double bytes, quota, period;
-            *end = 0;
-            if (!kinds[2]) {
-                FILE *max = fopen(str("%s%s/cpu.max", folder, path).s, "r");
-                if (max && fscanf(max, "%lf %lf", &quota, &period) == 2) take_limit(cores, quota / period);
-                if (max) fclose(max);
-                if (read_number(str("%s%s/memory.max", folder, path).s, &bytes)) take_limit(memory, bytes);
-            }
-            if (strstr(kinds, ",cpu,") &&
-                read_number(str("%s/cpu%s/cpu.cfs_quota_us", folder, path).s, &quota) &&
-                read_number(str("%s/cpu%s/cpu.cfs_period_us", folder, path).s, &period))
-                take_limit(cores, quota / period);
-            if (strstr(kinds, ",memory,") &&
-                read_number(str("%s/memory%s/memory.limit_in_bytes", folder, path).s, &bytes))
-                take_limit(memory, bytes);
-        }
-    }
-    if (f) fclose(f);
-}
-
 static double memory_limit;     // bytes that the ranks of this machine may have together
 void device_open(void) {
     double cores = comm.cores > 0 ? comm.cores : (double)omp_get_num_procs() / comm.local_ranks, limit;
@@ -3518,13 +3503,30 @@ void device_open(void) {
 
 void device_wait(void) {}
 
-// To plan with: 70% of the machine's memory, or of what its control group may have, shared by its ranks.
-Machine device_machine(void) {
+static double machine_memory(void) {            // this rank's part; of the control group's, if that is less
     double bytes = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
     take_limit(&bytes, memory_limit);
-    Machine machine = {comm.world, comm.local_ranks, 0.7 * bytes / comm.local_ranks};
+    return bytes / comm.local_ranks;
+}
+
+Machine device_machine(void) {                  // to plan with 70% of that
+    Machine machine = {comm.world, comm.local_ranks, 0.7 * machine_memory()};
     return machine;
 }
+
+// Of 90% of it, what the arenas leave. The first save touches it.
+void *device_host_memory(const Model *m, size_t bytes) {
+    double arenas = 0;
+    void *p;
+    for (int i = 0; i < N_ARENAS; i++) arenas += model_bytes(m, i);
+    if (arenas + (double)bytes > 0.9 * machine_memory() || posix_memalign(&p, 1 << 21, bytes)) return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+}
+
+void device_host_memory_free(void *p) { free(p); }
 
 const char *device_name(void) {
     static char name[320];
@@ -3724,6 +3726,48 @@ static uint32_t crc32_before(uint32_t crc, size_t n) {
     uint32_t power = 1u << 23;                                  // x^8: one byte
     for (; n; n >>= 1, power = crc_product(power, power)) if (n & 1) crc = crc_product(crc, power);
     return crc;
+}
+
+// ---- what the system lets a process have ------------------------------------------------------------------
+int read_number(const char *path, double *x) {
+    FILE *f = fopen(path, "r");
+    int ok = f && fscanf(f, "%lf", x) == 1;
+    if (f) fclose(f);
+    return ok;
+}
+
+// *limit becomes x if that is less. A file that says "max" (version 2) has no number, -1 (version 1) is none.
+void take_limit(double *limit, double x) { if (x > 0 && x < *limit) *limit = x; }
+
+// What control groups let this process have, in cores and bytes: the least of its group and those above it.
+// Version 2 has one tree of groups, version 1 one for each kind of resource.
+void cgroup_limits(const char *groups, const char *folder, double *cores, double *memory) {
+    *cores = *memory = INFINITY;
+    FILE *f = fopen(groups, "r");
+    for (char line[1200]; f && fgets(line, sizeof line, f);) {
+        char kinds[102] = ",", path[1001] = "";
+        if (sscanf(line, "%*d::%1000[^\n]", path) != 1 &&
+            sscanf(line, "%*d:%99[^:]:%1000[^\n]", kinds + 1, path) != 2) continue;
+        strcat(kinds, ",");
+        for (char *end = path + strlen(path); end; end = strrchr(path, '/')) {
+            double bytes, quota, period;
+            *end = 0;
+            if (!kinds[2]) {
+                FILE *max = fopen(str("%s%s/cpu.max", folder, path).s, "r");
+                if (max && fscanf(max, "%lf %lf", &quota, &period) == 2) take_limit(cores, quota / period);
+                if (max) fclose(max);
+                if (read_number(str("%s%s/memory.max", folder, path).s, &bytes)) take_limit(memory, bytes);
+            }
+            if (strstr(kinds, ",cpu,") &&
+                read_number(str("%s/cpu%s/cpu.cfs_quota_us", folder, path).s, &quota) &&
+                read_number(str("%s/cpu%s/cpu.cfs_period_us", folder, path).s, &period))
+                take_limit(cores, quota / period);
+            if (strstr(kinds, ",memory,") &&
+                read_number(str("%s/memory%s/memory.limit_in_bytes", folder, path).s, &bytes))
+                take_limit(memory, bytes);
+        }
+    }
+    if (f) fclose(f);
 }
 
 // Random numbers without a state: element `index` of `stream` is a pure function, in integers only, so a GPU
@@ -4357,7 +4401,8 @@ static const struct { const char *name; size_t bytes; } st_dtypes[] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1},
     {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
 enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024,
-       ST_PIECE = 1 << 16 /* 16-bit values on a thread's stack */ };
+       ST_PIECE = 1 << 16 /* 16-bit values on a thread's stack */,
+       ST_PART = 1 << 20 /* bytes that a thread writes at a time */ };
 
 typedef struct StTensor {
     const char *name;
@@ -4562,10 +4607,22 @@ struct StWriter {
     size_t data_bytes;          // declared
     size_t taken, end;          // of the file, from its start: what has a writer, all
     uint32_t crc;
+    char *image;                // not NULL: memory that the bytes go to instead of a file
 };
+
+// MPI is the main thread's; a checkpoint may be written by another one (section 15), whose signs of life the
+// main thread passes on.
+static __thread int is_writer;
+static int64_t writer_signs;
+
+static void say_busy(void) {
+    if (is_writer) __atomic_add_fetch(&writer_signs, 1, __ATOMIC_RELAXED);
+    else comm_busy();
+}
 
 static void st_put_at(StWriter *w, size_t place, const void *bytes, size_t n) {
     const char *p = (const char *)bytes;
+    if (w->image) memcpy(w->image + place, p, n), n = 0;
     while (n && !w->failed) {
         const ssize_t put = pwrite(w->fd, p, n, (off_t)place);
         if (put < 0 && errno == EINTR) continue;
@@ -4581,11 +4638,17 @@ static void st_put(StWriter *w, const void *bytes, size_t n) {
     w->taken += n;
 }
 
-// Creates (or empties) the file. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
-StWriter *st_create(const char *path, const char *metadata) {
-    StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
+// Creates (or empties) the file.
+static void st_create_file(StWriter *w, const char *path) {
     w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (w->fd < 0) w->failed = errno;
+}
+
+// path NULL: no file yet. metadata: a JSON object of strings such as {"format":"pt"}, or NULL.
+StWriter *st_create(const char *path, const char *metadata) {
+    StWriter *w = (StWriter *)xcalloc(1, sizeof *w);
+    w->fd = -1;
+    if (path) st_create_file(w, path);
     text_add(&w->header, metadata ? "{\"__metadata__\":%s" : "{", metadata);
     return w;
 }
@@ -4604,6 +4667,11 @@ void st_declare(StWriter *w, const char *name, int dtype, int n_dims, const int6
     }
     w->data_bytes += n * st_dtypes[dtype].bytes;
     text_add(&w->header, "],\"data_offsets\":[%zu,%zu]}", begin, w->data_bytes);
+}
+
+// Bytes of the file, once all tensors are declared and before st_begin.
+static size_t st_bytes(const StWriter *w) {
+    return 8 + CEIL_DIV((size_t)w->header.n + 1, 8) * 8 + w->data_bytes;
 }
 
 // Writes the header; no st_declare after it. Spaces bring the data to a multiple of 8, as the library does.
@@ -4631,6 +4699,21 @@ size_t st_take(StWriter *w, size_t count) {
     return place;
 }
 
+static void st_put_part(StWriter *w, size_t place, const void *bytes, size_t n) {
+    st_put_at(w, place, bytes, n);
+    if (w->image) return;
+    say_busy();
+    // a GiB at a time, for the last fsync of a large file would take minutes without a sign of life
+    if (place >> 30 != (place + n) >> 30 && fdatasync(w->fd) && !w->failed) w->failed = errno;
+}
+
+// crc: of bytes that end at `place`, which some thread has written.
+static void st_add_crc(StWriter *w, size_t place, uint32_t crc) {
+    crc = crc32_before(crc, w->end - place);
+    #pragma omp atomic
+    w->crc ^= crc;
+}
+
 void st_write_at(StWriter *w, size_t place, const float *values, size_t count) {
     uint16_t half[ST_PIECE];
     uint32_t crc = 0;
@@ -4639,16 +4722,25 @@ void st_write_at(StWriter *w, size_t place, const float *values, size_t count) {
         n = min_size(count, ST_PIECE);
         for (size_t i = 0; i < n && w->dtype == ST_BF16; i++) half[i] = st_float_to_bf16(values[i]);
         const size_t n_bytes = n * st_dtypes[w->dtype].bytes;
-        crc = crc32_update(crc, bytes, n_bytes);
-        st_put_at(w, place, bytes, n_bytes);
-        comm_busy();
-        // a GiB at a time, for the last fsync of a large file would take minutes without a sign of life
-        if (place >> 30 != (place + n_bytes) >> 30 && fdatasync(w->fd) && !w->failed) w->failed = errno;
+        if (!w->image) crc = crc32_update(crc, bytes, n_bytes);
+        st_put_part(w, place, bytes, n_bytes);
         place += n_bytes;
     }
-    crc = crc32_before(crc, w->end - place);
-    #pragma omp atomic
-    w->crc ^= crc;
+    st_add_crc(w, place, crc);
+}
+
+// A file of n bytes that lie in memory, by n_threads. Returns 0 or an errno.
+static int st_write_file(const char *path, const char *data, size_t n, int n_threads, uint32_t *crc) {
+    StWriter *w = st_create(path, NULL);
+    w->end = w->taken = n;
+    (void)n_threads;                            // without OpenMP
+    #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+    for (size_t at = 0; at < n; at += ST_PART) {
+        const size_t k = min_size(n - at, ST_PART);
+        st_put_part(w, at, data + at, k);
+        st_add_crc(w, at + k, crc32_update(0, data + at, k));
+    }
+    return st_finish(w, crc, NULL);
 }
 
 // The next elements.
@@ -4660,7 +4752,7 @@ void st_write(StWriter *w, const float *values, size_t count) {
 // With 0, *crc (of the whole file) and *file_bytes are known; NULL: not asked for.
 int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes) {
     assert(!w->end || w->taken == w->end);
-    if (!w->failed && fsync(w->fd)) w->failed = errno;
+    if (!w->failed && !w->image && fsync(w->fd)) w->failed = errno;
     if (w->fd >= 0 && close(w->fd) && !w->failed) w->failed = errno;
     int failed = w->failed;
     if (crc) *crc = w->crc;
@@ -6263,18 +6355,20 @@ Str flops_text(double x) {
 
 // ==== 15. Checkpoints: Hugging Face directories ============================================================
 // OUT/step_00000120/
-//   config.json, generation_config.json, model.safetensors in the compute precision, tokenizer files: what
-//       Hugging Face loads
-//   optimizer-RRRRR-of-NNNNN.safetensors: fp32 tensors UNIT.KIND.OFFSET, KIND master, m or v: elements from
-//       OFFSET on of the flat unit
+//   config.json, generation_config.json, tokenizer files and, in the compute precision, model.safetensors or
+//       model-IIIII-of-NNNNN.safetensors (from 1) with model.safetensors.index.json: what Hugging Face loads
+//   optimizer-RRRRR-of-NNNNN.safetensors, of rank R of N (from 0): fp32 tensors UNIT.KIND.OFFSET, KIND
+//       master, m or v: elements from OFFSET on of the flat unit
 //   trainer_state.json: step, options, data position, sums of the run
 //   checksums.txt: a line "CRC-32 bytes name" per file; the last line is the CRC-32 of those lines
+// Every rank writes its part, and reads what it needs from whichever files hold it, so that the number of
+// ranks, the ZeRO stage and the trainer may change.
 // Written as OUT/tmp.step_N, fsynced, renamed; only then are old ones removed: a kill leaves a whole one.
 // OUT/lock: held by the run that trains here.
 static float io_values[IO_THREADS][IO_CHUNK];   // what passes between disk and model at a time, per thread
 
 __attribute__((unused)) static int io_threads(void) {           // nvcc does not look for uses in pragmas
-    return (int)min_size((size_t)omp_get_max_threads(), IO_THREADS);
+    return is_writer ? 1 : (int)min_size((size_t)omp_get_max_threads(), IO_THREADS);
 }
 
 // What a checkpoint takes over unchanged from where the run began. It is read then: that may be a checkpoint
@@ -6289,12 +6383,18 @@ static Str optimizer_file(int part, int parts) {
     return str("optimizer-%05d-of-%05d.safetensors", part, parts);
 }
 
+static Str model_file(int file, int files) {
+    return files == 1 ? str("model.safetensors") : str("model-%05d-of-%05d.safetensors", file + 1, files);
+}
+
 static int is_checkpoint_file(const char *name) {
     static const char *const files[] = {"config.json", "generation_config.json", "model.safetensors",
-                                        "trainer_state.json", "checksums.txt"};
+        "model.safetensors.index.json", "trainer_state.json", "checksums.txt"};
     int part, parts;
     for (int i = 0; i < COUNT(files); i++) if (!strcmp(name, files[i])) return 1;
     for (int i = 0; i < COUNT(side_names); i++) if (!strcmp(name, side_names[i])) return 1;
+    if (sscanf(name, "model-%d-of-%d.", &part, &parts) == 2)
+        return !strcmp(name, model_file(part - 1, parts).s);
     return sscanf(name, "optimizer-%d-of-%d.", &part, &parts) == 2
         && !strcmp(name, optimizer_file(part, parts).s);
 }
@@ -6492,31 +6592,66 @@ static int is_whole(const char *dir) {
 }
 
 // ---- writing ----------------------------------------------------------------------------------------------
+// A save in three stages, of which training waits for the first:
+// - Each rank copies what it writes to host memory, as the bytes that its files will have (save_copy).
+// - A thread of each rank writes and fsyncs its files, with their CRC-32. That all are done, the ranks learn
+//   from a sum that each update has anyway.
+// - Rank 0 gathers the CRCs; its thread writes checksums.txt, gives the folder its name and removes old ones.
+// Without memory for the copy, and at the end of a run, the first call does it all.
 // The first failure ends the saving; nothing dies while a half-written folder lies there.
-typedef struct Saving {
-    const char *dir;
-    Text checksums;
-    uint32_t crc;                       // of the file that was written last, and
-    size_t bytes;                       // its size
+enum { SAVE_NONE, SAVE_WRITES, SAVE_PLACES };   // the same on all ranks, but only rank 0 comes to the last
+typedef struct SaveFile {
+    char *name;
+    StWriter *w;                        // NULL: a small file, `data` is its own
+    char *data;                         // (bytes) what is to be written; NULL: it is written
+    size_t bytes;
+    uint32_t crc;
+    int line;                           // of `lines` in checksums.txt; -1: a small file of rank 0
+} SaveFile;
+
+static struct Saving {
+    int stage;
+    int64_t step, keep;
+    const char *out;
+    Str folder;                         // where it is written
+    SaveFile *files;                    // of this rank
+    int n_files, room;
+    // safetensors files of all ranks: the optimizer's, one of each rank, then n_model of the model
+    int lines, n_model;
     Text error;                         // empty while all is well
-} Saving;
+    double bytes, begin, held;          // of all ranks; when it began; seconds that training was held up
+    pthread_t thread;                   // the writer, while has_thread
+    int has_thread, done;               // done: it is
+} saving;
+static struct { char *base; size_t bytes; } save_copy;  // base NULL: none
 
-static StWriter *save_begin(const Saving *s, const char *name, const char *metadata) {
-    return st_create(str("%s/%s", s->dir, name).s, metadata);
+static int has_failed(void) { return saving.error.n != 0; }
+
+static void save_error(const char *name, int failed) {
+    if (!has_failed())
+        text_add(&saving.error, "%s/%s: cannot write: %s", saving.folder.s, name, strerror(failed));
 }
 
-// Ends w: its file joins the checksums, its error becomes the saving's.
-static void save_end(Saving *s, StWriter *w, const char *name) {
-    int failed = st_finish(w, &s->crc, &s->bytes);
-    if (failed && !s->error.n) text_add(&s->error, "%s/%s: cannot write: %s", s->dir, name, strerror(failed));
-    text_add(&s->checksums, "%08x %zu %s\n", s->crc, s->bytes, name);
+static SaveFile *save_add(const char *name, StWriter *w, int line) {
+    saving.files = (SaveFile *)array_room(saving.files, saving.n_files + 1, &saving.room, sizeof(SaveFile));
+    SaveFile f = {xstrdup(name), w, NULL, 0, 0, line};
+    saving.files[saving.n_files] = f;
+    return &saving.files[saving.n_files++];
 }
 
-static void save_file(Saving *s, const char *name, const void *data, size_t n) {
-    if (s->error.n) return;
-    StWriter *w = save_begin(s, name, NULL);
-    st_put(w, data, n);
-    save_end(s, w, name);
+static void save_small(const char *name, const void *data, size_t n) {
+    SaveFile *f = save_add(name, NULL, -1);
+    f->data = (char *)memcpy(xmalloc(n), data, n);
+    f->bytes = n;
+}
+
+static void save_forget(void) {
+    for (SaveFile *f = saving.files; f < saving.files + saving.n_files; f++) {
+        if (f->w) st_finish(f->w, NULL, NULL);
+        else free(f->data);
+        free(f->name);
+    }
+    saving.n_files = 0;
 }
 
 // Elements [at, at+n) of unit u in one kind of state are the next values of w.
@@ -6524,23 +6659,27 @@ void save_values(StWriter *w, const Model *m, int kind, int u, size_t at, size_t
     const size_t place = st_take(w, n), size = st_dtypes[w->dtype].bytes;
     #pragma omp parallel for schedule(dynamic) num_threads(io_threads())
     for (size_t done = 0; done < n; done += IO_CHUNK) {
-        const size_t k = min_size(n - done, IO_CHUNK);
+        const size_t k = min_size(n - done, IO_CHUNK), to = place + done * size;
+        if (w->image && model_copy_start(m, kind, u, at + done, k, w->dtype == ST_BF16, w->image + to))
+            continue;
         const float *values = model_floats(m, kind, u, at + done);
         if (!values) {
             float *copy = io_values[omp_get_thread_num()];
             model_read(m, kind, u, at + done, k, copy);
             values = copy;
         }
-        st_write_at(w, place + done * size, values, k);
+        st_write_at(w, to, values, k);
     }
+}
+
+static void st_declare_tensor(StWriter *w, const Tensor *t, int dtype) {
+    int64_t shape[2] = {t->rows, t->cols};
+    st_declare(w, t->name, dtype, t->cols ? 2 : 1, shape);
 }
 
 // Announces every tensor of the table.
 void st_declare_table(StWriter *w, const ParamTable *p, int dtype) {
-    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) {
-        int64_t shape[2] = {t->rows, t->cols};
-        st_declare(w, t->name, dtype, t->cols ? 2 : 1, shape);
-    }
+    for (const Tensor *t = p->tensors; t < p->tensors + p->n_tensors; t++) st_declare_tensor(w, t, dtype);
 }
 
 // The tensors of the table in one kind of state, weights or gradients, are the next values of w. All ranks
@@ -6554,15 +6693,30 @@ void save_table(StWriter *w, Model *m, int kind) {
     }
 }
 
-static void save_weights(Saving *s, Model *m, int dtype) {
-    StWriter *w = comm_rank() ? NULL : save_begin(s, "model.safetensors", "{\"format\":\"pt\"}");
-    if (w) {
-        st_declare_table(w, model_table(m), dtype);
-        st_begin(w);
+static int model_dtype(const Options *o) { return o->precision == BF16 ? ST_BF16 : ST_F32; }
+
+// Unit u's tensors are in file of_unit[u] of the model; returns the number of files. As many as ranks, but of
+// at least about 64 MiB and at most about 40 GB each: units in order, each where the middle of it falls when
+// the bytes are divided evenly.
+static int model_files(const ParamTable *p, int dtype, int world, int *of_unit) {
+    const double size = (double)st_dtypes[dtype].bytes;
+    double total = 0, before = 0;
+    for (int u = 0; u < p->n_units; u++) total += (double)p->units[u].n * size;
+    double n = fmin(world, floor(total / (64 << 20)));
+    n = fmax(fmax(n, 1), ceil(total / 40e9));
+    int files = 0, last = -1;
+    for (int u = 0; u < p->n_units; u++) {
+        const double bytes = (double)p->units[u].n * size;
+        const int place = (int)((before + bytes / 2) * n / total);
+        before += bytes;
+        files += place != last;                 // none falls into the parts that a large unit spans
+        last = place;
+        of_unit[u] = files - 1;
     }
-    save_table(w, m, STATE_WEIGHTS);
-    if (w) save_end(s, w, "model.safetensors");
+    return files;
 }
+
+static int model_file_rank(int file, int files, int world) { return (int)((int64_t)file * world / files); }
 
 static const char *const state_kinds[] = {"weights", "master", "m", "v"};
 
@@ -6573,22 +6727,64 @@ static void unit_share(const Model *m, int u, size_t *first, size_t *n) {
     *n = *first < unit->n ? min_size(*n, unit->n - *first) : 0;
 }
 
-static void save_optimizer(Saving *s, const Model *m, const char *name) {
+// What rank `rank` writes of it: those with the same share (world / S of them, if S ranks share a unit) write
+// a part each.
+static void unit_part(const Model *m, int u, int rank, int world, size_t *first, size_t *n) {
+    const Unit *unit = &model_table(m)->units[u];
+    state_share(m, u, first, n);
+    const size_t S = unit->n_padded / *n, part = CEIL_DIV(*n, (size_t)world / S);
+    const size_t begin = min_size((size_t)rank / S * part, *n);
+    *n = min_size(part, *n - begin);
+    *first += begin;
+    *n = *first < unit->n ? min_size(*n, unit->n - *first) : 0;
+}
+
+// The safetensors files of a rank, declared: its part of the optimizer state, then its files of the model.
+static void save_declare(const Model *m, const Options *o, int rank, int world) {
     const ParamTable *p = model_table(m);
-    StWriter *w = save_begin(s, name, NULL);
-    for (int pass = 0; pass < 2; pass++) {          // declare, then write
-        for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
-            size_t first, n;
-            unit_share(m, u, &first, &n);
-            int64_t shape = (int64_t)n;
-            if (pass) save_values(w, m, kind, u, first, n);
-            else if (n)
-                st_declare(w, str("%s.%s.%zu", p->units[u].name, state_kinds[kind], first).s, ST_F32, 1,
-                           &shape);
-        }
-        if (pass == 0) st_begin(w);
+    int *of_unit = (int *)xcalloc((size_t)p->n_units, sizeof(int));
+    StWriter *w = st_create(NULL, NULL);
+    save_add(optimizer_file(rank, world).s, w, rank);
+    for (int u = 0; u < p->n_units; u++) for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
+        size_t first, n;
+        unit_part(m, u, rank, world, &first, &n);
+        const int64_t shape = (int64_t)n;
+        const Str name = str("%s.%s.%zu", p->units[u].name, state_kinds[kind], first);
+        if (n) st_declare(w, name.s, ST_F32, 1, &shape);
     }
-    save_end(s, w, name);
+    saving.n_model = model_files(p, model_dtype(o), world, of_unit);
+    saving.lines = world + saving.n_model;
+    for (int f = 0; f < saving.n_model; f++) {
+        if (model_file_rank(f, saving.n_model, world) != rank) continue;
+        w = st_create(NULL, "{\"format\":\"pt\"}");
+        save_add(model_file(f, saving.n_model).s, w, world + f);
+        for (int i = 0; i < p->n_tensors; i++)
+            if (of_unit[p->tensors[i].unit] == f) st_declare_tensor(w, &p->tensors[i], model_dtype(o));
+    }
+    free(of_unit);
+}
+
+// Host memory that the copy of a rank takes.
+double checkpoint_copy_bytes(const Model *m, const Options *o, int rank, int world) {
+    double bytes = 0;
+    save_declare(m, o, rank, world);
+    for (int i = 0; i < saving.n_files; i++) bytes += (double)st_bytes(saving.files[i].w);
+    save_forget();
+    return bytes;
+}
+
+// Takes that memory, for a run that saves before its end; all ranks call it. Where one has not so much, all
+// write without a copy.
+void checkpoint_reserve(const Model *m, const Options *o) {
+    if (!o->checkpoint_every || o->checkpoint_every >= o->steps) return;
+    const double bytes = checkpoint_copy_bytes(m, o, comm_rank(), comm_world());
+    save_copy.base = (char *)device_host_memory(m, (size_t)bytes);
+    save_copy.bytes = (size_t)bytes;
+    if (comm_max(!save_copy.base) == 0) return;
+    device_host_memory_free(save_copy.base);
+    save_copy.base = NULL;
+    printf("note | no %.1f MiB of host memory for a copy of the state: training waits while a checkpoint is "
+           "written\n", bytes / 1048576);
 }
 
 static void text_add_series(Text *t, const char *key, const double *x) {
@@ -6597,7 +6793,7 @@ static void text_add_series(Text *t, const char *key, const double *x) {
     text_add(t, "]");
 }
 
-static void save_trainer_state(Saving *s, const TrainState *t) {
+static void save_trainer_state(const TrainState *t) {
     Text j = {NULL, 0, 0};
     text_add(&j, "{\"format\": 2, \"run\": \"%016" PRIx64 "\",\n \"step\": %" PRId64 ", \"updates\": %"
              PRId64 ", \"tokens\": %" PRId64 ", \"world\": %d", t->run, t->step, t->updates, t->tokens,
@@ -6613,7 +6809,7 @@ static void save_trainer_state(Saving *s, const TrainState *t) {
     text_add_series(&j, "losses", t->losses);
     text_add_series(&j, "norms", t->norms);
     text_add(&j, "}\n");
-    save_file(s, "trainer_state.json", j.s, (size_t)j.n);
+    save_small("trainer_state.json", j.s, (size_t)j.n);
     free(j.s);
 }
 
@@ -6639,9 +6835,9 @@ void side_files_read(const char *model_dir, const Tokenizer *t, const char *chat
 }
 
 // What Hugging Face wants beside the weights.
-static void save_side_files(Saving *s, const Config *c, const Options *o) {
+static void save_side_files(const Config *c, const Options *o) {
     char *config = config_to_json(c, o->precision == BF16 ? "bfloat16" : "float32");
-    save_file(s, "config.json", config, strlen(config));
+    save_small("config.json", config, strlen(config));
     free(config);
     Text g = {NULL, 0, 0};
     text_add(&g, "{");
@@ -6650,10 +6846,72 @@ static void save_side_files(Saving *s, const Config *c, const Options *o) {
     text_add(&g, "\"eos_token_id\": ");
     config_add_eos(&g, c);
     text_add(&g, ", \"do_sample\": true}\n");
-    if (!side_files[SIDE_GENERATION].data) save_file(s, "generation_config.json", g.s, (size_t)g.n);
+    if (!side_files[SIDE_GENERATION].data) save_small("generation_config.json", g.s, (size_t)g.n);
     free(g.s);
     for (int i = 0; i < COUNT(side_names); i++)
-        if (side_files[i].data) save_file(s, side_names[i], side_files[i].data, side_files[i].n);
+        if (side_files[i].data) save_small(side_names[i], side_files[i].data, side_files[i].n);
+}
+
+// model.safetensors.index.json, where the model is in several files: as transformers writes it.
+typedef struct IndexRow { const char *name; int unit; } IndexRow;
+
+static void save_index(const ParamTable *p, int dtype, int world) {
+    int *of_unit = (int *)xcalloc((size_t)p->n_units, sizeof(int));
+    const int files = model_files(p, dtype, world, of_unit);
+    IndexRow *row = (IndexRow *)xcalloc((size_t)p->n_tensors, sizeof *row);
+    Text t = {NULL, 0, 0};
+    for (int i = 0; i < p->n_tensors; i++) row[i].name = p->tensors[i].name, row[i].unit = p->tensors[i].unit;
+    qsort(row, (size_t)p->n_tensors, sizeof *row, compare_names);
+    text_add(&t, "{\n  \"metadata\": {\n    \"total_parameters\": %zu,\n    \"total_size\": %zu\n  },\n"
+             "  \"weight_map\": {", p->n_params, p->n_params * st_dtypes[dtype].bytes);
+    for (int i = 0; i < p->n_tensors; i++)
+        text_add(&t, "%s\n    \"%s\": \"%s\"", i ? "," : "", row[i].name,
+                 model_file(of_unit[row[i].unit], files).s);
+    text_add(&t, "\n  }\n}\n");
+    save_small("model.safetensors.index.json", t.s, (size_t)t.n);
+    free(t.s);
+    free(row);
+    free(of_unit);
+}
+
+// The copy, or where there is no room for one the files themselves; all ranks walk over the units together.
+static void save_copy_state(Model *m, const Options *o) {
+    const ParamTable *p = model_table(m);
+    const int world = comm_world(), rank = comm_rank();
+    size_t room = 0;
+    save_declare(m, o, rank, world);
+    SaveFile *const first_file = saving.files, *const end = first_file + saving.n_files;
+    for (SaveFile *f = first_file; f < end; f++) room += st_bytes(f->w);
+    const int in_memory = save_copy.base && room <= save_copy.bytes;
+    char *at = save_copy.base;
+    for (SaveFile *f = first_file; f < end; at += f++->bytes) {
+        f->bytes = st_bytes(f->w);
+        if (in_memory) f->w->image = f->data = at;
+        else st_create_file(f->w, str("%s/%s", saving.folder.s, f->name).s);
+        st_begin(f->w);
+    }
+    int *of_unit = (int *)xcalloc((size_t)p->n_units, sizeof(int));
+    model_files(p, model_dtype(o), world, of_unit);
+    for (int u = 0; u < p->n_units; u++) {
+        model_gather(m, STATE_WEIGHTS, u);
+        for (SaveFile *f = first_file + 1; f < end; f++)
+            for (int i = 0; i < p->units[u].n_tensors && f->line == world + of_unit[u]; i++) {
+                const Tensor *t = &p->tensors[p->units[u].first_tensor + i];
+                save_values(f->w, m, STATE_WEIGHTS, u, t->at, t->n);
+            }
+        for (int kind = STATE_MASTER; kind <= STATE_V; kind++) {
+            size_t first, n;
+            unit_part(m, u, rank, world, &first, &n);
+            if (n) save_values(first_file->w, m, kind, u, first, n);
+        }
+    }
+    free(of_unit);
+    device_wait();
+    for (SaveFile *f = first_file; f < end && !in_memory; f++) {
+        const int failed = st_finish(f->w, &f->crc, NULL);
+        f->w = NULL;
+        if (failed) save_error(f->name, failed);
+    }
 }
 
 // Removes all but the `keep` newest whole checkpoints up to step `saved`. Later ones can only be damaged ones
@@ -6671,74 +6929,213 @@ static void checkpoint_prune(const char *out, int64_t saved, int64_t keep) {
     free(steps);
 }
 
-// tmp, which is whole, becomes OUT/step_N, in the place of a damaged one if need be.
-static void checkpoint_place(Saving *s, const char *tmp, const Options *o, int64_t step) {
-    const Str final = checkpoint_path(o->out, step), old = free_name(o->out, step);
+// The folder, which is whole, becomes OUT/step_N, in the place of a damaged one if need be.
+static void checkpoint_place(void) {
+    const Str final = checkpoint_path(saving.out, saving.step), old = free_name(saving.out, saving.step);
     const int replaces = !rename(final.s, old.s);
-    if (rename(tmp, final.s)) {
-        text_add(&s->error, "%s: %s", final.s, strerror(errno));
+    if (rename(saving.folder.s, final.s)) {
+        text_add(&saving.error, "%s: %s", final.s, strerror(errno));
         if (replaces) rename(old.s, final.s);
         return;
     }
-    sync_folder(o->out);
+    sync_folder(saving.out);
     if (replaces) remove_folder(old.s);
     trust(final.s);
-    checkpoint_prune(o->out, step, o->keep);
+    checkpoint_prune(saving.out, saving.step, saving.keep);
 }
 
-// Saves everything as OUT/step_N; all ranks call it. Dies if the disk refuses, after removing what it began.
-void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o) {
-    int rank = comm_rank(), parts = m->plan.shard;
-    Str tmp = free_name(o->out, t->step);
-    Saving s = {tmp.s, {NULL, 0, 0}, 0, 0, {NULL, 0, 0}};
-    // CRC-32 and bytes of each optimizer file; failures
-    double *sums = (double *)xcalloc((size_t)parts * 2 + 1, sizeof(double));
-    if (rank == 0 && mkdir(tmp.s, 0777)) text_add(&s.error, "%s: %s", tmp.s, strerror(errno));
-    comm_broadcast(&tmp, sizeof tmp);                   // of rank 0; now it is there
-    if (rank < parts && !s.error.n) {
-        save_optimizer(&s, m, optimizer_file(rank, parts).s);
-        sums[2 * rank] = s.crc;
-        sums[2 * rank + 1] = (double)s.bytes;
+// What is to be written at this stage, by n_threads. In the end nothing but checksums.txt is missing, then
+// nothing.
+static void save_write(int n_threads) {
+    for (SaveFile *f = saving.files; f < saving.files + saving.n_files && !has_failed(); f++) {
+        if (!f->data) continue;
+        const int failed = st_write_file(str("%s/%s", saving.folder.s, f->name).s, f->data, f->bytes,
+                                         n_threads, &f->crc);
+        if (failed) save_error(f->name, failed);
     }
-    save_weights(&s, m, o->precision == BF16 ? ST_BF16 : ST_F32);
-    if (rank == 0 && !s.error.n) {
-        save_side_files(&s, c, o);
-        save_trainer_state(&s, t);
+    if (saving.stage != SAVE_PLACES || has_failed()) return;
+    sync_folder(saving.folder.s);
+    checkpoint_place();
+}
+
+static void *writer_main(void *unused) {
+    (void)unused;
+    is_writer = 1;
+    save_write(1);
+    __atomic_store_n(&saving.done, 1, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+// save_write in a thread, or here: with several, or because there can be no other. Signals stay with the main
+// thread.
+static void save_start(int in_thread) {
+    sigset_t all, before;
+    sigfillset(&all);
+    saving.done = 0;
+    if (in_thread) pthread_sigmask(SIG_BLOCK, &all, &before);
+    saving.has_thread = in_thread && !pthread_create(&saving.thread, NULL, writer_main, NULL);
+    if (in_thread) pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (saving.has_thread) return;
+    save_write(io_threads());
+    saving.done = 1;
+}
+
+static int save_done(void) { return __atomic_load_n(&saving.done, __ATOMIC_ACQUIRE); }
+
+// Until this rank's writer is done; the others, in comm_barrier, are told that it works.
+static void save_join(void) {
+    int64_t seen = 0;
+    while (!save_done()) {
+        const int64_t signs = __atomic_load_n(&writer_signs, __ATOMIC_RELAXED);
+        if (signs != seen) comm_busy();
+        seen = signs;
+        usleep(500);
     }
-    sums[2 * parts] = s.error.n != 0;
-    comm_barrier();                                     // rank 0 writes longest
-    comm_sum(sums, 2 * parts + 1);
-    int failed = sums[2 * parts] > 0;
-    if (rank == 0 && !failed) {
-        for (int i = 1; i < parts; i++)             // rank 0's own is there
-            text_add(&s.checksums, "%08x %.0f %s\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
-                     optimizer_file(i, parts).s);
-        text_add(&s.checksums, "%08x\n", crc32_update(0, s.checksums.s, (size_t)s.checksums.n));
-        save_file(&s, "checksums.txt", s.checksums.s, (size_t)s.checksums.n);
-        sync_folder(tmp.s);
-        if (!s.error.n) checkpoint_place(&s, tmp.s, o, t->step);
+    if (saving.has_thread) pthread_join(saving.thread, NULL);
+    saving.has_thread = 0;
+}
+
+// Removes what was begun and ends the run. together: all ranks are here.
+static void save_die(int together) {
+    const int known = has_failed();
+    const Str why = known ? str("%s; older checkpoints are whole: make room, then --resume auto",
+                                saving.error.s) : str("another rank could not write its part");
+    save_forget();
+    free(saving.error.s);
+    memset(&saving.error, 0, sizeof saving.error);
+    saving.stage = SAVE_NONE;
+    if (comm_rank() == 0) remove_folder(saving.folder.s);
+    if (together) comm_barrier();
+    if (!known) usleep(2000000);                        // whoever knows more should say it
+    die("cannot save step %" PRId64 ": %s", saving.step, why.s);
+}
+
+// All ranks have written. Rank 0 gets their CRCs, and the rest is its own.
+static void save_collect(void) {
+    double *sums = (double *)xcalloc((size_t)saving.lines * 2 + 1, sizeof(double));
+    const int rank = comm_rank();
+    Text list = {NULL, 0, 0};
+    for (SaveFile *f = saving.files; f < saving.files + saving.n_files; f++) {
+        if (f->line < 0) text_add(&list, "%08x %zu %s\n", f->crc, f->bytes, f->name);
+        else sums[2 * f->line] = f->crc, sums[2 * f->line + 1] = (double)f->bytes;
     }
-    if (s.error.n) {
-        if (rank == 0) remove_folder(tmp.s);
-        die("cannot save step %" PRId64 ": %s; older checkpoints are whole: make room, then --resume auto",
-            t->step, s.error.s);
+    sums[2 * saving.lines] = has_failed();
+    comm_sum(sums, saving.lines * 2 + 1);
+    const int failed = sums[2 * saving.lines] > 0, world = comm_world();
+    saving.bytes = 0;
+    for (int i = 0; i < saving.lines; i++) {
+        saving.bytes += sums[2 * i + 1];
+        text_add(&list, "%08x %.0f %s\n", (uint32_t)sums[2 * i], sums[2 * i + 1],
+                 i < world ? optimizer_file(i, world).s : model_file(i - world, saving.n_model).s);
+    }
+    text_add(&list, "%08x\n", crc32_update(0, list.s, (size_t)list.n));
+    free(sums);
+    if (failed) free(list.s), save_die(/*together=*/1);
+    save_forget();
+    saving.stage = rank == 0 ? SAVE_PLACES : SAVE_NONE;
+    if (rank == 0) save_small("checksums.txt", list.s, (size_t)list.n);
+    free(list.s);
+}
+
+// Rank 0: the checkpoint has its name.
+static void save_end(void) {
+    if (has_failed()) save_die(/*together=*/0);
+    save_forget();
+    saving.stage = SAVE_NONE;
+    const double all = now_seconds() - saving.begin;
+    live_end();
+    printf("step %" PRId64 " | saved %s in %.1f s, training held up %.1f s\n", saving.step,
+           checkpoint_path(saving.out, saving.step).s, all, saving.held);
+    fflush(stdout);
+    Text r = {NULL, 0, 0};
+    text_add(&r, "{\"type\": \"save\", \"step\": %" PRId64, saving.step);
+    text_add_field(&r, "seconds_held_up", saving.held);
+    text_add_field(&r, "seconds_in_background", all - saving.held);
+    text_add_field(&r, "bytes", saving.bytes);
+    log_record(&r);
+}
+
+// 1 while this rank writes what others wait for.
+int checkpoint_writing(void) { return saving.stage == SAVE_WRITES && !save_done(); }
+
+// After each update, with the number of ranks that were writing when it began: a save's next stage.
+void checkpoint_turn(double writing) {
+    const double start = now_seconds();
+    if (saving.stage == SAVE_WRITES && writing == 0) {
+        save_join();
+        save_collect();
+        if (saving.stage == SAVE_PLACES) save_start(/*in_thread=*/1);
+        saving.held += now_seconds() - start;
+    } else if (saving.stage == SAVE_PLACES && save_done()) {
+        save_join();
+        save_end();
+    }
+}
+
+// Until the checkpoint that is being written, if there is one, is whole; all ranks call it.
+void checkpoint_wait(void) {
+    const double start = now_seconds();
+    const int writes = saving.stage == SAVE_WRITES;
+    if (writes) {
+        save_join();
+        comm_barrier();
+        save_collect();
+        if (saving.stage == SAVE_PLACES) save_start(/*in_thread=*/0);
+    }
+    if (saving.stage == SAVE_PLACES) {
+        save_join();
+        saving.held += now_seconds() - start;
+        save_end();
     }
     comm_barrier();
-    if (failed) die("cannot save step %" PRId64 ": another rank could not write its part", t->step);
-    free(s.checksums.s); free(sums);
+}
+
+// Saves everything as OUT/step_N; all ranks call it. goes_on: training does, while the rest is written; else,
+// or without memory for a copy, this returns when the checkpoint is whole. Dies if the disk refuses, after
+// removing what it began.
+void checkpoint_save(Model *m, const TrainState *t, const Config *c, const Options *o, int goes_on) {
+    static int said;
+    if (goes_on && (checkpoint_writing() || saving.stage == SAVE_PLACES) && !said++)
+        printf("note | step %" PRId64 ": training waits for the checkpoint of step %" PRId64 ", which is "
+               "still being written; a larger --checkpoint-every avoids that\n", t->step, saving.step);
+    checkpoint_wait();
+    saving.begin = now_seconds();
+    saving.step = t->step;
+    saving.out = o->out;
+    saving.keep = o->keep;
+    Str tmp = free_name(o->out, t->step);
+    int failed = comm_rank() == 0 && mkdir(tmp.s, 0777) ? errno : 0;
+    comm_broadcast(&failed, sizeof failed);
+    comm_broadcast(&tmp, sizeof tmp);                   // of rank 0; now it is there
+    saving.folder = tmp;
+    if (failed) {
+        text_add(&saving.error, "%s: %s", tmp.s, strerror(failed));
+        save_die(/*together=*/1);
+    }
+    save_copy_state(m, o);
+    if (comm_rank() == 0) {
+        if (saving.n_model > 1) save_index(model_table(m), model_dtype(o), comm_world());
+        save_side_files(c, o);
+        save_trainer_state(t);
+    }
+    goes_on &= save_copy.base != NULL;
+    saving.stage = SAVE_WRITES;
+    save_start(goes_on);
+    saving.held = now_seconds() - saving.begin;
+    if (!goes_on) checkpoint_wait();
 }
 
 // ---- reading ----------------------------------------------------------------------------------------------
-static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
-    struct stat info;
+// What bytes [begin, end) of a file of n bytes add (^) to its CRC-32. 0: they cannot be read.
+static int file_crc_part(const char *path, size_t begin, size_t end, size_t n, uint32_t *crc) {
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    int ok = fd >= 0 && !fstat(fd, &info) && S_ISREG(info.st_mode);
-    const size_t n = ok ? (size_t)info.st_size : 0, piece = sizeof io_values[0];
+    int ok = fd >= 0;
+    const size_t piece = sizeof io_values[0];
     uint32_t sum = 0;
     #pragma omp parallel for schedule(dynamic) num_threads(io_threads()) reduction(^ : sum) reduction(& : ok)
-    for (size_t at = 0; at < n; at += piece) {
-        const size_t k = min_size(n - at, piece);
-        comm_busy();
+    for (size_t at = begin; at < end; at += piece) {
+        const size_t k = min_size(end - at, piece);
+        say_busy();
         char *data = (char *)io_values[omp_get_thread_num()];
         ssize_t got = 1;
         for (size_t done = 0; done < k && got > 0; done += (size_t)got)
@@ -6748,64 +7145,142 @@ static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         //
     }
     if (fd >= 0) close(fd);
     *crc = sum;
-    *bytes = n;
     return ok;
+}
+
+static int file_crc(const char *path, uint32_t *crc, size_t *bytes) {         // 0: not there, or not readable
+    struct stat info;
+    if (stat(path, &info) || !S_ISREG(info.st_mode)) return 0;
+    *bytes = (size_t)info.st_size;
+    return file_crc_part(path, 0, *bytes, *bytes, crc);
+}
+
+// The text of checksums.txt without its last line, if that fits it; else why is not empty.
+static char *list_read(const char *path, size_t *size, Str *why) {
+    struct stat info;
+    *size = 0;
+    if (stat(path, &info) || info.st_size < 9 || info.st_size > 1 << 26) {
+        *why = str("%s is missing or empty", path);
+        return NULL;
+    }
+    char *text = read_text_file(path, 1 << 26, size);
+    *size -= 9;
+    if (strcmp(text + *size, str("%08x\n", crc32_update(0, text, *size)).s))
+        *why = str("%s does not match its own checksum", path);
+    text[*size] = 0;
+    return text;
+}
+
+typedef struct Listed { char *name; uint32_t crc; size_t bytes; } Listed;       // a line of it
+
+// The n files that it names. weights_only: of the model's files, which --init-from reads.
+static Listed *list_parse(char *text, const char *path, int weights_only, int *n, Str *why) {
+    Listed *list = NULL;
+    int room = *n = 0;
+    for (char *line = text, *next; *line; line = next) {
+        Listed f = {NULL, 0, 0};
+        int name = 0;
+        next = line + strcspn(line, "\n");
+        if (*next) *next++ = 0;
+        const int fields = sscanf(line, "%" SCNx32 " %zu %n", &f.crc, &f.bytes, &name);
+        f.name = line + name;
+        if (fields != 2 || !name || strlen(f.name) > 255) *why = str("%s has a bad line", path);
+        if (weights_only && strncmp(f.name, "model", 5) && strcmp(f.name, "config.json")) continue;
+        list = (Listed *)array_room(list, *n + 1, &room, sizeof f);
+        list[(*n)++] = f;
+    }
+    return list;
+}
+
+static Str file_in(const char *dir, const Listed *f) { return str("%s/%s", dir, f->name); }
+
+// Of rank 0, which looks first. Without reading the files: are they there, with their bytes?
+static void list_check_sizes(const char *dir, const Listed *list, int n, Str *why) {
+    struct stat info;
+    for (int i = n - 1; i >= 0; i--) {
+        const Str file = file_in(dir, &list[i]);
+        if (stat(file.s, &info) || !S_ISREG(info.st_mode)) *why = str("%s is missing", file.s);
+        else if ((size_t)info.st_size != list[i].bytes)
+            *why = str("%s has %zu bytes, not %zu", file.s, (size_t)info.st_size, list[i].bytes);
+    }
+}
+
+// checkpoint_whole by `world` ranks together, each of which reads its part of all bytes. The CRC-32 of a file
+// is the exclusive or of what its parts add: in each bit whether the sum over the ranks is odd.
+static Str verify(const char *dir, int weights_only, int rank, int world) {
+    enum { SUMS = 33 };                         // of a file: 32 bits, and ranks that could not read it
+    const Str path = str("%s/checksums.txt", dir);
+    Str why = {""};
+    size_t size = 0, total = 0, at = 0;
+    int n = 0;
+    char *text = rank ? NULL : list_read(path.s, &size, &why);
+    if (world > 1) comm_broadcast(&size, sizeof size);
+    if (rank) text = (char *)xcalloc(size + 1, 1);
+    if (world > 1) comm_broadcast(text, size);
+    Listed *list = text && !why.s[0] ? list_parse(text, path.s, weights_only, &n, &why) : NULL;
+    if (rank == 0 && !why.s[0]) list_check_sizes(dir, list, n, &why);
+    if (world > 1) comm_broadcast(&why, sizeof why);
+    double *sums = (double *)xcalloc((size_t)n * SUMS, sizeof(double));
+    for (int i = 0; i < n; i++) total += list[i].bytes;
+    const size_t begin = total / (size_t)world * (size_t)rank;
+    const size_t end = rank + 1 < world ? begin + total / (size_t)world : total;
+    for (int i = 0; i < n && !why.s[0]; at += list[i++].bytes) {
+        const size_t from = begin > at ? begin - at : 0;
+        const size_t to = end > at ? min_size(end - at, list[i].bytes) : 0;
+        uint32_t crc = 0;
+        if (from < to)
+            sums[i * SUMS + 32] = !file_crc_part(file_in(dir, &list[i]).s, from, to, list[i].bytes, &crc);
+        for (int b = 0; b < 32; b++) sums[i * SUMS + b] = crc >> b & 1;
+    }
+    if (world > 1 && !why.s[0]) {
+        comm_barrier();                         // which takes a while
+        comm_sum(sums, n * SUMS);
+    }
+    for (int i = 0; i < n && !why.s[0]; i++) {
+        uint32_t crc = 0;
+        for (int b = 0; b < 32; b++) crc |= (uint32_t)((int)sums[i * SUMS + b] & 1) << b;
+        if (sums[i * SUMS + 32] > 0) why = str("%s cannot be read", file_in(dir, &list[i]).s);
+        else if (crc != list[i].crc) why = str("%s is damaged (checksum differs)", file_in(dir, &list[i]).s);
+    }
+    free(sums);
+    free(list);
+    free(text);
+    return why;
 }
 
 // Empty if every file of the checkpoint is there with the recorded bytes; else what is wrong. weights_only:
 // of the model's files, which --init-from reads.
-Str checkpoint_whole(const char *dir, int weights_only) {
-    Str path = str("%s/checksums.txt", dir), why = {""};
-    struct stat info;
-    size_t size;
-    if (stat(path.s, &info) || info.st_size < 9 || info.st_size > 1 << 24)
-        return str("%s is missing or empty", path.s);
-    char *text = read_text_file(path.s, 1 << 24, &size);
-    if (strcmp(text + size - 9, str("%08x\n", crc32_update(0, text, size - 9)).s))
-        why = str("%s does not match its own checksum", path.s);
-    text[size - 9] = 0;
-    for (char *line = text, *next; !why.s[0] && *line; line = next) {
-        uint32_t crc, found_crc;
-        size_t bytes, found;
-        int name = 0;
-        next = line + strcspn(line, "\n");
-        if (*next) *next++ = 0;
-        int fields = sscanf(line, "%" SCNx32 " %zu %n", &crc, &bytes, &name);
-        Str file = str("%s/%.255s", dir, line + name);
-        if (weights_only && strncmp(line + name, "model", 5) && strcmp(line + name, "config.json")) continue;
-        if (fields != 2 || !name) why = str("%s has a bad line", path.s);
-        else if (!file_crc(file.s, &found_crc, &found)) why = str("%s is missing", file.s);
-        else if (found != bytes) why = str("%s has %zu bytes, not %zu", file.s, found, bytes);
-        else if (found_crc != crc) why = str("%s is damaged (checksum differs)", file.s);
-    }
-    free(text);
-    return why;
+Str checkpoint_whole(const char *dir, int weights_only) { return verify(dir, weights_only, 0, 1); }
+
+// The same, by all ranks together.
+static Str checkpoint_whole_together(const char *dir, int weights_only) {
+    return verify(dir, weights_only, comm_rank(), comm_world());
 }
 
 // --resume: the folder to continue, whole; NULL: auto found none. It names damaged ones and tries older ones.
 char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
-        if (!comm_rank()) why = checkpoint_whole(resume, /*weights_only=*/0);
-        comm_barrier();                                 // which takes a while
+        why = checkpoint_whole_together(resume, /*weights_only=*/0);
         if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
         trust(resume);
         return xstrdup(resume);
     }
     int64_t *steps, chosen = -1;
     int n = checkpoint_list(out, &steps);
-    for (int i = n - 1; i >= 0 && chosen < 0 && comm_rank() == 0; i--) {
-        const Str dir = checkpoint_path(out, steps[i]);
-        why = checkpoint_whole(dir.s, /*weights_only=*/0);
-        if (!why.s[0]) chosen = steps[i], trust(dir.s);
-        else fprintf(stderr, "warning: %s; trying an older checkpoint\n", why.s);
+    comm_broadcast(&n, sizeof n);                       // what rank 0 sees, all look at
+    for (int i = n - 1; i >= 0 && chosen < 0; i--) {
+        int64_t step = comm_rank() ? 0 : steps[i];
+        comm_broadcast(&step, sizeof step);
+        const Str dir = checkpoint_path(out, step);
+        why = checkpoint_whole_together(dir.s, /*weights_only=*/0);
+        if (!why.s[0]) chosen = step, trust(dir.s);
+        else if (comm_rank() == 0) fprintf(stderr, "warning: %s; trying an older checkpoint\n", why.s);
     }
     free(steps);
-    if (n && chosen < 0 && comm_rank() == 0)
+    if (n && chosen < 0)
         die("--resume auto: no whole checkpoint in %s (%s); remove the folder or name another --out",
             out, why.s);
-    comm_barrier();                                     // rank 0 took a while
-    comm_broadcast(&chosen, sizeof chosen);
     return chosen < 0 ? NULL : xstrdup(checkpoint_path(out, chosen).s);
 }
 
@@ -6899,9 +7374,15 @@ static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t fir
     Str text = str("%s.%s.", unit->name, state_kinds[kind]);
     const char *prefix = text.s;
     size_t found = 0;
-    for (const StTensor *t = s->tensors; t < s->tensors + s->n_tensors; t++) {
+    int first_tensor = 0, above = s->n_tensors;         // sorted: the first that is not before prefix
+    while (first_tensor < above) {
+        const int middle = (first_tensor + above) / 2;
+        if (strcmp(s->tensors[middle].name, prefix) < 0) first_tensor = middle + 1;
+        else above = middle;
+    }
+    for (const StTensor *t = s->tensors + first_tensor; t < s->tensors + s->n_tensors; t++) {
         int64_t offset;
-        if (strncmp(t->name, prefix, strlen(prefix))) continue;
+        if (strncmp(t->name, prefix, strlen(prefix))) break;
         if (!parse_int(t->name + strlen(prefix), &offset) || offset < 0) continue;
         size_t begin = (size_t)offset > first ? (size_t)offset : first;
         size_t end = min_size((size_t)offset + t->n, first + n);
@@ -6914,16 +7395,17 @@ static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t fir
             s->paths[0], found, n, state_kinds[kind], unit->name);
 }
 
-// Weights and, for training (state), m and v of a checkpoint written on any number of ranks. The weights come
-// from the masters; model_set_master then derives what is computed with.
+// Weights and, for training (state), m and v of a checkpoint written on any number of ranks; only what this
+// rank keeps is read. The weights come from the masters; model_set_master then derives what is computed with.
 void checkpoint_read_model(const char *dir, Model *m, int state) {
     const ParamTable *p = model_table(m);
     StSet *s = st_open_all(str("%s/optimizer-*-of-*.safetensors", dir).s);
     if (!s) die("%s: no optimizer state here; --init-from %s starts a new run from its weights", dir, dir);
     for (int u = 0; u < p->n_units; u++) {
         size_t at, n;
-        optimizer_read(s, m, u, STATE_MASTER, 0, p->units[u].n, STATE_WEIGHTS);
         unit_share(m, u, &at, &n);
+        if (opt.zero == 3) optimizer_read(s, m, u, STATE_MASTER, at, n, STATE_WEIGHTS);
+        else optimizer_read(s, m, u, STATE_MASTER, 0, p->units[u].n, STATE_WEIGHTS);
         for (int kind = STATE_M; state && kind <= STATE_V; kind++) optimizer_read(s, m, u, kind, at, n, kind);
     }
     st_close(s);
@@ -6951,8 +7433,10 @@ static int same_values(const StSet *s, const StTensor *a, const StTensor *b) {
 // place in the model are said and left out, as in transformers.
 void weights_read(const char *dir, Model *m, const Config *c) {
     const ParamTable *p = model_table(m);
-    if (!comm_rank() && !access(str("%s/checksums.txt", dir).s, F_OK)) {        // one of ours
-        const Str why = checkpoint_whole(dir, /*weights_only=*/1);
+    int ours = !access(str("%s/checksums.txt", dir).s, F_OK);
+    comm_broadcast(&ours, sizeof ours);
+    if (ours) {
+        const Str why = checkpoint_whole_together(dir, /*weights_only=*/1);
         if (why.s[0])
             die("--init-from %s: %s; if it was changed on purpose, remove checksums.txt", dir, why.s);
     }

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Around the step: random weights, save, and resume (verify and load), of two builds of the trainer in turns.
+"""Around the step: random weights, saves, and resume (verify and load), of two builds of the trainer in turns.
 
-    dev/bench_io.py --old OLD/build/train_litespark --new build/train_litespark [--millions 400]
-                    [--rounds 3] [--folders /dev/shm /tmp] [--threads 2] [--start 'chrt -f 10']
+    dev/bench_io.py --old OLD/build/train_litespark --new build/train_litespark [--millions 400 | --preset 100M]
+                    [--rounds 3] [--folders /dev/shm /tmp] [--ranks 1] [--threads 2] [--start 'chrt -f 10']
 
+Saves: two while training goes on (how long it is held up, and until the checkpoint is whole), one at the end.
 With --sources OLD.c NEW.c (the trainers' texts) also the numbers alone: ns per weight and GB/s of CRC-32 in
 the cache, of one thread. Each time is of the whole process less that of --dry-run, so that the first touch of
-the memory counts; but for saving, where the trainer says it. Medians; MB/s are those of the files. Memory: 36
+the memory counts; but for saving, where the trainer says it. Medians; MB/s are those of the files. Memory: 52
 bytes per parameter with a folder in memory.
 """
 import argparse
@@ -25,6 +26,8 @@ p = argparse.ArgumentParser()
 p.add_argument("--old", required=True)
 p.add_argument("--new", required=True)
 p.add_argument("--millions", type=int, default=400)
+p.add_argument("--preset")
+p.add_argument("--ranks", type=int, default=1)
 p.add_argument("--rounds", type=int, default=3)
 p.add_argument("--threads", type=int, default=2)
 p.add_argument("--folders", nargs="+", default=["/dev/shm", "/tmp"])
@@ -35,7 +38,8 @@ a = p.parse_args()
 
 def run(binary, *options):
     begin = time.perf_counter()
-    command = shlex.split(a.start) + [binary, "--threads", str(a.threads), *options]
+    ranks = [os.path.dirname(os.path.abspath(__file__)) + "/run.sh", "-np", str(a.ranks)] if a.ranks > 1 else []
+    command = shlex.split(a.start) + [*ranks, binary, "--threads", str(a.threads), *options]
     text = subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"},
                           capture_output=True, text=True).stdout
     return time.perf_counter() - begin, text
@@ -84,29 +88,33 @@ for place in a.folders:
                        "num_hidden_layers": max(1, round(a.millions / 12.85)), "tie_word_embeddings": True},
                       f)
         with open(data, "wb") as f:
-            f.write(struct.pack("<256i", 20240520, 1, 999, 64, *[0] * 252))
-            f.write(struct.pack("<999H", *[i % 64 for i in range(999)]))
-        model = ["--config", config, "--train-data", data, "--seq-len", "8", "--batch-size", "1",
-                 "--total-batch-tokens", "8", "--sample-every", "0"]
-        look = ["--val-data", data, "--seq-len", "8", "--batch-size", "1", "--eval-only", "--val-batches",
-                "1", "--out", out + "/eval"]
+            f.write(struct.pack("<256i", 20240520, 1, 9999, *[0] * 253))
+            f.write(struct.pack("<9999H", *[i % 64 for i in range(9999)]))
+        model = [*(["--preset", a.preset] if a.preset else ["--config", config]), "--train-data", data, "--seq-len", "8",
+                 "--batch-size", "1", "--total-batch-tokens", str(8 * a.ranks), "--sample-every", "0"]
         for turn in range(a.rounds + 1):                 # the first warms memory and disk
             for name, binary in (("old", a.old), ("new", a.new)):
                 start = run(binary, *model, "--dry-run")[0]
                 none = ["--steps", "0", "--checkpoint-every", "0", "--out", out]
                 init = run(binary, *model, *none)[0] - start
-                text = run(binary, *model, "--steps", "1", "--out", out)[1]
-                save = float(re.search(r"saved .* in ([0-9.]+) s", text).group(1))
-                size = sum(f.stat().st_size for f in os.scandir(out + "/step_00000001"))
-                resume = run(binary, "--resume", out + "/step_00000001", *look)[0] - start
+                text = run(binary, *model, "--steps", "18", "--checkpoint-every", "6", "--keep", "1", "--out", out)[1]
+                whole = held = [float(x) for x in re.findall(r"saved .* in ([0-9.]+) s", text)]
+                with open(out + "/log.jsonl", encoding="utf-8") as f:       # to the digit, where it says so
+                    log = [r for r in map(json.loads, f) if r["type"] == "save"]
+                if log:
+                    held = [r["seconds_held_up"] for r in log]
+                    whole = [r["seconds_held_up"] + r["seconds_in_background"] for r in log]
+                size = sum(f.stat().st_size for f in os.scandir(out + "/step_00000018"))
+                resume = run(binary, "--resume", out, "--steps", "18", "--out", out)[0] - start
                 shutil.rmtree(out)
-                if turn:
-                    for what, seconds in (("start with random weights", init), ("save", save),
-                                          ("start with verify and load", resume)):
-                        times.setdefault((place, what), {}).setdefault(name, []).append(seconds)
+                for what, seconds in (("start with random weights", [init]), ("save: training is held up", held[:2]),
+                                      ("save: until it is whole", whole[:2]), ("save at the end", whole[2:]),
+                                      ("start with verify and load", [resume])):
+                    if turn:
+                        times.setdefault((place, what), {}).setdefault(name, []).extend(seconds)
 print("| where | what | old s | new s | old MB/s | new MB/s | old / new |\n|---|---|---|---|---|---|---|")
 for (place, what), by in times.items():
     old, new = statistics.median(by["old"]), statistics.median(by["new"])
     speeds = ["", ""] if "random" in what else [f"{size / t / 1e6:.0f}" for t in (old, new)]
     ratio = statistics.median(o / n for o, n in zip(by["old"], by["new"]))
-    print(f"| {place} | {what} | {old:.2f} | {new:.2f} | {speeds[0]} | {speeds[1]} | {ratio:.2f}x |")
+    print(f"| {place} | {what} | {old:.3g} | {new:.3g} | {speeds[0]} | {speeds[1]} | {ratio:.2f}x |")

@@ -14,7 +14,9 @@ For small random Llama (rope type llama3), Mistral, Qwen2 and Qwen3 models:
      folders give transformers' loss, or are refused;
   5. what inference needs is the same before and after: eos list, pad id, generation_config, tokenizer, chat template;
   6. --eval-tasks has the acc and acc_norm of data/choices.py's tasks that the model has in transformers, and in lm_eval
-     (pip install lm_eval==0.4.13; else skipped), to the last digit; bits per byte are of the bytes of the text.
+     (pip install lm_eval==0.4.13; else skipped), to the last digit; bits per byte are of the bytes of the text;
+  7. a model that two ranks save in two files loads bit-equal, its index is what transformers writes, and --init-from
+     and --resume refuse it once a byte of either file or of the index differs (mpirun; else skipped).
 Hugging Face's side runs in fp64 (except where its own code casts to fp32), so the tolerance is litespark's alone.
 """
 import argparse, bz2, contextlib, glob, importlib.util, io, json, math, os, random, re, shutil, struct, subprocess, sys, tempfile
@@ -671,11 +673,75 @@ def test_choices(ls):
     check_bits_per_byte("hellaswag", ls, trained, tokenizer + "/tokenizer.json", 0)
 
 
+def test_split(ls):
+    """Two ranks: two files of the model, each by another rank, and an index."""
+    if not shutil.which("mpirun"):
+        print("skipped: split: no mpirun (apt-get install openmpi-bin)")
+        return
+    config, data, out = (os.path.join(ls.work, x) for x in ("config.json", "data.bin", "out"))
+    with open(config, "w") as f:                # 142 MB: two files of at least 64 MiB
+        json.dump(dict(SMALL, model_type="llama", vocab_size=32000, hidden_size=512, intermediate_size=1024,
+                       num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False), f)
+    write_shard(data, [i * 7 % 32000 for i in range(99)], 32000)
+    run_sh = os.path.join(os.path.dirname(os.path.abspath(__file__)), "run.sh")
+    def train(*options):
+        return subprocess.run([run_sh, "-np", "2", "--oversubscribe", os.path.abspath(ls.binary), "--threads", "1", *options],
+                              capture_output=True, text=True)
+    done = train("--config", config, "--train-data", data, "--seq-len", "8", "--batch-size", "1", "--steps", "2",
+                 "--checkpoint-every", "1", "--sample-every", "0", "--out", out)
+    folder = os.path.join(out, "step_00000002")
+    if not check("split: run", done.returncode == 0, done.stderr[-300:]):
+        return
+    names = [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+    found = {n: load_file(os.path.join(folder, n)) for n in names}
+    with open(os.path.join(folder, "model.safetensors.index.json")) as f:
+        text = f.read()
+    tensors = {k: v for t in found.values() for k, v in t.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    index = {"metadata": {"total_parameters": model.num_parameters(), "total_size": sum(v.nbytes for v in tensors.values())},
+             "weight_map": {k: n for n, t in found.items() for k in t}}
+    same = text == json.dumps(index, indent=2, sort_keys=True) + "\n"
+    check("split: index", same, "" if same else text[:300])
+    sizes = [sum(v.nbytes for v in t.values()) for t in found.values()]
+    check("split: sizes", max(sizes) < 1.2 * min(sizes), f"{sizes} bytes")
+    state = model.state_dict()
+    check("split: weights", state.keys() == tensors.keys() and all(torch.equal(state[k], tensors[k]) for k in state))
+    units = {}                                  # the masters, which fp32 weights are, by unit
+    for path in sorted(glob.glob(os.path.join(folder, "optimizer-*-of-00002.safetensors"))):
+        for name, x in load_file(path).items():
+            unit, kind, offset = name.rsplit(".", 2)
+            if kind == "master":
+                units.setdefault(unit, {})[int(offset)] = x
+    flat = {u: torch.cat([x for _, x in sorted(parts.items())]) for u, parts in units.items()}
+    check("split: masters", torch.equal(flat["embed"].view(32000, 512), state["model.embed_tokens.weight"])
+          and len(units["layers.0"]) == 2)
+    same = train("--resume", folder, "--steps", "2", "--out", out + "2")
+    check("split: resume", same.returncode == 0 and all(
+        open(os.path.join(folder, n), "rb").read() == open(os.path.join(out + "2", "step_00000002", n), "rb").read() for n in names),
+        same.stderr[-300:])
+    for name in [*names, "model.safetensors.index.json", "optimizer-00001-of-00002.safetensors"]:
+        path = os.path.join(folder, name)
+        with open(path, "r+b") as f:
+            f.seek(-99, os.SEEK_END)
+            byte = f.read(1)
+            f.seek(-99, os.SEEK_END)
+            f.write(bytes([byte[0] ^ 1]))
+        for how in [("--resume", folder, "--out", out + "3"), *([("--init-from", folder, "--train-data", data, "--seq-len", "8",
+                                                                  "--batch-size", "1", "--out", out + "3")] * (name[0] == "m"))]:
+            refused = train(*how, "--steps", "3")
+            check(f"split: {name} {how[0]}", refused.returncode == 1 and f"{name} is damaged" in refused.stderr,
+                  refused.stderr[-300:] if refused.returncode != 1 else "")
+        with open(path, "r+b") as f:
+            f.seek(-99, os.SEEK_END)
+            f.write(byte)
+
+
 def main():
     ap = argparse.ArgumentParser(description="litespark against Hugging Face transformers")
     ap.add_argument("--binary", default="./train_litespark")
     ap.add_argument("--work", default="", help="keep all files here (default: a temporary folder, removed)")
-    ap.add_argument("--only", default=",".join([*FAMILIES, "choices"]), help="families and choices, comma separated")
+    ap.add_argument("--only", default=",".join([*FAMILIES, "choices", "split"]),
+                    help="families, choices and split, comma separated")
     args = ap.parse_args()
     if not os.access(args.binary, os.X_OK):
         sys.exit(f"error: {args.binary} is not an executable; run `make train` first")
@@ -689,7 +755,7 @@ def main():
         shutil.rmtree(base, ignore_errors=True)
         os.makedirs(base)
         ls = Litespark(args.binary, base)
-        test_choices(ls) if family == "choices" else test_family(family, ls)
+        {"choices": test_choices, "split": test_split}.get(family, lambda ls: test_family(family, ls))(ls)
     if not args.work:
         shutil.rmtree(work)
     print(f"{passed} passed, {failed} failed")
