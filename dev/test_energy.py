@@ -166,7 +166,7 @@ def test_energy_of_a_run(trainer, out):
     head, end, steps = log["header"][0], log["end"][-1], log["step"]
     extra = 0 if is_cuda(trainer) else 10                                               # the memory's
     near(head["idle_watts"], 40 + extra, 1.5 * coarse(trainer), "idle")         # two seconds alone
-    near(head["power_limit_watts"], 300 + extra / 2, 0.03, "limit")         # the memory's: what it has taken so far
+    near(head["power_limit_watts"], 300 + 2 * extra, 0.07, "limit")         # the memory has none: what it took so far
     expect("energy counters found" in text and "energy | idle " in text and "energy | updates " in text, text)
     near(end["watts"], watts, coarse(trainer), "W of updates")
     near(end["joules"], end["updates_joules"], 1e-9, "J of the run")
