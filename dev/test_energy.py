@@ -55,7 +55,7 @@ class Power:
 class Sysfs:
     """class/powercap with a package and its memory, whose counters are written every 10 ms. wrap: joules at which they begin anew."""
 
-    def __init__(self, name, package, memory=None, wrap=300.0, limit=None):
+    def __init__(self, name, package, memory=None, wrap=1000.0, limit=None):
         self.root, self.stop = f"{TOP}/{name}", False
         for i, (power, kind) in enumerate(((package, "package-0"), (memory, "dram"))):
             if not power:
@@ -165,8 +165,8 @@ def test_energy_of_a_run(trainer, out):
     log, text, watts = with_counters(trainer, out, 40, 110, 300, "run", looks, 9, ("evaluation_", "checkpoint_", "sample_"))
     head, end, steps = log["header"][0], log["end"][-1], log["step"]
     extra = 0 if is_cuda(trainer) else 10                                               # the memory's
-    near(head["idle_watts"], 40 + extra, 0.15, "idle")
-    near(head["power_limit_watts"], 300 + extra, 0.02, "limit")
+    near(head["idle_watts"], 40 + extra, 1.5 * coarse(trainer), "idle")         # two seconds alone
+    near(head["power_limit_watts"], 300 + 2 * extra, 0.07, "limit")         # the memory has none: what it took so far
     expect("energy counters found" in text and "energy | idle " in text and "energy | updates " in text, text)
     near(end["watts"], watts, coarse(trainer), "W of updates")
     near(end["joules"], end["updates_joules"], 1e-9, "J of the run")
