@@ -75,6 +75,7 @@ fast.
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/types.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -438,6 +439,10 @@ double now_seconds(void);
 int read_number(const char *path, double *x);           // that a file begins with; 0: there is none
 void take_limit(double *limit, double x);
 void cgroup_limits(const char *groups, const char *folder, double *cores, double *memory);
+// seconds that a loop has waited; it calls wait_more at least once a second
+typedef struct Wait { double seconds, last; } Wait;
+double wait_more(Wait *w);
+void wait_limit(const char *what);
 uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index);
 double random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 void random_normals(float *out, double scale, uint64_t seed, uint64_t stream, uint64_t first, size_t n);
@@ -1822,7 +1827,11 @@ typedef struct StWriter StWriter;                       // a safetensors file th
 enum { ST_F32, ST_BF16, ST_F16, ST_I32 };
 
 // 8
+uint32_t crc32_update(uint32_t crc, const void *data, size_t n);
+char *read_text_file(const char *path, size_t max_bytes, size_t *n);
+void options_parse_timeout(int argc, char **argv);
 void options_parse(int argc, char **argv);
+void options_text(Text *t);
 void options_check(void);
 void options_help(void);
 Option *option_find(const char *name);
@@ -1845,7 +1854,9 @@ size_t st_take(StWriter *w, size_t count);
 void st_write_at(StWriter *w, size_t place, const float *values, size_t count);
 void st_write(StWriter *w, const float *values, size_t count);
 int st_finish(StWriter *w, uint32_t *crc, size_t *file_bytes);
+uint32_t weights_crc(const char *dir);
 // 11
+char *config_to_json(const Config *c, const char *dtype);
 const char *config_preset_names(void);
 int config_preset(Config *c, const char *name);
 void config_presets_help(void);                                 // --preset help
@@ -3119,6 +3130,57 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
                tr->state.step >= opt.steps ? ": nothing left to do, raise --steps to go on" : "");
 }
 
+// ---- all ranks alike: each host may have files and a build of its own -------------------------------------
+// Frees `mine`, lines that should be those of rank 0. Dies naming the first that is not.
+static void check_alike(const char *what, Text *mine) {
+    int n = mine->n;
+    comm_broadcast(&n, sizeof n);
+    char *theirs = (char *)xcalloc((size_t)(n > mine->n ? n : mine->n) + 1, 1);
+    if (!comm_rank()) memcpy(theirs, mine->s, (size_t)n);
+    comm_broadcast(theirs, (size_t)n);
+    for (const char *a = mine->s, *b = theirs; *a || *b;) {
+        const int m = (int)strcspn(a, "\n"), k = (int)strcspn(b, "\n");
+        if (m != k || memcmp(a, b, (size_t)m))
+            die("%s: %.*s here, %.*s on rank 0; start all ranks with the same options, data, model and build",
+                what, m, a, k, b);
+        a += m + (a[m] != 0);
+        b += k + (b[k] != 0);
+    }
+    comm_barrier();                                         // until all have found so
+    free(theirs);
+    free(mine->s);
+}
+
+static void check_same_start(void) {
+    Text build = {NULL, 0, 0}, options = {NULL, 0, 0};
+    if (comm_world() == 1) return;
+    size_t n = 0;
+    char *program = read_text_file("/proc/self/exe", (size_t)1 << 31, &n);
+    text_add(&build, "commit %s, CRC %08x\n", LITESPARK_COMMIT, crc32_update(0, program, n));
+    free(program);
+    check_alike("build", &build);
+    options_text(&options);
+    check_alike("options", &options);
+}
+
+static void check_same_input(const Trainer *tr, const char *resume_dir) {
+    Text model = {NULL, 0, 0}, data = {NULL, 0, 0};
+    if (comm_world() == 1) return;
+    char *config = config_to_json(&tr->c, "float32");
+    const char *weights = resume_dir ? resume_dir : opt.init_from;
+    text_add(&model, "config.json with CRC %08x\nweights with CRC %08x\n",
+             crc32_update(0, config, strlen(config)), weights ? weights_crc(weights) : 0);
+    free(config);
+    check_alike("model", &model);
+    const DataLoader *const loaders[] = {&tr->train, &tr->val, &tr->tasks.data};
+    for (int i = 0; i < COUNT(loaders); i++)
+        if (loaders[i]->n_shards)
+            text_add(&data, "%s and on with %" PRId64 " windows, CRC %08x\n", loader_path(loaders[i]),
+                     loaders[i]->n_windows, loaders[i]->crc);
+    text_add(&data, "\n");
+    check_alike("data", &data);
+}
+
 static void setup(Trainer *tr) {
     Options was;
     tr->saved_step = -1;                    // nothing yet
@@ -3131,6 +3193,7 @@ static void setup(Trainer *tr) {
     if (resume_dir) say_what_changed(tr, &was);
     if (opt.dry_run) return;
     setup_data(tr, resume_dir);
+    check_same_input(tr, resume_dir);
     if (!opt.generate) print_model(tr);
     catch_signals();                        // the reference pass of DPO may take long
     setup_weights(tr, resume_dir);
@@ -3143,8 +3206,10 @@ static void setup(Trainer *tr) {
 #ifndef LITESPARK_NO_MAIN
 int main(int argc, char **argv) {
     static Trainer trainer, *tr = &trainer;
+    options_parse_timeout(argc, argv);
     comm_init(&argc, &argv);
     options_parse(argc, argv);
+    check_same_start();
     if (opt.help) options_help();
     else if (opt.preset && !strcmp(opt.preset, "help")) config_presets_help();
     else {
@@ -3210,6 +3275,9 @@ void comm_abort(void) {
 
 void comm_init(int *argc, char ***argv) {
     spin_less(*argv);
+    const char *rank = getenv("PMIX_RANK");                         // to say who waits, before MPI knows
+    comm.rank = rank ? atoi(rank) : 0;
+    wait_limit("the start of MPI");
     int level;                              // of threads: only the main one calls MPI
     MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_dup(MPI_COMM_WORLD, &rounds);
@@ -3224,22 +3292,26 @@ void comm_init(int *argc, char ***argv) {
     MPI_Allreduce(mine, ranks_on, CPU_SETSIZE, MPI_INT, MPI_SUM, local);
     for (int i = 0; i < CPU_SETSIZE; i++) if (mine[i]) comm.cores += 1.0 / ranks_on[i];
     MPI_Comm_free(&local);
+    wait_limit(NULL);
     if (comm.rank && !freopen("/dev/null", "w", stdout))            // rank 0 speaks for all
         die("cannot write to /dev/null: %s", strerror(errno));
 }
 
-void comm_finish(void) { MPI_Finalize(); }
+void comm_finish(void) {
+    wait_limit("the end of MPI");
+    MPI_Finalize();
+    wait_limit(NULL);
+}
 
 // Waits for n requests; after --timeout seconds the job ends.
 static void comm_wait(MPI_Request *requests, int n, const char *what) {
-    double start = now_seconds();
+    Wait w = {0, 0};
     for (int done = 0; !done;) {
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
         if (done) return;
-        double waited = now_seconds() - start;
-        if (waited > (double)opt.timeout)
+        if (wait_more(&w) > (double)opt.timeout)
             die("waited %.0f s for the other ranks in %s, step %" PRId64 ": one is dead or stuck; resume "
-                "with --resume auto (or raise --timeout)", waited, what, running_step);
+                "with --resume auto (or raise --timeout)", w.seconds, what, running_step);
         usleep(50);
     }
 }
@@ -3292,8 +3364,10 @@ void comm_barrier(void) {
 
 void comm_share(int shard) {
     if (comm.world == 1) return;
+    wait_limit("the grouping of ranks");
     MPI_Comm_split(MPI_COMM_WORLD, comm.rank / shard, comm.rank, &group);
     MPI_Comm_split(MPI_COMM_WORLD, comm.rank % shard, comm.rank, &copies);
+    wait_limit(NULL);
 }
 
 void comm_finish_sums(void) {
@@ -3555,6 +3629,7 @@ void device_check_sizes(const Config *c) { (void)c; }   // any will do
 static void (*die_hook)(const char *message);   // tests leave die() through it
 
 // A mistake of the user's or the machine's: what, where, what to do. One line; all ranks end with status 1.
+// What several ranks see one should say, the lowest: the later ones hear the launcher's signal before.
 void die(const char *fmt, ...) {
     char message[2048];
     va_list args;
@@ -3562,7 +3637,7 @@ void die(const char *fmt, ...) {
     vsnprintf(message, sizeof message, fmt, args);
     va_end(args);
     if (die_hook) die_hook(message);
-    if (comm_rank() > 0) usleep(500000);        // what all ranks see, rank 0 alone should say
+    for (int r = comm_rank(); r > 0; r >>= 1) if (usleep(500000)) _exit(EXIT_FAILURE);
     fflush(stdout);
     if (live_shown) fputs("\r\033[K", stderr);
     if (comm_world() > 1) fprintf(stderr, "error: rank %d: %s\n", comm_rank(), message);
@@ -3647,6 +3722,38 @@ double now_seconds(void) {          // differences only: the zero is arbitrary, 
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Time in which this process was itself stopped, as batch systems do with a job, is no waiting for others.
+double wait_more(Wait *w) {
+    const double now = now_seconds();
+    if (w->last > 0 && now - w->last < 1) w->seconds += now - w->last;
+    w->last = now;
+    return w->seconds;
+}
+
+// The start and the end of MPI wait for all ranks, without a limit; a clock that ticks each second sets one.
+// A stopped process hears no ticks.
+static volatile sig_atomic_t ticks_left;
+static char too_late[200];
+
+static void on_tick(int number) {   // a signal handler: no die
+    (void)number;
+    if (--ticks_left > 0) return;
+    if (write(STDERR_FILENO, too_late, strlen(too_late))) {}
+    _exit(EXIT_FAILURE);
+}
+
+// From here on the job ends after --timeout seconds, unless wait_limit(NULL) comes before.
+void wait_limit(const char *what) {
+    const struct itimerval ticks = {{what != NULL, 0}, {what != NULL, 0}};
+    snprintf(too_late, sizeof too_late, "error: rank %d: waited %d s for the other ranks in %s: one is dead "
+             "or stuck; resume with --resume auto (or raise --timeout)\n", comm_rank(), (int)opt.timeout,
+             what ? what : "");
+    ticks_left = (int)opt.timeout;
+    for (int r = comm_rank(); r > 0; r >>= 1) ticks_left++;     // as in die
+    if (what) signal(SIGALRM, on_tick);
+    setitimer(ITIMER_REAL, &ticks, NULL);
 }
 
 // CRC-32, zlib's. crc_table[k][b] is that of byte b and k zero bytes after: 16 bytes become 16 independent
@@ -4065,6 +4172,13 @@ void options_help(void) {
     printf("\n%s", dpo_formulas);
 }
 
+// --timeout alone, before all: the start of MPI waits already. What is wrong with it, options_parse says.
+void options_parse_timeout(int argc, char **argv) {
+    options_default();
+    for (int i = 1; i + 1 < argc; i++)
+        if (!strcmp(argv[i], "--timeout")) parse_int(argv[i + 1], &opt.timeout);
+}
+
 // argv -> opt. Unknown names, missing and malformed values die.
 void options_parse(int argc, char **argv) {
     options_default();
@@ -4078,6 +4192,14 @@ void options_parse(int argc, char **argv) {
             die("%s needs a value; --help describes it", o->name);
         option_set(o, argv[++i]);
     }
+}
+
+// A line per option that is given; not --threads, for results do not depend on it.
+void options_text(Text *t) {
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++)
+        if (o->given && strcmp(o->name, "--threads"))
+            text_add(t, "%s %s\n", o->name, o->type == OPT_FLAG ? "" : o->text);
+    text_add(t, "no more\n");
 }
 
 // What can be said against the options without looking at any file.
@@ -4595,6 +4717,26 @@ void st_close(StSet *s) {
     }
     free(s->tensors);
     free(s);
+}
+
+// Tells the weights in a folder from others without reading them all: the CRC-32 of the size and the first
+// bytes of checksums.txt, where there is one, else of each file.
+uint32_t weights_crc(const char *dir) {
+    const Str sums = str("%s/checksums.txt", dir);
+    const int ours = !access(sums.s, F_OK);
+    StSet *s = ours ? NULL : st_open(dir);
+    uint32_t crc = 0;
+    for (int i = 0; i < (ours ? 1 : s->n_files); i++) {
+        char start[4096];
+        size_t bytes;
+        const char *path = ours ? sums.s : s->paths[i];
+        const int fd = open_regular(path, "file", &bytes);
+        const size_t n = read_at(fd, path, start, sizeof start, 0);
+        crc = crc32_update(crc32_update(crc, &bytes, sizeof bytes), start, n);
+        close(fd);
+    }
+    if (s) st_close(s);
+    return crc;
 }
 
 // Writes one file in constant memory: create, declare every tensor (all of one dtype), begin, write the
