@@ -4850,6 +4850,111 @@ static void test_non_finite_gradients_never_reach_the_weights(void) {
     CHECK_REFUSED(r, "--eval-only: the loss is not finite", "");
 }
 
+// A rank that does not come to the start of MPI: here a program that is none. Without a limit MPI waits for it for ever.
+static void test_rank_that_does_not_start_ends_the_job(void) {
+    if (!have_mpi()) return;
+    char line[3000];
+    snprintf(line, sizeof line, "%s --oversubscribe -np 1 %s %s --steps 1 --timeout 2 --out %s : -np 1 sleep %d", mpirun, binary,
+        tiny(), file_at("out"), 2 * TIMEOUT);
+    Process p = start_command(line);
+    Result r = finish(&p, TIMEOUT);
+    CHECK_REFUSED(r, "rank 0: waited 2 s for the other ranks in the start of MPI", "--timeout");
+}
+
+// Batch systems stop all ranks of a job and let them go on later: nobody has waited for anybody.
+static void test_stopped_job_goes_on(void) {
+    if (!have_mpi()) return;
+    const char *out = file_at("out");
+    Process p = trainer_start(2, "%s --batch-size 1 --log-every 1000 --steps 1000000 --checkpoint-every 0 --timeout 2 --out %s",
+                              tiny(), out);
+    wait_for_steps(out, 5, &p);
+    pid_t ranks[4];
+    const int n = find_ranks(p.pid, ranks, 4);
+    CHECK(n == 2, "found %d ranks", n);
+    for (int i = 0; i < n; i++) kill(ranks[i], SIGSTOP);
+    usleep(4000000);
+    for (int i = 0; i < n; i++) kill(ranks[i], SIGCONT);
+    const int before = steps_logged(out);
+    wait_for_steps(out, before + 5, &p);
+    kill(p.pid, SIGUSR1);
+    Result r = finish(&p, TIMEOUT);
+    CHECK_RAN(r);
+    CHECK(strstr(r.out, "stopped by a signal"), "it did not go on: %s", last_line(r.err));
+}
+
+// Two hosts, here two folders, whose options, data, model or build differ.
+static void test_ranks_that_differ_are_refused(void) {
+    if (!have_mpi()) return;
+    make_tiny();
+    const char *const differ[] = {"nothing", "options", "data", "model", "weights", "build"};
+    int tokens[600], other[600];
+    for (int i = 0; i < 600; i++) tokens[i] = i % TINY_V, other[i] = i == 300 ? 1 : tokens[i];
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 1 --checkpoint-every 1 --out %s", tiny(), file_at("start")));
+    for (int host = 0; host < 2; host++) {
+        folder(path_text("host%d", host));
+        write_bin(file_at("host%d/same.bin", host), tokens, 600, 2, TINY_V, 1, -1);
+        write_bin(file_at("host%d/data.bin", host), host ? other : tokens, 600, 2, TINY_V, 1, -1);
+        copy_folder(file_at("start/step_00000001"), file_at("host%d/same", host));
+        copy_folder(file_at("start/step_00000001"), file_at("host%d/weights", host));
+        char *text = config_text("llama", 0, TINY_V, 2, 32, 4, 2, 0, host ? 28 : 24, LLAMA3_ROPE);
+        write_text(file_at("host%d/model.json", host), text);
+        free(text);
+        unlink(file_at("host%d/weights/checksums.txt", host));
+        size_t n;
+        char *program = slurp(binary, &n);
+        write_bytes(file_at("host%d/program", host), program, n - (size_t)host);        // of 1: without its last byte, which no start needs
+        chmod(file_at("host%d/program", host), 0755);
+        free(program);
+    }
+    plant(file_at("host1/weights/model.safetensors"), "model.embed_tokens.weight", 0, 1, 1, 0.5f);
+    for (int i = 0; i < COUNT(differ); i++) {
+        const int is = i;
+        char part[2][1200], line[3000];
+        for (int host = 0; host < 2; host++)
+            snprintf(part[host], sizeof part[host], "-np 1 --wdir %s %s --train-data %s.bin %s --seq-len %d --batch-size 1 --steps 1 "
+                "--checkpoint-every 0 --sample-every 0 --threads %d --lr %s --out %s", file_at("host%d", host),
+                is == 5 ? "./program" : binary, is == 2 ? "data" : "same",
+                is == 3 ? "--config model.json" : is == 4 ? "--init-from weights" : "--init-from same", TINY_T, 1 + host,
+                is == 1 && host ? "0.25" : "0.125", file_at("out%d", i));
+        snprintf(line, sizeof line, "%s --oversubscribe %s : %s", mpirun, part[0], part[1]);
+        Process p = start_command(line);
+        Result r = finish(&p, TIMEOUT);
+        if (is == 0) CHECK_RAN(r);
+        else CHECK_REFUSED(r, path_text("rank 1: %s: ", is == 4 ? "model" : differ[i]),
+            is == 1 ? "--lr 0.25 here, --lr 0.125 on rank 0" : "CRC");
+        CHECK(is == 0 || access(file_at("out%d/log.jsonl", i), F_OK), "%s: a refused run left a log", differ[i]);
+    }
+}
+
+// One bad window among eight, so that only one of two ranks has it: the update is skipped on both.
+static void test_bad_numbers_of_one_rank_skip_the_update_of_all(void) {
+    if (!have_mpi()) return;
+    enum { T = 8 };
+    int good[8 * T + 1], poison[8 * T + 1];
+    for (int i = 0; i <= 8 * T; i++) poison[i] = good[i] = 10 + i % 20;
+    poison[2 * T + 3] = 7;
+    write_bin(file_at("good.bin"), good, 8 * T + 1, 2, TINY_V, 1, -1);
+    write_bin(file_at("poison.bin"), poison, 8 * T + 1, 2, TINY_V, 1, -1);
+    make_tiny();
+    CHECK_RAN(trainer(0, "--config %s --train-data %s --seq-len 8 --batch-size 1 --steps 1 --sample-every 0 --checkpoint-every 1 "
+                      "--threads 1 --out %s", tiny_config, file_at("good.bin"), file_at("start")));
+    poison_weights(file_at("start/step_00000001"), file_at("poisoned"));
+    for (int zero = 0; zero < 4; zero++) {
+        Result r = trainer(2, "--init-from %s --train-data %s --seq-len 8 --batch-size 1 --sample-every 0 --threads 1 --log-every 1 "
+            "--steps 8 --checkpoint-every 8 --zero %d --out %s", file_at("poisoned"), file_at("poison.bin"), zero,
+            file_at("out%d", zero));
+        CHECK_RAN(r);
+        char *text = slurp(file_at("out%d/step_00000008/trainer_state.json", zero), NULL);
+        CHECK(strstr(text, "\"step\": 8, \"updates\": 6"), "--zero %d: two epochs with one bad window of 8 each: %.120s", zero, text);
+        free(text);
+        double loss[8];
+        CHECK(log_values(file_at("out%d", zero), "step", "loss", loss, 8) == 8, "not 8 steps");
+        int healthy = 0;
+        for (int i = 0; i < 8; i++) healthy += isfinite(loss[i]) != 0;
+        CHECK(healthy == 6, "--zero %d: %d updates have a finite loss", zero, healthy);
+    }
+}
+
 static void test_skip_spikes_skips_an_outlier(void) {
     if (!have_binary()) return;
     enum { WINDOWS = 160, T = 8, ODD = 77 };
@@ -5510,6 +5615,10 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(control_groups_limit_threads_and_memory, F32),
     TEST(kill_at_random_moments_loses_nothing, F32),
     TEST(dead_or_stopped_rank_ends_the_job, F32),
+    TEST(rank_that_does_not_start_ends_the_job, F32),
+    TEST(stopped_job_goes_on, F32),
+    TEST(ranks_that_differ_are_refused, F32),
+    TEST(bad_numbers_of_one_rank_skip_the_update_of_all, F32),
     TEST(non_finite_gradients_never_reach_the_weights, F32),
     TEST(skip_spikes_skips_an_outlier, F32),
     TEST(full_disk_keeps_the_old_checkpoint, F32),

@@ -231,12 +231,12 @@ class Chain:
     def begin(self):
         self.out = f'{work}/disk/{self.name}'
         shutil.rmtree(self.out, ignore_errors=True)
-        self.log_end, self.fault, self.saved = 0, None, None
+        self.log_end, self.fault = 0, None
 
     def bad(self, what, text, ended, fault=None):
         """Counts one failure of the fault (default: the one before) and keeps what the process said."""
         global failures
-        fault = fault or self.fault
+        fault = fault or self.fault or self.now
         counts[fault][what] += 1
         failures += 1
         print(f'{what}: {fault}: {text}', flush=True)
@@ -288,7 +288,7 @@ class Chain:
 
     def suffer(self, kind, phase):
         """One process with this fault. 1 if it struck."""
-        fault = FAULT(kind, phase, self.ranks, self.stage)
+        fault = self.now = FAULT(kind, phase, self.ranks, self.stage)
         when, who, first, last, delay = PHASES.get(phase, ('load', 'zero', 0, 0, 0))
         rank = rng.randrange(self.ranks) if who == 'any' else 0
         if (when, rank > 0, self.stage) in silent:
@@ -348,7 +348,7 @@ class Chain:
 
     def check_words(self, ended, fault, word, step, whole):
         errors = re.findall(r'^error: .*', ended.err, re.M)
-        different = {re.sub(r'rank \d+: |waited .* in .*: one is', '', line) for line in errors}
+        different = {re.sub(r'rank \d+: |waited .* in .*: one is|\S*/\S*', '', line) for line in errors}
         if len(different) > 1:                          # that several ranks say the same is none of it
             self.bad('unclear', f'{len(different)} different lines of error: {errors}', ended, fault)
         if ended.code in (0, None):
@@ -476,7 +476,7 @@ def main():
                     '-pthread'], check=True)
     shutil.copy(args.trainer, f'{work}/trainer')        # a campaign is long: the build may change meanwhile
     args.trainer = f'{work}/trainer'
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', f'{work}/disk'], capture_output=True).returncode == 0
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256m', 'tmpfs', f'{work}/disk'], capture_output=True).returncode == 0
     kinds = [k for k in KINDS if mounted or k != 'full disk']
     if not mounted:
         print('skipped: real full disks (mounting a tmpfs needs root); ENOSPC comes from dev/faults.c')
