@@ -49,6 +49,7 @@ help:
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-zero   ZeRO and HSDP are runs of one rank; test-zero-long: all of them; test-zero-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-data   the preparation of data (python3)      make test-plots, test-terminal, test-energy   what runs show      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
+	@echo 'make faults   kills, full disks, damage, signals: nothing is lost (COUNT=1000; faults-quick: 40 s)     make test-hosts   several hosts (root)'
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
@@ -244,6 +245,16 @@ test-stages-ptx: $(if $(and $(NVCC),$(PTXCPU)),build/ptxcpu/made build/train_lit
 	@if [ ! -f build/ptxcpu/made ]; then echo 'skipped: test-stages-ptx: see test-ptx'; \
 	else python3 dev/test_stages.py $(ORACLE:%=--oracle %) 'build/ptxcpu/ptxcpu --race --initcheck --cache build/ptxcache -- build/train_litespark_ptx' $(or $(T),ln_2 packed counted); fi
 
+# A thousand faults, half an hour on two idle cores, whose table is dev/FAULTS.md; some of them in less than a minute; several hosts
+# as network namespaces (root).
+COUNT    ?= 1000
+SEED     ?= 1
+faults faults-quick: build/train_litespark
+	@if ! mpirun --version >/dev/null 2>&1; then echo 'skipped: $@: no mpirun (apt-get install openmpi-bin libopenmpi-dev)'; \
+	else CC='$(CC)' python3 dev/faults.py --seed $(SEED) $(if $(filter faults,$@),--count $(COUNT) --report dev/FAULTS.md,--ranks 1 2 --stages 0 --seconds 40); fi
+test-hosts: build/train_litespark
+	@dev/test_hosts.sh
+
 # dev/gpu_quick.sh over the emulation, with stand-ins for nvidia-smi, ncu and such
 test-gpu-quick: $(if $(HAVE_CXX),build/train_litespark_emu $(PROVE))
 	@$(if $(HAVE_CXX),python3 dev/test_gpu_quick.py,echo 'skipped: $@: no C++ compiler (apt-get install g++)')
@@ -329,4 +340,4 @@ sync:   # the counts of kernels own the planner's; the .c the shared regions; th
 	@python3 dev/speed_model.py --planner sync && python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-zero test-zero-long test-zero-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick check sync clean
+.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-zero test-zero-long test-zero-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick faults faults-quick test-hosts check sync clean

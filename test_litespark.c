@@ -4886,6 +4886,7 @@ static void test_stopped_job_goes_on(void) {
 static void test_ranks_that_differ_are_refused(void) {
     if (!have_mpi()) return;
     make_tiny();
+    char *const absolute = realpath(binary, NULL);
     const char *const differ[] = {"nothing", "options", "data", "model", "weights", "build"};
     int tokens[600], other[600];
     for (int i = 0; i < 600; i++) tokens[i] = i % TINY_V, other[i] = i == 300 ? 1 : tokens[i];
@@ -4913,7 +4914,7 @@ static void test_ranks_that_differ_are_refused(void) {
         for (int host = 0; host < 2; host++)
             snprintf(part[host], sizeof part[host], "-np 1 --wdir %s %s --train-data %s.bin %s --seq-len %d --batch-size 1 --steps 1 "
                 "--checkpoint-every 0 --sample-every 0 --threads %d --lr %s --out %s", file_at("host%d", host),
-                is == 5 ? "./program" : binary, is == 2 ? "data" : "same",
+                is == 5 ? "./program" : absolute, is == 2 ? "data" : "same",
                 is == 3 ? "--config model.json" : is == 4 ? "--init-from weights" : "--init-from same", TINY_T, 1 + host,
                 is == 1 && host ? "0.25" : "0.125", file_at("out%d", i));
         snprintf(line, sizeof line, "%s --oversubscribe %s : %s", mpirun, part[0], part[1]);
@@ -4924,6 +4925,7 @@ static void test_ranks_that_differ_are_refused(void) {
             is == 1 ? "--lr 0.25 here, --lr 0.125 on rank 0" : "CRC");
         CHECK(is == 0 || access(file_at("out%d/log.jsonl", i), F_OK), "%s: a refused run left a log", differ[i]);
     }
+    free(absolute);
 }
 
 // One bad window among eight, so that only one of two ranks has it: the update is skipped on both.

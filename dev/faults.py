@@ -35,6 +35,7 @@ import zlib
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--count', type=int, default=1000)
 p.add_argument('--seed', type=int, default=1)
+p.add_argument('--seconds', type=float, default=1e9, help='begin no fault after these, though there were to be more')
 p.add_argument('--ranks', type=int, nargs='+', default=[1, 2, 3, 4])
 p.add_argument('--stages', type=int, nargs='+', default=[0, 1, 2, 3], help='of ZeRO')
 p.add_argument('--only', nargs='+', default=[], help='faults whose "kind, phase" holds all these words')
@@ -487,12 +488,14 @@ def main():
     begun, done, tried = time.time(), 0, 0
     try:
         chains = [Chain(ranks, stage) for ranks in args.ranks for stage in args.stages]
-        while done < args.count and tried < 10 * args.count and not stopped:
+        while done < args.count and tried < 10 * args.count and time.time() - begun < args.seconds and not stopped:
             kind, phase = rng.choices(pairs, weights)[0]
             fit = [c for c in chains if c.ranks >= KINDS[kind][1]]
             if fit:
                 done += rng.choices(fit, [1 / c.ranks for c in fit])[0].suffer(kind, phase)
             tried += 1
+            if tried % 100 == 0:
+                print(f'{done} of {args.count} faults after {time.time() - begun:.0f} s', flush=True)
         for chain in chains:                            # what the last faults left goes on to its end
             if chain.fault and steps_in(chain.out):
                 expected = newest_whole(chain.out)
@@ -507,7 +510,7 @@ def main():
     print(f'faults: {total["count"]} in {time.time() - begun:.0f} s: {total["lost"]} lost, {total["wrong"]} wrong, '
           f'{total["unbounded"]} unbounded, {total["unclear"]} unclear' + (f'; see {args.work}/failed-*' if bad else ''))
     print(f'{total["count"] - min(bad, total["count"])} passed, {bad} failed')
-    sys.exit(bad > 0 or total['count'] < args.count)
+    sys.exit(bad > 0 or (done < args.count and args.seconds == 1e9) or not done)
 
 
 main()
