@@ -4882,6 +4882,50 @@ static void test_stopped_job_goes_on(void) {
     CHECK(strstr(r.out, "stopped by a signal"), "it did not go on: %s", last_line(r.err));
 }
 
+// Rank 1 works a twentieth of the time: log and screen name it.
+static void test_slow_rank_is_named(void) {
+    if (!have_mpi()) return;
+    make_tiny();
+    char *big = config_text("llama", 1, TINY_V, 2, 128, 4, 2, 0, 256, ""), host[64] = "";         // an update takes some 10 ms
+    write_text(file_at("big.json"), big);
+    free(big);
+    gethostname(host, sizeof host - 1);
+    const char *out = file_at("out");
+    Process p = trainer_start(2, "--config %s --train-data %s --seq-len 64 --batch-size 4 --steps 1000000 --sample-every 0 "
+        "--checkpoint-every 0 --threads 1 --log-every 1000000 --out %s", file_at("big.json"), train_glob, out);
+    wait_for_steps(out, 1, &p);
+    pid_t ranks[4], slow = 0;
+    const int n = find_ranks(p.pid, ranks, 4);
+    for (int i = 0; i < n; i++) {
+        char *path = path_text("/proc/%d/environ", (int)ranks[i]), text[16000];
+        const int fd = open(path, O_RDONLY);
+        const ssize_t size = read(fd, text, sizeof text);
+        close(fd);
+        free(path);
+        if (size > 0 && memmem(text, (size_t)size, "OMPI_COMM_WORLD_RANK=1", 23)) slow = ranks[i];
+    }
+    CHECK(n == 2 && slow, "found %d ranks", n);
+    const double start = now_seconds();
+    while (n == 2 && slow && steps_logged(out) < 35 && now_seconds() - start < 60) {
+        kill(slow, SIGSTOP);
+        usleep(100000);
+        kill(slow, SIGCONT);
+        usleep(5000);
+    }
+    kill(p.pid, SIGUSR1);
+    Result r = finish(&p, TIMEOUT);
+    CHECK_RAN(r);
+    char *want = path_text(": rank 1 on %s is slow: 20 updates in a row", host);
+    CHECK(strstr(r.out, want), "no '%s': %s", want, last_line(r.out));
+    free(want);
+    double rank[64], ratio[64];
+    const int steps = log_values(out, "step", "slowest_rank", rank, 64);
+    CHECK(log_values(out, "step", "slowest_over_median", ratio, 64) == steps && steps >= 30, "%d steps", steps);
+    int named = 0;
+    for (int i = 0; i < steps; i++) named += rank[i] == 1 && ratio[i] > 1.5;
+    CHECK(named >= 20 && isnan(ratio[0]), "rank 1 is named in %d of %d updates", named, steps);
+}
+
 // Two hosts, here two folders, whose options, data, model or build differ.
 static void test_ranks_that_differ_are_refused(void) {
     if (!have_mpi()) return;
@@ -5619,6 +5663,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(dead_or_stopped_rank_ends_the_job, F32),
     TEST(rank_that_does_not_start_ends_the_job, F32),
     TEST(stopped_job_goes_on, F32),
+    TEST(slow_rank_is_named, F32),
     TEST(ranks_that_differ_are_refused, F32),
     TEST(bad_numbers_of_one_rank_skip_the_update_of_all, F32),
     TEST(non_finite_gradients_never_reach_the_weights, F32),

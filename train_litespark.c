@@ -462,6 +462,7 @@ int comm_world(void);
 void comm_init(int *argc, char ***argv);
 void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
+double comm_waited(void);                               // seconds of waiting for others since the last call
 void comm_barrier(void);
 void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
 void comm_share(int shard);                             // which ranks hold the shares of one copy
@@ -1946,6 +1947,9 @@ typedef struct Trainer {
     uint8_t *is_top;                        // (N) whether each is the likeliest token
     const char *start;                      // folder of the weights that training starts from, NULL: random
     double mass[N_MASSES], sums[N_SUMS];    // of the last update, over all ranks
+    // (ranks + 2) seconds that each rank had to do in the update before, without waiting for others
+    double *rank_seconds, slowest_ratio;    // slowest rank over median
+    int slowest, slow_updates;              // the same rank, so many in a row
     double span, spans;                     // tokens of a token's document, on average over the last update;
     int64_t n_spans;                        // the sum of that over n_spans updates
     Tokenizer *tokenizer;
@@ -2029,10 +2033,14 @@ static int update_gradients(Trainer *tr, double *loss) {
     memset(sums, 0, sizeof tr->sums);
     if (!tr->batches_read) read_batches(tr);
     for (int64_t i = 0; i < tr->micro_steps; i++) add_mass(mass, &tr->batches[i]);
-    double facts[2] = {mean_span(tr), (double)checkpoint_writing()};
-    comm_sum(facts, 2);
-    tr->span = facts[0] / comm_world();
-    tr->writing = facts[1];
+    const int world = comm_world();
+    double *facts = tr->rank_seconds;                       // which travel with a sum that is needed anyway
+    for (int r = 0; r < world; r++) if (r != comm_rank()) facts[r] = 0;
+    facts[world] = mean_span(tr);
+    facts[world + 1] = (double)checkpoint_writing();
+    comm_sum(facts, world + 2);
+    tr->span = facts[world] / world;
+    tr->writing = facts[world + 1];
     tr->spans += tr->span;
     tr->n_spans++;
     // known before the first backward, so that nothing is scaled afterwards
@@ -2205,8 +2213,42 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
     text_add_dpo(&r, "", tr->sums, tr->mass);
+    if (comm_world() > 1) text_add(&r, ", \"slowest_rank\": %d", tr->slowest);
+    if (comm_world() > 1) text_add_field(&r, "slowest_over_median", tr->slowest_ratio);
     text_add(&r, ", \"skipped\": %s", *skipped ? "true" : "false");
     log_record(&r);
+}
+
+static int compare_numbers(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// All wait for the slowest rank: who it was in the update before, and a line if it is the same one for long.
+enum { SLOW_UPDATES = 20, HOST_NAME = 64 };
+static void watch_ranks(Trainer *tr) {
+    const int world = comm_world(), before = tr->slowest;
+    double *sorted = (double *)xmalloc((size_t)world * sizeof(double)), host[HOST_NAME] = {0};
+    char name[HOST_NAME] = "";
+    memcpy(sorted, tr->rank_seconds, (size_t)world * sizeof(double));
+    qsort(sorted, (size_t)world, sizeof(double), compare_numbers);
+    const double median = sorted[(world - 1) / 2];
+    free(sorted);
+    tr->slowest = 0;
+    for (int r = 1; r < world; r++)
+        if (tr->rank_seconds[r] > tr->rank_seconds[tr->slowest]) tr->slowest = r;
+    tr->slowest_ratio = median > 0 ? tr->rank_seconds[tr->slowest] / median : NAN;
+    const double late = tr->rank_seconds[tr->slowest] - median;     // a few ms are chance
+    if (!(tr->slowest_ratio > 1.5 && late > 0.05)) tr->slow_updates = 0;
+    else tr->slow_updates = tr->slowest == before ? tr->slow_updates + 1 : 1;
+    if (tr->slow_updates != SLOW_UPDATES) return;
+    if (comm_rank() == tr->slowest) gethostname(name, sizeof name - 1);
+    for (int i = 0; i < HOST_NAME; i++) host[i] = name[i];
+    comm_sum(host, HOST_NAME);
+    for (int i = 0; i < HOST_NAME; i++) name[i] = (char)host[i];
+    printf("note | step %" PRId64 ": rank %d on %s is slow: %d updates in a row its work took over 1.5 times, "
+           "now %.1f times, that of the median rank; all wait for it\n", tr->state.step, tr->slowest, name,
+           SLOW_UPDATES, tr->slowest_ratio);
 }
 
 enum { MOST_BAD_IN_A_ROW = 5 };
@@ -2219,7 +2261,9 @@ static int train_step(Trainer *tr) {
     double loss;
     int n_bad;
     running_step = s->step + 1;
+    comm_waited();
     if (!update_gradients(tr, &loss)) return 0;
+    if (comm_world() > 1) watch_ranks(tr);
     double facts[3] = {loss, gradient_norm(tr->m, &bad, &n_bad), now_seconds() - tr->window.start};
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
     loss = facts[0];
@@ -2239,6 +2283,7 @@ static int train_step(Trainer *tr) {
     if (facts[2] > ENERGY_SECONDS) window_turn(tr, SPENT_UPDATES);
     const double seconds = now_seconds() - start;
     s->seconds += seconds;
+    tr->rank_seconds[comm_rank()] = seconds - comm_waited();
     log_step(tr, loss, lr, norm, seconds, skipped.s);
     checkpoint_turn(tr->writing);
     if (tr->bad_in_a_row < MOST_BAD_IN_A_ROW) return 1;
@@ -2930,6 +2975,7 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
         loader_open(&tr->train, opt.train_data, B, T, comm_rank(), comm_world(), (uint64_t)opt.seed,
                     /*shuffle=*/1, tr->c.V, masked);
         tr->batches = (Batch *)xcalloc((size_t)tr->micro_steps, sizeof(Batch));
+        tr->rank_seconds = (double *)xcalloc((size_t)comm_world() + 2, sizeof(double));
         for (int64_t i = 0; i < tr->micro_steps; i++)
             batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
         for (int64_t i = 0; i < tr->micro_steps && opt.stage == STAGE_DPO; i++)
@@ -3303,11 +3349,19 @@ void comm_finish(void) {
     wait_limit(NULL);
 }
 
+static double comm_seconds;
+double comm_waited(void) {
+    const double seconds = comm_seconds;
+    comm_seconds = 0;
+    return seconds;
+}
+
 // Waits for n requests; after --timeout seconds the job ends.
 static void comm_wait(MPI_Request *requests, int n, const char *what) {
     Wait w = {0, 0};
     for (int done = 0; !done;) {
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (done) comm_seconds += w.seconds;
         if (done) return;
         if (wait_more(&w) > (double)opt.timeout)
             die("waited %.0f s for the other ranks in %s, step %" PRId64 ": one is dead or stuck; resume "
@@ -3425,6 +3479,7 @@ void comm_init(int *argc, char ***argv) {
             "train again", size);
 }
 void comm_finish(void) {}
+double comm_waited(void) { return 0; }
 void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
 void comm_sum(double *x, int n) { (void)x; (void)n; }
 double comm_max(double x) { return x; }

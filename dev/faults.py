@@ -77,7 +77,7 @@ work = os.path.abspath(args.work)
 counts = collections.defaultdict(collections.Counter)       # by FAULT: count, lost, wrong, unbounded, unclear
 slowest = collections.Counter()                             # by kind of fault: seconds from the strike to the end
 silent = set()                                              # (when, rank > 0, stage): ranks that make no such calls
-failures = 0
+failures, said = 0, []                                      # said: a line for each failure
 
 
 # ---- a tiny model and its data
@@ -240,7 +240,8 @@ class Chain:
         fault = fault or self.fault or self.now
         counts[fault][what] += 1
         failures += 1
-        print(f'{what}: {fault}: {text}', flush=True)
+        said.append(f'{what}: {fault.kind}, {fault.phase}, {fault.ranks} ranks, stage {fault.stage}: {text}')
+        print(said[-1], flush=True)
         folder = f'{work}/failed-{failures}'
         os.makedirs(folder)
         with open(f'{folder}/said', 'w') as f:
@@ -248,8 +249,9 @@ class Chain:
         if os.path.isdir(self.out):
             shutil.copytree(self.out, f'{folder}/out')
 
-    def check_log(self, ended, expected):
-        """What the process that just ended has logged: where it went on, and the same bits from there. Its last step, or None."""
+    def check_log(self, ended, expected, misread=False):
+        """What the process that just ended has logged: where it went on, and the same bits from there. Its last step, or None.
+        misread: it could not read the newest checkpoint, and may have taken an older one."""
         try:
             log, self.log_end = records(self.out, self.log_end)
         except ValueError:
@@ -259,7 +261,7 @@ class Chain:
         step = None
         for r in log:
             if r['type'] == 'header':
-                if r['step'] < (expected or 0):
+                if r['step'] < (expected or 0) and not (misread and 'trying an older checkpoint' in ended.err):
                     self.bad('lost', f'goes on at step {r["step"]}, not {expected}', ended)
                 elif r['step'] > (expected or 0):
                     self.bad('wrong', f'goes on at step {r["step"]}, and the newest whole checkpoint is {expected}', ended)
@@ -321,7 +323,7 @@ class Chain:
         struck = ended.struck or (kind == 'full disk' and 'No space left' in ended.err)
         if not struck and strike and rank:
             silent.add((when, True, self.stage))
-        step = self.check_log(ended, expected)
+        step = self.check_log(ended, expected, kind == 'one read fails, EIO')
         if not struck:
             if word == 'SIGSTOP' and re.search(r'waited \d+ s for ', ended.err):
                 pass                                    # a busy machine: --timeout is short here
@@ -459,6 +461,7 @@ def report(seconds):
     text += table([[ranks, stage] + [c[r] for r in results] for (ranks, stage), (_, _, c) in by_ranks],
                   ('ranks', 'ZeRO stage') + results) + ['']
     text += table(rows, ('fault', 'phase', 'ranks', 'stages') + results)
+    text += [''] + [f'- {line.splitlines()[0][:200]}' for line in said] if said else []
     if args.report:
         with open(args.report, 'w') as f:
             f.write('\n'.join(text) + '\n')
