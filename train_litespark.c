@@ -2246,9 +2246,9 @@ static void watch_ranks(Trainer *tr) {
     for (int i = 0; i < HOST_NAME; i++) host[i] = name[i];
     comm_sum(host, HOST_NAME);
     for (int i = 0; i < HOST_NAME; i++) name[i] = (char)host[i];
-    printf("note | step %" PRId64 ": rank %d on %s is slow: %d updates in a row its work took over 1.5 times, "
-           "now %.1f times, that of the median rank; all wait for it\n", tr->state.step, tr->slowest, name,
-           SLOW_UPDATES, tr->slowest_ratio);
+    printf("note | step %" PRId64 ": rank %d on %s is slow: %d updates in a row its work took over 1.5 "
+           "times, now %.1f times, that of the median rank; all wait for it\n", tr->state.step, tr->slowest,
+           name, SLOW_UPDATES, tr->slowest_ratio);
 }
 
 enum { MOST_BAD_IN_A_ROW = 5 };

@@ -167,7 +167,7 @@ def run(ranks, stage, out, timeout, strike=None):
     if strike:
         env['FAULT'] = ' '.join(map(str, strike))
     preload = f'LD_PRELOAD={work}/faults.so'
-    start = ['dev/run.sh', '-np', str(ranks), '--oversubscribe', '-x', preload] if ranks > 1 else ['env', preload]
+    start = [f'{work}/run.sh', '-np', str(ranks), '--oversubscribe', '-x', preload] if ranks > 1 else ['env', preload]
     command = start + [args.trainer, '--config', f'{work}/config.json', '--train-data', f'{work}/train_*.bin', '--val-data',
                        f'{work}/val_*.bin', '--seq-len', str(T), '--batch-size', '1', '--total-batch-tokens', str(ROWS * T),
                        '--steps', str(STEPS), '--val-every', '5', '--val-batches', '3', '--checkpoint-every', str(EVERY),
@@ -451,7 +451,7 @@ def report(seconds):
             for (kind, phase), (ranks, stages, total) in by_phase]
     by_ranks = sorted(sums(lambda f: (f.ranks, f.stage)).items())
     total = sums(lambda f: 0)[0][2] if counts else collections.Counter()
-    command = f'make faults COUNT={args.count} SEED={args.seed}'
+    command = 'dev/faults.py ' + ' '.join(word for word in sys.argv[1:])
     text = ['# Faults', '', 'Written by `dev/faults.py`, whose head says what the columns mean.', '',
             f'`{command}` on {os.cpu_count()} cores of {cpu}: {total["count"]} faults in {seconds / 60:.0f} minutes: '
             + ', '.join(f'{total[r]} {r}' for r in results[1:]) + '.', '',
@@ -478,7 +478,8 @@ def main():
     write_data()
     subprocess.run([os.environ.get('CC', 'cc'), '-O2', '-shared', '-fPIC', 'dev/faults.c', '-o', f'{work}/faults.so', '-ldl',
                     '-pthread'], check=True)
-    shutil.copy(args.trainer, f'{work}/trainer')        # a campaign is long: the build may change meanwhile
+    shutil.copy(args.trainer, f'{work}/trainer')        # a campaign is long: they may change meanwhile
+    shutil.copy('dev/run.sh', f'{work}/run.sh')
     args.trainer = f'{work}/trainer'
     mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256m', 'tmpfs', f'{work}/disk'], capture_output=True).returncode == 0
     kinds = [k for k in KINDS if mounted or k != 'full disk']
