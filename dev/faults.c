@@ -98,8 +98,8 @@ __attribute__((constructor)) static void start(void) {
     out = getenv("FAULT_OUT");
     if (!fault_dir) return;
     leave_number(now, getpid());
-    if (!text || sscanf(text, "%d %15s %d %d %d %d", &fault.rank, when, &fault.n, &fault.delay, &fault.what, &fault.victim) != 6)
-        return;
+    if (!text || sscanf(text, "%d %15s %d %d %d %d", &fault.rank, when, &fault.n, &fault.delay, &fault.what,
+                        &fault.victim) != 6) return;
     while (fault.when < NONE && strcmp(kinds[fault.when], when)) fault.when++;
     fault.on = fault.rank == atoi(now);
     call_is(LOAD);
@@ -114,13 +114,15 @@ __attribute__((constructor)) static void start(void) {
         return REAL(name, type, __VA_ARGS__) names; \
     }
 WRAP(pread, ssize_t, kind_of_fd(fd, 0), (int fd, void *p, size_t n, off_t at), (fd, p, n, at), int, void *, size_t, off_t)
-WRAP(pwrite, ssize_t, kind_of_fd(fd, 1), (int fd, const void *p, size_t n, off_t at), (fd, p, n, at), int, const void *, size_t, off_t)
+WRAP(pwrite, ssize_t, kind_of_fd(fd, 1), (int fd, const void *p, size_t n, off_t at), (fd, p, n, at),
+     int, const void *, size_t, off_t)
 WRAP(write, ssize_t, kind_of_fd(fd, 1), (int fd, const void *p, size_t n), (fd, p, n), int, const void *, size_t)
 WRAP(fsync, int, is_fd_in_out(fd) ? SYNC : NONE, (int fd), (fd), int)
 WRAP(fdatasync, int, is_fd_in_out(fd) ? SYNC : NONE, (int fd), (fd), int)
 WRAP(mkdir, int, is_in_out(path) ? CREATE : NONE, (const char *path, mode_t mode), (path, mode), const char *, mode_t)
 WRAP(rename, int, is_in_out(from) ? RENAME : NONE, (const char *from, const char *to), (from, to), const char *, const char *)
-WRAP(unlinkat, int, is_fd_in_out(fd) ? REMOVE : NONE, (int fd, const char *path, int flags), (fd, path, flags), int, const char *, int)
+WRAP(unlinkat, int, is_fd_in_out(fd) ? REMOVE : NONE, (int fd, const char *path, int flags), (fd, path, flags),
+     int, const char *, int)
 WRAP(rmdir, int, is_in_out(path) ? REMOVE : NONE, (const char *path), (path), const char *)
 
 static int open_with(const char *path, int flags, mode_t mode) {

@@ -9,8 +9,8 @@ fault, each in a process that was started with --resume auto after the one befor
 the next. dev/faults.c, preloaded into the ranks, strikes at the n-th call of a kind (write, fsync, rename, ...) in one of
 them, so every phase is hit by design and not by luck. After each fault:
 
-    lost        the next start goes on before the newest checkpoint that checksums.txt calls whole, or not at all; a checkpoint
-                that was said to be saved is gone; or a signal that should save did not
+    lost        the next start goes on before the newest checkpoint that checksums.txt calls whole, or not at all; one that was
+                said to be saved is gone; or a signal that should save did not
     wrong       a loss, gradient norm or evaluation after it, or the last checkpoint, has other bits than the reference
     unbounded   a process was still there when all should have ended
     unclear     it ended with an error, and not with one line that says which
@@ -162,8 +162,8 @@ def run(ranks, stage, out, timeout, strike=None):
     folder = f'{work}/process'
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(f'{folder}/mpi')
-    env = dict(os.environ, FAULT_DIR=folder, FAULT_OUT=out + '/', OMPI_MCA_orte_tmpdir_base=f'{folder}/mpi', OMP_NUM_THREADS='1',
-               OMPI_MCA_btl_vader_backing_directory=f'{folder}/mpi', OMPI_MCA_odls_base_sigkill_timeout='1')
+    env = dict(os.environ, FAULT_DIR=folder, FAULT_OUT=out + '/', OMP_NUM_THREADS='1',
+               OMPI_MCA_orte_tmpdir_base=f'{folder}/mpi', OMPI_MCA_btl_vader_backing_directory=f'{folder}/mpi', OMPI_MCA_odls_base_sigkill_timeout='1')
     if strike:
         env['FAULT'] = ' '.join(map(str, strike))
     preload = f'LD_PRELOAD={work}/faults.so'
@@ -171,8 +171,8 @@ def run(ranks, stage, out, timeout, strike=None):
     command = start + [args.trainer, '--config', f'{work}/config.json', '--train-data', f'{work}/train_*.bin', '--val-data',
                        f'{work}/val_*.bin', '--seq-len', str(T), '--batch-size', '1', '--total-batch-tokens', str(ROWS * T),
                        '--steps', str(STEPS), '--val-every', '5', '--val-batches', '3', '--checkpoint-every', str(EVERY),
-                       '--sample-every', '0', '--zero', str(stage), '--lr', '3e-3', '--timeout', str(timeout), '--threads', '1',
-                       '--resume', 'auto', '--out', out]
+                       '--sample-every', '0', '--zero', str(stage), '--lr', '3e-3', '--timeout', str(timeout),
+                       '--threads', '1', '--resume', 'auto', '--out', out]
     begun = time.time()
     with open(f'{folder}/out', 'wb') as o, open(f'{folder}/err', 'wb') as e:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=o, stderr=e, env=env, start_new_session=True)
@@ -250,7 +250,7 @@ class Chain:
             shutil.copytree(self.out, f'{folder}/out')
 
     def check_log(self, ended, expected, misread=False):
-        """What the process that just ended has logged: where it went on, and the same bits from there. Its last step, or None.
+        """What the process that just ended has logged: where it went on, the same bits from there. Its last step, or None.
         misread: it could not read the newest checkpoint, and may have taken an older one."""
         try:
             log, self.log_end = records(self.out, self.log_end)
@@ -346,8 +346,8 @@ class Chain:
 
     def check_bounds(self, ended, fault, timeout):
         if ended.code is None or ended.left or ended.after > timeout + GRACE + (60 if timeout == PATIENCE else 0):
-            self.bad('unbounded', f'exit status {ended.code} {ended.after:.1f} s after the strike, ranks {ended.left} left', ended,
-                     fault)
+            self.bad('unbounded', f'exit status {ended.code} {ended.after:.1f} s after the strike, ranks {ended.left} left',
+                     ended, fault)
 
     def check_words(self, ended, fault, word, step, whole):
         errors = re.findall(r'^error: .*', ended.err, re.M)
@@ -364,11 +364,11 @@ class Chain:
                 and not (errors or 'exited on signal 9' in ended.err):
             self.bad('unclear', f'exit status {ended.code}, nobody says why: {ended.err[-300:]}', ended, fault)
         elif word in ('TERM', 'USR1', 'INT', 'HUP') and step is not None:
-            self.bad('lost', f'exit status {ended.code} of a run that had begun, newest checkpoint {whole}: {ended.err[-300:]}',
+            self.bad('lost', f'exit status {ended.code} though begun, newest checkpoint {whole}: {ended.err[-300:]}',
                      ended, fault)
 
     def damage(self, fault):
-        """Damages files of the newest checkpoint, or one of each, and starts once more; that process ends by itself or by TERM."""
+        """Damages a file of the newest checkpoint, or one of each, and starts once more, up to a TERM."""
         steps = steps_in(self.out)
         if not steps:
             return 0
@@ -481,11 +481,13 @@ def main():
     shutil.copy(args.trainer, f'{work}/trainer')        # a campaign is long: they may change meanwhile
     shutil.copy('dev/run.sh', f'{work}/run.sh')
     args.trainer = f'{work}/trainer'
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256m', 'tmpfs', f'{work}/disk'], capture_output=True).returncode == 0
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=256m', 'tmpfs', f'{work}/disk']
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
     kinds = [k for k in KINDS if mounted or k != 'full disk']
     if not mounted:
         print('skipped: real full disks (mounting a tmpfs needs root); ENOSPC comes from dev/faults.c')
-    pairs = [(kind, phase) for kind in kinds for phase in KINDS[kind][2] if all(word in f'{kind}, {phase}' for word in args.only)]
+    pairs = [(kind, phase) for kind in kinds for phase in KINDS[kind][2]
+             if all(word in f'{kind}, {phase}' for word in args.only)]
     weights = [KINDS[kind][0] / len(KINDS[kind][2]) for kind, _ in pairs]
     if not pairs:
         sys.exit(f'faults: no fault has {args.only} in its name')
