@@ -2654,7 +2654,6 @@ static void train(Trainer *tr) {
     // skipped updates at the end changed no weight
     if (opt.checkpoint_every || stopped) save(tr, /*goes_on=*/0);
     checkpoint_wait();
-    window_turn(tr, SPENT_CHECKPOINT);
     if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
