@@ -371,65 +371,57 @@ static const GrammarText grammar_texts[] = {
 // The questions. `told` is text of the grammar: once a story has told it, and from then on, the question has
 // exactly one right answer. Question and answer may recall all that is remembered; where `told` is part of a rule
 // with a parameter, {$} is that rule's.
-// `alone` names classes: the question is asked only while the story has told one word of them. The model of the default
-// run is small: it finds the one animal or tool of a story, but of two colours it does not know which is the hat's.
+// They ask for names, beings and things only. The model of the default run is small, and learns these first; which of its
+// colours, places, pursuits and foods a story means it learns much later, if at all.
 
-typedef struct QuestionText { const char *told, *question, *answer, *alone; } QuestionText;
+typedef struct QuestionText { const char *told, *question, *answer; } QuestionText;
 
 static const QuestionText question_texts[] = {
     // of any story
-    {"[who hero]", "Who is the story about?", "The story is about {hero}.", ""},
-    {" lived[place home]", "Where was the house of {hero}?", "The house was {home.at} the {home}.", "place"},
-    {"loved to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}.", ""},
-    {"better than to {hobby=hobby}", "What did {hero} like to do?", "{hero} liked to {hobby}.", ""},
-    {"went out to {hobby=hobby}[place home]", "Where did {hero} {hobby}?", "{hero} went {home.at} the {home}.", "place"},
-    {"{cc=colour} {cloth=garment}", "What colour was the {cloth}?", "The {cloth} was {cc}.", "colour"},
-    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "{hero} always had on a {cloth}.", ""},
-    {"Everyone knew {hero.his} {cc=colour} {cloth=garment}", "What did everyone know?", "Everyone knew the {cloth}.", ""},
-    {"had made {hero.him} a {cc=colour} {cloth=garment}", "What was made for {hero}?", "A {cloth} was made for {hero}.", ""},
-    {"friend {friend=name}", "Who was the friend of {hero}?", "{hero.His} friend was {friend}.", ""},
+    {"[who hero]", "Who is the story about?", "The story is about {hero}."},
+    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "{hero} always had on a {cloth}."},
+    {"Everyone knew {hero.his} {cc=colour} {cloth=garment}", "What did everyone know?", "Everyone knew the {cloth}."},
+    {"had made {hero.him} a {cc=colour} {cloth=garment}", "What was made for {hero}?", "A {cloth} was made for {hero}."},
+    {"friend {friend=name}", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
     // lost
-    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero} could not find the {x}.", ""},
-    {"`You played[place p] on", "Who helped {hero}?", "{hero.His} friend {friend} helped {hero.him}.", ""},
+    {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero} could not find the {x}."},
+    {"`You played[place p] on", "Who helped {hero}?", "{hero.His} friend {friend} helped {hero.him}."},
     // gift
-    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "{hero} bought the {x}.", ""},
-    {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "The {x} was for {friend}.", ""},
+    {"bought a {c=colour} {x=toy}", "What did {hero} buy?", "{hero} bought the {x}."},
+    {"for {hero.his} friend {friend=name}", "Who was the {x} for?", "The {x} was for {friend}."},
     // errand
-    {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "{hero} had to buy the {x}.", ""},
-    {"Come and play <game> with me", "Who wanted to play?", "The {pal} wanted to play.", ""},
+    {"and a {c=colour} {x=ware}", "What did {hero} have to buy?", "{hero} had to buy the {x}."},
+    {"Come and play <game> with me", "Who wanted to play?", "The {pal} wanted to play."},
     // hungry
-    {"met a {s=sad} {pal=animal}", "Who was {s}?", "The {pal} was {s}.", ""},
-    {"if you {chore=chore}", "What did {hero} have to do?", "{hero} had to {chore}.", ""},
-    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "The {pal} gave {hero} the {x}.", ""},
+    {"met a {s=sad} {pal=animal}", "Who was {s}?", "The {pal} was {s}."},
+    {"if you {chore=chore}", "What did {hero} have to do?", "{hero} had to {chore}."},
+    {"Take my {c=colour} {x=treasure}", "What did the {pal} give to {hero}?", "The {pal} gave {hero} the {x}."},
     // race
-    {"prize was a {c=colour} {x=toy}", "What was the prize?", "The prize was the {x}.", ""},
-    {"{friend=name} the {pal=animal}", "What was {friend}?", "{friend} was a {pal}.", ""},
-    {"hurt {friend.his} {limb=limb}", "What did {friend} hurt?", "{friend} hurt {friend.his} {limb}.", ""},
+    {"prize was a {c=colour} {x=toy}", "What was the prize?", "The prize was the {x}."},
+    {"{friend=name} the {pal=animal}", "What was {friend}?", "{friend} was a {pal}."},
+    {"hurt {friend.his} {limb=limb}", "What did {friend} hurt?", "{friend} hurt {friend.his} {limb}."},
     // storm
-    {"afraid of the {noise=noise}", "What was {friend} afraid of?", "{friend} was afraid of the {noise}.", ""},
-    {"{m=being} once lost a {d=colour} {x=treasure}", "Who lost a {x}?", "The {m} lost a {x}.", ""},
-    {"{m=being} once lost a {d=colour} {x=treasure}", "What did the {m} lose?", "The {m} lost a {x}.", ""},
+    {"afraid of the {noise=noise}", "What was {friend} afraid of?", "{friend} was afraid of the {noise}."},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "Who lost a {x}?", "The {m} lost a {x}."},
+    {"{m=being} once lost a {d=colour} {x=treasure}", "What did the {m} lose?", "The {m} lost a {x}."},
     // build
-    {"{x=craft} out of {m=material}", "What did {hero} build?", "{hero} built a {x}.", ""},
-    {"{x=craft} out of {m=material}", "What was the {x} made of at first?", "At first the {x} was made of {m}.", ""},
-    {"painted it {c=colour}", "Who painted the {x}?", "{friend} painted the {x}.", ""},
-    {"{friend} had the idea!", "Who had the idea?", "{friend} had the idea.", ""},
-    // bake
-    {"ran> home with the {$}", "Who had some {$}?", "{friend} had some {$}.", ""},
+    {"{x=craft} out of {m=material}", "What did {hero} build?", "{hero} built a {x}."},
+    {"{x=craft} out of {m=material}", "What was the {x} made of at first?", "At first the {x} was made of {m}."},
+    {"painted it {c=colour}", "Who painted the {x}?", "{friend} painted the {x}."},
+    {"{friend} had the idea!", "Who had the idea?", "{friend} had the idea."},
     // wish
-    {"magic {x=treasure}[place p]", "What did {hero} find?", "{hero} found the {x}.", ""},
-    {"{m=being} came out", "Who came out of the {x}?", "A {m} came out of the {x}.", ""},
-    {"there was a <trait>[who friend]", "Who was the friend of {hero}?", "{hero.His} friend was {friend}.", ""},
+    {"magic {x=treasure}[place p]", "What did {hero} find?", "{hero} found the {x}."},
+    {"{m=being} came out", "Who came out of the {x}?", "A {m} came out of the {x}."},
+    {"there was a <trait>[who friend]", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
     // seeds
-    {"planted {n=number} seeds", "How many seeds were planted?", "{hero} planted {n} seeds.", "number"},
-    {"<size> {pal=animal} came by", "Who came by?", "A {pal} came by.", ""},
+    {"<size> {pal=animal} came by", "Who came by?", "A {pal} came by."},
     // secret
-    {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "The {pal} knew the word.", ""},
-    {"there sat a <trait> {m=being}", "Who sat there?", "A {m} sat there.", ""},
-    {"This {c=colour} {x=treasure}", "What did the {m} give to {hero}?", "The {m} gave {hero} the {x}.", ""},
+    {"The word is {w=secret},` <said> the {pal}", "Who knew the word?", "The {pal} knew the word."},
+    {"there sat a <trait> {m=being}", "Who sat there?", "A {m} sat there."},
+    {"This {c=colour} {x=treasure}", "What did the {m} give to {hero}?", "The {m} gave {hero} the {x}."},
     // concert
-    {"But {hero} played it", "What did {hero} play?", "{hero} played the {i}.", ""},
-    {"friend {friend=name} laughed", "Who laughed?", "{friend} laughed.", ""},
+    {"But {hero} played it", "What did {hero} play?", "{hero} played the {i}."},
+    {"friend {friend=name} laughed", "Who laughed?", "{friend} laughed."},
 };
 
 // A chat about a story: the story as the system's turn, the question as the user's, the answer as the assistant's.
@@ -949,14 +941,6 @@ static int is_told(const Story *s, const Word *w, int n_tokens) {
     return 0;
 }
 
-static int is_alone(const Story *s, int q, int n_tokens) {
-    const char *name = question_texts[q].alone;
-    const Class *c = &s->g->classes[*name ? find_class(name) : 0];
-    int n_told = 0;
-    for (int k = 0; *name && k < c->n; k++) n_told += is_told(s, &c->words[k], n_tokens);
-    return n_told <= 1;
-}
-
 static int holds(const char *text, const Item *recall) {   // the variable, in any form
     char brace[MAX_TEXT + 2];
     const char *p = text;
@@ -1014,9 +998,7 @@ static void find_known(Known *known, const Story *s) {
 // A story, told so far that it answers a question drawn from all that it answers; this question, and up to most - 1
 // others that it answers by then. 0 if that does not give lo to hi words. The story itself stays as it is.
 static int make_chat(Set *set, Story *s, Known known, int most, int lo, int hi) {
-    int ends[MAX_STORY], alone[COUNT(question_texts)], n_alone = 0, turns = most, pick = random_below(s, known.n);
-    for (int i = 0; i < known.n; i++) if (*question_texts[known.q[i]].alone) alone[n_alone++] = i;
-    if (n_alone && random_below(s, 2)) pick = alone[random_below(s, n_alone)];   // few beginnings leave them a chance
+    int ends[MAX_STORY], turns = most, pick = random_below(s, known.n);
     const int first = s->told[known.told[pick]].n, n = s->n;
     const int cut = draw_early(s, ends, sentence_ends(s, ends), first > OPENING ? first : OPENING, hi);
     uint16_t tokens[MAX_STORY];
@@ -1030,7 +1012,7 @@ static int make_chat(Set *set, Story *s, Known known, int most, int lo, int hi) 
         const int q = known.q[pick], told = known.told[pick];
         known.q[pick] = known.q[--known.n];
         known.told[pick] = known.told[known.n];
-        if (s->told[told].n <= cut && is_alone(s, q, cut)) {
+        if (s->told[told].n <= cut) {
             if (!ask(set, s, q, s->told[told].param, hi)) break;
             turns--;
         }
