@@ -45,8 +45,8 @@ def splits_of(text):
 
 def all_splits(most=8):
     """Every stage with 1, 2, 4, 8 ranks, HSDP, and ranks that are no power of two."""
-    found = splits_of('2/0 2/1 2/2 2/3 4/0 4/1 4/2 4/3 8/0 8/1 8/2 8/3 1/1 1/2 1/3 4/1/2 4/2/2 4/3/2 8/1/2 8/1/4 8/2/2 8/2/4 8/3/2 '
-                      '8/3/4 3/3 6/2/3 6/3/2 2/3/1')
+    found = splits_of('2/0 2/1 2/2 2/3 4/0 4/1 4/2 4/3 8/0 8/1 8/2 8/3 1/1 1/2 1/3 4/1/2 4/2/2 4/3/2 '
+                      '8/1/2 8/1/4 8/2/2 8/2/4 8/3/2 8/3/4 3/3 6/2/3 6/3/2 2/3/1')
     return [s for s in found if s.ranks <= most]
 
 
