@@ -216,7 +216,7 @@ def test_other_orders_of_work_give_the_same_bits(trainer, folder):
 # ---- the same run
 RUN = Case('run', family='qwen3', head_dim=16, rows=8, T=13, tie_word_embeddings=True)
 OWN = Case('own head', family='qwen2', rows=8, T=13)
-LOOK = ['--lr', 2e-3, '--eps', 1e-6, '--warmup-steps', 2, '--weight-decay', 0.1, '--sample-tokens', 10, '--temperature', 0,
+LOOK = ['--lr', 2e-3, '--eps', 1e-6, '--warmup-steps', 2, '--weight-decay', 0.1, '--sample-tokens', 8, '--temperature', 0,
         '--keep', 9]
 
 
@@ -269,8 +269,10 @@ class Training:
 
 
 def run_args(case, folder):
+    """Data for four updates; of the evaluation's 5 rows no number of ranks has as many each."""
+    V, T, noise = case.keys['vocab_size'], case.T, Noise(77)
     args = case.make(folder, n_updates=4)
-    return args + ['--val-data', args[args.index('--train-data') + 1]]
+    return args + ['--val-data', shards(f'{case.folder}/val', 'pretrain', T, V, [noise.tokens(T + 1, V) for _ in range(5)], 1)]
 
 
 def test_training_is_that_of_one_rank(trainer, folder):
