@@ -246,8 +246,8 @@ inline void progress() {                                      // some queued wor
 inline void meanwhile() {                                     // the host or a stream waits for other ranks
     static unsigned spins = 0;
     progress();
-    if (++spins % 64) sched_yield();
-    else usleep(20);
+    if (++spins % 8) sched_yield();
+    else usleep(100);                                         // they may share its core
 }
 inline void run_until(CUevent_st *e, uint64_t generation) {
     while (e->reached < generation && e->stream && !e->stream->queue.empty()) if (!advance(e->stream)) meanwhile();
