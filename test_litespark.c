@@ -5441,7 +5441,7 @@ static const struct Mutant { const char *name, *from, *to, *filter; int program;
     {"bf16 with one bit less", "bits.u = (bits.u + 0x7fff + ((bits.u >> 16) & 1)) & 0xffff0000u;",
     "bits.u = (bits.u + 0xffff + ((bits.u >> 17) & 1)) & 0xfffe0000u;", "bf16_error", 1},
     {"products not rounded to bf16", "if (!storing_bf16) return;", "return;", "bf16_error", 1},
-    {"keys of other weights kept", "m->n_kept = 0;  ", "", "kept_keys", 0},
+    {"keys of other weights kept", "    m->n_kept = 0;", "", "kept_keys", 0},
     {"angles of a sample begin anew", "w->q_norm, w->k_norm, m->cosine + angles,", "w->q_norm, w->k_norm, m->cosine,",
     "kept_keys", 0},
     {"plan: a ring that sends all", "laps * (n - 1.0) / n * bytes", "laps * 1.0 * bytes", "plan_counts", 0},
