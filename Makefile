@@ -51,7 +51,8 @@ help:
 	@echo 'make test-data   the preparation of data (python3)      make test-plots, test-terminal, test-energy   what runs show      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make faults   kills, full disks, damage, signals: nothing is lost (COUNT=1000; faults-quick: 40 s)     make test-hosts   several hosts (root)'
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
-	@echo 'make bench    against PyTorch and OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
+	@echo 'make benchmark   against PyTorch (pip): the same losses, then speed, memory, energy (ARGS; dev/results/); test-benchmark tests it'
+	@echo 'make bench    matrix products against OpenBLAS; K=rmsnorm_backward: variants of a kernel, K=all: their checks (dev/README.md)'
 	@echo 'make gpu-report   on a machine with a GPU: proof, kernels, training, measured; writes dev/results/'
 	@echo 'make gpu-quick   the same in minutes on a lent machine (OUT=folder); gpu-quick-build: builds it here; test-gpu-quick: tests it here'
 	@echo 'make ptxas   registers and spills of the CUDA kernels     make clean'
@@ -125,16 +126,14 @@ BENCH_BINARIES := $(if $(and $(NVCC),$(GPU_CC)),gpu,emu $(if $(NVCC),ptx))
 BENCH_PTXCPU   := $(if $(filter ptx,$(BENCH_BINARIES)),$(if $(PTXCPU),build/ptxcpu/made))
 BENCH_LACKS    := $(strip $(if $(shell command -v $(CXX) 2>/dev/null),,g++) $(if $(shell command -v python3 2>/dev/null),,python3))
 BENCHES        := $(sort $(basename $(notdir $(wildcard dev/*.cu))))
-# Against OpenBLAS and PyTorch, where they are installed; each script says how. BENCH_VENV: a virtual environment with the newest torch.
+# Against OpenBLAS, where it is installed (apt-get install libopenblas0-openmp).
 OPENBLAS ?= $(wildcard /usr/lib/*/openblas-openmp/libopenblas.so.0)
-BENCH_VENV ?= build/venv
 build/bench_matmul: dev/bench_matmul.c train_litespark.c
 	@mkdir -p build
 	$(CC) -std=gnu11 $(CFLAGS) $(OPENMP) -w $< -o $@ -ldl -lm
 ifeq ($(K),)
-bench: build/bench_matmul build/train_litespark
+bench: build/bench_matmul
 	build/bench_matmul 2 $(OPENBLAS)
-	python3 dev/bench_cpu.py --binary build/train_litespark --venv $(BENCH_VENV)
 else ifneq ($(BENCH_LACKS),)
 bench:
 	@echo 'skipped: bench K=$(K): apt-get install $(BENCH_LACKS)'
@@ -270,10 +269,16 @@ test-stories: build/test_stories build/stories
 # Newest transformers and safetensors from PyPI, in build/venv; HF_PYTHON=/path/python takes another one.
 HF_PYTHON ?= build/venv/bin/python
 HF_SECONDS ?= 900
+WITH_HF    = if [ ! -x $(HF_PYTHON) ]; then python3 -m venv build/venv && build/venv/bin/pip install -q torch transformers safetensors numpy >build/pip.log 2>&1 || rm -rf build/venv; fi; \
+	if [ ! -x $(HF_PYTHON) ]; then echo 'skipped: $@: pip cannot install torch and transformers (pip install torch transformers safetensors numpy; build/pip.log)'; else $(1); fi
 test-hf: build/train_litespark
-	@if [ ! -x $(HF_PYTHON) ]; then python3 -m venv build/venv && build/venv/bin/pip install -q torch transformers safetensors numpy >build/pip.log 2>&1 || rm -rf build/venv; fi; \
-	if [ -x $(HF_PYTHON) ]; then timeout $(HF_SECONDS) $(HF_PYTHON) dev/test_hf.py --binary build/train_litespark; \
-	else echo 'skipped: test-hf: pip cannot install torch and transformers (pip install torch transformers safetensors numpy; build/pip.log)'; fi
+	@$(call WITH_HF,timeout $(HF_SECONDS) $(HF_PYTHON) dev/test_hf.py --binary build/train_litespark)
+
+# litespark and PyTorch in turns: the same losses first, then speed, memory and energy. ARGS: options of dev/benchmark.py.
+benchmark: train
+	@$(call WITH_HF,$(HF_PYTHON) dev/benchmark.py --binary $(TRAINER_$(BUILT)) $(if $(filter cuda,$(BUILT)),,--device cpu) $(ARGS))
+test-benchmark: build/train_litespark
+	@$(call WITH_HF,$(HF_PYTHON) dev/test_benchmark.py)
 
 test-data:
 	@if python3 -c 'import numpy' 2>/dev/null; then python3 data/test_tokens.py && python3 data/test_choices.py && python3 data/test_chat.py; else echo 'skipped: test-data: no python3 with numpy (pip install numpy sentencepiece tiktoken tokenizers jinja2 transformers)'; fi
@@ -341,4 +346,4 @@ sync:   # the counts of kernels own the planner's; the .c the shared regions; th
 	@python3 dev/speed_model.py --planner sync && python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-zero test-zero-long test-zero-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz gpu-report gpu-quick gpu-quick-build test-gpu-quick faults faults-quick test-hosts check sync clean
+.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-zero test-zero-long test-zero-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz benchmark test-benchmark gpu-report gpu-quick gpu-quick-build test-gpu-quick faults faults-quick test-hosts check sync clean

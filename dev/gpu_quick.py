@@ -463,6 +463,18 @@ def hf():
             del model, step
 
 
+# ---- litespark beside PyTorch ----------------------------------------------------------------------------------------------------------------
+def benchmark():
+    try: import torch                                           # noqa: F401
+    except ImportError as e: skip(f"{e.name} cannot be imported")
+    if left() < 100: skip(f"{left():.0f} s left: a case takes minutes")
+    status, text = run([sys.executable, f"{HERE}/benchmark.py", "--binary", TRAINER[0], "--minutes", f"{(left() - 10) / 60:.2f}", "--out", f"{OUT}/benchmark"], left())
+    for case in json.load(open(f"{OUT}/benchmark.json"))["cases"] if os.path.exists(f"{OUT}/benchmark.json") else []:
+        for who, f in case["figures"].items(): row(name=case["name"], who=who, **f)
+        for note in case["notes"]: row(name=case["name"], says=note)
+    if status: row(name="benchmark", says="FAIL" if "FAIL" in text else f"exit status {status}", check=(re.findall(r"FAIL.*", text) or [complaint(text)])[-1])
+
+
 # ---- the summary -------------------------------------------------------------------------------------------------------------------------
 def show(x, form="{}"):
     return "-" if x is None else form.format(x)
@@ -515,11 +527,15 @@ def summary():
         text += ["## Hugging Face Llama, SDPA", ""] + table(["model", "T", "compiled", "tokens/s", "MFU (report)", "tokens per update", "note"],
             [[r["name"], r["T"], "yes" if r["compiled"] else "no", show(r.get("tokens_per_sec")), show(None if r.get("mfu") is None else 100 * r["mfu"], "{:.1f}%"), show(r.get("tokens")),
               r.get("says", "")] for r in of["hf"]])
+    if "benchmark" in of:
+        text += ["## litespark beside PyTorch", "", "Losses coincide; more in benchmark.md.", ""] + table(["case", "who", "tokens/s", "MFU (report)", "peak MiB", "J/token", "litespark is", "note"],
+            [[r["name"], r.get("who", "-"), show(r.get("tokens_per_sec"), "{:.0f}"), show((r.get("mfu") or {}).get("report"), "{:.3f}"), show(r.get("memory"), "{:.0f}"),
+              show(r.get("joules"), "{:.3g}"), show(r.get("speed_up"), "{:.2f}x"), f"{r.get('says', '')} {r.get('check', '')}"] for r in of["benchmark"]])
     with open(f"{OUT}/summary.part", "w") as f: f.write("\n".join(text) + "\n")
     os.replace(f"{OUT}/summary.part", f"{OUT}/summary.md")
 
 
 if __name__ == "__main__":
-    parts = {f.__name__: f for f in (vocabulary, sanitizer, training, kernels, attention, hf, summary)}
+    parts = {f.__name__: f for f in (vocabulary, sanitizer, training, kernels, attention, hf, benchmark, summary)}
     if PART not in parts: sys.exit(__doc__)
     parts[PART]()

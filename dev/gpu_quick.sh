@@ -3,7 +3,7 @@
 #
 #   make gpu-quick-build                                    here: builds all that is run, into build/gpu-quick (nvcc; no MPI)
 #   OUT=folder dev/gpu_quick.sh                             there: no nvcc, make, git or MPI; python3 for all but facts and proof
-#   PARTS='facts proof' DEADLINE=120 OUT=folder dev/gpu_quick.sh       some parts, in this many seconds
+#   PARTS='facts proof' DEADLINE=120 OUT=folder dev/gpu_quick.sh       some parts, in this many seconds; 360 are enough for all but benchmark
 #
 # It writes OUT/results.jsonl (a line per result, as it comes), OUT/summary.md (again after each part) and OUT/log.txt (what the
 # programs said). A part that reaches its limit is killed, its rows stay, and the next goes on. Seconds that a part leaves go to those
@@ -19,10 +19,11 @@ TABLE='
     kernels    25   time of each kernel of one update (ncu) beside the modelled one
     attention  45   the attention benches, beside PyTorch SDPA and torch.matmul
     hf         35   Hugging Face Llama + SDPA, eager and compiled, on the same layers
+    benchmark 480   dev/benchmark.py: the whole 3B and what else fits beside Hugging Face and compiled PyTorch, losses checked
 '
 # In an emulation: CUDA_TRAINER=build/train_litespark_emu TINY=1 (small shapes), see dev/test_gpu_quick.py.
 cd "$(dirname "$0")/.." || exit 1
-OUT=${OUT:-out/gpu-quick} BIN=${BIN:-build/gpu-quick} DEADLINE=${DEADLINE:-360} LIMITS=${LIMITS:-} GRACE=${GRACE:-5}
+OUT=${OUT:-out/gpu-quick} BIN=${BIN:-build/gpu-quick} DEADLINE=${DEADLINE:-840} LIMITS=${LIMITS:-} GRACE=${GRACE:-5}
 CUDA_TRAINER=${CUDA_TRAINER:-$BIN/train_litespark_cuda}
 export OUT BIN CUDA_TRAINER
 

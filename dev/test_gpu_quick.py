@@ -98,11 +98,12 @@ with open(f"{BIN}/commit", "w") as f: f.write("abc1234\n")
 
 try:
     # every part, over the emulation
-    status, text, rows, ends, summary = run(f"{TOP}/all", "facts proof vocabulary sanitizer training kernels attention hf", PROOF_WORDS="d104", PROOF_CASES="d104", DEADLINE="600",
+    status, text, rows, ends, summary = run(f"{TOP}/all", "facts proof vocabulary sanitizer training kernels attention hf benchmark", PROOF_WORDS="d104", PROOF_CASES="d104", DEADLINE="600",
                                             LIMITS="proof=100 vocabulary=100 sanitizer=100 training=200")     # a busy machine
     of = lambda part: [r for r in rows if r["part"] == part and "end" not in r]
-    check("all parts end", status == 0 and list(ends) == "facts proof vocabulary sanitizer training kernels attention hf".split(), (status, ends, text[-1500:]))
+    check("all parts end", status == 0 and list(ends) == "facts proof vocabulary sanitizer training kernels attention hf benchmark".split(), (status, ends, text[-1500:]))
     check("hf is skipped and says why", ends.get("hf") == "skipped: torch cannot be imported", ends)
+    check("benchmark, too", ends.get("benchmark") == "skipped: torch cannot be imported", ends)
     check("the others are done", all(ends.get(p) == "done" for p in "facts proof vocabulary sanitizer training kernels attention".split()), ends)
     check("facts", {"part": "facts", "name": "power.limit", "value": "700.00 W"} in rows and {"part": "facts", "name": "commit", "value": "abc1234"} in rows, of("facts"))
     check("proof in both forms", {(r["mlp"], r["says"]) for r in of("proof")} == {("auto", "ok"), ("auto", "end"), ("products", "ok"), ("products", "end")}, of("proof"))
