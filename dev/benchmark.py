@@ -52,7 +52,7 @@ import speed_model                                              # noqa: E402  (t
 # model: T, sequences of an update (on GPUs: times the largest number of ranks), sequences of a micro-step at most
 CPU_SIZES = {"15M": (256, 4, 4), "100M": (512, 2, 2)}
 GPU_SIZES = {"3B": (4096, 16, 4), "llama3.2-1B": (4096, 32, 8), "100M": (1024, 256, 64), "15M": (1024, 512, 128)}
-CPU_CASES, GPU_CASES = "15M:fp32 15M:bf16 100M:fp32", "3B:bf16 llama3.2-1B:bf16 100M:bf16"
+CPU_CASES, GPU_CASES = "15M:fp32 15M:fp32:2 15M:bf16 100M:fp32", "3B:bf16 llama3.2-1B:bf16 100M:bf16"
 # What losses and gradient norms may differ by, relative: the same arithmetic in another order; bf16: rounded elsewhere.
 TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (2e-3, 3e-2)}
 LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
@@ -552,6 +552,7 @@ def run_case(bench, case, say):
                 case["rows"][name] = dict(form=form, micro=m, check=result, rounds=[])
             say(f"{case['name']}: {name} ({form}), micro-batch {m}: losses {apart(result, ours, 'losses'):.1e} apart, "
                 f"another seed {noise:.1e}")
+    if len(case["rows"]) == 1: raise Failed("; ".join(case["notes"]) or "--only leaves no baseline")
     took = sum(r["check"]["wall"] for r in case["rows"].values())
     for i in range(bench.o.rounds):
         if bench.left() < 1.2 * took: break
@@ -640,13 +641,13 @@ def markdown(report):
     m = report["machine"]
     text = ["# litespark beside PyTorch", "",
             f"Measured by `{report['command']}` on {m['device']}, {m['cpus']} CPUs{m['gpus']}; {m['versions']}; litespark "
-            f"{m['commit']}; {report['date']}. `dev/benchmark.py` says what the contestants are and how all this is measured. "
+            f"{m['commit']}; {report['date']}. `dev/benchmark.py` says what the contestants are and how this is measured. "
             "\"litespark is\": times as fast as that row; apart: relative, at most.", ""]
     for case in report["cases"]: text += case_text(case, m, report)
     text += [f"Not run: {x}" for x in report["left_out"]] + [""] * bool(report["left_out"])
     if m["kind"] == "cpu":
-        text += ["On a CPU litespark computes bf16 in fp32, rounded where the CUDA trainer stores bf16: a reference, not a fast "
-                 "path.", ""]
+        text += ["On a CPU litespark computes bf16 in fp32, rounded where the CUDA trainer stores bf16: a reference, not a "
+                 "fast path.", ""]
     rows = []
     for model, gpus, *both in PUBLISHED:
         for who, (rate, tflops, mfu, seconds, mwh) in zip(("Litespark", "its Llama baseline"), both):
@@ -676,8 +677,9 @@ def cases_of(o, gpus):
     sizes, out, left_out = GPU_SIZES if o.device == "cuda" else CPU_SIZES, [], []
     ranks = [int(r) for r in o.ranks.split(",")] if o.ranks else [2 ** i for i in range(8) if 2 ** i <= max(1, len(gpus))]
     for what in o.cases.split():
-        model, _, precision = what.rpartition(":")
-        if precision not in TOLERANCE: sys.exit(f"error: --cases: '{what}' is not MODEL:fp32 or MODEL:bf16")
+        parts = re.fullmatch(r"(.+):(fp32|bf16)(?::([1-9]\d*))?", what)
+        if not parts: sys.exit(f"error: --cases: '{what}' is not MODEL:fp32, MODEL:bf16 or MODEL:PRECISION:RANKS")
+        model, precision, own_ranks = parts.groups()
         config = model_config(model)
         label = os.path.basename(os.path.dirname(os.path.abspath(model))) if os.path.isfile(model) else model
         T, batch, micro = sizes.get(model, (256, 4, 4))
@@ -686,8 +688,8 @@ def cases_of(o, gpus):
         if gpus and 20 * n > 0.9 * 2 ** 20 * gpus[0][1]:
             left_out.append(f"{what}: the state of {n / 1e9:.1f} billion parameters is more than one {gpus[0][0]} holds")
             continue
-        for r in ranks:
-            if batch % r: sys.exit(f"error: --ranks {r} does not divide {batch} sequences per update")
+        for r in [int(own_ranks)] if own_ranks else ranks:
+            if batch % r: sys.exit(f"error: {r} ranks do not divide {batch} sequences per update")
             m = min(micro, batch // r)
             while batch % (m * r): m -= 1
             out.append(dict(name=f"{label}, {precision}, {r} rank{'s' if r > 1 else ''}", model=model, config=config, ranks=r,
@@ -699,9 +701,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--binary", default="./train_litespark")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where nvidia-smi lists a GPU")
-    p.add_argument("--cases", help="MODEL:fp32 or MODEL:bf16, MODEL a preset or a config.json; "
+    p.add_argument("--cases", help="MODEL:fp32 or MODEL:bf16, MODEL a preset or a config.json, then perhaps :RANKS; "
                    f"default '{CPU_CASES}', on a GPU '{GPU_CASES}'")
-    p.add_argument("--ranks", help="numbers such as 1,2,4; default: 1, 2, 4, ... up to the number of GPUs, on a CPU 1")
+    p.add_argument("--ranks", help="of cases that say none, such as 1,2,4; default: 1, 2, 4, ... up to the GPUs, else 1")
     p.add_argument("--seq-len", type=int, default=0)
     p.add_argument("--batch", type=int, default=0, help="sequences per update, over all ranks")
     p.add_argument("--micro", type=int, default=0, help="sequences per rank and micro-step, at most")

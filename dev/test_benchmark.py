@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""`make test-benchmark`: dev/benchmark.py on a tiny model. Losses of litespark and of both baselines coincide, on one rank and
-on two, over more than an epoch of two shards; a baseline with another learning rate or shifted data fails it.
+"""`make test-benchmark`: dev/benchmark.py on a tiny model. Losses of litespark and of both baselines coincide, on one rank
+and on two, over more than an epoch of two shards; a baseline with another learning rate or shifted data fails it.
 
     PYTHON_WITH_TORCH dev/test_benchmark.py [build/train_litespark]
 """
@@ -29,8 +29,8 @@ def check(name, ok, what=""):
 
 def run(out, *options):
     """(exit status, what it printed, the report or None)"""
-    command = [sys.executable, f"{HERE}/benchmark.py", "--binary", BINARY, "--device", "cpu", "--threads", "2", "--batch", "4",
-               "--rounds", "1", "--steps", "3", "--warmup", "1", "--out", out, *options]
+    command = [sys.executable, f"{HERE}/benchmark.py", "--binary", BINARY, "--device", "cpu", "--threads", "2",
+               "--batch", "4", "--rounds", "1", "--steps", "3", "--warmup", "1", "--out", out, *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     if not os.path.exists(out + ".json"): return done.returncode, done.stdout, None
     with open(out + ".json") as f: return done.returncode, done.stdout, json.load(f)
