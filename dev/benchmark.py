@@ -396,7 +396,7 @@ class Bench:
         for command, env in commands:
             outs.append(tempfile.TemporaryFile("w+", dir=self.scratch))
             processes.append(subprocess.Popen([*shlex.split(self.o.start), *command], stdin=subprocess.DEVNULL, env=env,
-                                              stdout=outs[-1], stderr=subprocess.STDOUT, start_new_session=True))
+                                              stdout=outs[-1], stderr=subprocess.STDOUT, process_group=0))
         waiting = dict(enumerate(processes))
         try:
             while waiting and failed is None and self.left() > 0:
@@ -409,10 +409,13 @@ class Bench:
                     if p.returncode and failed is None: failed = i
                 time.sleep(0.02)
         finally:
-            for p in waiting.values():
-                try: os.killpg(p.pid, signal.SIGKILL)
-                except ProcessLookupError: pass
-                p.wait()
+            for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 60)):        # mpirun ends its ranks on TERM
+                for p in waiting.values():
+                    try: os.killpg(p.pid, number)
+                    except ProcessLookupError: pass
+                for p in waiting.values():
+                    try: p.wait(patience)
+                    except subprocess.TimeoutExpired: pass
             if gpu: peak = gpu.stop()
         texts = []
         for out in outs:
@@ -720,6 +723,7 @@ def main():
     p.add_argument("--worker", help=argparse.SUPPRESS)
     o = p.parse_args()
     if o.worker: return worker(json.loads(o.worker))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # with the children
     if not importlib.util.find_spec("torch"):
         print("skipped: benchmark: no torch (pip install torch transformers)")
         return 0
