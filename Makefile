@@ -180,7 +180,7 @@ run: train      # dev/run.sh: mpirun with signals that save
 TRAINER     = $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark
 LR_sft      = 3e-3
 LR_dpo      = 1e-3
-MORE_sft    = --epochs 2 --total-batch-tokens 1024 --val-every 800 --sample-every 0
+MORE_sft    = --epochs 1.2 --total-batch-tokens 1024 --val-every 800 --sample-every 0
 VAL_sft     = --stage sft --val-data 'data/stories/sft/validation/*.ds'
 VAL_dpo     = --eval-tasks 'data/stories/dpo/choices/*.ds' --seq-len 256
 sft dpo: train

@@ -372,16 +372,13 @@ static const GrammarText grammar_texts[] = {
 // exactly one right answer. Question and answer may recall all that is remembered; where `told` is part of a rule
 // with a parameter, {$} is that rule's.
 // They ask for names, beings and things only. The model of the default run is small, and learns these first; which of its
-// colours, places, pursuits and foods a story means it learns much later, if at all.
+// colours, clothes, places, pursuits and foods a story means it learns much later, if at all.
 
 typedef struct QuestionText { const char *told, *question, *answer; } QuestionText;
 
 static const QuestionText question_texts[] = {
     // of any story
     {"[who hero]", "Who is the story about?", "The story is about {hero}."},
-    {"always wore a {cc=colour} {cloth=garment}", "What did {hero} always have on?", "{hero} always had on a {cloth}."},
-    {"Everyone knew {hero.his} {cc=colour} {cloth=garment}", "What did everyone know?", "Everyone knew the {cloth}."},
-    {"had made {hero.him} a {cc=colour} {cloth=garment}", "What was made for {hero}?", "A {cloth} was made for {hero}."},
     {"friend {friend=name}", "Who was the friend of {hero}?", "{hero.His} friend was {friend}."},
     // lost
     {"find {hero.his} {c=colour} {x=toy}", "What could {hero} not find?", "{hero} could not find the {x}."},

@@ -440,9 +440,6 @@ static double check_rows(const char *dir, const char *split, int n_rows, int n_s
 // which a small model learns late, are not asked: they have no reading.
 static const struct { const char *question, *story, *answer; } readings[] = {
     {"Who is the story about ?", "named @1 .", "The story is about @1 ."},
-    {"What did #1 always have on ?", "always wore a % @1 .", "#1 always had on a @1 ."},
-    {"What did everyone know ?", "Everyone knew % % @1 .", "Everyone knew the @1 ."},
-    {"What was made for #1 ?", "had made % a % @1 .", "A @1 was made for #1 ."},
     {"Who was the friend of #1 ?", "@2:pronoun friend @1:name", "@2 friend was @1 ."},
     {"Who was the friend of #1 ?", "@2:pronoun % friend @1:name", "@2 friend was @1 ."},
     {"Who was the friend of #1 ?", "wished for a friend , and there was a % % named @1 !", "? friend was @1 ."},
