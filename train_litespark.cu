@@ -549,6 +549,7 @@ void launch_kernel(cudaStream_t stream, const char *call, const char *file, int 
 // ---- hardware verbs: all inline PTX of this file ----------------------------------------------------------
 // A plain C++ compiler reads dev/emu/emu_verbs.h instead: same names, same meaning, on the CPU.
 #ifdef __CUDACC__
+#include <cuda.h>
 // The block's dynamic shared memory, aligned to 128 bytes.
 template <typename Element> __device__ __forceinline__ Element *shared_memory() {
     extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
@@ -602,6 +603,129 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 }
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
+// Hopper's own: tensor cores that 128 threads feed from shared memory (wgmma), copies of whole tiles by one
+// thread (TMA), barriers in shared memory that count bytes. They exist in code for sm_90a alone; whatever
+// else this file is compiled for gets a trap in their place, and the host asks has_wgmma().
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SM90A(...) asm volatile(__VA_ARGS__)
+__device__ int wgmma_compiled = 1;
+#else
+#define SM90A(...) __trap()
+__device__ int wgmma_compiled = 0;
+#endif  // sm_90a
+// The code that this device loads is for sm_90a.
+inline int has_wgmma(void) {
+    int yes = 0;
+    if (cudaMemcpyFromSymbol(&yes, wgmma_compiled, sizeof yes) != cudaSuccess) return 0;
+    return yes;
+}
+
+// dynamic shared memory aligned to 1024 bytes, the period of the swizzle
+template <typename Element> __device__ __forceinline__ Element *swizzled_shared_memory() {
+    extern __shared__ __align__(1024) unsigned char dynamic_swizzled_memory[];
+    return reinterpret_cast<Element *>(dynamic_swizzled_memory);
+}
+
+// A tensor of bf16 in global memory as TMA sees it: dim[0] elements lie side by side, the other dimensions
+// are stride[] bytes apart (multiples of 16). A copy moves a box; what of it lies outside the tensor becomes
+// zero. box[0] is 64: rows of 128 bytes, their 16-byte units swizzled, unit ^= row % 8.
+typedef CUtensorMap TensorMap;
+static inline TensorMap tensor_map(const void *base, const uint64_t (&dim)[4], const uint64_t (&stride)[3],
+                                   const uint32_t (&box)[4]) {
+    static decltype(&cuTensorMapEncodeTiled) encode;
+    const uint32_t every[4] = {1, 1, 1, 1};
+    TensorMap map;
+    void *driver = encode ? NULL : dlopen("libcuda.so.1", RTLD_NOW);
+    if (driver) encode = (decltype(encode))dlsym(driver, "cuTensorMapEncodeTiled");
+    if (!encode) die("libcuda.so.1 has no cuTensorMapEncodeTiled: it needs a driver for CUDA 12 or newer");
+    const int e = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)base, dim, stride, box, every,
+                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (e) die("cuTensorMapEncodeTiled: CUDA driver error %d", e);
+    return map;
+}
+
+// An mbarrier is in phase 0, 1, 0, ... A phase ends when `arrivals` threads have arrived and the bytes that
+// were announced have landed. mbarrier_wait(b, x) returns once the last phase of parity x has ended: of a
+// fresh barrier that is so for 1, not for 0. After the inits a fence, then a barrier of the block.
+__device__ __forceinline__ void mbarrier_init(uint64_t *barrier, int arrivals) {
+    SM90A("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void mbarrier_init_fence() {
+    SM90A("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier) {
+    SM90A("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+// arrives, and announces that `bytes` will land in this phase
+__device__ __forceinline__ void mbarrier_expect(uint64_t *barrier, int bytes) {
+    SM90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+          :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity) {
+    SM90A("{\n.reg .pred ended;\nAGAIN:\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@!ended bra AGAIN;\n}"
+          :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// One thread starts the copy of a box with this corner (dimension 0 first); its bytes count on the barrier.
+__device__ __forceinline__ void tma_load(void *dst, const TensorMap *map, uint64_t *barrier, int x0, int x1,
+                                         int x2, int x3) {
+    SM90A("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+          "[%1, {%3, %4, %5, %6}], [%2];" :: "r"(shared_address(dst)), "l"(map), "r"(shared_address(barrier)),
+          "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");
+}
+
+// The warps of a warpgroup give registers back, or take what others gave: from now on n per thread.
+template <int n> __device__ __forceinline__ void registers_give() {
+    SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
+}
+template <int n> __device__ __forceinline__ void registers_take() {
+    SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n));
+}
+
+// wgmma. The four warps of a warpgroup call together; warp w gets rows 16w..16w+15 of a sum of 64 rows, in the
+// fragments of mma_bf16. Operands in shared memory are swizzled rows of 128 bytes, panels of 64 columns
+// panel_bytes apart. The products run while the threads go on: fence (registers are ready), products, commit
+// (a group of them), wait. Until then nobody may touch their sums, nor overwrite their operands.
+__device__ __forceinline__ uint64_t wgmma_operand(const void *corner, int panel_bytes) {
+    return (uint64_t)(shared_address(corner) & 0x3FFFF) >> 4 | (uint64_t)panel_bytes >> 4 << 16 |
+           1024ull >> 4 << 32 | 1ull << 62;                                 // 8 rows are 1024 bytes
+}
+__device__ __forceinline__ void wgmma_fence() { SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+#define SUMS_4(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+#define SUMS_32(x, n) SUMS_4(x[n]), SUMS_4(x[n + 1]), SUMS_4(x[n + 2]), SUMS_4(x[n + 3]), SUMS_4(x[n + 4]), \
+    SUMS_4(x[n + 5]), SUMS_4(x[n + 6]), SUMS_4(x[n + 7])
+#define REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_64 REGISTERS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// at most n groups are still in flight; `sum` can be read: the compiler keeps its uses below this line
+template <int n, int NT> __device__ __forceinline__ void wgmma_wait(float (&sum)[1][NT][4]) {
+    SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
+    for (int i = 0; i < NT; i++) asm volatile("" : SUMS_4(sum[0][i]) :: "memory");
+}
+// sum (64,128) = a (64,16) b^T (128,16); add: +=
+__device__ __forceinline__ void wgmma_rows(float (&sum)[1][16][4], uint64_t a, uint64_t b, int add) {
+    SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64
+          "}, %64, %65, add, 1, 1, 0, 0;\n}"
+          : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8) : "l"(a), "l"(b), "r"(add));
+}
+// sum (64,64) += a (64,16) b (16,64); a in registers, in the fragments of mma_bf16. Then the same with 128
+__device__ __forceinline__ void wgmma_columns(float (&sum)[1][8][4], const uint32_t (&a)[4], uint64_t b) {
+    SM90A("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+          REGISTERS_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+          : SUMS_32(sum[0], 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void wgmma_columns(float (&sum)[1][16][4], const uint32_t (&a)[4], uint64_t b) {
+    SM90A("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+          REGISTERS_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+          : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // 2^x, relative error 2^-22; results below 2^-126 are 0
