@@ -205,51 +205,6 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
 }
 
 // ---- kernel 4, shipped for sm_90a: wgmma and TMA ----------------------------------------------------------
-// ROWS rows of WIDTH (64, 128) bf16 as wgmma takes them: panels of 64 columns
-template <int ROWS, int WIDTH> struct SwizzledTile {
-    static constexpr int PANELS = WIDTH / 64, PANEL_BYTES = ROWS * 128;
-    bf16 element[PANELS][ROWS][64];
-};
-
-// One thread starts the copy of the rows t.. of a head, of sequence b; `landed` gets the bytes.
-template <int ROWS, int WIDTH>
-__device__ __forceinline__ void tma_load_tile(SwizzledTile<ROWS, WIDTH> &tile, uint64_t *landed,
-                                              const TensorMap *qkv, int head, int t, int b) {
-    mbarrier_expect(landed, sizeof tile);
-    for (int panel = 0; panel < tile.PANELS; panel++)
-        tma_load(tile.element[panel], qkv, landed, panel * 64, head, t, b);
-}
-
-// score (64,KEYS) = rows row..row+63 of q times k^T, for a warpgroup; runs until wgmma_wait
-template <int QUERIES, int KEYS, int WIDTH>
-__device__ __forceinline__ void wgmma_scores(float (&score)[1][KEYS / 8][4], const SwizzledTile<QUERIES, WIDTH> &q,
-                                             int row, const SwizzledTile<KEYS, WIDTH> &k) {
-    #pragma unroll
-    for (int c = 0; c < WIDTH; c += 16)
-        wgmma_rows(score, wgmma_operand(&q.element[c / 64][row][c % 64], q.PANEL_BYTES),
-                   wgmma_operand(&k.element[c / 64][0][c % 64], k.PANEL_BYTES), c > 0);
-    wgmma_commit();
-}
-
-// out (64,WIDTH) += p v; p has the fragments of 16 keys at a time
-template <int KEYS, int WIDTH>
-__device__ __forceinline__ void wgmma_values(float (&out)[1][WIDTH / 8][4], const uint32_t (&p)[KEYS / 16][4],
-                                             const SwizzledTile<KEYS, WIDTH> &v) {
-    #pragma unroll
-    for (int k = 0; k < KEYS; k += 16)
-        wgmma_columns(out, p[k / 16], wgmma_operand(v.element[0][k], v.PANEL_BYTES));
-    wgmma_commit();
-}
-
-enum { WGMMA_THREADS = 384 };           // three warpgroups: two compute, a thread of the third copies
-template <int WIDTH> struct __align__(1024) WgmmaTiles {    // of a block, in shared memory
-    static constexpr int QUERIES = 128, KEYS = 128;
-    SwizzledTile<QUERIES, WIDTH> q;
-    SwizzledTile<KEYS, WIDTH> k[2], v[2];
-    Tile<16, WIDTH> out[QUERIES / 16];
-    uint64_t q_full, k_full[2], k_empty[2], v_full[2], v_empty[2];          // mbarriers
-};
-
 template <int WIDTH>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf16 *__restrict__ out,
         float *__restrict__ lse, const __grid_constant__ TensorMap qkv, const int *__restrict__ doc_start,
@@ -271,7 +226,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         mbarrier_init_fence();
     }
     __syncthreads();
-    if (group == 2) {                   // copies: tile i of K and of V lies in half i % 2, V comes one behind K
+    if (group == 2) {                                       // the copies; V comes one tile behind K
         registers_give<24>();
         if (threadIdx.x % 128 > 0) return;
         const int head = H + h / (H / K);
@@ -295,7 +250,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     uint32_t p[KEYS / 16][4];
     Softmax<1> softmax;
     softmax.init();
-    auto probabilities = [&](int s0) {  // in place of the scores; out_t is not there yet: what it must shrink by
+    // in place of the scores of the tile at s0; out_t is still being added to, so it shrinks later
+    auto probabilities = [&](int s0) {
         if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(score, t, s0, doc_start, row0, T);
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
@@ -349,23 +305,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, tile.out[warp], T - t, D);
 }
 
-static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B, int T,
-                                    int H, int K, int D) {
-    assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    const uint64_t W = (uint64_t)(H + 2 * K) * D;
-    auto start = [&](auto width) {
-        typedef WgmmaTiles<decltype(width)::value> Tiles;
-        static_assert(Tiles::QUERIES == Tiles::KEYS);                       // one map serves q, k and v
-        const TensorMap map = tensor_map(qkv, {(uint64_t)D, (uint64_t)(H + 2 * K), (uint64_t)T, (uint64_t)B},
-                                         {(uint64_t)D * 2, W * 2, W * T * 2}, {64, 1, Tiles::KEYS, 1});
-        launch(attention_forward_kernel4<decltype(width)::value>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)),
-               WGMMA_THREADS, sizeof(Tiles), out, lse, map, doc_start, T, H, K, D,
-               (float)(M_LOG2E / sqrt((double)D)));
-    };
-    if (D <= 64) start(std::integral_constant<int, 64>());
-    else start(std::integral_constant<int, 128>());
-}
-
 // ---- fp32, shipped: for proof rather than speed -----------------------------------------------------------
 __global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
         const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D,
@@ -411,7 +350,10 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
     });
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
-    std::function<void()> mma_tiles;
+    std::function<void()> mma_tiles, wgmma_tiles;
+    if constexpr (is_bf16<floatX>()) if (has_wgmma()) wgmma_tiles = [&] {
+        attention_forward_wgmma(out, lse, qkv, doc_start, B, T, H, K, D);
+    };
     if constexpr (is_bf16<floatX>()) mma_tiles = [&] {
         with_width(D, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
@@ -432,8 +374,10 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
         }},
         {2, "tensor cores, no overlap of copies and products", mma_tiles},
         {3, is_bf16<floatX>() ? "K and V take turns: one lands, one works" : "fp32, a warp per query", [&] {
-            attention_forward((floatX *)out, lse, (floatX *)qkv, doc_start, B, T, H, K, D);
+            if constexpr (is_bf16<floatX>()) attention_forward_mma(out, lse, qkv, doc_start, B, T, H, K, D);
+            else attention_forward((floatX *)out, lse, (floatX *)qkv, doc_start, B, T, H, K, D);
         }, SHIPPED},
+        {4, "sm_90a: wgmma and TMA, softmax under products", wgmma_tiles, SHIPPED},
     };
     bench(variants);
 }
@@ -446,6 +390,11 @@ int main(int argc, char **argv) {
     shape<bf16>(CHECK, 1, 191, 2, 1, 104, SOME_DOCS, 3);
     shape<bf16>(CHECK, 1, 130, 2, 1, 128, TILE_DOCS, 1);
     shape<bf16>(CHECK, 2, 40, 2, 1, 80, OWN_DOCS, 1);
+    shape<bf16>(CHECK, 1, 128, 2, 2, 64, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 600, 2, 1, 64, NO_DOCS, 3);
+    shape<bf16>(CHECK, 1, 777, 2, 1, 128, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 390, 3, 1, 72, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 385, 1, 1, 128, TILE_DOCS, 3);
     shape<float>(CHECK, 1, 1, 1, 1, 8, NO_DOCS, 1);
     shape<float>(CHECK, 2, 33, 4, 2, 16, NO_DOCS, 1);
     shape<float>(CHECK, 1, 65, 4, 1, 48, SOME_DOCS, 1);
