@@ -612,7 +612,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 #define SM90A(...) asm volatile(__VA_ARGS__)
 __device__ int wgmma_compiled = 1;
 #else
-#define SM90A(...) __trap()
+#define SM90A(...) (__trap(), __builtin_unreachable())
 __device__ int wgmma_compiled = 0;
 #endif  // sm_90a
 // The code that this device loads is for sm_90a.
@@ -2072,8 +2072,8 @@ template <typename F> static void with_width(int D, F f) {
     else f(std::integral_constant<int, 128>());
 }
 
-static void attention_forward(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T,
-                              int H, int K, int D) {
+static void attention_forward_f32(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T,
+                                  int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
     launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, out,
            lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
@@ -2743,6 +2743,10 @@ static void choose_kernels(int capability) {
         kernels.mlp_forward = mlp_forward_products, kernels.mlp_backward = mlp_backward_products;
 }
 
+static void attention_forward(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T,
+                              int H, int K, int D) {
+    attention_forward_f32(out, lse, qkv, doc_start, B, T, H, K, D);
+}
 static void attention_forward(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B, int T,
                               int H, int K, int D) {
     kernels.attention_forward(out, lse, qkv, doc_start, B, T, H, K, D);

@@ -4,10 +4,10 @@
 // query heads per k/v head
 // bytes   2·N·(H+2K)·D in + 2·N·H·D out + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 152 MB = 45 us
 // FLOPs   4·D per visible pair = 2·B·H·T^2·D = 137 G
-// floor   139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us)
+// floor   139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us; wgmma has all of it)
 // idea    the scores, T^2 per head, must not touch memory: a tile of queries walks over tiles of keys with a
 //         running softmax (Dao et al. 2022); everything else is how to feed the tensor cores
-// limits  D % 8 == 0, D <= 128
+// limits  D % 8 == 0, D <= 128; 4 runs where the code for sm_90a does
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.24 us): kernel 0 675 us (all caches missed);
 //         1 40 us, bound by shared memory; 2 and 3 4.5 us: the model knows no latency, which is all that sets
 //         them apart. Measured: not yet
@@ -375,7 +375,7 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
         {2, "tensor cores, no overlap of copies and products", mma_tiles},
         {3, is_bf16<floatX>() ? "K and V take turns: one lands, one works" : "fp32, a warp per query", [&] {
             if constexpr (is_bf16<floatX>()) attention_forward_mma(out, lse, qkv, doc_start, B, T, H, K, D);
-            else attention_forward((floatX *)out, lse, (floatX *)qkv, doc_start, B, T, H, K, D);
+            else attention_forward_f32(out, lse, qkv, doc_start, B, T, H, K, D);
         }, SHIPPED},
         {4, "sm_90a: wgmma and TMA, softmax under products", wgmma_tiles, SHIPPED},
     };
