@@ -1869,9 +1869,9 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
 // floor   139 us for the shape above: wgmma has the whole rate of the tensor cores; the exponentials' 72 us
 //         are under it
 // idea    One thread does nothing but copy: tile i of K and of V lies in half i % 2, which is free again when
-//         both warpgroups say so. Each of these has 64 queries: it starts the scores of tile i and P V of tile
-//         i - 1 together, and the softmax of i runs under the latter. And the two take turns: one's products
-//         fill the tensor cores during the other's softmax (Shah et al. 2024)
+//         both warpgroups say so. Each of these has 64 queries: it starts the scores of tile i and P V of
+//         tile i - 1 together, and the softmax of i runs under the latter. And the two take turns: one's
+//         products fill the tensor cores during the other's softmax (Shah et al. 2024)
 // limits  as kernel 3; D is padded to 64 or 128 by TMA, which writes zeros past the end of a row. At D 128
 //         199,680 bytes of shared memory, one block per SM; 240 registers for those who compute, 24 for who
 //         copies
@@ -2072,8 +2072,8 @@ template <typename F> static void with_width(int D, F f) {
     else f(std::integral_constant<int, 128>());
 }
 
-static void attention_forward_f32(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T,
-                                  int H, int K, int D) {
+static void attention_forward_f32(float *out, float *lse, const float *qkv, const int *doc_start, int B,
+                                  int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
     launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, out,
            lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
