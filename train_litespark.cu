@@ -622,10 +622,12 @@ inline int has_wgmma(void) {
     return yes;
 }
 
-// dynamic shared memory aligned to 1024 bytes, the period of the swizzle
+// Dynamic shared memory of a kernel that has no other. It begins at 1024 bytes, the period of the swizzle; to
+// declare that alignment would round the static shared memory of all kernels up.
 template <typename Element> __device__ __forceinline__ Element *swizzled_shared_memory() {
-    extern __shared__ __align__(1024) unsigned char dynamic_swizzled_memory[];
-    return reinterpret_cast<Element *>(dynamic_swizzled_memory);
+    Element *memory = shared_memory<Element>();
+    if (shared_address(memory) % 1024) __trap();
+    return memory;
 }
 
 // A tensor of bf16 in global memory as TMA sees it: dim[0] elements lie side by side, the other dimensions

@@ -20,7 +20,8 @@ status=$?
 cat $d/check.txt
 printf '\nmodelled, not measured: no GPU answers\n'
 case $BINARIES in *ptx*) ;; *) echo 'skipped: no nvcc on PATH (CUDA Toolkit 12 or newer)'; exit $status ;; esac
-python3 dev/ptxas.py sm_80=$d/ptx.log
+hopper=$(grep -q "for 'sm_90a'" $d/ptx.log && echo sm_90a=$d/ptx.log)
+python3 dev/ptxas.py sm_80=$d/ptx.log $hopper
 [ -f build/ptxcpu/made ] && [ -n "$PTXCPU" ] || { echo 'skipped: counts: no ptxcpu (PTXCPU=path)'; exit $status; }
 
 # row after row of the tables, each alone in a process, so that a report holds the kernels of one variant
