@@ -92,8 +92,10 @@ build/train_litespark: train_litespark.c $(FLAGS)
 GPU_ARCH ?= $(or $(GPU_CC),80 90)
 arch      = $(or $(shell echo '$(1)' | grep -Ex '([89]|1[0-9])[0-9][af]?'),$(error GPU_ARCH=$(1): $(if $(filter sm_% compute_%,$(1)),say $(subst sm_,,$(1:compute_%=%)),litespark needs compute capability 8.0 or newer: numbers from 80 on, such as GPU_ARCH='80 90')))
 override GPU_ARCH := $(foreach a,$(patsubst native,$(if $(filter native,$(GPU_ARCH)),$(or $(GPU_CC),$(error GPU_ARCH=native: no GPU of compute capability 8.0 or newer answers (nvidia-smi); say numbers, such as GPU_ARCH=90))),$(GPU_ARCH)),$(call arch,$a))
+# What nvcc makes for a GPU_ARCH. For 90 the machine code is sm_90a's: wgmma and TMA exist only there; its PTX runs on what comes later.
+gencode   = $(foreach a,$(1),$(if $(filter 90,$a),-gencode arch=compute_90a$(comma)code=sm_90a -gencode arch=compute_90$(comma)code=compute_90,-gencode arch=compute_$a$(comma)code=[sm_$a$(comma)compute_$a]))
 CUDART   ?= static
-NVFLAGS  := -O3 -std=c++17 -lineinfo -Werror all-warnings -Xcompiler -Wall -Xcompiler -fno-math-errno $(OPENMP:%=-Xcompiler %) -cudart $(CUDART) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=[sm_$(a),compute_$(a)]) \
+NVFLAGS  := -O3 -std=c++17 -lineinfo -Werror all-warnings -Xcompiler -Wall -Xcompiler -fno-math-errno $(OPENMP:%=-Xcompiler %) -cudart $(CUDART) $(call gencode,$(GPU_ARCH)) \
             -DLITESPARK_COMMIT='"$(COMMIT)"'
 ifneq ($(MPI_cuda),)
 NV_MPI   := -DUSE_MPI $(MPI_C) $(subst -pthread,-Xcompiler -pthread,$(subst -Wl$(comma),-Xlinker=,$(MPI_L))) -lnccl
@@ -104,8 +106,8 @@ build/train_litespark_cuda: train_litespark.cu $(NV_FLAGS)
 	$(if $(NVCC),,$(error DEVICE=cuda needs nvcc (CUDA Toolkit 12 or newer) on PATH; DEVICE=cpu builds the CPU trainer))
 	$(NVCC) $(NVFLAGS) $< -o $@ $(NV_MPI) -lcublasLt -ldl
 
-# Registers, shared memory and spills of every kernel, as the compiler reports them; exit status 1 if one spills.
-PTXAS_ARCH ?= 80 90
+# Registers, shared memory and spills of every kernel, as the compiler reports them; exit status 1 if one spills or its wgmma wait for each other.
+PTXAS_ARCH ?= 80 90a
 PTXAS_OUT  := $(PTXAS_ARCH:%=build/ptxas_sm_%.txt)
 build/ptxas_sm_%.txt: train_litespark.cu
 	@mkdir -p build
@@ -156,10 +158,10 @@ build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build
 BENCH_NV := -O3 -std=c++17 -lineinfo -diag-suppress 177 -Xptxas -v $(OPENMP:%=-Xcompiler %)
 build/dev/%/gpu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(NV_FLAGS)
 	@echo '$(NVCC) ... $< -o $@'
-	@$(NVCC) $(BENCH_NV) $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
+	@$(NVCC) $(BENCH_NV) $(call gencode,$(GPU_ARCH)) -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
 build/dev/%/ptx: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o
 	@echo '$(NVCC) ... $< -o $@'
-	@$(NVCC) $(BENCH_NV) -cudart shared -gencode arch=compute_80,code=[sm_80,compute_80] -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
+	@$(NVCC) $(BENCH_NV) -cudart shared $(call gencode,80 $(if $(shell grep -l wgmma $<),90a)) -I$(@D) $< build/dev/twin.o -o $@ >$@.log 2>&1 || { cat $@.log; exit 1; }
 .PRECIOUS: build/dev/%/trainer.cuh
 
 build/stories: data/stories.c
@@ -316,7 +318,7 @@ gpu-report: $(if $(and $(NVCC),$(GPU_CC)),build/train_litespark_cuda $(PROVE))
 QUICK    := build/gpu-quick
 QUICK_ARCH ?= 90
 QUICK_CC := $(CC) -std=gnu11 -O3 -march=x86-64-v3 -fno-math-errno -fno-trapping-math -fopenmp -w -DPOISON
-QUICK_NV := $(NVCC) -O3 -std=c++17 -lineinfo $(foreach a,$(QUICK_ARCH),-gencode arch=compute_$(call arch,$a),code=[sm_$a,compute_$a]) -DLITESPARK_COMMIT='"$(COMMIT)"'
+QUICK_NV := $(NVCC) -O3 -std=c++17 -lineinfo $(call gencode,$(foreach a,$(QUICK_ARCH),$(call arch,$a))) -DLITESPARK_COMMIT='"$(COMMIT)"'
 QUICK_FLAGS := $(call flags,quick-flags,$(QUICK_CC) $(QUICK_NV))
 QUICK_ALL := $(addprefix $(QUICK)/,train_litespark train_litespark_double test_cuda train_litespark_cuda attention_forward attention_backward)
 $(QUICK)/train_litespark $(QUICK)/train_litespark_double: train_litespark.c $(QUICK_FLAGS)

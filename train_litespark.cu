@@ -549,6 +549,7 @@ void launch_kernel(cudaStream_t stream, const char *call, const char *file, int 
 // ---- hardware verbs: all inline PTX of this file ----------------------------------------------------------
 // A plain C++ compiler reads dev/emu/emu_verbs.h instead: same names, same meaning, on the CPU.
 #ifdef __CUDACC__
+#include <cuda.h>
 // The block's dynamic shared memory, aligned to 128 bytes.
 template <typename Element> __device__ __forceinline__ Element *shared_memory() {
     extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
@@ -602,6 +603,132 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 }
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
+// Hopper's own: tensor cores that 128 threads feed from shared memory (wgmma), copies of whole tiles by one
+// thread (TMA), barriers in shared memory that count bytes. They exist in code for sm_90a alone; whatever
+// else this file is compiled for gets a trap in their place, and the host asks has_wgmma().
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SM90A(...) asm volatile(__VA_ARGS__)
+__device__ int wgmma_compiled = 1;
+#else
+#define SM90A(...) (__trap(), __builtin_unreachable())
+__device__ int wgmma_compiled = 0;
+#endif  // sm_90a
+// The code that this device loads is for sm_90a.
+inline int has_wgmma(void) {
+    int yes = 0;
+    if (cudaMemcpyFromSymbol(&yes, wgmma_compiled, sizeof yes) != cudaSuccess) return 0;
+    return yes;
+}
+
+// Dynamic shared memory of a kernel that has no other. It begins at 1024 bytes, the period of the swizzle; to
+// declare that alignment would round the static shared memory of all kernels up.
+template <typename Element> __device__ __forceinline__ Element *swizzled_shared_memory() {
+    Element *memory = shared_memory<Element>();
+    if (shared_address(memory) % 1024) __trap();
+    return memory;
+}
+
+// A tensor of bf16 in global memory as TMA sees it: dim[0] elements lie side by side, the other dimensions
+// are stride[] bytes apart (multiples of 16). A copy moves a box; what of it lies outside the tensor becomes
+// zero. box[0] is 64: rows of 128 bytes, their 16-byte units swizzled, unit ^= row % 8.
+typedef CUtensorMap TensorMap;
+static inline TensorMap tensor_map(const void *base, const uint64_t (&dim)[4], const uint64_t (&stride)[3],
+                                   const uint32_t (&box)[4]) {
+    static decltype(&cuTensorMapEncodeTiled) encode;
+    const uint32_t every[4] = {1, 1, 1, 1};
+    TensorMap map;
+    void *driver = encode ? NULL : dlopen("libcuda.so.1", RTLD_NOW);
+    if (driver) encode = (decltype(encode))dlsym(driver, "cuTensorMapEncodeTiled");
+    if (!encode) die("libcuda.so.1 has no cuTensorMapEncodeTiled: it needs a driver for CUDA 12 or newer");
+    const int e = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)base, dim, stride, box, every,
+                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (e) die("cuTensorMapEncodeTiled: CUDA driver error %d", e);
+    return map;
+}
+
+// An mbarrier is in phase 0, 1, 0, ... A phase ends when `arrivals` threads have arrived and the bytes that
+// were announced have landed. mbarrier_wait(b, x) returns once the last phase of parity x has ended: of a
+// fresh barrier that is so for 1, not for 0. After the inits a fence, then a barrier of the block.
+__device__ __forceinline__ void mbarrier_init(uint64_t *barrier, int arrivals) {
+    SM90A("mbarrier.init.shared::cta.b64 [%0], %1;"
+          :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void mbarrier_init_fence() {
+    SM90A("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier) {
+    SM90A("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+// arrives, and announces that `bytes` will land in this phase
+__device__ __forceinline__ void mbarrier_expect(uint64_t *barrier, int bytes) {
+    SM90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+          :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity) {
+    SM90A("{\n.reg .pred ended;\nAGAIN:\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@!ended bra AGAIN;\n}"
+          :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// One thread starts the copy of a box with this corner (dimension 0 first); its bytes count on the barrier.
+__device__ __forceinline__ void tma_load(void *dst, const TensorMap *map, uint64_t *barrier, int x0, int x1,
+                                         int x2, int x3) {
+    SM90A("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+          "[%1, {%3, %4, %5, %6}], [%2];" :: "r"(shared_address(dst)), "l"(map), "r"(shared_address(barrier)),
+          "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");
+}
+
+// The warps of a warpgroup give registers back, or take what others gave: from now on n per thread.
+template <int n> __device__ __forceinline__ void registers_give() {
+    SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
+}
+template <int n> __device__ __forceinline__ void registers_take() {
+    SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n));
+}
+
+// wgmma. The four warps of a warpgroup call together; warp w gets rows 16w..16w+15 of a sum of 64 rows, in
+// the fragments of mma_bf16. Operands in shared memory are swizzled rows of 128 bytes, panels of 64 columns
+// panel_bytes apart. The products run while the threads go on: fence (registers are ready), products, commit
+// (a group of them), wait. Until then nobody may touch their sums, nor overwrite their operands.
+__device__ __forceinline__ uint64_t wgmma_operand(const void *corner, int panel_bytes) {
+    return (uint64_t)(shared_address(corner) & 0x3FFFF) >> 4 | (uint64_t)panel_bytes >> 4 << 16 |
+           1024ull >> 4 << 32 | 1ull << 62;                                 // 8 rows are 1024 bytes
+}
+__device__ __forceinline__ void wgmma_fence() { SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+#define SUMS_4(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+#define SUMS_32(x, n) SUMS_4(x[n]), SUMS_4(x[n + 1]), SUMS_4(x[n + 2]), SUMS_4(x[n + 3]), SUMS_4(x[n + 4]), \
+    SUMS_4(x[n + 5]), SUMS_4(x[n + 6]), SUMS_4(x[n + 7])
+#define REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_64 REGISTERS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// at most n groups are still in flight; `sum` can be read: the compiler keeps its uses below this line
+template <int n, int NT> __device__ __forceinline__ void wgmma_wait(float (&sum)[1][NT][4]) {
+    SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
+    for (int i = 0; i < NT; i++) asm volatile("" : SUMS_4(sum[0][i]) :: "memory");
+}
+// sum (64,128) = a (64,16) b^T (128,16); add: +=
+__device__ __forceinline__ void wgmma_rows(float (&sum)[1][16][4], uint64_t a, uint64_t b, int add) {
+    SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64
+          "}, %64, %65, add, 1, 1, 0, 0;\n}"
+          : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8) : "l"(a), "l"(b), "r"(add));
+}
+// sum (64,64) += a (64,16) b (16,64); a in registers, in the fragments of mma_bf16. Then the same with 128
+__device__ __forceinline__ void wgmma_columns(float (&sum)[1][8][4], const uint32_t (&a)[4], uint64_t b) {
+    SM90A("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+          REGISTERS_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+          : SUMS_32(sum[0], 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void wgmma_columns(float (&sum)[1][16][4], const uint32_t (&a)[4], uint64_t b) {
+    SM90A("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+          REGISTERS_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+          : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // 2^x, relative error 2^-22; results below 2^-126 are 0
@@ -1673,7 +1800,8 @@ template <int MT> struct Softmax {
 //         level with the 198 that mma.sync leaves time for
 // limits  D % 8 == 0, D <= 128 (widths 32, 64, 96, 112, 128), H % K == 0. At D 128 69,632 bytes of shared
 //         memory and 255 registers: two blocks per SM (one on sm_86, sm_89, sm_120)
-// variants dev/attention_forward.cu: 0 a thread per query, 1 fp32 tiles, 2 tensor cores, no overlap, 3 this
+// variants dev/attention_forward.cu: 0 a thread per query, 1 fp32 tiles, 2 tensor cores, no overlap, 3 this,
+//         4 below
 template <int WIDTH> struct ForwardTiles {                  // of a block, in shared memory
     static constexpr int MT = 2, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 64;
     Tile<QUERIES, WIDTH> q;
@@ -1738,6 +1866,163 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
     store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, warp_q, T - t, D);
 }
 
+// ---- attention_forward_kernel4: sm_90a; wgmma and TMA -----------------------------------------------------
+// As kernel 3. A block has 128 queries of a head and walks over tiles of 128 keys.
+// floor   139 us for the shape above: wgmma has the whole rate of the tensor cores; the exponentials' 72 us
+//         are under it
+// idea    One thread does nothing but copy: tile i of K and of V lies in half i % 2, which is free again when
+//         both warpgroups say so. Each of these has 64 queries: it starts the scores of tile i and P V of
+//         tile i - 1 together, and the softmax of i runs under the latter. And the two take turns: one's
+//         products fill the tensor cores during the other's softmax (Shah et al. 2024)
+// limits  as kernel 3; D is padded to 64 or 128 by TMA, which writes zeros past the end of a row. At D 128
+//         199,680 bytes of shared memory, one block per SM; 240 registers for those who compute, 24 for who
+//         copies
+// ROWS rows of WIDTH (64, 128) bf16 as wgmma takes them: panels of 64 columns
+template <int ROWS, int WIDTH> struct SwizzledTile {
+    static constexpr int PANELS = WIDTH / 64, PANEL_BYTES = ROWS * 128;
+    bf16 element[PANELS][ROWS][64];
+};
+
+// One thread starts the copy of the rows t.. of a head, of sequence b; `landed` gets the bytes.
+template <int ROWS, int WIDTH>
+__device__ __forceinline__ void tma_load_tile(SwizzledTile<ROWS, WIDTH> &tile, uint64_t *landed,
+                                              const TensorMap *qkv, int head, int t, int b) {
+    mbarrier_expect(landed, sizeof tile);
+    for (int panel = 0; panel < tile.PANELS; panel++)
+        tma_load(tile.element[panel], qkv, landed, panel * 64, head, t, b);
+}
+
+// score (64,KEYS) = rows row..row+63 of q times k^T, for a warpgroup; runs until wgmma_wait
+template <int QUERIES, int KEYS, int WIDTH>
+__device__ __forceinline__ void wgmma_scores(float (&score)[1][KEYS / 8][4],
+                                             const SwizzledTile<QUERIES, WIDTH> &q, int row,
+                                             const SwizzledTile<KEYS, WIDTH> &k) {
+    #pragma unroll
+    for (int c = 0; c < WIDTH; c += 16)
+        wgmma_rows(score, wgmma_operand(&q.element[c / 64][row][c % 64], q.PANEL_BYTES),
+                   wgmma_operand(&k.element[c / 64][0][c % 64], k.PANEL_BYTES), c > 0);
+    wgmma_commit();
+}
+
+// out (64,WIDTH) += p v; p has the fragments of 16 keys at a time
+template <int KEYS, int WIDTH>
+__device__ __forceinline__ void wgmma_values(float (&out)[1][WIDTH / 8][4], const uint32_t (&p)[KEYS / 16][4],
+                                             const SwizzledTile<KEYS, WIDTH> &v) {
+    #pragma unroll
+    for (int k = 0; k < KEYS; k += 16)
+        wgmma_columns(out, p[k / 16], wgmma_operand(v.element[0][k], v.PANEL_BYTES));
+    wgmma_commit();
+}
+
+enum { WGMMA_THREADS = 384 };           // three warpgroups: two compute, a thread of the third copies
+template <int WIDTH> struct __align__(1024) WgmmaTiles {    // of a block, in shared memory
+    static constexpr int QUERIES = 128, KEYS = 128;
+    SwizzledTile<QUERIES, WIDTH> q;
+    SwizzledTile<KEYS, WIDTH> k[2], v[2];
+    Tile<16, WIDTH> out[QUERIES / 16];
+    uint64_t q_full, k_full[2], k_empty[2], v_full[2], v_empty[2];          // mbarriers
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf16 *__restrict__ out,
+        float *__restrict__ lse, const __grid_constant__ TensorMap qkv, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float log2_scale) {
+    typedef WgmmaTiles<WIDTH> Tiles;
+    constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    // long rows first
+    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.q_full, 1);
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2);
+            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 2) {                                       // the copies; V comes one tile behind K
+        registers_give<24>();
+        if (threadIdx.x % 128 > 0) return;
+        const int head = H + h / (H / K);
+        tma_load_tile(tile.q, &tile.q_full, &qkv, h, t0, b);
+        for (int i = 0; i <= n; i++) {
+            const int j = i - 1;
+            if (i < n) {
+                mbarrier_wait(&tile.k_empty[i % 2], i / 2 % 2 ^ 1);
+                tma_load_tile(tile.k[i % 2], &tile.k_full[i % 2], &qkv, head, first + i * KEYS, b);
+            }
+            if (j < 0) continue;
+            mbarrier_wait(&tile.v_empty[j % 2], j / 2 % 2 ^ 1);
+            tma_load_tile(tile.v[j % 2], &tile.v_full[j % 2], &qkv, head + K, first + j * KEYS, b);
+        }
+        return;
+    }
+    registers_take<240>();
+    const int warp = threadIdx.x / 32, t = t0 + warp * 16;                  // the warp's 16 rows
+    const int doc_last = doc_start ? doc_start[row0 + min(t + 16, T) - 1] : 0;
+    float score[1][KEYS / 8][4] = {}, out_t[1][WIDTH / 8][4] = {}, shrink[1][1][4];
+    uint32_t p[KEYS / 16][4];
+    Softmax<1> softmax;
+    softmax.init();
+    // in place of the scores of the tile at s0; out_t is still being added to, so it shrinks later
+    auto probabilities = [&](int s0) {
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(score, t, s0, doc_start, row0, T);
+        fill(shrink, 1);
+        softmax.update(score, shrink, log2_scale);
+    };
+    auto pack = [&] {
+        #pragma unroll
+        for (int i = 0; i < KEYS / 4; i++)
+            p[i / 4][i % 4] = pack_bf16(score[0][i / 2][i % 2 * 2], score[0][i / 2][i % 2 * 2 + 1]);
+    };
+    auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
+    mbarrier_wait(&tile.q_full, 0);
+    mbarrier_wait(&tile.k_full[0], 0);
+    wgmma_fence();
+    wgmma_scores(score, tile.q, group * 64, tile.k[0]);
+    wgmma_wait<0>(score);
+    release(&tile.k_empty[0]);
+    probabilities(first);
+    pack();
+    if (group == 1) barrier_arrive(1, 256);         // group 0 begins
+    for (int i = 1; i < n; i++) {
+        const int j = i - 1;
+        mbarrier_wait(&tile.k_full[i % 2], i / 2 % 2);
+        mbarrier_wait(&tile.v_full[j % 2], j / 2 % 2);
+        // The groups take turns: one has its products computed while the other is at its softmax.
+        barrier_sync(1 + group, 256);
+        wgmma_fence();
+        wgmma_scores(score, tile.q, group * 64, tile.k[i % 2]);
+        wgmma_values(out_t, p, tile.v[j % 2]);
+        if (group == 0 || i + 1 < n) barrier_arrive(2 - group, 256);
+        wgmma_wait<1>(score);
+        release(&tile.k_empty[i % 2]);
+        probabilities(first + i * KEYS);                // while the product with V goes on
+        wgmma_wait<0>(out_t);
+        release(&tile.v_empty[j % 2]);
+        if (__any_sync(~0u, shrink[0][0][0] != 1 || shrink[0][0][2] != 1)) {
+            #pragma unroll
+            for (int c = 0; c < WIDTH / 2; c++) out_t[0][c / 4][c % 4] *= shrink[0][0][c % 4];
+        }
+        pack();
+    }
+    mbarrier_wait(&tile.v_full[(n - 1) % 2], (n - 1) / 2 % 2);
+    wgmma_fence();
+    wgmma_values(out_t, p, tile.v[(n - 1) % 2]);
+    wgmma_wait<0>(out_t);
+    softmax.finish(out_t);
+    for (int i = 0; i < 2; i++) {
+        const int row = t + i * 8 + lane / 4;
+        const float log2_sum = softmax.base[0][i] + log2f(softmax.sum[0][i]);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
+    }
+    store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, tile.out[warp], T - t, D);
+}
+
 // ---- attention_forward_f32_kernel1: the formula by plain loops; --precision bf16 is the fast one ----------
 // out (N,H*D) =, lse (N,H) =, the softmax running: when a larger score appears, what was summed shrinks
 // idea    one warp per row and head, the mask is the range of its loop. Lane l has elements 4l..4l+3 of every
@@ -1789,19 +2074,39 @@ template <typename F> static void with_width(int D, F f) {
     else f(std::integral_constant<int, 128>());
 }
 
-template <typename floatX>
-void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *doc_start, int B, int T, int H,
-                       int K, int D) {
+static void attention_forward_f32(float *out, float *lse, const float *qkv, const int *doc_start, int B,
+                                  int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    if constexpr (sizeof(floatX) == 4)
-        launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0,
-               out, lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
-    else with_width(D, [&](auto width) {
+    launch(attention_forward_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), dim3(32, F32_WARPS), 0, out,
+           lse, qkv, doc_start, T, H, K, D, (float)(1 / sqrt((double)D)));
+}
+
+static void attention_forward_mma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B, int T,
+                                  int H, int K, int D) {
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    with_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value;
         typedef ForwardTiles<WIDTH> Tiles;
         launch(attention_forward_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)), ATT_THREADS,
                sizeof(Tiles), out, lse, qkv, doc_start, T, H, K, D, (float)(M_LOG2E / sqrt((double)D)));
     });
+}
+
+static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B,
+                                    int T, int H, int K, int D) {
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    const uint64_t W = (uint64_t)(H + 2 * K) * D;
+    auto start = [&](auto width) {
+        typedef WgmmaTiles<decltype(width)::value> Tiles;
+        static_assert(Tiles::QUERIES == Tiles::KEYS);                       // one map serves q, k and v
+        const TensorMap map = tensor_map(qkv, {(uint64_t)D, (uint64_t)(H + 2 * K), (uint64_t)T, (uint64_t)B},
+                                         {(uint64_t)D * 2, W * 2, W * T * 2}, {64, 1, Tiles::KEYS, 1});
+        launch(attention_forward_kernel4<decltype(width)::value>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)),
+               WGMMA_THREADS, sizeof(Tiles), out, lse, map, doc_start, T, H, K, D,
+               (float)(M_LOG2E / sqrt((double)D)));
+    };
+    if (D <= 64) start(std::integral_constant<int, 64>());
+    else start(std::integral_constant<int, 128>());
 }
 
 // ---- attention_decode_kernel2: samples --------------------------------------------------------------------
@@ -2416,20 +2721,38 @@ static void mlp_backward_products(bf16 *gate_up, bf16 *h, const bf16 *dx, const 
 // Products of our own run on mma.sync: all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0,
 // where cuBLASLt and a pass over its result are faster (dev/SPEED.md 6). --mlp overrides the table.
 typedef void MlpForward(bf16 *, bf16 *, const bf16 *, const bf16 *, int, int, int);
-typedef struct Kernels { int capability; MlpForward *mlp_forward, *mlp_backward; } Kernels;
+typedef void AttentionForward(bf16 *, float *, const bf16 *, const int *, int, int, int, int, int);
+typedef struct Kernels {
+    int capability;
+    MlpForward *mlp_forward, *mlp_backward;
+    AttentionForward *attention_forward;
+} Kernels;
 static const Kernels kernel_table[] = {
-    {80, mlp_forward_products, mlp_backward_products},
-    {90, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>},
-    {120, mlp_forward_products, mlp_backward_products},
+    {80, mlp_forward_products, mlp_backward_products, attention_forward_mma},
+    {90, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_wgmma},
+    {100, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_mma},
+    {120, mlp_forward_products, mlp_backward_products, attention_forward_mma},
 };
 static Kernels kernels;
 
 static void choose_kernels(int capability) {
     for (const Kernels &row : kernel_table) if (row.capability <= capability) kernels = row;
-    if (opt.mlp == MLP_PASSES) kernels = {capability, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>};
-    if (opt.mlp == MLP_PRODUCTS) kernels = {capability, mlp_forward_products, mlp_backward_products};
+    // compiled for something else than sm_90a
+    if (!has_wgmma()) kernels.attention_forward = attention_forward_mma;
+    if (opt.mlp == MLP_PASSES)
+        kernels.mlp_forward = mlp_forward_passes<bf16>, kernels.mlp_backward = mlp_backward_passes<bf16>;
+    if (opt.mlp == MLP_PRODUCTS)
+        kernels.mlp_forward = mlp_forward_products, kernels.mlp_backward = mlp_backward_products;
 }
 
+static void attention_forward(float *out, float *lse, const float *qkv, const int *doc_start, int B, int T,
+                              int H, int K, int D) {
+    attention_forward_f32(out, lse, qkv, doc_start, B, T, H, K, D);
+}
+static void attention_forward(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B, int T,
+                              int H, int K, int D) {
+    kernels.attention_forward(out, lse, qkv, doc_start, B, T, H, K, D);
+}
 // As mlp_forward_passes and mlp_backward_passes
 static void mlp_forward(float *h, float *gate_up, const float *x, const float *w, int N, int C, int F) {
     mlp_forward_passes(h, gate_up, x, w, N, C, F);

@@ -4,10 +4,10 @@
 // query heads per k/v head
 // bytes   2·N·(H+2K)·D in + 2·N·H·D out + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 152 MB = 45 us
 // FLOPs   4·D per visible pair = 2·B·H·T^2·D = 137 G
-// floor   139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us)
+// floor   139 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak: 224 us; wgmma has all of it)
 // idea    the scores, T^2 per head, must not touch memory: a tile of queries walks over tiles of keys with a
 //         running softmax (Dao et al. 2022); everything else is how to feed the tensor cores
-// limits  D % 8 == 0, D <= 128
+// limits  D % 8 == 0, D <= 128; 4 runs where the code for sm_90a does
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.24 us): kernel 0 675 us (all caches missed);
 //         1 40 us, bound by shared memory; 2 and 3 4.5 us: the model knows no latency, which is all that sets
 //         them apart. Measured: not yet
@@ -204,6 +204,107 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
     store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, warp_q, T - t, D);
 }
 
+// ---- kernel 4, shipped for sm_90a: wgmma and TMA ----------------------------------------------------------
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf16 *__restrict__ out,
+        float *__restrict__ lse, const __grid_constant__ TensorMap qkv, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float log2_scale) {
+    typedef WgmmaTiles<WIDTH> Tiles;
+    constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    // long rows first
+    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.q_full, 1);
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2);
+            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 2) {                                       // the copies; V comes one tile behind K
+        registers_give<24>();
+        if (threadIdx.x % 128 > 0) return;
+        const int head = H + h / (H / K);
+        tma_load_tile(tile.q, &tile.q_full, &qkv, h, t0, b);
+        for (int i = 0; i <= n; i++) {
+            const int j = i - 1;
+            if (i < n) {
+                mbarrier_wait(&tile.k_empty[i % 2], i / 2 % 2 ^ 1);
+                tma_load_tile(tile.k[i % 2], &tile.k_full[i % 2], &qkv, head, first + i * KEYS, b);
+            }
+            if (j < 0) continue;
+            mbarrier_wait(&tile.v_empty[j % 2], j / 2 % 2 ^ 1);
+            tma_load_tile(tile.v[j % 2], &tile.v_full[j % 2], &qkv, head + K, first + j * KEYS, b);
+        }
+        return;
+    }
+    registers_take<240>();
+    const int warp = threadIdx.x / 32, t = t0 + warp * 16;                  // the warp's 16 rows
+    const int doc_last = doc_start ? doc_start[row0 + min(t + 16, T) - 1] : 0;
+    float score[1][KEYS / 8][4] = {}, out_t[1][WIDTH / 8][4] = {}, shrink[1][1][4];
+    uint32_t p[KEYS / 16][4];
+    Softmax<1> softmax;
+    softmax.init();
+    // in place of the scores of the tile at s0; out_t is still being added to, so it shrinks later
+    auto probabilities = [&](int s0) {
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(score, t, s0, doc_start, row0, T);
+        fill(shrink, 1);
+        softmax.update(score, shrink, log2_scale);
+    };
+    auto pack = [&] {
+        #pragma unroll
+        for (int i = 0; i < KEYS / 4; i++)
+            p[i / 4][i % 4] = pack_bf16(score[0][i / 2][i % 2 * 2], score[0][i / 2][i % 2 * 2 + 1]);
+    };
+    auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
+    mbarrier_wait(&tile.q_full, 0);
+    mbarrier_wait(&tile.k_full[0], 0);
+    wgmma_fence();
+    wgmma_scores(score, tile.q, group * 64, tile.k[0]);
+    wgmma_wait<0>(score);
+    release(&tile.k_empty[0]);
+    probabilities(first);
+    pack();
+    if (group == 1) barrier_arrive(1, 256);         // group 0 begins
+    for (int i = 1; i < n; i++) {
+        const int j = i - 1;
+        mbarrier_wait(&tile.k_full[i % 2], i / 2 % 2);
+        mbarrier_wait(&tile.v_full[j % 2], j / 2 % 2);
+        // The groups take turns: one has its products computed while the other is at its softmax.
+        barrier_sync(1 + group, 256);
+        wgmma_fence();
+        wgmma_scores(score, tile.q, group * 64, tile.k[i % 2]);
+        wgmma_values(out_t, p, tile.v[j % 2]);
+        if (group == 0 || i + 1 < n) barrier_arrive(2 - group, 256);
+        wgmma_wait<1>(score);
+        release(&tile.k_empty[i % 2]);
+        probabilities(first + i * KEYS);                // while the product with V goes on
+        wgmma_wait<0>(out_t);
+        release(&tile.v_empty[j % 2]);
+        if (__any_sync(~0u, shrink[0][0][0] != 1 || shrink[0][0][2] != 1)) {
+            #pragma unroll
+            for (int c = 0; c < WIDTH / 2; c++) out_t[0][c / 4][c % 4] *= shrink[0][0][c % 4];
+        }
+        pack();
+    }
+    mbarrier_wait(&tile.v_full[(n - 1) % 2], (n - 1) / 2 % 2);
+    wgmma_fence();
+    wgmma_values(out_t, p, tile.v[(n - 1) % 2]);
+    wgmma_wait<0>(out_t);
+    softmax.finish(out_t);
+    for (int i = 0; i < 2; i++) {
+        const int row = t + i * 8 + lane / 4;
+        const float log2_sum = softmax.base[0][i] + log2f(softmax.sum[0][i]);
+        if (lane % 4 == 0 && row < T) lse[(size_t)(row0 + row) * H + h] = log2_sum * (float)M_LN2;
+    }
+    store_rows(out + ((size_t)(row0 + t) * H + h) * D, (size_t)H * D, out_t, 1, tile.out[warp], T - t, D);
+}
+
 // ---- fp32, shipped: for proof rather than speed -----------------------------------------------------------
 __global__ void attention_forward_f32_kernel1(float *__restrict__ out, float *__restrict__ lse,
         const float *__restrict__ qkv, const int *__restrict__ doc_start, int T, int H, int K, int D,
@@ -249,7 +350,10 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
     });
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
-    std::function<void()> mma_tiles;
+    std::function<void()> mma_tiles, wgmma_tiles;
+    if constexpr (is_bf16<floatX>()) if (has_wgmma()) wgmma_tiles = [&] {
+        attention_forward_wgmma(out, lse, qkv, doc_start, B, T, H, K, D);
+    };
     if constexpr (is_bf16<floatX>()) mma_tiles = [&] {
         with_width(D, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
@@ -270,8 +374,10 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
         }},
         {2, "tensor cores, no overlap of copies and products", mma_tiles},
         {3, is_bf16<floatX>() ? "K and V take turns: one lands, one works" : "fp32, a warp per query", [&] {
-            attention_forward((floatX *)out, lse, (floatX *)qkv, doc_start, B, T, H, K, D);
+            if constexpr (is_bf16<floatX>()) attention_forward_mma(out, lse, qkv, doc_start, B, T, H, K, D);
+            else attention_forward_f32(out, lse, qkv, doc_start, B, T, H, K, D);
         }, SHIPPED},
+        {4, "sm_90a: wgmma and TMA, softmax under products", wgmma_tiles, SHIPPED},
     };
     bench(variants);
 }
@@ -284,6 +390,11 @@ int main(int argc, char **argv) {
     shape<bf16>(CHECK, 1, 191, 2, 1, 104, SOME_DOCS, 3);
     shape<bf16>(CHECK, 1, 130, 2, 1, 128, TILE_DOCS, 1);
     shape<bf16>(CHECK, 2, 40, 2, 1, 80, OWN_DOCS, 1);
+    shape<bf16>(CHECK, 1, 128, 2, 2, 64, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 600, 2, 1, 64, NO_DOCS, 3);
+    shape<bf16>(CHECK, 1, 777, 2, 1, 128, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 390, 3, 1, 72, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 385, 1, 1, 128, TILE_DOCS, 3);
     shape<float>(CHECK, 1, 1, 1, 1, 8, NO_DOCS, 1);
     shape<float>(CHECK, 2, 33, 4, 2, 16, NO_DOCS, 1);
     shape<float>(CHECK, 1, 65, 4, 1, 48, SOME_DOCS, 1);

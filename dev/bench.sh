@@ -5,7 +5,7 @@ if [ "$K" = all ]; then
     failed=0 logs=
     for k in $BENCHES; do
         log=build/dev/$k/check.txt logs="$logs build/dev/$k/check.txt"
-        build/dev/$k/emu --quiet "$@" >$log 2>&1 || failed=1
+        EMU_CC=9.0 build/dev/$k/emu --quiet "$@" >$log 2>&1 || failed=1
         grep -q ' passed, [0-9]* failed$' $log || echo "$k: 0 passed, 1 failed" >>$log      # it broke off
         cat $log
     done
@@ -15,12 +15,13 @@ fi
 d=build/dev/$K
 case $BINARIES in *gpu*) exec $d/gpu --time "$@" ;; esac
 
-$d/emu "$@" >$d/check.txt 2>&1
+EMU_CC=9.0 $d/emu "$@" >$d/check.txt 2>&1
 status=$?
 cat $d/check.txt
 printf '\nmodelled, not measured: no GPU answers\n'
 case $BINARIES in *ptx*) ;; *) echo 'skipped: no nvcc on PATH (CUDA Toolkit 12 or newer)'; exit $status ;; esac
-python3 dev/ptxas.py sm_80=$d/ptx.log
+hopper=$(grep -q "for 'sm_90a'" $d/ptx.log && echo sm_90a=$d/ptx.log)
+python3 dev/ptxas.py sm_80=$d/ptx.log $hopper
 [ -f build/ptxcpu/made ] && [ -n "$PTXCPU" ] || { echo 'skipped: counts: no ptxcpu (PTXCPU=path)'; exit $status; }
 
 # row after row of the tables, each alone in a process, so that a report holds the kernels of one variant

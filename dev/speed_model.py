@@ -4,6 +4,7 @@
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
                        [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp passes|products] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
+    dev/speed_model.py --wgmma [--markdown]               attention forward with wgmma and TMA (sm_90a), beside published figures
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
     dev/speed_model.py --planner check|sync               the counts that the trainers' planner has (train_litespark.c, section 16)
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
@@ -24,6 +25,7 @@ Where the numbers come from
   left out gaps between kernels, the host, latency, tails of the last wave, causal imbalance between blocks, NCCL, and power limits.
 """
 import argparse
+import heapq
 import json
 import os
 import re
@@ -531,6 +533,44 @@ def planner(counts, what):
                     bad = True
     return 1 if bad else 0
 
+# ---- attention forward with wgmma and TMA: attention_forward_kernel4 ----------------------------------------------------
+# Per clock and SM of an H100 or H200: 4096 FLOP of wgmma, 16 exponentials, 128 lanes of other instructions, 128 bytes of shared memory.
+# Published, TFLOP/s of the causal FLOPs, bf16, head_dim 128: cuDNN 9.19 on an H200, B 1, 64 query heads, 8 of keys (its own table, Feb 2026);
+# FlashAttention-3 on an H100: T 4096 (paper), T 8192, 16 heads (its pull request 1893).
+WGMMA_SM = {"tensor": 4096, "exponentials": 16, "instructions": 128, "shared": 128}
+WGMMA_PUBLISHED = {2048: "cuDNN 484", 4096: "cuDNN 591; FA3 579", 8192: "cuDNN 644; FA3 660", 16384: "cuDNN 673", 32768: "cuDNN 688"}
+TILE = 128                  # queries of a block, keys of a tile
+INSTRUCTIONS = 4.5          # per score, beside 2^x: maximum, scale and subtract, sum, half a conversion, and what belongs to loops
+TMA_CLOCKS = 1500           # assumed: start of a block, its first tiles through TMA, its last store; nothing hides them with one block per SM
+
+
+def wgmma_forward(T, heads, D):
+    """Seconds of a causal forward, and the clocks of each term per tile of 128 queries and 128 keys."""
+    width = 64 if D <= 64 else 128
+    scores = TILE * TILE
+    bytes_read = (2 * 64 * width * 2 + 2 * TILE * width * 2) + 2 * TILE * width * 2 + 2 * TILE * width * 2    # q and k; v; what TMA writes
+    work = {"tensor": 4 * scores * width, "exponentials": scores, "instructions": INSTRUCTIONS * scores, "shared": bytes_read}
+    clocks = {k: work[k] / WGMMA_SM[k] for k in work}
+    softmax = max(clocks["exponentials"], clocks["instructions"])
+    ends = TMA_CLOCKS + clocks["tensor"] + softmax          # first scores and softmax, last product: nothing runs beside them
+    free = [0.0] * SMS                                      # blocks in the order of the grid, each to the SM that is free first
+    heapq.heapify(free)
+    for tiles in range(-(-T // TILE), 0, -1):
+        for _ in range(heads): heapq.heappush(free, heapq.heappop(free) + ends + (tiles - 1) * max(clocks.values()))
+    return max(free) / CLOCK, clocks
+
+
+def print_wgmma(markdown):
+    rows = []
+    for D in (128, 64):
+        for T in (2048, 4096, 8192, 16384, 32768):
+            t, clocks = wgmma_forward(T, 64, D)
+            rows.append([f"T {T}, D {D}", f"{t * 1e6:.0f}", f"{2.0 * T * T * D * 64 / t / 1e12:.0f}", WGMMA_PUBLISHED[T] if D == 128 else "-",
+                         ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())])
+    table(["attention forward, B 1, 64 heads, causal", "us, modelled", "TFLOP/s, modelled", "published TFLOP/s", "clocks per tile; the largest counts"], rows, markdown)
+    print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.")
+    return 0
+
 
 # ---- reports ----------------------------------------------------------------------------------------------------------
 def table(head, rows, markdown, left=1):
@@ -617,6 +657,7 @@ def main():
     p.add_argument("--mlp", default="passes", choices=["passes", "products"])
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
+    p.add_argument("--wgmma", action="store_true")
     p.add_argument("--check", metavar="TRAINER")
     p.add_argument("--planner", choices=["check", "sync"])
     p.add_argument("--measure", nargs=2, metavar=("PTXCPU", "BINARY"))
@@ -629,6 +670,7 @@ def main():
     if o.planner: return planner(counts, o.planner)
     memory_gib = choose_device(o.device, counts.runs)
     o.memory_gib = o.memory_gib or memory_gib
+    if o.wgmma: return print_wgmma(o.markdown)
     if o.kernels:
         print_kernels(counts, o.markdown)
         return 0

@@ -30,7 +30,8 @@ ONLY = {
          "lanes_per_head": "threads of a head", "matmul_plan": "cuBLASLt", "matrix_layout": "cuBLASLt",
          "cuda_check": "CUDA", "launch_kernel": "CUDA", "device_attribute": "CUDA", "with_width": "widths compiled",
          "choose_kernels": "devices differ", "mlp_forward_passes": "two forms", "mlp_forward_products": "two forms",
-         "mlp_backward_passes": "two forms", "mlp_backward_products": "two forms"},
+         "mlp_backward_passes": "two forms", "mlp_backward_products": "two forms",
+         "attention_forward_f32": "fp32", "attention_forward_mma": "two forms", "attention_forward_wgmma": "two forms", "has_wgmma": "sm_90a", "tensor_map": "sm_90a"},
 }
 
 

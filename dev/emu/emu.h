@@ -357,6 +357,10 @@ enum { MAX_THREADS = 1024, MAX_WARPS = 32, BARRIERS = 16, SMEM_MAX = 256 << 10, 
 struct Copy { void *dst; const void *src; int valid, size; };       // one cp.async in flight
 struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); };  // args[lane] of each lane of the mask
 
+struct Wgmma {                                                // one in flight; operands are registers or descriptors
+    const char *name; float *sum; int columns; bool add, in_registers, by_rows; uint64_t a, b; uint32_t a_registers[4];
+    bool first; float start[64];                              // the sums before it, if none in flight has the same
+};
 struct Worker;
 struct Thread {
     void *sp; char *stack; Worker *worker;                    // stack is null before the first run and after the last
@@ -365,12 +369,18 @@ struct Thread {
     const char *waits_at; const void *where;                  // for reports; waits_at is null while not waiting
     std::vector<Copy> copies;                                 // cp.async not landed yet, oldest first
     std::vector<size_t> groups;                               // copies.size() at each commit not waited for yet
+    std::vector<Wgmma> products;                              // wgmma not complete yet, oldest first
+    std::vector<size_t> product_groups;                       // products.size() at each commit not waited for yet
+    bool fenced;                                              // by wgmma.fence, since the last wait
 };
 struct Warp {
     uint32_t alive, ready, waiting;                           // lane masks: not exited; can run; inside a warp operation
     const Verb *verb[32]; uint32_t mask[32]; void *args[32];  // of the waiting lanes
 };
 struct Barrier { int expected, arrived, line, sum; uint32_t waiting[MAX_WARPS]; int result; };
+struct Mbarrier { int expected, arrived, phase; long bytes; uint32_t waiting[MAX_WARPS]; };   // bytes: announced, to land
+struct TensorMap { const char *base; uint64_t dim[4], stride[4]; uint32_t box[4]; };
+struct TensorCopy { char *dst; TensorMap map; int corner[4]; uint64_t *barrier; };           // one TMA load in flight
 struct Launch {
     const void *kernel; std::function<void()> body;
     dim3 grid, block; size_t smem; uint64_t number;
@@ -383,6 +393,8 @@ struct Worker {                                              // one per OS threa
     Thread host{}; size_t host_bytes;                  // the stack that run_block was called on; its place: for ASan
     char *smem; size_t smem_bytes;
     Warp warps[MAX_WARPS]; Barrier barriers[BARRIERS]; Thread threads[MAX_THREADS];
+    Barrier warpgroups[MAX_WARPS / 4];                        // where the 128 threads of each meet: wgmma
+    std::map<const uint64_t *, Mbarrier> mbarriers; bool mbarriers_fenced; std::vector<TensorCopy> tensor_copies;
     char *stacks, *smem_pages, *fault_stack; std::vector<char *> free_stacks;
     Worker();
     size_t stack_stride() const { return settings.stack + GUARD; }        // inaccessible pages below each stack
@@ -430,7 +442,10 @@ inline void Worker::reset_stacks() {                         // the next stack t
     for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(stacks + i * stack_stride() + GUARD);
     ASAN_UNPOISON_MEMORY_REGION(stacks, stack_stride() * MAX_THREADS);
     ASAN_UNPOISON_MEMORY_REGION(fault_stack, FAULT_STACK);
-    for (Thread &t : threads) { t.stack = nullptr; t.copies.clear(); t.groups.clear(); }
+    for (Thread &t : threads) {
+        t.stack = nullptr;
+        t.copies.clear(), t.groups.clear(), t.products.clear(), t.product_groups.clear();
+    }
 }
 
 inline int next_bit(uint32_t m, int after) {                 // the first set bit above `after`, else the lowest
@@ -497,6 +512,8 @@ inline Thread *Worker::finish(Thread *t) {
     alive--;
     t->copies.clear();
     t->groups.clear();
+    t->products.clear();
+    t->product_groups.clear();
     if (barriers[0].arrived)
         fail(cudaErrorLaunchFailure, "the thread left the kernel while others wait at __syncthreads\n%s", waiting_list());
     for (uint32_t m = w.waiting; m; m &= m - 1) {
@@ -546,10 +563,13 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
         wake(w, warps[w].alive);
     }
     memset(barriers, 0, sizeof barriers);
+    memset(warpgroups, 0, sizeof warpgroups);
+    mbarriers.clear();
+    tensor_copies.clear();
     uint3 idx = {0, 0, 0};
     for (int i = 0; i < n_threads; i++) {
         Thread &t = threads[i];
-        t.worker = this; t.idx = idx; t.warp = i / 32; t.lane = i % 32; t.waits_at = nullptr;
+        t.worker = this; t.idx = idx; t.warp = i / 32; t.lane = i % 32; t.waits_at = nullptr; t.fenced = false;
         if (++idx.x == l->block.x) { idx.x = 0; if (++idx.y == l->block.y) { idx.y = 0; idx.z++; } }
     }
     smem_bytes = l->smem;
@@ -568,6 +588,12 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
         host_error(cudaErrorIllegalAddress, "%s block (%u,%u,%u): shared memory written %d bytes past its %zu bytes",
                    function_name(l->kernel).c_str(), block.x, block.y, block.z, (int)(past - smem - smem_bytes), smem_bytes);
         sticky = cudaErrorIllegalAddress;
+        l->failed = true;
+    }
+    if (!l->failed && !tensor_copies.empty()) {
+        host_error(cudaErrorLaunchFailure, "%s block (%u,%u,%u): a TMA load is still in flight at the end of the block",
+                   function_name(l->kernel).c_str(), block.x, block.y, block.z);
+        sticky = cudaErrorLaunchFailure;
         l->failed = true;
     }
     if (l->failed) reset_stacks();

@@ -1,6 +1,6 @@
 // emu_verbs.h: the hardware verbs of train_litespark.cu's section 3, in C++. Semantics are those of the PTX instruction
 // named at each verb. A warp-wide verb is a struct of the lanes' arguments and one function that the last lane to arrive
-// runs for all; add wgmma, TMA and mbarriers the same way.
+// runs for all.
 #pragma once
 #include "cuda_bf16.h"
 
@@ -117,6 +117,261 @@ EMU_INLINE void barrier_sync(int id, int threads) {
 }
 EMU_INLINE void barrier_arrive(int id, int threads) {
     emu::barrier(id, threads, 0, 0, false, "bar.arrive");
+    asm volatile("");
+}
+
+// ---- sm_90a: mbarriers, TMA, wgmma --------------------------------------------------------------------------------------
+inline int has_wgmma() { return emu::settings.cc == 90; }
+#define __grid_constant__
+// aligned to 1024 bytes, as is the end of shared memory: give it a multiple of 1024
+template <typename T> EMU_INLINE T *swizzled_shared_memory() {
+    emu::check_address("swizzled_shared_memory", emu::me->worker->smem, 1, 1024, emu::SHARED);
+    return (T *)emu::me->worker->smem;
+}
+using emu::TensorMap;
+inline TensorMap tensor_map(const void *base, const uint64_t (&dim)[4], const uint64_t (&stride)[3],
+                            const uint32_t (&box)[4]) {
+    TensorMap map = {(const char *)base, {}, {2, stride[0], stride[1], stride[2]}, {}};
+    bool ok = (uintptr_t)base % 16 == 0 && box[0] == 64;
+    for (int i = 0; i < 4; i++) {
+        map.dim[i] = dim[i], map.box[i] = box[i];
+        ok = ok && dim[i] > 0 && dim[i] <= 1ull << 32 && box[i] > 0 && box[i] <= 256;
+        ok = ok && (i == 0 || (map.stride[i] % 16 == 0 && map.stride[i] < 1ull << 40));
+    }
+    if (!ok) {
+        emu::host_error(cudaErrorInvalidValue, "tensor_map: base and strides are multiples of 16 bytes, boxes 64,1..256,...");
+        exit(EXIT_FAILURE);
+    }
+    return map;
+}
+
+namespace emu {
+inline void *swizzled(const void *p) { return (void *)((uintptr_t)p ^ ((uintptr_t)p >> 7 & 7) << 4); }   // bits 4-6 ^= 7-9
+EMU_NOINLINE inline Mbarrier &mbarrier(const char *name, uint64_t *barrier) {
+    check_address(name, barrier, 8, 8, SHARED);
+    me->where = __builtin_return_address(0);
+    const auto it = me->worker->mbarriers.find(barrier);
+    if (it == me->worker->mbarriers.end()) fail(cudaErrorLaunchFailure, "%s: this mbarrier was never initialised", name);
+    return it->second;
+}
+inline void mbarrier_step(Mbarrier &m) {                      // does the phase end?
+    if (m.arrived < m.expected || m.bytes) return;
+    m.phase ^= 1;
+    m.arrived = 0;
+    for (int w = 0; w < MAX_WARPS; w++) me->worker->wake(w, m.waiting[w]), m.waiting[w] = 0;
+}
+EMU_NOINLINE inline void mbarrier_arrive(const char *name, uint64_t *barrier, int bytes) {
+    Mbarrier &m = mbarrier(name, barrier);
+    me->where = __builtin_return_address(0);
+    if (bytes < 0 || bytes >= 1 << 20) fail(cudaErrorLaunchFailure, "%s: %d bytes", name, bytes);
+    m.bytes += bytes;
+    m.arrived++;
+    mbarrier_step(m);
+    me->worker->yield();
+}
+inline void tensor_land(const TensorCopy &c) {                // one box; zeros outside the tensor
+    const TensorMap &map = c.map;
+    char *dst = c.dst;
+    for (uint32_t z = 0; z < map.box[3]; z++)
+        for (uint32_t y = 0; y < map.box[2]; y++)
+            for (uint32_t x = 0; x < map.box[1]; x++, dst += 128) {
+                const int64_t at[4] = {c.corner[0], c.corner[1] + x, c.corner[2] + y, c.corner[3] + z};
+                bool inside = true;
+                const char *src = map.base + at[0] * 2;
+                for (int i = 1; i < 4; i++) {
+                    inside = inside && at[i] >= 0 && (uint64_t)at[i] < map.dim[i];
+                    src += at[i] * (int64_t)map.stride[i];
+                }
+                for (int e = 0; e < 64; e++) {
+                    const bool in = inside && at[0] + e >= 0 && (uint64_t)(at[0] + e) < map.dim[0];
+                    if (in) memcpy(swizzled(dst + 2 * e), src + 2 * e, 2);
+                    else memset(swizzled(dst + 2 * e), 0, 2);
+                }
+            }
+    Mbarrier &m = me->worker->mbarriers[c.barrier];
+    m.bytes -= dst - c.dst;
+    mbarrier_step(m);
+}
+// Whatever was to land with this barrier lands now.
+inline void tensor_land_all(uint64_t *barrier) {
+    std::vector<TensorCopy> &copies = me->worker->tensor_copies;
+    for (size_t i = 0; i < copies.size();) {
+        if (copies[i].barrier != barrier) { i++; continue; }
+        const TensorCopy c = copies[i];
+        copies.erase(copies.begin() + i);
+        tensor_land(c);
+    }
+}
+EMU_NOINLINE inline void mbarrier_wait(uint64_t *barrier, int parity) {
+    Mbarrier &m = mbarrier("mbarrier.try_wait", barrier);
+    Thread *t = me;
+    const void *where = __builtin_return_address(0);
+    while (m.phase == parity) {
+        tensor_land_all(barrier);
+        if (m.phase != parity) break;
+        m.waiting[t->warp] |= 1u << t->lane;
+        t->worker->sleep("mbarrier.try_wait", where);
+    }
+    t->worker->yield();
+}
+// The destination is poison until the wait that makes it visible; with EMU_SEED some boxes land at once and some
+// destinations keep their old contents until then.
+EMU_NOINLINE inline void tensor_load(void *dst, const TensorMap *map, uint64_t *barrier, int x0, int x1, int x2,
+                                     int x3) {
+    Worker *w = me->worker;
+    const size_t bytes = (size_t)128 * map->box[1] * map->box[2] * map->box[3];
+    check_address("TMA destination", dst, bytes, 128, SHARED);
+    uint64_t last = 2 * map->dim[0];
+    for (int i = 1; i < 4; i++) last += (map->dim[i] - 1) * map->stride[i];
+    check_address("TMA source", map->base, last, 16, GLOBAL);
+    Mbarrier &m = mbarrier("TMA barrier", barrier);
+    me->where = __builtin_return_address(0);
+    if (!w->mbarriers_fenced) fail(cudaErrorLaunchFailure, "TMA: no fence after the initialisation of an mbarrier");
+    const TensorCopy c = {(char *)dst, *map, {x0, x1, x2, x3}, barrier};
+    const int early = settings.seed ? (int)(w->random() % 4) : 1;
+    if (early == 0) return tensor_land(c);
+    if (early < 3) memset(dst, POISON, bytes);
+    w->tensor_copies.push_back(c);
+    for (int i = 0; i < MAX_WARPS; i++) w->wake(i, m.waiting[i]), m.waiting[i] = 0;     // who waits lets it land
+    w->yield();
+}
+
+// wgmma: a thread's sums are poison from the call to the wait. There the warpgroup meets, and the last thread computes, with
+// shared memory as it is then.
+EMU_NOINLINE inline void wgmma(const char *name, float *sum, int columns, bool add, const uint32_t *a_registers, uint64_t a,
+                               uint64_t b) {
+    Thread *t = me;
+    t->where = __builtin_return_address(0);
+    bool chained = false;
+    for (const Wgmma &p : t->products) chained = chained || p.sum == sum;
+    if (!chained && !t->fenced) fail(cudaErrorLaunchFailure, "%s without a wgmma.fence since its registers were written", name);
+    Wgmma p = {name, sum, columns, add, a_registers != nullptr, a_registers == nullptr, a, b, {}, !chained, {}};
+    if (a_registers) memcpy(p.a_registers, a_registers, sizeof p.a_registers);
+    if (!chained) memcpy(p.start, sum, columns / 2 * sizeof *sum);
+    memset(sum, POISON, columns / 2 * sizeof *sum);
+    t->products.push_back(p);
+    t->worker->yield();
+}
+// Element (row, k) of an operand whose rows are k's, and (k, column) of one whose columns are: 128-byte swizzled rows, atoms
+// of 8 rows 1024 bytes apart, panels of 64 columns `panel` bytes apart.
+inline float wgmma_element(uint64_t operand, int row, int column) {
+    const Worker *w = me->worker;
+    const size_t at = (operand & 0x3FFF) << 4, panel = (operand >> 16 & 0x3FFF) << 4, atom = (operand >> 32 & 0x3FFF) << 4;
+    const size_t byte = at + (size_t)row / 8 * atom + row % 8 * 128 + (size_t)column / 64 * panel + column % 64 * 2;
+    if (byte + 2 > w->smem_bytes)
+        fail(cudaErrorIllegalAddress, "wgmma: operand at byte %zu of %zu of shared memory", byte, w->smem_bytes);
+    uint16_t bits;
+    memcpy(&bits, swizzled(w->smem + byte), 2);
+    return bf16_low(bits);
+}
+inline void wgmma_complete(Thread *first, size_t index) {     // product `index` of the 128 threads
+    static thread_local float A[64][16], B[16][256];
+    const Wgmma &x = first->products[index];
+    for (int i = 0; i < 64; i++)
+        for (int k = 0; k < 16 && !x.in_registers; k++) A[i][k] = wgmma_element(x.a, i, k);
+    for (int thread = 0; thread < 128; thread++) {
+        const Wgmma &p = first[thread].products[index];
+        if (p.name != x.name || p.a != x.a || p.b != x.b || p.add != x.add)
+            fail(cudaErrorLaunchFailure, "the threads of a warpgroup issued different wgmma, or with different operands");
+        const int g = thread / 32 * 16 + thread % 32 / 4, k = thread % 4 * 2;
+        for (int i = 0; i < 4 && x.in_registers; i++) {
+            A[g + i % 2 * 8][k + i / 2 * 8] = bf16_low(p.a_registers[i]);
+            A[g + i % 2 * 8][k + i / 2 * 8 + 1] = bf16_high(p.a_registers[i]);
+        }
+    }
+    for (int k = 0; k < 16; k++)
+        for (int n = 0; n < x.columns; n++) B[k][n] = x.by_rows ? wgmma_element(x.b, n, k) : wgmma_element(x.b, k, n);
+    for (int thread = 0; thread < 128; thread++) {
+        Wgmma &p = first[thread].products[index];
+        if (p.first) memcpy(p.sum, p.start, p.columns / 2 * sizeof *p.sum);
+        const int g = thread / 32 * 16 + thread % 32 / 4, t = thread % 4 * 2;
+        for (int e = 0; e < p.columns / 2; e++) {             // e = 4j + 2i + c: row g + 8i, column 8j + t + c
+            const float *a = A[g + e / 2 % 2 * 8];
+            const int n = e / 4 * 8 + t + e % 2;
+            float s = p.add ? p.sum[e] : 0;
+            for (int k = 0; k < 16; k++) s += a[k] * B[k][n];
+            p.sum[e] = s;
+        }
+    }
+}
+EMU_NOINLINE inline void wgmma_wait(int n) {                  // at most n groups stay in flight
+    Thread *t = me;
+    Worker *w = t->worker;
+    Barrier &b = w->warpgroups[t->warp / 4];
+    t->where = __builtin_return_address(0);
+    if (t->warp / 4 * 128 + 128 > w->n_threads) fail(cudaErrorLaunchFailure, "wgmma.wait_group: a warpgroup has 128 threads");
+    if (b.arrived && b.expected != n)
+        fail(cudaErrorLaunchFailure, "wgmma.wait_group %d, others wait there for %d", n, b.expected);
+    b.expected = n;
+    t->fenced = false;
+    if (++b.arrived < 128) {
+        b.waiting[t->warp] |= 1u << t->lane;
+        return w->sleep("wgmma.wait_group", t->where);
+    }
+    Thread *first = &w->threads[t->warp / 4 * 128];
+    for (int i = 0; i < 128; i++)
+        if (first[i].products.size() != t->products.size() || first[i].product_groups != t->product_groups)
+            fail(cudaErrorLaunchFailure, "the threads of a warpgroup issued different numbers of wgmma");
+    const size_t groups = t->product_groups.size(), done = groups > (size_t)n ? groups - n : 0;
+    const size_t products = done ? t->product_groups[done - 1] : 0;
+    for (size_t i = 0; i < products; i++) wgmma_complete(first, i);
+    for (int i = 0; i < 128; i++) {
+        Thread &o = first[i];
+        o.products.erase(o.products.begin(), o.products.begin() + products);
+        o.product_groups.erase(o.product_groups.begin(), o.product_groups.begin() + done);
+        for (size_t &g : o.product_groups) g -= products;
+    }
+    b.arrived = 0;
+    for (int i = 0; i < MAX_WARPS; i++) w->wake(i, b.waiting[i]), b.waiting[i] = 0;
+    w->yield();
+}
+}  // namespace emu
+
+// mbarrier.init, fence.mbarrier_init, mbarrier.arrive, mbarrier.arrive.expect_tx, mbarrier.try_wait.parity in a loop
+EMU_INLINE void mbarrier_init(uint64_t *barrier, int arrivals) {
+    emu::check_address("mbarrier.init", barrier, 8, 8, emu::SHARED);
+    emu::me->worker->mbarriers[barrier] = emu::Mbarrier{arrivals, 0, 0, 0, {}};
+    emu::me->worker->mbarriers_fenced = false;
+}
+EMU_INLINE void mbarrier_init_fence() { emu::me->worker->mbarriers_fenced = true; }
+EMU_INLINE void mbarrier_arrive(uint64_t *barrier) {
+    emu::mbarrier_arrive("mbarrier.arrive", barrier, 0);
+    asm volatile("");
+}
+EMU_INLINE void mbarrier_expect(uint64_t *barrier, int bytes) {
+    emu::mbarrier_arrive("mbarrier.arrive.expect_tx", barrier, bytes);
+    asm volatile("");
+}
+EMU_INLINE void mbarrier_wait(uint64_t *barrier, int parity) {
+    emu::mbarrier_wait(barrier, parity);
+    asm volatile("");
+}
+// cp.async.bulk.tensor.4d
+EMU_INLINE void tma_load(void *dst, const TensorMap *map, uint64_t *barrier, int x0, int x1, int x2, int x3) {
+    emu::tensor_load(dst, map, barrier, x0, x1, x2, x3);
+    asm volatile("");
+}
+template <int n> EMU_INLINE void registers_give() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.dec
+template <int n> EMU_INLINE void registers_take() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.inc
+
+// wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n128k16 (a and b by rows), m64n64k16, m64n128k16 (a in
+// registers, b by columns)
+EMU_INLINE uint64_t wgmma_operand(const void *corner, int panel_bytes) {
+    const uint64_t at = (const char *)corner - emu::me->worker->smem;
+    return at >> 4 | (uint64_t)panel_bytes >> 4 << 16 | 1024ull >> 4 << 32 | 1ull << 62;
+}
+EMU_INLINE void wgmma_fence() { emu::me->fenced = true; }
+EMU_INLINE void wgmma_commit() { emu::me->product_groups.push_back(emu::me->products.size()); }
+template <int n, int NT> EMU_INLINE void wgmma_wait(float (&)[1][NT][4]) {
+    emu::wgmma_wait(n);
+    asm volatile("");
+}
+EMU_INLINE void wgmma_rows(float (&sum)[1][16][4], uint64_t a, uint64_t b, int add) {
+    emu::wgmma("wgmma by rows", sum[0][0], 128, add, nullptr, a, b);
+    asm volatile("");
+}
+template <int NT> EMU_INLINE void wgmma_columns(float (&sum)[1][NT][4], const uint32_t (&a)[4], uint64_t b) {
+    emu::wgmma("wgmma by columns", sum[0][0], NT * 8, true, a, 0, b);
     asm volatile("");
 }
 
