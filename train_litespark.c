@@ -3024,7 +3024,7 @@ static void print_model(const Trainer *tr) {
     if (opt.checkpoint_every && opt.checkpoint_every < opt.steps && (is_training() || opt.dry_run))
         printf("checkpoints | every %" PRId64 " updates | written while training goes on, from a copy of "
                "%.1f MiB in host memory per rank\n", opt.checkpoint_every,
-               checkpoint_copy_bytes(tr->m, &opt, comm_rank(), device_machine().ranks) / 1048576);
+               checkpoint_copy_bytes(tr->m, &opt, comm_rank(), tr->m->plan.ranks) / 1048576);
 }
 
 // log p of all answers of dl's pairs under the model's present weights -> dl->reference, on all ranks.
