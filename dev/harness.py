@@ -206,9 +206,9 @@ def main(tests, usage):
             except Absent as e:
                 counts['skipped'] += 1
                 print(f'skipped: {title}: {e}', flush=True)
-            except (Failed, OSError, KeyError, IndexError, subprocess.TimeoutExpired) as e:
+            except (Failed, OSError, KeyError, IndexError, TypeError, subprocess.SubprocessError) as e:
                 counts['failed'] += 1
-                print(f'FAIL  {title}: {e}', flush=True)
+                print(f'FAIL  {title}: {type(e).__name__}: {str(e)[-1500:]}', flush=True)
             shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(top, ignore_errors=True)
     print('{passed} passed, {failed} failed, {skipped} skipped'.format(**counts))

@@ -8,7 +8,6 @@ Words choose tests by name.
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,27 +15,15 @@ import tempfile
 import threading
 import time
 
+import harness
+from harness import Absent, check as expect, top as TOP
+
 DEV = os.path.dirname(os.path.abspath(__file__))
 FIXTURE = f"{DEV}/fixture/llama"
-TOP = tempfile.mkdtemp()
-counts = {"passed": 0, "failed": 0, "skipped": 0}
-
-
-class Absent(Exception):
-    pass
-
-
-class Failed(Exception):
-    pass
-
-
-def expect(ok, what):
-    if not ok:
-        raise Failed(str(what)[-1500:])
 
 
 def near(x, want, share, what):
-    expect(isinstance(x, (int, float)) and abs(x / want - 1) <= share, f"{what}: {x}, not {want} +- {100 * share:.0f}%")
+    expect(isinstance(x, (int, float)) and abs(x - want) <= share * abs(want), f"{what}: {x}, not {want} +- {100 * share:.0f}%")
 
 
 class Power:
@@ -350,31 +337,8 @@ def test_sweep_of_a_processor(trainer, out):
     expect(status == 1 and text.strip() == "not permitted: 100 W: this machine shows no RAPL limit (class/powercap)", text)
 
 
-def main():
-    trainers, words = [], []
-    for word in sys.argv[1:]:
-        (trainers if os.access(word, os.X_OK) else words).append(word)
-    if not trainers:
-        sys.exit(__doc__)
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-    for trainer in trainers:
-        for name, test in list(globals().items()):
-            if not name.startswith("test_") or (words and not any(w in name for w in words)):
-                continue
-            title = f"{name[5:]} ({os.path.basename(trainer)})"
-            try:
-                test(os.path.abspath(trainer), tempfile.mkdtemp(dir=TOP) + "/out")
-                counts["passed"] += 1
-                print(f"ok    {title}", flush=True)
-            except Absent as e:
-                counts["skipped"] += 1
-                print(f"skipped: {title}: {e}", flush=True)
-            except (Failed, OSError, KeyError, IndexError, TypeError, subprocess.SubprocessError) as e:
-                counts["failed"] += 1
-                print(f"FAIL  {title}: {type(e).__name__}: {e}", flush=True)
-    shutil.rmtree(TOP, ignore_errors=True)
-    print("{passed} passed, {failed} failed, {skipped} skipped".format(**counts))
-    sys.exit(1 if counts["failed"] else 0)
+def run(test):
+    return lambda trainer, folder: test(trainer[0], f"{folder}/out")
 
 
-main()
+harness.main({name: run(test) for name, test in list(globals().items()) if name.startswith("test_")}, __doc__)

@@ -14,24 +14,12 @@ import subprocess
 import sys
 import tempfile
 
+import harness
+from harness import Absent, check as expect, top as TOP
+
 DEV = os.path.dirname(os.path.abspath(__file__))
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-TOP = tempfile.mkdtemp()
-counts = {"passed": 0, "failed": 0, "skipped": 0}
 trainer = None
-
-
-class Absent(Exception):
-    pass
-
-
-class Failed(Exception):
-    pass
-
-
-def expect(ok, what):
-    if not ok:
-        raise Failed(str(what)[:1500])
 
 
 def need(module):
@@ -347,27 +335,13 @@ def test_errors_are_one_line():
         expect(status == 1 and said.strip().split("\n")[-1].startswith("error: ") and what in said and "Traceback" not in said, f"{words}: {said}")
 
 
-def main():
-    global trainer
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    trainer, words = os.path.abspath(sys.argv[1]), sys.argv[2:]
-    for name, test in list(globals().items()):
-        if not name.startswith("test_") or (words and not any(w in name for w in words)):
-            continue
-        try:
-            test()
-            counts["passed"] += 1
-            print(f"ok    {name[5:]}", flush=True)
-        except Absent as e:
-            counts["skipped"] += 1
-            print(f"skipped: {name[5:]}: {e}", flush=True)
-        except (Failed, OSError, KeyError, IndexError, subprocess.SubprocessError) as e:
-            counts["failed"] += 1
-            print(f"FAIL  {name[5:]}: {type(e).__name__}: {e}", flush=True)
-    shutil.rmtree(TOP, ignore_errors=True)
-    print("{passed} passed, {failed} failed, {skipped} skipped".format(**counts))
-    sys.exit(1 if counts["failed"] else 0)
+def run(test):
+    """With the trainer where the tests look for it."""
+    def with_trainer(words, folder):
+        global trainer
+        trainer = words[0]
+        return test()
+    return with_trainer
 
 
-main()
+harness.main({name: run(test) for name, test in list(globals().items()) if name.startswith("test_")}, __doc__)

@@ -13,31 +13,17 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
-import tempfile
 import termios
 import time
 
+import harness
+from harness import Absent, check as expect
+
 DEV = os.path.dirname(os.path.abspath(__file__))
 FIXTURE = f"{DEV}/fixture/llama"
-TOP = tempfile.mkdtemp()
 STEP = re.compile(r"step \d+/\d+ \| loss \d+\.\d{4} \| lr \d\.\d\de-\d\d \| grad_norm \d+\.\d{3} \| \d+\.\d ms \| \d+ tok/s \| mfu \S+ \(causal \S+\) \| "
                   r"\S+ J/token \| eta .+")
 BAR = re.compile(r"step \d+/\d+ \[=*>? *\] loss \d+\.\d{4} \| \d+ tok/s \| (mfu \d+% \| )?eta .+")
-counts = {"passed": 0, "failed": 0, "skipped": 0}
-
-
-class Absent(Exception):
-    pass
-
-
-class Failed(Exception):
-    pass
-
-
-def expect(ok, what):
-    if not ok:
-        raise Failed(str(what)[-1500:])
 
 
 def is_emulated(trainer):
@@ -187,31 +173,8 @@ def test_ranks(trainer, out):
     expect(r.returncode == 0 and len(lines) == 40 and "\033" not in r.stdout, r.stdout[:1000] + r.stderr)
 
 
-def main():
-    trainers, words = [], []
-    for word in sys.argv[1:]:
-        (trainers if os.access(word, os.X_OK) else words).append(word)
-    if not trainers:
-        sys.exit(__doc__)
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-    for trainer in trainers:
-        for name, test in list(globals().items()):
-            if not name.startswith("test_") or (words and not any(w in name for w in words)):
-                continue
-            title = f"{name[5:]} ({os.path.basename(trainer)})"
-            try:
-                test([os.path.abspath(trainer)], tempfile.mkdtemp(dir=TOP) + "/out")
-                counts["passed"] += 1
-                print(f"ok    {title}", flush=True)
-            except Absent as e:
-                counts["skipped"] += 1
-                print(f"skipped: {title}: {e}", flush=True)
-            except (Failed, OSError, IndexError, TypeError, subprocess.SubprocessError) as e:
-                counts["failed"] += 1
-                print(f"FAIL  {title}: {type(e).__name__}: {e}", flush=True)
-    shutil.rmtree(TOP, ignore_errors=True)
-    print("{passed} passed, {failed} failed, {skipped} skipped".format(**counts))
-    sys.exit(1 if counts["failed"] else 0)
+def run(test):
+    return lambda trainer, folder: test(trainer, f"{folder}/out")
 
 
-main()
+harness.main({name: run(test) for name, test in list(globals().items()) if name.startswith("test_")}, __doc__)
