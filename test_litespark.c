@@ -5495,7 +5495,9 @@ static void test_planted_errors_are_caught(void) {
     if (readlink("/proc/self/exe", self, sizeof self - 1) < 0) SKIP("no /proc/self/exe here (run on Linux)");
     Process compile[N + 1], run[N + 1];
     int started[N + 1], ok[N + 1];
-    const int AT_ONCE = 2;
+    // LITESPARK_PLANTED=3: every third, for those in a hurry; that all apply is checked in any case
+    const char *few = getenv("LITESPARK_PLANTED");
+    const int AT_ONCE = 2, every = few && atoi(few) > 1 ? atoi(few) : 1;
     // row N is the unchanged trainer, which must pass: otherwise the others prove nothing
     for (int begin = 0; begin <= N; begin += AT_ONCE) {
         int end = begin + AT_ONCE < N + 1 ? begin + AT_ONCE : N + 1;
@@ -5505,6 +5507,7 @@ static void test_planted_errors_are_caught(void) {
             started[i] = write_mutant(i < N ? i : -1, source);
             CHECK(started[i], "'%s' does not apply: mend its row, the text is not there once: %s", mutants[i].name,
                 mutants[i].from);
+            if (i < N && i % every) started[i] = 0;
             if (!started[i]) continue;
             // as in the Makefile, but fast to compile: -O1 has the vector code run at a fair speed
             if (i < N && mutants[i].program) snprintf(line, sizeof line, "%s -std=gnu11 -O1 -w %s -o %s -lm", cc, source,
