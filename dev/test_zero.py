@@ -450,7 +450,8 @@ def test_memory_is_the_planned(trainer, folder):
     n = 0
     for case in some(BIG, 2):
         args = case.make(folder)
-        for i, split in enumerate(some(all_splits(4) + splits_of('8/3/4'), 3 if kind(trainer) == 'cpu' else 5, 2)):
+        fitting = [s for s in all_splits(4) + splits_of('8/3/4') if case.rows % s.ranks == 0]
+        for i, split in enumerate(some(fitting, 3 if kind(trainer) == 'cpu' else 5, 2)):
             bf16, bf16_state = i % 2 == 1, i % 4 == 3
             more = [*args, '--batch-size', case.rows // split.ranks, *split.args(), '--precision', 'bf16' if bf16 else 'fp32',
                     '--optimizer-dtype', 'bf16' if bf16_state else 'fp32']
