@@ -162,7 +162,8 @@ def test_skipped_steps_and_errors_stand_above_it(trainer, out):
 def test_ranks(trainer, out):
     if not shutil.which("mpirun"):
         raise Absent("apt-get install openmpi-bin libopenmpi-dev")
-    words = [f"{DEV}/run.sh", "-np", "2", "--oversubscribe", *command(trainer, out, "--steps 40 --val-every 20 --sample-every 0 --checkpoint-every 0")]
+    batch = "--batch-size 1 --total-batch-tokens 32" if is_emulated(trainer) else None
+    words = [f"{DEV}/run.sh", "-np", "2", "--oversubscribe", *command(trainer, out, batch=batch, more="--steps 40 --val-every 20 --sample-every 0 --checkpoint-every 0")]
     if subprocess.run([*words[:4], *trainer, "--help"], capture_output=True).returncode:
         raise Absent("this build has no MPI")
     status, screen = on_terminal(words)
