@@ -2404,6 +2404,16 @@ static void test_packed_documents_equal_separate_ones(void) {
     batch_free(&packed);
 }
 
+// In fp32 such a sum stands still at 2^24 terms a lane (findings/pytorch_cpu_gradient_norm_stalls.sh).
+static void test_norm_of_a_large_tensor_is_exact(void) {
+    enum { N = 1 << 25 };
+    floatX *x = zeros(N);
+    for (int i = 0; i < N; i++) x[i] = 1.5;
+    const double sum = sum_of_squares(x, N);
+    CHECK(sum == 2.25 * N, "2^25 values of 1.5: sum of squares %.1f, not %.1f", sum, 2.25 * N);
+    free(x);
+}
+
 static void test_adamw_matches_double_reference(void) {
     enum { N = 1000, STEPS = 20 };
     const double lr = 3e-3, b1 = 0.9, b2 = 0.95, eps = 1e-8, decay = 0.1, scale = 0.37;
@@ -5601,6 +5611,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(attention_matches_naive_reference, F32 | F64),
     TEST(document_mask_equals_separate_documents, F32 | F64),
     TEST(packed_documents_equal_separate_ones, F32 | F64),
+    TEST(norm_of_a_large_tensor_is_exact, F32),
     TEST(adamw_matches_double_reference, F32 | F64),
     TEST(adamw_rounds_bf16_state_at_random, F32),
     TEST(adamw_decays_matrices_only, F32),

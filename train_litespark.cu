@@ -9296,7 +9296,9 @@ static void save_die(int together) {
     saving.stage = SAVE_NONE;
     if (comm_rank() == 0) remove_folder(saving.folder.s);
     if (together) comm_barrier();
-    if (!known) usleep(2000000);                        // whoever knows more should say it
+    // the lowest of those who know says it; its end is a signal to the others
+    const int turn = comm_world() - comm_rank(), first = together ? (int)comm_max(known ? turn : 0) : turn;
+    for (int i = 0; i < 40 && turn != first; i++) if (usleep(500000)) _exit(EXIT_FAILURE);
     die("cannot save step %" PRId64 ": %s", saving.step, why.s);
 }
 
