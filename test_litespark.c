@@ -20,7 +20,6 @@ Reading order: 1 harness, 2 makers of small models and files, 3 running the trai
 #include <ftw.h>
 #include <setjmp.h>
 #include <sys/mount.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 
 #ifndef TRAINER_PATH
@@ -950,6 +949,33 @@ static void test_safetensors_index_names_the_files(void) {
     }
 }
 
+// Of a run on thousands of ranks: more files than a process may have open before it asks for more.
+static void test_safetensors_of_thousands_of_files(void) {
+    enum { N = 1500 };
+    struct rlimit limit, few;
+    Text index = {NULL, 0, 0};
+    getrlimit(RLIMIT_NOFILE, &limit);
+    if (limit.rlim_max < N + 100) SKIP("this system allows %d open files", (int)limit.rlim_max);
+    few = limit;
+    few.rlim_cur = 256;
+    for (int i = 0; i < N; i++) {
+        char name[32], header[64];
+        snprintf(name, sizeof name, "part%d", i);
+        snprintf(header, sizeof header, "{\"t%d\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", i);
+        write_st(file_at(name), header, 4);
+        text_add(&index, "%s\"t%d\":\"%s\"", i ? "," : "{\"weight_map\":{", i, name);
+    }
+    text_add(&index, "}}");
+    write_text(file_at("model.safetensors.index.json"), index.s);
+    setrlimit(RLIMIT_NOFILE, &few);
+    StSet *s = NULL;
+    const int dead = DIES(s = st_open(test_dir));
+    CHECK(!dead && s->n_files == N && s->n_tensors == N && st_find(s, "t1499"), "%s", dead ? died : "not all were found");
+    if (!dead) st_close(s);
+    setrlimit(RLIMIT_NOFILE, &limit);
+    free(index.s);
+}
+
 static void test_safetensors_writer_keeps_every_bit(void) {
     enum { N = 300001 };                                    // more than one buffer
     float *x = (float *)xmalloc(N * sizeof *x), *y = (float *)xmalloc(N * sizeof *y);
@@ -976,7 +1002,7 @@ static void test_safetensors_writer_keeps_every_bit(void) {
         CHECK(n == bytes && crc == crc32_update(0, all, n), "size or CRC of the file");
         free(all);
         StSet *s = st_open(file_at("w.safetensors"));
-        const Json *metadata = json_get(s->headers[0], "__metadata__");
+        const Json *metadata = json_get(s->files[0].header, "__metadata__");
         CHECK(s->n_tensors == 4 && !strcmp(json_string(metadata, "k", "t", ""), "v") && !st_find(s, "nope"),
               "what the file holds");
         const StTensor *t = st_find(s, "big");
@@ -2644,7 +2670,7 @@ static floatX *fixture_tensor(const StSet *s, const char *prefix, const char *na
 static void fixture_ints(const StSet *s, const char *name, int *out, size_t n) {
     const StTensor *t = st_find(s, name);
     if (!t || t->dtype != ST_I32 || t->n != n) bad(__LINE__, "the fixture has no %s", name);
-    else read_exactly(s->fds[t->file], s->paths[t->file], out, n * sizeof(int), t->offset);
+    else read_exactly(s->files[t->file].fd, s->files[t->file].path, out, n * sizeof(int), t->offset);
 }
 
 static void check_fixture_gradients(const Model *m, const StSet *s, const char *prefix) {
@@ -5569,6 +5595,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(config_of_every_preset_survives_a_round_trip, F32),
     TEST(safetensors_refuses_damaged_headers, F32),
     TEST(safetensors_index_names_the_files, F32),
+    TEST(safetensors_of_thousands_of_files, F32),
     TEST(safetensors_writer_keeps_every_bit, F32),
     TEST(io_bits_do_not_depend_on_threads, F32),
     TEST(safetensors_writer_reports_a_full_disk, F32),

@@ -71,6 +71,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <unistd.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/types.h>
@@ -6670,23 +6671,28 @@ const char *json_decimal(double x) {
 static const struct { const char *name; size_t bytes; } st_dtypes[] = {
     {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, {"I64", 8}, {"I16", 2}, {"I8", 1},
     {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4, ST_MAX_FILES = 1024,
+enum { ST_MAX_HEADER = 100000000, /* the library's limit, too */ ST_MAX_DIMS = 4,
        ST_PIECE = 1 << 16 /* 16-bit values on a thread's stack */,
        ST_PART = 1 << 20 /* bytes that a thread writes at a time */ };
 
 typedef struct StTensor {
     const char *name;
-    int dtype, n_dims, file;        // file: index into StSet.paths
+    int dtype, n_dims, file;        // file: index into StSet.files
     int64_t shape[ST_MAX_DIMS];     // 0 beyond n_dims
     size_t offset, n_bytes, n;      // offset from the start of the file; n = elements
 } StTensor;
 
+typedef struct StFile {
+    char *path;
+    int fd;
+    Json *header;                   // owns the names
+} StFile;
+
 struct StSet {                      // the tensors of one checkpoint, sorted by name
     StTensor *tensors;
-    int n_tensors, max_tensors, n_files;
-    char *paths[ST_MAX_FILES];
-    int fds[ST_MAX_FILES];
-    Json *headers[ST_MAX_FILES];    // own the names
+    int n_tensors, max_tensors;
+    StFile *files;
+    int n_files, max_files;
 };
 
 // Appends the tensor of one header entry; checks all but how tensors lie next to each other.
@@ -6733,20 +6739,26 @@ static int st_compare_offsets(const void *a, const void *b) {
 static void st_add_file(StSet *s, const char *path) {
     size_t size;
     uint64_t n_header;
-    int f = s->n_files++, first = s->n_tensors;
-    if (f == ST_MAX_FILES) die("%s: more than %d weight files", path, ST_MAX_FILES);
+    int first = s->n_tensors;
+    struct rlimit open_files;       // thousands of ranks write as many files, and all stay open
+    if (s->n_files == 64 && !getrlimit(RLIMIT_NOFILE, &open_files)) {
+        open_files.rlim_cur = open_files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &open_files);
+    }
+    s->files = (StFile *)array_room(s->files, s->n_files + 1, &s->max_files, sizeof *s->files);
+    StFile *f = &s->files[s->n_files++];
     // room for one even where there is none: qsort wants no NULL
     s->tensors = (StTensor *)array_room(s->tensors, first + 1, &s->max_tensors, sizeof *s->tensors);
-    s->fds[f] = open_regular(path, "weights", &size);
-    s->paths[f] = xstrdup(path);
+    f->fd = open_regular(path, "weights", &size);
+    f->path = xstrdup(path);
     if (size < 8) die("%s: %zu bytes are too few for a safetensors file", path, size);
-    read_exactly(s->fds[f], path, &n_header, 8, 0);
+    read_exactly(f->fd, path, &n_header, 8, 0);
     if (n_header > size - 8 || n_header > ST_MAX_HEADER)
         die("%s: a header of %" PRIu64 " bytes in a file of %zu: truncated, or no safetensors file",
             path, n_header, size);
     char *text = (char *)xmalloc((size_t)n_header + 1);
-    read_exactly(s->fds[f], path, text, (size_t)n_header, 8);
-    Json *header = s->headers[f] = json_parse(text, (size_t)n_header, path);
+    read_exactly(f->fd, path, text, (size_t)n_header, 8);
+    Json *header = f->header = json_parse(text, (size_t)n_header, path);
     free(text);
     if (header->type != 'o') die("%s: the header is no JSON object", path);
     size_t start = 8 + (size_t)n_header, at = start;
@@ -6772,7 +6784,7 @@ static void st_sort_names(StSet *s) {
     qsort(s->tensors, (size_t)s->n_tensors, sizeof *s->tensors, compare_names);
     for (const StTensor *t = s->tensors; t + 1 < s->tensors + s->n_tensors; t++)
         if (!strcmp(t[0].name, t[1].name))
-            die("%s and %s both hold tensor %s", s->paths[t[0].file], s->paths[t[1].file], t->name);
+            die("%s and %s both hold tensor %s", s->files[t[0].file].path, s->files[t[1].file].path, t->name);
 }
 
 // Opens every file that the index names. Which tensors there are, the files say: some indexes list tensors
@@ -6786,7 +6798,7 @@ static void st_open_index(StSet *s, const char *folder, const char *index_path) 
         if (e->type != 's' || !*e->str || strlen(e->str) != e->str_len || strchr(e->str, '/'))
             die("%s: tensor %s: expected the name of a file in the same directory", index_path, e->key);
         Str path = str("%s/%s", folder, e->str);
-        while (f >= 0 && strcmp(s->paths[f], path.s)) f--;
+        while (f >= 0 && strcmp(s->files[f].path, path.s)) f--;
         if (f < 0) st_add_file(s, path.s);
     }
     if (!s->n_files) die("%s: \"weight_map\" names no file", index_path);
@@ -6834,20 +6846,20 @@ static float st_f16_to_float(uint32_t h) {
 // Elements first .. first+count-1 of a tensor as float, from F32, BF16 or F16; dies for another dtype, naming
 // file and tensor. Threads may call it at the same time.
 void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, float *out) {
-    const char *path = s->paths[t->file];
+    const char *path = s->files[t->file].path;
     const size_t size = st_dtypes[t->dtype].bytes;
     assert(first <= t->n && count <= t->n - first);
     if (t->dtype > ST_F16)
         die("%s: tensor %s has dtype %s; expected F32, BF16 or F16", path, t->name, st_dtypes[t->dtype].name);
     size_t offset = t->offset + first * size;
     if (t->dtype == ST_F32) {
-        read_exactly(s->fds[t->file], path, out, count * size, offset);
+        read_exactly(s->files[t->file].fd, path, out, count * size, offset);
         return;
     }
     uint16_t half[ST_PIECE];
     for (size_t n; count; count -= n, offset += n * size, out += n) {
         n = min_size(count, ST_PIECE);
-        read_exactly(s->fds[t->file], path, half, n * size, offset);
+        read_exactly(s->files[t->file].fd, path, half, n * size, offset);
         for (size_t i = 0; i < n && t->dtype == ST_F16; i++) out[i] = st_f16_to_float(half[i]);
         for (size_t i = 0; i < n && t->dtype == ST_BF16; i++) {
             union { uint32_t u; float f; } bits = {(uint32_t)half[i] << 16};
@@ -6859,10 +6871,11 @@ void st_read(const StSet *s, const StTensor *t, size_t first, size_t count, floa
 void st_close(StSet *s) {
     if (!s) return;
     for (int f = 0; f < s->n_files; f++) {
-        close(s->fds[f]);
-        free(s->paths[f]);
-        free(s->headers[f]);
+        close(s->files[f].fd);
+        free(s->files[f].path);
+        free(s->files[f].header);
     }
+    free(s->files);
     free(s->tensors);
     free(s);
 }
@@ -6877,7 +6890,7 @@ uint32_t weights_crc(const char *dir) {
     for (int i = 0; i < (ours ? 1 : s->n_files); i++) {
         char start[4096];
         size_t bytes;
-        const char *path = ours ? sums.s : s->paths[i];
+        const char *path = ours ? sums.s : s->files[i].path;
         const int fd = open_regular(path, "file", &bytes);
         const size_t n = read_at(fd, path, start, sizeof start, 0);
         crc = crc32_update(crc32_update(crc, &bytes, sizeof bytes), start, n);
@@ -9655,8 +9668,8 @@ static void read_values(const StSet *s, const StTensor *t, size_t first, size_t 
         if (!own) model_write(m, kind, u, at + done, k, values);
     }
     if (bad)
-        die("%s: tensor %s holds a value that is not finite; use the weights from before", s->paths[t->file],
-            t->name);
+        die("%s: tensor %s holds a value that is not finite; use the weights from before",
+            s->files[t->file].path, t->name);
 }
 
 // Elements [first, first+n) of unit u in one kind of state become its elements in kind `to`, from whichever
@@ -9684,7 +9697,7 @@ static void optimizer_read(const StSet *s, Model *m, int u, int kind, size_t fir
     }
     if (found != n)
         die("%s: the optimizer files hold %zu of %zu values of %s of %s; this checkpoint is of another model",
-            s->paths[0], found, n, state_kinds[kind], unit->name);
+            s->files[0].path, found, n, state_kinds[kind], unit->name);
 }
 
 // Weights and, for training (state), m and v of a checkpoint written on any number of ranks; only what this
