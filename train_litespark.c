@@ -1170,7 +1170,7 @@ typedef struct LayerActs {
     floatX *kv;                         // (S,2KD)      samples: keys and values of the text so far
 } LayerActs;
 
-typedef struct Arena { char *base; size_t used; } Arena;       // used: bytes
+typedef struct Arena { char *base; size_t used; void *memory; } Arena;     // used: bytes; memory: holds base
 
 struct Model {
     Config c;
@@ -1321,23 +1321,26 @@ Model *model_plan(const Config *c, const Plan *plan) {
     return m;
 }
 
-// Takes the memory. Weights, m and v start as zeros: the padding of the vocabulary has no other value, ever.
-// The rest is written before it is read; test builds (POISON) fill it with NaN to prove that.
+// Takes the memory, as zeros, for the padding of the vocabulary has no other value in weights, m and v, ever.
+// calloc's large blocks are fresh pages, zeros that cost nothing before their first use. All the rest is
+// written before it is read; test builds (POISON) fill it with NaN to prove that.
 void model_alloc(Model *m) {
     for (int i = 0; i < N_ARENAS; i++) {
         Arena *a = &m->arena[i];
         const size_t bytes = a->used;
         a->used = 0;
         if (!bytes) continue;
-        if (posix_memalign((void **)&a->base, 4096, bytes))
+        enum { PAGE = 4096 };
+        if (!(a->memory = calloc(bytes + PAGE, 1)))
             die("out of memory for %.0f MiB of %s; use a smaller --batch-size or --recompute block",
                 (double)bytes / 1048576, arena_names[i]);
+        a->base = (char *)a->memory + (PAGE - (uintptr_t)a->memory % PAGE) % PAGE;
 #ifdef MADV_HUGEPAGE
         madvise(a->base, bytes, MADV_HUGEPAGE);         // a step is some 3% faster; for speed only: may fail
 #endif
-        if (i == ARENA_WEIGHTS || i == ARENA_OPTIMIZER) memset(a->base, 0, bytes);
 #ifdef POISON
-        else for (size_t j = 0; j < bytes / sizeof(floatX); j++) ((floatX *)a->base)[j] = (floatX)NAN;
+        for (size_t j = 0; i != ARENA_WEIGHTS && i != ARENA_OPTIMIZER && j < bytes / sizeof(floatX); j++)
+            ((floatX *)a->base)[j] = (floatX)NAN;
 #endif
     }
     layout(m);
@@ -1347,7 +1350,7 @@ void model_alloc(Model *m) {
 }
 
 void model_free(Model *m) {
-    for (int i = 0; i < N_ARENAS; i++) free(m->arena[i].base);
+    for (int i = 0; i < N_ARENAS; i++) free(m->arena[i].memory);
     free(m->acts);
     free(m->kept);
     free(m->is_whole);
