@@ -345,7 +345,8 @@ class Chain:
         return 1
 
     def check_bounds(self, ended, fault, timeout):
-        if ended.code is None or ended.left or ended.after > timeout + GRACE + (60 if timeout == PATIENCE else 0):
+        hang = 25 if 'mpirun hangs' in ended.err else 0         # after which dev/run.sh ends it
+        if ended.code is None or ended.left or ended.after > timeout + GRACE + hang + (60 if timeout == PATIENCE else 0):
             self.bad('unbounded', f'exit status {ended.code} {ended.after:.1f} s after the strike, ranks {ended.left} left',
                      ended, fault)
 

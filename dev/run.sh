@@ -5,7 +5,7 @@
 # second later, Open MPI 5 half a second, neither with an option for more. USR1 it passes on. So here mpirun runs in a session of
 # its own, where the terminal's Ctrl-C does not reach it, and INT, TERM and HUP become USR1: the ranks save, and the status is 0.
 # A second Ctrl-C, two seconds after the first or later, ends the ranks without saving. And Open MPI 4.1.4 can hang for ever where
-# ranks die while they start (a lock in PMIx_server_finalize): after a minute without a living child it is killed.
+# ranks die while they start (a lock in PMIx_server_finalize): once its children are gone for 20 seconds it is killed.
 command -v mpirun >/dev/null || { echo 'error: dev/run.sh: there is no mpirun: apt-get install openmpi-bin libopenmpi-dev' >&2; exit 1; }
 [ $# -gt 0 ] || { echo 'usage: dev/run.sh -np RANKS [mpirun OPTIONS] ./train_litespark OPTIONS' >&2; exit 1; }
 [ "$(id -u)" != 0 ] || root=--allow-run-as-root
@@ -19,12 +19,13 @@ interrupt() {
     elif [ $((now - interrupted)) -ge 2 ]; then kill -TERM $job; fi
 }
 watch() {
-    alone=0
+    alone='' had_children=''
     command -v ps >/dev/null || return
     while sleep 5 >/dev/null 2>&1 && kill -0 $job 2>/dev/null; do
-        alone=$((alone + 5))
-        ! ps -o stat= --ppid $job | grep -qv Z || alone=0
-        [ $alone -lt 60 ] || { echo 'error: dev/run.sh: all ranks are gone and mpirun hangs: killed' >&2; kill -KILL $job; }
+        if ps -o stat= --ppid $job | grep -qv Z; then alone=0 had_children=yes; else alone=$((alone + 5)); fi
+        [ "$had_children" ] && [ $alone -ge 20 ] || continue
+        echo 'note | dev/run.sh: all ranks have ended and mpirun hangs: killed' >&2
+        kill -KILL $job
     done
 }
 setsid mpirun $root --bind-to none -x LITESPARK_RUN=$seen "$@" </dev/null &
@@ -39,4 +40,5 @@ while :; do         # a signal ends the wait, not the job
     kill -0 $job 2>/dev/null || break
 done
 kill $watcher 2>/dev/null
+[ $status != 137 ] || status=1
 exit $status
