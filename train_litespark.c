@@ -3674,8 +3674,8 @@ const char *device_name(void) {
     return name;
 }
 
-int device_logits_chunk(int V) {                // 16 MiB of logits, at least 64 rows
-    const int rows = (int)((16 << 20) / (sizeof(float) * (size_t)V));
+int device_logits_chunk(int V) {                // 32 MiB of logits, at least 64 rows
+    const int rows = (int)((32 << 20) / (sizeof(float) * (size_t)V));
     return rows > 64 ? rows : 64;
 }
 
