@@ -120,7 +120,7 @@ ptxas: $(if $(NVCC),$(PTXAS_OUT))
 CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
 EMU      := $(CXX) -x c++ -std=c++17 -g -fno-math-errno $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu
 EMU_FLAGS := $(call flags,emu-flags,$(EMU) $(WITH_MPI))
-build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) $(EMU_FLAGS)
+build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h dev/emu/*/*.h) $(EMU_FLAGS)
 	$(EMU) -O2 $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
 
 PTXCPU   ?= $(wildcard ../shared/ptxcpu)
@@ -152,7 +152,7 @@ build/dev/twin.o: dev/twin.c train_litespark.c $(FLAGS)
 build/dev/%/trainer.cuh: dev/%.cu dev/bench.cuh dev/kernels.py train_litespark.cu
 	@mkdir -p $(@D)
 	@python3 dev/kernels.py extract $< >$@.part && mv $@.part $@
-build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h) $(EMU_FLAGS)
+build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h dev/emu/*/*.h) $(EMU_FLAGS)
 	@echo '$(CXX) ... $< -o $@'
 	@$(EMU) -O1 -Wall -Wno-unused-function -Wno-unknown-pragmas -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
 BENCH_NV := -O3 -std=c++17 -lineinfo -diag-suppress 177 -Xptxas -v $(OPENMP:%=-Xcompiler %)
