@@ -4700,8 +4700,9 @@ static void report_split(const Trainer *tr) {
     printf("split |");
     for (int i = 0; i < N_PARTS; i++)
         printf(" %s %.1f%% |", part_names[i], 100 * tr->all_parts[i] / steps / seconds);
-    printf(" of %.1f ms per step%s | modelled speed %s\n", 1e3 * seconds, comm_world() > 1 ? " of rank 0" : "",
-           isfinite(tr->modelled) ? str("reached to %.1f%%", 100 * tr->modelled / seconds).s : "unavailable");
+    printf(" of %.1f ms per step%s | %s\n", 1e3 * seconds, comm_world() > 1 ? " of rank 0" : "",
+           isfinite(tr->modelled) ? str("%.1f%% of the modelled speed", 100 * tr->modelled / seconds).s
+                                  : "modelled speed unavailable");
 }
 
 // What the updates since this start took, apart from all else, on the screen and as the last record.
@@ -5052,6 +5053,8 @@ static void setup_sizes(Trainer *tr) {
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     device_check_sizes(&tr->c);
     const Plan plan = plan_of(&machine, opt.batch_size);
+    // before the model itself is laid out
+    tr->modelled = is_training() ? plan_seconds(device_name(), &tr->c, &plan, &machine) : NAN;
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
         tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
@@ -5292,8 +5295,6 @@ static void setup_output(Trainer *tr, const char *resume_dir) {
     log_open(str("%s/%s", opt.out, is_training() ? "log.jsonl" : "eval.jsonl").s);
     if (!is_training()) return;
     tr->peak = device_peak(opt.precision == BF16);
-    const Plan plan = plan_of(&tr->machine, opt.batch_size);
-    tr->modelled = plan_seconds(device_name(), &tr->c, &plan, &tr->machine);
     printf("device | %s | peak %s per rank (%s) | energy counters %s\n", device_name(),
            flops_text(tr->peak).s, device_peak_is, isfinite(energy_read()) ? "found" : "unavailable");
     warn_of_mpirun();
@@ -5420,9 +5421,9 @@ int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
 
 // ---- the parts of an update, by events on gpu.stream ------------------------------------------------------
-// From a mark to the next one the stream has computed, or waited, for that part: for tokens and for other ranks
-// as long as it had nothing else to do. Nobody waits for a mark; those that the stream has not passed yet when
-// an update ends on the host (AdamW is on its way) are read at the end of the next.
+// From a mark to the next one the stream has computed, or waited, for that part: for tokens and for other
+// ranks as long as it had nothing else to do. Nobody waits for a mark; those that the stream has not passed
+// when an update ends on the host (AdamW is on its way) are read at the end of the next.
 typedef struct Mark { cudaEvent_t at; int part; } Mark;
 static struct {
     Mark *mark;                             // (room) the first n are in use, in the order of the stream
