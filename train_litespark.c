@@ -3363,28 +3363,28 @@ int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
 
 // ---- the parts of an update, by the clock
-static struct { int part; double since, seconds[N_PARTS]; } split = {N_PARTS, 0, {0}};  // N_PARTS: no update
+static struct { int part; double since, seconds[N_PARTS]; } timer = {N_PARTS, 0, {0}};  // N_PARTS: no update
 
 int part_begin(int part) {
-    const int before = split.part;
+    const int before = timer.part;
     if (before == N_PARTS || part == before) return before;
     const double now = now_seconds();
-    split.seconds[before] += now - split.since;
-    split.since = now;
-    split.part = part;
+    timer.seconds[before] += now - timer.since;
+    timer.since = now;
+    timer.part = part;
     return before;
 }
 
 void split_begin(int profiled) {
     (void)profiled;
-    memset(split.seconds, 0, sizeof split.seconds);
-    split.since = now_seconds();
-    split.part = PART_OTHER;
+    memset(timer.seconds, 0, sizeof timer.seconds);
+    timer.since = now_seconds();
+    timer.part = PART_OTHER;
 }
 
 void split_end(double *seconds) {
     part_begin(N_PARTS);
-    memcpy(seconds, split.seconds, sizeof split.seconds);
+    memcpy(seconds, timer.seconds, sizeof timer.seconds);
 }
 
 #ifdef USE_MPI

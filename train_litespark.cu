@@ -5429,29 +5429,29 @@ static struct {
     Mark *mark;                             // (room) the first n are in use, in the order of the stream
     int n, room;
     int part, profiled;                     // part: now; N_PARTS: outside of an update
-} split = {NULL, 0, 0, N_PARTS, 0};
+} timer = {NULL, 0, 0, N_PARTS, 0};
 
 static void split_turn(int part) {
-    if (split.n == split.room) {
-        split.mark = (Mark *)array_room(split.mark, split.n + 1, &split.room, sizeof(Mark));
-        for (int i = split.n; i < split.room; i++) cudaCheck(cudaEventCreate(&split.mark[i].at));
+    if (timer.n == timer.room) {
+        timer.mark = (Mark *)array_room(timer.mark, timer.n + 1, &timer.room, sizeof(Mark));
+        for (int i = timer.n; i < timer.room; i++) cudaCheck(cudaEventCreate(&timer.mark[i].at));
     }
-    split.mark[split.n].part = part;
-    cudaCheck(cudaEventRecord(split.mark[split.n++].at, gpu.stream));
-    if (split.profiled && split.part < N_PARTS) nvtxRangePop();
-    if (split.profiled && part < N_PARTS) nvtxRangePushA(part_names[part]);
-    split.part = part;
+    timer.mark[timer.n].part = part;
+    cudaCheck(cudaEventRecord(timer.mark[timer.n++].at, gpu.stream));
+    if (timer.profiled && timer.part < N_PARTS) nvtxRangePop();
+    if (timer.profiled && part < N_PARTS) nvtxRangePushA(part_names[part]);
+    timer.part = part;
 }
 
 int part_begin(int part) {
-    const int before = split.part;
+    const int before = timer.part;
     const int alone = part == PART_COMMUNICATION && comm.world == 1;
     if (before < N_PARTS && part != before && !alone) split_turn(part);
     return before;
 }
 
 void split_begin(int profiled) {
-    split.profiled = profiled;
+    timer.profiled = profiled;
     if (profiled) nvtxRangePushA(str("step %" PRId64, running_step).s);
     split_turn(PART_OTHER);
 }
@@ -5461,16 +5461,16 @@ void split_end(double *seconds) {
     int i = 0;
     float ms;
     split_turn(N_PARTS);
-    if (split.profiled) nvtxRangePop();
+    if (timer.profiled) nvtxRangePop();
     memset(seconds, 0, N_PARTS * sizeof(double));
-    for (; i + 1 < split.n; i++) {
-        if ((e = cudaEventElapsedTime(&ms, split.mark[i].at, split.mark[i + 1].at)) != cudaSuccess) break;
-        if (split.mark[i].part < PART_OTHER) seconds[split.mark[i].part] += ms * 1e-3;
+    for (; i + 1 < timer.n; i++) {
+        if ((e = cudaEventElapsedTime(&ms, timer.mark[i].at, timer.mark[i + 1].at)) != cudaSuccess) break;
+        if (timer.mark[i].part < PART_OTHER) seconds[timer.mark[i].part] += ms * 1e-3;
     }
     if (e == cudaErrorNotReady) cudaGetLastError();     // it is no error of a later call
     else cudaCheck(e);
-    std::rotate(split.mark, split.mark + i, split.mark + split.n);
-    split.n -= i;
+    std::rotate(timer.mark, timer.mark + i, timer.mark + timer.n);
+    timer.n -= i;
 }
 
 // Collectives on their way, the newest at n - 1: of a stuck job the first that is not done is named.
