@@ -21,8 +21,8 @@ def is_cuda(trainer):
     return "emu" in os.path.basename(trainer[-1])
 
 
-def options(out, batch="--batch-size 2", more="--steps 8"):
-    return ["--config", f"{FIXTURE}/config.json", "--train-data", f"{harness.top}/train_000.bin", "--out", out, *batch.split(), *more.split(),
+def options(out, batch="--batch-size 2", more="--steps 8", config=f"{FIXTURE}/config.json"):
+    return ["--config", config, "--train-data", f"{harness.top}/train_000.bin", "--out", out, *batch.split(), *more.split(),
             *"--seq-len 16 --val-every 0 --sample-every 0 --checkpoint-every 0".split()]
 
 
@@ -45,26 +45,36 @@ def run(trainer, *args, ranks=1, **env):
 
 
 def split_of(out):
-    """Step records; their sums of seconds by part."""
+    """Step records; their sums of seconds by part. Of one update `other` may be below 0: a GPU's work is read when it is complete."""
     steps = log_of(out)
     for r in steps:
         parts = [r[f"{p}_seconds"] for p in PARTS]
         harness.near("the sum of the parts", sum(parts), r["time_per_iteration"], 1e-9)
-        expect(all(x >= 0 for x in parts[:-1]) and parts[-1] > -0.02 * r["time_per_iteration"], f"step {r['step']}: {parts}")
-    return steps, {p: sum(r[f"{p}_seconds"] for r in steps) for p in PARTS}
+        expect(all(x >= 0 for x in parts[:-1]) and parts[-1] > -0.2 * r["time_per_iteration"], f"step {r['step']}: {parts}")
+    sums = {p: sum(r[f"{p}_seconds"] for r in steps) for p in PARTS}
+    expect(sums["other"] > -0.02 * sum(sums.values()), sums)
+    return steps, sums
+
+
+def usual_of(steps):
+    """The median share of each part: what another program takes of the machine for a moment hits few steps."""
+    return {p: sorted(r[f"{p}_seconds"] / r["time_per_iteration"] for r in steps)[len(steps) // 2] for p in PARTS}
 
 
 def test_parts_add_up(trainer, out):
-    text = run(trainer, *options(out, more="--steps 12 --total-batch-tokens 64"))
+    n = 12 if is_cuda(trainer) else 60
+    large = {} if is_cuda(trainer) else {"config": harness.model(out + "model", hidden_size=128, intermediate_size=512, num_hidden_layers=4)}
+    text = run(trainer, *options(out, more=f"--steps {n} --total-batch-tokens 64", **large))
     steps, sums = split_of(out)
     total = sum(sums.values())
-    expect(len(steps) == 12 and sums["forward"] > 0.05 * total and sums["backward"] > sums["forward"] and sums["optimizer"] > 0, sums)
-    expect(sums["data"] < 0.1 * total and sums["communication"] < 0.1 * total and sums["other"] < 0.25 * total, sums)
+    usual = usual_of(steps)
+    expect(len(steps) == n and usual["forward"] > 0.05 and usual["backward"] > usual["forward"] and usual["optimizer"] > 0, usual)
+    expect(usual["data"] < 0.2 and usual["communication"] < 0.1 and usual["other"] < 0.2, usual)
     said = re.search(r"^split \| (.*) \| of (\S+) ms per step \| modelled speed unavailable$", text, re.M)
     expect(said, text)
     for part, share in zip(PARTS, said[1].split(" | ")):
         expect(share.split()[0] == part and abs(float(share.split()[1][:-1]) - 100 * sums[part] / total) < 0.06, f"{share}: {sums}")
-    expect(abs(float(said[2]) - 1e3 * total / 12) < 0.06, f"{said[2]} ms, not {1e3 * total / 12}")
+    expect(abs(float(said[2]) - 1e3 * total / n) < 0.06, f"{said[2]} ms, not {1e3 * total / n}")
     expect(all(r["of_modelled_speed"] is None for r in steps), "a modelled speed of a device that no model is of")
 
 
@@ -100,8 +110,9 @@ def test_queued_work_of_a_gpu_is_counted(trainer, out):
         raise Absent("of the CUDA trainer")
     for seed in (1, 2, 3):
         run(trainer, *options(f"{out}{seed}"), EMU_ASYNC=seed)
-        steps, sums = split_of(f"{out}{seed}")
-        expect(sums["forward"] > 0 and sums["backward"] > sums["forward"] and sums["other"] < 0.25 * sum(sums.values()), sums)
+        steps, _ = split_of(f"{out}{seed}")
+        usual = usual_of(steps)
+        expect(usual["forward"] > 0.05 and usual["backward"] > usual["forward"] and usual["other"] < 0.25, usual)
 
 
 def test_profile_marks_steps(trainer, out):
