@@ -2243,7 +2243,8 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
-    for (int i = 0; i < N_PARTS; i++) text_add_field(&r, str("%s_seconds", part_names[i]).s, tr->parts[i]);
+    for (int i = 0; i < N_PARTS; i++)
+        text_add(&r, ", \"%s_seconds\": %s", part_names[i], json_decimal(tr->parts[i]));
     text_add_field(&r, "of_modelled_speed", tr->modelled / seconds);
     text_add_dpo(&r, "", tr->sums, tr->mass);
     if (comm_world() > 1) text_add(&r, ", \"slowest_rank\": %d", tr->slowest);
@@ -2324,7 +2325,7 @@ static int train_step(Trainer *tr) {
     const double seconds = now_seconds() - start;
     s->seconds += seconds;
     split_end(tr->parts);
-    tr->parts[PART_OTHER] = seconds;
+    tr->parts[PART_OTHER] = seconds;        // less than 0 by what a GPU had begun of what is read only now
     for (int i = 0; i < PART_OTHER; i++) tr->parts[PART_OTHER] -= tr->parts[i];
     for (int i = 0; i < N_PARTS; i++) tr->all_parts[i] += tr->parts[i];
     tr->rank_seconds[comm_rank()] = seconds - tr->parts[PART_COMMUNICATION];
