@@ -48,7 +48,7 @@ help:
 	@echo 'make test     all tests that need no GPU; SAN=1 with sanitizers; T=word some      make test-hf   against Hugging Face (pip)'
 	@echo 'make test-cuda   the CUDA trainer against the twin, emulated (g++); test-long: all of it; test-ptx: the nvcc binary under ptxcpu'
 	@echo 'make test-zero   ZeRO and HSDP are runs of one rank; test-zero-long: all of them; test-zero-ptx: the nvcc binary under ptxcpu'
-	@echo 'make test-data   the preparation of data (python3)      make test-plots, test-terminal, test-energy   what runs show      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
+	@echo 'make test-data   the preparation of data (python3)      make test-plots, test-terminal, test-energy, test-split   what runs show      make fuzz   the file parsers (clang; SECONDS_EACH=60)'
 	@echo 'make faults   kills, full disks, damage, signals: nothing is lost (COUNT=1000; faults-quick: 40 s)     make test-hosts   several hosts (root)'
 	@echo 'make check    facts that must hold of the sources     make sync   shared region and kernels to their copies'
 	@echo 'make benchmark   against PyTorch (pip): the same losses, then speed, memory, energy (ARGS; dev/results/); test-benchmark tests it'
@@ -120,7 +120,7 @@ ptxas: $(if $(NVCC),$(PTXAS_OUT))
 CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
 EMU      := $(CXX) -x c++ -std=c++17 -g -fno-math-errno $(OPENMP) $(if $(filter 1,$(SAN)),-fsanitize=address$(comma)undefined) -Idev/emu
 EMU_FLAGS := $(call flags,emu-flags,$(EMU) $(WITH_MPI))
-build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h) $(EMU_FLAGS)
+build/train_litespark_emu: train_litespark.cu $(wildcard dev/emu/*.h dev/emu/*/*.h) $(EMU_FLAGS)
 	$(EMU) -O2 $< -o $@ $(WITH_MPI) $(LINK_MPI) -ldl
 
 PTXCPU   ?= $(wildcard ../shared/ptxcpu)
@@ -152,7 +152,7 @@ build/dev/twin.o: dev/twin.c train_litespark.c $(FLAGS)
 build/dev/%/trainer.cuh: dev/%.cu dev/bench.cuh dev/kernels.py train_litespark.cu
 	@mkdir -p $(@D)
 	@python3 dev/kernels.py extract $< >$@.part && mv $@.part $@
-build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h) $(EMU_FLAGS)
+build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h dev/emu/*/*.h) $(EMU_FLAGS)
 	@echo '$(CXX) ... $< -o $@'
 	@$(EMU) -O1 -Wall -Wno-unused-function -Wno-unknown-pragmas -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
 BENCH_NV := -O3 -std=c++17 -lineinfo -diag-suppress 177 -Xptxas -v $(OPENMP:%=-Xcompiler %)
@@ -297,6 +297,10 @@ test-terminal: build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu)
 test-energy: build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu)
 	@if python3 -c '' 2>/dev/null; then python3 dev/test_energy.py $^ $(T); else echo 'skipped: test-energy: no python3'; fi
 
+# Where the time of an update goes, with reads that the test makes slow; ranges for profilers.
+test-split: build/train_litespark $(if $(HAVE_CXX),build/train_litespark_emu)
+	@if python3 -c '' 2>/dev/null; then CC='$(CC)' python3 dev/test_split.py $^ $(T); else echo 'skipped: test-split: no python3'; fi
+
 # ---- fuzzing: libFuzzer, one program for all parsers
 SECONDS_EACH ?= 60
 FUZZ     := json config safetensors index shard tokenizer options state
@@ -348,4 +352,4 @@ sync:   # the counts of kernels own the planner's; the .c the shared regions; th
 	@python3 dev/speed_model.py --planner sync && python3 dev/story.py sync && python3 dev/kernels.py sync
 clean:
 	rm -rf build train_litespark
-.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-zero test-zero-long test-zero-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy fuzz benchmark test-benchmark gpu-report gpu-quick gpu-quick-build test-gpu-quick faults faults-quick test-hosts check sync clean
+.PHONY: help train ptxas data run sft dpo test test-cuda test-stages test-stages-ptx test-zero test-zero-long test-zero-ptx test-ptx test-long test-hf test-data test-plots test-terminal test-energy test-split fuzz benchmark test-benchmark gpu-report gpu-quick gpu-quick-build test-gpu-quick faults faults-quick test-hosts check sync clean

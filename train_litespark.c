@@ -111,6 +111,7 @@ static const struct { const char *option, *value, *why; } refused[] = {
     {"--reduce-dtype", NULL, "is for the CUDA trainer; this is the CPU trainer"},
     {"--mlp", "products", "is for the CUDA trainer; this is the CPU trainer"},
     {"--deterministic", "off", "is for the CUDA trainer; the CPU trainer has deterministic kernels only"},
+    {"--profile", NULL, "is for the CUDA trainer: it marks ranges for NVIDIA's profilers"},
     {"--device", NULL, "is for the CUDA trainer, which needs no GPU to plan: `make train DEVICE=emu` "
                        "builds it with g++ alone"},
 };
@@ -241,6 +242,8 @@ enum { START, GIVEN, FIXED };
     X(FLAG, "--dry-run", dry_run, START, NULL, 0, 0, "print the memory that this run needs and stop") \
     X(TEXT, "--dump-grads", dump_grads, START, NULL, 0, 0, \
       "write the first update's gradients to this safetensors file and stop") \
+    X(TEXT, "--profile", profile, START, NULL, 0, 0, \
+      "FIRST:LAST: in these steps NVTX ranges around each part, for Nsight Systems (CUDA trainer)") \
     X(FLAG, "--help", help, START, NULL, 0, 0, "this list") \
     GROUP("Planning (--dry-run; the CUDA trainer, which needs no GPU for it)") \
     X(TEXT, "--device", device, START, NULL, 0, 0, \
@@ -407,6 +410,13 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     int64_t n_healthy;
 } TrainState;
 
+// Where the time of an update goes. data: the wait for its tokens; backward: also what --recompute repeats;
+// optimizer: gradients cleared and measured, AdamW; communication: the wait for other ranks, as far as no
+// compute hides it; other: all else between the update's begin and end on the host's clock.
+enum { PART_DATA, PART_FORWARD, PART_BACKWARD, PART_OPTIMIZER, PART_COMMUNICATION, PART_OTHER, N_PARTS };
+static const char *const part_names[] = {"data", "forward", "backward", "optimizer", "communication",
+                                         "other"};
+
 // memory: bytes that a rank may use
 typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;
 enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA context, cuBLASLt, NCCL buffers
@@ -435,6 +445,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...);
 __attribute__((format(printf, 1, 2))) Str str(const char *fmt, ...);
 void *xmalloc(size_t bytes);
 void *xcalloc(size_t n, size_t size);
+void *array_room(void *p, int need, int *max, size_t size);
 char *xstrdup(const char *s);
 double now_seconds(void);
 int read_number(const char *path, double *x);           // that a file begins with; 0: there is none
@@ -463,13 +474,17 @@ int comm_world(void);
 void comm_init(int *argc, char ***argv);
 void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
-double comm_waited(void);                               // seconds of waiting for others since the last call
 void comm_barrier(void);
 void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
 void comm_share(int shard);                             // which ranks hold the shares of one copy
 void comm_broadcast(void *data, size_t bytes);          // from rank 0
 void comm_sum(double *x, int n);                        // over ranks, in place
 double comm_max(double x);
+// The parts of an update, between these two: what comes next is `part`; returns what was. Elsewhere it does
+// nothing. seconds (N_PARTS) =: what this rank's device has done since the last call; OTHER: not measured.
+void split_begin(int profiled);                         // profiled: with ranges for a profiler
+int part_begin(int part);
+void split_end(double *seconds);
 void device_open(void);                                 // this rank's part of the machine
 void device_wait(void);                                 // until it has done what it was given
 Machine device_machine(void);                           // what there is to plan with, the same on all ranks
@@ -1541,10 +1556,12 @@ void llama_head(Model *m, const Batch *batch, const double *weight) {
     for (int n = 0; n < N; n += m->chunk) {
         const int rows = N - n < m->chunk ? N - n : m->chunk;
         const floatX *norm = m->norm + (size_t)n * c->C;
+        part_begin(PART_FORWARD);
         matmul_forward(m->logits, norm, head, rows, c->C, c->V, NULL, NULL);
         cross_entropy(m->nll + n, weight ? NULL : m->is_top + n, m->logits, batch->targets + n,
                       weight ? weight + n : NULL, rows, c->V);
         if (!weight) continue;
+        part_begin(PART_BACKWARD);
         matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, rows, c->C, c->V);
         matmul_backward_w(head_grads(m).head, m->logits, norm, rows, c->C, c->V);
     }
@@ -1843,6 +1860,7 @@ Option *option_find(const char *name);
 void option_set(Option *o, const char *text);
 int option_given(const char *name);
 const char *option_text(const Option *o);
+int profile_has(int64_t step);
 int live_wanted(void);
 void live_show(double done, const char *left, const char *right);
 void live_end(void);
@@ -1929,6 +1947,7 @@ int reference_read(DataLoader *dl, uint32_t weights);
 void reference_check_folders(const DataLoader *dl, uint32_t weights);
 void reference_write(const DataLoader *dl, uint32_t weights);
 // 16
+double plan_seconds(const char *name, const Config *c, const Plan *plan, const Machine *machine);
 void plan_check(void);
 Machine plan_machine(void);
 void plan_report(const Config *c, const Machine *machine);
@@ -1956,6 +1975,9 @@ typedef struct Trainer {
     int slowest, slow_updates;              // the same rank, so many in a row
     double span, spans;                     // tokens of a token's document, on average over the last update;
     int64_t n_spans;                        // the sum of that over n_spans updates
+    // seconds of the last update by parts, and of all since this start; what the model of speed says of one,
+    // NAN: unavailable
+    double parts[N_PARTS], all_parts[N_PARTS], modelled;
     Tokenizer *tokenizer;
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
@@ -2000,12 +2022,15 @@ static int stop_requested(void) { return comm_max((double)signals) > 0; }
 
 // ---- one update -------------------------------------------------------------------------------------------
 static void read_batches(Trainer *tr) {
+    const int before = part_begin(PART_DATA);
     for (int64_t i = 0; i < tr->micro_steps; i++) loader_next(&tr->train, &tr->batches[i]);
+    part_begin(before);
     tr->batches_read = 1;
 }
 
 // Forward, and the weight of each target by the objective; sums += what the objective counts.
 static void forward_and_weigh(Trainer *tr, const Batch *batch, const double *mass, double *sums) {
+    part_begin(PART_FORWARD);
     llama_forward(tr->m, batch);
     if (tr->objective->from_losses) {
         llama_head(tr->m, batch, /*weight=*/NULL);
@@ -2049,6 +2074,7 @@ static int update_gradients(Trainer *tr, double *loss) {
     tr->n_spans++;
     // known before the first backward, so that nothing is scaled afterwards
     comm_sum(mass, N_MASSES);
+    part_begin(PART_OPTIMIZER);
     model_zero_grads(m);
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) return 0;
@@ -2057,6 +2083,7 @@ static int update_gradients(Trainer *tr, double *loss) {
         llama_head(m, batch, tr->weight);
         llama_backward(m, batch, /*last=*/i + 1 == tr->micro_steps);
     }
+    part_begin(PART_OTHER);
     tr->next = tr->train.state;
     tr->batches_read = 0;
     if (tr->state.step + 1 < opt.steps && !opt.dump_grads) read_batches(tr);     // while a GPU computes
@@ -2216,6 +2243,9 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
+    for (int i = 0; i < N_PARTS; i++)
+        text_add(&r, ", \"%s_seconds\": %s", part_names[i], json_decimal(tr->parts[i]));
+    text_add_field(&r, "of_modelled_speed", tr->modelled / seconds);
     text_add_dpo(&r, "", tr->sums, tr->mass);
     if (comm_world() > 1) text_add(&r, ", \"slowest_rank\": %d", tr->slowest);
     if (comm_world() > 1) text_add_field(&r, "slowest_over_median", tr->slowest_ratio);
@@ -2265,10 +2295,15 @@ static int train_step(Trainer *tr) {
     double loss;
     int n_bad;
     running_step = s->step + 1;
-    comm_waited();
-    if (!update_gradients(tr, &loss)) return 0;
+    split_begin(profile_has(running_step));
+    if (!update_gradients(tr, &loss)) {
+        split_end(tr->parts);
+        return 0;
+    }
     if (comm_world() > 1) watch_ranks(tr);
+    part_begin(PART_OPTIMIZER);
     double facts[3] = {loss, gradient_norm(tr->m, &bad, &n_bad), now_seconds() - tr->window.start};
+    part_begin(PART_OTHER);
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
     loss = facts[0];
     const double norm = facts[1], lr = learning_rate(&opt, s->step);
@@ -2279,7 +2314,9 @@ static int train_step(Trainer *tr) {
     s->loader = tr->next;
     if (!*skipped.s) {
         const double clip = opt.grad_clip > 0 && norm > opt.grad_clip ? opt.grad_clip / norm : 1;
+        part_begin(PART_OPTIMIZER);
         model_update(tr->m, lr, clip, ++s->updates, &opt);
+        part_begin(PART_OTHER);
         s->losses[s->n_healthy % SPIKE_WINDOW] = loss;
         s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
     }
@@ -2287,7 +2324,11 @@ static int train_step(Trainer *tr) {
     if (facts[2] > ENERGY_SECONDS) window_turn(tr, SPENT_UPDATES);
     const double seconds = now_seconds() - start;
     s->seconds += seconds;
-    tr->rank_seconds[comm_rank()] = seconds - comm_waited();
+    split_end(tr->parts);
+    tr->parts[PART_OTHER] = seconds;        // less than 0 by what a GPU had begun of what is read only now
+    for (int i = 0; i < PART_OTHER; i++) tr->parts[PART_OTHER] -= tr->parts[i];
+    for (int i = 0; i < N_PARTS; i++) tr->all_parts[i] += tr->parts[i];
+    tr->rank_seconds[comm_rank()] = seconds - tr->parts[PART_COMMUNICATION];
     log_step(tr, loss, lr, norm, seconds, skipped.s);
     checkpoint_turn(tr->writing);
     if (tr->bad_in_a_row < MOST_BAD_IN_A_ROW) return 1;
@@ -2582,6 +2623,20 @@ static void report_end(const Trainer *tr) {
                tr->floor, tr->val_loss - tr->floor);
 }
 
+// Where the time of the updates since this start went, on average.
+static void report_split(const Trainer *tr) {
+    const double steps = (double)(tr->state.step - tr->begun.step);
+    double seconds = 0;
+    for (int i = 0; i < N_PARTS; i++) seconds += tr->all_parts[i] / steps;
+    if (!steps) return;
+    printf("split |");
+    for (int i = 0; i < N_PARTS; i++)
+        printf(" %s %.1f%% |", part_names[i], 100 * tr->all_parts[i] / steps / seconds);
+    printf(" of %.1f ms per step%s | %s\n", 1e3 * seconds, comm_world() > 1 ? " of rank 0" : "",
+           isfinite(tr->modelled) ? str("%.1f%% of the modelled speed", 100 * tr->modelled / seconds).s
+                                  : "modelled speed unavailable");
+}
+
 // What the updates since this start took, apart from all else, on the screen and as the last record.
 static void report_energy(const Trainer *tr) {
     const double seconds = tr->spent[SPENT_UPDATES].seconds, joules = tr->spent[SPENT_UPDATES].joules;
@@ -2662,6 +2717,7 @@ static void train(Trainer *tr) {
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
     else report_end(tr);
+    report_split(tr);
     if (!stopped && opt.sample_every) {
         generate(tr);
         window_turn(tr, SPENT_SAMPLE);
@@ -2929,6 +2985,8 @@ static void setup_sizes(Trainer *tr) {
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     device_check_sizes(&tr->c);
     const Plan plan = plan_of(&machine, opt.batch_size);
+    // before the model itself is laid out
+    tr->modelled = is_training() ? plan_seconds(device_name(), &tr->c, &plan, &machine) : NAN;
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
         tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
@@ -3305,6 +3363,31 @@ static int cores_of(pid_t pid, int share[CPU_SETSIZE]) {
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
 
+// ---- the parts of an update, by the clock
+static struct { int part; double since, seconds[N_PARTS]; } timer = {N_PARTS, 0, {0}};  // N_PARTS: no update
+
+int part_begin(int part) {
+    const int before = timer.part;
+    if (before == N_PARTS || part == before) return before;
+    const double now = now_seconds();
+    timer.seconds[before] += now - timer.since;
+    timer.since = now;
+    timer.part = part;
+    return before;
+}
+
+void split_begin(int profiled) {
+    (void)profiled;
+    memset(timer.seconds, 0, sizeof timer.seconds);
+    timer.since = now_seconds();
+    timer.part = PART_OTHER;
+}
+
+void split_end(double *seconds) {
+    part_begin(N_PARTS);
+    memcpy(seconds, timer.seconds, sizeof timer.seconds);
+}
+
 #ifdef USE_MPI
 #include <mpi.h>
 // BUCKET: elements of one all-reduce, so that large units overlap too
@@ -3352,25 +3435,19 @@ void comm_finish(void) {
     wait_limit(NULL);
 }
 
-static double comm_seconds;
-double comm_waited(void) {
-    const double seconds = comm_seconds;
-    comm_seconds = 0;
-    return seconds;
-}
-
 // Waits for n requests; after --timeout seconds the job ends.
 static void comm_wait(MPI_Request *requests, int n, const char *what) {
     Wait w = {0, 0};
-    for (int done = 0; !done;) {
+    const int before = part_begin(PART_COMMUNICATION);
+    for (int done = 0;;) {
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
-        if (done) comm_seconds += w.seconds;
-        if (done) return;
+        if (done) break;
         if (wait_more(&w) > (double)opt.timeout)
             die("waited %.0f s for the other ranks in %s, step %" PRId64 ": one is dead or stuck; resume "
                 "with --resume auto (or raise --timeout)", w.seconds, what, running_step);
         usleep(50);
     }
+    part_begin(before);
 }
 
 void comm_broadcast(void *data, size_t bytes) {     // from rank 0
@@ -3449,7 +3526,10 @@ void comm_all_reduce(floatX *x, size_t n, int among_copies) {
 // MPI moves data only inside its calls: backward calls this once per layer.
 void comm_progress(void) {
     int done;
-    if (n_pending) MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);
+    if (!n_pending) return;
+    const int before = part_begin(PART_COMMUNICATION);
+    MPI_Testall(n_pending, pending, &done, MPI_STATUSES_IGNORE);
+    part_begin(before);
 }
 
 static void check_count(size_t n) {
@@ -3482,7 +3562,6 @@ void comm_init(int *argc, char ***argv) {
             "train again", size);
 }
 void comm_finish(void) {}
-double comm_waited(void) { return 0; }
 void comm_broadcast(void *data, size_t bytes) { (void)data; (void)bytes; }
 void comm_sum(double *x, int n) { (void)x; (void)n; }
 double comm_max(double x) { return x; }
@@ -3716,7 +3795,7 @@ void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * 
 }
 
 // Room for `need` items of `size` bytes in the array p, which has room for *max; doubles: appending is O(1).
-static void *array_room(void *p, int need, int *max, size_t size) {
+void *array_room(void *p, int need, int *max, size_t size) {
     if (need <= *max) return p;
     *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
     return memory_or_die(realloc(p, (size_t)*max * size), (size_t)*max, size);
@@ -4261,6 +4340,17 @@ void options_text(Text *t) {
 }
 
 // What can be said against the options without looking at any file.
+// Whether --profile names this step; dies if it is no range of steps.
+int profile_has(int64_t step) {
+    int64_t first = 0, last = 0;
+    char more;
+    if (!opt.profile) return 0;
+    const int n = sscanf(opt.profile, "%" SCNd64 ":%" SCNd64 "%c", &first, &last, &more);
+    if (n != 2 || first < 1 || last < first)
+        die("--profile %s: write FIRST:LAST, two steps, such as 10:12", opt.profile);
+    return step >= first && step <= last;
+}
+
 void options_check(void) {
     if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
         die("choose one of --preset, --config and --init-from");
@@ -4277,6 +4367,7 @@ void options_check(void) {
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (opt.eval_tasks && !*opt.eval_tasks) die("--eval-tasks is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
+    profile_has(0);
     plan_check();
 }
 
@@ -7878,11 +7969,14 @@ static const GpuKind *gpu_of_option(const char *option) {
     return NULL;
 }
 
+static int is_kind(const GpuKind *g, const char *name) {
+    return strstr(name, g->name) && !strstr(name, "MIG") && !strstr(name, "Laptop");
+}
+
 // Dense peak in FLOP/s of the GPU with this name; NAN: not in the table.
 double gpu_peak(const char *name, int bf16) {
     for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
-        if (strstr(name, g->name) && !strstr(name, "MIG") && !strstr(name, "Laptop"))
-            return 1e12 * (bf16 ? g->bf16 : g->fp32);
+        if (is_kind(g, name)) return 1e12 * (bf16 ? g->bf16 : g->fp32);
     return NAN;
 }
 
@@ -8095,6 +8189,15 @@ static Forecast forecast(const GpuKind *g, const Config *c, const Plan *plan, co
     f.kwh = f.hours * g->watts * POWER_SHARE * opt.pue * 1e-3;
     model_free(m);
     return f;
+}
+
+// Seconds of an update of the run at hand on the GPU with this name, by this model; NAN: not modelled.
+double plan_seconds(const char *name, const Config *c, const Plan *plan, const Machine *machine) {
+    for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
+        if (is_kind(g, name))
+            return g->option && plan->bf16 && !opt.document_mask
+                 ? forecast(g, c, plan, machine, (double)opt.total_batch_tokens).step : NAN;
+    return NAN;
 }
 
 static Machine machine_of(const GpuKind *g, int ranks, int nodes) {         // nodes 0: of eight GPUs

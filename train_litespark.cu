@@ -80,6 +80,7 @@ plumbing, for when you need it: 7 ranks, 8 errors, numbers, options, 9 JSON, 10 
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -103,7 +104,7 @@ template <typename T> void comm_all_reduce(T *x, size_t n, int among_copies, con
 template <typename T> void comm_reduce_scatter(T *x, size_t n, const char *unit);
 template <typename T> void comm_all_gather(T *x, const T *own, size_t n, const char *unit);
 void comm_follow(void);
-void comm_join(void);
+void comm_join(cudaEvent_t event);
 void gpu_wait(cudaEvent_t event);
 
 // What this trainer does not do: an option with this value (NULL: with any), and why.
@@ -237,6 +238,8 @@ enum { START, GIVEN, FIXED };
     X(FLAG, "--dry-run", dry_run, START, NULL, 0, 0, "print the memory that this run needs and stop") \
     X(TEXT, "--dump-grads", dump_grads, START, NULL, 0, 0, \
       "write the first update's gradients to this safetensors file and stop") \
+    X(TEXT, "--profile", profile, START, NULL, 0, 0, \
+      "FIRST:LAST: in these steps NVTX ranges around each part, for Nsight Systems (CUDA trainer)") \
     X(FLAG, "--help", help, START, NULL, 0, 0, "this list") \
     GROUP("Planning (--dry-run; the CUDA trainer, which needs no GPU for it)") \
     X(TEXT, "--device", device, START, NULL, 0, 0, \
@@ -403,6 +406,13 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     int64_t n_healthy;
 } TrainState;
 
+// Where the time of an update goes. data: the wait for its tokens; backward: also what --recompute repeats;
+// optimizer: gradients cleared and measured, AdamW; communication: the wait for other ranks, as far as no
+// compute hides it; other: all else between the update's begin and end on the host's clock.
+enum { PART_DATA, PART_FORWARD, PART_BACKWARD, PART_OPTIMIZER, PART_COMMUNICATION, PART_OTHER, N_PARTS };
+static const char *const part_names[] = {"data", "forward", "backward", "optimizer", "communication",
+                                         "other"};
+
 // memory: bytes that a rank may use
 typedef struct Machine { int ranks, ranks_per_node; double memory; } Machine;
 enum { GPU_ALLOWANCE = 800 << 20 };     // bytes outside our arenas: CUDA context, cuBLASLt, NCCL buffers
@@ -431,6 +441,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char *fmt, ...);
 __attribute__((format(printf, 1, 2))) Str str(const char *fmt, ...);
 void *xmalloc(size_t bytes);
 void *xcalloc(size_t n, size_t size);
+void *array_room(void *p, int need, int *max, size_t size);
 char *xstrdup(const char *s);
 double now_seconds(void);
 int read_number(const char *path, double *x);           // that a file begins with; 0: there is none
@@ -459,13 +470,17 @@ int comm_world(void);
 void comm_init(int *argc, char ***argv);
 void comm_finish(void);
 void comm_abort(void);                                  // ends all ranks with exit status 1
-double comm_waited(void);                               // seconds of waiting for others since the last call
 void comm_barrier(void);
 void comm_busy(void);                                   // to those in comm_barrier: this rank works, alone
 void comm_share(int shard);                             // which ranks hold the shares of one copy
 void comm_broadcast(void *data, size_t bytes);          // from rank 0
 void comm_sum(double *x, int n);                        // over ranks, in place
 double comm_max(double x);
+// The parts of an update, between these two: what comes next is `part`; returns what was. Elsewhere it does
+// nothing. seconds (N_PARTS) =: what this rank's device has done since the last call; OTHER: not measured.
+void split_begin(int profiled);                         // profiled: with ranges for a profiler
+int part_begin(int part);
+void split_end(double *seconds);
 void device_open(void);                                 // this rank's part of the machine
 void device_wait(void);                                 // until it has done what it was given
 Machine device_machine(void);                           // what there is to plan with, the same on all ranks
@@ -3060,8 +3075,9 @@ struct Model {                          // what does not depend on the precision
     void *m, *v;                        // float or bf16
     float *whole_grads;                 // (slots_size) shared units, whole while they are used
     bf16 *wire;                         // --reduce-dtype bf16: a unit's gradients on their way
-    uint8_t *is_whole;                  // (n_units) weights are gathered, or will be by
-    cudaEvent_t *gathered, *reduced;    // (n_units) these events of gpu.comm_stream
+    // (n_units) weights are gathered, or will be by these events of gpu.comm_stream; 2: gpu.stream has waited
+    uint8_t *is_whole;
+    cudaEvent_t *gathered, *reduced;
     float *nll;                         // (N_chunks*chunk) loss of each target
     uint8_t *is_top;                    // (N)          whether it is the likeliest token; of losses only
     float *cosine, *sine;               // (T,D/2)
@@ -3304,7 +3320,8 @@ template <typename floatX> static void unit_gather(ModelOf<floatX> *m, int u, in
     if (!m->plan.zero) return;
     gather_start(m, u);
     gather_start(m, next);
-    cudaCheck(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0));
+    if (m->is_whole[u] == 1) comm_join(m->gathered[u]);
+    m->is_whole[u] = 2;
 }
 
 // All weights are others than before. Those that stay whole are (ZeRO 1, 2: will be, in the order of their
@@ -3316,8 +3333,8 @@ static void weights_changed(Model *m) {
 
 static void grads_open(Model *m, int u) {
     if (m->plan.zero < 2) return;
-    for (int v = 0; v < m->p.n_units; v++) if (slot_at(&m->p, v) == slot_at(&m->p, u))
-        cudaCheck(cudaStreamWaitEvent(gpu.stream, m->reduced[v], 0));
+    for (int v = 0; v < m->p.n_units; v++)
+        if (slot_at(&m->p, v) == slot_at(&m->p, u)) comm_join(m->reduced[v]);
     cudaCheck(cudaMemsetAsync(unit_grads(m, u), 0, m->p.units[u].n_padded * sizeof(float), gpu.stream));
 }
 
@@ -3351,7 +3368,7 @@ static void unit_reduce(Model *m, int u, int last) {
 }
 
 // gpu.stream goes on when all sums are complete.
-void reduce_finish(Model *) { comm_join(); }
+void reduce_finish(Model *) { comm_join(NULL); }
 
 // Unit u's weights or gradients are whole, for model_read; all ranks call it.
 void model_gather(Model *m, int what, int u) {
@@ -3361,7 +3378,7 @@ void model_gather(Model *m, int what, int u) {
     state_share(m, u, &first, &n);
     comm_follow();
     comm_all_gather(unit_grads(m, u), own_grads(m, u), n, m->p.units[u].name);
-    comm_join();
+    comm_join(NULL);
 }
 
 // ---- weights and state ------------------------------------------------------------------------------------
@@ -3554,11 +3571,13 @@ template <typename floatX> void llama_head(ModelOf<floatX> *m, const Feed *batch
         const int rows = N - n < m->chunk ? N - n : m->chunk;
         floatX *norm = m->norm + (size_t)n * c->C;
         const size_t rest = m->chunk - rows;
+        part_begin(PART_FORWARD);
         cudaCheck(cudaMemsetAsync(norm + (size_t)rows * c->C, 0, rest * c->C * sizeof(floatX), gpu.stream));
         matmul_forward(m->logits, norm, head, m->chunk, c->C, c->Vp, NULL, NULL);
         cross_entropy(m->nll + n, weight ? NULL : m->is_top + n, m->logits, batch->targets + n,
                       weight ? weight + n : NULL, rows, c->V, c->Vp);
         if (!weight) continue;
+        part_begin(PART_BACKWARD);
         cudaCheck(cudaMemsetAsync(m->logits + (size_t)rows * c->Vp, 0, rest * c->Vp * sizeof(floatX),
                                   gpu.stream));
         matmul_backward_x(m->dnorm + (size_t)n * c->C, m->logits, head, m->chunk, c->C, c->Vp);
@@ -3910,6 +3929,7 @@ Option *option_find(const char *name);
 void option_set(Option *o, const char *text);
 int option_given(const char *name);
 const char *option_text(const Option *o);
+int profile_has(int64_t step);
 int live_wanted(void);
 void live_show(double done, const char *left, const char *right);
 void live_end(void);
@@ -3996,6 +4016,7 @@ int reference_read(DataLoader *dl, uint32_t weights);
 void reference_check_folders(const DataLoader *dl, uint32_t weights);
 void reference_write(const DataLoader *dl, uint32_t weights);
 // 16
+double plan_seconds(const char *name, const Config *c, const Plan *plan, const Machine *machine);
 void plan_check(void);
 Machine plan_machine(void);
 void plan_report(const Config *c, const Machine *machine);
@@ -4023,6 +4044,9 @@ typedef struct Trainer {
     int slowest, slow_updates;              // the same rank, so many in a row
     double span, spans;                     // tokens of a token's document, on average over the last update;
     int64_t n_spans;                        // the sum of that over n_spans updates
+    // seconds of the last update by parts, and of all since this start; what the model of speed says of one,
+    // NAN: unavailable
+    double parts[N_PARTS], all_parts[N_PARTS], modelled;
     Tokenizer *tokenizer;
     TrainState state;
     double peak;                            // FLOP/s of a rank; NAN: unknown
@@ -4067,12 +4091,15 @@ static int stop_requested(void) { return comm_max((double)signals) > 0; }
 
 // ---- one update -------------------------------------------------------------------------------------------
 static void read_batches(Trainer *tr) {
+    const int before = part_begin(PART_DATA);
     for (int64_t i = 0; i < tr->micro_steps; i++) loader_next(&tr->train, &tr->batches[i]);
+    part_begin(before);
     tr->batches_read = 1;
 }
 
 // Forward, and the weight of each target by the objective; sums += what the objective counts.
 static void forward_and_weigh(Trainer *tr, const Batch *batch, const double *mass, double *sums) {
+    part_begin(PART_FORWARD);
     llama_forward(tr->m, batch);
     if (tr->objective->from_losses) {
         llama_head(tr->m, batch, /*weight=*/NULL);
@@ -4116,6 +4143,7 @@ static int update_gradients(Trainer *tr, double *loss) {
     tr->n_spans++;
     // known before the first backward, so that nothing is scaled afterwards
     comm_sum(mass, N_MASSES);
+    part_begin(PART_OPTIMIZER);
     model_zero_grads(m);
     for (int64_t i = 0; i < tr->micro_steps; i++) {
         if (stop_requested()) return 0;
@@ -4124,6 +4152,7 @@ static int update_gradients(Trainer *tr, double *loss) {
         llama_head(m, batch, tr->weight);
         llama_backward(m, batch, /*last=*/i + 1 == tr->micro_steps);
     }
+    part_begin(PART_OTHER);
     tr->next = tr->train.state;
     tr->batches_read = 0;
     if (tr->state.step + 1 < opt.steps && !opt.dump_grads) read_batches(tr);     // while a GPU computes
@@ -4283,6 +4312,9 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
     Text r = {NULL, 0, 0};
     text_add(&r, "{\"type\": \"step\", \"step\": %" PRId64, step);
     for (int i = 0; i < COUNT(row); i++) text_add_field(&r, row[i].key, row[i].x);
+    for (int i = 0; i < N_PARTS; i++)
+        text_add(&r, ", \"%s_seconds\": %s", part_names[i], json_decimal(tr->parts[i]));
+    text_add_field(&r, "of_modelled_speed", tr->modelled / seconds);
     text_add_dpo(&r, "", tr->sums, tr->mass);
     if (comm_world() > 1) text_add(&r, ", \"slowest_rank\": %d", tr->slowest);
     if (comm_world() > 1) text_add_field(&r, "slowest_over_median", tr->slowest_ratio);
@@ -4332,10 +4364,15 @@ static int train_step(Trainer *tr) {
     double loss;
     int n_bad;
     running_step = s->step + 1;
-    comm_waited();
-    if (!update_gradients(tr, &loss)) return 0;
+    split_begin(profile_has(running_step));
+    if (!update_gradients(tr, &loss)) {
+        split_end(tr->parts);
+        return 0;
+    }
     if (comm_world() > 1) watch_ranks(tr);
+    part_begin(PART_OPTIMIZER);
     double facts[3] = {loss, gradient_norm(tr->m, &bad, &n_bad), now_seconds() - tr->window.start};
+    part_begin(PART_OTHER);
     comm_broadcast(facts, sizeof facts);                    // all ranks decide alike
     loss = facts[0];
     const double norm = facts[1], lr = learning_rate(&opt, s->step);
@@ -4346,7 +4383,9 @@ static int train_step(Trainer *tr) {
     s->loader = tr->next;
     if (!*skipped.s) {
         const double clip = opt.grad_clip > 0 && norm > opt.grad_clip ? opt.grad_clip / norm : 1;
+        part_begin(PART_OPTIMIZER);
         model_update(tr->m, lr, clip, ++s->updates, &opt);
+        part_begin(PART_OTHER);
         s->losses[s->n_healthy % SPIKE_WINDOW] = loss;
         s->norms[s->n_healthy++ % SPIKE_WINDOW] = norm;
     }
@@ -4354,7 +4393,11 @@ static int train_step(Trainer *tr) {
     if (facts[2] > ENERGY_SECONDS) window_turn(tr, SPENT_UPDATES);
     const double seconds = now_seconds() - start;
     s->seconds += seconds;
-    tr->rank_seconds[comm_rank()] = seconds - comm_waited();
+    split_end(tr->parts);
+    tr->parts[PART_OTHER] = seconds;        // less than 0 by what a GPU had begun of what is read only now
+    for (int i = 0; i < PART_OTHER; i++) tr->parts[PART_OTHER] -= tr->parts[i];
+    for (int i = 0; i < N_PARTS; i++) tr->all_parts[i] += tr->parts[i];
+    tr->rank_seconds[comm_rank()] = seconds - tr->parts[PART_COMMUNICATION];
     log_step(tr, loss, lr, norm, seconds, skipped.s);
     checkpoint_turn(tr->writing);
     if (tr->bad_in_a_row < MOST_BAD_IN_A_ROW) return 1;
@@ -4649,6 +4692,20 @@ static void report_end(const Trainer *tr) {
                tr->floor, tr->val_loss - tr->floor);
 }
 
+// Where the time of the updates since this start went, on average.
+static void report_split(const Trainer *tr) {
+    const double steps = (double)(tr->state.step - tr->begun.step);
+    double seconds = 0;
+    for (int i = 0; i < N_PARTS; i++) seconds += tr->all_parts[i] / steps;
+    if (!steps) return;
+    printf("split |");
+    for (int i = 0; i < N_PARTS; i++)
+        printf(" %s %.1f%% |", part_names[i], 100 * tr->all_parts[i] / steps / seconds);
+    printf(" of %.1f ms per step%s | %s\n", 1e3 * seconds, comm_world() > 1 ? " of rank 0" : "",
+           isfinite(tr->modelled) ? str("%.1f%% of the modelled speed", 100 * tr->modelled / seconds).s
+                                  : "modelled speed unavailable");
+}
+
 // What the updates since this start took, apart from all else, on the screen and as the last record.
 static void report_energy(const Trainer *tr) {
     const double seconds = tr->spent[SPENT_UPDATES].seconds, joules = tr->spent[SPENT_UPDATES].joules;
@@ -4729,6 +4786,7 @@ static void train(Trainer *tr) {
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
     else report_end(tr);
+    report_split(tr);
     if (!stopped && opt.sample_every) {
         generate(tr);
         window_turn(tr, SPENT_SAMPLE);
@@ -4996,6 +5054,8 @@ static void setup_sizes(Trainer *tr) {
     if (opt.min_lr > opt.lr) die("--min-lr %g is above --lr %g", opt.min_lr, opt.lr);
     device_check_sizes(&tr->c);
     const Plan plan = plan_of(&machine, opt.batch_size);
+    // before the model itself is laid out
+    tr->modelled = is_training() ? plan_seconds(device_name(), &tr->c, &plan, &machine) : NAN;
     tr->m = model_plan(&tr->c, &plan);
     if (!opt.generate)
         tr->micro_steps = opt.total_batch_tokens / (opt.batch_size * opt.seq_len * machine.ranks);
@@ -5361,6 +5421,59 @@ static struct { int rank, world, local_rank, local_ranks, shard; } comm = {0, 1,
 int comm_rank(void) { return comm.rank; }
 int comm_world(void) { return comm.world; }
 
+// ---- the parts of an update, by events on gpu.stream ------------------------------------------------------
+// From a mark to the next one the stream has computed, or waited, for that part: for tokens and for other
+// ranks as long as it had nothing else to do. Nobody waits for a mark; those that the stream has not passed
+// when an update ends on the host (AdamW is on its way) are read at the end of the next.
+typedef struct Mark { cudaEvent_t at; int part; } Mark;
+static struct {
+    Mark *mark;                             // (room) the first n are in use, in the order of the stream
+    int n, room;
+    int part, profiled;                     // part: now; N_PARTS: outside of an update
+} timer = {NULL, 0, 0, N_PARTS, 0};
+
+static void split_turn(int part) {
+    if (timer.n == timer.room) {
+        timer.mark = (Mark *)array_room(timer.mark, timer.n + 1, &timer.room, sizeof(Mark));
+        for (int i = timer.n; i < timer.room; i++) cudaCheck(cudaEventCreate(&timer.mark[i].at));
+    }
+    timer.mark[timer.n].part = part;
+    cudaCheck(cudaEventRecord(timer.mark[timer.n++].at, gpu.stream));
+    if (timer.profiled && timer.part < N_PARTS) nvtxRangePop();
+    if (timer.profiled && part < N_PARTS) nvtxRangePushA(part_names[part]);
+    timer.part = part;
+}
+
+int part_begin(int part) {
+    const int before = timer.part;
+    const int alone = part == PART_COMMUNICATION && comm.world == 1;
+    if (before < N_PARTS && part != before && !alone) split_turn(part);
+    return before;
+}
+
+void split_begin(int profiled) {
+    timer.profiled = profiled;
+    if (profiled) nvtxRangePushA(str("step %" PRId64, running_step).s);
+    split_turn(PART_OTHER);
+}
+
+void split_end(double *seconds) {
+    cudaError_t e = cudaSuccess;
+    int i = 0;
+    float ms;
+    split_turn(N_PARTS);
+    if (timer.profiled) nvtxRangePop();
+    memset(seconds, 0, N_PARTS * sizeof(double));
+    for (; i + 1 < timer.n; i++) {
+        if ((e = cudaEventElapsedTime(&ms, timer.mark[i].at, timer.mark[i + 1].at)) != cudaSuccess) break;
+        if (timer.mark[i].part < PART_OTHER) seconds[timer.mark[i].part] += ms * 1e-3;
+    }
+    if (e == cudaErrorNotReady) cudaGetLastError();     // it is no error of a later call
+    else cudaCheck(e);
+    std::rotate(timer.mark, timer.mark + i, timer.mark + timer.n);
+    timer.n -= i;
+}
+
 // Collectives on their way, the newest at n - 1: of a stuck job the first that is not done is named.
 enum { MAX_COLLECTIVES = 64 };
 static struct { const char *what, *unit; cudaEvent_t done; } collectives[MAX_COLLECTIVES];
@@ -5429,12 +5542,14 @@ void comm_finish(void) {
 
 static void comm_wait(MPI_Request *request, const char *what) {
     Wait w = {0, 0};
-    for (int done = 0; !done;) {
+    const int before = part_begin(PART_COMMUNICATION);
+    for (int done = 0;;) {
         MPI_Test(request, &done, MPI_STATUS_IGNORE);
-        if (done) return;
+        if (done) break;
         comm_check_time(&w, what);
         usleep(50);
     }
+    part_begin(before);
 }
 
 void comm_broadcast(void *data, size_t bytes) {     // from rank 0
@@ -5600,32 +5715,13 @@ void comm_follow(void) {
     cudaCheck(cudaStreamWaitEvent(gpu.comm_stream, gpu.ready, 0));
 }
 
-// The last waits of gpu.stream for gpu.comm_stream, the newest at n - 1
-enum { MAX_JOINS = 1024 };
-static struct { cudaEvent_t begin[MAX_JOINS], end[MAX_JOINS]; int n; } joins;
-
-// gpu.stream goes on when gpu.comm_stream has come this far.
-void comm_join(void) {
+// gpu.stream goes on when gpu.comm_stream has come to this event of it, or (NULL) as far as it goes now.
+void comm_join(cudaEvent_t event) {
     if (comm.world == 1) return;
-    const int i = joins.n++ % MAX_JOINS;
-    if (!joins.end[i]) {
-        cudaCheck(cudaEventCreate(&joins.begin[i]));
-        cudaCheck(cudaEventCreate(&joins.end[i]));
-    }
-    cudaCheck(cudaEventRecord(joins.begin[i], gpu.stream));
-    cudaCheck(cudaEventRecord(gpu.summed, gpu.comm_stream));
-    cudaCheck(cudaStreamWaitEvent(gpu.stream, gpu.summed, 0));
-    cudaCheck(cudaEventRecord(joins.end[i], gpu.stream));
-}
-
-double comm_waited(void) {
-    double seconds = 0;
-    for (int i = 0; i < std::min<int>(joins.n, MAX_JOINS); i++) {
-        float ms = 0;
-        if (cudaEventElapsedTime(&ms, joins.begin[i], joins.end[i]) == cudaSuccess) seconds += ms * 1e-3;
-    }
-    joins.n = 0;
-    return seconds;
+    const int before = part_begin(PART_COMMUNICATION);
+    if (!event) cudaCheck(cudaEventRecord(gpu.summed, gpu.comm_stream));
+    cudaCheck(cudaStreamWaitEvent(gpu.stream, event ? event : gpu.summed, 0));
+    part_begin(before);
 }
 
 #ifdef USE_MPI
@@ -5807,7 +5903,7 @@ void *xcalloc(size_t n, size_t size) {          // calloc itself refuses an n * 
 }
 
 // Room for `need` items of `size` bytes in the array p, which has room for *max; doubles: appending is O(1).
-static void *array_room(void *p, int need, int *max, size_t size) {
+void *array_room(void *p, int need, int *max, size_t size) {
     if (need <= *max) return p;
     *max = need < 2 * *max ? 2 * *max : need < 16 ? 16 : need;
     return memory_or_die(realloc(p, (size_t)*max * size), (size_t)*max, size);
@@ -6352,6 +6448,17 @@ void options_text(Text *t) {
 }
 
 // What can be said against the options without looking at any file.
+// Whether --profile names this step; dies if it is no range of steps.
+int profile_has(int64_t step) {
+    int64_t first = 0, last = 0;
+    char more;
+    if (!opt.profile) return 0;
+    const int n = sscanf(opt.profile, "%" SCNd64 ":%" SCNd64 "%c", &first, &last, &more);
+    if (n != 2 || first < 1 || last < first)
+        die("--profile %s: write FIRST:LAST, two steps, such as 10:12", opt.profile);
+    return step >= first && step <= last;
+}
+
 void options_check(void) {
     if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
         die("choose one of --preset, --config and --init-from");
@@ -6368,6 +6475,7 @@ void options_check(void) {
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (opt.eval_tasks && !*opt.eval_tasks) die("--eval-tasks is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
+    profile_has(0);
     plan_check();
 }
 
@@ -9969,11 +10077,14 @@ static const GpuKind *gpu_of_option(const char *option) {
     return NULL;
 }
 
+static int is_kind(const GpuKind *g, const char *name) {
+    return strstr(name, g->name) && !strstr(name, "MIG") && !strstr(name, "Laptop");
+}
+
 // Dense peak in FLOP/s of the GPU with this name; NAN: not in the table.
 double gpu_peak(const char *name, int bf16) {
     for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
-        if (strstr(name, g->name) && !strstr(name, "MIG") && !strstr(name, "Laptop"))
-            return 1e12 * (bf16 ? g->bf16 : g->fp32);
+        if (is_kind(g, name)) return 1e12 * (bf16 ? g->bf16 : g->fp32);
     return NAN;
 }
 
@@ -10186,6 +10297,15 @@ static Forecast forecast(const GpuKind *g, const Config *c, const Plan *plan, co
     f.kwh = f.hours * g->watts * POWER_SHARE * opt.pue * 1e-3;
     model_free(m);
     return f;
+}
+
+// Seconds of an update of the run at hand on the GPU with this name, by this model; NAN: not modelled.
+double plan_seconds(const char *name, const Config *c, const Plan *plan, const Machine *machine) {
+    for (const GpuKind *g = gpu_kinds; g < gpu_kinds + COUNT(gpu_kinds); g++)
+        if (is_kind(g, name))
+            return g->option && plan->bf16 && !opt.document_mask
+                 ? forecast(g, c, plan, machine, (double)opt.total_batch_tokens).step : NAN;
+    return NAN;
 }
 
 static Machine machine_of(const GpuKind *g, int ranks, int nodes) {         // nodes 0: of eight GPUs

@@ -3,7 +3,8 @@
 //     FAULT_OUT    the run's --out, with a / at its end
 //     FAULT        "RANK WHEN N DELAY WHAT VICTIM": at the N-th call of kind WHEN in rank RANK, DELAY microseconds later,
 //                  signal WHAT goes to VICTIM: rank 0, 1, ..., -1 all ranks, -2 mpirun, -3 the process in FAULT_DIR/launcher;
-//                  or, with a negative WHAT, this call fails by errno -WHAT, and with VICTIM 1 every later one of its kind.
+//                  or, with a negative WHAT, this call fails by errno -WHAT, and with VICTIM 1 every later one of its kind;
+//                  or, with WHAT 0, this call and every later one of its kind takes DELAY microseconds more.
 // Kinds of calls are told by what they do and where, not by names of files: checkpoints may change theirs.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -65,6 +66,10 @@ static void *strike(void *unused) {
 static int call_is(int kind) {
     if (!fault.on || kind != fault.when) return 0;
     const int n = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
+    if (!fault.what) {
+        if (n >= fault.n) usleep((useconds_t)fault.delay);
+        return 0;
+    }
     if (fault.what < 0) {
         if (n == fault.n) leave_number("struck", 1);
         return n == fault.n || (n > fault.n && fault.victim) ? -fault.what : 0;

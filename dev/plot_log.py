@@ -36,6 +36,8 @@ PANELS = [("loss, nats per token", ["loss"], 0),
           ("accuracy on held-out data", ["token_accuracy", "answer_accuracy"], 0)]
 # drawn without a mean of several steps
 AS_THEY_ARE = {"lr", "skipped_so_far", "watts", "joules_per_token", "joules_per_trained_token"}
+# the parts of an update, whose seconds add up to its time; a panel of them is stacked, one per run
+PARTS = ["data", "forward", "backward", "optimizer", "communication", "other"]
 AXES = {"tokens": "tokens trained on", "time": "seconds in updates", "energy": "joules in updates", "step": "step"}
 
 
@@ -118,7 +120,8 @@ def wheres(key):
 
 
 def panels_of(logs):
-    """The panels of PANELS for which there is something to draw, and those of the sources and tasks of these logs."""
+    """The panels of PANELS for which there is something to draw, and those of the sources and tasks of these logs; each with the
+    number of the run whose keys it stacks, or None."""
     of_val = {k for _, log in logs for r in log["val"].values() for k in r}
     sources = sorted(k for k in of_val if k.startswith("loss of "))
     tasks = sorted(k for k in of_val if k.endswith((" acc", " acc_norm")))
@@ -128,8 +131,11 @@ def panels_of(logs):
     def drawn(key):
         values = [y for _, log in logs for where in wheres(key) for y in series(log, *where, "step")[1]]
         return any(values) and not (pretrain and "trained_" in key)
-    panels = [(title, [k for k in keys if drawn(k)], zero) for title, keys, zero in panels]
-    return [p for p in panels if p[1]]
+    panels = [(title, [k for k in keys if drawn(k)], zero, None) for title, keys, zero in panels]
+    times = [("seconds of an update, by parts" + (f": {name}" if len(logs) > 1 else ""), [f"{p}_seconds" for p in PARTS], 1, i)
+             for i, (name, log) in enumerate(logs) if all(series(log, "step", f"{p}_seconds", "step")[1] for p in PARTS)]
+    at = 1 + max((i for i, p in enumerate(panels) if "mfu" in p[1]), default=0)
+    return [p for p in panels[:at] + times + panels[at:] if p[1]]
 
 
 def smoothed(values, n):
@@ -218,6 +224,17 @@ def draw_metrics(ax, keys, logs, args):
     ax.legend(fontsize=9)
 
 
+def draw_stack(ax, keys, log, args):
+    of = [dict(zip(*series(log, "step", key, args.x))) for key in keys]
+    x = sorted(set.intersection(*map(set, of)))
+    n = args.smooth or max(1, len(x) // 100)
+    layers = [thinned(x, smoothed([max(0, y[a]) for a in x], n), args.points)[1] for y in of]
+    ax.stackplot(thinned(x, x, args.points)[0], layers, labels=[k.removesuffix("_seconds") for k in keys],
+                 colors=[f"C{k}" for k in range(len(keys))], alpha=0.85, lw=0)
+    handles, names = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], names[::-1], fontsize=9, loc="upper right")         # in the order of the picture
+
+
 def write_picture(logs, args):
     try:
         import matplotlib
@@ -226,10 +243,10 @@ def write_picture(logs, args):
         from matplotlib.ticker import FuncFormatter
     except ImportError:
         sys.exit(f"error: {args.out}: a picture needs matplotlib (pip install matplotlib); -o run.html does not")
-    panels = [("", ["loss"], 0)]
+    panels = [("", ["loss"], 0, None)]
     if args.keys:
-        panels = [(key, [key], 0) for key in args.keys.split(",")]
-        none = [key for key, _, _ in panels if not any(series(log, *where)[1] for _, log in logs for where in wheres(key))]
+        panels = [(key, [key], 0, None) for key in args.keys.split(",")]
+        none = [key for key, _, _, _ in panels if not any(series(log, *where)[1] for _, log in logs for where in wheres(key))]
         if none:
             sys.exit(f"error: no record has {', '.join(none)}")
     elif args.all:
@@ -243,11 +260,14 @@ def write_picture(logs, args):
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
     by_step = args.x == "tokens" and not any(number(r, "tokens") for _, log in logs for r in log["step"].values())
-    for ax, (title, keys, zero) in zip(axes.flat, panels):
+    for ax, (title, keys, zero, stacked) in zip(axes.flat, panels):
         if keys == ["loss"] and not args.keys:
             draw_loss(ax, logs, args)
+        elif stacked is not None:
+            draw_stack(ax, keys, logs[stacked][1], args)
         else:
             draw_metrics(ax, keys, logs, args)
+        if keys != ["loss"] or args.keys:
             ax.set_title(title, fontsize=11, loc="left")
         if zero:
             ax.set_ylim(bottom=0)
@@ -297,7 +317,7 @@ def rounded(x):
 def page_data(logs, args):
     """What the page shows: see the comment in dev/report.html."""
     panels, runs = panels_of(logs), []
-    keys = [k for _, of, _ in panels for k in of]
+    keys = list(dict.fromkeys(k for _, of, _, _ in panels for k in of))
     for name, log in logs:
         steps, run = kept_steps(log, args.points_of_page), {"name": name, "lines": {}, "dots": {}, "floor": None}
         of_steps, of_vals = {"step": steps}, {"step": sorted(log["val"])}
@@ -324,7 +344,7 @@ def page_data(logs, args):
     tables = [table("Results", [results(log, args) for _, log in logs]), table("Run", [facts(log) for _, log in logs]),
               table("Options", [log["last"].get("options", {}) for _, log in logs])]
     return {"title": args.title or ", ".join(name for name, _ in logs), "axes": axes, "tables": tables, "runs": runs,
-            "panels": [{"title": t, "keys": k, "zero": z} for t, k, z in panels]}
+            "panels": [{"title": t, "keys": k, "zero": z, "stacked": s} for t, k, z, s in panels]}
 
 
 def table(title, columns):
@@ -356,6 +376,12 @@ def results(log, args):
     rows["tokens per second"] = text(sum(r["tokens_per_sec"] * r["time_per_iteration"] for r in timed) / seconds, "{:,.0f}")
     mfu = sorted(r["mfu"] for r in steps if number(r, "mfu"))
     rows["MFU, median"] = text(100 * mfu[len(mfu) // 2] if mfu else None, "{:.1f}%")
+    split = {p: sum(r[f"{p}_seconds"] for r in steps if number(r, f"{p}_seconds")) for p in PARTS}
+    if sum(split.values()) > 0:
+        rows["time by parts"] = ", ".join(f"{p} {100 * x / sum(split.values()):.1f}%" for p, x in split.items())
+    speed = sorted(r["of_modelled_speed"] for r in steps if number(r, "of_modelled_speed"))
+    if speed:
+        rows["of the modelled speed, median"] = f"{100 * speed[len(speed) // 2]:.1f}%"
     for key, title in (("val_loss", "loss of held-out data"), ("floor", "floor of that data"), ("perplexity", "perplexity"),
                        ("bits_per_byte", "bits per byte"), ("token_accuracy", "token accuracy"),
                        ("answer_accuracy", "answer accuracy"), ("val_rewards/margins", "margin"),

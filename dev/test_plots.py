@@ -41,7 +41,8 @@ def steps_of(n, **more):
     joules = lambda i: 160.0 * (i // 4)
     return [{"type": "step", "step": i, "loss": 0.5 + 7 / i, "lr": 1e-3, "grad_norm": 1 + 1 / i, "tokens": 100.0 * i, "trained_tokens": 60.0 * i,
              "tokens_per_sec": 200.0, "trained_tokens_per_sec": 120.0, "mfu": 0.4, "mfu_causal": 0.35, "time_per_iteration": 0.5,
-             "joules_per_token": 0.4 if i >= 4 else None, "watts": 80.0 if i >= 4 else None, "joules": joules(i), "skipped": False} | more
+             "data_seconds": 0.05, "forward_seconds": 0.125, "backward_seconds": 0.25, "optimizer_seconds": 0.0375, "communication_seconds": 0.0125,
+             "other_seconds": 0.025, "of_modelled_speed": None, "joules_per_token": 0.4 if i >= 4 else None, "watts": 80.0 if i >= 4 else None, "joules": joules(i), "skipped": False} | more
             for i in range(1, n + 1)]
 
 
@@ -151,6 +152,8 @@ def test_page_shows_every_metric_of_a_hard_log():
     expect(not any("margin" in p for p in panels), "a panel of dpo")
     loss = panels["loss, nats per token"]
     expect(loss["paths"] == [39, 39] and loss["circles"] == 2 and loss["floors"] == 1 and loss["skipped"] == 1, loss)
+    split = panels["seconds of an update, by parts"]
+    expect(split["paths"] == [80] * 6 and not split["circles"], split)      # areas: 40 steps, above and below
     expect(set(r["axes"]) == {"tokens", "time", "energy", "step"}, set(r["axes"]))
     tip = r["axes"]["tokens"]["tip"].split("\n")        # the middle of 4000 tokens: step 20, whose loss is 0.5 + 7/20
     expect(tip[0] == "2000 tokens" and "loss 0.85  at step 20" in tip and "loss (held-out) 1.05  at step 20" in tip, tip)
@@ -158,7 +161,8 @@ def test_page_shows_every_metric_of_a_hard_log():
     expect(r["axes"]["energy"]["tip"].startswith("800 J\nloss 0.85"), r["axes"]["energy"]["tip"])
     expect(r["axes"]["tokens"]["left"] == "hidden", "the values stay when the mouse has left")
     expect(r["title"] == "hard" and not r["wide"] and r["log"] != r["linear"], "title, width or scale")
-    want = {"updates": "40", "of them skipped": "1", "tokens": "4,000", "tokens per second": "200", "loss of held-out data": "1.0250",
+    parts = "data 10.0%, forward 25.0%, backward 50.0%, optimizer 7.5%, communication 2.5%, other 5.0%"
+    want = {"updates": "40", "of them skipped": "1", "time by parts": parts, "tokens": "4,000", "tokens per second": "200", "loss of held-out data": "1.0250",
             "above the floor": "0.5350 (109.2%)", "energy of updates": "0.0004444 kWh", "energy of evaluations": "0.001 kWh",
             "energy of checkpoints": "0.0005 kWh", "of updates above idle": "0.0002778 kWh", "power of updates": "80 W", "joules per token": "0.4",
             "joules per update": "40", "tokens per joule": "2.5", "joules per trained token": "0.6667", "GFLOP per joule": "2.5", "gCO2e at 400 g/kWh": "0.7778", "lr": "0.001", "device": "a <b>processor</b>", "power limit, W": "200.0"}
@@ -177,6 +181,9 @@ def test_page_compares_runs_and_says_unavailable():
     margins = panels["margin of the chosen answers over the rejected"]
     expect(len(margins["paths"]) == 6 and margins["circles"] == 1, margins)
     expect(not less["margin of the chosen answers over the rejected"]["paths"], "the margins stay")
+    for name in ("dpo", "other"):
+        title = f"seconds of an update, by parts: {name}"
+        expect(len(panels[title]["paths"]) == 6 and bool(less[title]["paths"]) == (name == "other"), title)
     expect(r["rows"]["joules per token"] == ["unavailable", "0.4"] and r["rows"]["pairs won"] == ["0.9700", ""], r["rows"])
     expect("lr" in r["differs"] and "commit" not in r["differs"], r["differs"])
     expect("dpo: loss" in r["axes"]["tokens"]["tip"] and "other: loss" in r["axes"]["tokens"]["tip"], r["axes"]["tokens"]["tip"])
@@ -257,6 +264,8 @@ def expect_scalars(of, name):
         for step, x in of["train/loss"]:
             expect(abs(x - (9 if step < 3 else 0.5 + 7 / step)) < 1e-6, f"loss {x} of step {step}")         # what was logged twice: the later
         expect([s for s, _ in of["val/loss"]] == [20, 40] and abs(dict(of["val/loss"])[40] - 1.025) < 1e-6, of["val/loss"])
+        parts = [dict(of[f"train/{p}_seconds"])[40] for p in ("data", "forward", "backward", "optimizer", "communication", "other")]
+        expect(abs(sum(parts) - dict(of["train/time_per_iteration"])[40]) < 1e-6 and "train/of_modelled_speed" not in of, parts)
         expect(abs(dict(of["val/story acc"])[40] - 0.6) < 1e-6 and abs(dict(of["val/loss of web"])[20] - 0.1) < 1e-6, of.keys())
     else:
         expect(len(of["train/rewards/margins"]) == 20 and abs(dict(of["val/rewards/margins"])[20] - 1.9) < 1e-6, of.keys())

@@ -582,11 +582,11 @@ PLANTED = [
     Planted('weights before the update are gathered', 'emu', 'static void update_units(', 'm->is_whole[u] = 0;', ';',
             'training', 2, 1),
     Planted('weights are used before they are there', 'emu', 'static void unit_gather(',
-            'cudaCheck(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0));', ';', 'order', 2, 3),
+            'comm_join(m->gathered[u]);', ';', 'order', 2, 3),
     Planted('a sum does not wait for the gradients', 'emu', 'void comm_follow(',
             'cudaCheck(cudaStreamWaitEvent(gpu.comm_stream, gpu.ready, 0));', ';', 'order', 2, 2),
     Planted('a slot of gradients is opened before its sum is complete', 'emu', 'static void grads_open(',
-            'cudaCheck(cudaStreamWaitEvent(gpu.stream, m->reduced[v], 0));', ';', 'order', 2, 3),
+            'comm_join(m->reduced[v]);', ';', 'order', 2, 3),
 ]
 
 

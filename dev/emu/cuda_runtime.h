@@ -177,7 +177,9 @@ inline cudaError_t cudaGetDevice(int *d) { *d = 0; return cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     p->major = emu::settings.cc / 10;
     p->minor = emu::settings.cc % 10;
-    snprintf(p->name, sizeof p->name, "litespark emu (sm_%d)%s", emu::settings.cc, emu::settings.mig ? " MIG 1g" : "");
+    const char *name = getenv("EMU_NAME");
+    if (name && *name) snprintf(p->name, sizeof p->name, "%.200s", name);
+    else snprintf(p->name, sizeof p->name, "litespark emu (sm_%d)%s", emu::settings.cc, emu::settings.mig ? " MIG 1g" : "");
     return cudaSuccess;
 }
 namespace emu {
