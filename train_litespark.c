@@ -4339,7 +4339,6 @@ void options_text(Text *t) {
     text_add(t, "no more\n");
 }
 
-// What can be said against the options without looking at any file.
 // Whether --profile names this step; dies if it is no range of steps.
 int profile_has(int64_t step) {
     int64_t first = 0, last = 0;
@@ -4351,6 +4350,7 @@ int profile_has(int64_t step) {
     return step >= first && step <= last;
 }
 
+// What can be said against the options without looking at any file.
 void options_check(void) {
     if (!!opt.preset + !!opt.config + !!opt.init_from > 1)
         die("choose one of --preset, --config and --init-from");
