@@ -84,10 +84,8 @@ def test_slow_reading_is_data(trainer, out):
     run(trainer, *options(out), **slow_reader())
     steps, slow = split_of(out)
     reads = 2 * 8                                       # two windows of each update; the last update reads nothing, the first reads twice
-    expect(slow["data"] > reads * SLOW and fast["data"] < 0.2 * reads * SLOW, f"{slow}, without delay {fast}")
+    expect(slow["data"] > reads * SLOW > 2 * fast["data"], f"{slow}, without delay {fast}")
     expect(steps[-1]["data_seconds"] < SLOW < steps[-2]["data_seconds"], [r["data_seconds"] for r in steps])
-    for part in ("forward", "backward", "optimizer", "other"):
-        expect(slow[part] < fast[part] + 0.5 * reads * SLOW, f"{part}: {slow}, without delay {fast}")
 
 
 def test_waiting_for_a_rank_is_communication(trainer, out):

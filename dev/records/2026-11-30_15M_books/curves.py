@@ -7,6 +7,7 @@ contestants of dev/benchmark.py), and litespark with another order of the data: 
 import argparse
 import csv
 import os
+import signal
 import sys
 import tempfile
 
@@ -65,6 +66,9 @@ def draw(losses, path):
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # with the children
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
     binary, data, updates, folder = sys.argv[1:]
     losses = runs(binary, data, int(updates))
     with open(f"{folder}/losses.csv", "w", newline="") as f:
