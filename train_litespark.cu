@@ -728,7 +728,13 @@ template <int n, int NT> __device__ __forceinline__ void wgmma_wait(float (&sum)
     SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
     for (int i = 0; i < NT; i++) asm volatile("" : SUMS_4(sum[0][i]) :: "memory");
 }
-// sum (64,128) = a (64,16) b^T (128,16); add: +=
+// sum (64,64) = a (64,16) b^T (64,16); add: +=. Then the same with 128 rows of b
+__device__ __forceinline__ void wgmma_rows(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
+    SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_32
+          "}, %32, %33, add, 1, 1, 0, 0;\n}"
+          : SUMS_32(sum[0], 0) : "l"(a), "l"(b), "r"(add));
+}
 __device__ __forceinline__ void wgmma_rows(float (&sum)[1][16][4], uint64_t a, uint64_t b, int add) {
     SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
           "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64
@@ -1902,10 +1908,10 @@ template <int ROWS, int WIDTH> struct SwizzledTile {
 // One thread starts the copy of the rows t.. of a head, of sequence b; `landed` gets the bytes.
 template <int ROWS, int WIDTH>
 __device__ __forceinline__ void tma_load_tile(SwizzledTile<ROWS, WIDTH> &tile, uint64_t *landed,
-                                              const TensorMap *qkv, int head, int t, int b) {
+                                              const TensorMap *heads, int head, int t, int b) {
     mbarrier_expect(landed, sizeof tile);
     for (int panel = 0; panel < tile.PANELS; panel++)
-        tma_load(tile.element[panel], qkv, landed, panel * 64, head, t, b);
+        tma_load(tile.element[panel], heads, landed, panel * 64, head, t, b);
 }
 
 // score (64,KEYS) = rows row..row+63 of q times k^T, for a warpgroup; runs until wgmma_wait
@@ -1928,6 +1934,14 @@ __device__ __forceinline__ void wgmma_values(float (&out)[1][WIDTH / 8][4], cons
     for (int k = 0; k < KEYS; k += 16)
         wgmma_columns(out, p[k / 16], wgmma_operand(v.element[0][k], v.PANEL_BYTES));
     wgmma_commit();
+}
+
+// p: the sums of one product, rounded, as wgmma_values takes them: no lane needs what another has.
+template <int NT>
+__device__ __forceinline__ void pack_left(uint32_t (&p)[NT / 2][4], const float (&sum)[1][NT][4]) {
+    #pragma unroll
+    for (int i = 0; i < NT * 2; i++)
+        p[i / 4][i % 4] = pack_bf16(sum[0][i / 2][i % 2 * 2], sum[0][i / 2][i % 2 * 2 + 1]);
 }
 
 enum { WGMMA_THREADS = 384 };           // three warpgroups: two compute, a thread of the third copies
@@ -1990,11 +2004,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
     };
-    auto pack = [&] {
-        #pragma unroll
-        for (int i = 0; i < KEYS / 4; i++)
-            p[i / 4][i % 4] = pack_bf16(score[0][i / 2][i % 2 * 2], score[0][i / 2][i % 2 * 2 + 1]);
-    };
     auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
     mbarrier_wait(&tile.q_full, 0);
     mbarrier_wait(&tile.k_full[0], 0);
@@ -2003,7 +2012,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     wgmma_wait<0>(score);
     release(&tile.k_empty[0]);
     probabilities(first);
-    pack();
+    pack_left(p, score);
     if (group == 1) barrier_arrive(1, 256);         // group 0 begins
     for (int i = 1; i < n; i++) {
         const int j = i - 1;
@@ -2024,7 +2033,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
             #pragma unroll
             for (int c = 0; c < WIDTH / 2; c++) out_t[0][c / 4][c % 4] *= shrink[0][0][c % 4];
         }
-        pack();
+        pack_left(p, score);
     }
     mbarrier_wait(&tile.v_full[(n - 1) % 2], (n - 1) / 2 % 2);
     wgmma_fence();
@@ -2108,15 +2117,20 @@ static void attention_forward_mma(bf16 *out, float *lse, const bf16 *qkv, const 
     });
 }
 
+// The heads of x (B,T,heads,D), which TMA copies as boxes of `rows` rows of one head
+static TensorMap head_map(const bf16 *x, int B, int T, int heads, int D, int rows) {
+    const uint64_t row_bytes = (uint64_t)heads * D * 2;
+    return tensor_map(x, {(uint64_t)D, (uint64_t)heads, (uint64_t)T, (uint64_t)B},
+                      {(uint64_t)D * 2, row_bytes, row_bytes * T}, {64, 1, (uint32_t)rows, 1});
+}
+
 static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B,
                                     int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    const uint64_t W = (uint64_t)(H + 2 * K) * D;
     auto start = [&](auto width) {
         typedef WgmmaTiles<decltype(width)::value> Tiles;
         static_assert(Tiles::QUERIES == Tiles::KEYS);                       // one map serves q, k and v
-        const TensorMap map = tensor_map(qkv, {(uint64_t)D, (uint64_t)(H + 2 * K), (uint64_t)T, (uint64_t)B},
-                                         {(uint64_t)D * 2, W * 2, W * T * 2}, {64, 1, Tiles::KEYS, 1});
+        const TensorMap map = head_map(qkv, B, T, H + 2 * K, D, Tiles::KEYS);
         launch(attention_forward_kernel4<decltype(width)::value>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)),
                WGMMA_THREADS, sizeof(Tiles), out, lse, map, doc_start, T, H, K, D,
                (float)(M_LOG2E / sqrt((double)D)));
@@ -2296,6 +2310,19 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
 // limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs
 //         and 100,096
 // variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, no overlap, 2 this
+// Queries see no keys before their document: of the tiles of queries from t_first on, the end of those in
+// which some query sees keys before s_end. All threads of the block call.
+template <int THREADS, int QUERIES>
+__device__ __forceinline__ int queries_end(int t_first, int s_end, const int *doc_start, int row0, int T) {
+    if (!doc_start) return T;
+    int seen = 0;
+    for (int i = 0; t_first + i * QUERIES < T; i += THREADS) {
+        const int t = t_first + (i + (int)threadIdx.x) * QUERIES;
+        seen += __syncthreads_count(t < T && doc_start[row0 + t] < s_end);
+    }
+    return t_first + seen * QUERIES;
+}
+
 template <int WIDTH, int PAIRS> struct DkdvTiles {
     static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : 6;
     static constexpr int ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT, THREADS = 64 * PAIRS;
@@ -2324,18 +2351,9 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     float4 *exchange = &tile.exchange[pair][0][lane];
     Tile<ROWS, WIDTH> &left = rows_of<ROWS>(owns_dk ? tile.v : tile.k, pair_row);   // only this warp's
 
-    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends.
-    // Then the next head.
+    // Queries that see this tile: from the diagonal on. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
-    int t_end = T;
-    if (doc_start) {
-        int seen = 0;
-        for (int i = 0; t_first + i * QUERIES < T; i += THREADS) {
-            const int t = t_first + (i + (int)threadIdx.x) * QUERIES;
-            seen += __syncthreads_count(t < T && doc_start[row0 + t] < s0 + KEYS);
-        }
-        t_end = t_first + seen * QUERIES;
-    }
+    const int t_end = queries_end<THREADS, QUERIES>(t_first, s0 + KEYS, doc_start, row0, T);
     auto load_queries = [&](int h, int t, int buffer) {
         load_tile<THREADS>(tile.q[buffer], qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
         const bf16 *dout_t = dout + ((size_t)(row0 + t) * H + h) * D;
@@ -2406,6 +2424,208 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
+// ---- attention_backward_dq_kernel3: sm_90a; wgmma and TMA -------------------------------------------------
+// As kernel 2. A block has 128 queries of a head and walks over tiles of 128 keys.
+// floor   208 us for the shape above: wgmma has the whole rate of the tensor cores
+// idea    the roles of attention_forward_kernel4: one thread copies, two warpgroups have 64 queries each and
+//         compute. P comes from the scores while dO V^T is being computed. What dS and delta cost besides,
+//         one group spends under the other's products: nothing holds the two in step
+// limits  as attention_forward_kernel4; all 232,448 bytes of shared memory at D 128
+template <int WIDTH> struct __align__(1024) WgmmaDqTiles {  // of a block, in shared memory
+    static constexpr int QUERIES = 128, KEYS = 128;
+    SwizzledTile<QUERIES, WIDTH> q, dout;
+    SwizzledTile<KEYS, WIDTH> k[2], v[2];
+    Tile<16, WIDTH> dq[QUERIES / 16];
+    uint64_t rows_full, full[2], empty[2];                  // mbarriers: q and dout; k and v
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel3(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const __grid_constant__ TensorMap qkv_map,
+        const __grid_constant__ TensorMap dout_map, const bf16 *__restrict__ dout,
+        const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef WgmmaDqTiles<WIDTH> Tiles;
+    constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    // long rows first
+    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.rows_full, 2);
+        for (int i = 0; i < 2; i++) mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 2) {                                                       // the copies
+        registers_give<24>();
+        if (threadIdx.x % 128 > 0) return;
+        const int head = H + h / (H / K);
+        tma_load_tile(tile.q, &tile.rows_full, &qkv_map, h, t0, b);
+        tma_load_tile(tile.dout, &tile.rows_full, &dout_map, h, t0, b);
+        for (int i = 0; i < n; i++) {
+            mbarrier_wait(&tile.empty[i % 2], i / 2 % 2 ^ 1);
+            tma_load_tile(tile.k[i % 2], &tile.full[i % 2], &qkv_map, head, first + i * KEYS, b);
+            tma_load_tile(tile.v[i % 2], &tile.full[i % 2], &qkv_map, head + K, first + i * KEYS, b);
+        }
+        return;
+    }
+    registers_take<240>();
+    const int warp = threadIdx.x / 32, t = t0 + warp * 16;                  // the warp's 16 rows
+    const int doc_last = doc_start ? doc_start[row0 + min(t + 16, T) - 1] : 0;
+    const float log2_scale = scale * (float)M_LOG2E;
+    float row_lse[2], row_delta[2], p[1][KEYS / 8][4] = {}, ds[1][KEYS / 8][4] = {};
+    float dq[1][WIDTH / 8][4] = {};
+    uint32_t left[KEYS / 16][4];
+    for (int i = 0; i < 2; i++) {                           // the four lanes of a row share out its D
+        const int row = t + i * 8 + lane / 4;
+        const size_t at = (size_t)(row0 + row) * H + h;
+        float sum = 0;
+        for (int d = lane % 4 * 8; row < T && d < D; d += 32) {
+            float dout_d[8], out_d[8];
+            widen(dout_d, load<8>(dout + at * D + d));
+            widen(out_d, load<8>(out + at * D + d));
+            for (int j = 0; j < 8; j++) sum += dout_d[j] * out_d[j];
+        }
+        row_delta[i] = warp_sum(sum, 4);
+        row_lse[i] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;         // past the end p = 0
+        if (lane % 4 == 0 && row < T) delta[at] = row_delta[i];
+    }
+    mbarrier_wait(&tile.rows_full, 0);
+    for (int i = 0; i < n; i++) {
+        const int s0 = first + i * KEYS;
+        mbarrier_wait(&tile.full[i % 2], i / 2 % 2);
+        wgmma_fence();
+        wgmma_scores(p, tile.q, group * 64, tile.k[i % 2]);
+        wgmma_scores(ds, tile.dout, group * 64, tile.v[i % 2]);
+        wgmma_wait<1>(p);
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(p, t, s0, doc_start, row0, T);
+        #pragma unroll
+        for (int j = 0; j < KEYS / 2; j++)
+            p[0][j / 4][j % 4] = exp2_approx(p[0][j / 4][j % 4] * log2_scale - row_lse[j % 4 / 2]);
+        wgmma_wait<0>(ds);
+        #pragma unroll
+        for (int j = 0; j < KEYS / 2; j++)
+            ds[0][j / 4][j % 4] = p[0][j / 4][j % 4] * (ds[0][j / 4][j % 4] - row_delta[j % 4 / 2]);
+        pack_left(left, ds);
+        wgmma_fence();
+        wgmma_values(dq, left, tile.k[i % 2]);
+        wgmma_wait<0>(dq);
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);
+    }
+    const int W = (H + 2 * K) * D;
+    store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, tile.dq[warp], T - t, D);
+}
+
+// ---- attention_backward_dkdv_kernel3: sm_90a; wgmma and TMA -----------------------------------------------
+// As kernel 2. A block has 128 keys and walks over tiles of 64 queries, head after head.
+// floor   278 us for the shape above
+// idea    the tiles of scores stand on their sides, keys are rows: P^T and dS^T become left operands without
+//         leaving their registers. A warpgroup has 64 keys and both of their sums, 128 registers per thread
+//         at D 128, which leaves room for tiles of 64 queries. P comes while dP is being computed, dS while
+//         dV is. One thread copies; a warp beside it brings lse and delta, whose rows in memory are too
+//         short for TMA
+// limits  as attention_forward_kernel4; 199,680 bytes of shared memory at D 128
+template <int WIDTH> struct __align__(1024) WgmmaDkdvTiles {        // of a block, in shared memory
+    static constexpr int KEYS = 64, QUERIES = 64, STAGES = 3;       // keys of a warpgroup; queries of a stage
+    SwizzledTile<KEYS, WIDTH> k[2], v[2];
+    SwizzledTile<QUERIES, WIDTH> q[STAGES], dout[STAGES];
+    Tile<16, WIDTH> out[2 * KEYS / 16];
+    float lse[STAGES][QUERIES], delta[STAGES][QUERIES];
+    uint64_t keys_full, full[STAGES], empty[STAGES];                // mbarriers
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(bf16 *__restrict__ dqkv,
+        const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
+        const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef WgmmaDkdvTiles<WIDTH> Tiles;
+    constexpr int KEYS = Tiles::KEYS, QUERIES = Tiles::QUERIES, STAGES = Tiles::STAGES;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    const int kv = blockIdx.x % K, b = blockIdx.x / K, s0 = blockIdx.y * 2 * KEYS;  // most queries first
+    const int row0 = b * T, group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int h_first = kv * (H / K), h_end = h_first + H / K;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.keys_full, 4);
+        for (int i = 0; i < STAGES; i++)
+            mbarrier_init(&tile.full[i], 2 + 32), mbarrier_init(&tile.empty[i], 8);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const int t_end = queries_end<WGMMA_THREADS, QUERIES>(s0, s0 + 2 * KEYS, doc_start, row0, T);
+    if (group == 2) {                                               // the copies
+        registers_give<24>();
+        if (warp > 9 || (warp == 8 && lane > 0)) return;
+        for (int i = 0; warp == 8 && i < 2; i++) {
+            tma_load_tile(tile.k[i], &tile.keys_full, &qkv_map, H + kv, s0 + i * KEYS, b);
+            tma_load_tile(tile.v[i], &tile.keys_full, &qkv_map, H + K + kv, s0 + i * KEYS, b);
+        }
+        for (int h = h_first, i = 0; h < h_end; h++)
+            for (int t = s0; t < t_end; t += QUERIES, i++) {
+                const int stage = i % STAGES;
+                mbarrier_wait(&tile.empty[stage], i / STAGES % 2 ^ 1);
+                if (warp == 8) {
+                    tma_load_tile(tile.q[stage], &tile.full[stage], &qkv_map, h, t, b);
+                    tma_load_tile(tile.dout[stage], &tile.full[stage], &dout_map, h, t, b);
+                    continue;
+                }
+                for (int j = lane; j < QUERIES; j += 32) {  // past the end all is 0: dv += 1 * 0, dS = 1 * 0
+                    const size_t at = (size_t)(row0 + t + j) * H + h;
+                    tile.lse[stage][j] = t + j < T ? lse[at] * (float)M_LOG2E : 0;
+                    tile.delta[stage][j] = t + j < T ? delta[at] : 0;
+                }
+                mbarrier_arrive(&tile.full[stage]);
+            }
+        return;
+    }
+    registers_take<240>();
+    const int group_key = s0 + group * KEYS, key = s0 + warp * 16;          // 64 rows; of them the warp's 16
+    const float log2_scale = scale * (float)M_LOG2E;
+    float dk[1][WIDTH / 8][4] = {}, dv[1][WIDTH / 8][4] = {};
+    float p[1][QUERIES / 8][4] = {}, ds[1][QUERIES / 8][4] = {};
+    uint32_t p_left[QUERIES / 16][4], ds_left[QUERIES / 16][4];
+    mbarrier_wait(&tile.keys_full, 0);
+    for (int h = h_first, i = 0; h < h_end; h++)
+        for (int t = s0; t < t_end; t += QUERIES, i++) {
+            const int stage = i % STAGES, t_last = min(t + QUERIES, T) - 1;
+            mbarrier_wait(&tile.full[stage], i / STAGES % 2);
+            // else hidden
+            if (t_last >= group_key && (!doc_start || doc_start[row0 + t] < group_key + KEYS)) {
+                wgmma_fence();
+                wgmma_scores(p, tile.k[group], 0, tile.q[stage]);
+                wgmma_scores(ds, tile.v[group], 0, tile.dout[stage]);
+                wgmma_wait<1>(p);
+                if (t < key + 15 || (doc_start && doc_start[row0 + t_last] > key))
+                    mask_scores<true>(p, t, key, doc_start, row0, T);
+                #pragma unroll
+                for (int j = 0; j < QUERIES / 2; j++)
+                    p[0][j / 4][j % 4] = exp2_approx(p[0][j / 4][j % 4] * log2_scale -
+                                                     tile.lse[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]);
+                pack_left(p_left, p);
+                wgmma_fence();
+                wgmma_values(dv, p_left, tile.dout[stage]);
+                wgmma_wait<1>(ds);
+                #pragma unroll
+                for (int j = 0; j < QUERIES / 2; j++)
+                    ds[0][j / 4][j % 4] = p[0][j / 4][j % 4] * (ds[0][j / 4][j % 4] -
+                                          tile.delta[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]);
+                pack_left(ds_left, ds);
+                wgmma_fence();
+                wgmma_values(dk, ds_left, tile.q[stage]);
+                wgmma_wait<0>(dv);
+                wgmma_wait<0>(dk);
+            }
+            if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
+        }
+    const int W = (H + 2 * K) * D;
+    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    store_rows(out, W, dk, scale, tile.out[warp], T - key, D);
+    store_rows(out + K * D, W, dv, 1, tile.out[warp], T - key, D);
+}
+
 // ---- attention_backward_dq_f32_kernel1, attention_backward_dkdv_f32_kernel1: a warp per query, per key ----
 __global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
         const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
@@ -2453,19 +2673,26 @@ __global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, co
 }
 
 // ---- attention_backward: the kernels for a precision, a head size and a device ----------------------------
-template <typename floatX>
-void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out,
-                        const float *lse, const int *doc_start, int B, int T, int H, int K, int D) {
+static void attention_backward_f32(float *dqkv, const float *dout, const float *qkv, const float *out,
+                                   const float *lse, const int *doc_start, int B, int T, int H, int K,
+                                   int D) {
+    const float scale = (float)(1 / sqrt((double)D));
+    float *delta = gpu.scratch;             // (N,H)
+    const dim3 rows(32, F32_WARPS);
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), rows, 0,
+           dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+    launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), rows, 0,
+           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+}
+
+static void attention_backward_mma(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
+                                   const float *lse, const int *doc_start, int B, int T, int H, int K,
+                                   int D) {
     const float scale = (float)(1 / sqrt((double)D));
     float *delta = gpu.scratch;             // (N,H)
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    if constexpr (sizeof(floatX) == 4) {
-        const dim3 rows(32, F32_WARPS);
-        launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), rows, 0,
-               dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-        launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), rows, 0,
-               dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
-    } else with_width(D, [&](auto width) {
+    with_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value, PAIRS = WIDTH <= 64 ? 2 : 4;
         static int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
         typedef DqTiles<WIDTH> Tiles;
@@ -2480,6 +2707,28 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
         if ((int)sizeof(DkdvTiles<WIDTH, PAIRS>) <= shared_limit) dkdv(std::integral_constant<int, PAIRS>());
         else dkdv(std::integral_constant<int, 2>());
     });
+}
+
+static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
+                                     const float *lse, const int *doc_start, int B, int T, int H, int K,
+                                     int D) {
+    const float scale = (float)(1 / sqrt((double)D));
+    float *delta = gpu.scratch;             // (N,H)
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    auto start = [&](auto width) {
+        constexpr int WIDTH = decltype(width)::value;
+        typedef WgmmaDqTiles<WIDTH> Dq;
+        typedef WgmmaDkdvTiles<WIDTH> Dkdv;
+        static_assert(Dq::QUERIES == Dq::KEYS && Dkdv::QUERIES == Dkdv::KEYS);      // a map of qkv for each
+        launch(attention_backward_dq_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, Dq::QUERIES)), WGMMA_THREADS,
+               sizeof(Dq), dqkv, delta, head_map(qkv, B, T, H + 2 * K, D, Dq::KEYS),
+               head_map(dout, B, T, H, D, Dq::QUERIES), dout, out, lse, doc_start, T, H, K, D, scale);
+        launch(attention_backward_dkdv_kernel3<WIDTH>, dim3(B * K, CEIL_DIV(T, 2 * Dkdv::KEYS)),
+               WGMMA_THREADS, sizeof(Dkdv), dqkv, head_map(qkv, B, T, H + 2 * K, D, Dkdv::KEYS),
+               head_map(dout, B, T, H, D, Dkdv::QUERIES), lse, delta, doc_start, T, H, K, D, scale);
+    };
+    if (D <= 64) start(std::integral_constant<int, 64>());
+    else start(std::integral_constant<int, 128>());
 }
 
 // ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) --------------------------------------------------------
@@ -2738,23 +2987,29 @@ static void mlp_backward_products(bf16 *gate_up, bf16 *h, const bf16 *dx, const 
 // where cuBLASLt and a pass over its result are faster (dev/SPEED.md 6). --mlp overrides the table.
 typedef void MlpForward(bf16 *, bf16 *, const bf16 *, const bf16 *, int, int, int);
 typedef void AttentionForward(bf16 *, float *, const bf16 *, const int *, int, int, int, int, int);
+typedef void AttentionBackward(bf16 *, const bf16 *, const bf16 *, const bf16 *, const float *, const int *,
+                               int, int, int, int, int);
 typedef struct Kernels {
     int capability;
     MlpForward *mlp_forward, *mlp_backward;
     AttentionForward *attention_forward;
+    AttentionBackward *attention_backward;
 } Kernels;
 static const Kernels kernel_table[] = {
-    {80, mlp_forward_products, mlp_backward_products, attention_forward_mma},
-    {90, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_wgmma},
-    {100, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_mma},
-    {120, mlp_forward_products, mlp_backward_products, attention_forward_mma},
+    {80, mlp_forward_products, mlp_backward_products, attention_forward_mma, attention_backward_mma},
+    {90, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_wgmma,
+     attention_backward_wgmma},
+    {100, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_mma, attention_backward_mma},
+    {120, mlp_forward_products, mlp_backward_products, attention_forward_mma, attention_backward_mma},
 };
 static Kernels kernels;
 
 static void choose_kernels(int capability) {
     for (const Kernels &row : kernel_table) if (row.capability <= capability) kernels = row;
-    // compiled for something else than sm_90a
-    if (!has_wgmma()) kernels.attention_forward = attention_forward_mma;
+    if (!has_wgmma()) {                                             // compiled for something else than sm_90a
+        kernels.attention_forward = attention_forward_mma;
+        kernels.attention_backward = attention_backward_mma;
+    }
     if (opt.mlp == MLP_PASSES)
         kernels.mlp_forward = mlp_forward_passes<bf16>, kernels.mlp_backward = mlp_backward_passes<bf16>;
     if (opt.mlp == MLP_PRODUCTS)
@@ -2768,6 +3023,14 @@ static void attention_forward(float *out, float *lse, const float *qkv, const in
 static void attention_forward(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B, int T,
                               int H, int K, int D) {
     kernels.attention_forward(out, lse, qkv, doc_start, B, T, H, K, D);
+}
+static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out,
+                               const float *lse, const int *doc_start, int B, int T, int H, int K, int D) {
+    attention_backward_f32(dqkv, dout, qkv, out, lse, doc_start, B, T, H, K, D);
+}
+static void attention_backward(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
+                               const float *lse, const int *doc_start, int B, int T, int H, int K, int D) {
+    kernels.attention_backward(dqkv, dout, qkv, out, lse, doc_start, B, T, H, K, D);
 }
 // As mlp_forward_passes and mlp_backward_passes
 static void mlp_forward(float *h, float *gate_up, const float *x, const float *w, int N, int C, int F) {

@@ -943,7 +943,7 @@ static const struct Planted {
      "mma_bf16(sum[m][n + 1], a[m], b + 2);", "mma_bf16(sum[m][n + 1], a[m], b);", 1, "llama", "bf16", LONG},
     {"no cp.async wait", "attention_backward_dkdv_kernel2(",
      "cp_async_wait<0>();", "", 1, "llama", "bf16", LONG},
-    {"wrong scale in attention backward", "void attention_backward(floatX *dqkv",
+    {"wrong scale in attention backward", "void attention_backward_mma(",
      "(float)(1 / sqrt((double)D))", "(float)(1 / sqrt((double)D + 4))", 0, "llama", "bf16", QUICK | LONG},
     {"dropped term in rmsnorm backward", "rmsnorm_backward_kernel3(floatX *dx",
      "(g_c - n_c * mean)", "g_c", 0, "llama", "fp32", LONG},

@@ -354,8 +354,8 @@ EMU_INLINE void tma_load(void *dst, const TensorMap *map, uint64_t *barrier, int
 template <int n> EMU_INLINE void registers_give() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.dec
 template <int n> EMU_INLINE void registers_take() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.inc
 
-// wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n128k16 (a and b by rows), m64n64k16, m64n128k16 (a in
-// registers, b by columns)
+// wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n64k16, m64n128k16, with a and b by rows, and with a in
+// registers and b by columns
 EMU_INLINE uint64_t wgmma_operand(const void *corner, int panel_bytes) {
     const uint64_t at = (const char *)corner - emu::me->worker->smem;
     return at >> 4 | (uint64_t)panel_bytes >> 4 << 16 | 1024ull >> 4 << 32 | 1ull << 62;
@@ -366,8 +366,8 @@ template <int n, int NT> EMU_INLINE void wgmma_wait(float (&)[1][NT][4]) {
     emu::wgmma_wait(n);
     asm volatile("");
 }
-EMU_INLINE void wgmma_rows(float (&sum)[1][16][4], uint64_t a, uint64_t b, int add) {
-    emu::wgmma("wgmma by rows", sum[0][0], 128, add, nullptr, a, b);
+template <int NT> EMU_INLINE void wgmma_rows(float (&sum)[1][NT][4], uint64_t a, uint64_t b, int add) {
+    emu::wgmma("wgmma by rows", sum[0][0], NT * 8, add, nullptr, a, b);
     asm volatile("");
 }
 template <int NT> EMU_INLINE void wgmma_columns(float (&sum)[1][NT][4], const uint32_t (&a)[4], uint64_t b) {
