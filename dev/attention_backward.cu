@@ -427,7 +427,9 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         wgmma_scores(p, tile.q, group * 64, tile.k[i % 2]);
         wgmma_scores(ds, tile.dout, group * 64, tile.v[i % 2]);
         wgmma_wait<1>(p);
-        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(p, t, s0, doc_start, row0, T);
+        uint32_t t_here = t;
+        forget_origin(t_here);                      // or what masking makes of t would stay in registers
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(p, t_here, s0, doc_start, row0, T);
         #pragma unroll
         for (int j = 0; j < KEYS / 2; j++)
             p[0][j / 4][j % 4] = exp2_approx(p[0][j / 4][j % 4] * log2_scale - row_lse[j % 4 / 2]);
@@ -459,15 +461,17 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
-            mbarrier_init(&tile.full[i], 2 + 32), mbarrier_init(&tile.empty[i], 8);
+            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 8);
         mbarrier_init_fence();
     }
     __syncthreads();
     const int t_end = queries_end<WGMMA_THREADS, QUERIES>(s0, s0 + 2 * KEYS, doc_start, row0, T);
     if (group == 2) {                                               // the copies
         registers_give<24>();
-        if (warp > 9 || (warp == 8 && lane > 0)) return;
-        for (int i = 0; warp == 8 && i < 2; i++) {
+        // of the first thread; the last ones, a query each, bring lse and delta
+        const int j = (int)threadIdx.x - (WGMMA_THREADS - QUERIES);
+        if (j < 0 && threadIdx.x % 128 > 0) return;
+        for (int i = 0; j < 0 && i < 2; i++) {
             tma_load_tile(tile.k[i], &tile.keys_full, &qkv_map, H + kv, s0 + i * KEYS, b);
             tma_load_tile(tile.v[i], &tile.keys_full, &qkv_map, H + K + kv, s0 + i * KEYS, b);
         }
@@ -475,17 +479,15 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
             for (int t = s0; t < t_end; t += QUERIES, i++) {
                 const int stage = i % STAGES;
                 mbarrier_wait(&tile.empty[stage], i / STAGES % 2 ^ 1);
-                if (warp == 8) {
+                if (j < 0) {
                     tma_load_tile(tile.q[stage], &tile.full[stage], &qkv_map, h, t, b);
                     tma_load_tile(tile.dout[stage], &tile.full[stage], &dout_map, h, t, b);
-                    continue;
-                }
-                for (int j = lane; j < QUERIES; j += 32) {  // past the end all is 0: dv += 1 * 0, dS = 1 * 0
-                    const size_t at = (size_t)(row0 + t + j) * H + h;
+                } else {                                    // past the end all is 0: dv += 1 * 0, dS = 1 * 0
+                    const unsigned at = (unsigned)(row0 + t + j) * H + h;   // 24 registers must do
                     tile.lse[stage][j] = t + j < T ? lse[at] * (float)M_LOG2E : 0;
                     tile.delta[stage][j] = t + j < T ? delta[at] : 0;
+                    mbarrier_arrive(&tile.full[stage]);
                 }
-                mbarrier_arrive(&tile.full[stage]);
             }
         return;
     }
@@ -648,6 +650,14 @@ int main(int argc, char **argv) {
     shape<bf16>(CHECK, 1, 191, 2, 1, 104, SOME_DOCS, 2);
     shape<bf16>(CHECK, 1, 130, 2, 1, 128, TILE_DOCS, 1);
     shape<bf16>(CHECK, 1, 97, 2, 1, 80, NO_DOCS, 1);
+    shape<bf16>(CHECK, 1, 1, 1, 1, 8, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 40, 2, 1, 80, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 128, 2, 2, 64, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 600, 2, 1, 64, NO_DOCS, 3);
+    shape<bf16>(CHECK, 1, 777, 4, 1, 128, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 390, 3, 1, 72, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 385, 1, 1, 128, TILE_DOCS, 3);
+    shape<bf16>(CHECK, 1, 450, 2, 1, 120, SOME_DOCS, 1);
     shape<float>(CHECK, 1, 5, 1, 1, 8, NO_DOCS, 1);
     shape<float>(CHECK, 2, 33, 4, 2, 16, NO_DOCS, 1);
     shape<float>(CHECK, 1, 65, 4, 1, 48, SOME_DOCS, 1);
