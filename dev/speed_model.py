@@ -4,7 +4,7 @@
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
                        [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp passes|products] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
-    dev/speed_model.py --wgmma [--markdown]               attention forward with wgmma and TMA (sm_90a), beside published figures
+    dev/speed_model.py --wgmma [--markdown]               attention with wgmma and TMA (sm_90a), beside published figures
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
     dev/speed_model.py --planner check|sync               the counts that the trainers' planner has (train_litespark.c, section 16)
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
@@ -533,15 +533,32 @@ def planner(counts, what):
                     bad = True
     return 1 if bad else 0
 
-# ---- attention forward with wgmma and TMA: attention_forward_kernel4 ----------------------------------------------------
+# ---- attention with wgmma and TMA: attention_forward_kernel4, attention_backward_dq_kernel3 and _dkdv_kernel3 ------------
+# One warpgroup copies, two compute in turns or out of step, so a tile takes its largest term (kernels on mma.sync: the sum, see above).
 # Per clock and SM of an H100 or H200: 4096 FLOP of wgmma, 16 exponentials, 128 lanes of other instructions, 128 bytes of shared memory.
 # Published, TFLOP/s of the causal FLOPs, bf16, head_dim 128: cuDNN 9.19 on an H200, B 1, 64 query heads, 8 of keys (its own table, Feb 2026);
-# FlashAttention-3 on an H100: T 4096 (paper), T 8192, 16 heads (its pull request 1893).
+# FlashAttention-3 on an H100: T 4096 forward (paper), T 8192, 16 heads (its pull request 1893), there deterministic 474 backward.
 WGMMA_SM = {"tensor": 4096, "exponentials": 16, "instructions": 128, "shared": 128}
 WGMMA_PUBLISHED = {2048: "cuDNN 484", 4096: "cuDNN 591; FA3 579", 8192: "cuDNN 644; FA3 660", 16384: "cuDNN 673", 32768: "cuDNN 688"}
+WGMMA_BACKWARD = {2048: (370, 0), 4096: (474, 0), 8192: (541, 575), 16384: (579, 0), 32768: (581, 0)}     # cuDNN, FlashAttention-3
 TILE = 128                  # queries of a block, keys of a tile
 INSTRUCTIONS = 4.5          # per score, beside 2^x: maximum, scale and subtract, sum, half a conversion, and what belongs to loops
+BACKWARD_INSTRUCTIONS = 4.5 # the same of the backward kernels: scale and subtract, minus delta, times P, half a conversion or one, lse and delta
 TMA_CLOCKS = 1500           # assumed: start of a block, its first tiles through TMA, its last store; nothing hides them with one block per SM
+
+
+def wgmma_clocks(scores, tensor, shared, instructions):
+    work = {"tensor": tensor, "exponentials": scores, "instructions": instructions * scores, "shared": shared}
+    return {k: work[k] / WGMMA_SM[k] for k in work}
+
+
+def wgmma_seconds(blocks, clocks):
+    """blocks: the tiles of each, in the order of the grid; each goes to the SM that is free first."""
+    ends = TMA_CLOCKS + clocks["tensor"] + max(clocks["exponentials"], clocks["instructions"])     # first scores, last product: nothing runs beside them
+    free = [0.0] * SMS
+    heapq.heapify(free)
+    for tiles in blocks: heapq.heappush(free, heapq.heappop(free) + ends + (tiles - 1) * max(clocks.values()))
+    return max(free) / CLOCK
 
 
 def wgmma_forward(T, heads, D):
@@ -549,25 +566,56 @@ def wgmma_forward(T, heads, D):
     width = 64 if D <= 64 else 128
     scores = TILE * TILE
     bytes_read = (2 * 64 * width * 2 + 2 * TILE * width * 2) + 2 * TILE * width * 2 + 2 * TILE * width * 2    # q and k; v; what TMA writes
-    work = {"tensor": 4 * scores * width, "exponentials": scores, "instructions": INSTRUCTIONS * scores, "shared": bytes_read}
-    clocks = {k: work[k] / WGMMA_SM[k] for k in work}
-    softmax = max(clocks["exponentials"], clocks["instructions"])
-    ends = TMA_CLOCKS + clocks["tensor"] + softmax          # first scores and softmax, last product: nothing runs beside them
-    free = [0.0] * SMS                                      # blocks in the order of the grid, each to the SM that is free first
-    heapq.heapify(free)
-    for tiles in range(-(-T // TILE), 0, -1):
-        for _ in range(heads): heapq.heappush(free, heapq.heappop(free) + ends + (tiles - 1) * max(clocks.values()))
-    return max(free) / CLOCK, clocks
+    clocks = wgmma_clocks(scores, 4 * scores * width, bytes_read, INSTRUCTIONS)
+    return wgmma_seconds([tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
+
+
+def wgmma_backward(T, heads, kv_heads, D):
+    """Of dq and of dk dv: seconds, and the clocks of each term per tile. 2-byte elements; a product of a warpgroup reads its left operand
+    (unless that is in registers) and all of its right one; TMA writes two tiles."""
+    width = 64 if D <= 64 else 128
+    scores = TILE * TILE                                    # dq: 128 queries, 128 keys; three products
+    dq = wgmma_clocks(scores, 6 * scores * width, (2 * 2 * (64 + TILE) + 2 * TILE + 2 * TILE) * width * 2, BACKWARD_INSTRUCTIONS)
+    rows = range(-(-T // TILE), 0, -1)
+    first = wgmma_seconds([tiles for tiles in rows for _ in range(heads)], dq)
+    scores = TILE * 64                                      # dk dv: 128 keys, 64 queries; four products
+    dkdv = wgmma_clocks(scores, 8 * scores * width, (2 * 2 * (64 + 64) + 2 * 2 * 64 + 2 * 64) * width * 2, BACKWARD_INSTRUCTIONS)
+    second = wgmma_seconds([2 * tiles * (heads // kv_heads) for tiles in rows for _ in range(kv_heads)], dkdv)
+    return (first, dq), (second, dkdv)
+
+
+def wgmma_one_pass(T, heads):
+    """Seconds of FlashAttention-3's backward by the same rules: a block has 128 keys of a query head and walks over tiles of 64 queries; five
+    products; dS (16-bit) and dq (32-bit) go through shared memory, the latter on to a sum in DRAM that no SM waits for."""
+    scores, width = TILE * 64, 128
+    shared = (2 * 2 * (64 + 64) + 2 * 2 * 64 + 2 * 64) * width * 2 + 2 * scores + 2 * (64 * TILE + TILE * width // 2) * 2 + 2 * 64 * width * 4
+    clocks = wgmma_clocks(scores, 10 * scores * width, shared, BACKWARD_INSTRUCTIONS)
+    return wgmma_seconds([2 * tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
 
 
 def print_wgmma(markdown):
+    lengths = (2048, 4096, 8192, 16384, 32768)
+    says = lambda clocks: ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
     rows = []
     for D in (128, 64):
-        for T in (2048, 4096, 8192, 16384, 32768):
+        for T in lengths:
             t, clocks = wgmma_forward(T, 64, D)
-            rows.append([f"T {T}, D {D}", f"{t * 1e6:.0f}", f"{2.0 * T * T * D * 64 / t / 1e12:.0f}", WGMMA_PUBLISHED[T] if D == 128 else "-",
-                         ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())])
+            rows.append([f"T {T}, D {D}", f"{t * 1e6:.0f}", f"{2.0 * T * T * D * 64 / t / 1e12:.0f}", WGMMA_PUBLISHED[T] if D == 128 else "-", says(clocks)])
     table(["attention forward, B 1, 64 heads, causal", "us, modelled", "TFLOP/s, modelled", "published TFLOP/s", "clocks per tile; the largest counts"], rows, markdown)
+    rows = []
+    for D in (128, 64):
+        for T in lengths:
+            (dq, dq_clocks), (dkdv, dkdv_clocks) = wgmma_backward(T, 64, 8, D)
+            one, one_clocks = wgmma_one_pass(T, 64)
+            ours, one_pass = [5.0 * T * T * D * 64 / t / 1e12 for t in (dq + dkdv, one)]
+            published = [x for x in WGMMA_BACKWARD[T] if x] if D == 128 else []
+            rows.append([f"T {T}, D {D}", f"{dq * 1e6:.0f} + {dkdv * 1e6:.0f}", f"{ours:.0f}", f"{one_pass:.0f}" if D == 128 else "-",
+                         "; ".join(f"{n} {x}" for n, x in zip(("cuDNN", "FA3"), published)) or "-", "; ".join(f"{x / one_pass:.2f}" for x in published) or "-",
+                         "; ".join(f"{ours * x / one_pass:.0f}" for x in published) or "-"])
+        if D == 128: clocks_of = f"dq {says(dq_clocks)}; dk dv {says(dkdv_clocks)}; one pass {says(one_clocks)}"
+    table(["attention backward, B 1, 64 heads, 8 of keys, causal", "us, modelled: dq + dk dv", "TFLOP/s of 5 products, modelled", "one pass, modelled", "published",
+           "published / one pass", "ours times that"], rows, markdown)
+    print(f"Backward, clocks per tile at D 128: {clocks_of}.")
     print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.")
     return 0
 

@@ -447,6 +447,25 @@ static void check_mlp_forms(void) {
     }
 }
 
+// Kernels of sm_90a alone (wgmma, TMA): attention on an emulated device of compute capability 9.0, in two schedules.
+static void check_hopper(void) {
+    for (int i = 0; i < COUNT(cases) && is_emu(); i++) for (int order = 0; order < 2; order++) {
+        const Case *c = &cases[i];
+        char name[100], who[20], text[400];
+        snprintf(name, sizeof name, "gradients %s bf16 on 9.0%s", c->name, order ? ", another schedule" : "");
+        int few = !strcmp(c->name, "mistral") || !strcmp(c->name, "d104") || !strcmp(c->name, "documents");
+        if ((level != LONG && (order || !few)) || !wanted(name)) continue;
+        snprintf(who, sizeof who, "hopper%d", order);
+        char *command = path_text("env EMU_CC=9.0 EMU_SEED=%d %s", order, cuda);
+        Run r = start_dump(command, who, c, "bf16", "");
+        int ok = !finish(&r) && dump_is_right(c, who, "bf16", text, sizeof text);
+        if (ok && order && !same_files(dump_path(c, "hopper0", "bf16"), dump_path(c, who, "bf16")))
+            ok = 0, snprintf(text, sizeof text, "right, but not the bits of the first schedule");
+        result(name, ok, "%s", r.code ? complaint(&r) : text);
+        free(command);
+    }
+}
+
 // Other schedules of threads, blocks and copies must give the same bits.
 static void check_seeds(void) {
     const int n_orders = level == LONG ? 3 : 1;
@@ -930,7 +949,8 @@ static void check_refusals(void) {
 }
 
 // ==== 8. Planted errors =================================================================================================
-// In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row.
+// In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row; kernels
+// with WGMMA in their anchor run on an emulated 9.0.
 static const struct Planted {
     const char *name, *anchor, *from, *to;
     int statement;
@@ -965,6 +985,19 @@ static const struct Planted {
      "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
     {"gate for up in the products of the MLP", "gate_up_swiglu_kernel3(bf16",
      "(i % 2)", "((i + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
+    {"no wait for wgmma in attention", "(WGMMA_THREADS, 1) attention_forward_kernel4(",
+     "wgmma_wait<1>(score);", "", 1, "mistral", "bf16", LONG},
+    {"no fence before wgmma", "(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(",
+     "wgmma_fence();", "", 1, "mistral", "bf16", LONG},
+    {"tiles overwritten while wgmma reads them", "(WGMMA_THREADS, 1) attention_backward_dq_kernel3(",
+     "wgmma_wait<0>(dq);\n        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);",
+     "if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]); wgmma_wait<0>(dq);", 1, "long", "bf16", LONG},
+    {"wrong parity of an mbarrier", "(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(",
+     "mbarrier_wait(&tile.full[stage], i / STAGES % 2)", "mbarrier_wait(&tile.full[stage], 1 - i / STAGES % 2)", 0,
+     "mistral", "bf16", QUICK | LONG},
+    {"16 keys lost in wgmma", "(WGMMA_THREADS, 1) attention_backward_dq_kernel3(",
+     "wgmma_values(dq, left, tile.k[i % 2]);", "left[0][0] = left[0][1] = left[0][2] = left[0][3] = 0; "
+     "wgmma_values(dq, left, tile.k[i % 2]);", 1, "documents", "bf16", LONG},
     {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel2(",
      "n_lo[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
@@ -1023,7 +1056,8 @@ static void check_planted(void) {
         for (int k = 0; k < (i < 0 ? 2 : 1); k++) {
             const Case *c = case_named(i < 0 ? "llama" : planted[i].name_of_case);
             const char *precision = i < 0 ? precisions[k] : planted[i].precision;
-            char *command = path_text("env PLANTED=%d EMU_TIMEOUT=60 %s", i, planted_program);
+            const char *device = i >= 0 && strstr(planted[i].anchor, "WGMMA") ? "EMU_CC=9.0" : "";
+            char *command = path_text("env PLANTED=%d EMU_TIMEOUT=60 %s %s", i, device, planted_program);
             snprintf(who, sizeof who, "planted%d", i);
             Run r = start_dump(command, who, c, precision, "");
             if (finish(&r)) wrong++, snprintf(text, sizeof text, "%s", complaint(&r));
@@ -1064,6 +1098,7 @@ int main(int argc, char **argv) {
     check_gradients();
     check_recompute();
     check_mlp_forms();
+    check_hopper();
     check_seeds();
     check_splits();
     check_training();
