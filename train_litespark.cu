@@ -2214,7 +2214,7 @@ template <typename floatX> void keep_keys_values(floatX *kv, const floatX *qkv, 
 // idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T
 //         and dO V^T are computed (7 products in all instead of 5): the price of sums without atomics
 // limits  as the forward; 95,744 bytes at D 128: two blocks per SM on sm_90, one on sm_80
-// variants dev/attention_backward.cu: 0 a thread per query, 1 tensor cores without overlap, 2 this
+// variants dev/attention_backward.cu: 0 a thread per query, 1 tensor cores, no overlap, 2 this, 3 below
 template <int WIDTH> struct DqTiles {
     static constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT;
     Tile<QUERIES, WIDTH> q, dout;
@@ -2309,7 +2309,8 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
 //         once, and a named barrier of the pair says when
 // limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs
 //         and 100,096
-// variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, no overlap, 2 this
+// variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, no overlap, 2 this,
+//         3 below
 // Queries see no keys before their document: of the tiles of queries from t_first on, the end of those in
 // which some query sees keys before s_end. All threads of the block call.
 template <int THREADS, int QUERIES>

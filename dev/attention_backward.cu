@@ -5,11 +5,11 @@
 // bytes   2·N·(H+2K)·D in and out + 2·2·N·H·D + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 304 MB = 91 us
 // FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344
 //         G
-// floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products:
-//         784 us)
+// floor   347 us (FLOP-bound). Two kernels do 7/5 of the products: 486 us; mma.sync reaches 0.62 of Hopper's
+//         peak: 784 us
 // idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any
 //         order; two passes rebuild P twice
-// limits  D % 8 == 0, D <= 128
+// limits  D % 8 == 0, D <= 128; 3 runs where the code for sm_90a does
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733
 //         and 2607 (all caches missed); 1 6.4 and 22; 2 4.3 and 29. Shared memory limits the last two, in few
 //         blocks: 2 has the larger tiles, and the model knows no latency, which they are for. Measured: not
