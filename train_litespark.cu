@@ -2296,21 +2296,6 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
     store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, warp_q, T - t, D);
 }
 
-// ---- attention_backward_dkdv_kernel2: a block has up to 128 keys and walks all queries that see them ------
-// dk, dv (in dqkv) =: sums over the H/K query heads that share them, head after head
-// bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128.
-//         q and dO again per block, from L2
-// FLOPs   4·N·(T+1)·H·D (four products) = 275 G at T 2048        floor 278 us (tensor; mma.sync: 448 us)
-// idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and
-//         no sum crosses warps. A pair of warps shares 16*MT keys: one computes P and owns dV, the other
-//         computes dP and owns dK, so each holds one accumulator of twice the rows, and an operand from
-//         shared memory serves twice the products: 227 bytes per mma at D 128 instead of 348 with a warp for
-//         both (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so that dS is rounded
-//         once, and a named barrier of the pair says when
-// limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs
-//         and 100,096
-// variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, no overlap, 2 this,
-//         3 below
 // Queries see no keys before their document: of the tiles of queries from t_first on, the end of those in
 // which some query sees keys before s_end. All threads of the block call.
 template <int THREADS, int QUERIES>
@@ -2324,6 +2309,20 @@ __device__ __forceinline__ int queries_end(int t_first, int s_end, const int *do
     return t_first + seen * QUERIES;
 }
 
+// ---- attention_backward_dkdv_kernel2: a block has up to 128 keys and walks all queries that see them ------
+// dk, dv (in dqkv) =: sums over the H/K query heads that share them, head after head
+// bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128.
+//         q and dO again per block, from L2
+// FLOPs   4·N·(T+1)·H·D (four products) = 275 G at T 2048        floor 278 us (tensor; mma.sync: 448 us)
+// idea    the score tile stands on its side, rows are keys: P^T and dS^T are left operands in registers, and
+//         no sum crosses warps. A pair of warps shares 16*MT keys: one computes P and owns dV, the other
+//         computes dP and owns dK, so each holds one accumulator of twice the rows, and an operand from
+//         shared memory serves twice the products: 227 bytes per mma at D 128 instead of 348 with a warp for
+//         both (mma.sync leaves time for 198 on H100, 256 on A100). P crosses in fp32, so that dS is rounded
+//         once, and a named barrier of the pair says when
+// limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs
+//         and 100,096
+// variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, 2 this, 3 below
 template <int WIDTH, int PAIRS> struct DkdvTiles {
     static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : 6;
     static constexpr int ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT, THREADS = 64 * PAIRS;
