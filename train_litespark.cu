@@ -2428,8 +2428,8 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
 // As kernel 2. A block has 128 queries of a head and walks over tiles of 128 keys.
 // floor   208 us for the shape above: wgmma has the whole rate of the tensor cores
 // idea    the roles of attention_forward_kernel4: one thread copies, two warpgroups have 64 queries each and
-//         compute. P comes from the scores while dO V^T is being computed. What dS and delta cost besides,
-//         one group spends under the other's products: nothing holds the two in step
+//         compute. P comes from the scores while dO V^T is being computed. What dS costs besides, one group
+//         spends under the other's products: nothing holds the two in step
 // limits  as attention_forward_kernel4; all 232,448 bytes of shared memory at D 128
 template <int WIDTH> struct __align__(1024) WgmmaDqTiles {  // of a block, in shared memory
     static constexpr int QUERIES = 128, KEYS = 128;
@@ -2527,9 +2527,9 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
 // idea    the tiles of scores stand on their sides, keys are rows: P^T and dS^T become left operands without
 //         leaving their registers. A warpgroup has 64 keys and both of their sums, 128 registers per thread
 //         at D 128, which leaves room for tiles of 64 queries. P comes while dP is being computed, dS while
-//         dV is. One thread copies; a warp beside it brings lse and delta, whose rows in memory are too
-//         short for TMA
-// limits  as attention_forward_kernel4; 199,680 bytes of shared memory at D 128
+//         dV is. One thread copies; two warps beside it bring lse and delta, which lie H apart in memory:
+//         nothing for TMA
+// limits  as attention_forward_kernel4; 200,704 bytes of shared memory at D 128
 template <int WIDTH> struct __align__(1024) WgmmaDkdvTiles {        // of a block, in shared memory
     static constexpr int KEYS = 64, QUERIES = 64, STAGES = 3;       // keys of a warpgroup; queries of a stage
     SwizzledTile<KEYS, WIDTH> k[2], v[2];
@@ -2558,9 +2558,9 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     }
     __syncthreads();
     const int t_end = queries_end<WGMMA_THREADS, QUERIES>(s0, s0 + 2 * KEYS, doc_start, row0, T);
-    if (group == 2) {                                               // the copies
+    if (group == 2) {
         registers_give<24>();
-        // of the first thread; the last ones, a query each, bring lse and delta
+        // its first thread copies; its last ones, each for a query, bring lse and delta
         const int j = (int)threadIdx.x - (WGMMA_THREADS - QUERIES);
         if (j < 0 && threadIdx.x % 128 > 0) return;
         for (int i = 0; j < 0 && i < 2; i++) {

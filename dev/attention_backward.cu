@@ -466,9 +466,9 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     }
     __syncthreads();
     const int t_end = queries_end<WGMMA_THREADS, QUERIES>(s0, s0 + 2 * KEYS, doc_start, row0, T);
-    if (group == 2) {                                               // the copies
+    if (group == 2) {
         registers_give<24>();
-        // of the first thread; the last ones, a query each, bring lse and delta
+        // its first thread copies; its last ones, each for a query, bring lse and delta
         const int j = (int)threadIdx.x - (WGMMA_THREADS - QUERIES);
         if (j < 0 && threadIdx.x % 128 > 0) return;
         for (int i = 0; j < 0 && i < 2; i++) {
