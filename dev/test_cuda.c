@@ -30,7 +30,7 @@ __attribute__((format(printf, 1, 2))) static char *path_text(const char *fmt, ..
     return s;
 }
 
-enum { QUICK = 1, PTX = 2, LONG = 4, ALL_LEVELS = 7 };
+enum { QUICK = 1, PTX = 2, LONG = 4, ALL_LEVELS = 7, HOPPER = 8 };    // HOPPER: planted, on an emulated one
 static int level = QUICK;
 static const char *twin = "build/train_litespark", *cuda, *doubles = "build/train_litespark_double";
 static char top[256];                       // folder of this run
@@ -949,8 +949,7 @@ static void check_refusals(void) {
 }
 
 // ==== 8. Planted errors =================================================================================================
-// In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row; kernels
-// with WGMMA in their anchor run on an emulated 9.0.
+// In a copy of train_litespark.cu the first `from` after `anchor` becomes `to` when the environment has PLANTED=row.
 static const struct Planted {
     const char *name, *anchor, *from, *to;
     int statement;
@@ -985,19 +984,19 @@ static const struct Planted {
      "cp_async_wait<MLP_STAGES - 2>();", "", 1, "wide", "bf16", LONG},
     {"gate for up in the products of the MLP", "gate_up_swiglu_kernel3(bf16",
      "(i % 2)", "((i + 1) % 2)", 0, "llama", "bf16", QUICK | LONG},
-    {"no wait for wgmma in attention", "(WGMMA_THREADS, 1) attention_forward_kernel4(",
-     "wgmma_wait<1>(score);", "", 1, "mistral", "bf16", LONG},
-    {"no fence before wgmma", "(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(",
-     "wgmma_fence();", "", 1, "mistral", "bf16", LONG},
-    {"tiles overwritten while wgmma reads them", "(WGMMA_THREADS, 1) attention_backward_dq_kernel3(",
+    {"no wait for wgmma in attention", "attention_forward_kernel4(",
+     "wgmma_wait<1>(score);", "", 1, "mistral", "bf16", LONG | HOPPER},
+    {"no fence before wgmma", "attention_backward_dkdv_kernel3(",
+     "wgmma_fence();", "", 1, "mistral", "bf16", LONG | HOPPER},
+    {"tiles overwritten while wgmma reads them", "attention_backward_dq_kernel3(",
      "wgmma_wait<0>(dq);\n        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);",
-     "if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]); wgmma_wait<0>(dq);", 1, "long", "bf16", LONG},
-    {"wrong parity of an mbarrier", "(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(",
+     "if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]); wgmma_wait<0>(dq);", 1, "long", "bf16", LONG | HOPPER},
+    {"wrong parity of an mbarrier", "attention_backward_dkdv_kernel3(",
      "mbarrier_wait(&tile.full[stage], i / STAGES % 2)", "mbarrier_wait(&tile.full[stage], 1 - i / STAGES % 2)", 0,
-     "mistral", "bf16", QUICK | LONG},
-    {"16 keys lost in wgmma", "(WGMMA_THREADS, 1) attention_backward_dq_kernel3(",
+     "mistral", "bf16", QUICK | LONG | HOPPER},
+    {"16 keys lost in wgmma", "attention_backward_dq_kernel3(",
      "wgmma_values(dq, left, tile.k[i % 2]);", "left[0][0] = left[0][1] = left[0][2] = left[0][3] = 0; "
-     "wgmma_values(dq, left, tile.k[i % 2]);", 1, "documents", "bf16", LONG},
+     "wgmma_values(dq, left, tile.k[i % 2]);", 1, "documents", "bf16", LONG | HOPPER},
     {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel2(",
      "n_lo[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
@@ -1056,7 +1055,7 @@ static void check_planted(void) {
         for (int k = 0; k < (i < 0 ? 2 : 1); k++) {
             const Case *c = case_named(i < 0 ? "llama" : planted[i].name_of_case);
             const char *precision = i < 0 ? precisions[k] : planted[i].precision;
-            const char *device = i >= 0 && strstr(planted[i].anchor, "WGMMA") ? "EMU_CC=9.0" : "";
+            const char *device = i >= 0 && planted[i].levels & HOPPER ? "EMU_CC=9.0 EMU_SEED=1" : "";
             char *command = path_text("env PLANTED=%d EMU_TIMEOUT=60 %s %s", i, device, planted_program);
             snprintf(who, sizeof who, "planted%d", i);
             Run r = start_dump(command, who, c, precision, "");
