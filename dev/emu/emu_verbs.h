@@ -239,13 +239,13 @@ EMU_NOINLINE inline void tensor_load(void *dst, const TensorMap *map, uint64_t *
 // wgmma: a thread's sums are poison from the call to the wait. There the warpgroup meets, and the last thread computes, with
 // shared memory as it is then.
 EMU_NOINLINE inline void wgmma(const char *name, float *sum, int columns, bool add, const uint32_t *a_registers, uint64_t a,
-                               uint64_t b, bool by_rows) {
+                               uint64_t b, bool by_columns = false) {
     Thread *t = me;
     t->where = __builtin_return_address(0);
     bool chained = false;
     for (const Wgmma &p : t->products) chained = chained || p.sum == sum;
     if (!chained && !t->fenced) fail(cudaErrorLaunchFailure, "%s without a wgmma.fence since its registers were written", name);
-    Wgmma p = {name, sum, columns, add, a_registers != nullptr, by_rows, a, b, {}, !chained, {}};
+    Wgmma p = {name, sum, columns, add, a_registers != nullptr, !a_registers && !by_columns, a, b, {}, !chained, {}};
     if (a_registers) memcpy(p.a_registers, a_registers, sizeof p.a_registers);
     if (!chained) memcpy(p.start, sum, columns / 2 * sizeof *sum);
     memset(sum, POISON, columns / 2 * sizeof *sum);
@@ -380,16 +380,16 @@ template <int NT> EMU_INLINE void wgmma_rows(float (&sum)[1][NT][4], uint64_t a,
     asm volatile("");
 }
 template <int NT> EMU_INLINE void wgmma_columns(float (&sum)[1][NT][4], const uint32_t (&a)[4], uint64_t b) {
-    emu::wgmma("wgmma by columns", sum[0][0], NT * 8, true, a, 0, b, false);
+    emu::wgmma("wgmma by columns", sum[0][0], NT * 8, true, a, 0, b);
     asm volatile("");
 }
 // m64n192k16, a in shared memory by rows; b by rows, b by columns
 EMU_INLINE void wgmma_rows(float (&sum)[1][24][4], uint64_t a, uint64_t b) {
-    emu::wgmma("wgmma by rows", sum[0][0], 192, true, nullptr, a, b, true);
+    emu::wgmma("wgmma by rows", sum[0][0], 192, true, nullptr, a, b);
     asm volatile("");
 }
 EMU_INLINE void wgmma_columns(float (&sum)[1][24][4], uint64_t a, uint64_t b) {
-    emu::wgmma("wgmma by columns", sum[0][0], 192, true, nullptr, a, b, false);
+    emu::wgmma("wgmma by columns", sum[0][0], 192, true, nullptr, a, b, true);
     asm volatile("");
 }
 template <int n> EMU_INLINE void wgmma_wait() {

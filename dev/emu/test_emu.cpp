@@ -366,6 +366,76 @@ template <int bug, int N = 128> cudaError_t start_wgmma(float *s, float *o, cons
     cudaFuncSetAttribute(wgmma_gemm<bug, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
     return start(wgmma_gemm<bug, N>, 2, 256, smem, s, o, map(a, 64, 200, 64), map(b, N - 8, 200, N), map(v, N, 104, N), 4);
 }
+// sum (64,192) = a (64,64 tiles) b (192,64 tiles)^T + a c (64 tiles,192), where the products of a tile run on while the next
+// one's start.
+enum LateBug { ON_TIME, RELEASED_TOO_EARLY, READ_TOO_EARLY, K16_DROPPED };
+struct LateShared { bf16 a[2][64][64], b[2][192][64], c[2][3][64][64]; uint64_t full[2], empty[2]; };
+template <int bug> __global__ void wgmma_late(float *out, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                                              const __grid_constant__ TensorMap c, int tiles) {
+    LateShared &m = *swizzled_shared_memory<LateShared>();
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) mbarrier_init(&m.full[i], 1), mbarrier_init(&m.empty[i], 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128) {
+        for (int i = 0; thread == 0 && i < tiles; i++) {
+            mbarrier_wait(&m.empty[i % 2], i / 2 % 2 ^ 1);
+            mbarrier_expect(&m.full[i % 2], sizeof m.a[0] + sizeof m.b[0] + sizeof m.c[0]);
+            tma_load(m.a[i % 2], &a, &m.full[i % 2], i * 64, 0, 0, 0);
+            tma_load(m.b[i % 2], &b, &m.full[i % 2], i * 64, 0, 0, 0);
+            for (int panel = 0; panel < 3; panel++) tma_load(m.c[i % 2][panel], &c, &m.full[i % 2], panel * 64, 0, i * 64, 0);
+        }
+        return;
+    }
+    float sum[1][24][4] = {};
+    for (int i = 0; i < tiles; i++) {
+        mbarrier_wait(&m.full[i % 2], i / 2 % 2);
+        wgmma_fence();
+        for (int k = 0; k < (bug == K16_DROPPED && i == 1 ? 3 : 4); k++) {
+            const uint64_t left = wgmma_operand(&m.a[i % 2][0][k * 16], 16);
+            wgmma_rows(sum, left, wgmma_operand(&m.b[i % 2][0][k * 16], 16));
+            wgmma_columns(sum, left, wgmma_operand(m.c[i % 2][0][k * 16], sizeof m.c[0][0]));
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        const int over = bug == RELEASED_TOO_EARLY ? i : i - 1;
+        if (thread == 0 && over >= 0) mbarrier_arrive(&m.empty[over % 2]);
+    }
+    if (bug != READ_TOO_EARLY) wgmma_wait<0>(sum);
+    for (int e = 0; e < 96; e++)
+        out[(thread / 32 * 16 + lane / 4 + e / 2 % 2 * 8) * 192 + e / 4 * 8 + lane % 4 * 2 + e % 2] = sum[0][e / 4][e % 4];
+    wgmma_wait<0>(sum);
+}
+template <int bug> double late_error() {
+    const int K = 5 * 64;
+    Buffer<bf16> a(64 * K), b(192 * K), c(K * 192);
+    Buffer<float> out(64 * 192);
+    random_state = 9;
+    for (Buffer<bf16> *x : {&a, &b, &c}) {
+        for (size_t i = 0; i < (size_t)x->n; i++) x->h[i] = bf16(floorf(random_float() * 1.5f + 0.5f));
+        x->up();
+    }
+    auto map = [](const bf16 *p, uint64_t rows, uint64_t columns, uint32_t box) {
+        return tensor_map(p, {columns, 1, rows, 1}, {2 * columns, 2 * columns, 2 * columns * rows}, {64, 1, box, 1});
+    };
+    const size_t smem = (sizeof(LateShared) + 1023) / 1024 * 1024;
+    cudaFuncSetAttribute(wgmma_late<bug>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+    if (start(wgmma_late<bug>, 1, 256, smem, out.d, map(a.d, 64, K, 64), map(b.d, 192, K, 192), map(c.d, K, 192, 64), 5) !=
+        cudaSuccess) return INFINITY;
+    out.down();
+    double worst = 0;
+    for (int i = 0; i < 64; i++)
+        for (int j = 0; j < 192; j++) {
+            float right = 0;
+            for (int k = 0; k < K; k++)
+                right += __bfloat162float(a.h[i * K + k]) * (__bfloat162float(b.h[j * K + k]) + __bfloat162float(c.h[k * 192 + j]));
+            const double e = fabs(out.h[i * 192 + j] - right);
+            worst = e <= worst ? worst : e == e ? e : INFINITY;
+        }
+    return worst;
+}
 // The largest error, infinite after a report: a (64,200), b (N-8,200) and v (N,104) are small integers, so sums are exact,
 // and what lies outside of them is zero.
 template <int bug, int N = 128> double wgmma_error() {
@@ -603,7 +673,17 @@ static void test_hopper() {
     }
     emu::settings.seed = 0;
     check("TMA and wgmma: both forms of operands, 64 and 128 columns, zeros outside the tensor, two stages, seeds 0-7", right);
+    right = true;
+    for (uint64_t seed = 0; seed < 8; seed++) {
+        emu::settings.seed = seed;
+        right &= late_error<ON_TIME>() == 0;
+    }
+    emu::settings.seed = 0;
+    check("wgmma of 192 columns, one group in flight while the next starts, seeds 0-7", right);
     auto found = [](const char *name, auto error) { check(name, some_seed_fails(error, 0)); };
+    found("bug found: a stage released under a group in flight", late_error<RELEASED_TOO_EARLY>);
+    found("bug found: sums read under a group in flight", late_error<READ_TOO_EARLY>);
+    found("bug found: a step of 16 dropped", late_error<K16_DROPPED>);
     found("bug found: no wait for a TMA load", wgmma_error<NO_TMA_WAIT>);
     found("bug found: an mbarrier's wrong parity", wgmma_error<TMA_PARITY>);
     found("bug found: a stage released before its wgmma is complete", wgmma_error<EARLY_RELEASE>);
