@@ -2,9 +2,9 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp passes|products] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp auto|passes|products] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
-    dev/speed_model.py --wgmma [--markdown]               attention with wgmma and TMA (sm_90a), beside published figures
+    dev/speed_model.py --wgmma [--markdown]               kernels with wgmma and TMA (sm_90a), beside published figures
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
     dev/speed_model.py --planner check|sync               the counts that the trainers' planner has (train_litespark.c, section 16)
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
@@ -14,8 +14,9 @@ Where the numbers come from
            compiled PTX, ran the trainer on small models (--measure). Each count is fitted as fixed + slope * rows (attention:
            a + b*T + c*T^2 per query head, exact at T 4096) and taken at the size asked for; the fixed part is kept.
   GEMM     cuBLASLt at 700 TFLOP/s, or its compulsory bytes at 3.0 TB/s where that takes longer (small chunks of logits).
-  MLP      passes: SwiGLU between cuBLASLt's products, the default on this device. products: SwiGLU in the epilogues of our own
-           (--mlp products, the default where mma.sync has the full rate); their time like attention's, as a sum of terms.
+  MLP      passes: SwiGLU between cuBLASLt's products. products: SwiGLU in the epilogues of our own. auto: what the trainer's auto
+           takes, products on all but the B200. With mma.sync their time is like attention's, a sum of terms; on Hopper it is the
+           largest term of the wgmma kernels (--wgmma), times a factor from published figures of such products.
   bytes    non-GEMM bytes count what a product's epilogue moves beyond its plain output: the residual that it adds, h, gate and up.
   DRAM     3.0 TB/s of the 3.35 of the data sheet. Memory-bound kernels: all sectors they touch (no cache), or the instruction
            terms where those take longer.
@@ -57,11 +58,13 @@ def devices():
 
 DEVICES = devices()
 PEAK, GEMM, DRAM, SMS, CLOCK, MMA_SYNC, MEMORY_GIB = DEVICES["h100"]
+HOPPER, MMA_SYNC_ALL = True, False      # of the device chosen: wgmma; mma.sync has all of the tensor cores
 
 
 def choose_device(name, runs):
-    global PEAK, GEMM, DRAM
+    global PEAK, GEMM, DRAM, HOPPER, MMA_SYNC_ALL
     PEAK, GEMM, DRAM, sms, clock, mma_sync, memory = DEVICES[name]
+    HOPPER, MMA_SYNC_ALL = name in ("h100", "h200"), mma_sync == 1
     tensor, others = DEVICES["h100"][0] * MMA_SYNC / (PEAK * mma_sync), SMS * CLOCK / (sms * clock)
     for r in runs.values():
         for k in r["kernels"].values():
@@ -383,6 +386,13 @@ def own_product(name, times, q, factor, extra):
     return op
 
 
+def wgmma_op(name, times, N, C, F, kernel, extra):
+    """A product of our own on Hopper"""
+    seconds, clocks, flops = wgmma_product(N, C, F, kernel)
+    limit = max(clocks, key=clocks.get)
+    return Op("GEMM", name, times, seconds * wgmma_product_factor(), limit, extra, extra, flops, "of a tile, in clocks: " + ", ".join(f"{k} {v:.0f}" for k, v in clocks.items()))
+
+
 def counted_parameters(counts):
     r = counts.runs["mlp 1"]
     return Config(r["V"], r["L"], r["C"], r["H"], r["K"], r["D"], r["F"], 1).n
@@ -406,9 +416,13 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
     cross = counts.per_item("mlp 2", counts.name("mlp 2", "cross_entropy"), run["B"] * run["T"] * run["V"], float(cls_rows) * c.V)
     embed = lambda kernel: counts.rows(counts.name("norm 1", kernel), N, C, "norm 1", "norm 3", lambda r: r["C"])
     columns = {q: v * C / run_c for run_c in [counts.runs["norm 3"]["C"]] for q, v in counts.per_launch("norm 3", "column_sums").items()}
+    if mlp_form == "auto": mlp_form = "products" if HOPPER or MMA_SYNC_ALL else "passes"
     if mlp_form == "passes":
         up = [gemm("gate/up forward", L + again_up, N, 2 * F, C), memory_bound("SwiGLU", "SwiGLU forward", L, mlp("swiglu_forward"))]
         down = [gemm("down backward x", L, N, F, C), memory_bound("SwiGLU", "SwiGLU backward, h rebuilt", L, mlp("swiglu_backward"))]
+    elif HOPPER:
+        up = [wgmma_op("gate/up forward with SwiGLU", L + again_up, N, C, F, "gate_up_swiglu", 2.0 * N * F)]
+        down = [wgmma_op("down backward x with SwiGLU", L, N, C, F, "swiglu_down_backward", 2.0 * 4 * N * F)]
     else:
         up = [own_product("gate/up forward with SwiGLU", L + again_up, counts.product("gate_up_swiglu", N, C, F), factor, 2.0 * N * F)]
         down = [own_product("down backward x with SwiGLU", L, counts.product("swiglu_down_backward", N, C, F), factor, 2.0 * 4 * N * F)]
@@ -593,6 +607,57 @@ def wgmma_one_pass(T, heads):
     return wgmma_seconds([2 * tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
 
 
+# ---- the MLP's products with wgmma and TMA: gate_up_swiglu_kernel4, swiglu_down_backward_kernel3 -----------------------
+# Tiles of 128 rows and `columns` sums, both operands 64 deep per step. Published, of plain products of bf16, H100 SXM: fast.cu (its README at
+# commit a1bb7b2), tiles of 128 x 256 whose epilogue nothing hides.
+# instructions and exponentials per sum of the epilogue: counted in the compiled code; bytes moved per sum, DRAM.
+WGMMA_PRODUCTS = {"gate_up_swiglu": {"instructions": 7.0, "exponentials": 1.0, "bytes": 3.0, "columns_per_f": 2},
+                  "swiglu_down_backward": {"instructions": 25.0, "exponentials": 2.0, "bytes": 10.0, "columns_per_f": 1}}
+PLAIN_PUBLISHED = {4096: 763e12, 8192: 808e12}
+ROWS, COLUMNS, GROUP = 128, 192, 16     # of a tile; rows of tiles that share what they read of the right operand
+
+
+def product_clocks(columns, steps):
+    """Clocks of a tile: of tensor cores; of shared memory: operands read by wgmma of 64 rows each, and written by TMA"""
+    reads, writes = 2 * (64 + columns) * 64 * 2, (ROWS + columns) * 64 * 2
+    return steps * 2 * ROWS * columns * 64 / WGMMA_SM["tensor"], steps * (reads + writes) / WGMMA_SM["shared"]
+
+
+def wgmma_product_factor():
+    """Modelled time of fast.cu's product, 4096 x 4096 x 4096, to published: what the model does not know, latency and clocks under load"""
+    n = 4096
+    tensor, shared = product_clocks(256, n // 64)
+    staging = 2 * ROWS * 256 * 2 / WGMMA_SM["shared"]
+    tiles = -(-(n // ROWS) * (n // 256) // SMS)
+    modelled = (TMA_CLOCKS + tiles * (max(tensor, shared) + staging)) / CLOCK
+    return 2.0 * n ** 3 / PLAIN_PUBLISHED[n] / modelled
+
+
+def wgmma_product(N, C, F, kernel):
+    """Seconds (without the factor), the clocks of each term per tile, FLOPs. A tile takes its largest term: the two warpgroups alternate."""
+    k = WGMMA_PRODUCTS[kernel]
+    width, sums = F * k["columns_per_f"], ROWS * COLUMNS
+    rows, columns = -(-N // ROWS), -(-width // COLUMNS)
+    tensor, shared = product_clocks(COLUMNS, -(-C // 64))
+    tiles = rows * columns
+    operands = 2.0 * N * C + 2.0 * width * C * max(1, rows / GROUP)     # the right one anew for each group of rows
+    clocks = {"tensor": tensor, "shared": shared + 2 * sums * 2 / WGMMA_SM["shared"], "instructions": k["instructions"] * sums / WGMMA_SM["instructions"],
+              "exponentials": k["exponentials"] * sums / WGMMA_SM["exponentials"], "dram": (k["bytes"] * sums + operands / tiles) * SMS * CLOCK / DRAM}
+    ends = TMA_CLOCKS + max(clocks["instructions"], clocks["exponentials"], clocks["dram"])     # first loads; the epilogue of the last tile
+    return (-(-tiles // SMS) * max(clocks.values()) + ends) / CLOCK, clocks, 2.0 * N * C * width
+
+
+def print_wgmma_products(markdown):
+    factor, rows = wgmma_product_factor(), []
+    for name, C, F in (("3B", 2048, 11008), ("llama3.1-8B", 4096, 14336), ("llama3.2-1B", 2048, 8192), ("100M", 768, 2048)):
+        for kernel in WGMMA_PRODUCTS:
+            t, clocks, flops = wgmma_product(16384, C, F, kernel)
+            rows.append([f"{kernel}, {name}", f"{t * 1e6:.0f}", f"{flops / t / 1e12:.0f}", f"{t * factor * 1e6:.0f}", f"{flops / t / factor / 1e12:.0f}",
+                         ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())])
+    table(["the MLP's products, N 16384", "us, modelled", "TFLOP/s, modelled", "us, with the factor", "TFLOP/s, with the factor", "clocks per tile of 128 x 192; the largest counts"], rows, markdown)
+    print(f"Factor {factor:.3f}: fast.cu's product of 4096 x 4096 x 4096 in this model to its published {PLAIN_PUBLISHED[4096] / 1e12:.0f} TFLOP/s on an H100. DRAM at {DRAM / 1e12:.1f} TB/s.")
+
+
 def print_wgmma(markdown):
     lengths = (2048, 4096, 8192, 16384, 32768)
     says = lambda clocks: ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
@@ -616,7 +681,8 @@ def print_wgmma(markdown):
     table(["attention backward, B 1, 64 heads, 8 of keys, causal", "us, modelled: dq + dk dv", "TFLOP/s of 5 products, modelled", "one pass, modelled", "published",
            "published / one pass", "ours times that"], rows, markdown)
     print(f"Backward, clocks per tile at D 128: {clocks_of}.")
-    print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.")
+    print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.\n")
+    print_wgmma_products(markdown)
     return 0
 
 
@@ -702,7 +768,7 @@ def main():
     p.add_argument("--optimizer-dtype", default="fp32", choices=["fp32", "bf16"])
     p.add_argument("--device", default="h100", choices=list(DEVICES))
     p.add_argument("--memory-gib", type=float, default=0, help="0: the device's")
-    p.add_argument("--mlp", default="passes", choices=["passes", "products"])
+    p.add_argument("--mlp", default="auto", choices=["auto", "passes", "products"])
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
     p.add_argument("--wgmma", action="store_true")

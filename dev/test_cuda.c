@@ -430,19 +430,22 @@ static void check_gradients(void) {
     }
 }
 
-// The MLP in both of its forms: products with SwiGLU as their epilogue, and a pass between cuBLASLt's products.
+// The MLP in its forms: products with SwiGLU as their epilogue, by mma.sync and by Hopper's wgmma, and a pass between
+// cuBLASLt's products.
 static void check_mlp_forms(void) {
-    const char *const forms[2] = {"passes", "products"}, *const options[2] = {"--mlp passes", "--mlp products"};
-    for (int i = 0; i < COUNT(cases); i++) for (int fused = 0; fused < 2; fused++) {
+    const struct { const char *name, *options, *environment; } forms[] = {
+        {"passes", "--mlp passes", ""}, {"products", "--mlp products", ""}, {"wgmma", "--mlp products", "EMU_CC=9.0"}};
+    for (int i = 0; i < COUNT(cases); i++) for (int f = 0; f < COUNT(forms); f++) {
         const Case *c = &cases[i];
         char name[100], text[400];
-        snprintf(name, sizeof name, "MLP in %s %s bf16", forms[fused], c->name);
-        int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide");
-        if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused) || (level == PTX && !fused) ||
-            !wanted(name)) continue;
-        Run r = start_dump(cuda, forms[fused], c, "bf16", options[fused]);
+        snprintf(name, sizeof name, "MLP in %s %s bf16", forms[f].name, c->name);
+        int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide"), by_default = level == PTX ? f == 0 : f == 1;
+        if (!(c->levels & level) || (level != LONG && (!few || by_default)) || (f == 2 && !is_emu()) || !wanted(name)) continue;
+        char *command = path_text("env %s %s", forms[f].environment, cuda);
+        Run r = start_dump(command, forms[f].name, c, "bf16", forms[f].options);
+        free(command);
         if (finish(&r)) { result(name, 0, "%s", complaint(&r)); continue; }
-        int ok = dump_is_right(c, forms[fused], "bf16", text, sizeof text);
+        int ok = dump_is_right(c, forms[f].name, "bf16", text, sizeof text);
         result(name, ok, "%s", text);
     }
 }
@@ -997,6 +1000,18 @@ static const struct Planted {
     {"16 keys lost in wgmma", "attention_backward_dq_kernel3(",
      "wgmma_values(dq, left, tile.k[i % 2]);", "left[0][0] = left[0][1] = left[0][2] = left[0][3] = 0; "
      "wgmma_values(dq, left, tile.k[i % 2]);", 1, "documents", "bf16", LONG | HOPPER},
+    {"no wgmma_fence before products", "void product_pipeline(",
+     "wgmma_fence();", "", 1, "wide", "bf16", LONG | HOPPER},
+    {"wrong parity in the ring of products", "void product_pipeline(",
+     "mbarrier_wait(&tile.full[i % STAGES], i / STAGES % 2);", "mbarrier_wait(&tile.full[i % STAGES], 1 ^ i / STAGES % 2);", 1, "wide", "bf16", LONG | HOPPER},
+    {"a stage of the ring released under its products", "void product_pipeline(",
+     "if (k > 0) release(i - 1);", "if (k + 1 < steps) release(i);", 1, "wide", "bf16", LONG | HOPPER},
+    {"sums read before wgmma_wait", "void product_pipeline(",
+     "for (int m = 0; m < 2; m++) wgmma_wait<0>(sum.half[m]);", "", 1, "wide", "bf16", LONG | HOPPER},
+    {"a step of 16 lost in gate and up", "gate_up_swiglu_kernel4(bf16",
+     "c < DEPTH", "c < DEPTH - 16", 0, "wide", "bf16", LONG | HOPPER},
+    {"wrong distance of panels in the down product", "swiglu_down_backward_kernel3(bf16",
+     "stage.right.PANEL_BYTES", "stage.right.PANEL_BYTES / 2", 0, "mistral", "bf16", LONG | HOPPER},
     {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel2(",
      "n_lo[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
