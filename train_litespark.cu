@@ -2843,8 +2843,8 @@ enum { MLP_THREADS = 128, MLP_ROWS = 128, MLP_COLUMNS = 128, MLP_DEPTH = 32, MLP
        MLP_GROUP = 16 };
 typedef Tile<MLP_WARP, MLP_WARP> MlpWarpTile;               // a warp's result, on its way to memory
 
-// The place of tile `number` among (rows, columns) of them. Those in flight have neighbouring numbers: 16 x 16
-// tiles at a time share what they read in L2.
+// The place of tile `number` among (rows, columns) of them. Those in flight have neighbouring numbers:
+// 16 x 16 at a time share what they read in L2.
 __device__ __forceinline__ int2 mlp_place(int number, int rows, int columns) {
     const int first = number / (MLP_GROUP * columns) * MLP_GROUP;
     const int height = min(rows - first, (int)MLP_GROUP);
@@ -2988,15 +2988,15 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(b
 
 // ---- the same products with wgmma and TMA (sm_90a): what both directions share ----------------------------
 // FLOPs   as above: 1.49 and 0.75 ms at the 989 TFLOP/s of an H100
-// idea    Blocks stay, one per SM, and walk over tiles of 128 x 192 sums. One thread does nothing but copy: 64
-//         columns of both operands at a time, into a ring of four stages. Two warpgroups take the tiles in
+// idea    Blocks stay, one per SM, and walk over tiles of 128 x 192 sums. One thread does nothing but copy:
+//         64 columns of both operands at a time, into a ring of four stages. Two warpgroups take the tiles in
 //         turns: while one rounds its sums, computes SwiGLU and stores, the tensor cores work for the other.
-//         Per 64 columns they take 768 clocks and shared memory 832: operands read 512, copies written 320
+//         Per stage they take 768 clocks and shared memory 832: operands read 512, copies written 320
 // limits  C % 8 == 0, F % 8 == 0: TMA writes zeros past the end of rows and columns. 216,064 bytes of shared
 //         memory; 240 registers for those who compute, 24 for who copies
 struct ProductSums { float half[2][1][24][4]; };            // of a warpgroup: 64 rows, then 64 more
 
-template <typename Left, typename Right> struct __align__(1024) ProductTiles {  // of a block, in shared memory
+template <typename Left, typename Right> struct __align__(1024) ProductTiles {      // of a block
     static constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64, STAGES = 4;
     struct { Left left; Right right; } stage[STAGES];
     Tile<16, COLUMNS> rows[ROWS / 16];                      // of a warp, on their way to memory
@@ -3004,7 +3004,7 @@ template <typename Left, typename Right> struct __align__(1024) ProductTiles {  
 };
 
 // The block's share of (rows, columns) tiles, each of them `steps` stages deep. load(place, k, stage, landed)
-// starts the copies of step k, multiply(sum, stage) adds its products, finish(place, sum) takes the sums away.
+// starts the copies of step k, multiply(sum, stage) adds its products, finish(place, sum) takes the sums off.
 template <typename Tiles, typename Load, typename Multiply, typename Finish>
 __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int columns, int steps, Load load,
                                                  Multiply multiply, Finish finish) {
@@ -3031,7 +3031,7 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
     }
     registers_take<240>();
     auto release = [&](int i) { if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % STAGES]); };
-    int i = group * steps;                                  // of all steps of the block; the other's are between
+    int i = group * steps;                                  // counts the steps of both groups
     for (int number = blockIdx.x + group * blocks; number < tiles; number += 2 * blocks, i += steps) {
         ProductSums sum = {};
         if (number >= blocks) barrier_sync(1 + group, 256); // the other has started all of its products
@@ -3050,10 +3050,10 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
     }
 }
 
-// ---- gate_up_swiglu_kernel4: 8 rows of gate, 8 of up ------------------------------------------------------
+// ---- gate_up_swiglu_kernel4: sm_90a; 8 rows of gate, 8 of up ----------------------------------------------
 // As kernel 3
-// idea    w is seen as (F/8, gate or up, 8, C), so that a box has 8 rows of gate, the same 8 of up, the next 8
-//         of gate ...; then 16 bytes of gate lie beside the 16 of up in every row of sums
+// idea    TMA sees w as (F/8, gate or up, 8, C): a box has 8 rows of gate, the same 8 of up, the next 8 of
+//         gate ... So in a row of sums 8 columns of gate lie beside the same 8 of up
 typedef ProductTiles<SwizzledTile<128, 64>, SwizzledTile<192, 64>> GateUpTiles;
 
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) gate_up_swiglu_kernel4(bf16 *__restrict__ h,
@@ -3093,13 +3093,13 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) gate_up_swiglu_kernel4(bf16 
                      multiply, finish);
 }
 
-// ---- swiglu_down_backward_kernel3 -------------------------------------------------------------------------
-// As kernel 2; w as it lies: its rows are what is summed over
+// ---- swiglu_down_backward_kernel3: sm_90a -----------------------------------------------------------------
+// As kernel 2. w stays as it lies, summed over its rows: wgmma transposes on the way
 typedef ProductTiles<SwizzledTile<128, 64>, SwizzledTile<64, 192>> DownTiles;
 
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) swiglu_down_backward_kernel3(bf16 *__restrict__ gate_up,
-        bf16 *__restrict__ h, const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap w, int N,
-        int C, int F) {
+        bf16 *__restrict__ h, const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap w,
+        int N, int C, int F) {
     typedef DownTiles Tiles;
     constexpr int ROWS = Tiles::ROWS, COLUMNS = Tiles::COLUMNS, DEPTH = Tiles::DEPTH;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
@@ -3201,9 +3201,9 @@ static void mlp_backward_wgmma(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf1
 }
 
 // The bf16 kernels that differ between devices: by compute capability, the last row that is not above it and
-// whose wgmma the code has. mma.sync is all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0:
-// without wgmma, cuBLASLt and a pass over its result are faster there (dev/SPEED.md 6), and so assumed on
-// 10.x. --mlp overrides the table.
+// whose wgmma the code has. mma.sync is all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on
+// 9.0: without wgmma, cuBLASLt and a pass over its result are faster there (dev/SPEED.md 6), and on 10.x too,
+// we assume. --mlp overrides the table.
 typedef void MlpForward(bf16 *, bf16 *, const bf16 *, const bf16 *, int, int, int);
 typedef void AttentionForward(bf16 *, float *, const bf16 *, const int *, int, int, int, int, int);
 typedef void AttentionBackward(bf16 *, const bf16 *, const bf16 *, const bf16 *, const float *, const int *,

@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(MLP_THREADS) gate_up_swiglu_kernel2(bf16 *__re
     }
 }
 
-// ---- kernel 3, shipped for mma.sync: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight;
-// rows leave through shared memory in 16-byte stores ----
+// ---- kernel 3, shipped for mma.sync: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns
+// in flight; rows leave through shared memory in 16-byte stores
 __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *__restrict__ h,
         bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C,
         int F) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *_
                       load<8>(rows.at(r, f + HALF)));
 }
 
-// ---- kernel 4, shipped for sm_90a: wgmma and TMA, 128 x 192 sums, two warpgroups take tiles in turns -------
+// ---- kernel 4, shipped for sm_90a: wgmma and TMA, 128 x 192 sums, two warpgroups take tiles in turns ------
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) gate_up_swiglu_kernel4(bf16 *__restrict__ h,
         bf16 *__restrict__ gate_up, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
         int N, int C, int F) {
@@ -232,8 +232,8 @@ __global__ void swiglu_down_backward_kernel1(bf16 *gate_up, bf16 *h, const bf16 
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
 }
 
-// ---- kernel 2, shipped for mma.sync: the forward's tiles and stages; w is read as it lies, transposed on the way to the
-// tensor cores
+// ---- kernel 2, shipped for mma.sync: the forward's tiles and stages; w is read as it lies, transposed on the
+// way to the tensor cores
 __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(bf16 *__restrict__ gate_up,
         bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
     DownStage *stages = shared_memory<DownStage>();
@@ -270,8 +270,8 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(b
 
 // ---- kernel 3, shipped for sm_90a: wgmma and TMA ----------------------------------------------------------
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) swiglu_down_backward_kernel3(bf16 *__restrict__ gate_up,
-        bf16 *__restrict__ h, const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap w, int N,
-        int C, int F) {
+        bf16 *__restrict__ h, const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap w,
+        int N, int C, int F) {
     typedef DownTiles Tiles;
     constexpr int ROWS = Tiles::ROWS, COLUMNS = Tiles::COLUMNS, DEPTH = Tiles::DEPTH;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
