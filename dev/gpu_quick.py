@@ -256,7 +256,7 @@ def training():
     for name in ("3B", "llama3.2-1B"):
         for T in lengths:
             for mlp in ("passes", "products"): layers(name, T, 2048, mlp)
-    layers("3B", 4096, 2048, "passes", 2 if TINY else 28, 8, "3B, whole", seconds=16)
+    layers("3B", 4096, 2048, "products", 2 if TINY else 28, 8, "3B, whole", seconds=16)
     preset("15M", 524288)
     preset("100M", 131072)
     for name in ("3B", "llama3.2-1B"):                          # the other chunk last: it changes the head alone

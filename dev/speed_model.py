@@ -508,6 +508,9 @@ def planner_rows(counts):
         at = lambda C, terms: factor * sum(counts.product(kernel, 1, C, 1)[t] for t in terms)
         line = lambda terms: (at(0, terms), at(1, terms) - at(0, terms), 0)
         out.append(row(name, 0, 0, line(("tensor_us",)), line(("issue_us", "sfu_us"))))
+    for name, kernel in (("GATE_UP_WGMMA", "gate_up_swiglu"), ("DOWN_WGMMA", "swiglu_down_backward")):     # per element of h, but for DRAM and the last tiles
+        at = lambda C: wgmma_product_factor() * max(product_on_chip(C)) * WGMMA_PRODUCTS[kernel]["columns_per_f"] / (ROWS * COLUMNS * SMS * CLOCK) * 1e6
+        out.append(row(name, 0, 0, (2 * at(1024) - at(2048), (at(2048) - at(1024)) / 1024, 0), (0, 0, 0)))
     return "\n".join(out + ["};"]) + "\n"
 
 
@@ -623,6 +626,12 @@ def product_clocks(columns, steps):
     return steps * 2 * ROWS * columns * 64 / WGMMA_SM["tensor"], steps * (reads + writes) / WGMMA_SM["shared"]
 
 
+def product_on_chip(C):
+    """Clocks of a tile of ours: of tensor cores; of shared memory, with the sums that are written and read once on their way to memory"""
+    tensor, shared = product_clocks(COLUMNS, -(-C // 64))
+    return tensor, shared + 2 * ROWS * COLUMNS * 2 / WGMMA_SM["shared"]
+
+
 def wgmma_product_factor():
     """Modelled time of fast.cu's product, 4096 x 4096 x 4096, to published: what the model does not know, latency and clocks under load"""
     n = 4096
@@ -638,10 +647,10 @@ def wgmma_product(N, C, F, kernel):
     k = WGMMA_PRODUCTS[kernel]
     width, sums = F * k["columns_per_f"], ROWS * COLUMNS
     rows, columns = -(-N // ROWS), -(-width // COLUMNS)
-    tensor, shared = product_clocks(COLUMNS, -(-C // 64))
+    tensor, shared = product_on_chip(C)
     tiles = rows * columns
     operands = 2.0 * N * C + 2.0 * width * C * max(1, rows / GROUP)     # the right one anew for each group of rows
-    clocks = {"tensor": tensor, "shared": shared + 2 * sums * 2 / WGMMA_SM["shared"], "instructions": k["instructions"] * sums / WGMMA_SM["instructions"],
+    clocks = {"tensor": tensor, "shared": shared, "instructions": k["instructions"] * sums / WGMMA_SM["instructions"],
               "exponentials": k["exponentials"] * sums / WGMMA_SM["exponentials"], "dram": (k["bytes"] * sums + operands / tiles) * SMS * CLOCK / DRAM}
     ends = TMA_CLOCKS + max(clocks["instructions"], clocks["exponentials"], clocks["dram"])     # first loads; the epilogue of the last tile
     return (-(-tiles // SMS) * max(clocks.values()) + ends) / CLOCK, clocks, 2.0 * N * C * width
