@@ -5,7 +5,7 @@
 //         GB for N 16384, C 2048, F 11008. A product and then a pass would move 2·2·N·F more: gate_up read
 //         again; dh written and read
 // FLOPs   4·N·C·F = 1.48 T; 2·N·C·F = 0.74 T
-// floor   1.49 ms; 0.75 ms (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak)
+// floor   1.49 ms; 0.75 ms (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak, wgmma all of it)
 // idea    a product does C multiplications per output: its epilogue is the cheap place for what comes next.
 //         Each byte from memory and from shared memory must meet as many multiplications as possible: large
 //         tiles, sums in registers
