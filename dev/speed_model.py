@@ -2,7 +2,7 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp auto|passes|products] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp auto|passes|products] [--attention mma|wgmma] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
     dev/speed_model.py --wgmma [--markdown]               kernels with wgmma and TMA (sm_90a), beside published figures
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
@@ -23,6 +23,7 @@ Where the numbers come from
   attention  tensor + issue + SFU terms added up (mma.sync at 0.62 of 989.4 TFLOP/s; 4 warp instructions, 16 SFU lanes, 64 integer
            lanes and 128 shared bytes per clock and SM, 132 SMs, 1.755 GHz), no DRAM, or the shared or integer term where that takes
            longer; the sum times the factor that brings the same sum for FlashAttention-2's kernel (forward, backward) to its published speed.
+           --attention wgmma: the kernels of Hopper, largest term of a tile, times a factor from published figures of such kernels.
   left out gaps between kernels, the host, latency, tails of the last wave, causal imbalance between blocks, NCCL, and power limits.
 """
 import argparse
@@ -398,7 +399,7 @@ def counted_parameters(counts):
     return Config(r["V"], r["L"], r["C"], r["H"], r["K"], r["D"], r["F"], 1).n
 
 
-def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
+def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attention="mma"):
     """Ops of a micro-step (N = B*T tokens) and of an update, in the order of the program."""
     N, C, F, L = B * T, c.C, c.F, c.L
     factor, backward_factor = fa2()[1], fa2_backward()[1]
@@ -457,6 +458,8 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
         gemm("qkv backward w", L, c.W, C, N, 4, True),
         memory_bound("other", "embedding backward", 1, embed("embedding_backward")),
     ]
+    if attention == "wgmma":
+        for x in ops: wgmma_attention(x, c, B, T)
     run_n = counted_parameters(counts)
     adamw = counts.per_item("mlp 1", counts.name("mlp 1", "adamw_update<bf16, float>"), run_n, c.n)
     if state == "bf16":     # m and v: 4 bytes less to read and to write each; instructions as with float
@@ -667,6 +670,18 @@ def print_wgmma_products(markdown):
     print(f"Factor {factor:.3f}: fast.cu's product of 4096 x 4096 x 4096 in this model to its published {PLAIN_PUBLISHED[4096] / 1e12:.0f} TFLOP/s on an H100. DRAM at {DRAM / 1e12:.1f} TB/s.")
 
 
+def wgmma_attention(op, c, B, T):
+    """op as its wgmma kernel: the model times what it is off at T 4096, 64 heads of 128, from cuDNN's published figures on an H200. Bytes stay as counted."""
+    n, heads = 4096, 64
+    off = {"attention forward": 2.0 * n * n * 128 * heads / wgmma_forward(n, heads, 128)[0] / 591e12}
+    off["attention backward: dq"] = off["attention backward: dk dv"] = 5.0 * n * n * 128 * heads / wgmma_one_pass(n, heads)[0] / 474e12
+    if op.name not in off: return
+    dq, dkdv = wgmma_backward(T, B * c.H, B * c.K, c.D)
+    t, clocks = {"attention forward": wgmma_forward(T, B * c.H, c.D), "attention backward: dq": dq, "attention backward: dk dv": dkdv}[op.name]
+    op.seconds, op.limit = t * off[op.name], max(clocks, key=clocks.get)
+    op.terms = f"times {off[op.name]:.2f}; of a tile, in clocks: " + ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
+
+
 def print_wgmma(markdown):
     lengths = (2048, 4096, 8192, 16384, 32768)
     says = lambda clocks: ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
@@ -778,6 +793,7 @@ def main():
     p.add_argument("--device", default="h100", choices=list(DEVICES))
     p.add_argument("--memory-gib", type=float, default=0, help="0: the device's")
     p.add_argument("--mlp", default="auto", choices=["auto", "passes", "products"])
+    p.add_argument("--attention", default="mma", choices=["mma", "wgmma"])
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
     p.add_argument("--wgmma", action="store_true")
@@ -806,7 +822,7 @@ def main():
     B = B or 1
     N = B * T
     need = arenas(c, B, T, o.recompute, chunk, state_bytes)
-    ops, update = step_ops(counts, c, B, T, o.recompute, chunk, o.optimizer_dtype, o.mlp)
+    ops, update = step_ops(counts, c, B, T, o.recompute, chunk, o.optimizer_dtype, o.mlp, o.attention)
     micro = total / N
     seconds = lambda xs: sum(x.seconds * x.times for x in xs)
     step = micro * seconds(ops) + seconds(update)
@@ -894,7 +910,7 @@ def print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, mic
         for rows_of_logits in (128, DEFAULT_CHUNK, 4096):
             b = largest_batch(c, T, recompute, rows_of_logits, o.total_batch_tokens, memory, state_bytes)
             if not b: continue
-            ops2, up2 = step_ops(counts, c, b, T, recompute, rows_of_logits, o.optimizer_dtype, o.mlp)
+            ops2, up2 = step_ops(counts, c, b, T, recompute, rows_of_logits, o.optimizer_dtype, o.mlp, o.attention)
             m = o.total_batch_tokens / (b * T)
             t = m * sum(x.seconds * x.times for x in ops2) + sum(x.seconds * x.times for x in up2)
             rows.append([recompute, rows_of_logits, b, f"{sum(arenas(c, b, T, recompute, rows_of_logits, state_bytes)) / MIB:.0f}", f"{o.total_batch_tokens / t:.0f}",
