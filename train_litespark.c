@@ -8045,9 +8045,9 @@ static double mma_kernel(const GpuKind *g, int kernel, int D, int G, double x) {
     return 1e-6 * ((t[0] + (t[1] + t[2] * x) * x) * tensor + (o[0] + (o[1] + o[2] * x) * x) * other);
 }
 
-// Products with SwiGLU as their epilogue. With wgmma a tile of 128 rows takes the larger of the chip's time and
-// of memory's, which reads the right operand anew for 2048 rows; all SMs wait for the one with most tiles. The
-// first loads (1500 clocks) and the last epilogue have nothing beside them.
+// Products with SwiGLU as their epilogue. With wgmma a tile of 128 rows takes the larger of the chip's time
+// and of memory's, which reads the right operand anew for 2048 rows; all SMs wait for the one with most
+// tiles. The first loads (1500 clocks) and the last epilogue have nothing beside them.
 static int is_hopper(const GpuKind *g) { return g->option[0] == 'h'; }
 static double swiglu_product(const GpuKind *g, int backward, double N, double C, double F) {
     const int mma = backward ? DOWN_SWIGLU_BACKWARD : GATE_UP_SWIGLU;

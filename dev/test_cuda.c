@@ -430,33 +430,31 @@ static void check_gradients(void) {
     }
 }
 
-// The MLP in its forms: products with SwiGLU as their epilogue, by mma.sync and by Hopper's wgmma, and a pass between
-// cuBLASLt's products.
+// The MLP in both of its forms: products with SwiGLU as their epilogue, and a pass between cuBLASLt's products.
 static void check_mlp_forms(void) {
-    const struct { const char *name, *options, *environment; } forms[] = {
-        {"passes", "--mlp passes", ""}, {"products", "--mlp products", ""}, {"wgmma", "--mlp products", "EMU_CC=9.0"}};
-    for (int i = 0; i < COUNT(cases); i++) for (int f = 0; f < COUNT(forms); f++) {
+    const char *const forms[2] = {"passes", "products"}, *const options[2] = {"--mlp passes", "--mlp products"};
+    for (int i = 0; i < COUNT(cases); i++) for (int fused = 0; fused < 2; fused++) {
         const Case *c = &cases[i];
         char name[100], text[400];
-        snprintf(name, sizeof name, "MLP in %s %s bf16", forms[f].name, c->name);
-        int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide"), by_default = level == PTX ? f == 0 : f == 1;
-        if (!(c->levels & level) || (level != LONG && (!few || by_default)) || (f == 2 && !is_emu()) || !wanted(name)) continue;
-        char *command = path_text("env %s %s", forms[f].environment, cuda);
-        Run r = start_dump(command, forms[f].name, c, "bf16", forms[f].options);
-        free(command);
+        snprintf(name, sizeof name, "MLP in %s %s bf16", forms[fused], c->name);
+        int few = !strcmp(c->name, "llama") || !strcmp(c->name, "wide");
+        if (!(c->levels & level) || (level != LONG && !few) || (level == QUICK && fused) || (level == PTX && !fused) ||
+            !wanted(name)) continue;
+        Run r = start_dump(cuda, forms[fused], c, "bf16", options[fused]);
         if (finish(&r)) { result(name, 0, "%s", complaint(&r)); continue; }
-        int ok = dump_is_right(c, forms[f].name, "bf16", text, sizeof text);
+        int ok = dump_is_right(c, forms[fused], "bf16", text, sizeof text);
         result(name, ok, "%s", text);
     }
 }
 
-// Kernels of sm_90a alone (wgmma, TMA): attention on an emulated device of compute capability 9.0, in two schedules.
+// Kernels of sm_90a alone (wgmma, TMA): attention and MLP on an emulated device of compute capability 9.0, in two schedules.
 static void check_hopper(void) {
     for (int i = 0; i < COUNT(cases) && is_emu(); i++) for (int order = 0; order < 2; order++) {
         const Case *c = &cases[i];
         char name[100], who[20], text[400];
         snprintf(name, sizeof name, "gradients %s bf16 on 9.0%s", c->name, order ? ", another schedule" : "");
-        int few = !strcmp(c->name, "mistral") || !strcmp(c->name, "d104") || !strcmp(c->name, "documents");
+        int few = !strcmp(c->name, "mistral") || !strcmp(c->name, "d104") || !strcmp(c->name, "documents") ||
+                  !strcmp(c->name, "wide");
         if ((level != LONG && (order || !few)) || !wanted(name)) continue;
         snprintf(who, sizeof who, "hopper%d", order);
         char *command = path_text("env EMU_CC=9.0 EMU_SEED=%d %s", order, cuda);
