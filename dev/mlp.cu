@@ -11,9 +11,10 @@
 //         tiles, sums in registers
 // limits  bf16, C % 8 == 0, F % 8 == 0
 // result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0
-//         2182 and 651
-//         (all caches missed); 1 13.4 and 15; 2 7.3 and 2.2; 3 2.9 and 2.0 (16 blocks).  backward (1.7 MB) 0
-//         102 and 30; 1 9.7 and 10; 2 2.4 and 2.5. Measured: not yet
+//         2182 and 651 (all caches missed); 1 13.4 and 15; 2 7.3 and 2.2; 3 2.9 and 2.0 (16 blocks); 4 2.6.
+//         backward (1.7 MB) 0 102 and 30; 1 9.7 and 10; 2 2.4 and 2.5; 3 2.2. The last of both (sm_90a) where
+//         there is a tile for every SM: 714 and 694 TFLOP/s of 989 (3B, N 16384), dev/SPEED.md 6. Measured: not
+//         yet
 #include "bench.cuh"
 
 // ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ---------------------
