@@ -2990,8 +2990,8 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(b
 // FLOPs   as above: 1.49 and 0.75 ms at the 989 TFLOP/s of an H100
 // idea    A block walks over many tiles of 128 x 192 sums. One thread does nothing but copy: 64 columns of
 //         both operands at a time, into a ring of four stages. Two warpgroups take the tiles in turns: while
-//         one rounds its sums, computes SwiGLU and stores, the tensor cores work for the other. Per stage they
-//         take 768 clocks and shared memory 832: operands read 512, copies written 320
+//         one rounds its sums, computes SwiGLU and stores, the tensor cores work for the other. Per stage
+//         they take 768 clocks and shared memory 832: operands read 512, copies written 320
 // limits  C % 8 == 0, F % 8 == 0: TMA writes zeros past the end of rows and columns. 216,064 bytes of shared
 //         memory; 240 registers for those who compute, 24 for who copies
 struct ProductSums { float half[2][1][24][4]; };            // of a warpgroup: 64 rows, then 64 more
@@ -3164,8 +3164,8 @@ static TensorMap rows_map(const bf16 *x, int N, int C, uint32_t height) {
     const uint64_t row = (uint64_t)C * 2;
     return tensor_map(x, {(uint64_t)C, 1, (uint64_t)N, 1}, {row, row, row * N}, {64, 1, height, 1});
 }
-// A block per SM, fewer if there are fewer tiles. Sums over ranks hold SMs for themselves meanwhile: so that no
-// block waits for one of those with all of its tiles, it then has eight.
+// A block per SM, fewer if there are fewer tiles. Sums over ranks hold SMs for themselves meanwhile: so that
+// no block waits for one of those with all of its tiles, it then has eight.
 static int product_blocks(int N, int rows, int F, int columns) {
     static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
     const int tiles = CEIL_DIV(N, rows) * CEIL_DIV(F, columns);
