@@ -7984,7 +7984,8 @@ double gpu_peak(const char *name, int bf16) {
 enum { EMBED_FORWARD, EMBED_BACKWARD, NORM_FORWARD, NORM_BACKWARD, LAST_NORM_BACKWARD, NORM_SUMS,
        ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, CROSS_ENTROPY, CLEAR_GRADS,
        SUM_OF_SQUARES, ADAMW };
-enum { ATTENTION_FORWARD, ATTENTION_BACKWARD, GATE_UP_SWIGLU, DOWN_SWIGLU_BACKWARD };
+enum { ATTENTION_FORWARD, ATTENTION_BACKWARD, GATE_UP_SWIGLU, DOWN_SWIGLU_BACKWARD, GATE_UP_WGMMA,
+       DOWN_WGMMA };
 // us on an H100, a + b x + c x^2: of a query head (G share a key) and x = T; of an element of h and x = C
 typedef struct MmaKernel { int kernel, D, G; double tensor[3], other[3]; } MmaKernel;
 // counted, written by dev/speed_model.py --planner sync
@@ -8015,6 +8016,8 @@ static const MmaKernel mma_kernels[] = {        // tensor cores; instructions an
     {ATTENTION_BACKWARD, 128, 8, {0.07006, -4.24e-05, 1.616e-06}, {0.06866, 3.66e-05, 1.348e-06}},
     {GATE_UP_SWIGLU, 0, 0, {0, 6.165e-09, 0}, {1.083e-06, 2.835e-09, 0}},
     {DOWN_SWIGLU_BACKWARD, 0, 0, {0, 3.082e-09, 0}, {1.321e-06, 1.622e-09, 0}},
+    {GATE_UP_WGMMA, 0, 0, {3.186e-07, 5.392e-09, 0}, {0, 0, 0}},
+    {DOWN_WGMMA, 0, 0, {1.593e-07, 2.696e-09, 0}, {0, 0, 0}},
 };
 // end of what is counted
 
@@ -8042,6 +8045,22 @@ static double mma_kernel(const GpuKind *g, int kernel, int D, int G, double x) {
     return 1e-6 * ((t[0] + (t[1] + t[2] * x) * x) * tensor + (o[0] + (o[1] + o[2] * x) * x) * other);
 }
 
+// Products with SwiGLU as their epilogue. With wgmma a tile of 128 rows takes the larger of the chip's time
+// and of memory's, which reads the right operand anew for 2048 rows; all SMs wait for the one with most
+// tiles. The first loads (1500 clocks) and the last epilogue have nothing beside them.
+static int is_hopper(const GpuKind *g) { return g->option[0] == 'h'; }
+static double swiglu_product(const GpuKind *g, int backward, double N, double C, double F) {
+    const int mma = backward ? DOWN_SWIGLU_BACKWARD : GATE_UP_SWIGLU;
+    const int wgmma = backward ? DOWN_WGMMA : GATE_UP_WGMMA;
+    const double columns = backward ? 192 : 96, tiles = ceil(N / 128) * ceil(F / columns);
+    const double operands = 2 * N * C + 2 * C * F * (backward ? 1 : 2) * fmax(1, N / 2048);
+    const double bytes = 128 * columns * (backward ? 10 : 6) + operands / tiles;
+    const double memory = bytes * g->sms / (g->dram * 1e12);
+    if (!is_hopper(g)) return N * F * mma_kernel(g, mma, 0, 0, C);
+    const double chip = 128 * columns * g->sms * mma_kernel(g, wgmma, 0, 0, C);
+    return ceil(tiles / g->sms) * fmax(chip, memory) + 1500 / (g->clock * 1e9) + memory;
+}
+
 enum { OF_EMBEDDING, OF_ATTENTION, OF_PROJECTIONS, OF_MLP, OF_NORMS, OF_HEAD, OF_OPTIMIZER, N_GROUPS };
 static const char *const group_names[] = {"embedding", "attention, RoPE", "matmuls q k v o", "MLP", "norms",
                                           "head, loss", "optimizer, clearing"};
@@ -8054,7 +8073,8 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     const double W = HD + 2.0 * c->K * c->D, qk = (double)(c->H + c->K) * c->D, heads = (double)p->B * c->H;
     const double chunk = fmin(p->chunk, N), chunks = ceil(N / chunk), norm = pass(g, NORM_FORWARD, N, C);
     const double own = n / p->shard, dram = g->dram * 1e12;
-    const int G = c->H / c->K, products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && g->mma_sync == 1);
+    const int G = c->H / c->K, by_default = g->mma_sync == 1 || is_hopper(g);
+    const int products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && by_default);
     double *s = t[MICRO_STEP], *f = t[FORWARD], *a = t[AGAIN], *b = t[BACKWARD];
     memset(t, 0, sizeof(double) * N_PHASES * N_GROUPS);
     s[OF_EMBEDDING] = pass(g, EMBED_FORWARD, N, C) + pass(g, EMBED_BACKWARD, N, C);
@@ -8063,8 +8083,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
                            + product(g, c->Vp, C, chunk, 4, 1) + pass(g, CROSS_ENTROPY, chunk, c->V))
                + 2 * N * C / dram;                                      // dx is cleared
     s[OF_OPTIMIZER] = p->zero >= 2 ? pass(g, CLEAR_GRADS, n, 1) : 0;    // what a unit adds to before the sum
-    const double gate_up = products ? N * F * mma_kernel(g, GATE_UP_SWIGLU, 0, 0, C)
-                                    : product(g, N, 2 * F, C, 2, 0);
+    const double gate_up = products ? swiglu_product(g, 0, N, C, F) : product(g, N, 2 * F, C, 2, 0);
     f[OF_NORMS] = 2 * norm;
     f[OF_PROJECTIONS] = product(g, N, W, C, 2, 0) + product(g, N, C, HD, 2, 1);
     f[OF_ATTENTION] = pass(g, ROPE_FORWARD, N, qk)
@@ -8074,7 +8093,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     a[OF_ATTENTION] = p->recompute == RECOMPUTE_BLOCK ? f[OF_ATTENTION] : 0;
     a[OF_MLP] = p->recompute != RECOMPUTE_NONE ? gate_up : 0;
     a[OF_NORMS] = p->recompute * norm;                                  // none 0, mlp 1, block 2
-    b[OF_MLP] = (products ? N * F * mma_kernel(g, DOWN_SWIGLU_BACKWARD, 0, 0, C)
+    b[OF_MLP] = (products ? swiglu_product(g, 1, N, C, F)
                           : product(g, N, F, C, 2, 0) + pass(g, SWIGLU_BACKWARD, N, F))
               + product(g, C, F, N, 4, 1) + product(g, N, C, 2 * F, 2, 0) + product(g, 2 * F, C, N, 4, 1);
     b[OF_NORMS] = 2 * (pass(g, NORM_BACKWARD, N, C) + pass(g, NORM_SUMS, 0, C));

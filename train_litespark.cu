@@ -728,7 +728,13 @@ template <int n, int NT> __device__ __forceinline__ void wgmma_wait(float (&sum)
     SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
     for (int i = 0; i < NT; i++) asm volatile("" : SUMS_4(sum[0][i]) :: "memory");
 }
-// sum (64,128) = a (64,16) b^T (128,16); add: +=
+// sum (64,64) = a (64,16) b^T (64,16); add: +=. Then the same with 128 rows of b
+__device__ __forceinline__ void wgmma_rows(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
+    SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_32
+          "}, %32, %33, add, 1, 1, 0, 0;\n}"
+          : SUMS_32(sum[0], 0) : "l"(a), "l"(b), "r"(add));
+}
 __device__ __forceinline__ void wgmma_rows(float (&sum)[1][16][4], uint64_t a, uint64_t b, int add) {
     SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
           "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64
@@ -745,6 +751,23 @@ __device__ __forceinline__ void wgmma_columns(float (&sum)[1][16][4], const uint
     SM90A("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
           REGISTERS_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
           : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Sums of 192 columns, both operands in shared memory: sum (64,192) += a (64,16) b^T (192,16), a (64,16) b
+// (16,192). And the wait after which no sums are read.
+#define REGISTERS_96 REGISTERS_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_192(by_columns) \
+    SM90A("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" REGISTERS_96 \
+          "}, %96, %97, 1, 1, 1, 0, " by_columns ";" \
+          : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8), SUMS_32(sum[0], 16) : "l"(a), "l"(b))
+__device__ __forceinline__ void wgmma_rows(float (&sum)[1][24][4], uint64_t a, uint64_t b) { WGMMA_192("0"); }
+__device__ __forceinline__ void wgmma_columns(float (&sum)[1][24][4], uint64_t a, uint64_t b) {
+    WGMMA_192("1");
+}
+template <int n> __device__ __forceinline__ void wgmma_wait() {
+    SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
 }
 
 // 2^x, relative error 2^-22; results below 2^-126 are 0
@@ -1902,10 +1925,10 @@ template <int ROWS, int WIDTH> struct SwizzledTile {
 // One thread starts the copy of the rows t.. of a head, of sequence b; `landed` gets the bytes.
 template <int ROWS, int WIDTH>
 __device__ __forceinline__ void tma_load_tile(SwizzledTile<ROWS, WIDTH> &tile, uint64_t *landed,
-                                              const TensorMap *qkv, int head, int t, int b) {
+                                              const TensorMap *heads, int head, int t, int b) {
     mbarrier_expect(landed, sizeof tile);
     for (int panel = 0; panel < tile.PANELS; panel++)
-        tma_load(tile.element[panel], qkv, landed, panel * 64, head, t, b);
+        tma_load(tile.element[panel], heads, landed, panel * 64, head, t, b);
 }
 
 // score (64,KEYS) = rows row..row+63 of q times k^T, for a warpgroup; runs until wgmma_wait
@@ -1928,6 +1951,14 @@ __device__ __forceinline__ void wgmma_values(float (&out)[1][WIDTH / 8][4], cons
     for (int k = 0; k < KEYS; k += 16)
         wgmma_columns(out, p[k / 16], wgmma_operand(v.element[0][k], v.PANEL_BYTES));
     wgmma_commit();
+}
+
+// p: the sums of one product, rounded, as wgmma_values takes them: no lane needs what another has.
+template <int NT>
+__device__ __forceinline__ void pack_left(uint32_t (&p)[NT / 2][4], const float (&sum)[1][NT][4]) {
+    #pragma unroll
+    for (int i = 0; i < NT * 2; i++)
+        p[i / 4][i % 4] = pack_bf16(sum[0][i / 2][i % 2 * 2], sum[0][i / 2][i % 2 * 2 + 1]);
 }
 
 enum { WGMMA_THREADS = 384 };           // three warpgroups: two compute, a thread of the third copies
@@ -1990,11 +2021,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
     };
-    auto pack = [&] {
-        #pragma unroll
-        for (int i = 0; i < KEYS / 4; i++)
-            p[i / 4][i % 4] = pack_bf16(score[0][i / 2][i % 2 * 2], score[0][i / 2][i % 2 * 2 + 1]);
-    };
     auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
     mbarrier_wait(&tile.q_full, 0);
     mbarrier_wait(&tile.k_full[0], 0);
@@ -2003,7 +2029,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     wgmma_wait<0>(score);
     release(&tile.k_empty[0]);
     probabilities(first);
-    pack();
+    pack_left(p, score);
     if (group == 1) barrier_arrive(1, 256);         // group 0 begins
     for (int i = 1; i < n; i++) {
         const int j = i - 1;
@@ -2024,7 +2050,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
             #pragma unroll
             for (int c = 0; c < WIDTH / 2; c++) out_t[0][c / 4][c % 4] *= shrink[0][0][c % 4];
         }
-        pack();
+        pack_left(p, score);
     }
     mbarrier_wait(&tile.v_full[(n - 1) % 2], (n - 1) / 2 % 2);
     wgmma_fence();
@@ -2108,15 +2134,20 @@ static void attention_forward_mma(bf16 *out, float *lse, const bf16 *qkv, const 
     });
 }
 
+// The heads of x (B,T,heads,D), which TMA copies as boxes of `rows` rows of one head
+static TensorMap head_map(const bf16 *x, int B, int T, int heads, int D, int rows) {
+    const uint64_t row_bytes = (uint64_t)heads * D * 2;
+    return tensor_map(x, {(uint64_t)D, (uint64_t)heads, (uint64_t)T, (uint64_t)B},
+                      {(uint64_t)D * 2, row_bytes, row_bytes * T}, {64, 1, (uint32_t)rows, 1});
+}
+
 static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B,
                                     int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    const uint64_t W = (uint64_t)(H + 2 * K) * D;
     auto start = [&](auto width) {
         typedef WgmmaTiles<decltype(width)::value> Tiles;
         static_assert(Tiles::QUERIES == Tiles::KEYS);                       // one map serves q, k and v
-        const TensorMap map = tensor_map(qkv, {(uint64_t)D, (uint64_t)(H + 2 * K), (uint64_t)T, (uint64_t)B},
-                                         {(uint64_t)D * 2, W * 2, W * T * 2}, {64, 1, Tiles::KEYS, 1});
+        const TensorMap map = head_map(qkv, B, T, H + 2 * K, D, Tiles::KEYS);
         launch(attention_forward_kernel4<decltype(width)::value>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)),
                WGMMA_THREADS, sizeof(Tiles), out, lse, map, doc_start, T, H, K, D,
                (float)(M_LOG2E / sqrt((double)D)));
@@ -2200,7 +2231,7 @@ template <typename floatX> void keep_keys_values(floatX *kv, const floatX *qkv, 
 // idea    the product dO V^T starts from -delta, so dS needs no subtraction. It is the second time that Q K^T
 //         and dO V^T are computed (7 products in all instead of 5): the price of sums without atomics
 // limits  as the forward; 95,744 bytes at D 128: two blocks per SM on sm_90, one on sm_80
-// variants dev/attention_backward.cu: 0 a thread per query, 1 tensor cores without overlap, 2 this
+// variants dev/attention_backward.cu: 0 a thread per query, 1 tensor cores, no overlap, 2 this, 3 below
 template <int WIDTH> struct DqTiles {
     static constexpr int MT = 2, NT = 4, ROWS = 16 * MT, QUERIES = ROWS * ATT_WARPS, KEYS = 8 * NT;
     Tile<QUERIES, WIDTH> q, dout;
@@ -2282,6 +2313,19 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
     store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, warp_q, T - t, D);
 }
 
+// Queries see no keys before their document: of the tiles of queries from t_first on, the end of those in
+// which some query sees keys before s_end. All threads of the block call.
+template <int THREADS, int QUERIES>
+__device__ __forceinline__ int queries_end(int t_first, int s_end, const int *doc_start, int row0, int T) {
+    if (!doc_start) return T;
+    int seen = 0;
+    for (int i = 0; t_first + i * QUERIES < T; i += THREADS) {
+        const int t = t_first + (i + (int)threadIdx.x) * QUERIES;
+        seen += __syncthreads_count(t < T && doc_start[row0 + t] < s_end);
+    }
+    return t_first + seen * QUERIES;
+}
+
 // ---- attention_backward_dkdv_kernel2: a block has up to 128 keys and walks all queries that see them ------
 // dk, dv (in dqkv) =: sums over the H/K query heads that share them, head after head
 // bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128.
@@ -2295,7 +2339,7 @@ __global__ void __launch_bounds__(ATT_THREADS, 2) attention_backward_dq_kernel2(
 //         once, and a named barrier of the pair says when
 // limits  as the forward. 147,200 bytes of shared memory at D 128 with 4 pairs; devices with less get 2 pairs
 //         and 100,096
-// variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, no overlap, 2 this
+// variants dev/attention_backward.cu: 0 a thread per key, 1 tensor cores, a warp for both, 2 this, 3 below
 template <int WIDTH, int PAIRS> struct DkdvTiles {
     static constexpr int MT = WIDTH <= 64 ? 4 : 2, NT = WIDTH <= 64 ? 4 : 6;
     static constexpr int ROWS = 16 * MT, KEYS = ROWS * PAIRS, QUERIES = 8 * NT, THREADS = 64 * PAIRS;
@@ -2324,18 +2368,9 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     float4 *exchange = &tile.exchange[pair][0][lane];
     Tile<ROWS, WIDTH> &left = rows_of<ROWS>(owns_dk ? tile.v : tile.k, pair_row);   // only this warp's
 
-    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends.
-    // Then the next head.
+    // Queries that see this tile: from the diagonal on. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
-    int t_end = T;
-    if (doc_start) {
-        int seen = 0;
-        for (int i = 0; t_first + i * QUERIES < T; i += THREADS) {
-            const int t = t_first + (i + (int)threadIdx.x) * QUERIES;
-            seen += __syncthreads_count(t < T && doc_start[row0 + t] < s0 + KEYS);
-        }
-        t_end = t_first + seen * QUERIES;
-    }
+    const int t_end = queries_end<THREADS, QUERIES>(t_first, s0 + KEYS, doc_start, row0, T);
     auto load_queries = [&](int h, int t, int buffer) {
         load_tile<THREADS>(tile.q[buffer], qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
         const bf16 *dout_t = dout + ((size_t)(row0 + t) * H + h) * D;
@@ -2406,6 +2441,210 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
+// ---- attention_backward_dq_kernel3: sm_90a; wgmma and TMA -------------------------------------------------
+// As kernel 2. A block has 128 queries of a head and walks over tiles of 128 keys.
+// floor   208 us for the shape above: wgmma has the whole rate of the tensor cores
+// idea    the roles of attention_forward_kernel4: one thread copies, two warpgroups have 64 queries each and
+//         compute. P comes from the scores while dO V^T is being computed. What dS costs besides, one group
+//         spends under the other's products: nothing holds the two in step
+// limits  as attention_forward_kernel4; all 232,448 bytes of shared memory at D 128
+template <int WIDTH> struct __align__(1024) WgmmaDqTiles {  // of a block, in shared memory
+    static constexpr int QUERIES = 128, KEYS = 128;
+    SwizzledTile<QUERIES, WIDTH> q, dout;
+    SwizzledTile<KEYS, WIDTH> k[2], v[2];
+    Tile<16, WIDTH> dq[QUERIES / 16];
+    uint64_t rows_full, full[2], empty[2];                  // mbarriers: q and dout; k and v
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel3(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const __grid_constant__ TensorMap qkv_map,
+        const __grid_constant__ TensorMap dout_map, const bf16 *__restrict__ dout,
+        const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef WgmmaDqTiles<WIDTH> Tiles;
+    constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    // long rows first
+    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.rows_full, 2);
+        for (int i = 0; i < 2; i++) mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 2) {                                                       // the copies
+        registers_give<24>();
+        if (threadIdx.x % 128 > 0) return;
+        const int head = H + h / (H / K);
+        tma_load_tile(tile.q, &tile.rows_full, &qkv_map, h, t0, b);
+        tma_load_tile(tile.dout, &tile.rows_full, &dout_map, h, t0, b);
+        for (int i = 0; i < n; i++) {
+            mbarrier_wait(&tile.empty[i % 2], i / 2 % 2 ^ 1);
+            tma_load_tile(tile.k[i % 2], &tile.full[i % 2], &qkv_map, head, first + i * KEYS, b);
+            tma_load_tile(tile.v[i % 2], &tile.full[i % 2], &qkv_map, head + K, first + i * KEYS, b);
+        }
+        return;
+    }
+    registers_take<240>();
+    const int warp = threadIdx.x / 32, t = t0 + warp * 16;                  // the warp's 16 rows
+    const int doc_last = doc_start ? doc_start[row0 + min(t + 16, T) - 1] : 0;
+    const float log2_scale = scale * (float)M_LOG2E;
+    float row_lse[2], row_delta[2], p[1][KEYS / 8][4] = {}, ds[1][KEYS / 8][4] = {};
+    float dq[1][WIDTH / 8][4] = {};
+    uint32_t left[KEYS / 16][4];
+    for (int i = 0; i < 2; i++) {                           // the four lanes of a row share out its D
+        const int row = t + i * 8 + lane / 4;
+        const size_t at = (size_t)(row0 + row) * H + h;
+        float sum = 0;
+        for (int d = lane % 4 * 8; row < T && d < D; d += 32) {
+            float dout_d[8], out_d[8];
+            widen(dout_d, load<8>(dout + at * D + d));
+            widen(out_d, load<8>(out + at * D + d));
+            for (int j = 0; j < 8; j++) sum += dout_d[j] * out_d[j];
+        }
+        row_delta[i] = warp_sum(sum, 4);
+        row_lse[i] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;         // past the end p = 0
+        if (lane % 4 == 0 && row < T) delta[at] = row_delta[i];
+    }
+    mbarrier_wait(&tile.rows_full, 0);
+    for (int i = 0; i < n; i++) {
+        const int s0 = first + i * KEYS;
+        mbarrier_wait(&tile.full[i % 2], i / 2 % 2);
+        wgmma_fence();
+        wgmma_scores(p, tile.q, group * 64, tile.k[i % 2]);
+        wgmma_scores(ds, tile.dout, group * 64, tile.v[i % 2]);
+        wgmma_wait<1>(p);
+        uint32_t t_here = t;
+        forget_origin(t_here);                      // or what masking makes of t would stay in registers
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(p, t_here, s0, doc_start, row0, T);
+        #pragma unroll
+        for (int j = 0; j < KEYS / 2; j++)
+            p[0][j / 4][j % 4] = exp2_approx(p[0][j / 4][j % 4] * log2_scale - row_lse[j % 4 / 2]);
+        wgmma_wait<0>(ds);
+        #pragma unroll
+        for (int j = 0; j < KEYS / 2; j++)
+            ds[0][j / 4][j % 4] = p[0][j / 4][j % 4] * (ds[0][j / 4][j % 4] - row_delta[j % 4 / 2]);
+        pack_left(left, ds);
+        wgmma_fence();
+        wgmma_values(dq, left, tile.k[i % 2]);
+        wgmma_wait<0>(dq);
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);
+    }
+    const int W = (H + 2 * K) * D;
+    store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, tile.dq[warp], T - t, D);
+}
+
+// ---- attention_backward_dkdv_kernel3: sm_90a; wgmma and TMA -----------------------------------------------
+// As kernel 2. A block has 128 keys and walks over tiles of 64 queries, head after head.
+// floor   278 us for the shape above
+// idea    the tiles of scores stand on their sides, keys are rows: P^T and dS^T become left operands without
+//         leaving their registers. A warpgroup has 64 keys and both of their sums, 128 registers per thread
+//         at D 128, which leaves room for tiles of 64 queries. P comes while dP is being computed, dS while
+//         dV is. One thread copies; two warps beside it bring lse and delta, which lie H apart in memory:
+//         nothing for TMA
+// limits  as attention_forward_kernel4; 200,704 bytes of shared memory at D 128
+template <int WIDTH> struct __align__(1024) WgmmaDkdvTiles {        // of a block, in shared memory
+    static constexpr int KEYS = 64, QUERIES = 64, STAGES = 3;       // keys of a warpgroup; queries of a stage
+    SwizzledTile<KEYS, WIDTH> k[2], v[2];
+    SwizzledTile<QUERIES, WIDTH> q[STAGES], dout[STAGES];
+    Tile<16, WIDTH> out[2 * KEYS / 16];
+    float lse[STAGES][QUERIES], delta[STAGES][QUERIES];
+    uint64_t keys_full, full[STAGES], empty[STAGES];                // mbarriers
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(bf16 *__restrict__ dqkv,
+        const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
+        const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef WgmmaDkdvTiles<WIDTH> Tiles;
+    constexpr int KEYS = Tiles::KEYS, QUERIES = Tiles::QUERIES, STAGES = Tiles::STAGES;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    const int kv = blockIdx.x % K, b = blockIdx.x / K, s0 = blockIdx.y * 2 * KEYS;  // most queries first
+    const int row0 = b * T, group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int h_first = kv * (H / K), h_end = h_first + H / K;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.keys_full, 4);
+        for (int i = 0; i < STAGES; i++)
+            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 8);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const int t_end = queries_end<WGMMA_THREADS, QUERIES>(s0, s0 + 2 * KEYS, doc_start, row0, T);
+    if (group == 2) {
+        registers_give<24>();
+        // its first thread copies; its last ones, each for a query, bring lse and delta
+        const int j = (int)threadIdx.x - (WGMMA_THREADS - QUERIES);
+        if (j < 0 && threadIdx.x % 128 > 0) return;
+        for (int i = 0; j < 0 && i < 2; i++) {
+            tma_load_tile(tile.k[i], &tile.keys_full, &qkv_map, H + kv, s0 + i * KEYS, b);
+            tma_load_tile(tile.v[i], &tile.keys_full, &qkv_map, H + K + kv, s0 + i * KEYS, b);
+        }
+        for (int h = h_first, i = 0; h < h_end; h++)
+            for (int t = s0; t < t_end; t += QUERIES, i++) {
+                const int stage = i % STAGES;
+                mbarrier_wait(&tile.empty[stage], i / STAGES % 2 ^ 1);
+                if (j < 0) {
+                    tma_load_tile(tile.q[stage], &tile.full[stage], &qkv_map, h, t, b);
+                    tma_load_tile(tile.dout[stage], &tile.full[stage], &dout_map, h, t, b);
+                } else {                                    // past the end all is 0: dv += 1 * 0, dS = 1 * 0
+                    const unsigned at = (unsigned)(row0 + t + j) * H + h;   // 24 registers must do
+                    tile.lse[stage][j] = t + j < T ? lse[at] * (float)M_LOG2E : 0;
+                    tile.delta[stage][j] = t + j < T ? delta[at] : 0;
+                    mbarrier_arrive(&tile.full[stage]);
+                }
+            }
+        return;
+    }
+    registers_take<240>();
+    const int group_key = s0 + group * KEYS, key = s0 + warp * 16;          // 64 rows; of them the warp's 16
+    const float log2_scale = scale * (float)M_LOG2E;
+    float dk[1][WIDTH / 8][4] = {}, dv[1][WIDTH / 8][4] = {};
+    float p[1][QUERIES / 8][4] = {}, ds[1][QUERIES / 8][4] = {};
+    uint32_t p_left[QUERIES / 16][4], ds_left[QUERIES / 16][4];
+    mbarrier_wait(&tile.keys_full, 0);
+    for (int h = h_first, i = 0; h < h_end; h++)
+        for (int t = s0; t < t_end; t += QUERIES, i++) {
+            const int stage = i % STAGES, t_last = min(t + QUERIES, T) - 1;
+            mbarrier_wait(&tile.full[stage], i / STAGES % 2);
+            // else hidden
+            if (t_last >= group_key && (!doc_start || doc_start[row0 + t] < group_key + KEYS)) {
+                wgmma_fence();
+                wgmma_scores(p, tile.k[group], 0, tile.q[stage]);
+                wgmma_scores(ds, tile.v[group], 0, tile.dout[stage]);
+                wgmma_wait<1>(p);
+                if (t < key + 15 || (doc_start && doc_start[row0 + t_last] > key))
+                    mask_scores<true>(p, t, key, doc_start, row0, T);
+                #pragma unroll
+                for (int j = 0; j < QUERIES / 2; j++)
+                    p[0][j / 4][j % 4] = exp2_approx(p[0][j / 4][j % 4] * log2_scale -
+                                                     tile.lse[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]);
+                pack_left(p_left, p);
+                wgmma_fence();
+                wgmma_values(dv, p_left, tile.dout[stage]);
+                wgmma_wait<1>(ds);
+                #pragma unroll
+                for (int j = 0; j < QUERIES / 2; j++)
+                    ds[0][j / 4][j % 4] = p[0][j / 4][j % 4] * (ds[0][j / 4][j % 4] -
+                                          tile.delta[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]);
+                pack_left(ds_left, ds);
+                wgmma_fence();
+                wgmma_values(dk, ds_left, tile.q[stage]);
+                wgmma_wait<0>(dv);
+                wgmma_wait<0>(dk);
+            }
+            if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
+        }
+    const int W = (H + 2 * K) * D;
+    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    store_rows(out, W, dk, scale, tile.out[warp], T - key, D);
+    store_rows(out + K * D, W, dv, 1, tile.out[warp], T - key, D);
+}
+
 // ---- attention_backward_dq_f32_kernel1, attention_backward_dkdv_f32_kernel1: a warp per query, per key ----
 __global__ void attention_backward_dq_f32_kernel1(float *__restrict__ dqkv, float *__restrict__ delta,
         const float *__restrict__ dout, const float *__restrict__ qkv, const float *__restrict__ out,
@@ -2453,19 +2692,26 @@ __global__ void attention_backward_dkdv_f32_kernel1(float *__restrict__ dqkv, co
 }
 
 // ---- attention_backward: the kernels for a precision, a head size and a device ----------------------------
-template <typename floatX>
-void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *out,
-                        const float *lse, const int *doc_start, int B, int T, int H, int K, int D) {
+static void attention_backward_f32(float *dqkv, const float *dout, const float *qkv, const float *out,
+                                   const float *lse, const int *doc_start, int B, int T, int H, int K,
+                                   int D) {
+    const float scale = (float)(1 / sqrt((double)D));
+    float *delta = gpu.scratch;             // (N,H)
+    const dim3 rows(32, F32_WARPS);
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), rows, 0,
+           dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
+    launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), rows, 0,
+           dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+}
+
+static void attention_backward_mma(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
+                                   const float *lse, const int *doc_start, int B, int T, int H, int K,
+                                   int D) {
     const float scale = (float)(1 / sqrt((double)D));
     float *delta = gpu.scratch;             // (N,H)
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    if constexpr (sizeof(floatX) == 4) {
-        const dim3 rows(32, F32_WARPS);
-        launch(attention_backward_dq_f32_kernel1, dim3(B * H, CEIL_DIV(T, F32_WARPS)), rows, 0,
-               dqkv, delta, dout, qkv, out, lse, doc_start, T, H, K, D, scale);
-        launch(attention_backward_dkdv_f32_kernel1, dim3(B * K, CEIL_DIV(T, F32_WARPS)), rows, 0,
-               dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
-    } else with_width(D, [&](auto width) {
+    with_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value, PAIRS = WIDTH <= 64 ? 2 : 4;
         static int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
         typedef DqTiles<WIDTH> Tiles;
@@ -2482,6 +2728,28 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, con
     });
 }
 
+static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
+                                     const float *lse, const int *doc_start, int B, int T, int H, int K,
+                                     int D) {
+    const float scale = (float)(1 / sqrt((double)D));
+    float *delta = gpu.scratch;             // (N,H)
+    assert(D % 8 == 0 && D <= 128 && H % K == 0);
+    auto start = [&](auto width) {
+        constexpr int WIDTH = decltype(width)::value;
+        typedef WgmmaDqTiles<WIDTH> Dq;
+        typedef WgmmaDkdvTiles<WIDTH> Dkdv;
+        static_assert(Dq::QUERIES == Dq::KEYS && Dkdv::QUERIES == Dkdv::KEYS);      // a map of qkv for each
+        launch(attention_backward_dq_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, Dq::QUERIES)), WGMMA_THREADS,
+               sizeof(Dq), dqkv, delta, head_map(qkv, B, T, H + 2 * K, D, Dq::KEYS),
+               head_map(dout, B, T, H, D, Dq::QUERIES), dout, out, lse, doc_start, T, H, K, D, scale);
+        launch(attention_backward_dkdv_kernel3<WIDTH>, dim3(B * K, CEIL_DIV(T, 2 * Dkdv::KEYS)),
+               WGMMA_THREADS, sizeof(Dkdv), dqkv, head_map(qkv, B, T, H + 2 * K, D, Dkdv::KEYS),
+               head_map(dout, B, T, H, D, Dkdv::QUERIES), lse, delta, doc_start, T, H, K, D, scale);
+    };
+    if (D <= 64) start(std::integral_constant<int, 64>());
+    else start(std::integral_constant<int, 128>());
+}
+
 // ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) --------------------------------------------------------
 // h (N,F) = silu(g) u,  silu(g) = g / (1 + e^-g),   gate_up (N,2F) = g | u = x (N,C) w (2F,C)^T
 // backward, with s = 1 / (1 + e^-g):  dg = dh u s (1 + g (1 - s)),  du = dh g s,  and h once more for the
@@ -2494,22 +2762,31 @@ __device__ __forceinline__ void swiglu(float (&h)[E], const float (&g)[E], const
     for (int k = 0; k < E; k++) h[k] = u[k] * __fdividef(g[k], 1 + exp_approx(-g[k]));
 }
 
-// E columns in memory: gate, up become dg, du, and h =; dh may be h
+// E columns: gate, up become dg, du; h is returned
 template <int E, typename floatX>
-__device__ __forceinline__ void swiglu_backward_pack(floatX *gate, floatX *up, floatX *h, const floatX *dh) {
+__device__ __forceinline__ Pack<floatX, E> swiglu_backward_pack(Pack<floatX, E> &gate, Pack<floatX, E> &up,
+                                                                const Pack<floatX, E> &dh) {
     float g[E], u[E], dh_f[E], dg[E], du[E], h_f[E];
-    widen(g, load<E>(gate));
-    widen(u, load<E>(up));
-    widen(dh_f, load<E>(dh));
+    widen(g, gate);
+    widen(u, up);
+    widen(dh_f, dh);
     for (int k = 0; k < E; k++) {
         const float s = __fdividef(1, 1 + exp_approx(-g[k])), silu = g[k] * s, dsilu = dh_f[k] * u[k];
         h_f[k] = u[k] * silu;
         du[k] = dh_f[k] * silu;
         dg[k] = dsilu * s * (1 + g[k] * (1 - s));
     }
-    store(h, narrow<floatX>(h_f));
-    store(gate, narrow<floatX>(dg));
-    store(up, narrow<floatX>(du));
+    gate = narrow<floatX>(dg);
+    up = narrow<floatX>(du);
+    return narrow<floatX>(h_f);
+}
+// the same in memory; dh may be h
+template <int E, typename floatX>
+__device__ __forceinline__ void swiglu_backward_pack(floatX *gate, floatX *up, floatX *h, const floatX *dh) {
+    Pack<floatX, E> dg = load<E>(gate), du = load<E>(up);
+    store(h, swiglu_backward_pack(dg, du, load<E>(dh)));
+    store(gate, dg);
+    store(up, du);
 }
 
 // ---- swiglu_forward_kernel2: a block per row --------------------------------------------------------------
@@ -2566,13 +2843,26 @@ enum { MLP_THREADS = 128, MLP_ROWS = 128, MLP_COLUMNS = 128, MLP_DEPTH = 32, MLP
        MLP_GROUP = 16 };
 typedef Tile<MLP_WARP, MLP_WARP> MlpWarpTile;               // a warp's result, on its way to memory
 
-// The block's place among (rows, columns) of tiles. Blocks in flight have neighbouring numbers: 16 x 16 tiles
-// at a time share what they read in L2.
-__device__ __forceinline__ int2 mlp_place(int rows, int columns) {
-    const int first = blockIdx.x / (MLP_GROUP * columns) * MLP_GROUP;
+// The place of tile `number` among (rows, columns) of them. Those in flight have neighbouring numbers:
+// 16 x 16 at a time share what they read in L2.
+__device__ __forceinline__ int2 mlp_place(int number, int rows, int columns) {
+    const int first = number / (MLP_GROUP * columns) * MLP_GROUP;
     const int height = min(rows - first, (int)MLP_GROUP);
-    const int i = blockIdx.x % (MLP_GROUP * columns);
+    const int i = number % (MLP_GROUP * columns);
     return make_int2(first + i % height, i / height);
+}
+
+// 8 columns of row n of gate, up and, unless it is NULL, h
+__device__ __forceinline__ void store_gate_up(bf16 *gate_up, bf16 *h, size_t n, int f, int F,
+                                              const Pack<bf16, 8> &gate, const Pack<bf16, 8> &up) {
+    store(gate_up + n * 2 * F + f, gate);
+    store(gate_up + n * 2 * F + F + f, up);
+    if (!h) return;
+    float g[8], u[8], h_f[8];
+    widen(g, gate);
+    widen(u, up);
+    swiglu(h_f, g, u);
+    store(h + n * F + f, narrow<bf16>(h_f));
 }
 
 // start(i, stage) starts the copies of step i, use(stage) multiplies them.
@@ -2614,7 +2904,7 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *_
         int F) {
     constexpr int HALF = MLP_WARP / 2;
     GateUpStage *stages = shared_memory<GateUpStage>();
-    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS / 2));
+    const int2 place = mlp_place(blockIdx.x, CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS / 2));
     const int n0 = place.x * MLP_ROWS, f0 = place.y * (MLP_COLUMNS / 2), lane = threadIdx.x % 32;
     // warps 0 1 above 2 3
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;
@@ -2646,18 +2936,9 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *_
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
     // rows 4 apart: other banks
-    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {
-        const size_t n = n0 + warp_row + r;
-        const Pack<bf16, 8> gate = load<8>(rows.at(r, f)), up = load<8>(rows.at(r, f + HALF));
-        store(gate_up + n * 2 * F + out_f, gate);
-        store(gate_up + n * 2 * F + F + out_f, up);
-        if (!h) continue;
-        float g[8], u[8], h_f[8];
-        widen(g, gate);
-        widen(u, up);
-        swiglu(h_f, g, u);
-        store(h + n * F + out_f, narrow<bf16>(h_f));
-    }
+    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8)
+        store_gate_up(gate_up, h, n0 + warp_row + r, out_f, F, load<8>(rows.at(r, f)),
+                      load<8>(rows.at(r, f + HALF)));
 }
 
 // ---- swiglu_down_backward_kernel2: the gradient of h stays on the chip ------------------------------------
@@ -2674,7 +2955,7 @@ struct DownStage {
 __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(bf16 *__restrict__ gate_up,
         bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
     DownStage *stages = shared_memory<DownStage>();
-    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS));
+    const int2 place = mlp_place(blockIdx.x, CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS));
     const int n0 = place.x * MLP_ROWS, f0 = place.y * MLP_COLUMNS, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_column = threadIdx.x / 32 % 2 * MLP_WARP;
     float sum[MLP_WARP / 16][MLP_WARP / 8][4] = {};
@@ -2705,7 +2986,167 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(b
     }
 }
 
-// ---- mlp_forward, mlp_backward_gate_up: the two forms, and which one a device gets ------------------------
+// ---- the same products with wgmma and TMA (sm_90a): what both directions share ----------------------------
+// FLOPs   as above: 1.49 and 0.75 ms at the 989 TFLOP/s of an H100
+// idea    A block walks over many tiles of 128 x 192 sums. One thread does nothing but copy: 64 columns of
+//         both operands at a time, into a ring of four stages. Two warpgroups take the tiles in turns: while
+//         one rounds its sums, computes SwiGLU and stores, the tensor cores work for the other. Per stage
+//         they take 768 clocks and shared memory 832: operands read 512, copies written 320
+// limits  C % 8 == 0, F % 8 == 0: TMA writes zeros past the end of rows and columns. 216,064 bytes of shared
+//         memory; 240 registers for those who compute, 24 for who copies
+struct ProductSums { float half[2][1][24][4]; };            // of a warpgroup: 64 rows, then 64 more
+
+template <typename Left, typename Right> struct __align__(1024) ProductTiles {      // of a block
+    static constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64, STAGES = 4;
+    struct { Left left; Right right; } stage[STAGES];
+    Tile<16, COLUMNS> rows[ROWS / 16];                      // of a warp, on their way to memory
+    uint64_t full[STAGES], empty[STAGES];                   // mbarriers
+};
+
+// The block's share of (rows, columns) tiles, each of them `steps` stages deep. load(place, k, stage, landed)
+// starts the copies of step k, multiply(sum, stage) adds its products, finish(place, sum) takes the sums off.
+template <typename Tiles, typename Load, typename Multiply, typename Finish>
+__device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int columns, int steps, Load load,
+                                                 Multiply multiply, Finish finish) {
+    constexpr int STAGES = Tiles::STAGES;
+    const int group = threadIdx.x / 128, tiles = rows * columns, blocks = gridDim.x;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) mbarrier_init(&tile.full[s], 1), mbarrier_init(&tile.empty[s], 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 2) {                                       // the copies
+        registers_give<24>();
+        if (threadIdx.x % 128 > 0) return;
+        for (int number = blockIdx.x, i = 0; number < tiles; number += blocks) {
+            const int2 place = mlp_place(number, rows, columns);
+            for (int k = 0; k < steps; k++, i++) {
+                const int s = i % STAGES;
+                mbarrier_wait(&tile.empty[s], i / STAGES % 2 ^ 1);
+                mbarrier_expect(&tile.full[s], sizeof tile.stage[s]);
+                load(place, k, tile.stage[s], &tile.full[s]);
+            }
+        }
+        return;
+    }
+    registers_take<240>();
+    auto release = [&](int i) { if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % STAGES]); };
+    int i = group * steps;                                  // counts the steps of both groups
+    for (int number = blockIdx.x + group * blocks; number < tiles; number += 2 * blocks, i += steps) {
+        ProductSums sum = {};
+        if (number >= blocks) barrier_sync(1 + group, 256); // the other has started all of its products
+        for (int k = 0; k < steps; k++, i++) {
+            mbarrier_wait(&tile.full[i % STAGES], i / STAGES % 2);
+            wgmma_fence();
+            multiply(sum, tile.stage[i % STAGES]);
+            wgmma_commit();
+            wgmma_wait<1>();                                // those of step k go on, those before are over
+            if (k > 0) release(i - 1);
+        }
+        if (number + blocks < tiles) barrier_arrive(2 - group, 256);
+        for (int m = 0; m < 2; m++) wgmma_wait<0>(sum.half[m]);
+        release(i - 1);
+        finish(mlp_place(number, rows, columns), sum);
+    }
+}
+
+// ---- gate_up_swiglu_kernel4: sm_90a; 8 rows of gate, 8 of up ----------------------------------------------
+// As kernel 3
+// idea    TMA sees w as (F/8, gate or up, 8, C): a box has 8 rows of gate, the same 8 of up, the next 8 of
+//         gate ... So in a row of sums 8 columns of gate lie beside the same 8 of up
+typedef ProductTiles<SwizzledTile<128, 64>, SwizzledTile<192, 64>> GateUpTiles;
+
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) gate_up_swiglu_kernel4(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+        int N, int C, int F) {
+    typedef GateUpTiles Tiles;
+    constexpr int ROWS = Tiles::ROWS, COLUMNS = Tiles::COLUMNS, DEPTH = Tiles::DEPTH;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    auto load_stage = [&](int2 place, int k, auto &stage, uint64_t *landed) {
+        tma_load(&stage.left, &x, landed, k * DEPTH, 0, place.x * ROWS, 0);
+        tma_load(&stage.right, &w, landed, k * DEPTH, 0, 0, place.y * (COLUMNS / 16));
+    };
+    auto multiply = [&](ProductSums &sum, const auto &stage) {
+        #pragma unroll
+        for (int c = 0; c < DEPTH; c += 16)
+            for (int m = 0; m < 2; m++)
+                wgmma_rows(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
+                           wgmma_operand(&stage.right.element[0][0][c], 0));
+    };
+    auto finish = [&](int2 place, const ProductSums &sum) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        Tile<16, COLUMNS> &rows = tile.rows[warp];
+        #pragma unroll
+        for (int m = 0; m < 2; m++) {
+            fragments_to_rows(rows, sum.half[m], 1);
+            for (int j = 0; j < COLUMNS / 16; j += 4)
+                for (int r = lane / 4; r < 16; r += 8) {    // 4 lanes to a row: 8 of them have all banks
+                    const int n = place.x * ROWS + m * 64 + warp % 4 * 16 + r, f8 = j + lane % 4;
+                    const int f = place.y * (COLUMNS / 2) + f8 * 8;
+                    if (n < N && f < F)
+                        store_gate_up(gate_up, h, n, f, F, load<8>(rows.at(r, f8 * 16)),
+                                      load<8>(rows.at(r, f8 * 16 + 8)));
+                }
+        }
+    };
+    product_pipeline(tile, CEIL_DIV(N, ROWS), CEIL_DIV(F, COLUMNS / 2), CEIL_DIV(C, DEPTH), load_stage,
+                     multiply, finish);
+}
+
+// ---- swiglu_down_backward_kernel3: sm_90a -----------------------------------------------------------------
+// As kernel 2. w stays as it lies, summed over its rows: wgmma transposes on the way
+typedef ProductTiles<SwizzledTile<128, 64>, SwizzledTile<64, 192>> DownTiles;
+
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) swiglu_down_backward_kernel3(bf16 *__restrict__ gate_up,
+        bf16 *__restrict__ h, const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap w,
+        int N, int C, int F) {
+    typedef DownTiles Tiles;
+    constexpr int ROWS = Tiles::ROWS, COLUMNS = Tiles::COLUMNS, DEPTH = Tiles::DEPTH;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    auto load_stage = [&](int2 place, int k, auto &stage, uint64_t *landed) {
+        tma_load(&stage.left, &dx, landed, k * DEPTH, 0, place.x * ROWS, 0);
+        for (int panel = 0; panel < stage.right.PANELS; panel++)
+            tma_load(stage.right.element[panel], &w, landed, place.y * COLUMNS + panel * 64, 0, k * DEPTH, 0);
+    };
+    auto multiply = [&](ProductSums &sum, const auto &stage) {
+        #pragma unroll
+        for (int c = 0; c < DEPTH; c += 16)
+            for (int m = 0; m < 2; m++)
+                wgmma_columns(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
+                              wgmma_operand(stage.right.element[0][c], stage.right.PANEL_BYTES));
+    };
+    auto finish = [&](int2 place, const ProductSums &sum) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        Tile<16, COLUMNS> &rows = tile.rows[warp];
+        #pragma unroll
+        for (int m = 0; m < 2; m++) {
+            fragments_to_rows(rows, sum.half[m], 1);
+            const int n0 = place.x * ROWS + m * 64 + warp % 4 * 16 + lane / 8;
+            #pragma unroll 1
+            for (int c = lane % 8 * 8; c < COLUMNS; c += 64) {
+                const int f = place.y * COLUMNS + c;
+                if (f >= F) continue;
+                Pack<bf16, 8> gate[4], up[4];               // of rows 4 apart, all on their way together
+                for (int j = 0; j < 4; j++) {
+                    const bf16 *gate_n = gate_up + (size_t)(n0 + 4 * j) * 2 * F + f;
+                    gate[j] = load_if<8>(n0 + 4 * j < N, gate_n);
+                    up[j] = load_if<8>(n0 + 4 * j < N, gate_n + F);
+                }
+                for (int j = 0, n = n0; j < 4 && n < N; j++, n += 4) {
+                    bf16 *gate_n = gate_up + (size_t)n * 2 * F + f;
+                    const Pack<bf16, 8> dh = load<8>(rows.at(lane / 8 + 4 * j, c));
+                    store(h + (size_t)n * F + f, swiglu_backward_pack(gate[j], up[j], dh));
+                    store(gate_n, gate[j]);
+                    store(gate_n + F, up[j]);
+                }
+            }
+        }
+    };
+    product_pipeline(tile, CEIL_DIV(N, ROWS), CEIL_DIV(F, COLUMNS), CEIL_DIV(C, DEPTH), load_stage, multiply,
+                     finish);
+}
+
+// ---- mlp_forward, mlp_backward_gate_up: the forms, and which one a device gets ----------------------------
 // gate_up (N,2F), h (N,F) = of x (N,C), w (2F,C); h may be NULL
 template <typename floatX>
 void mlp_forward_passes(floatX *h, floatX *gate_up, const floatX *x, const floatX *w, int N, int C, int F) {
@@ -2717,6 +3158,27 @@ static void mlp_forward_products(bf16 *h, bf16 *gate_up, const bf16 *x, const bf
     assert(C % 8 == 0 && F % 8 == 0);
     launch(gate_up_swiglu_kernel3, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLUMNS / 2), MLP_THREADS,
            MLP_STAGES * sizeof(GateUpStage), h, gate_up, x, w, N, C, F);
+}
+// rows (N,C) in boxes of `height` rows and 64 columns
+static TensorMap rows_map(const bf16 *x, int N, int C, uint32_t height) {
+    const uint64_t row = (uint64_t)C * 2;
+    return tensor_map(x, {(uint64_t)C, 1, (uint64_t)N, 1}, {row, row, row * N}, {64, 1, height, 1});
+}
+// A block per SM, fewer if there are fewer tiles. Sums over ranks hold SMs for themselves meanwhile: so that
+// no block waits for one of those with all of its tiles, it then has eight.
+static int product_blocks(int N, int rows, int F, int columns) {
+    static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
+    const int tiles = CEIL_DIV(N, rows) * CEIL_DIV(F, columns);
+    return min(tiles, max(sm_count, gpu.nccl ? CEIL_DIV(tiles, 8) : 0));
+}
+static void mlp_forward_wgmma(bf16 *h, bf16 *gate_up, const bf16 *x, const bf16 *w, int N, int C, int F) {
+    typedef GateUpTiles Tiles;
+    assert(C % 8 == 0 && F % 8 == 0);
+    const uint64_t row = (uint64_t)C * 2;
+    const TensorMap w_map = tensor_map(w, {(uint64_t)C, 8, 2, (uint64_t)F / 8}, {row, row * F, row * 8},
+                                       {64, 8, 2, Tiles::COLUMNS / 16});
+    launch(gate_up_swiglu_kernel4, product_blocks(N, Tiles::ROWS, F, Tiles::COLUMNS / 2), WGMMA_THREADS,
+           sizeof(Tiles), h, gate_up, rows_map(x, N, C, Tiles::ROWS), w_map, N, C, F);
 }
 
 // gate_up (N,2F) becomes its gradient, h (N,F) =; dx (N,C) is the gradient of the MLP's output, w (C,F)
@@ -2732,32 +3194,43 @@ static void mlp_backward_products(bf16 *gate_up, bf16 *h, const bf16 *dx, const 
     launch(swiglu_down_backward_kernel2, CEIL_DIV(N, MLP_ROWS) * CEIL_DIV(F, MLP_COLUMNS), MLP_THREADS,
            MLP_STAGES * sizeof(DownStage), gate_up, h, dx, w, N, C, F);
 }
+static void mlp_backward_wgmma(bf16 *gate_up, bf16 *h, const bf16 *dx, const bf16 *w, int N, int C, int F) {
+    typedef DownTiles Tiles;
+    assert(C % 8 == 0 && F % 8 == 0);
+    launch(swiglu_down_backward_kernel3, product_blocks(N, Tiles::ROWS, F, Tiles::COLUMNS), WGMMA_THREADS,
+           sizeof(Tiles), gate_up, h, rows_map(dx, N, C, Tiles::ROWS), rows_map(w, C, F, Tiles::DEPTH), N, C,
+           F);
+}
 
-// The bf16 kernels that differ between devices: by compute capability, the last row that is not above it.
-// Products of our own run on mma.sync: all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on 9.0,
-// where cuBLASLt and a pass over its result are faster (dev/SPEED.md 6). --mlp overrides the table.
+// The bf16 kernels that differ between devices: by compute capability, the last row that is not above it and
+// whose wgmma the code has. mma.sync is all that 8.x and 12.x have, but 0.62 of the tensor cores' rate on
+// 9.0: without wgmma, cuBLASLt and a pass over its result are faster there (dev/SPEED.md 6), and on 10.x too,
+// we assume. --mlp overrides the table.
 typedef void MlpForward(bf16 *, bf16 *, const bf16 *, const bf16 *, int, int, int);
 typedef void AttentionForward(bf16 *, float *, const bf16 *, const int *, int, int, int, int, int);
+typedef void AttentionBackward(bf16 *, const bf16 *, const bf16 *, const bf16 *, const float *, const int *,
+                               int, int, int, int, int);
 typedef struct Kernels {
-    int capability;
+    int capability, wgmma;
     MlpForward *mlp_forward, *mlp_backward;
     AttentionForward *attention_forward;
+    AttentionBackward *attention_backward;
 } Kernels;
 static const Kernels kernel_table[] = {
-    {80, mlp_forward_products, mlp_backward_products, attention_forward_mma},
-    {90, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_wgmma},
-    {100, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_mma},
-    {120, mlp_forward_products, mlp_backward_products, attention_forward_mma},
+    {80, 0, mlp_forward_products, mlp_backward_products, attention_forward_mma, attention_backward_mma},
+    {90, 0, mlp_forward_passes<bf16>, mlp_backward_passes<bf16>, attention_forward_mma,
+     attention_backward_mma},
+    {90, 1, mlp_forward_wgmma, mlp_backward_wgmma, attention_forward_wgmma, attention_backward_wgmma},
+    {120, 0, mlp_forward_products, mlp_backward_products, attention_forward_mma, attention_backward_mma},
 };
 static Kernels kernels;
 
 static void choose_kernels(int capability) {
-    for (const Kernels &row : kernel_table) if (row.capability <= capability) kernels = row;
-    // compiled for something else than sm_90a
-    if (!has_wgmma()) kernels.attention_forward = attention_forward_mma;
+    for (const Kernels &row : kernel_table)
+        if (row.capability <= capability && row.wgmma <= has_wgmma()) kernels = row;
     if (opt.mlp == MLP_PASSES)
         kernels.mlp_forward = mlp_forward_passes<bf16>, kernels.mlp_backward = mlp_backward_passes<bf16>;
-    if (opt.mlp == MLP_PRODUCTS)
+    if (opt.mlp == MLP_PRODUCTS && !kernels.wgmma)
         kernels.mlp_forward = mlp_forward_products, kernels.mlp_backward = mlp_backward_products;
 }
 
@@ -2768,6 +3241,14 @@ static void attention_forward(float *out, float *lse, const float *qkv, const in
 static void attention_forward(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B, int T,
                               int H, int K, int D) {
     kernels.attention_forward(out, lse, qkv, doc_start, B, T, H, K, D);
+}
+static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out,
+                               const float *lse, const int *doc_start, int B, int T, int H, int K, int D) {
+    attention_backward_f32(dqkv, dout, qkv, out, lse, doc_start, B, T, H, K, D);
+}
+static void attention_backward(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
+                               const float *lse, const int *doc_start, int B, int T, int H, int K, int D) {
+    kernels.attention_backward(dqkv, dout, qkv, out, lse, doc_start, B, T, H, K, D);
 }
 // As mlp_forward_passes and mlp_backward_passes
 static void mlp_forward(float *h, float *gate_up, const float *x, const float *w, int N, int C, int F) {
@@ -10092,7 +10573,8 @@ double gpu_peak(const char *name, int bf16) {
 enum { EMBED_FORWARD, EMBED_BACKWARD, NORM_FORWARD, NORM_BACKWARD, LAST_NORM_BACKWARD, NORM_SUMS,
        ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, CROSS_ENTROPY, CLEAR_GRADS,
        SUM_OF_SQUARES, ADAMW };
-enum { ATTENTION_FORWARD, ATTENTION_BACKWARD, GATE_UP_SWIGLU, DOWN_SWIGLU_BACKWARD };
+enum { ATTENTION_FORWARD, ATTENTION_BACKWARD, GATE_UP_SWIGLU, DOWN_SWIGLU_BACKWARD, GATE_UP_WGMMA,
+       DOWN_WGMMA };
 // us on an H100, a + b x + c x^2: of a query head (G share a key) and x = T; of an element of h and x = C
 typedef struct MmaKernel { int kernel, D, G; double tensor[3], other[3]; } MmaKernel;
 // counted, written by dev/speed_model.py --planner sync
@@ -10123,6 +10605,8 @@ static const MmaKernel mma_kernels[] = {        // tensor cores; instructions an
     {ATTENTION_BACKWARD, 128, 8, {0.07006, -4.24e-05, 1.616e-06}, {0.06866, 3.66e-05, 1.348e-06}},
     {GATE_UP_SWIGLU, 0, 0, {0, 6.165e-09, 0}, {1.083e-06, 2.835e-09, 0}},
     {DOWN_SWIGLU_BACKWARD, 0, 0, {0, 3.082e-09, 0}, {1.321e-06, 1.622e-09, 0}},
+    {GATE_UP_WGMMA, 0, 0, {3.186e-07, 5.392e-09, 0}, {0, 0, 0}},
+    {DOWN_WGMMA, 0, 0, {1.593e-07, 2.696e-09, 0}, {0, 0, 0}},
 };
 // end of what is counted
 
@@ -10150,6 +10634,22 @@ static double mma_kernel(const GpuKind *g, int kernel, int D, int G, double x) {
     return 1e-6 * ((t[0] + (t[1] + t[2] * x) * x) * tensor + (o[0] + (o[1] + o[2] * x) * x) * other);
 }
 
+// Products with SwiGLU as their epilogue. With wgmma a tile of 128 rows takes the larger of the chip's time
+// and of memory's, which reads the right operand anew for 2048 rows; all SMs wait for the one with most
+// tiles. The first loads (1500 clocks) and the last epilogue have nothing beside them.
+static int is_hopper(const GpuKind *g) { return g->option[0] == 'h'; }
+static double swiglu_product(const GpuKind *g, int backward, double N, double C, double F) {
+    const int mma = backward ? DOWN_SWIGLU_BACKWARD : GATE_UP_SWIGLU;
+    const int wgmma = backward ? DOWN_WGMMA : GATE_UP_WGMMA;
+    const double columns = backward ? 192 : 96, tiles = ceil(N / 128) * ceil(F / columns);
+    const double operands = 2 * N * C + 2 * C * F * (backward ? 1 : 2) * fmax(1, N / 2048);
+    const double bytes = 128 * columns * (backward ? 10 : 6) + operands / tiles;
+    const double memory = bytes * g->sms / (g->dram * 1e12);
+    if (!is_hopper(g)) return N * F * mma_kernel(g, mma, 0, 0, C);
+    const double chip = 128 * columns * g->sms * mma_kernel(g, wgmma, 0, 0, C);
+    return ceil(tiles / g->sms) * fmax(chip, memory) + 1500 / (g->clock * 1e9) + memory;
+}
+
 enum { OF_EMBEDDING, OF_ATTENTION, OF_PROJECTIONS, OF_MLP, OF_NORMS, OF_HEAD, OF_OPTIMIZER, N_GROUPS };
 static const char *const group_names[] = {"embedding", "attention, RoPE", "matmuls q k v o", "MLP", "norms",
                                           "head, loss", "optimizer, clearing"};
@@ -10162,7 +10662,8 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     const double W = HD + 2.0 * c->K * c->D, qk = (double)(c->H + c->K) * c->D, heads = (double)p->B * c->H;
     const double chunk = fmin(p->chunk, N), chunks = ceil(N / chunk), norm = pass(g, NORM_FORWARD, N, C);
     const double own = n / p->shard, dram = g->dram * 1e12;
-    const int G = c->H / c->K, products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && g->mma_sync == 1);
+    const int G = c->H / c->K, by_default = g->mma_sync == 1 || is_hopper(g);
+    const int products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && by_default);
     double *s = t[MICRO_STEP], *f = t[FORWARD], *a = t[AGAIN], *b = t[BACKWARD];
     memset(t, 0, sizeof(double) * N_PHASES * N_GROUPS);
     s[OF_EMBEDDING] = pass(g, EMBED_FORWARD, N, C) + pass(g, EMBED_BACKWARD, N, C);
@@ -10171,8 +10672,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
                            + product(g, c->Vp, C, chunk, 4, 1) + pass(g, CROSS_ENTROPY, chunk, c->V))
                + 2 * N * C / dram;                                      // dx is cleared
     s[OF_OPTIMIZER] = p->zero >= 2 ? pass(g, CLEAR_GRADS, n, 1) : 0;    // what a unit adds to before the sum
-    const double gate_up = products ? N * F * mma_kernel(g, GATE_UP_SWIGLU, 0, 0, C)
-                                    : product(g, N, 2 * F, C, 2, 0);
+    const double gate_up = products ? swiglu_product(g, 0, N, C, F) : product(g, N, 2 * F, C, 2, 0);
     f[OF_NORMS] = 2 * norm;
     f[OF_PROJECTIONS] = product(g, N, W, C, 2, 0) + product(g, N, C, HD, 2, 1);
     f[OF_ATTENTION] = pass(g, ROPE_FORWARD, N, qk)
@@ -10182,7 +10682,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     a[OF_ATTENTION] = p->recompute == RECOMPUTE_BLOCK ? f[OF_ATTENTION] : 0;
     a[OF_MLP] = p->recompute != RECOMPUTE_NONE ? gate_up : 0;
     a[OF_NORMS] = p->recompute * norm;                                  // none 0, mlp 1, block 2
-    b[OF_MLP] = (products ? N * F * mma_kernel(g, DOWN_SWIGLU_BACKWARD, 0, 0, C)
+    b[OF_MLP] = (products ? swiglu_product(g, 1, N, C, F)
                           : product(g, N, F, C, 2, 0) + pass(g, SWIGLU_BACKWARD, N, F))
               + product(g, C, F, N, 4, 1) + product(g, N, C, 2 * F, 2, 0) + product(g, 2 * F, C, N, 4, 1);
     b[OF_NORMS] = 2 * (pass(g, NORM_BACKWARD, N, C) + pass(g, NORM_SUMS, 0, C));

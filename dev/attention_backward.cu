@@ -5,11 +5,11 @@
 // bytes   2·N·(H+2K)·D in and out + 2·2·N·H·D + 4·N·H;  B 8, T 2048, H 16, K 2, D 128: 304 MB = 91 us
 // FLOPs   5 products of 2·D per visible pair (7 where dq and dk dv each rebuild P and dS) = 5·B·H·T^2·D = 344
 //         G
-// floor   347 us (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak and two kernels do 7/5 of the products:
-//         784 us)
+// floor   347 us (FLOP-bound). Two kernels do 7/5 of the products: 486 us; mma.sync reaches 0.62 of Hopper's
+//         peak: 784 us
 // idea    dq sums over keys, dk and dv over queries. One pass would need atomics for one of them, in any
 //         order; two passes rebuild P twice
-// limits  D % 8 == 0, D <= 128
+// limits  D % 8 == 0, D <= 128; 3 runs where the code for sm_90a does
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733
 //         and 2607 (all caches missed); 1 6.4 and 22; 2 4.3 and 29. Shared memory limits the last two, in few
 //         blocks: 2 has the larger tiles, and the model knows no latency, which they are for. Measured: not
@@ -291,18 +291,9 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     float4 *exchange = &tile.exchange[pair][0][lane];
     Tile<ROWS, WIDTH> &left = rows_of<ROWS>(owns_dk ? tile.v : tile.k, pair_row);   // only this warp's
 
-    // Queries that see this tile: from the diagonal to the last document that begins before the tile ends.
-    // Then the next head.
+    // Queries that see this tile: from the diagonal on. Then the next head.
     const int t_first = s0 / QUERIES * QUERIES;
-    int t_end = T;
-    if (doc_start) {
-        int seen = 0;
-        for (int i = 0; t_first + i * QUERIES < T; i += THREADS) {
-            const int t = t_first + (i + (int)threadIdx.x) * QUERIES;
-            seen += __syncthreads_count(t < T && doc_start[row0 + t] < s0 + KEYS);
-        }
-        t_end = t_first + seen * QUERIES;
-    }
+    const int t_end = queries_end<THREADS, QUERIES>(t_first, s0 + KEYS, doc_start, row0, T);
     auto load_queries = [&](int h, int t, int buffer) {
         load_tile<THREADS>(tile.q[buffer], qkv + (size_t)(row0 + t) * W + h * D, W, T - t, D);
         const bf16 *dout_t = dout + ((size_t)(row0 + t) * H + h) * D;
@@ -371,6 +362,178 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     }
     bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
     store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
+}
+
+// ---- kernel 3, shipped for sm_90a: wgmma and TMA ----------------------------------------------------------
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel3(bf16 *__restrict__ dqkv,
+        float *__restrict__ delta, const __grid_constant__ TensorMap qkv_map,
+        const __grid_constant__ TensorMap dout_map, const bf16 *__restrict__ dout,
+        const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef WgmmaDqTiles<WIDTH> Tiles;
+    constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    // long rows first
+    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
+    const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.rows_full, 2);
+        for (int i = 0; i < 2; i++) mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 2) {                                                       // the copies
+        registers_give<24>();
+        if (threadIdx.x % 128 > 0) return;
+        const int head = H + h / (H / K);
+        tma_load_tile(tile.q, &tile.rows_full, &qkv_map, h, t0, b);
+        tma_load_tile(tile.dout, &tile.rows_full, &dout_map, h, t0, b);
+        for (int i = 0; i < n; i++) {
+            mbarrier_wait(&tile.empty[i % 2], i / 2 % 2 ^ 1);
+            tma_load_tile(tile.k[i % 2], &tile.full[i % 2], &qkv_map, head, first + i * KEYS, b);
+            tma_load_tile(tile.v[i % 2], &tile.full[i % 2], &qkv_map, head + K, first + i * KEYS, b);
+        }
+        return;
+    }
+    registers_take<240>();
+    const int warp = threadIdx.x / 32, t = t0 + warp * 16;                  // the warp's 16 rows
+    const int doc_last = doc_start ? doc_start[row0 + min(t + 16, T) - 1] : 0;
+    const float log2_scale = scale * (float)M_LOG2E;
+    float row_lse[2], row_delta[2], p[1][KEYS / 8][4] = {}, ds[1][KEYS / 8][4] = {};
+    float dq[1][WIDTH / 8][4] = {};
+    uint32_t left[KEYS / 16][4];
+    for (int i = 0; i < 2; i++) {                           // the four lanes of a row share out its D
+        const int row = t + i * 8 + lane / 4;
+        const size_t at = (size_t)(row0 + row) * H + h;
+        float sum = 0;
+        for (int d = lane % 4 * 8; row < T && d < D; d += 32) {
+            float dout_d[8], out_d[8];
+            widen(dout_d, load<8>(dout + at * D + d));
+            widen(out_d, load<8>(out + at * D + d));
+            for (int j = 0; j < 8; j++) sum += dout_d[j] * out_d[j];
+        }
+        row_delta[i] = warp_sum(sum, 4);
+        row_lse[i] = row < T ? lse[at] * (float)M_LOG2E : INFINITY;         // past the end p = 0
+        if (lane % 4 == 0 && row < T) delta[at] = row_delta[i];
+    }
+    mbarrier_wait(&tile.rows_full, 0);
+    for (int i = 0; i < n; i++) {
+        const int s0 = first + i * KEYS;
+        mbarrier_wait(&tile.full[i % 2], i / 2 % 2);
+        wgmma_fence();
+        wgmma_scores(p, tile.q, group * 64, tile.k[i % 2]);
+        wgmma_scores(ds, tile.dout, group * 64, tile.v[i % 2]);
+        wgmma_wait<1>(p);
+        uint32_t t_here = t;
+        forget_origin(t_here);                      // or what masking makes of t would stay in registers
+        if (s0 + KEYS - 1 > t || doc_last > s0) mask_scores<false>(p, t_here, s0, doc_start, row0, T);
+        #pragma unroll
+        for (int j = 0; j < KEYS / 2; j++)
+            p[0][j / 4][j % 4] = exp2_approx(p[0][j / 4][j % 4] * log2_scale - row_lse[j % 4 / 2]);
+        wgmma_wait<0>(ds);
+        #pragma unroll
+        for (int j = 0; j < KEYS / 2; j++)
+            ds[0][j / 4][j % 4] = p[0][j / 4][j % 4] * (ds[0][j / 4][j % 4] - row_delta[j % 4 / 2]);
+        pack_left(left, ds);
+        wgmma_fence();
+        wgmma_values(dq, left, tile.k[i % 2]);
+        wgmma_wait<0>(dq);
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);
+    }
+    const int W = (H + 2 * K) * D;
+    store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, tile.dq[warp], T - t, D);
+}
+
+template <int WIDTH>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(bf16 *__restrict__ dqkv,
+        const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
+        const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
+        int T, int H, int K, int D, float scale) {
+    typedef WgmmaDkdvTiles<WIDTH> Tiles;
+    constexpr int KEYS = Tiles::KEYS, QUERIES = Tiles::QUERIES, STAGES = Tiles::STAGES;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    const int kv = blockIdx.x % K, b = blockIdx.x / K, s0 = blockIdx.y * 2 * KEYS;  // most queries first
+    const int row0 = b * T, group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int h_first = kv * (H / K), h_end = h_first + H / K;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&tile.keys_full, 4);
+        for (int i = 0; i < STAGES; i++)
+            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 8);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const int t_end = queries_end<WGMMA_THREADS, QUERIES>(s0, s0 + 2 * KEYS, doc_start, row0, T);
+    if (group == 2) {
+        registers_give<24>();
+        // its first thread copies; its last ones, each for a query, bring lse and delta
+        const int j = (int)threadIdx.x - (WGMMA_THREADS - QUERIES);
+        if (j < 0 && threadIdx.x % 128 > 0) return;
+        for (int i = 0; j < 0 && i < 2; i++) {
+            tma_load_tile(tile.k[i], &tile.keys_full, &qkv_map, H + kv, s0 + i * KEYS, b);
+            tma_load_tile(tile.v[i], &tile.keys_full, &qkv_map, H + K + kv, s0 + i * KEYS, b);
+        }
+        for (int h = h_first, i = 0; h < h_end; h++)
+            for (int t = s0; t < t_end; t += QUERIES, i++) {
+                const int stage = i % STAGES;
+                mbarrier_wait(&tile.empty[stage], i / STAGES % 2 ^ 1);
+                if (j < 0) {
+                    tma_load_tile(tile.q[stage], &tile.full[stage], &qkv_map, h, t, b);
+                    tma_load_tile(tile.dout[stage], &tile.full[stage], &dout_map, h, t, b);
+                } else {                                    // past the end all is 0: dv += 1 * 0, dS = 1 * 0
+                    const unsigned at = (unsigned)(row0 + t + j) * H + h;   // 24 registers must do
+                    tile.lse[stage][j] = t + j < T ? lse[at] * (float)M_LOG2E : 0;
+                    tile.delta[stage][j] = t + j < T ? delta[at] : 0;
+                    mbarrier_arrive(&tile.full[stage]);
+                }
+            }
+        return;
+    }
+    registers_take<240>();
+    const int group_key = s0 + group * KEYS, key = s0 + warp * 16;          // 64 rows; of them the warp's 16
+    const float log2_scale = scale * (float)M_LOG2E;
+    float dk[1][WIDTH / 8][4] = {}, dv[1][WIDTH / 8][4] = {};
+    float p[1][QUERIES / 8][4] = {}, ds[1][QUERIES / 8][4] = {};
+    uint32_t p_left[QUERIES / 16][4], ds_left[QUERIES / 16][4];
+    mbarrier_wait(&tile.keys_full, 0);
+    for (int h = h_first, i = 0; h < h_end; h++)
+        for (int t = s0; t < t_end; t += QUERIES, i++) {
+            const int stage = i % STAGES, t_last = min(t + QUERIES, T) - 1;
+            mbarrier_wait(&tile.full[stage], i / STAGES % 2);
+            // else hidden
+            if (t_last >= group_key && (!doc_start || doc_start[row0 + t] < group_key + KEYS)) {
+                wgmma_fence();
+                wgmma_scores(p, tile.k[group], 0, tile.q[stage]);
+                wgmma_scores(ds, tile.v[group], 0, tile.dout[stage]);
+                wgmma_wait<1>(p);
+                if (t < key + 15 || (doc_start && doc_start[row0 + t_last] > key))
+                    mask_scores<true>(p, t, key, doc_start, row0, T);
+                #pragma unroll
+                for (int j = 0; j < QUERIES / 2; j++)
+                    p[0][j / 4][j % 4] = exp2_approx(p[0][j / 4][j % 4] * log2_scale -
+                                                     tile.lse[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]);
+                pack_left(p_left, p);
+                wgmma_fence();
+                wgmma_values(dv, p_left, tile.dout[stage]);
+                wgmma_wait<1>(ds);
+                #pragma unroll
+                for (int j = 0; j < QUERIES / 2; j++)
+                    ds[0][j / 4][j % 4] = p[0][j / 4][j % 4] * (ds[0][j / 4][j % 4] -
+                                          tile.delta[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]);
+                pack_left(ds_left, ds);
+                wgmma_fence();
+                wgmma_values(dk, ds_left, tile.q[stage]);
+                wgmma_wait<0>(dv);
+                wgmma_wait<0>(dk);
+            }
+            if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
+        }
+    const int W = (H + 2 * K) * D;
+    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    store_rows(out, W, dk, scale, tile.out[warp], T - key, D);
+    store_rows(out + K * D, W, dv, 1, tile.out[warp], T - key, D);
 }
 
 // ---- fp32, shipped: for proof rather than speed -----------------------------------------------------------
@@ -446,7 +609,10 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
     gpu.scratch = delta;
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
-    std::function<void()> mma_tiles;
+    std::function<void()> mma_tiles, wgmma_tiles;
+    if constexpr (is_bf16<floatX>()) if (has_wgmma()) wgmma_tiles = [&] {
+        attention_backward_wgmma(dqkv, dout, qkv, out, lse, doc_start, B, T, H, K, D);
+    };
     if constexpr (is_bf16<floatX>()) mma_tiles = [&] {
         launch(attention_delta_kernel1<floatX>, CEIL_DIV(N * H, 8), dim3(32, 8), 0, delta, dout, out, N * H,
                D);
@@ -467,9 +633,11 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
         }},
         {1, "tensor cores, no overlap; delta by its own kernel", mma_tiles},
         {2, is_bf16<floatX>() ? "copies under products; delta inside dq" : "fp32, a warp per row", [&] {
-            attention_backward((floatX *)dqkv, (floatX *)dout, (floatX *)qkv, (floatX *)out, lse, doc_start,
-                               B, T, H, K, D);
+            if constexpr (is_bf16<floatX>())
+                attention_backward_mma(dqkv, dout, qkv, out, lse, doc_start, B, T, H, K, D);
+            else attention_backward_f32(dqkv, dout, qkv, out, lse, doc_start, B, T, H, K, D);
         }, SHIPPED},
+        {3, "sm_90a: wgmma and TMA", wgmma_tiles, SHIPPED},
     };
     bench(variants);
 }
@@ -482,6 +650,14 @@ int main(int argc, char **argv) {
     shape<bf16>(CHECK, 1, 191, 2, 1, 104, SOME_DOCS, 2);
     shape<bf16>(CHECK, 1, 130, 2, 1, 128, TILE_DOCS, 1);
     shape<bf16>(CHECK, 1, 97, 2, 1, 80, NO_DOCS, 1);
+    shape<bf16>(CHECK, 1, 1, 1, 1, 8, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 40, 2, 1, 80, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 128, 2, 2, 64, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 600, 2, 1, 64, NO_DOCS, 3);
+    shape<bf16>(CHECK, 1, 777, 4, 1, 128, NO_DOCS, 1);
+    shape<bf16>(CHECK, 2, 390, 3, 1, 72, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 385, 1, 1, 128, TILE_DOCS, 3);
+    shape<bf16>(CHECK, 1, 450, 2, 1, 120, SOME_DOCS, 1);
     shape<float>(CHECK, 1, 5, 1, 1, 8, NO_DOCS, 1);
     shape<float>(CHECK, 2, 33, 4, 2, 16, NO_DOCS, 1);
     shape<float>(CHECK, 1, 65, 4, 1, 48, SOME_DOCS, 1);

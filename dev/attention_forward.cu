@@ -256,11 +256,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
     };
-    auto pack = [&] {
-        #pragma unroll
-        for (int i = 0; i < KEYS / 4; i++)
-            p[i / 4][i % 4] = pack_bf16(score[0][i / 2][i % 2 * 2], score[0][i / 2][i % 2 * 2 + 1]);
-    };
     auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
     mbarrier_wait(&tile.q_full, 0);
     mbarrier_wait(&tile.k_full[0], 0);
@@ -269,7 +264,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     wgmma_wait<0>(score);
     release(&tile.k_empty[0]);
     probabilities(first);
-    pack();
+    pack_left(p, score);
     if (group == 1) barrier_arrive(1, 256);         // group 0 begins
     for (int i = 1; i < n; i++) {
         const int j = i - 1;
@@ -290,7 +285,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
             #pragma unroll
             for (int c = 0; c < WIDTH / 2; c++) out_t[0][c / 4][c % 4] *= shrink[0][0][c % 4];
         }
-        pack();
+        pack_left(p, score);
     }
     mbarrier_wait(&tile.v_full[(n - 1) % 2], (n - 1) / 2 % 2);
     wgmma_fence();

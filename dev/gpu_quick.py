@@ -256,7 +256,7 @@ def training():
     for name in ("3B", "llama3.2-1B"):
         for T in lengths:
             for mlp in ("passes", "products"): layers(name, T, 2048, mlp)
-    layers("3B", 4096, 2048, "passes", 2 if TINY else 28, 8, "3B, whole", seconds=16)
+    layers("3B", 4096, 2048, "products", 2 if TINY else 28, 8, "3B, whole", seconds=16)
     preset("15M", 524288)
     preset("100M", 131072)
     for name in ("3B", "llama3.2-1B"):                          # the other chunk last: it changes the head alone
@@ -321,26 +321,26 @@ def kernels():
 
 # ---- attention: ours and PyTorch's ----------------------------------------------------------------------------------------------------
 def shipped(op):
-    """The number of the shipped variant in dev/op.cu"""
-    number = None
+    """The numbers of the shipped variants in dev/op.cu: one, or one for each kind of GPU"""
+    number, found = None, []
     with open(f"{HERE}/{op}.cu") as f:
         for line in f:
             if m := re.match(r"\s*\{(\d+), ", line): number = m.group(1)
-            if re.search(r"\bSHIPPED\}", line): return number
-    sys.exit(f"gpu_quick: dev/{op}.cu names no shipped variant")
+            if re.search(r"\bSHIPPED\}", line): found.append(number)
+    return found or sys.exit(f"gpu_quick: dev/{op}.cu names no shipped variant")
 
 
 def bench(op, seconds):
-    """The shipped variant of a bench, row by row as its tables come"""
-    command, text, head = [f"{BIN}/{op}", "--time", shipped(op)], "", None
+    """The shipped variants of a bench, row by row as its tables come"""
+    command, text, head = [f"{BIN}/{op}", "--time", *shipped(op)], "", None
     if not os.access(command[0], os.X_OK): return row(name=op, says=f"skipped: no {command[0]}")
     with subprocess.Popen(["timeout", "-k", "2", str(max(1, int(seconds))), *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as p:
         for line in p.stdout:
             print(line, end="", flush=True)
             text += line
             if m := re.match(op + r"  (.*?) +floor ([\d.]+) us", line): head = m
-            elif m := re.search(r" ([\d.]+) +([\d.]+)\.\.([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +\d+ +\d+ +\d+ .*<- shipped", line):
-                row(name=op, shape=head.group(1), us=float(m.group(1)), p10=float(m.group(2)), p90=float(m.group(3)), tflops=float(m.group(5)), floor_us=float(head.group(2)))
+            elif m := re.search(r"^ *(\d+) .* ([\d.]+) +([\d.]+)\.\.([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +\d+ +\d+ +\d+ .*<- shipped", line):
+                row(name=op, kernel=int(m.group(1)), shape=head.group(1), us=float(m.group(2)), p10=float(m.group(3)), p90=float(m.group(4)), tflops=float(m.group(6)), floor_us=float(head.group(2)))
             elif "FAIL" in line: row(name=op, says="FAIL", check=line.strip())
     if p.returncode: row(name=op, says=f"no end after {seconds:.0f} s" if p.returncode == 124 else f"exit status {p.returncode}: {text.strip()[-200:]}")
 
@@ -521,7 +521,7 @@ def summary():
                         show(r["us"] / r["modelled_us"] if r.get("modelled_us") else None, "{:.2f}"), show(r.get("median_us"))] for r in of["kernels"]])
     if "attention" in of:
         text += ["## Attention and products", ""] + table(["what", "op", "shape", "median us", "TFLOP/s", "note"],
-            [[("litespark" if r["name"].startswith("attention") else r["name"]), r.get("op", r["name"]), r.get("shape", "-"), show(r.get("us")), show(r.get("tflops")),
+            [[("litespark" if r["name"].startswith("attention") else r["name"]), f"{r['name']}, kernel {r['kernel']}" if "kernel" in r else r.get("op", r["name"]), r.get("shape", "-"), show(r.get("us")), show(r.get("tflops")),
               r.get("says", "") + " " + r.get("check", "")] for r in of["attention"]])
     if "hf" in of:
         text += ["## Hugging Face Llama, SDPA", ""] + table(["model", "T", "compiled", "tokens/s", "MFU (report)", "tokens per update", "note"],

@@ -72,12 +72,12 @@ prove() {
         esac
     done
 }
-proof() {       # of sm_90 passes are the default, so the quick level leaves the products to the second run
+proof() {       # of sm_90a products are the default, so the quick level leaves the passes to the second run
     # shellcheck disable=SC2086
     prove auto $(($1 * 2 / 3)) "$CUDA_TRAINER" $PROOF_WORDS
     set --
     for c in ${PROOF_CASES:-llama mistral qwen2 qwen3 d104 d128 documents wide}; do set -- "$@" "gradients $c bf16"; done
-    prove products $((ENDS - $(date +%s))) "$CUDA_TRAINER --mlp products" "$@"
+    prove passes $((ENDS - $(date +%s))) "$CUDA_TRAINER --mlp passes" "$@"
 }
 
 case ${1:-} in

@@ -5,15 +5,16 @@
 //         GB for N 16384, C 2048, F 11008. A product and then a pass would move 2·2·N·F more: gate_up read
 //         again; dh written and read
 // FLOPs   4·N·C·F = 1.48 T; 2·N·C·F = 0.74 T
-// floor   1.49 ms; 0.75 ms (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak)
+// floor   1.49 ms; 0.75 ms (FLOP-bound; mma.sync reaches 0.62 of Hopper's peak, wgmma all of it)
 // idea    a product does C multiplications per output: its epilogue is the cheap place for what comes next.
 //         Each byte from memory and from shared memory must meet as many multiplications as possible: large
 //         tiles, sums in registers
 // limits  bf16, C % 8 == 0, F % 8 == 0
 // result  modelled (H100; N 256, C 256, F 512), MB in sectors and us:  forward (1.4 MB compulsory) kernel 0
-//         2182 and 651
-//         (all caches missed); 1 13.4 and 15; 2 7.3 and 2.2; 3 2.9 and 2.0 (16 blocks).  backward (1.7 MB) 0
-//         102 and 30; 1 9.7 and 10; 2 2.4 and 2.5. Measured: not yet
+//         2182 and 651 (all caches missed); 1 13.4 and 15; 2 7.3 and 2.2; 3 2.9 and 2.0 (16 blocks); 4 2.6.
+//         backward (1.7 MB) 0 102 and 30; 1 9.7 and 10; 2 2.4 and 2.5; 3 2.2. The last of both (sm_90a) where
+//         there is a tile for every SM: 714 and 694 TFLOP/s of 989 (3B, N 16384), dev/SPEED.md 6. Measured: not
+//         yet
 #include "bench.cuh"
 
 // ---- forward, kernel 0: a thread per element of h: two rows of w against one row of x ---------------------
@@ -101,14 +102,14 @@ __global__ void __launch_bounds__(MLP_THREADS) gate_up_swiglu_kernel2(bf16 *__re
     }
 }
 
-// ---- kernel 3, shipped: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns in flight;
-// rows leave through shared memory in 16-byte stores ----
+// ---- kernel 3, shipped for mma.sync: 128 x 128 sums per block, 64 x 64 per warp; three stages of 32 columns
+// in flight; rows leave through shared memory in 16-byte stores
 __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *__restrict__ h,
         bf16 *__restrict__ gate_up, const bf16 *__restrict__ x, const bf16 *__restrict__ w, int N, int C,
         int F) {
     constexpr int HALF = MLP_WARP / 2;
     GateUpStage *stages = shared_memory<GateUpStage>();
-    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS / 2));
+    const int2 place = mlp_place(blockIdx.x, CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS / 2));
     const int n0 = place.x * MLP_ROWS, f0 = place.y * (MLP_COLUMNS / 2), lane = threadIdx.x % 32;
     // warps 0 1 above 2 3
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_half = threadIdx.x / 32 % 2;
@@ -140,18 +141,47 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) gate_up_swiglu_kernel3(bf16 *_
     const int f = lane % 4 * 8, out_f = f0 + warp_half * HALF + f;
     if (out_f >= F) return;
     // rows 4 apart: other banks
-    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8) {
-        const size_t n = n0 + warp_row + r;
-        const Pack<bf16, 8> gate = load<8>(rows.at(r, f)), up = load<8>(rows.at(r, f + HALF));
-        store(gate_up + n * 2 * F + out_f, gate);
-        store(gate_up + n * 2 * F + F + out_f, up);
-        if (!h) continue;
-        float g[8], u[8], h_f[8];
-        widen(g, gate);
-        widen(u, up);
-        swiglu(h_f, g, u);
-        store(h + n * F + out_f, narrow<bf16>(h_f));
-    }
+    for (int r = lane / 8 + lane / 4 % 2 * 4; r < MLP_WARP && n0 + warp_row + r < N; r += 8)
+        store_gate_up(gate_up, h, n0 + warp_row + r, out_f, F, load<8>(rows.at(r, f)),
+                      load<8>(rows.at(r, f + HALF)));
+}
+
+// ---- kernel 4, shipped for sm_90a: wgmma and TMA, 128 x 192 sums, two warpgroups take tiles in turns ------
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) gate_up_swiglu_kernel4(bf16 *__restrict__ h,
+        bf16 *__restrict__ gate_up, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+        int N, int C, int F) {
+    typedef GateUpTiles Tiles;
+    constexpr int ROWS = Tiles::ROWS, COLUMNS = Tiles::COLUMNS, DEPTH = Tiles::DEPTH;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    auto load_stage = [&](int2 place, int k, auto &stage, uint64_t *landed) {
+        tma_load(&stage.left, &x, landed, k * DEPTH, 0, place.x * ROWS, 0);
+        tma_load(&stage.right, &w, landed, k * DEPTH, 0, 0, place.y * (COLUMNS / 16));
+    };
+    auto multiply = [&](ProductSums &sum, const auto &stage) {
+        #pragma unroll
+        for (int c = 0; c < DEPTH; c += 16)
+            for (int m = 0; m < 2; m++)
+                wgmma_rows(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
+                           wgmma_operand(&stage.right.element[0][0][c], 0));
+    };
+    auto finish = [&](int2 place, const ProductSums &sum) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        Tile<16, COLUMNS> &rows = tile.rows[warp];
+        #pragma unroll
+        for (int m = 0; m < 2; m++) {
+            fragments_to_rows(rows, sum.half[m], 1);
+            for (int j = 0; j < COLUMNS / 16; j += 4)
+                for (int r = lane / 4; r < 16; r += 8) {    // 4 lanes to a row: 8 of them have all banks
+                    const int n = place.x * ROWS + m * 64 + warp % 4 * 16 + r, f8 = j + lane % 4;
+                    const int f = place.y * (COLUMNS / 2) + f8 * 8;
+                    if (n < N && f < F)
+                        store_gate_up(gate_up, h, n, f, F, load<8>(rows.at(r, f8 * 16)),
+                                      load<8>(rows.at(r, f8 * 16 + 8)));
+                }
+        }
+    };
+    product_pipeline(tile, CEIL_DIV(N, ROWS), CEIL_DIV(F, COLUMNS / 2), CEIL_DIV(C, DEPTH), load_stage,
+                     multiply, finish);
 }
 
 // ---- backward, kernel 0: a thread per element of h --------------------------------------------------------
@@ -203,12 +233,12 @@ __global__ void swiglu_down_backward_kernel1(bf16 *gate_up, bf16 *h, const bf16 
     gate_up[(size_t)n * 2 * F + F + f] = from_float<bf16>(d[0]);
 }
 
-// ---- kernel 2, shipped: the forward's tiles and stages; w is read as it lies, transposed on the way to the
-// tensor cores
+// ---- kernel 2, shipped for mma.sync: the forward's tiles and stages; w is read as it lies, transposed on the
+// way to the tensor cores
 __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(bf16 *__restrict__ gate_up,
         bf16 *__restrict__ h, const bf16 *__restrict__ dx, const bf16 *__restrict__ w, int N, int C, int F) {
     DownStage *stages = shared_memory<DownStage>();
-    const int2 place = mlp_place(CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS));
+    const int2 place = mlp_place(blockIdx.x, CEIL_DIV(N, MLP_ROWS), CEIL_DIV(F, MLP_COLUMNS));
     const int n0 = place.x * MLP_ROWS, f0 = place.y * MLP_COLUMNS, lane = threadIdx.x % 32;
     const int warp_row = threadIdx.x / 64 * MLP_WARP, warp_column = threadIdx.x / 32 % 2 * MLP_WARP;
     float sum[MLP_WARP / 16][MLP_WARP / 8][4] = {};
@@ -239,6 +269,56 @@ __global__ void __launch_bounds__(MLP_THREADS, 2) swiglu_down_backward_kernel2(b
     }
 }
 
+// ---- kernel 3, shipped for sm_90a: wgmma and TMA ----------------------------------------------------------
+__global__ void __launch_bounds__(WGMMA_THREADS, 1) swiglu_down_backward_kernel3(bf16 *__restrict__ gate_up,
+        bf16 *__restrict__ h, const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap w,
+        int N, int C, int F) {
+    typedef DownTiles Tiles;
+    constexpr int ROWS = Tiles::ROWS, COLUMNS = Tiles::COLUMNS, DEPTH = Tiles::DEPTH;
+    Tiles &tile = *swizzled_shared_memory<Tiles>();
+    auto load_stage = [&](int2 place, int k, auto &stage, uint64_t *landed) {
+        tma_load(&stage.left, &dx, landed, k * DEPTH, 0, place.x * ROWS, 0);
+        for (int panel = 0; panel < stage.right.PANELS; panel++)
+            tma_load(stage.right.element[panel], &w, landed, place.y * COLUMNS + panel * 64, 0, k * DEPTH, 0);
+    };
+    auto multiply = [&](ProductSums &sum, const auto &stage) {
+        #pragma unroll
+        for (int c = 0; c < DEPTH; c += 16)
+            for (int m = 0; m < 2; m++)
+                wgmma_columns(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
+                              wgmma_operand(stage.right.element[0][c], stage.right.PANEL_BYTES));
+    };
+    auto finish = [&](int2 place, const ProductSums &sum) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        Tile<16, COLUMNS> &rows = tile.rows[warp];
+        #pragma unroll
+        for (int m = 0; m < 2; m++) {
+            fragments_to_rows(rows, sum.half[m], 1);
+            const int n0 = place.x * ROWS + m * 64 + warp % 4 * 16 + lane / 8;
+            #pragma unroll 1
+            for (int c = lane % 8 * 8; c < COLUMNS; c += 64) {
+                const int f = place.y * COLUMNS + c;
+                if (f >= F) continue;
+                Pack<bf16, 8> gate[4], up[4];               // of rows 4 apart, all on their way together
+                for (int j = 0; j < 4; j++) {
+                    const bf16 *gate_n = gate_up + (size_t)(n0 + 4 * j) * 2 * F + f;
+                    gate[j] = load_if<8>(n0 + 4 * j < N, gate_n);
+                    up[j] = load_if<8>(n0 + 4 * j < N, gate_n + F);
+                }
+                for (int j = 0, n = n0; j < 4 && n < N; j++, n += 4) {
+                    bf16 *gate_n = gate_up + (size_t)n * 2 * F + f;
+                    const Pack<bf16, 8> dh = load<8>(rows.at(lane / 8 + 4 * j, c));
+                    store(h + (size_t)n * F + f, swiglu_backward_pack(gate[j], up[j], dh));
+                    store(gate_n, gate[j]);
+                    store(gate_n + F, up[j]);
+                }
+            }
+        }
+    };
+    product_pipeline(tile, CEIL_DIV(N, ROWS), CEIL_DIV(F, COLUMNS), CEIL_DIV(C, DEPTH), load_stage, multiply,
+                     finish);
+}
+
 static void shape(int when, int N, int C, int F) {
     const size_t n = (size_t)N * F;
     if (bench_shape<bf16>(when, "gate_up_swiglu", 2.0 * N * C + 4.0 * C * F + 6.0 * n, 4.0 * n * C,
@@ -248,6 +328,8 @@ static void shape(int when, int N, int C, int F) {
         x.normal(1), w.normal(2 / sqrtf((float)C));
         reference<bf16>([&](int b) { twin::mlp_forward(h.twin(b), gate_up.twin(b), x.host, w.host, N, C,
                                                        F); });
+        std::function<void()> forward_wgmma;
+        if (has_wgmma()) forward_wgmma = [&] { mlp_forward_wgmma(h, gate_up, x, w, N, C, F); };
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
@@ -263,6 +345,7 @@ static void shape(int when, int N, int C, int F) {
             {3, "128 x 128 sums per block, three stages in flight", [&] {
                 mlp_forward_products(h, gate_up, x, w, N, C, F);
             }, SHIPPED},
+            {4, "sm_90a: wgmma and TMA, two warpgroups in turns", forward_wgmma, SHIPPED},
         };
         bench(variants);
     }
@@ -274,6 +357,8 @@ static void shape(int when, int N, int C, int F) {
         reference<bf16>([&](int b) {
             twin::mlp_backward_gate_up(gate_up.twin(b), h.twin(b), dx.host, w.host, N, C, F);
         });
+        std::function<void()> backward_wgmma;
+        if (has_wgmma()) backward_wgmma = [&] { mlp_backward_wgmma(gate_up, h, dx, w, N, C, F); };
         const dim3 tiles(CEIL_DIV(F, SIDE), CEIL_DIV(N, SIDE)), tile(SIDE, SIDE);
         const Variant variants[] = {
             {0, "one thread per element", [&] {
@@ -286,6 +371,7 @@ static void shape(int when, int N, int C, int F) {
             {2, "128 x 128 sums per block, three stages in flight", [&] {
                 mlp_backward_products(gate_up, h, dx, w, N, C, F);
             }, SHIPPED},
+            {3, "sm_90a: wgmma and TMA, two warpgroups in turns", backward_wgmma, SHIPPED},
         };
         bench(variants);
     }
@@ -297,6 +383,8 @@ int main(int argc, char **argv) {
     shape(CHECK, 130, 72, 104);             // beyond one tile in rows and columns, C no multiple of a stage
     shape(CHECK, 64, 256, 64);
     shape(CHECK, 33, 40, 200);
+    shape(CHECK, 385, 328, 392);            // several tiles to a block of the emulator's 4 SMs
+    shape(CHECK, 513, 16, 584);             // the same, a single step each
     shape(MODEL, 256, 256, 512);
     shape(TIME, 4096, 2048, 5504);
     shape(TIME, 2047, 1032, 2760);

@@ -2,9 +2,9 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp passes|products] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp auto|passes|products] [--attention mma|wgmma] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
-    dev/speed_model.py --wgmma [--markdown]               attention forward with wgmma and TMA (sm_90a), beside published figures
+    dev/speed_model.py --wgmma [--markdown]               kernels with wgmma and TMA (sm_90a), beside published figures
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
     dev/speed_model.py --planner check|sync               the counts that the trainers' planner has (train_litespark.c, section 16)
     dev/speed_model.py --measure PTXCPU BINARY            counts again: writes dev/results/kernel_counts.json
@@ -14,14 +14,16 @@ Where the numbers come from
            compiled PTX, ran the trainer on small models (--measure). Each count is fitted as fixed + slope * rows (attention:
            a + b*T + c*T^2 per query head, exact at T 4096) and taken at the size asked for; the fixed part is kept.
   GEMM     cuBLASLt at 700 TFLOP/s, or its compulsory bytes at 3.0 TB/s where that takes longer (small chunks of logits).
-  MLP      passes: SwiGLU between cuBLASLt's products, the default on this device. products: SwiGLU in the epilogues of our own
-           (--mlp products, the default where mma.sync has the full rate); their time like attention's, as a sum of terms.
+  MLP      passes: SwiGLU between cuBLASLt's products. products: SwiGLU in the epilogues of our own. auto: what the trainer's auto
+           takes, products on all but the B200. With mma.sync their time is like attention's, a sum of terms; on Hopper it is the
+           largest term of the wgmma kernels (--wgmma), times a factor from published figures of such products.
   bytes    non-GEMM bytes count what a product's epilogue moves beyond its plain output: the residual that it adds, h, gate and up.
   DRAM     3.0 TB/s of the 3.35 of the data sheet. Memory-bound kernels: all sectors they touch (no cache), or the instruction
            terms where those take longer.
   attention  tensor + issue + SFU terms added up (mma.sync at 0.62 of 989.4 TFLOP/s; 4 warp instructions, 16 SFU lanes, 64 integer
            lanes and 128 shared bytes per clock and SM, 132 SMs, 1.755 GHz), no DRAM, or the shared or integer term where that takes
            longer; the sum times the factor that brings the same sum for FlashAttention-2's kernel (forward, backward) to its published speed.
+           --attention wgmma: the kernels of Hopper, largest term of a tile, times a factor from published figures of such kernels.
   left out gaps between kernels, the host, latency, tails of the last wave, causal imbalance between blocks, NCCL, and power limits.
 """
 import argparse
@@ -57,11 +59,13 @@ def devices():
 
 DEVICES = devices()
 PEAK, GEMM, DRAM, SMS, CLOCK, MMA_SYNC, MEMORY_GIB = DEVICES["h100"]
+HOPPER, MMA_SYNC_ALL = True, False      # of the device chosen: wgmma; mma.sync has all of the tensor cores
 
 
 def choose_device(name, runs):
-    global PEAK, GEMM, DRAM
+    global PEAK, GEMM, DRAM, HOPPER, MMA_SYNC_ALL
     PEAK, GEMM, DRAM, sms, clock, mma_sync, memory = DEVICES[name]
+    HOPPER, MMA_SYNC_ALL = name in ("h100", "h200"), mma_sync == 1
     tensor, others = DEVICES["h100"][0] * MMA_SYNC / (PEAK * mma_sync), SMS * CLOCK / (sms * clock)
     for r in runs.values():
         for k in r["kernels"].values():
@@ -383,12 +387,19 @@ def own_product(name, times, q, factor, extra):
     return op
 
 
+def wgmma_op(name, times, N, C, F, kernel, extra):
+    """A product of our own on Hopper"""
+    seconds, clocks, flops = wgmma_product(N, C, F, kernel, wgmma_product_factor())
+    limit = max(clocks, key=clocks.get)
+    return Op("GEMM", name, times, seconds, limit, extra, extra, flops, "of a tile, in clocks: " + ", ".join(f"{k} {v:.0f}" for k, v in clocks.items()))
+
+
 def counted_parameters(counts):
     r = counts.runs["mlp 1"]
     return Config(r["V"], r["L"], r["C"], r["H"], r["K"], r["D"], r["F"], 1).n
 
 
-def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
+def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attention="mma"):
     """Ops of a micro-step (N = B*T tokens) and of an update, in the order of the program."""
     N, C, F, L = B * T, c.C, c.F, c.L
     factor, backward_factor = fa2()[1], fa2_backward()[1]
@@ -406,9 +417,13 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
     cross = counts.per_item("mlp 2", counts.name("mlp 2", "cross_entropy"), run["B"] * run["T"] * run["V"], float(cls_rows) * c.V)
     embed = lambda kernel: counts.rows(counts.name("norm 1", kernel), N, C, "norm 1", "norm 3", lambda r: r["C"])
     columns = {q: v * C / run_c for run_c in [counts.runs["norm 3"]["C"]] for q, v in counts.per_launch("norm 3", "column_sums").items()}
+    if mlp_form == "auto": mlp_form = "products" if HOPPER or MMA_SYNC_ALL else "passes"
     if mlp_form == "passes":
         up = [gemm("gate/up forward", L + again_up, N, 2 * F, C), memory_bound("SwiGLU", "SwiGLU forward", L, mlp("swiglu_forward"))]
         down = [gemm("down backward x", L, N, F, C), memory_bound("SwiGLU", "SwiGLU backward, h rebuilt", L, mlp("swiglu_backward"))]
+    elif HOPPER:
+        up = [wgmma_op("gate/up forward with SwiGLU", L + again_up, N, C, F, "gate_up_swiglu", 2.0 * N * F)]
+        down = [wgmma_op("down backward x with SwiGLU", L, N, C, F, "swiglu_down_backward", 2.0 * 4 * N * F)]
     else:
         up = [own_product("gate/up forward with SwiGLU", L + again_up, counts.product("gate_up_swiglu", N, C, F), factor, 2.0 * N * F)]
         down = [own_product("down backward x with SwiGLU", L, counts.product("swiglu_down_backward", N, C, F), factor, 2.0 * 4 * N * F)]
@@ -443,6 +458,8 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes"):
         gemm("qkv backward w", L, c.W, C, N, 4, True),
         memory_bound("other", "embedding backward", 1, embed("embedding_backward")),
     ]
+    if attention == "wgmma":
+        for x in ops: wgmma_attention(x, c, B, T)
     run_n = counted_parameters(counts)
     adamw = counts.per_item("mlp 1", counts.name("mlp 1", "adamw_update<bf16, float>"), run_n, c.n)
     if state == "bf16":     # m and v: 4 bytes less to read and to write each; instructions as with float
@@ -494,6 +511,9 @@ def planner_rows(counts):
         at = lambda C, terms: factor * sum(counts.product(kernel, 1, C, 1)[t] for t in terms)
         line = lambda terms: (at(0, terms), at(1, terms) - at(0, terms), 0)
         out.append(row(name, 0, 0, line(("tensor_us",)), line(("issue_us", "sfu_us"))))
+    for name, kernel in (("GATE_UP_WGMMA", "gate_up_swiglu"), ("DOWN_WGMMA", "swiglu_down_backward")):     # per element of h, but for DRAM and the last tiles
+        at = lambda C: wgmma_product_factor() * max(product_on_chip(C)) * WGMMA_PRODUCTS[kernel]["columns_per_f"] / (ROWS * COLUMNS * SMS * CLOCK) * 1e6
+        out.append(row(name, 0, 0, (2 * at(1024) - at(2048), (at(2048) - at(1024)) / 1024, 0), (0, 0, 0)))
     return "\n".join(out + ["};"]) + "\n"
 
 
@@ -533,15 +553,32 @@ def planner(counts, what):
                     bad = True
     return 1 if bad else 0
 
-# ---- attention forward with wgmma and TMA: attention_forward_kernel4 ----------------------------------------------------
+# ---- attention with wgmma and TMA: attention_forward_kernel4, attention_backward_dq_kernel3 and _dkdv_kernel3 ------------
+# One warpgroup copies, two compute in turns or out of step, so a tile takes its largest term (kernels on mma.sync: the sum, see above).
 # Per clock and SM of an H100 or H200: 4096 FLOP of wgmma, 16 exponentials, 128 lanes of other instructions, 128 bytes of shared memory.
 # Published, TFLOP/s of the causal FLOPs, bf16, head_dim 128: cuDNN 9.19 on an H200, B 1, 64 query heads, 8 of keys (its own table, Feb 2026);
-# FlashAttention-3 on an H100: T 4096 (paper), T 8192, 16 heads (its pull request 1893).
+# FlashAttention-3 on an H100: T 4096 forward (paper), T 8192, 16 heads (its pull request 1893), there deterministic 474 backward.
 WGMMA_SM = {"tensor": 4096, "exponentials": 16, "instructions": 128, "shared": 128}
 WGMMA_PUBLISHED = {2048: "cuDNN 484", 4096: "cuDNN 591; FA3 579", 8192: "cuDNN 644; FA3 660", 16384: "cuDNN 673", 32768: "cuDNN 688"}
+WGMMA_BACKWARD = {2048: (370, 0), 4096: (474, 0), 8192: (541, 575), 16384: (579, 0), 32768: (581, 0)}     # cuDNN, FlashAttention-3
 TILE = 128                  # queries of a block, keys of a tile
 INSTRUCTIONS = 4.5          # per score, beside 2^x: maximum, scale and subtract, sum, half a conversion, and what belongs to loops
+BACKWARD_INSTRUCTIONS = 4.5 # the same of the backward kernels: scale and subtract, minus delta, times P, half a conversion or one, lse and delta
 TMA_CLOCKS = 1500           # assumed: start of a block, its first tiles through TMA, its last store; nothing hides them with one block per SM
+
+
+def wgmma_clocks(scores, tensor, shared, instructions):
+    work = {"tensor": tensor, "exponentials": scores, "instructions": instructions * scores, "shared": shared}
+    return {k: work[k] / WGMMA_SM[k] for k in work}
+
+
+def wgmma_seconds(blocks, clocks):
+    """blocks: the tiles of each, in the order of the grid; each goes to the SM that is free first."""
+    ends = TMA_CLOCKS + clocks["tensor"] + max(clocks["exponentials"], clocks["instructions"])     # first scores, last product: nothing runs beside them
+    free = [0.0] * SMS
+    heapq.heapify(free)
+    for tiles in blocks: heapq.heappush(free, heapq.heappop(free) + ends + (tiles - 1) * max(clocks.values()))
+    return max(free) / CLOCK
 
 
 def wgmma_forward(T, heads, D):
@@ -549,26 +586,127 @@ def wgmma_forward(T, heads, D):
     width = 64 if D <= 64 else 128
     scores = TILE * TILE
     bytes_read = (2 * 64 * width * 2 + 2 * TILE * width * 2) + 2 * TILE * width * 2 + 2 * TILE * width * 2    # q and k; v; what TMA writes
-    work = {"tensor": 4 * scores * width, "exponentials": scores, "instructions": INSTRUCTIONS * scores, "shared": bytes_read}
-    clocks = {k: work[k] / WGMMA_SM[k] for k in work}
-    softmax = max(clocks["exponentials"], clocks["instructions"])
-    ends = TMA_CLOCKS + clocks["tensor"] + softmax          # first scores and softmax, last product: nothing runs beside them
-    free = [0.0] * SMS                                      # blocks in the order of the grid, each to the SM that is free first
-    heapq.heapify(free)
-    for tiles in range(-(-T // TILE), 0, -1):
-        for _ in range(heads): heapq.heappush(free, heapq.heappop(free) + ends + (tiles - 1) * max(clocks.values()))
-    return max(free) / CLOCK, clocks
+    clocks = wgmma_clocks(scores, 4 * scores * width, bytes_read, INSTRUCTIONS)
+    return wgmma_seconds([tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
+
+
+def wgmma_backward(T, heads, kv_heads, D):
+    """Of dq and of dk dv: seconds, and the clocks of each term per tile. 2-byte elements; a product of a warpgroup reads its left operand
+    (unless that is in registers) and all of its right one; TMA writes two tiles."""
+    width = 64 if D <= 64 else 128
+    scores = TILE * TILE                                    # dq: 128 queries, 128 keys; three products
+    dq = wgmma_clocks(scores, 6 * scores * width, (2 * 2 * (64 + TILE) + 2 * TILE + 2 * TILE) * width * 2, BACKWARD_INSTRUCTIONS)
+    rows = range(-(-T // TILE), 0, -1)
+    first = wgmma_seconds([tiles for tiles in rows for _ in range(heads)], dq)
+    scores = TILE * 64                                      # dk dv: 128 keys, 64 queries; four products
+    dkdv = wgmma_clocks(scores, 8 * scores * width, (2 * 2 * (64 + 64) + 2 * 2 * 64 + 2 * 64) * width * 2, BACKWARD_INSTRUCTIONS)
+    second = wgmma_seconds([2 * tiles * (heads // kv_heads) for tiles in rows for _ in range(kv_heads)], dkdv)
+    return (first, dq), (second, dkdv)
+
+
+def wgmma_one_pass(T, heads):
+    """Seconds of FlashAttention-3's backward by the same rules: a block has 128 keys of a query head and walks over tiles of 64 queries; five
+    products; dS (16-bit) and dq (32-bit) go through shared memory, the latter on to a sum in DRAM that no SM waits for."""
+    scores, width = TILE * 64, 128
+    shared = (2 * 2 * (64 + 64) + 2 * 2 * 64 + 2 * 64) * width * 2 + 2 * scores + 2 * (64 * TILE + TILE * width // 2) * 2 + 2 * 64 * width * 4
+    clocks = wgmma_clocks(scores, 10 * scores * width, shared, BACKWARD_INSTRUCTIONS)
+    return wgmma_seconds([2 * tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
+
+
+# ---- the MLP's products with wgmma and TMA: gate_up_swiglu_kernel4, swiglu_down_backward_kernel3 -----------------------
+# Tiles of 128 rows and `columns` sums, both operands 64 deep per step. Published, of plain products of bf16, H100 SXM: fast.cu (its README at
+# commit a1bb7b2), tiles of 128 x 256 whose epilogue nothing hides.
+# instructions and exponentials per sum of the epilogue: counted in the compiled code; bytes moved per sum, DRAM.
+WGMMA_PRODUCTS = {"gate_up_swiglu": {"instructions": 7.0, "exponentials": 1.0, "bytes": 3.0, "columns_per_f": 2},
+                  "swiglu_down_backward": {"instructions": 25.0, "exponentials": 2.0, "bytes": 10.0, "columns_per_f": 1}}
+PLAIN_PUBLISHED = {4096: 763e12, 8192: 808e12}
+ROWS, COLUMNS, GROUP = 128, 192, 16     # of a tile; rows of tiles that share what they read of the right operand
+
+
+def product_clocks(columns, steps):
+    """Clocks of a tile: of tensor cores; of shared memory: operands read by wgmma of 64 rows each, and written by TMA"""
+    reads, writes = 2 * (64 + columns) * 64 * 2, (ROWS + columns) * 64 * 2
+    return steps * 2 * ROWS * columns * 64 / WGMMA_SM["tensor"], steps * (reads + writes) / WGMMA_SM["shared"]
+
+
+def product_on_chip(C):
+    """Clocks of a tile of ours: of tensor cores; of shared memory, with the sums that are written and read once on their way to memory"""
+    tensor, shared = product_clocks(COLUMNS, -(-C // 64))
+    return tensor, shared + 2 * ROWS * COLUMNS * 2 / WGMMA_SM["shared"]
+
+
+def wgmma_product_factor():
+    """Modelled time of fast.cu's product, 4096 x 4096 x 4096, to published: what the model does not know, latency and clocks under load"""
+    n = 4096
+    tensor, shared = product_clocks(256, n // 64)
+    staging = 2 * ROWS * 256 * 2 / WGMMA_SM["shared"]
+    tiles = -(-(n // ROWS) * (n // 256) // SMS)
+    modelled = (TMA_CLOCKS + tiles * (max(tensor, shared) + staging)) / CLOCK
+    return 2.0 * n ** 3 / PLAIN_PUBLISHED[n] / modelled
+
+
+def wgmma_product(N, C, F, kernel, factor):
+    """Seconds, the clocks of each term per tile (the chip's without the factor), FLOPs. A tile takes its largest term: the two warpgroups alternate."""
+    k = WGMMA_PRODUCTS[kernel]
+    width, sums = F * k["columns_per_f"], ROWS * COLUMNS
+    rows, columns = -(-N // ROWS), -(-width // COLUMNS)
+    tensor, shared = product_on_chip(C)
+    tiles = rows * columns
+    operands = 2.0 * N * C + 2.0 * width * C * max(1, rows / GROUP)     # the right one anew for each group of rows
+    clocks = {"tensor": tensor, "shared": shared, "instructions": k["instructions"] * sums / WGMMA_SM["instructions"],
+              "exponentials": k["exponentials"] * sums / WGMMA_SM["exponentials"], "dram": (k["bytes"] * sums + operands / tiles) * SMS * CLOCK / DRAM}
+    ends = TMA_CLOCKS + clocks["dram"]                                  # the first loads; the last tile's epilogue
+    return (-(-tiles // SMS) * max(factor * max(tensor, shared), clocks["dram"]) + ends) / CLOCK, clocks, 2.0 * N * C * width
+
+
+def print_wgmma_products(markdown):
+    factor, rows = wgmma_product_factor(), []
+    for name, C, F in (("3B", 2048, 11008), ("llama3.1-8B", 4096, 14336), ("llama3.2-1B", 2048, 8192), ("100M", 768, 2048)):
+        for kernel in WGMMA_PRODUCTS:
+            (t, clocks, flops), (slower, _, _) = (wgmma_product(16384, C, F, kernel, x) for x in (1, factor))
+            rows.append([f"{kernel}, {name}", f"{t * 1e6:.0f}", f"{flops / t / 1e12:.0f}", f"{slower * 1e6:.0f}", f"{flops / slower / 1e12:.0f}",
+                         ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())])
+    table(["the MLP's products, N 16384", "us, modelled", "TFLOP/s, modelled", "us, with the factor", "TFLOP/s, with the factor", "clocks per tile of 128 x 192; the largest counts"], rows, markdown)
+    print(f"Factor {factor:.3f}: fast.cu's product of 4096 x 4096 x 4096 in this model to its published {PLAIN_PUBLISHED[4096] / 1e12:.0f} TFLOP/s on an H100. DRAM at {DRAM / 1e12:.1f} TB/s.")
+
+
+def wgmma_attention(op, c, B, T):
+    """op as its wgmma kernel: the model times what it is off at T 4096, 64 heads of 128, from cuDNN's published figures on an H200. Bytes stay as counted."""
+    n, heads = 4096, 64
+    off = {"attention forward": 2.0 * n * n * 128 * heads / wgmma_forward(n, heads, 128)[0] / 591e12}
+    off["attention backward: dq"] = off["attention backward: dk dv"] = 5.0 * n * n * 128 * heads / wgmma_one_pass(n, heads)[0] / 474e12
+    if op.name not in off: return
+    dq, dkdv = wgmma_backward(T, B * c.H, B * c.K, c.D)
+    t, clocks = {"attention forward": wgmma_forward(T, B * c.H, c.D), "attention backward: dq": dq, "attention backward: dk dv": dkdv}[op.name]
+    op.seconds, op.limit = t * off[op.name], max(clocks, key=clocks.get)
+    op.terms = f"times {off[op.name]:.2f}; of a tile, in clocks: " + ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
 
 
 def print_wgmma(markdown):
+    lengths = (2048, 4096, 8192, 16384, 32768)
+    says = lambda clocks: ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
     rows = []
     for D in (128, 64):
-        for T in (2048, 4096, 8192, 16384, 32768):
+        for T in lengths:
             t, clocks = wgmma_forward(T, 64, D)
-            rows.append([f"T {T}, D {D}", f"{t * 1e6:.0f}", f"{2.0 * T * T * D * 64 / t / 1e12:.0f}", WGMMA_PUBLISHED[T] if D == 128 else "-",
-                         ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())])
+            rows.append([f"T {T}, D {D}", f"{t * 1e6:.0f}", f"{2.0 * T * T * D * 64 / t / 1e12:.0f}", WGMMA_PUBLISHED[T] if D == 128 else "-", says(clocks)])
     table(["attention forward, B 1, 64 heads, causal", "us, modelled", "TFLOP/s, modelled", "published TFLOP/s", "clocks per tile; the largest counts"], rows, markdown)
-    print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.")
+    rows = []
+    for D in (128, 64):
+        for T in lengths:
+            (dq, dq_clocks), (dkdv, dkdv_clocks) = wgmma_backward(T, 64, 8, D)
+            one, one_clocks = wgmma_one_pass(T, 64)
+            ours, one_pass = [5.0 * T * T * D * 64 / t / 1e12 for t in (dq + dkdv, one)]
+            published = [x for x in WGMMA_BACKWARD[T] if x] if D == 128 else []
+            rows.append([f"T {T}, D {D}", f"{dq * 1e6:.0f} + {dkdv * 1e6:.0f}", f"{ours:.0f}", f"{one_pass:.0f}" if D == 128 else "-",
+                         "; ".join(f"{n} {x}" for n, x in zip(("cuDNN", "FA3"), published)) or "-", "; ".join(f"{x / one_pass:.2f}" for x in published) or "-",
+                         "; ".join(f"{ours * x / one_pass:.0f}" for x in published) or "-"])
+        if D == 128: clocks_of = f"dq {says(dq_clocks)}; dk dv {says(dkdv_clocks)}; one pass {says(one_clocks)}"
+    table(["attention backward, B 1, 64 heads, 8 of keys, causal", "us, modelled: dq + dk dv", "TFLOP/s of 5 products, modelled", "one pass, modelled", "published",
+           "published / one pass", "ours times that"], rows, markdown)
+    print(f"Backward, clocks per tile at D 128: {clocks_of}.")
+    print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.\n")
+    print_wgmma_products(markdown)
     return 0
 
 
@@ -654,7 +792,8 @@ def main():
     p.add_argument("--optimizer-dtype", default="fp32", choices=["fp32", "bf16"])
     p.add_argument("--device", default="h100", choices=list(DEVICES))
     p.add_argument("--memory-gib", type=float, default=0, help="0: the device's")
-    p.add_argument("--mlp", default="passes", choices=["passes", "products"])
+    p.add_argument("--mlp", default="auto", choices=["auto", "passes", "products"])
+    p.add_argument("--attention", default="mma", choices=["mma", "wgmma"])
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
     p.add_argument("--wgmma", action="store_true")
@@ -683,7 +822,7 @@ def main():
     B = B or 1
     N = B * T
     need = arenas(c, B, T, o.recompute, chunk, state_bytes)
-    ops, update = step_ops(counts, c, B, T, o.recompute, chunk, o.optimizer_dtype, o.mlp)
+    ops, update = step_ops(counts, c, B, T, o.recompute, chunk, o.optimizer_dtype, o.mlp, o.attention)
     micro = total / N
     seconds = lambda xs: sum(x.seconds * x.times for x in xs)
     step = micro * seconds(ops) + seconds(update)
@@ -771,7 +910,7 @@ def print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, mic
         for rows_of_logits in (128, DEFAULT_CHUNK, 4096):
             b = largest_batch(c, T, recompute, rows_of_logits, o.total_batch_tokens, memory, state_bytes)
             if not b: continue
-            ops2, up2 = step_ops(counts, c, b, T, recompute, rows_of_logits, o.optimizer_dtype, o.mlp)
+            ops2, up2 = step_ops(counts, c, b, T, recompute, rows_of_logits, o.optimizer_dtype, o.mlp, o.attention)
             m = o.total_batch_tokens / (b * T)
             t = m * sum(x.seconds * x.times for x in ops2) + sum(x.seconds * x.times for x in up2)
             rows.append([recompute, rows_of_logits, b, f"{sum(arenas(c, b, T, recompute, rows_of_logits, state_bytes)) / MIB:.0f}", f"{o.total_batch_tokens / t:.0f}",

@@ -31,7 +31,10 @@ ONLY = {
          "cuda_check": "CUDA", "launch_kernel": "CUDA", "device_attribute": "CUDA", "with_width": "widths compiled",
          "choose_kernels": "devices differ", "mlp_forward_passes": "two forms", "mlp_forward_products": "two forms",
          "mlp_backward_passes": "two forms", "mlp_backward_products": "two forms",
-         "attention_forward_f32": "fp32", "attention_forward_mma": "two forms", "attention_forward_wgmma": "two forms", "has_wgmma": "sm_90a", "tensor_map": "sm_90a"},
+         "mlp_forward_wgmma": "sm_90a", "mlp_backward_wgmma": "sm_90a", "rows_map": "sm_90a", "product_blocks": "sm_90a",
+         "attention_forward_f32": "fp32", "attention_forward_mma": "two forms", "attention_forward_wgmma": "two forms",
+         "attention_backward_f32": "fp32", "attention_backward_mma": "two forms", "attention_backward_wgmma": "two forms",
+         "has_wgmma": "sm_90a", "tensor_map": "sm_90a", "head_map": "sm_90a"},
 }
 
 

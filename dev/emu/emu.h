@@ -359,7 +359,7 @@ struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); }
 
 struct Wgmma {                                                // one in flight; operands are registers or descriptors
     const char *name; float *sum; int columns; bool add, in_registers, by_rows; uint64_t a, b; uint32_t a_registers[4];
-    bool first; float start[64];                              // the sums before it, if none in flight has the same
+    bool first; float start[96];                              // the sums before it, if none in flight has the same
 };
 struct Worker;
 struct Thread {

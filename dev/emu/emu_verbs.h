@@ -239,13 +239,13 @@ EMU_NOINLINE inline void tensor_load(void *dst, const TensorMap *map, uint64_t *
 // wgmma: a thread's sums are poison from the call to the wait. There the warpgroup meets, and the last thread computes, with
 // shared memory as it is then.
 EMU_NOINLINE inline void wgmma(const char *name, float *sum, int columns, bool add, const uint32_t *a_registers, uint64_t a,
-                               uint64_t b) {
+                               uint64_t b, bool by_columns = false) {
     Thread *t = me;
     t->where = __builtin_return_address(0);
     bool chained = false;
     for (const Wgmma &p : t->products) chained = chained || p.sum == sum;
     if (!chained && !t->fenced) fail(cudaErrorLaunchFailure, "%s without a wgmma.fence since its registers were written", name);
-    Wgmma p = {name, sum, columns, add, a_registers != nullptr, a_registers == nullptr, a, b, {}, !chained, {}};
+    Wgmma p = {name, sum, columns, add, a_registers != nullptr, !a_registers && !by_columns, a, b, {}, !chained, {}};
     if (a_registers) memcpy(p.a_registers, a_registers, sizeof p.a_registers);
     if (!chained) memcpy(p.start, sum, columns / 2 * sizeof *sum);
     memset(sum, POISON, columns / 2 * sizeof *sum);
@@ -320,6 +320,15 @@ EMU_NOINLINE inline void wgmma_wait(int n) {                  // at most n group
         o.products.erase(o.products.begin(), o.products.begin() + products);
         o.product_groups.erase(o.product_groups.begin(), o.product_groups.begin() + done);
         for (size_t &g : o.product_groups) g -= products;
+        for (size_t j = 0; products && j < o.products.size(); j++) {        // the same sums, still added to
+            Wgmma &p = o.products[j];
+            bool oldest = !p.first;
+            for (size_t k = 0; k < j; k++) oldest = oldest && o.products[k].sum != p.sum;
+            if (!oldest) continue;
+            p.first = true;
+            memcpy(p.start, p.sum, p.columns / 2 * sizeof *p.sum);
+            memset(p.sum, POISON, p.columns / 2 * sizeof *p.sum);
+        }
     }
     b.arrived = 0;
     for (int i = 0; i < MAX_WARPS; i++) w->wake(i, b.waiting[i]), b.waiting[i] = 0;
@@ -354,8 +363,8 @@ EMU_INLINE void tma_load(void *dst, const TensorMap *map, uint64_t *barrier, int
 template <int n> EMU_INLINE void registers_give() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.dec
 template <int n> EMU_INLINE void registers_take() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.inc
 
-// wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n128k16 (a and b by rows), m64n64k16, m64n128k16 (a in
-// registers, b by columns)
+// wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n64k16, m64n128k16, with a and b by rows, and with a in
+// registers and b by columns
 EMU_INLINE uint64_t wgmma_operand(const void *corner, int panel_bytes) {
     const uint64_t at = (const char *)corner - emu::me->worker->smem;
     return at >> 4 | (uint64_t)panel_bytes >> 4 << 16 | 1024ull >> 4 << 32 | 1ull << 62;
@@ -366,12 +375,25 @@ template <int n, int NT> EMU_INLINE void wgmma_wait(float (&)[1][NT][4]) {
     emu::wgmma_wait(n);
     asm volatile("");
 }
-EMU_INLINE void wgmma_rows(float (&sum)[1][16][4], uint64_t a, uint64_t b, int add) {
-    emu::wgmma("wgmma by rows", sum[0][0], 128, add, nullptr, a, b);
+template <int NT> EMU_INLINE void wgmma_rows(float (&sum)[1][NT][4], uint64_t a, uint64_t b, int add) {
+    emu::wgmma("wgmma by rows", sum[0][0], NT * 8, add, nullptr, a, b);
     asm volatile("");
 }
 template <int NT> EMU_INLINE void wgmma_columns(float (&sum)[1][NT][4], const uint32_t (&a)[4], uint64_t b) {
     emu::wgmma("wgmma by columns", sum[0][0], NT * 8, true, a, 0, b);
+    asm volatile("");
+}
+// m64n192k16, a in shared memory by rows; b by rows, b by columns
+EMU_INLINE void wgmma_rows(float (&sum)[1][24][4], uint64_t a, uint64_t b) {
+    emu::wgmma("wgmma by rows", sum[0][0], 192, true, nullptr, a, b);
+    asm volatile("");
+}
+EMU_INLINE void wgmma_columns(float (&sum)[1][24][4], uint64_t a, uint64_t b) {
+    emu::wgmma("wgmma by columns", sum[0][0], 192, true, nullptr, a, b, true);
+    asm volatile("");
+}
+template <int n> EMU_INLINE void wgmma_wait() {
+    emu::wgmma_wait(n);
     asm volatile("");
 }
 

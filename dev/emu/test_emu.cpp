@@ -301,15 +301,15 @@ __global__ void recurse(int *out, int n) {
 __global__ void set_value(float *p, float v) { *p = v; }
 __global__ void add_value(float *p, const float *q) { *p += *q; }
 
-// s (64,128) = a (64,64 tiles) b (128,64 tiles)^T, o (64,128) = bf16(s) v (128,128): a thread of warpgroup 1 copies by TMA
-// into two stages, warpgroup 0 computes.
+// s (64,N) = a (64,64 tiles) b (N,64 tiles)^T, o (64,128) = bf16(s) v (N,128): a thread of warpgroup 1 copies by TMA into two
+// stages, warpgroup 0 computes.
 enum WgmmaBug { FINE, NO_TMA_WAIT, TMA_PARITY, EARLY_RELEASE, NO_WGMMA_WAIT, NO_COMMIT, NO_PANEL, SWIZZLED_TWICE, NO_FENCE,
                 NO_INIT_FENCE, FEWER_BYTES, MORE_BYTES, NEVER_INIT, LOST_LOAD, DIVERGENT };
-struct WgmmaShared { bf16 a[2][64][64], b[2][128][64], v[2][128][64]; uint64_t full[2], empty[2], v_full; };
-template <int bug> __global__ void wgmma_gemm(float *s_out, float *o_out, const __grid_constant__ TensorMap a,
+template <int N> struct WgmmaShared { bf16 a[2][64][64], b[2][N][64], v[2][N][64]; uint64_t full[2], empty[2], v_full; };
+template <int bug, int N> __global__ void wgmma_gemm(float *s_out, float *o_out, const __grid_constant__ TensorMap a,
                                               const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap v,
                                               int tiles) {
-    WgmmaShared &m = *swizzled_shared_memory<WgmmaShared>();
+    WgmmaShared<N> &m = *swizzled_shared_memory<WgmmaShared<N>>();
     const int bytes = sizeof m.a[0] + sizeof m.b[0], thread = threadIdx.x % 128, lane = thread % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) mbarrier_init(&m.full[i], 1), mbarrier_init(&m.empty[i], 1);
@@ -329,8 +329,8 @@ template <int bug> __global__ void wgmma_gemm(float *s_out, float *o_out, const 
         if (bug == LOST_LOAD && thread == 0) tma_load(m.a[0], &a, &m.empty[0], 0, 0, 0, 0);
         return;
     }
-    float s[1][16][4] = {}, o[1][16][4] = {};
-    uint32_t p[8][4];
+    float s[1][N / 8][4] = {}, o[1][16][4] = {};
+    uint32_t p[N / 16][4];
     for (int i = 0; i < tiles; i++) {
         if (bug != NO_TMA_WAIT) mbarrier_wait(&m.full[i % 2], (bug == TMA_PARITY) ^ (i / 2 % 2));
         if (bug != NO_FENCE) wgmma_fence();
@@ -346,45 +346,116 @@ template <int bug> __global__ void wgmma_gemm(float *s_out, float *o_out, const 
     auto pack = [](float low, float high) {
         return (uint32_t)__bfloat16_as_ushort(bf16(low)) | (uint32_t)__bfloat16_as_ushort(bf16(high)) << 16;
     };
-    for (int i = 0; i < 32; i++) p[i / 4][i % 4] = pack(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1]);
+    for (int i = 0; i < N / 4; i++) p[i / 4][i % 4] = pack(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1]);
     mbarrier_wait(&m.v_full, 0);
     wgmma_fence();
-    for (int k = 0; k < 8; k++) wgmma_columns(o, p[k], wgmma_operand(m.v[0][k * 16], bug == NO_PANEL ? 16 : sizeof m.v[0]));
+    for (int k = 0; k < N / 16; k++) wgmma_columns(o, p[k], wgmma_operand(m.v[0][k * 16], bug == NO_PANEL ? 16 : sizeof m.v[0]));
     wgmma_commit();
     wgmma_wait<0>(o);
     for (int e = 0; e < 64; e++) {
-        const int at = (thread / 32 * 16 + lane / 4 + e / 2 % 2 * 8) * 128 + e / 4 * 8 + lane % 4 * 2 + e % 2;
-        s_out[at] = s[0][e / 4][e % 4], o_out[at] = o[0][e / 4][e % 4];
+        const int row = thread / 32 * 16 + lane / 4 + e / 2 % 2 * 8, column = e / 4 * 8 + lane % 4 * 2 + e % 2;
+        o_out[row * 128 + column] = o[0][e / 4][e % 4];
+        if (e < N / 2) s_out[row * N + column] = s[0][e / 4][e % 4];
     }
 }
-template <int bug> cudaError_t start_wgmma(float *s, float *o, const bf16 *a, const bf16 *b, const bf16 *v) {
-    const size_t smem = (sizeof(WgmmaShared) + 1023) / 1024 * 1024;
+template <int bug, int N = 128> cudaError_t start_wgmma(float *s, float *o, const bf16 *a, const bf16 *b, const bf16 *v) {
+    const size_t smem = (sizeof(WgmmaShared<N>) + 1023) / 1024 * 1024;
     auto map = [](const bf16 *p, uint64_t rows, uint64_t columns, uint32_t box) {
         return tensor_map(p, {columns, 1, rows, 1}, {2 * columns, 2 * columns, 2 * columns * rows}, {64, 1, box, 1});
     };
-    cudaFuncSetAttribute(wgmma_gemm<bug>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
-    return start(wgmma_gemm<bug>, 2, 256, smem, s, o, map(a, 64, 200, 64), map(b, 120, 200, 128), map(v, 128, 104, 128), 4);
+    cudaFuncSetAttribute(wgmma_gemm<bug, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+    return start(wgmma_gemm<bug, N>, 2, 256, smem, s, o, map(a, 64, 200, 64), map(b, N - 8, 200, N), map(v, N, 104, N), 4);
 }
-// The largest error, infinite after a report: a (64,200), b (120,200) and v (128,104) are small integers, so sums are exact,
+// sum (64,192) = a (64,64 tiles) b (192,64 tiles)^T + a c (64 tiles,192), where the products of a tile run on while the next
+// one's start.
+enum LateBug { ON_TIME, RELEASED_TOO_EARLY, READ_TOO_EARLY, K16_DROPPED };
+struct LateShared { bf16 a[2][64][64], b[2][192][64], c[2][3][64][64]; uint64_t full[2], empty[2]; };
+template <int bug> __global__ void wgmma_late(float *out, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                                              const __grid_constant__ TensorMap c, int tiles) {
+    LateShared &m = *swizzled_shared_memory<LateShared>();
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) mbarrier_init(&m.full[i], 1), mbarrier_init(&m.empty[i], 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128) {
+        for (int i = 0; thread == 0 && i < tiles; i++) {
+            mbarrier_wait(&m.empty[i % 2], i / 2 % 2 ^ 1);
+            mbarrier_expect(&m.full[i % 2], sizeof m.a[0] + sizeof m.b[0] + sizeof m.c[0]);
+            tma_load(m.a[i % 2], &a, &m.full[i % 2], i * 64, 0, 0, 0);
+            tma_load(m.b[i % 2], &b, &m.full[i % 2], i * 64, 0, 0, 0);
+            for (int panel = 0; panel < 3; panel++) tma_load(m.c[i % 2][panel], &c, &m.full[i % 2], panel * 64, 0, i * 64, 0);
+        }
+        return;
+    }
+    float sum[1][24][4] = {};
+    for (int i = 0; i < tiles; i++) {
+        mbarrier_wait(&m.full[i % 2], i / 2 % 2);
+        wgmma_fence();
+        for (int k = 0; k < (bug == K16_DROPPED && i == 1 ? 3 : 4); k++) {
+            const uint64_t left = wgmma_operand(&m.a[i % 2][0][k * 16], 16);
+            wgmma_rows(sum, left, wgmma_operand(&m.b[i % 2][0][k * 16], 16));
+            wgmma_columns(sum, left, wgmma_operand(m.c[i % 2][0][k * 16], sizeof m.c[0][0]));
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        const int over = bug == RELEASED_TOO_EARLY ? i : i - 1;
+        if (thread == 0 && over >= 0) mbarrier_arrive(&m.empty[over % 2]);
+    }
+    if (bug != READ_TOO_EARLY) wgmma_wait<0>(sum);
+    for (int e = 0; e < 96; e++)
+        out[(thread / 32 * 16 + lane / 4 + e / 2 % 2 * 8) * 192 + e / 4 * 8 + lane % 4 * 2 + e % 2] = sum[0][e / 4][e % 4];
+    wgmma_wait<0>(sum);
+}
+template <int bug> double late_error() {
+    const int K = 5 * 64;
+    Buffer<bf16> a(64 * K), b(192 * K), c(K * 192);
+    Buffer<float> out(64 * 192);
+    random_state = 9;
+    for (Buffer<bf16> *x : {&a, &b, &c}) {
+        for (size_t i = 0; i < (size_t)x->n; i++) x->h[i] = bf16(floorf(random_float() * 1.5f + 0.5f));
+        x->up();
+    }
+    auto map = [](const bf16 *p, uint64_t rows, uint64_t columns, uint32_t box) {
+        return tensor_map(p, {columns, 1, rows, 1}, {2 * columns, 2 * columns, 2 * columns * rows}, {64, 1, box, 1});
+    };
+    const size_t smem = (sizeof(LateShared) + 1023) / 1024 * 1024;
+    cudaFuncSetAttribute(wgmma_late<bug>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+    if (start(wgmma_late<bug>, 1, 256, smem, out.d, map(a.d, 64, K, 64), map(b.d, 192, K, 192), map(c.d, K, 192, 64), 5) !=
+        cudaSuccess) return INFINITY;
+    out.down();
+    double worst = 0;
+    for (int i = 0; i < 64; i++)
+        for (int j = 0; j < 192; j++) {
+            float right = 0;
+            for (int k = 0; k < K; k++)
+                right += __bfloat162float(a.h[i * K + k]) * (__bfloat162float(b.h[j * K + k]) + __bfloat162float(c.h[k * 192 + j]));
+            const double e = fabs(out.h[i * 192 + j] - right);
+            worst = e <= worst ? worst : e == e ? e : INFINITY;
+        }
+    return worst;
+}
+// The largest error, infinite after a report: a (64,200), b (N-8,200) and v (N,104) are small integers, so sums are exact,
 // and what lies outside of them is zero.
-template <int bug> double wgmma_error() {
-    Buffer<bf16> a(64 * 200), b(120 * 200), v(128 * 104);
-    Buffer<float> s(64 * 128), o(64 * 128);
+template <int bug, int N = 128> double wgmma_error() {
+    Buffer<bf16> a(64 * 200), b((N - 8) * 200), v(N * 104);
+    Buffer<float> s(64 * N), o(64 * 128);
     random_state = 7;
     for (Buffer<bf16> *x : {&a, &b, &v}) {
         for (size_t i = 0; i < (size_t)x->n; i++) x->h[i] = bf16(floorf(random_float() * 1.5f + 0.5f));
         x->up();
     }
-    if (start_wgmma<bug>(s.d, o.d, a.d, b.d, v.d) != cudaSuccess) return INFINITY;
+    if (start_wgmma<bug, N>(s.d, o.d, a.d, b.d, v.d) != cudaSuccess) return INFINITY;
     s.down(), o.down();
     double worst = 0;
     auto differ = [&](double x, double y) { if (!(fabs(x - y) <= worst)) worst = x == x && y == y ? fabs(x - y) : INFINITY; };
     for (int i = 0; i < 64; i++)
         for (int j = 0; j < 128; j++) {
             double sum = 0, out = 0;
-            for (int k = 0; k < 200 && j < 120; k++) sum += (double)(float)a.h[i * 200 + k] * (float)b.h[j * 200 + k];
-            differ(s.h[i * 128 + j], sum);
-            for (int k = 0; k < 128 && j < 104; k++) out += (double)s.h[i * 128 + k] * (float)v.h[k * 104 + j];
+            for (int k = 0; k < 200 && j < N - 8; k++) sum += (double)(float)a.h[i * 200 + k] * (float)b.h[j * 200 + k];
+            if (j < N) differ(s.h[i * N + j], sum);
+            for (int k = 0; k < N && j < 104; k++) out += (double)s.h[i * N + k] * (float)v.h[k * 104 + j];
             differ(o.h[i * 128 + j], out);
         }
     return worst;
@@ -598,11 +669,21 @@ static void test_hopper() {
     bool right = true;
     for (uint64_t seed = 0; seed < 8; seed++) {
         emu::settings.seed = seed;
-        right &= wgmma_error<FINE>() == 0;
+        right &= wgmma_error<FINE>() == 0 && wgmma_error<FINE, 64>() == 0;
     }
     emu::settings.seed = 0;
-    check("TMA and wgmma: both forms of operands, zeros outside the tensor, two stages, seeds 0-7", right);
+    check("TMA and wgmma: both forms of operands, 64 and 128 columns, zeros outside the tensor, two stages, seeds 0-7", right);
+    right = true;
+    for (uint64_t seed = 0; seed < 8; seed++) {
+        emu::settings.seed = seed;
+        right &= late_error<ON_TIME>() == 0;
+    }
+    emu::settings.seed = 0;
+    check("wgmma of 192 columns, one group in flight while the next starts, seeds 0-7", right);
     auto found = [](const char *name, auto error) { check(name, some_seed_fails(error, 0)); };
+    found("bug found: a stage released under a group in flight", late_error<RELEASED_TOO_EARLY>);
+    found("bug found: sums read under a group in flight", late_error<READ_TOO_EARLY>);
+    found("bug found: a step of 16 dropped", late_error<K16_DROPPED>);
     found("bug found: no wait for a TMA load", wgmma_error<NO_TMA_WAIT>);
     found("bug found: an mbarrier's wrong parity", wgmma_error<TMA_PARITY>);
     found("bug found: a stage released before its wgmma is complete", wgmma_error<EARLY_RELEASE>);
