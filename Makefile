@@ -179,7 +179,7 @@ run: train      # dev/run.sh: mpirun with signals that save
 # The stages after pre-training: answers to questions about stories (sft), endings to prefer (dpo). Each begins with the last
 # checkpoint in OUT, which `make run` makes if there is none, and goes to OUT-sft or OUT-dpo. Before and after: held-out data.
 # An update of sft is 4 rows (RANKS up to 4): twice as many updates of the same tokens.
-TRAINER     = $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) )./train_litespark
+TRAINER     = $(if $(filter-out 1,$(RANKS)),dev/run.sh -np $(RANKS) --oversubscribe )./train_litespark
 LR_sft      = 3e-3
 LR_dpo      = 1e-3
 MORE_sft    = --epochs 1.2 --total-batch-tokens 1024 --val-every 800 --sample-every 0
