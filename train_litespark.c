@@ -2713,11 +2713,11 @@ static void train(Trainer *tr) {
     // skipped updates at the end changed no weight
     if (opt.checkpoint_every || stopped) save(tr, /*goes_on=*/0);
     checkpoint_wait();
+    report_split(tr);
     if (stopped)
         printf("stopped by a signal at step %" PRId64 "; --resume auto --out %s continues\n", tr->state.step,
                opt.out);
     else report_end(tr);
-    report_split(tr);
     if (!stopped && opt.sample_every) {
         generate(tr);
         window_turn(tr, SPENT_SAMPLE);

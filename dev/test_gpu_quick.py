@@ -117,7 +117,7 @@ try:
           and any(r["kernel"] == "cuBLASLt" and r["us"] == 10 for r in of("kernels")), of("kernels"))
     check("attention benches", [(r["name"], r.get("us"), r.get("tflops")) for r in of("attention")] ==
           [("attention_forward", 229.5, 299.57), ("torch", None, None), ("attention_backward", 229.5, 299.57)], of("attention"))
-    wanted = ["# gpu-quick: NVIDIA Pretence", "| power.limit | 700.00 W |", "| proof, --mlp passes | 1 | 0 | 0 | yes |", "| hf | skipped: torch cannot be imported |",
+    wanted = ["# gpu-quick: NVIDIA Pretence", "| power.limit | 700.00 W |", "| proof, --mlp passes | 2 | 0 | 0 | yes |", "| hf | skipped: torch cannot be imported |",
               "| passes | attention_forward | 2 | 4.0 |", "| litespark | attention_forward, kernel 1 | B 8 T 2048 H 16 K 2 D 128 bf16 | 229.5 | 299.57 |", "| 3B, whole |", "racecheck | 1 | 0 | 0 | yes |"]
     check("the summary", all(x in summary for x in wanted), [x for x in wanted if x not in summary] + [summary])
     check("it is also printed last", text.endswith(summary), text[-500:])
