@@ -152,9 +152,10 @@ build/dev/twin.o: dev/twin.c train_litespark.c $(FLAGS)
 build/dev/%/trainer.cuh: dev/%.cu dev/bench.cuh dev/kernels.py train_litespark.cu
 	@mkdir -p $(@D)
 	@python3 dev/kernels.py extract $< >$@.part && mv $@.part $@
+# SAN=1: addresses only; with undefined behaviour, too, g++ takes five minutes for attention's backward
 build/dev/%/emu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(wildcard dev/emu/*.h dev/emu/*/*.h) $(EMU_FLAGS)
 	@echo '$(CXX) ... $< -o $@'
-	@$(EMU) -O1 -Wall -Wno-unused-function -Wno-unknown-pragmas -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
+	@$(subst address$(comma)undefined,address,$(EMU)) -O1 -Wall -Wno-unused-function -Wno-unknown-pragmas -I$(@D) $< -x none build/dev/twin.o -o $@ -ldl -lm
 BENCH_NV := -O3 -std=c++17 -lineinfo -diag-suppress 177 -Xptxas -v $(OPENMP:%=-Xcompiler %)
 build/dev/%/gpu: dev/%.cu dev/bench.cuh dev/twin.h build/dev/%/trainer.cuh build/dev/twin.o $(NV_FLAGS)
 	@echo '$(NVCC) ... $< -o $@'
