@@ -2627,8 +2627,8 @@ static void report_end(const Trainer *tr) {
 static void report_split(const Trainer *tr) {
     const double steps = (double)(tr->state.step - tr->begun.step);
     double seconds = 0;
-    for (int i = 0; i < N_PARTS; i++) seconds += tr->all_parts[i] / steps;
     if (!steps) return;
+    for (int i = 0; i < N_PARTS; i++) seconds += tr->all_parts[i] / steps;
     printf("split |");
     for (int i = 0; i < N_PARTS; i++)
         printf(" %s %.1f%% |", part_names[i], 100 * tr->all_parts[i] / steps / seconds);
