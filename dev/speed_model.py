@@ -24,6 +24,7 @@ Where the numbers come from
            lanes and 128 shared bytes per clock and SM, 132 SMs, 1.755 GHz), no DRAM, or the shared or integer term where that takes
            longer; the sum times the factor that brings the same sum for FlashAttention-2's kernel (forward, backward) to its published speed.
            --attention wgmma: the kernels of Hopper, largest term of a tile, times a factor from published figures of such kernels.
+  launches what the gaps between them may cost is printed (LAUNCH_GAP), not added.
   left out gaps between kernels, the host, latency, tails of the last wave, causal imbalance between blocks, NCCL, and power limits.
 """
 import argparse
@@ -72,6 +73,12 @@ def choose_device(name, runs):
             for t in TERMS: k[t] *= tensor if t == "tensor_us" else others
     return memory
 
+
+# Launches. Between two kernels of a stream the device idles: LAUNCH_GAP us (1.3 on an H100 inside a CUDA graph: Hazy Research,
+# "Look Ma, No Bubbles", 2025; 1.6 on an RTX 5090 in a plain stream, the mean of 1,076 gaps: sparkinfer PR 800; the larger is taken).
+# Programmatic dependent launch hides what of it is start-up: LAUNCH_SAVED us (CUB's radix sort of 65,536 8-byte keys on a B200,
+# NVIDIA/cccl PR 9247: 6.5 to 7.0 us less for its histogram, scan and 8 passes). It cannot save more than the gap.
+LAUNCH_GAP, LAUNCH_SAVED = 1.6, 0.7
 
 MIB = 1 << 20
 GPU_ALLOWANCE = 800 * MIB       # context, cuBLASLt, NCCL: as in the trainer
@@ -647,7 +654,7 @@ def wgmma_product_factor():
 
 def wgmma_product(N, C, F, kernel, factor):
     """Seconds, the clocks of each term per tile (the chip's without the factor), FLOPs. A tile takes its largest term: the two warpgroups alternate."""
-    k = WGMMA_PRODUCTS[kernel]
+    k = kernel if isinstance(kernel, dict) else WGMMA_PRODUCTS[kernel]
     width, sums = F * k["columns_per_f"], ROWS * COLUMNS
     rows, columns = -(-N // ROWS), -(-width // COLUMNS)
     tensor, shared = product_on_chip(C)
@@ -740,6 +747,49 @@ def per_layer(ops, c, N):
         b = [sum(getattr(by[m], what) * by[m].times for m in members if m in by) / N / c.L for what in ("compulsory", "sectors")]
         rows.append((name, *b))
     return rows
+
+
+def own_launches(ops, c, micro):
+    """Kernels of ours in an update: all of the micro-steps but cuBLASLt's products and clearing, and the sum of their losses; then per
+    tensor two for the global norm, and AdamW. As many as ptxcpu counted in the runs of kernel_counts.json."""
+    ours = [x for x in ops if (x.group != "GEMM" or "SwiGLU" in x.name) and not x.name.startswith("clear")]
+    return micro * (sum(x.times for x in ours) + 1) + 3 * (c.L * 9 + 2 + (0 if c.tied else 1))
+
+
+def print_launches(ops, c, micro, step):
+    ours = own_launches(ops, c, micro)
+    cost = lambda us: f"{ours * us * 1e-3:.1f} ms, {ours * us * 1e-6 / step * 100:.2f}%"
+    print(f"{ours:.0f} launches per update are of our kernels. Programmatic dependent launch of these would save {cost(LAUNCH_SAVED)} of the step "
+          f"at {LAUNCH_SAVED} us each, at most {cost(LAUNCH_GAP)}: the whole gap of {LAUNCH_GAP} us.\n")
+
+
+# A layer's norms inside the products beside them. Those before a norm also sum squares per row, those after it scale their rows by
+# rstd (the norm's weight is in theirs), those backward finish dx in their epilogue: the sum over dnorm and the norm's input is that
+# over the gradient and the value of what follows. Five products become ours: (width, depth, bytes per sum that the epilogue moves).
+# 8 instructions per sum are assumed, as nothing of this is built; 40 would still hide under the products.
+def norm_products(c):
+    return {"qkv forward": (c.W, c.C, 2), "o forward + residual": (c.C, c.HD, 4), "down forward + residual": (c.C, c.F, 4),
+            "gate/up backward x": (c.C, 2 * c.F, 6), "qkv backward x": (c.C, c.W, 6)}
+
+
+def print_norms(ops, c, N, micro, step):
+    """What the RMSNorm passes of the layers cost, what of it would stay (backward reads x and dx), what products of our own would add."""
+    layer = {x[0]: x[1] for x in per_layer(ops, c, N)}
+    moved, stay = sum(layer[x] for x in ("RMSNorm forward x2", "RMSNorm backward x2", "sums of partials")), 2 * 2 * 2 * c.C
+    passes = micro * sum(x.seconds * x.times for x in ops if x.group == "norm" and not x.name.startswith("final"))
+    products = [x for x in ops if x.name in norm_products(c)]
+    theirs = micro * sum(x.seconds * x.times for x in products)
+    share = lambda s: f"{s * 1e3:.1f} ms, {s / step * 100:.2f}%"
+    print(f"RMSNorm inside the products instead of passes: {moved:.0f} bytes per token and layer become {stay}. The passes are {share(passes)} of the step: "
+          f"the most that can go, if the rest hides under the products; {share(passes - stay * N * c.L / DRAM * micro)}, if it costs as in a pass.")
+    if not HOPPER: return print()
+    ours = 0.0
+    for x in products:
+        width, depth, moves = norm_products(c)[x.name]
+        epilogue = {"instructions": 8.0, "exponentials": 0.0, "bytes": moves, "columns_per_f": 1}
+        ours += micro * x.times * wgmma_product(N, depth, width, epilogue, wgmma_product_factor())[0]
+    print(f"The five products that then are ours (tiles of 128 x 192, modelled as those with SwiGLU) take {ours * 1e3:.1f} ms instead of cuBLASLt's {theirs * 1e3:.1f}: "
+          f"{share(passes - (ours - theirs))} left; nothing is left if they are {passes / theirs * 100:.1f}% slower.\n")
 
 
 def verdict(ok):
@@ -843,7 +893,8 @@ def main():
     rest = step - share["GEMM"] - share["attention"]
     launches = micro * sum(x.times for x in ops)
     print(f"step of {total} tokens: {step * 1e3:.1f} ms, {total / step:.0f} tokens/s, MFU {100 * report * total / step / PEAK:.1f}% (report form, {report / 1e9:.2f} GFLOP per token), "
-          f"{100 * causal * total / step / PEAK:.1f}% (causal, {causal / 1e9:.2f})\n{launches:.0f} launches: each microsecond of gap between two would cost {launches * 1e-6 / step * 100:.2f}%\n")
+          f"{100 * causal * total / step / PEAK:.1f}% (causal, {causal / 1e9:.2f})\n{launches:.0f} launches: each microsecond of gap between two would cost {launches * 1e-6 / step * 100:.2f}%")
+    print_launches(ops, c, micro, step)
 
     # bytes per token and layer
     layer = per_layer(ops, c, N)
@@ -905,6 +956,7 @@ def print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, mic
         rows.append([name, f"-{less:.0f}", f"{left:.0f}", f"-{less * N * c.L / DRAM * micro / step * 100:.2f}%",
                      f"+{saved * N * c.L / MIB:.0f} MiB" + (" (fits)" if room < free else f" (does not fit with B {B})") if saved else "-"])
     table(["to move fewer bytes (one after the other)", "bytes per token and layer", "left", "time of the step", "memory"], rows, md)
+    print_norms(ops, c, N, micro, step)
     rows = []
     for recompute in ("none", "mlp", "block"):
         for rows_of_logits in (128, DEFAULT_CHUNK, 4096):
