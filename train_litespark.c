@@ -8415,8 +8415,10 @@ enum {
     CACHE_LINE = 64 / (int)sizeof(floatX),
     KC = 512, MC = 144,                     // multiples of MR and NR; fp32 sums of 512 terms stay accurate
     NC = VEC_BYTES == 64 ? 512 : 1024,      // 512: 1 MiB of b, half of the L2 of the CPUs with AVX-512
+    NC_IN_PLACE = 1024,                     // where only a is packed: once more for each NC columns
     AHEAD = 16,                             // steps of k from the prefetch of b to its use
-    PACK_CHUNK = 32,                        // steps of k that packing takes at a time: its output stays in L1
+    PACK_CHUNK = 128,                       // steps of k that transposing takes at a time: output stays in L1
+    PACK_AHEAD = 8,                         // rows from packing's prefetch to its use: memory is slow
     TILE_KC = 128,                          // slice of matmul_tile: its panel of b lies on the stack
     PACK_SIZE = (MC + NC) * KC              // one thread's scratch, in elements
 };
@@ -8450,25 +8452,27 @@ static inline Operand operand(const floatX *p, int ld, int trans) {
 static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i*x.row + (size_t)k*x.col; }
 
 // out (rows,vecs*LANES) = or += a (rows,K) b (K,vecs*LANES). `rows` and `vecs` are constants wherever this is
-// inlined: loops over them unroll and `sum` is registers. Two rows share one pointer: x86 has 16 of them.
+// inlined: loops over them unroll and `sum` is registers. Two rows share one pointer: x86 has 16 of them. a's
+// strides are numbers, not an Operand: that goes through the stack, written in pieces and read in others, and
+// such a read waits until all stores before it, those of the last tile, are in the cache (up to 15% slower).
 static inline __attribute__((always_inline))
-void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, Operand a, const floatX *b,
-                  size_t ldb, int K, int accumulate) {
+void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, const floatX *a, size_t row,
+                  size_t col, const floatX *b, size_t ldb, int K, int accumulate) {
     Vec sum[MR][2];
     const floatX *a_row[(MR + 1) / 2];
     UNROLL
     for (int i = 0; i < rows; i++) {
         sum[i][0] = sum[i][1] = (Vec){0};
-        if (i % 2 == 0) a_row[i/2] = at(a, i, 0);
+        if (i % 2 == 0) a_row[i/2] = a + i*row;
         __builtin_prefetch(out + i*ldo);
         __builtin_prefetch(out + i*ldo + vecs*LANES - 1);
     }
-    for (size_t k = 0, offset = 0; k < (size_t)K; k++, offset += a.col, b += ldb) {
+    for (size_t k = 0, offset = 0; k < (size_t)K; k++, offset += col, b += ldb) {
         const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + (vecs - 1)*LANES);
         for (int j = 0; j < vecs*LANES; j += CACHE_LINE) __builtin_prefetch(b + AHEAD*ldb + j);
         UNROLL
         for (int i = 0; i < rows; i++) {
-            const floatX a_ik = a_row[i/2][offset + (i % 2)*a.row];
+            const floatX a_ik = a_row[i/2][offset + (i % 2)*row];
             sum[i][0] += a_ik * b0;
             if (vecs == 2) sum[i][1] += a_ik * b1;
         }
@@ -8486,53 +8490,47 @@ void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, Opera
 static __attribute__((noinline))
 void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, size_t ldb, int K,
                          int accumulate) {
-    const Operand panel = {a, 1, MR};
-    micro_kernel(MR, 2, out, ldo, panel, b, ldb, K, accumulate);
+    micro_kernel(MR, 2, out, ldo, a, 1, MR, b, ldb, K, accumulate);
 }
 
 // Any strides, any number of rows, one or two vectors of columns.
-static void micro_kernel_rows(int rows, int vecs, floatX *out, size_t ldo, Operand a, const floatX *b,
-                              size_t ldb, int K, int accumulate) {
+static void micro_kernel_rows(int rows, int vecs, floatX *out, size_t ldo, const floatX *a, size_t row,
+                              size_t col, const floatX *b, size_t ldb, int K, int accumulate) {
     switch (2*rows + vecs) {
-#define CASE(n) case 2*n + 1: micro_kernel(n, 1, out, ldo, a, b, ldb, K, accumulate); break; \
-                case 2*n + 2: micro_kernel(n, 2, out, ldo, a, b, ldb, K, accumulate); break;
+#define CASE(n) \
+        case 2*n + 1: micro_kernel(n, 1, out, ldo, a, row, col, b, ldb, K, accumulate); break; \
+        case 2*n + 2: micro_kernel(n, 2, out, ldo, a, row, col, b, ldb, K, accumulate); break;
         MATMUL_ROWS(CASE)
 #undef CASE
     }
 }
 
 // Any block of out up to MR x NR. The last columns go through a tile of whole vectors: there b is padded.
-static void micro_tile(floatX *out, size_t ldo, Operand a, const floatX *b, size_t ldb,
-                       int rows, int cols, int K, int accumulate) {
+static void micro_tile(floatX *out, size_t ldo, const floatX *a, size_t row, size_t col, const floatX *b,
+                       size_t ldb, int rows, int cols, int K, int accumulate) {
     const int vecs = cols <= LANES ? 1 : 2;
     if (cols % LANES == 0) {
-        micro_kernel_rows(rows, vecs, out, ldo, a, b, ldb, K, accumulate);
+        micro_kernel_rows(rows, vecs, out, ldo, a, row, col, b, ldb, K, accumulate);
         return;
     }
     floatX tile[MR * NR] __attribute__((aligned(VEC_BYTES)));
-    micro_kernel_rows(rows, vecs, tile, NR, a, b, ldb, K, 0);
+    micro_kernel_rows(rows, vecs, tile, NR, a, row, col, b, ldb, K, 0);
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < cols; j++)
             out[i*ldo + j] = accumulate ? out[i*ldo + j] + tile[i*NR + j] : tile[i*NR + j];
 }
 
-// dst (K,width) = the transpose of src (n,K), columns n .. width-1 zero. One of src's strides is 1: where it
-// is k's, blocks of 4 x 4 are loaded, transposed in registers and stored as four vectors.
+// dst (K,width) = the transpose of src (n,K), columns n .. width-1 zero. Where src's rows are contiguous,
+// blocks of 4 x 4 are loaded, transposed in registers and stored as four vectors.
 static void pack_panel(floatX *dst, int width, Operand src, int n, int K) {
-    const floatX *s = src.p;
     int i = 0;                                  // columns done
-    if (src.row == 1 && n == width) {           // in order already; constant widths compile to vector moves
-        if (width == NR)
-            for (int k = 0; k < K; k++, s += src.col, dst += NR) memcpy(dst, s, NR * sizeof(floatX));
-        else
-            for (int k = 0; k < K; k++, s += src.col, dst += MR) memcpy(dst, s, MR * sizeof(floatX));
-        return;
-    }
     for (; src.col == 1 && i + 4 <= n; i += 4) {
+        const floatX *s = at(src, i, 0);
         floatX *d = dst + i;
-        s = at(src, i, 0);
         int k = 0;
         for (; k + 4 <= K; k += 4, s += 4, d += 4*width) {
+            for (int j = 0; k % CACHE_LINE == 0 && j < 4; j++)
+                __builtin_prefetch(s + (PACK_AHEAD + j)*src.row);
             const Quad r0 = *(const Quad_mem *)s, r1 = *(const Quad_mem *)(s + src.row);
             const Quad r2 = *(const Quad_mem *)(s + 2*src.row), r3 = *(const Quad_mem *)(s + 3*src.row);
             const Quad lo01 = SHUFFLE(r0, r1, 0, 4, 1, 5), hi01 = SHUFFLE(r0, r1, 2, 6, 3, 7);
@@ -8549,11 +8547,25 @@ static void pack_panel(floatX *dst, int width, Operand src, int n, int K) {
         for (int k = 0; k < K; k++) dst[(size_t)k*width + i] = i < n ? *at(src, i, k) : 0;
 }
 
-// dst = panels of `width` rows of src (n,K). A few k at a time, for all panels: what is read of a row of
-// memory is longer, what is written stays in L1.
+// dst (K,width), (K,width), ... = rows of src (n,K) whose columns are contiguous, `width` each: for every
+// k all of them, so that memory is read in long runs. `width` is a constant where this is inlined.
+static inline __attribute__((always_inline))
+void pack_in_order(floatX *dst, const int width, Operand src, int n, int K) {
+    for (int k = 0; k < K; k++, dst += width) {
+        for (int i = 0; k + PACK_AHEAD < K && i < n; i += CACHE_LINE)
+            __builtin_prefetch(at(src, i, k + PACK_AHEAD));
+        for (int i = 0; i < n; i += width) memcpy(dst + (size_t)i*K, at(src, i, k), width * sizeof(floatX));
+    }
+}
+
+// dst = panels of `width` rows of src (n,K), width NR or MR; one of src's strides is 1. Where it is k's, many
+// k of a panel at a time, for all panels: what is written stays in L1.
 static void pack(floatX *dst, int width, Operand src, int n, int K) {
-    for (int k = 0; k < K; k += PACK_CHUNK)
-        for (int i = 0; i < n; i += width) {
+    const int in_order = src.row == 1 ? n / width * width : 0;
+    if (in_order > 0 && width == NR) pack_in_order(dst, NR, src, in_order, K);
+    else if (in_order > 0) pack_in_order(dst, MR, src, in_order, K);
+    for (int k = 0; k < K && in_order < n; k += PACK_CHUNK)
+        for (int i = in_order; i < n; i += width) {
             const Operand panel = {at(src, i, k), src.row, src.col};
             pack_panel(dst + (size_t)i*K + (size_t)k*width, width, panel, min_int(width, n - i),
                        min_int(PACK_CHUNK, K - k));
@@ -8582,10 +8594,11 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
     floatX *packed_a = scratch, *packed_b = scratch + MC*KC;
     const int a_in_place = a.col == 1 && !rows_collide(a.row, MR);
     const int b_in_place = b.col == 1 && b.row * sizeof(floatX) % 2048 != 0;
-    const int slice = slice_size(K, KC);
+    const size_t a_row = a_in_place ? a.row : 1, a_col = a_in_place ? a.col : MR;
+    const int slice = slice_size(K, KC), nc = b_in_place && !a_in_place && N % LANES == 0 ? NC_IN_PLACE : NC;
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
-        for (int j0 = 0; j0 < N; j0 += NC) {
-            const int nk = min_int(slice, K - k0), nj = min_int(NC, N - j0);
+        for (int j0 = 0; j0 < N; j0 += nc) {
+            const int nk = min_int(slice, K - k0), nj = min_int(nc, N - j0);
             // columns of b read where they lie; a tile that ends inside a vector is packed as a whole, so
             // that no load passes the end of b
             const int own = !b_in_place ? 0 : nj % LANES == 0 ? nj : nj / NR * NR;
@@ -8598,16 +8611,14 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
                 for (int i = 0; i < ni; i += MR)    // the panel of a stays in L1, those of b stream past it
                     for (int j = 0; j < nj; j += NR) {
                         floatX *o = out + (i0 + i)*ldo + j0 + j;
-                        const Operand lying = {at(block, i, 0), a.row, a.col};
-                        const Operand packed = {packed_a + (size_t)i*nk, 1, MR};
+                        const floatX *panel = a_in_place ? at(block, i, 0) : packed_a + (size_t)i*nk;
                         const floatX *panel_b = j < own ? at(b, k0, j0 + j) : packed_b + (size_t)(j - own)*nk;
                         const size_t ldb = j < own ? b.row : (size_t)NR;
                         const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j);
-                        const Operand panel = a_in_place ? lying : packed;
                         const int add = accumulate || k0 > 0;
                         if (rows == MR && cols == NR && !a_in_place)
-                            micro_kernel_packed(o, ldo, packed.p, panel_b, ldb, nk, add);
-                        else micro_tile(o, ldo, panel, panel_b, ldb, rows, cols, nk, add);
+                            micro_kernel_packed(o, ldo, panel, panel_b, ldb, nk, add);
+                        else micro_tile(o, ldo, panel, a_row, a_col, panel_b, ldb, rows, cols, nk, add);
                     }
             }
         }
@@ -8674,9 +8685,9 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
             const Operand columns = {at(y, k0, j), y.col, y.row};
             if (pack) pack_panel(packed, NR, columns, cols, nk);
             for (int i = 0; i < M; i += MR) {
-                const Operand rows = {at(x, i, k0), x.row, x.col};
-                micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, rows, pack ? packed : columns.p,
-                           pack ? (size_t)NR : y.row, min_int(MR, M - i), cols, nk, accumulate || k0 > 0);
+                micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, at(x, i, k0), x.row, x.col,
+                           pack ? packed : columns.p, pack ? (size_t)NR : y.row, min_int(MR, M - i), cols, nk,
+                           accumulate || k0 > 0);
             }
         }
 }
