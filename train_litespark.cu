@@ -2039,7 +2039,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     release(&tile.k_empty[0]);
     probabilities(first);
     pack_left(p, score);
-    if (group == 1) barrier_arrive(1, 256);         // group 0 begins
+    if (group == 1 && n > 1) barrier_arrive(1, 256);        // group 0 begins
     for (int i = 1; i < n; i++) {
         const int j = i - 1;
         mbarrier_wait(&tile.k_full[i % 2], i / 2 % 2);
@@ -2646,6 +2646,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 wgmma_wait<0>(dv);
                 wgmma_wait<0>(dk);
             }
+            __syncwarp();                                   // all lanes have read lse and delta
             if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;

@@ -528,6 +528,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 wgmma_wait<0>(dv);
                 wgmma_wait<0>(dk);
             }
+            __syncwarp();                                   // all lanes have read lse and delta
             if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;

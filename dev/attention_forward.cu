@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     release(&tile.k_empty[0]);
     probabilities(first);
     pack_left(p, score);
-    if (group == 1) barrier_arrive(1, 256);         // group 0 begins
+    if (group == 1 && n > 1) barrier_arrive(1, 256);        // group 0 begins
     for (int i = 1; i < n; i++) {
         const int j = i - 1;
         mbarrier_wait(&tile.k_full[i % 2], i / 2 % 2);
