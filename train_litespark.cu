@@ -1920,6 +1920,13 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
 template <int ROWS, int WIDTH> struct SwizzledTile {
     static constexpr int PANELS = WIDTH / 64, PANEL_BYTES = ROWS * 128;
     bf16 element[PANELS][ROWS][64];
+
+    // wgmma's operand from this row (a multiple of 8) and column on, as steps of 16 bytes from the corner's:
+    // known beforehand, where those of a pointer are computed (that it is a multiple of 16, nobody told)
+    __device__ __forceinline__ uint64_t operand(int row, int column) const {
+        const int steps = column / 64 * (PANEL_BYTES / 16) + row * 8 + column % 64 / 8;
+        return wgmma_operand(this, PANEL_BYTES) + steps;
+    }
 };
 
 // One thread starts the copy of the rows t.. of a head, of sequence b; `landed` gets the bytes.
@@ -1938,8 +1945,7 @@ __device__ __forceinline__ void wgmma_scores(float (&score)[1][KEYS / 8][4],
                                              const SwizzledTile<KEYS, WIDTH> &k) {
     #pragma unroll
     for (int c = 0; c < WIDTH; c += 16)
-        wgmma_rows(score, wgmma_operand(&q.element[c / 64][row][c % 64], q.PANEL_BYTES),
-                   wgmma_operand(&k.element[c / 64][0][c % 64], k.PANEL_BYTES), c > 0);
+        wgmma_rows(score, q.operand(row, c), k.operand(0, c), c > 0);
     wgmma_commit();
 }
 
@@ -1949,7 +1955,7 @@ __device__ __forceinline__ void wgmma_values(float (&out)[1][WIDTH / 8][4], cons
                                              const SwizzledTile<KEYS, WIDTH> &v) {
     #pragma unroll
     for (int k = 0; k < KEYS; k += 16)
-        wgmma_columns(out, p[k / 16], wgmma_operand(v.element[0][k], v.PANEL_BYTES));
+        wgmma_columns(out, p[k / 16], v.operand(k, 0));
     wgmma_commit();
 }
 
@@ -1962,6 +1968,9 @@ __device__ __forceinline__ void pack_left(uint32_t (&p)[NT / 2][4], const float 
 }
 
 enum { WGMMA_THREADS = 384 };           // three warpgroups: two compute, a thread of the third copies
+// x, on which the lanes of a warp agree. From the shuffle the compiler knows it too: what follows from x,
+// such as operands of wgmma, it then computes once per warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 template <int WIDTH> struct __align__(1024) WgmmaTiles {    // of a block, in shared memory
     static constexpr int QUERIES = 128, KEYS = 128;
     SwizzledTile<QUERIES, WIDTH> q;
@@ -1979,7 +1988,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     Tiles &tile = *swizzled_shared_memory<Tiles>();
     // long rows first
     const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
-    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
@@ -2030,7 +2039,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     release(&tile.k_empty[0]);
     probabilities(first);
     pack_left(p, score);
-    if (group == 1) barrier_arrive(1, 256);         // group 0 begins
+    if (group == 1 && n > 1) barrier_arrive(1, 256);        // group 0 begins
     for (int i = 1; i < n; i++) {
         const int j = i - 1;
         mbarrier_wait(&tile.k_full[i % 2], i / 2 % 2);
@@ -2467,7 +2476,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
     Tiles &tile = *swizzled_shared_memory<Tiles>();
     // long rows first
     const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
-    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
@@ -2565,8 +2574,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     constexpr int KEYS = Tiles::KEYS, QUERIES = Tiles::QUERIES, STAGES = Tiles::STAGES;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
     const int kv = blockIdx.x % K, b = blockIdx.x / K, s0 = blockIdx.y * 2 * KEYS;  // most queries first
-    const int row0 = b * T, group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int h_first = kv * (H / K), h_end = h_first + H / K;
+    const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row0 = b * T, h_first = kv * (H / K), h_end = h_first + H / K;
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
@@ -2609,7 +2618,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     mbarrier_wait(&tile.keys_full, 0);
     for (int h = h_first, i = 0; h < h_end; h++)
         for (int t = s0; t < t_end; t += QUERIES, i++) {
-            const int stage = i % STAGES, t_last = min(t + QUERIES, T) - 1;
+            const int stage = uniform(i % STAGES), t_last = min(t + QUERIES, T) - 1;
             mbarrier_wait(&tile.full[stage], i / STAGES % 2);
             // else hidden
             if (t_last >= group_key && (!doc_start || doc_start[row0 + t] < group_key + KEYS)) {
@@ -2637,6 +2646,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 wgmma_wait<0>(dv);
                 wgmma_wait<0>(dk);
             }
+            __syncwarp();                                   // all lanes have read lse and delta
             if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;
@@ -3009,7 +3019,7 @@ template <typename Tiles, typename Load, typename Multiply, typename Finish>
 __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int columns, int steps, Load load,
                                                  Multiply multiply, Finish finish) {
     constexpr int STAGES = Tiles::STAGES;
-    const int group = threadIdx.x / 128, tiles = rows * columns, blocks = gridDim.x;
+    const int group = uniform(threadIdx.x / 128), tiles = rows * columns, blocks = gridDim.x;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) mbarrier_init(&tile.full[s], 1), mbarrier_init(&tile.empty[s], 1);
         mbarrier_init_fence();
@@ -3070,8 +3080,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) gate_up_swiglu_kernel4(bf16 
         #pragma unroll
         for (int c = 0; c < DEPTH; c += 16)
             for (int m = 0; m < 2; m++)
-                wgmma_rows(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
-                           wgmma_operand(&stage.right.element[0][0][c], 0));
+                wgmma_rows(sum.half[m], stage.left.operand(m * 64, c), stage.right.operand(0, c));
     };
     auto finish = [&](int2 place, const ProductSums &sum) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -3112,8 +3121,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) swiglu_down_backward_kernel3
         #pragma unroll
         for (int c = 0; c < DEPTH; c += 16)
             for (int m = 0; m < 2; m++)
-                wgmma_columns(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
-                              wgmma_operand(stage.right.element[0][c], stage.right.PANEL_BYTES));
+                wgmma_columns(sum.half[m], stage.left.operand(m * 64, c), stage.right.operand(c, 0));
     };
     auto finish = [&](int2 place, const ProductSums &sum) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

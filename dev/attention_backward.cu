@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
     Tiles &tile = *swizzled_shared_memory<Tiles>();
     // long rows first
     const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
-    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
@@ -456,8 +456,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     constexpr int KEYS = Tiles::KEYS, QUERIES = Tiles::QUERIES, STAGES = Tiles::STAGES;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
     const int kv = blockIdx.x % K, b = blockIdx.x / K, s0 = blockIdx.y * 2 * KEYS;  // most queries first
-    const int row0 = b * T, group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int h_first = kv * (H / K), h_end = h_first + H / K;
+    const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row0 = b * T, h_first = kv * (H / K), h_end = h_first + H / K;
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     mbarrier_wait(&tile.keys_full, 0);
     for (int h = h_first, i = 0; h < h_end; h++)
         for (int t = s0; t < t_end; t += QUERIES, i++) {
-            const int stage = i % STAGES, t_last = min(t + QUERIES, T) - 1;
+            const int stage = uniform(i % STAGES), t_last = min(t + QUERIES, T) - 1;
             mbarrier_wait(&tile.full[stage], i / STAGES % 2);
             // else hidden
             if (t_last >= group_key && (!doc_start || doc_start[row0 + t] < group_key + KEYS)) {
@@ -528,6 +528,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 wgmma_wait<0>(dv);
                 wgmma_wait<0>(dk);
             }
+            __syncwarp();                                   // all lanes have read lse and delta
             if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;

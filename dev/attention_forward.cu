@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     Tiles &tile = *swizzled_shared_memory<Tiles>();
     // long rows first
     const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
-    const int row0 = b * T, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     release(&tile.k_empty[0]);
     probabilities(first);
     pack_left(p, score);
-    if (group == 1) barrier_arrive(1, 256);         // group 0 begins
+    if (group == 1 && n > 1) barrier_arrive(1, 256);        // group 0 begins
     for (int i = 1; i < n; i++) {
         const int j = i - 1;
         mbarrier_wait(&tile.k_full[i % 2], i / 2 % 2);

@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) gate_up_swiglu_kernel4(bf16 
         #pragma unroll
         for (int c = 0; c < DEPTH; c += 16)
             for (int m = 0; m < 2; m++)
-                wgmma_rows(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
-                           wgmma_operand(&stage.right.element[0][0][c], 0));
+                wgmma_rows(sum.half[m], stage.left.operand(m * 64, c), stage.right.operand(0, c));
     };
     auto finish = [&](int2 place, const ProductSums &sum) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -285,8 +284,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) swiglu_down_backward_kernel3
         #pragma unroll
         for (int c = 0; c < DEPTH; c += 16)
             for (int m = 0; m < 2; m++)
-                wgmma_columns(sum.half[m], wgmma_operand(&stage.left.element[0][m * 64][c], 0),
-                              wgmma_operand(stage.right.element[0][c], stage.right.PANEL_BYTES));
+                wgmma_columns(sum.half[m], stage.left.operand(m * 64, c), stage.right.operand(c, 0));
     };
     auto finish = [&](int2 place, const ProductSums &sum) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -1009,8 +1009,11 @@ static const struct Planted {
      "for (int m = 0; m < 2; m++) wgmma_wait<0>(sum.half[m]);", "", 1, "wide", "bf16", LONG | HOPPER},
     {"a step of 16 lost in gate and up", "gate_up_swiglu_kernel4(bf16",
      "c < DEPTH", "c < DEPTH - 16", 0, "wide", "bf16", LONG | HOPPER},
-    {"wrong distance of panels in the down product", "swiglu_down_backward_kernel3(bf16",
-     "stage.right.PANEL_BYTES", "stage.right.PANEL_BYTES / 2", 0, "mistral", "bf16", LONG | HOPPER},
+    {"wrong distance of panels in wgmma", "struct SwizzledTile {",
+     "wgmma_operand(this, PANEL_BYTES)", "wgmma_operand(this, PANEL_BYTES / 2)", 0, "mistral", "bf16", LONG | HOPPER},
+    {"wgmma from a wrong row", "struct SwizzledTile {", "row * 8", "row * 4", 0, "mistral", "bf16", LONG | HOPPER},
+    {"wgmma from a wrong column", "struct SwizzledTile {", "column % 64 / 8", "column % 64 / 16", 0, "mistral", "bf16",
+     LONG | HOPPER},
     {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel2(",
      "n_lo[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
