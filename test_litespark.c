@@ -4938,12 +4938,12 @@ static void test_stopped_job_goes_on(void) {
 static void test_slow_rank_is_named(void) {
     if (!have_mpi()) return;
     make_tiny();
-    char *big = config_text("llama", 1, TINY_V, 2, 128, 4, 2, 0, 256, ""), host[64] = "";         // an update takes some 10 ms
+    char *big = config_text("llama", 1, TINY_V, 2, 128, 4, 2, 0, 256, ""), host[64] = "";         // an update takes 10 to 40 ms
     write_text(file_at("big.json"), big);
     free(big);
     gethostname(host, sizeof host - 1);
     const char *out = file_at("out");
-    Process p = trainer_start(2, "--config %s --train-data %s --seq-len 64 --batch-size 4 --steps 1000000 --sample-every 0 "
+    Process p = trainer_start(2, "--config %s --train-data %s --seq-len 64 --batch-size 16 --steps 1000000 --sample-every 0 "
         "--checkpoint-every 0 --threads 1 --log-every 1000000 --out %s", file_at("big.json"), train_glob, out);
     wait_for_steps(out, 1, &p);
     pid_t ranks[4], slow = 0;
