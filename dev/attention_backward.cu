@@ -7,13 +7,14 @@
 //         G
 // floor   347 us (FLOP-bound). Two kernels do 7/5 of the products: 486 us; mma.sync reaches 0.62 of Hopper's
 //         peak: 784 us
-// idea    dq sums over keys, dk and dv over queries. In one pass several blocks add to one of them: by atomics
-//         in any order, or in turns (4); two passes rebuild P twice
+// idea    dq sums over keys, dk and dv over queries. In one pass several blocks add to one of them: by
+//         atomics in any order, or in turns (4); two passes rebuild P twice
 // limits  D % 8 == 0, D <= 128; 3 and 4 run where the code for sm_90a does
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733
 //         and 2607 (all caches missed); 1 6.4 and 22; 2 4.3 and 29. Shared memory limits the last two, in few
-//         blocks: 2 has the larger tiles, and the model knows no latency, which they are for. 4 is expected 2%
-//         slower than 3 at T 4096, 8% faster at 8192 (SPEED.md, dev/speed_model.py --wgmma). Measured: not yet
+//         blocks: 2 has the larger tiles, and the model knows no latency, which they are for. 4 is expected
+//         to be 2% slower than 3 at T 4096, 8% faster at 8192 (SPEED.md, dev/speed_model.py --wgmma).
+//         Measured: not yet
 #include "bench.cuh"
 
 // ---- kernel 0: a thread per query and head for dq and delta, a thread per key and k/v head for dk and dv --
@@ -582,7 +583,7 @@ __device__ __forceinline__ void turn_pass(int *counter, int turn) {
           :: "l"(__cvta_generic_to_global(counter)), "r"(turn) : "memory");
 }
 // sum (64,64) = a^T (64,16) b (16,64), or +=; a and b in shared memory, a row for each k
-__device__ __forceinline__ void wgmma_columns(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
+__device__ __forceinline__ void wgmma_transposed(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
     SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
           "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_32
           "}, %32, %33, add, 1, 1, 1, 1;\n}"
@@ -639,7 +640,8 @@ __global__ void attention_backward_prepare_kernel1(OnePassScratch scratch, const
 //         the shortest: a block comes to a tile two tiles after the one on its right. As many heads at once
 //         as fill the SMs, so that sums stay in L2 from turn to turn. A block for all heads of a group, like
 //         kernel 3's, needs no sums of dk dv, but its turns are so far apart that dq goes to memory and back
-// limits  as kernel 3. At D 128 231,424 bytes of shared memory, 524 bytes of scratch per query and head
+// limits  as kernel 3; 231,424 bytes of shared memory at D 128. Scratch: 4·WIDTH + 9 bytes per query and
+//         head; if H > K 8·WIDTH more per key and head of keys
 template <int WIDTH> struct __align__(1024) WgmmaOnePassTiles {     // of a block, in shared memory
     // keys of a warpgroup; tiles of 64 queries in a stage, all of its queries; stages
     static constexpr int KEYS = 64, SUBS = WIDTH == 64 ? 2 : 1, QUERIES = 64 * SUBS;
@@ -733,8 +735,8 @@ __device__ __forceinline__ void onepass_dq(float (&dq)[1][8][4], const WgmmaOneP
     wgmma_fence();
     #pragma unroll
     for (int k = 0; k < 2 * KEYS; k += 16)
-        wgmma_columns(dq, wgmma_operand(ds[k], 0),
-                      wgmma_operand(tile.k[k / KEYS].element[column / 64][k % KEYS], 0), k > 0);
+        wgmma_transposed(dq, wgmma_operand(ds[k], 0),
+                         wgmma_operand(tile.k[k / KEYS].element[column / 64][k % KEYS], 0), k > 0);
     wgmma_commit();
 }
 

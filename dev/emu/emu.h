@@ -406,7 +406,7 @@ struct Worker {                                              // one per OS threa
     Warp warps[MAX_WARPS]; Barrier barriers[BARRIERS]; Thread threads[MAX_THREADS];
     Barrier warpgroups[MAX_WARPS / 4];                        // where the 128 threads of each meet: wgmma
     std::map<const uint64_t *, Mbarrier> mbarriers; bool mbarriers_fenced; std::vector<TensorCopy> tensor_copies;
-    uint16_t unfenced[SMEM_MAX / 16];                         // who wrote 16 bytes, for the asynchronous proxy, without its fence
+    uint16_t unfenced[SMEM_MAX / 16];                         // who wrote 16 bytes without the asynchronous proxy's fence since
     char *stacks, *smem_pages, *fault_stack; std::vector<char *> free_stacks;
     Worker();
     size_t stack_stride() const { return settings.stack + GUARD; }        // inaccessible pages below each stack
@@ -418,6 +418,7 @@ struct Worker {                                              // one per OS threa
     void resume(Thread *next);
     void sleep(const char *waits_at, const void *where);     // until somebody wakes this thread
     void yield();                                            // with EMU_SEED: perhaps let others run first
+    void linger();                                           // the same, perhaps until all of them wait
     Thread *finish(Thread *t);
     void run_block(Launch *l, uint64_t number);
     void reset_stacks();
@@ -517,6 +518,13 @@ inline void Worker::yield() {
     if (!settings.seed || random() % 4) return;
     wake(me->warp, 1u << me->lane);
     resume(pick());
+}
+inline void Worker::linger() {
+    const bool last = settings.seed && random() % 4 == 0;
+    for (int i = 0; last && i < 100000 && ready_warps; i++) {
+        wake(me->warp, 1u << me->lane);
+        resume(pick());
+    }
 }
 // t returned from the kernel: who runs next? `host` when all are done.
 inline Thread *Worker::finish(Thread *t) {

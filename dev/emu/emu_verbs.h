@@ -285,7 +285,8 @@ EMU_NOINLINE inline void bulk_load(void *dst, const void *src, int bytes, uint64
     start_load({(char *)dst, {}, {}, barrier, (const char *)src, (size_t)bytes}, m);
 }
 
-// To global memory: the source is read at bulk_wait_read, the result written at bulk_wait; with EMU_SEED one or both at once.
+// To global memory: the source is read at bulk_wait_read, the result written at bulk_wait; with EMU_SEED one or both at once,
+// or when all others wait.
 inline void bulk_read(BulkCopy &c) { if (c.data.empty()) c.data.assign(c.src, c.src + c.bytes); }
 inline void bulk_land(BulkCopy &c) {
     bulk_read(c);
@@ -310,6 +311,7 @@ EMU_NOINLINE inline void bulk_out(const char *name, void *dst, const void *src, 
 }
 EMU_NOINLINE inline void bulk_wait(int n, bool read) {        // at most n groups stay in flight
     Thread *t = me;
+    t->worker->linger();
     const size_t groups = t->bulk_groups.size(), done = groups > (size_t)n ? groups - n : 0;
     const size_t copies = done ? t->bulk_groups[done - 1] : 0;
     for (size_t i = 0; i < copies; i++) read ? bulk_read(t->bulk[i]) : bulk_land(t->bulk[i]);
@@ -560,7 +562,7 @@ EMU_INLINE void wgmma_columns(float (&sum)[1][24][4], uint64_t a, uint64_t b) {
     asm volatile("");
 }
 // m64n64k16, both in shared memory by columns
-EMU_INLINE void wgmma_columns(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
+EMU_INLINE void wgmma_transposed(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
     emu::wgmma("wgmma by columns", sum[0][0], 64, add, nullptr, a, b, true, true);
     asm volatile("");
 }

@@ -462,7 +462,7 @@ template <int bug> __global__ void wgmma_turns(float *out, const bf16 *a, const 
     mbarrier_wait(&m.full, 0);
     float sum[1][8][4];
     wgmma_fence();
-    for (int k = 0; k < 64; k += 16) wgmma_columns(sum, wgmma_operand(m.a[k], 0), wgmma_operand(m.b[k], 0), k > 0);
+    for (int k = 0; k < 64; k += 16) wgmma_transposed(sum, wgmma_operand(m.a[k], 0), wgmma_operand(m.b[k], 0), k > 0);
     wgmma_commit();
     wgmma_wait<0>(sum);
     for (int j = 0; j < 8; j++) {
@@ -803,8 +803,9 @@ static void test_hopper() {
             return start_bug(out.d, a.d, b.d, counters.d);
         });
     };
-    turn_reported("wgmma of what stmatrix wrote, without a proxy fence", "without async_proxy_fence", start_turns<NO_FENCE_FOR_WGMMA>);
-    turn_reported("a bulk copy of ordinary stores, without a proxy fence", "without async_proxy_fence", start_turns<NO_FENCE_FOR_BULK>);
+    const char *no_fence = "without async_proxy_fence";
+    turn_reported("wgmma of what stmatrix wrote, without a proxy fence", no_fence, start_turns<NO_FENCE_FOR_WGMMA>);
+    turn_reported("a bulk copy of ordinary stores, without a proxy fence", no_fence, start_turns<NO_FENCE_FOR_BULK>);
     turn_reported("a bulk copy that nobody waits for", "with a bulk copy in flight", start_turns<NOT_WAITED_FOR>);
     turn_reported("a turn passed on before its data", "still in flight", start_turns<PASSED_TOO_EARLY>);
     turn_reported("a turn passed on out of turn", "turn_pass to", start_turns<OUT_OF_TURN>);
