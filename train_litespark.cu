@@ -728,6 +728,13 @@ template <int n, int NT> __device__ __forceinline__ void wgmma_wait(float (&sum)
     SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
     for (int i = 0; i < NT; i++) asm volatile("" : SUMS_4(sum[0][i]) :: "memory");
 }
+// the same; `left`, operands of what is then over, keep their registers until this line
+template <int n, int NT, int STEPS>
+__device__ __forceinline__ void wgmma_wait(float (&sum)[1][NT][4], const uint32_t (&left)[STEPS][4]) {
+    wgmma_wait<n>(sum);
+    for (int i = 0; i < STEPS; i++)
+        asm volatile("" :: "r"(left[i][0]), "r"(left[i][1]), "r"(left[i][2]), "r"(left[i][3]) : "memory");
+}
 // sum (64,64) = a (64,16) b^T (64,16); add: +=. Then the same with 128 rows of b
 __device__ __forceinline__ void wgmma_rows(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
     SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
@@ -754,7 +761,7 @@ __device__ __forceinline__ void wgmma_columns(float (&sum)[1][16][4], const uint
 }
 
 // Sums of 192 columns, both operands in shared memory: sum (64,192) += a (64,16) b^T (192,16), a (64,16) b
-// (16,192). And the wait after which no sums are read.
+// (16,192). And the wait that names no sums: while they are added to, the compiler must see no use of them.
 #define REGISTERS_96 REGISTERS_64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -1967,7 +1974,14 @@ __device__ __forceinline__ void pack_left(uint32_t (&p)[NT / 2][4], const float 
         p[i / 4][i % 4] = pack_bf16(sum[0][i / 2][i % 2 * 2], sum[0][i / 2][i % 2 * 2 + 1]);
 }
 
-enum { WGMMA_THREADS = 384 };           // three warpgroups: two compute, a thread of the third copies
+// three warpgroups, of 4 warps each: two compute, a thread of the third copies
+enum { WGMMA_THREADS = 384, GROUP_WARPS = 4 };
+// A stage of a ring is empty when each warp that computes with it has arrived here: after its own wgmma_wait,
+// for what is over by then PTX tells only those who waited, and after what its lanes have read themselves.
+__device__ __forceinline__ void release(uint64_t *empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+}
 // x, on which the lanes of a warp agree. From the shuffle the compiler knows it too: what follows from x,
 // such as operands of wgmma, it then computes once per warp.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
@@ -1994,8 +2008,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.q_full, 1);
         for (int i = 0; i < 2; i++) {
-            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2);
-            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2);
+            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2 * GROUP_WARPS);
+            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2 * GROUP_WARPS);
         }
         mbarrier_init_fence();
     }
@@ -2030,7 +2044,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
     };
-    auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
     mbarrier_wait(&tile.q_full, 0);
     mbarrier_wait(&tile.k_full[0], 0);
     wgmma_fence();
@@ -2053,7 +2066,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         wgmma_wait<1>(score);
         release(&tile.k_empty[i % 2]);
         probabilities(first + i * KEYS);                // while the product with V goes on
-        wgmma_wait<0>(out_t);
+        wgmma_wait<0>(out_t, p);
         release(&tile.v_empty[j % 2]);
         if (__any_sync(~0u, shrink[0][0][0] != 1 || shrink[0][0][2] != 1)) {
             #pragma unroll
@@ -2481,7 +2494,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.rows_full, 2);
-        for (int i = 0; i < 2; i++) mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2);
+        for (int i = 0; i < 2; i++)
+            mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -2540,8 +2554,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         pack_left(left, ds);
         wgmma_fence();
         wgmma_values(dq, left, tile.k[i % 2]);
-        wgmma_wait<0>(dq);
-        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);
+        wgmma_wait<0>(dq, left);
+        release(&tile.empty[i % 2]);
     }
     const int W = (H + 2 * K) * D;
     store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, tile.dq[warp], T - t, D);
@@ -2579,7 +2593,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
-            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 8);
+            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -2643,11 +2657,10 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 pack_left(ds_left, ds);
                 wgmma_fence();
                 wgmma_values(dk, ds_left, tile.q[stage]);
-                wgmma_wait<0>(dv);
-                wgmma_wait<0>(dk);
+                wgmma_wait<0>(dv, p_left);
+                wgmma_wait<0>(dk, ds_left);
             }
-            __syncwarp();                                   // all lanes have read lse and delta
-            if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
+            release(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;
     bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
@@ -3021,7 +3034,8 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
     constexpr int STAGES = Tiles::STAGES;
     const int group = uniform(threadIdx.x / 128), tiles = rows * columns, blocks = gridDim.x;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) mbarrier_init(&tile.full[s], 1), mbarrier_init(&tile.empty[s], 1);
+        for (int s = 0; s < STAGES; s++)
+            mbarrier_init(&tile.full[s], 1), mbarrier_init(&tile.empty[s], GROUP_WARPS);    // of either group
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -3040,7 +3054,6 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
         return;
     }
     registers_take<240>();
-    auto release = [&](int i) { if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % STAGES]); };
     int i = group * steps;                                  // counts the steps of both groups
     for (int number = blockIdx.x + group * blocks; number < tiles; number += 2 * blocks, i += steps) {
         ProductSums sum = {};
@@ -3051,11 +3064,11 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
             multiply(sum, tile.stage[i % STAGES]);
             wgmma_commit();
             wgmma_wait<1>();                                // those of step k go on, those before are over
-            if (k > 0) release(i - 1);
+            if (k > 0) release(&tile.empty[(i - 1) % STAGES]);
         }
         if (number + blocks < tiles) barrier_arrive(2 - group, 256);
         for (int m = 0; m < 2; m++) wgmma_wait<0>(sum.half[m]);
-        release(i - 1);
+        release(&tile.empty[(i - 1) % STAGES]);
         finish(mlp_place(number, rows, columns), sum);
     }
 }

@@ -381,7 +381,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.rows_full, 2);
-        for (int i = 0; i < 2; i++) mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2);
+        for (int i = 0; i < 2; i++)
+            mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -440,8 +441,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         pack_left(left, ds);
         wgmma_fence();
         wgmma_values(dq, left, tile.k[i % 2]);
-        wgmma_wait<0>(dq);
-        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);
+        wgmma_wait<0>(dq, left);
+        release(&tile.empty[i % 2]);
     }
     const int W = (H + 2 * K) * D;
     store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, tile.dq[warp], T - t, D);
@@ -461,7 +462,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
-            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 8);
+            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -525,11 +526,10 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 pack_left(ds_left, ds);
                 wgmma_fence();
                 wgmma_values(dk, ds_left, tile.q[stage]);
-                wgmma_wait<0>(dv);
-                wgmma_wait<0>(dk);
+                wgmma_wait<0>(dv, p_left);
+                wgmma_wait<0>(dk, ds_left);
             }
-            __syncwarp();                                   // all lanes have read lse and delta
-            if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
+            release(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;
     bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;

@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.q_full, 1);
         for (int i = 0; i < 2; i++) {
-            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2);
-            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2);
+            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2 * GROUP_WARPS);
+            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2 * GROUP_WARPS);
         }
         mbarrier_init_fence();
     }
@@ -256,7 +256,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
     };
-    auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
     mbarrier_wait(&tile.q_full, 0);
     mbarrier_wait(&tile.k_full[0], 0);
     wgmma_fence();
@@ -279,7 +278,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         wgmma_wait<1>(score);
         release(&tile.k_empty[i % 2]);
         probabilities(first + i * KEYS);                // while the product with V goes on
-        wgmma_wait<0>(out_t);
+        wgmma_wait<0>(out_t, p);
         release(&tile.v_empty[j % 2]);
         if (__any_sync(~0u, shrink[0][0][0] != 1 || shrink[0][0][2] != 1)) {
             #pragma unroll
