@@ -1985,6 +1985,16 @@ __device__ __forceinline__ void release(uint64_t *empty) {
 // x, on which the lanes of a warp agree. From the shuffle the compiler knows it too: what follows from x,
 // such as operands of wgmma, it then computes once per warp.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+// (b H + head, tile of rows) of a block. Blocks start in the order of their numbers: `together` heads at a
+// time, of these the long rows first. Counted from the end: the last heads, after which SMs fall idle, are no
+// rest
+__device__ __forceinline__ int2 attention_place(int together) {
+    const int heads = gridDim.x, rows = gridDim.y, number = blockIdx.y * heads + blockIdx.x;
+    const int after = heads * rows - 1 - number, first = after / (together * rows) * together;
+    const int width = min(together, heads - first);
+    const int i = after - first * rows;
+    return make_int2(first + i % width, i / width);
+}
 template <int WIDTH> struct __align__(1024) WgmmaTiles {    // of a block, in shared memory
     static constexpr int QUERIES = 128, KEYS = 128;
     SwizzledTile<QUERIES, WIDTH> q;
@@ -1996,12 +2006,12 @@ template <int WIDTH> struct __align__(1024) WgmmaTiles {    // of a block, in sh
 template <int WIDTH>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf16 *__restrict__ out,
         float *__restrict__ lse, const __grid_constant__ TensorMap qkv, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float log2_scale) {
+        int T, int H, int K, int D, int together, float log2_scale) {
     typedef WgmmaTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
@@ -2163,6 +2173,14 @@ static TensorMap head_map(const bf16 *x, int B, int T, int heads, int D, int row
                       {(uint64_t)D * 2, row_bytes, row_bytes * T}, {64, 1, (uint32_t)rows, 1});
 }
 
+// How many heads of queries have their K and V, 4·T·D bytes per head of these, in L2 together, beside what
+// else passes through it. All heads in step, too many for it, would read K and V from DRAM per 128 queries
+static int heads_together(int B, int T, int H, int K, int D) {
+    static int l2 = device_attribute(cudaDevAttrL2CacheSize);
+    const size_t fit = (size_t)l2 / 8 * 5 / ((size_t)4 * T * D);
+    return (int)min((size_t)B * K, max(fit, (size_t)1)) * (H / K);
+}
+
 static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B,
                                     int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
@@ -2172,7 +2190,7 @@ static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, cons
         const TensorMap map = head_map(qkv, B, T, H + 2 * K, D, Tiles::KEYS);
         launch(attention_forward_kernel4<decltype(width)::value>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)),
                WGMMA_THREADS, sizeof(Tiles), out, lse, map, doc_start, T, H, K, D,
-               (float)(M_LOG2E / sqrt((double)D)));
+               heads_together(B, T, H, K, D), (float)(M_LOG2E / sqrt((double)D)));
     };
     if (D <= 64) start(std::integral_constant<int, 64>());
     else start(std::integral_constant<int, 128>());
@@ -2483,12 +2501,12 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         float *__restrict__ delta, const __grid_constant__ TensorMap qkv_map,
         const __grid_constant__ TensorMap dout_map, const bf16 *__restrict__ dout,
         const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        int T, int H, int K, int D, int together, float scale) {
     typedef WgmmaDqTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
@@ -2764,7 +2782,8 @@ static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *q
         static_assert(Dq::QUERIES == Dq::KEYS && Dkdv::QUERIES == Dkdv::KEYS);      // a map of qkv for each
         launch(attention_backward_dq_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, Dq::QUERIES)), WGMMA_THREADS,
                sizeof(Dq), dqkv, delta, head_map(qkv, B, T, H + 2 * K, D, Dq::KEYS),
-               head_map(dout, B, T, H, D, Dq::QUERIES), dout, out, lse, doc_start, T, H, K, D, scale);
+               head_map(dout, B, T, H, D, Dq::QUERIES), dout, out, lse, doc_start, T, H, K, D,
+               heads_together(B, T, H, K, D), scale);
         launch(attention_backward_dkdv_kernel3<WIDTH>, dim3(B * K, CEIL_DIV(T, 2 * Dkdv::KEYS)),
                WGMMA_THREADS, sizeof(Dkdv), dqkv, head_map(qkv, B, T, H + 2 * K, D, Dkdv::KEYS),
                head_map(dout, B, T, H, D, Dkdv::QUERIES), lse, delta, doc_start, T, H, K, D, scale);

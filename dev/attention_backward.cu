@@ -370,12 +370,12 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         float *__restrict__ delta, const __grid_constant__ TensorMap qkv_map,
         const __grid_constant__ TensorMap dout_map, const bf16 *__restrict__ dout,
         const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        int T, int H, int K, int D, int together, float scale) {
     typedef WgmmaDqTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys

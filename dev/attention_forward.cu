@@ -208,12 +208,12 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
 template <int WIDTH>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf16 *__restrict__ out,
         float *__restrict__ lse, const __grid_constant__ TensorMap qkv, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float log2_scale) {
+        int T, int H, int K, int D, int together, float log2_scale) {
     typedef WgmmaTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
