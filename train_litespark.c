@@ -8594,7 +8594,7 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
     floatX *packed_a = scratch, *packed_b = scratch + MC*KC;
     const int a_in_place = a.col == 1 && !rows_collide(a.row, MR);
     const int b_in_place = b.col == 1 && b.row * sizeof(floatX) % 2048 != 0;
-    const size_t a_row = a_in_place ? a.row : 1, a_col = a_in_place ? a.col : MR;
+    const size_t a_row = a_in_place ? a.row : 1, a_col = a_in_place ? a.col : (size_t)MR;
     const int slice = slice_size(K, KC), nc = b_in_place && !a_in_place && N % LANES == 0 ? NC_IN_PLACE : NC;
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += nc) {

@@ -90,6 +90,7 @@ struct AnyTensor {
     virtual bool is_output() const = 0;
     virtual void reset() = 0;           // the device gets the start values
     virtual void fetch() = 0;
+    virtual bool fetch_same() = 0;      // fetches, too: are the bits those fetched before?
     virtual double error(const Part &part, double *allowed) const = 0;      // of what was fetched
     virtual void plant(const Part &part, double how_much) = 0;  // a wrong element into what was fetched
 };
@@ -129,6 +130,11 @@ template <typename Element> struct Storage : AnyTensor {
         cudaCheck(cudaMemcpy(values.data(), device, n * sizeof(Element), cudaMemcpyDeviceToHost));
         got.resize(n);
         for (size_t i = 0; i < n; i++) got[i] = (H)values[i];
+    }
+    bool fetch_same() {
+        const std::vector<H> before = got;
+        fetch();
+        return !memcmp(got.data(), before.data(), n * sizeof(H));
     }
     // |a - b|, or |a|
     double norm(const Part &part, const std::vector<H> &a, const std::vector<H> *b) const {
@@ -183,9 +189,9 @@ template <typename Element> struct Tensor {
 
 // ---- what to run ------------------------------------------------------------------------------------------
 // when a shape is run: over dev/emu, under ptxcpu, on a GPU
-enum { CHECK = 1, MODEL = 2, TIME = 4, SHIPPED = 1 };
-// without run: not of this type
-struct Variant { int number; const char *idea; std::function<void()> run; int shipped = 0; };
+enum { CHECK = 1, MODEL = 2, TIME = 4, SHIPPED = 1, SAME_BITS = 1 };
+// without run: not of this type. repeats: SAME_BITS if a second run must have them, for whose blocks meet
+struct Variant { int number; const char *idea; std::function<void()> run; int shipped = 0, repeats = 0; };
 struct Summary {
     std::string op;
     int number, shipped, shapes, failed;
@@ -302,6 +308,15 @@ static int check_variant(const Variant &v, std::string *text) {
             snprintf(line, sizeof line, "%s %.1e of %.1e", part.name, error, allowed);
             worst = share, *text = line;
         }
+    }
+    if (v.repeats) {
+        reset_outputs();
+        v.run();
+        for (AnyTensor *t : bench_tensors)
+            if (t->is_output() && !t->fetch_same()) {
+                ok = 0, worst = INFINITY;
+                *text = std::string(t->parts[0].name) + "...: other bits in a second run";
+            }
     }
     for (Summary &s : harness.summary) {
         if (s.number != v.number || s.op != current.op) continue;

@@ -105,7 +105,7 @@ for place in a.folders:
                     held = [r["seconds_held_up"] for r in log]
                     whole = [r["seconds_held_up"] + r["seconds_in_background"] for r in log]
                 size = sum(f.stat().st_size for f in os.scandir(out + "/step_00000018"))
-                resume = run(binary, "--resume", out, "--steps", "18", "--out", out)[0] - start
+                resume = run(binary, "--resume", "auto", "--steps", "18", "--out", out)[0] - start
                 shutil.rmtree(out)
                 for what, seconds in (("start with random weights", [init]), ("save: training is held up", held[:2]),
                                       ("save: until it is whole", whole[:2]), ("save at the end", whole[2:]),

@@ -5,23 +5,27 @@
 # second later, Open MPI 5 half a second, neither with an option for more. USR1 it passes on. So here mpirun runs in a session of
 # its own, where the terminal's Ctrl-C does not reach it, and INT, TERM and HUP become USR1: the ranks save, and the status is 0.
 # A second Ctrl-C, two seconds after the first or later, ends the ranks without saving. And Open MPI 4.1.4 can hang for ever where
-# ranks die while they start (a lock in PMIx_server_finalize): once its children are gone for 20 seconds it is killed.
+# ranks die while they start (a lock in PMIx_server_finalize): once its children are gone for 20 seconds it is killed. On a busy
+# machine it once did not pass a USR1 on, so each is sent again a few seconds later, which does the ranks no harm.
 command -v mpirun >/dev/null || { echo 'error: dev/run.sh: there is no mpirun: apt-get install openmpi-bin libopenmpi-dev' >&2; exit 1; }
 [ $# -gt 0 ] || { echo 'usage: dev/run.sh -np RANKS [mpirun OPTIONS] ./train_litespark OPTIONS' >&2; exit 1; }
 [ "$(id -u)" != 0 ] || root=--allow-run-as-root
 interrupted=0
 seen=1              # what the ranks are told: whether a terminal shows what they print
 [ -t 1 ] && seen=terminal
-stop() { kill -USR1 $job; }
+stop() { kill -USR1 $job; kill -USR1 $watcher; }
 interrupt() {
     now=$(date +%s)
     if [ $interrupted = 0 ]; then interrupted=$now; stop
     elif [ $((now - interrupted)) -ge 2 ]; then kill -TERM $job; fi
 }
 watch() {
-    alone='' had_children=''
-    command -v ps >/dev/null || return
+    alone='' had_children='' again=''
+    trap 'again=yes' USR1
     while sleep 5 >/dev/null 2>&1 && kill -0 $job 2>/dev/null; do
+        [ ! "$again" ] || kill -USR1 $job
+        again=''
+        command -v ps >/dev/null || continue
         if ps -o stat= --ppid $job | grep -qv Z; then alone=0 had_children=yes; else alone=$((alone + 5)); fi
         [ "$had_children" ] && [ $alone -ge 20 ] || continue
         echo 'note | dev/run.sh: all ranks have ended and mpirun hangs: killed' >&2

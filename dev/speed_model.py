@@ -631,6 +631,79 @@ def wgmma_one_pass(T, heads):
     return wgmma_seconds([2 * tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
 
 
+# attention_backward_onepass_kernel1 of dev/attention_backward.cu: dq is added up in turns. The blocks' walks are played through: who starts when, who
+# waits for whom, which sums L2 still has. Assumed:
+HAND_OVER = 3000            # clocks from the end of a tile's products until the next block's sum may be added: the copy that adds, its wait, release, a look
+ADD_BYTES = 64              # per clock and SM, of a copy that adds to L2
+L2_KEPT = 32e6              # bytes of what was touched last, of an L2 of 50 MB in two halves
+TURNS_PUBLISHED = 474 / 574.7       # FlashAttention-3, T 8192, causal: shortest block of keys first, to any order
+
+
+def wgmma_in_turns(T, heads, kv_heads, D, B=1, together=1):
+    """Seconds: of the pass as played through, of its DRAM traffic, of the kernels before and after it; clocks of each term per tile; of the SMs' time
+    what is not a tile's, of tiles what L2 has not. together: heads of a group that a block walks over, one after another."""
+    width, queries = (64, 128) if D <= 64 else (128, 64)
+    scores, walk, group = TILE * queries, TILE // queries, heads // kv_heads
+    shared = (2 * 2 * (64 + 64) + 2 * 2 * 64) * width * 2 * queries // 64 + 2 * queries * width * 2 + 2 * scores + 2 * (64 * TILE + TILE * 64) * 2 + 2 * 2 * 64 * 64 * 4
+    clocks = wgmma_clocks(scores, 10 * scores * width, shared, BACKWARD_INSTRUCTIONS + 0.5)    # and stmatrix, dq to shared memory
+    tile = max(clocks.values())
+    starts = TMA_CLOCKS + clocks["tensor"] + max(clocks["exponentials"], clocks["instructions"])
+    sums = 2 * TILE * width * 4                             # dk, dv of a block, if they are added to those of other heads
+    ends = 2 * sums / WGMMA_SM["shared"] + sums / ADD_BYTES + TMA_CLOCKS if group > together else 0
+    blocks, all_heads = -(-T // TILE), B * heads // together
+    at_once = max(1, SMS // blocks)
+    # of many heads of a long text the first ones are played, the others go on as these end
+    played = all_heads if all_heads * (blocks * walk) ** 2 < 2e6 else min(all_heads, 16 * at_once)
+    free, tiles, added, kv_added, visits, halfway = [0.0] * SMS, blocks * walk, [[0.0] * (blocks * walk) for _ in range(played * together)], {}, [], 0
+    for first in range(0, played, at_once):
+        if first <= played // 2: halfway = max(free)
+        for block in range(blocks - 1, -1, -1):             # right-most keys first
+            for head in range(first, min(first + at_once, played)):
+                t = heapq.heappop(free) + starts
+                for h in range(head * together, (head + 1) * together):
+                    mine = added[h]
+                    for i in range(block * walk, tiles):
+                        t += tile
+                        turn = mine[i] + HAND_OVER if mine[i] else 0
+                        t = max(t, turn - tile)             # a tile's sum may wait while the next one is computed
+                        mine[i] = max(t, turn)
+                        visits.append((t, h * tiles + i))
+                if group > together:
+                    t = kv_added[head % (B * kv_heads), block] = max(t, kv_added.get((head % (B * kv_heads), block), 0)) + ends
+                heapq.heappush(free, t)
+    seconds, recent, missed, touched = max(free) / CLOCK, {}, 0, 2 * queries * width * 2 + queries * width * 4       # q, dout, dq of a tile
+    for _, what in sorted(visits):
+        if recent.pop(what, None) is None: missed += 1
+        recent[what] = True
+        if len(recent) > L2_KEPT / touched: del recent[next(iter(recent))]
+    busy = len(visits) * tile / SMS / CLOCK / seconds
+    seconds += (seconds - halfway / CLOCK) * (all_heads - played) / (played - played // 2)
+    dram = missed / len(visits) * B * heads * blocks * (blocks + 1) / 2 * walk * (touched + queries * width * 4) + (2 * sums * blocks * all_heads if ends else 0)
+    elements, kv = B * T * heads * D, B * T * kv_heads * D if ends else 0
+    return {"pass": seconds, "dram": dram / DRAM, "helpers": (4 * elements + 6 * elements + 12 * kv) / DRAM, "clocks": clocks, "idle": 1 - busy, "missed": missed / len(visits)}
+
+
+def print_turns(markdown):
+    rows, H = [], 64
+    for name, T, heads, kv_heads, D, B, together in [(f"T {T}, D {D}", T, H, 8, D, 1, 1) for D in (128, 64) for T in (2048, 4096, 8192, 16384, 32768)] + \
+            [("3B: B 4, T 4096, 16 heads, 2 of keys", 4096, 16, 2, 128, 4, 1), ("3B, 2 heads of a group in a block", 4096, 16, 2, 128, 4, 2),
+             ("3B, all 8", 4096, 16, 2, 128, 4, 8), ("30B: T 4096, 64 heads, 64 of keys, D 104", 4096, 64, 64, 104, 1, 1)]:
+        one = wgmma_in_turns(T, heads, kv_heads, D, B, together)
+        two = sum(x[0] for x in wgmma_backward(T, B * heads, B * kv_heads, D))
+        any_order = wgmma_one_pass(T, H)[0]
+        factor = max(x for x in WGMMA_BACKWARD[T] if x) / (5.0 * T * T * 128 * H / any_order / 1e12)
+        tflops = lambda seconds: 5.0 * B * T * T * D * heads / seconds / 1e12
+        slow = max(one["pass"] / factor, one["dram"]) + one["helpers"]
+        as_published = WGMMA_BACKWARD[T][WGMMA_BACKWARD[T][1] > 0] * TURNS_PUBLISHED
+        rows.append([name, f"{two * 1e6:.0f}", f"{one['pass'] * 1e6:.0f} + {one['helpers'] * 1e6:.0f}", f"{100 * one['idle']:.0f}%", f"{one['dram'] * 1e6:.0f}; {100 * one['missed']:.0f}%",
+                     f"{tflops(two / factor):.0f}", f"{tflops(slow):.0f}", f"{as_published:.0f}" if D == 128 else "-", f"{100 * (two / factor / slow - 1):+.0f}%"])
+    table(["attention backward, one pass in turns, causal", "us, modelled: two kernels", "one pass + helpers", "of the pass idle", "DRAM us; not in L2", "two kernels, with the factor",
+           "one pass, with the factor", "published with turns", "one pass to two kernels"], rows, markdown)
+    says = lambda clocks: ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
+    print(f"Clocks per tile: D 128 (64 queries) {says(wgmma_in_turns(1024, 8, 8, 128)['clocks'])}; D 64 (128 queries) {says(wgmma_in_turns(1024, 8, 8, 64)['clocks'])}.")
+    print("The factor: published over any order in this model, the larger of cuDNN's and FlashAttention-3's, not on the helpers. Published with turns: times 474 / 574.7.\n")
+
+
 # ---- the MLP's products with wgmma and TMA: gate_up_swiglu_kernel4, swiglu_down_backward_kernel3 -----------------------
 # Tiles of 128 rows and `columns` sums, both operands 64 deep per step. Published, of plain products of bf16, H100 SXM: fast.cu (its README at
 # commit a1bb7b2), tiles of 128 x 256 whose epilogue nothing hides.
@@ -731,6 +804,7 @@ def print_wgmma(markdown):
                      f"{step / DRAM * 1e6:.0f}", f"{ours / DRAM * 1e6:.0f}", f"{t[0] * 1e6:.0f}; {t[1] * 1e6:.0f}"])
     table(["forward, and dq: K and V from DRAM", "MB, each once", "GB, all heads in step", "GB, as many as L2 holds", "us at full rate, in step", "us, as L2 holds", "us of forward; dq, modelled without DRAM"], rows, markdown)
     print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.\n")
+    print_turns(markdown)
     print_wgmma_products(markdown)
     return 0
 

@@ -32,6 +32,7 @@
 #include <omp.h>
 #else
 inline int omp_get_max_threads() { return 1; }
+inline int omp_get_num_threads() { return 1; }
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #define EMU_ASAN 1
@@ -359,8 +360,11 @@ struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); }
 
 struct Wgmma {                                                // one in flight; operands are registers or descriptors
     const char *name; float *sum; int columns; bool add; const uint32_t *left; bool by_rows;     // left: of a, or null
-    uint64_t a, b; uint32_t a_registers[4];
+    bool left_by_columns; uint64_t a, b; uint32_t a_registers[4];
     bool first; float start[96];                              // the sums before it, if none in flight has the same
+};
+struct BulkCopy {                                             // to global memory, in flight
+    char *dst; const char *src; size_t bytes; bool add; std::vector<char> data;     // data: once the source has been read
 };
 struct Worker;
 struct Thread {
@@ -375,6 +379,9 @@ struct Thread {
     bool fenced;                                              // by wgmma.fence, since the last wait
     std::vector<char> fence_stack; const char *fence_from;    // the thread's stack at that fence: its registers
     int registers;                                            // as setmaxnreg has it
+    std::vector<BulkCopy> bulk;                               // not complete yet, oldest first
+    std::vector<size_t> bulk_groups;                          // bulk.size() at each commit not waited for yet
+    std::vector<uint32_t> unfenced;                           // units of shared memory: see Worker
 };
 struct Warp {
     uint32_t alive, ready, waiting;                           // lane masks: not exited; can run; inside a warp operation
@@ -383,11 +390,14 @@ struct Warp {
 struct Barrier { int expected, arrived, line, sum; uint32_t waiting[MAX_WARPS]; int result; };
 struct Mbarrier { int expected, arrived, phase; long bytes; uint32_t waiting[MAX_WARPS]; };   // bytes: announced, to land
 struct TensorMap { const char *base; uint64_t dim[4], stride[4]; uint32_t box[4]; };
-struct TensorCopy { char *dst; TensorMap map; int corner[4]; uint64_t *barrier; };           // one TMA load in flight
+struct TensorCopy {                                           // one TMA load in flight, or a bulk copy: `bytes` from `flat`
+    char *dst; TensorMap map; int corner[4]; uint64_t *barrier; const char *flat; size_t bytes;
+};
 struct Launch {
     const void *kernel; std::function<void()> body;
     dim3 grid, block; size_t smem; uint64_t number;
     std::atomic<uint64_t> next{0}; std::atomic<bool> failed{false};
+    std::mutex turns; std::atomic<uint64_t> passed{0}; std::atomic<int> workers{0}, stuck{0};    // see turn_wait
 };
 
 struct Worker {                                              // one per OS thread
@@ -400,6 +410,7 @@ struct Worker {                                              // one per OS threa
     size_t groups_over[MAX_WARPS];                            // of wgmma, that each warp has waited for and not yet seen
     int spare_registers; uint32_t registers_waiting[MAX_WARPS];      // setmaxnreg
     std::map<const uint64_t *, Mbarrier> mbarriers; bool mbarriers_fenced; std::vector<TensorCopy> tensor_copies;
+    uint16_t unfenced[SMEM_MAX / 16];                         // who wrote 16 bytes without the asynchronous proxy's fence since
     char *stacks, *smem_pages, *fault_stack; std::vector<char *> free_stacks;
     Worker();
     size_t stack_stride() const { return settings.stack + GUARD; }        // inaccessible pages below each stack
@@ -412,6 +423,7 @@ struct Worker {                                              // one per OS threa
     void sleep(const char *waits_at, const void *where);     // until somebody wakes this thread
     void yield();                                            // with EMU_SEED: perhaps let others run first
     void hand_over(Thread *next);                            // let one that is ready run now
+    void linger();                                           // the same, perhaps until all of them wait
     Thread *finish(Thread *t);
     void run_block(Launch *l, uint64_t number);
     void reset_stacks();
@@ -451,6 +463,7 @@ inline void Worker::reset_stacks() {                         // the next stack t
     for (Thread &t : threads) {
         t.stack = nullptr;
         t.copies.clear(), t.groups.clear(), t.products.clear(), t.product_groups.clear();
+        t.bulk.clear(), t.bulk_groups.clear(), t.unfenced.clear();
     }
 }
 
@@ -518,6 +531,13 @@ inline void Worker::yield() {
     wake(me->warp, 1u << me->lane);
     resume(pick());
 }
+inline void Worker::linger() {
+    const bool last = settings.seed && random() % 4 == 0;
+    for (int i = 0; last && i < 100000 && ready_warps; i++) {
+        wake(me->warp, 1u << me->lane);
+        resume(pick());
+    }
+}
 // t returned from the kernel: who runs next? `host` when all are done.
 inline Thread *Worker::finish(Thread *t) {
     Warp &w = warps[t->warp];
@@ -527,6 +547,9 @@ inline Thread *Worker::finish(Thread *t) {
     t->groups.clear();
     t->products.clear();
     t->product_groups.clear();
+    if (!t->bulk.empty()) fail(cudaErrorLaunchFailure, "the thread left the kernel with a bulk copy in flight");
+    t->bulk_groups.clear();
+    t->unfenced.clear();
     if (barriers[0].arrived)
         fail(cudaErrorLaunchFailure, "the thread left the kernel while others wait at __syncthreads\n%s", waiting_list());
     for (uint32_t m = w.waiting; m; m &= m - 1) {
@@ -583,6 +606,7 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
     spare_registers = 0;
     mbarriers.clear();
     tensor_copies.clear();
+    memset(unfenced, 0, sizeof unfenced);
     uint3 idx = {0, 0, 0};
     for (int i = 0; i < n_threads; i++) {
         Thread &t = threads[i];
@@ -812,8 +836,11 @@ inline void run_launch(Launch &l) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (!my_worker) my_worker = new Worker();             // lives as long as its OS thread
+#pragma omp single
+        l.workers = omp_get_num_threads();
         for (uint64_t i; !l.failed && (i = l.next++) < n;)
             my_worker->run_block(&l, (uint64_t)(((unsigned __int128)i * step + first) % n));
+        l.workers--;
     }
     if (settings.timeout) alarm(0);
     for (const auto &it : allocations)

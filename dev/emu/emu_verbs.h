@@ -57,6 +57,16 @@ template <bool trans> void ldmatrix_complete(void **args, uint32_t) {
         }
     }
 }
+// stmatrix: ldmatrix backwards
+inline void ordinary_store(Thread *t, const void *p);
+inline void stmatrix_complete(void **args, uint32_t) {
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 8; j++) {
+            char *row = (char *)((const LdmatrixArgs *)args[8 * i + j])->row;
+            for (int t = 0; t < 4; t++) memcpy(row + 4 * t, &((const LdmatrixArgs *)args[4 * j + t])->r[i], 4);
+            ordinary_store(&me->worker->threads[me->warp * 32 + 8 * i + j], row);
+        }
+}
 template <bool trans> EMU_INLINE void ldmatrix(uint32_t *r, const void *row) {
     static constexpr Verb verb = {trans ? "ldmatrix.trans" : "ldmatrix", ldmatrix_complete<trans>};
     check_address(verb.name, row, 16, 16, SHARED);
@@ -189,9 +199,33 @@ EMU_NOINLINE inline void set_registers(const char *name, int n) {
     for (int i = 0; i < MAX_WARPS; i++) w->wake(i, w->registers_waiting[i]), w->registers_waiting[i] = 0;
     w->yield();
 }
+// The proxies. What stmatrix and store_16B write to shared memory is marked with the thread that wrote it, until that thread
+// calls async_proxy_fence or an asynchronous copy overwrites it. wgmma and bulk copies may read unmarked bytes only.
+inline uint16_t *marks(const void *p) { return me->worker->unfenced + ((const char *)p - me->worker->smem) / 16; }
+inline void ordinary_store(Thread *t, const void *p) {
+    const Worker *w = t->worker;
+    const uint16_t mark = (uint16_t)(t - w->threads + 1);
+    if (!in_range(p, 16, w->smem, w->smem_bytes) || *marks(p) == mark) return;
+    *marks(p) = mark;
+    t->unfenced.push_back((uint32_t)(marks(p) - w->unfenced));
+}
+EMU_NOINLINE inline void check_proxy(const char *name, const void *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 16)
+        if (const int mark = *marks((const char *)p + i))
+            fail(cudaErrorLaunchFailure, "%s reads what thread %d wrote by ordinary stores, without async_proxy_fence since",
+                 name, mark - 1);
+}
 inline void tensor_land(const TensorCopy &c) {                // one box; zeros outside the tensor
     const TensorMap &map = c.map;
     char *dst = c.dst;
+    memset(marks(dst), 0, c.bytes / 16 * sizeof *marks(dst));
+    if (c.flat) {
+        memcpy(dst, c.flat, c.bytes);
+        Mbarrier &m = me->worker->mbarriers[c.barrier];
+        m.bytes -= c.bytes;
+        mbarrier_step(m);
+        return;
+    }
     for (uint32_t z = 0; z < map.box[3]; z++)
         for (uint32_t y = 0; y < map.box[2]; y++)
             for (uint32_t x = 0; x < map.box[1]; x++, dst += 128) {
@@ -236,6 +270,20 @@ EMU_NOINLINE inline void mbarrier_wait(uint64_t *barrier, int parity) {
 }
 // The destination is poison until the wait that makes it visible; with EMU_SEED some boxes land at once and some
 // destinations keep their old contents until then.
+inline void start_load(const TensorCopy &c, Mbarrier &m) {
+    Worker *w = me->worker;
+    const int early = settings.seed ? (int)(w->random() % 4) : 1;
+    if (early == 0) return tensor_land(c);
+    if (early < 3) memset(c.dst, POISON, c.bytes);
+    w->tensor_copies.push_back(c);
+    for (int i = 0; i < MAX_WARPS; i++) w->wake(i, m.waiting[i]), m.waiting[i] = 0;     // who waits lets it land
+    w->yield();
+}
+inline void check_bulk(const char *name, const void *shared, const void *global, int bytes) {
+    if (bytes <= 0 || bytes % 16) fail(cudaErrorLaunchFailure, "%s: %d bytes", name, bytes);
+    check_address(name, shared, bytes, 16, SHARED);
+    check_address(name, global, bytes, 16, GLOBAL);
+}
 EMU_NOINLINE inline void tensor_load(void *dst, const TensorMap *map, uint64_t *barrier, int x0, int x1, int x2,
                                      int x3) {
     Worker *w = me->worker;
@@ -247,13 +295,85 @@ EMU_NOINLINE inline void tensor_load(void *dst, const TensorMap *map, uint64_t *
     Mbarrier &m = mbarrier("TMA barrier", barrier);
     me->where = __builtin_return_address(0);
     if (!w->mbarriers_fenced) fail(cudaErrorLaunchFailure, "TMA: no fence after the initialisation of an mbarrier");
-    const TensorCopy c = {(char *)dst, *map, {x0, x1, x2, x3}, barrier};
-    const int early = settings.seed ? (int)(w->random() % 4) : 1;
-    if (early == 0) return tensor_land(c);
-    if (early < 3) memset(dst, POISON, bytes);
-    w->tensor_copies.push_back(c);
-    for (int i = 0; i < MAX_WARPS; i++) w->wake(i, m.waiting[i]), m.waiting[i] = 0;     // who waits lets it land
-    w->yield();
+    start_load({(char *)dst, *map, {x0, x1, x2, x3}, barrier, nullptr, bytes}, m);
+}
+EMU_NOINLINE inline void bulk_load(void *dst, const void *src, int bytes, uint64_t *barrier) {
+    check_bulk("bulk copy", dst, src, bytes);
+    Mbarrier &m = mbarrier("barrier of a bulk copy", barrier);
+    me->where = __builtin_return_address(0);
+    if (!me->worker->mbarriers_fenced)
+        fail(cudaErrorLaunchFailure, "bulk copy: no fence after the initialisation of an mbarrier");
+    start_load({(char *)dst, {}, {}, barrier, (const char *)src, (size_t)bytes}, m);
+}
+
+// To global memory: the source is read at bulk_wait_read, the result written at bulk_wait; with EMU_SEED one or both at once,
+// or when all others wait.
+inline void bulk_read(BulkCopy &c) { if (c.data.empty()) c.data.assign(c.src, c.src + c.bytes); }
+inline void bulk_land(BulkCopy &c) {
+    bulk_read(c);
+    if (!c.add) memcpy(c.dst, c.data.data(), c.bytes);
+    for (size_t i = 0; i < c.bytes && c.add; i += 4) {
+        uint32_t *word = (uint32_t *)(c.dst + i), old = __atomic_load_n(word, __ATOMIC_RELAXED), sum;
+        float x;
+        memcpy(&x, &c.data[i], 4);
+        do sum = __float_as_uint(__uint_as_float(old) + x);
+        while (!__atomic_compare_exchange_n(word, &old, sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    }
+}
+EMU_NOINLINE inline void bulk_out(const char *name, void *dst, const void *src, int bytes, bool add) {
+    check_bulk(name, src, dst, bytes);
+    check_proxy(name, src, bytes);
+    BulkCopy c = {(char *)dst, (const char *)src, (size_t)bytes, add, {}};
+    const int early = settings.seed ? (int)(me->worker->random() % 4) : 3;
+    if (early < 2) bulk_read(c);
+    if (early == 0) bulk_land(c);
+    else me->bulk.push_back(c);
+    me->worker->yield();
+}
+EMU_NOINLINE inline void bulk_wait(int n, bool read) {        // at most n groups stay in flight
+    Thread *t = me;
+    t->worker->linger();
+    const size_t groups = t->bulk_groups.size(), done = groups > (size_t)n ? groups - n : 0;
+    const size_t copies = done ? t->bulk_groups[done - 1] : 0;
+    for (size_t i = 0; i < copies; i++) read ? bulk_read(t->bulk[i]) : bulk_land(t->bulk[i]);
+    if (!read) {
+        t->bulk.erase(t->bulk.begin(), t->bulk.begin() + copies);
+        t->bulk_groups.erase(t->bulk_groups.begin(), t->bulk_groups.begin() + done);
+        for (size_t &g : t->bulk_groups) g -= copies;
+    }
+    t->worker->yield();
+}
+
+// A turn is waited for by spinning: it comes from a block on another OS thread. When all of these spin and none has seen its
+// turn since the last pass, nobody will pass one.
+EMU_NOINLINE inline void turn_wait(const int *counter, int turn) {
+    check_address("turn_wait", counter, 4, 4, GLOBAL);
+    Launch *l = me->worker->launch;
+    me->where = __builtin_return_address(0);
+    for (uint64_t seen = ~0ull; !l->failed; sched_yield()) {
+        const uint64_t passed = l->passed;
+        if (__atomic_load_n(counter, __ATOMIC_ACQUIRE) == turn) return me->worker->yield();
+        std::lock_guard<std::mutex> guard(l->turns);
+        if (passed != l->passed) continue;
+        if (passed != seen) seen = passed, l->stuck++;
+        if (l->stuck >= l->workers) break;
+    }
+    fail(cudaErrorLaunchFailure, "turn_wait: no running block can pass turn %d on, the counter is %d", turn, *counter);
+}
+EMU_NOINLINE inline void turn_pass(int *counter, int turn) {
+    check_address("turn_pass", counter, 4, 4, GLOBAL);
+    Launch *l = me->worker->launch;
+    me->where = __builtin_return_address(0);
+    if (!me->bulk.empty()) fail(cudaErrorLaunchFailure, "turn_pass: a bulk copy of this thread is still in flight");
+    if (__atomic_load_n(counter, __ATOMIC_RELAXED) != turn - 1)
+        fail(cudaErrorLaunchFailure, "turn_pass to %d, but the counter is %d", turn, *counter);
+    {
+        std::lock_guard<std::mutex> guard(l->turns);
+        __atomic_store_n(counter, turn, __ATOMIC_RELEASE);
+        l->passed++;
+        l->stuck = 0;
+    }
+    me->worker->yield();
 }
 
 // The registers of a wgmma are arrays on the thread's stack; what they were at the fence is what they must be at the wgmma.
@@ -271,7 +391,7 @@ inline bool written_since_fence(const void *p, size_t n) {
 // wgmma: a thread's sums are poison from the call to the wait. There the warpgroup meets, and then each warp
 // computes its rows, with shared memory as it is when the warp goes on.
 EMU_NOINLINE inline void wgmma(const char *name, float *sum, int columns, bool add, const uint32_t *a_registers, uint64_t a,
-                               uint64_t b, bool by_columns = false) {
+                               uint64_t b, bool by_columns = false, bool left_by_columns = false) {
     Thread *t = me;
     t->where = __builtin_return_address(0);
     bool chained = false;
@@ -280,7 +400,7 @@ EMU_NOINLINE inline void wgmma(const char *name, float *sum, int columns, bool a
     if ((!chained && written_since_fence(sum, columns / 2 * sizeof *sum)) ||
         (a_registers && written_since_fence(a_registers, 4 * sizeof *a_registers)))
         fail(cudaErrorLaunchFailure, "%s: its registers were written after the wgmma.fence", name);
-    Wgmma p = {name, sum, columns, add, a_registers, !a_registers && !by_columns, a, b, {}, !chained, {}};
+    Wgmma p = {name, sum, columns, add, a_registers, !a_registers && !by_columns, left_by_columns, a, b, {}, !chained, {}};
     if (a_registers) memcpy(p.a_registers, a_registers, sizeof p.a_registers);
     if (!chained) memcpy(p.start, sum, columns / 2 * sizeof *sum);
     memset(sum, POISON, columns / 2 * sizeof *sum);
@@ -296,14 +416,17 @@ inline float wgmma_element(uint64_t operand, int row, int column) {
     if (byte + 2 > w->smem_bytes)
         fail(cudaErrorIllegalAddress, "wgmma: operand at byte %zu of %zu of shared memory", byte, w->smem_bytes);
     uint16_t bits;
-    memcpy(&bits, swizzled(w->smem + byte), 2);
+    const char *p = (const char *)swizzled(w->smem + byte);
+    if (*marks(p)) check_proxy("wgmma", p, 2);
+    memcpy(&bits, p, 2);
     return bf16_low(bits);
 }
 inline void wgmma_complete(Thread *first, size_t index) {     // product `index` of a warp's 32 threads: its 16 rows
     static thread_local float A[16][16], B[16][256];
     const Wgmma &x = first->products[index];
-    for (int i = 0; i < 16 && !x.left; i++)
-        for (int k = 0; k < 16; k++) A[i][k] = wgmma_element(x.a, first->warp % 4 * 16 + i, k);
+    for (int i = 0, row = first->warp % 4 * 16; i < 16 && !x.left; i++)
+        for (int k = 0; k < 16; k++)
+            A[i][k] = x.left_by_columns ? wgmma_element(x.a, k, row + i) : wgmma_element(x.a, row + i, k);
     for (int lane = 0; lane < 32 && x.left; lane++) {
         const Wgmma &p = first[lane].products[index];
         const int g = lane / 4, k = lane % 4 * 2;
@@ -411,6 +534,52 @@ EMU_INLINE void tma_load(void *dst, const TensorMap *map, uint64_t *barrier, int
     emu::tensor_load(dst, map, barrier, x0, x1, x2, x3);
     asm volatile("");
 }
+// fence.proxy.async; stmatrix.sync.aligned.m8n8.x4.shared.b16
+inline void async_proxy_fence() {
+    emu::Thread *t = emu::me;
+    for (uint32_t unit : t->unfenced) {
+        uint16_t &mark = t->worker->unfenced[unit];
+        if (mark == t - t->worker->threads + 1) mark = 0;
+    }
+    t->unfenced.clear();
+}
+EMU_INLINE void stmatrix_x4(void *row, const uint32_t (&r)[4]) {
+    static constexpr emu::Verb verb = {"stmatrix", emu::stmatrix_complete};
+    emu::check_address(verb.name, row, 16, 16, emu::SHARED);
+    emu::LdmatrixArgs args = {row, (uint32_t *)r};
+    emu::warp_sync(&verb, ~0u, &args);
+}
+// cp.async.bulk to shared memory, from shared memory, cp.reduce.async.bulk.add.f32, .commit_group, .wait_group{.read}
+EMU_INLINE void bulk_load(void *dst, const void *src, int bytes, uint64_t *barrier) {
+    emu::bulk_load(dst, src, bytes, barrier);
+    asm volatile("");
+}
+EMU_INLINE void bulk_store(void *dst, const void *src, int bytes) {
+    emu::bulk_out("bulk_store", dst, src, bytes, false);
+    asm volatile("");
+}
+EMU_INLINE void bulk_add(float *dst, const void *src, int bytes) {
+    emu::bulk_out("bulk_add", dst, src, bytes, true);
+    asm volatile("");
+}
+EMU_INLINE void bulk_commit() { emu::me->bulk_groups.push_back(emu::me->bulk.size()); }
+template <int n> EMU_INLINE void bulk_wait_read() {
+    emu::bulk_wait(n, true);
+    asm volatile("");
+}
+template <int n> EMU_INLINE void bulk_wait() {
+    emu::bulk_wait(n, false);
+    asm volatile("");
+}
+// ld.acquire.gpu in a loop; st.release.gpu
+EMU_INLINE void turn_wait(const int *counter, int turn) {
+    emu::turn_wait(counter, turn);
+    asm volatile("");
+}
+EMU_INLINE void turn_pass(int *counter, int turn) {
+    emu::turn_pass(counter, turn);
+    asm volatile("");
+}
 template <int n> EMU_INLINE void registers_give() {          // setmaxnreg.dec
     static_assert(n >= 24 && n <= 256 && n % 8 == 0);
     emu::set_registers("setmaxnreg.dec", n);
@@ -455,6 +624,11 @@ EMU_INLINE void wgmma_columns(float (&sum)[1][24][4], uint64_t a, uint64_t b) {
     emu::wgmma("wgmma by columns", sum[0][0], 192, true, nullptr, a, b, true);
     asm volatile("");
 }
+// m64n64k16, both in shared memory by columns
+EMU_INLINE void wgmma_transposed(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
+    emu::wgmma("wgmma by columns", sum[0][0], 64, add, nullptr, a, b, true, true);
+    asm volatile("");
+}
 template <int n> EMU_INLINE void wgmma_wait() {
     emu::wgmma_wait(n);
     asm volatile("");
@@ -473,4 +647,5 @@ EMU_INLINE void store_16B(void *p, uint4 v) {
     emu::check_address("16-byte store", p, 16, 16, emu::ANYWHERE);
     emu::me->worker->yield();
     *(uint4 *)p = v;
+    emu::ordinary_store(emu::me, p);
 }

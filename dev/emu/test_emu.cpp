@@ -444,6 +444,83 @@ template <int bug> double late_error() {
         }
     return worst;
 }
+// out (64,64) = sum over blocks of a^T b, a and b (64,64): a comes by stmatrix, b by a bulk copy, out is added up in turns.
+enum TurnBug { IN_TURN, NO_FENCE_FOR_WGMMA, NO_FENCE_FOR_BULK, SOURCE_OVERWRITTEN, NOT_WAITED_FOR, PASSED_TOO_EARLY,
+               WRONG_ORDER, OUT_OF_TURN };
+struct TurnShared { bf16 a[64][64], b[64][64]; float4 sum[8][128]; uint64_t full; int ticket; };
+template <int bug> __global__ void wgmma_turns(float *out, const bf16 *a, const bf16 *b, int *counters) {
+    TurnShared &m = *swizzled_shared_memory<TurnShared>();
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    if (thread == 0) {
+        m.ticket = atomicAdd(counters, 1);
+        mbarrier_init(&m.full, 1);
+        mbarrier_init_fence();
+        mbarrier_expect(&m.full, sizeof m.b);
+        bulk_load(m.b, b, sizeof m.b, &m.full);
+    }
+    for (int c = 0; c < 4; c++) {                            // rows 16 warp.., columns 16 c..
+        uint32_t r[4];
+        for (int i = 0; i < 4; i++)
+            memcpy(&r[i], a + (warp * 16 + i % 2 * 8 + lane / 4) * 64 + c * 16 + i / 2 * 8 + lane % 4 * 2, 4);
+        const int row = warp * 16 + lane % 16;
+        stmatrix_x4(&m.a[row][((c * 2 + lane / 16) ^ row % 8) * 8], r);
+    }
+    if (bug != NO_FENCE_FOR_WGMMA) async_proxy_fence();
+    __syncthreads();
+    mbarrier_wait(&m.full, 0);
+    float sum[1][8][4];
+    wgmma_fence();
+    for (int k = 0; k < 64; k += 16) wgmma_transposed(sum, wgmma_operand(m.a[k], 0), wgmma_operand(m.b[k], 0), k > 0);
+    wgmma_commit();
+    wgmma_wait<0>(sum);
+    for (int j = 0; j < 8; j++) {
+        uint4 bits;
+        memcpy(&bits, sum[0][j], 16);
+        store_16B(&m.sum[j][thread], bits);
+    }
+    if (bug != NO_FENCE_FOR_BULK) async_proxy_fence();
+    __syncthreads();
+    if (thread > 0) return;
+    const int turn = bug == WRONG_ORDER ? (int)gridDim.x - 1 - m.ticket : m.ticket;
+    if (bug != OUT_OF_TURN) turn_wait(counters + 1, turn);
+    async_proxy_fence();
+    if (turn == 0) bulk_store(out, m.sum, sizeof m.sum);
+    else bulk_add(out, m.sum, sizeof m.sum);
+    bulk_commit();
+    if (bug != SOURCE_OVERWRITTEN) bulk_wait_read<0>();
+    m.sum[3][7] = float4{1, 2, 3, 4};
+    if (bug == PASSED_TOO_EARLY) turn_pass(counters + 1, turn + 1);
+    if (bug != NOT_WAITED_FOR) bulk_wait<0>();
+    if (bug != PASSED_TOO_EARLY && bug != NOT_WAITED_FOR) turn_pass(counters + 1, turn + (bug == OUT_OF_TURN ? 2 : 1));
+}
+template <int bug> cudaError_t start_turns(float *out, const bf16 *a, const bf16 *b, int *counters) {
+    cudaFuncSetAttribute(wgmma_turns<bug>, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536);
+    return start(wgmma_turns<bug>, bug == NOT_WAITED_FOR ? 1 : 9, 128, (sizeof(TurnShared) + 1023) / 1024 * 1024, out, a, b,
+                 counters);
+}
+template <int bug> double turns_error() {                    // small integers: sums are exact in any order
+    Buffer<bf16> a(64 * 64), b(64 * 64), swizzled(64 * 64);
+    Buffer<float> out(64 * 64);
+    Buffer<int> counters(2);
+    random_state = 11;
+    for (Buffer<bf16> *x : {&a, &b})
+        for (int i = 0; i < 64 * 64; i++) x->h[i] = bf16(floorf(random_float() * 1.5f + 0.5f));
+    for (int i = 0; i < 64 * 64; i++) swizzled.h[i / 64 * 64 + ((i % 64 / 8) ^ i / 64 % 8) * 8 + i % 8] = b.h[i];
+    counters.h[0] = counters.h[1] = 0;
+    a.up(), swizzled.up(), counters.up();
+    if (start_turns<bug>(out.d, a.d, swizzled.d, counters.d) != cudaSuccess) return INFINITY;
+    out.down();
+    double worst = 0;
+    for (int i = 0; i < 64 * 64; i++) {                      // out is in the order of fragments
+        const int j = i / 4 / 128, thread = i / 4 % 128, row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+        const int column = j * 8 + thread % 4 * 2 + i % 2;
+        float right = 0;
+        for (int k = 0; k < 64; k++) right += 9 * __bfloat162float(a.h[k * 64 + row]) * __bfloat162float(b.h[k * 64 + column]);
+        const double e = fabs(out.h[i] - right);
+        worst = e <= worst ? worst : e == e ? e : INFINITY;
+    }
+    return worst;
+}
 // The largest error, infinite after a report: a (64,200), b (N-8,200) and v (N,104) are small integers, so sums are exact,
 // and what lies outside of them is zero.
 template <int bug, int N = 128> double wgmma_error() {
@@ -689,7 +766,15 @@ static void test_hopper() {
     }
     emu::settings.seed = 0;
     check("wgmma of 192 columns, one group in flight while the next starts, seeds 0-7", right);
+    right = true;
+    for (uint64_t seed = 0; seed < 8; seed++) {
+        emu::settings.seed = seed;
+        right &= turns_error<IN_TURN>() == 0;
+    }
+    emu::settings.seed = 0;
+    check("stmatrix, wgmma by columns, bulk copies, sums of blocks in turns, seeds 0-7", right);
     auto found = [](const char *name, auto error) { check(name, some_seed_fails(error, 0)); };
+    found("bug found: the source of a bulk copy overwritten", turns_error<SOURCE_OVERWRITTEN>);
     found("bug found: a stage released under a group in flight", late_error<RELEASED_TOO_EARLY>);
     found("bug found: sums read under a group in flight", late_error<READ_TOO_EARLY>);
     found("bug found: a step of 16 dropped", late_error<K16_DROPPED>);
@@ -721,6 +806,29 @@ static void test_hopper() {
     reported("more arrivals than a phase of an mbarrier has", "arrivals of this phase are there", start_wgmma<MORE_ARRIVALS>);
     reported("registers taken that nobody gave", "setmaxnreg.inc", start_wgmma<REGISTERS_KEPT>);
     reported("a thread without the wgmma of its warpgroup", "different numbers of wgmma", start_wgmma<DIVERGENT>);
+    auto turn_reported = [=](const char *name, const char *text, auto start_bug) {
+        expect(name, launch, text, [=] {
+            Buffer<bf16> a(64 * 64), b(64 * 64);
+            Buffer<float> out(64 * 64);
+            Buffer<int> counters(2);
+            a.randomize(), b.randomize();
+            counters.h[0] = counters.h[1] = 0;
+            counters.up();
+            return start_bug(out.d, a.d, b.d, counters.d);
+        });
+    };
+    const char *no_fence = "without async_proxy_fence";
+    turn_reported("wgmma of what stmatrix wrote, without a proxy fence", no_fence, start_turns<NO_FENCE_FOR_WGMMA>);
+    turn_reported("a bulk copy of ordinary stores, without a proxy fence", no_fence, start_turns<NO_FENCE_FOR_BULK>);
+    turn_reported("a bulk copy that nobody waits for", "with a bulk copy in flight", start_turns<NOT_WAITED_FOR>);
+    turn_reported("a turn passed on before its data", "still in flight", start_turns<PASSED_TOO_EARLY>);
+    turn_reported("a turn passed on out of turn", "turn_pass to", start_turns<OUT_OF_TURN>);
+    const int threads = emu::settings.threads;
+    for (int n : {1, 2}) {
+        emu::settings.threads = n;
+        turn_reported("turns that begin with the last block", "no running block can pass", start_turns<WRONG_ORDER>);
+    }
+    emu::settings.threads = threads;
     emu::settings.cc = cc;
 }
 static void test_api() {
