@@ -728,6 +728,13 @@ template <int n, int NT> __device__ __forceinline__ void wgmma_wait(float (&sum)
     SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
     for (int i = 0; i < NT; i++) asm volatile("" : SUMS_4(sum[0][i]) :: "memory");
 }
+// the same; `left`, operands of what is then over, keep their registers until this line
+template <int n, int NT, int STEPS>
+__device__ __forceinline__ void wgmma_wait(float (&sum)[1][NT][4], const uint32_t (&left)[STEPS][4]) {
+    wgmma_wait<n>(sum);
+    for (int i = 0; i < STEPS; i++)
+        asm volatile("" :: "r"(left[i][0]), "r"(left[i][1]), "r"(left[i][2]), "r"(left[i][3]) : "memory");
+}
 // sum (64,64) = a (64,16) b^T (64,16); add: +=. Then the same with 128 rows of b
 __device__ __forceinline__ void wgmma_rows(float (&sum)[1][8][4], uint64_t a, uint64_t b, int add) {
     SM90A("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
@@ -754,7 +761,7 @@ __device__ __forceinline__ void wgmma_columns(float (&sum)[1][16][4], const uint
 }
 
 // Sums of 192 columns, both operands in shared memory: sum (64,192) += a (64,16) b^T (192,16), a (64,16) b
-// (16,192). And the wait after which no sums are read.
+// (16,192). And the wait that names no sums: while they are added to, the compiler must see no use of them.
 #define REGISTERS_96 REGISTERS_64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -1967,10 +1974,27 @@ __device__ __forceinline__ void pack_left(uint32_t (&p)[NT / 2][4], const float 
         p[i / 4][i % 4] = pack_bf16(sum[0][i / 2][i % 2 * 2], sum[0][i / 2][i % 2 * 2 + 1]);
 }
 
-enum { WGMMA_THREADS = 384 };           // three warpgroups: two compute, a thread of the third copies
+// three warpgroups, of 4 warps each: two compute, a thread of the third copies
+enum { WGMMA_THREADS = 384, GROUP_WARPS = 4 };
+// A stage of a ring is empty when each warp that computes with it has arrived here: after its own wgmma_wait,
+// for what is over by then PTX tells only those who waited, and after what its lanes have read themselves.
+__device__ __forceinline__ void release(uint64_t *empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+}
 // x, on which the lanes of a warp agree. From the shuffle the compiler knows it too: what follows from x,
 // such as operands of wgmma, it then computes once per warp.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+// (b H + head, tile of rows) of a block. Blocks start in the order of their numbers: `together` heads at a
+// time, of these the long rows first. Counted from the end: the last heads, after which SMs fall idle, are no
+// rest
+__device__ __forceinline__ int2 attention_place(int together) {
+    const int heads = gridDim.x, rows = gridDim.y, number = blockIdx.y * heads + blockIdx.x;
+    const int after = heads * rows - 1 - number, first = after / (together * rows) * together;
+    const int width = min(together, heads - first);
+    const int i = after - first * rows;
+    return make_int2(first + i % width, i / width);
+}
 template <int WIDTH> struct __align__(1024) WgmmaTiles {    // of a block, in shared memory
     static constexpr int QUERIES = 128, KEYS = 128;
     SwizzledTile<QUERIES, WIDTH> q;
@@ -1982,20 +2006,20 @@ template <int WIDTH> struct __align__(1024) WgmmaTiles {    // of a block, in sh
 template <int WIDTH>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf16 *__restrict__ out,
         float *__restrict__ lse, const __grid_constant__ TensorMap qkv, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float log2_scale) {
+        int T, int H, int K, int D, int together, float log2_scale) {
     typedef WgmmaTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.q_full, 1);
         for (int i = 0; i < 2; i++) {
-            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2);
-            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2);
+            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2 * GROUP_WARPS);
+            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2 * GROUP_WARPS);
         }
         mbarrier_init_fence();
     }
@@ -2030,7 +2054,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
     };
-    auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
     mbarrier_wait(&tile.q_full, 0);
     mbarrier_wait(&tile.k_full[0], 0);
     wgmma_fence();
@@ -2053,7 +2076,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         wgmma_wait<1>(score);
         release(&tile.k_empty[i % 2]);
         probabilities(first + i * KEYS);                // while the product with V goes on
-        wgmma_wait<0>(out_t);
+        wgmma_wait<0>(out_t, p);
         release(&tile.v_empty[j % 2]);
         if (__any_sync(~0u, shrink[0][0][0] != 1 || shrink[0][0][2] != 1)) {
             #pragma unroll
@@ -2150,6 +2173,14 @@ static TensorMap head_map(const bf16 *x, int B, int T, int heads, int D, int row
                       {(uint64_t)D * 2, row_bytes, row_bytes * T}, {64, 1, (uint32_t)rows, 1});
 }
 
+// How many heads of queries have their K and V, 4·T·D bytes per head of these, in L2 together, beside what
+// else passes through it. All heads in step, too many for it, would read K and V from DRAM per 128 queries
+static int heads_together(int B, int T, int H, int K, int D) {
+    static int l2 = device_attribute(cudaDevAttrL2CacheSize);
+    const size_t fit = (size_t)l2 / 8 * 5 / ((size_t)4 * T * D);
+    return (int)min((size_t)B * K, max(fit, (size_t)1)) * (H / K);
+}
+
 static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B,
                                     int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
@@ -2159,7 +2190,7 @@ static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, cons
         const TensorMap map = head_map(qkv, B, T, H + 2 * K, D, Tiles::KEYS);
         launch(attention_forward_kernel4<decltype(width)::value>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)),
                WGMMA_THREADS, sizeof(Tiles), out, lse, map, doc_start, T, H, K, D,
-               (float)(M_LOG2E / sqrt((double)D)));
+               heads_together(B, T, H, K, D), (float)(M_LOG2E / sqrt((double)D)));
     };
     if (D <= 64) start(std::integral_constant<int, 64>());
     else start(std::integral_constant<int, 128>());
@@ -2470,18 +2501,19 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         float *__restrict__ delta, const __grid_constant__ TensorMap qkv_map,
         const __grid_constant__ TensorMap dout_map, const bf16 *__restrict__ dout,
         const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        int T, int H, int K, int D, int together, float scale) {
     typedef WgmmaDqTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.rows_full, 2);
-        for (int i = 0; i < 2; i++) mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2);
+        for (int i = 0; i < 2; i++)
+            mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -2540,8 +2572,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         pack_left(left, ds);
         wgmma_fence();
         wgmma_values(dq, left, tile.k[i % 2]);
-        wgmma_wait<0>(dq);
-        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);
+        wgmma_wait<0>(dq, left);
+        release(&tile.empty[i % 2]);
     }
     const int W = (H + 2 * K) * D;
     store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, tile.dq[warp], T - t, D);
@@ -2579,7 +2611,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
-            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 8);
+            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -2643,11 +2675,10 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 pack_left(ds_left, ds);
                 wgmma_fence();
                 wgmma_values(dk, ds_left, tile.q[stage]);
-                wgmma_wait<0>(dv);
-                wgmma_wait<0>(dk);
+                wgmma_wait<0>(dv, p_left);
+                wgmma_wait<0>(dk, ds_left);
             }
-            __syncwarp();                                   // all lanes have read lse and delta
-            if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
+            release(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;
     bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
@@ -2751,7 +2782,8 @@ static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *q
         static_assert(Dq::QUERIES == Dq::KEYS && Dkdv::QUERIES == Dkdv::KEYS);      // a map of qkv for each
         launch(attention_backward_dq_kernel3<WIDTH>, dim3(B * H, CEIL_DIV(T, Dq::QUERIES)), WGMMA_THREADS,
                sizeof(Dq), dqkv, delta, head_map(qkv, B, T, H + 2 * K, D, Dq::KEYS),
-               head_map(dout, B, T, H, D, Dq::QUERIES), dout, out, lse, doc_start, T, H, K, D, scale);
+               head_map(dout, B, T, H, D, Dq::QUERIES), dout, out, lse, doc_start, T, H, K, D,
+               heads_together(B, T, H, K, D), scale);
         launch(attention_backward_dkdv_kernel3<WIDTH>, dim3(B * K, CEIL_DIV(T, 2 * Dkdv::KEYS)),
                WGMMA_THREADS, sizeof(Dkdv), dqkv, head_map(qkv, B, T, H + 2 * K, D, Dkdv::KEYS),
                head_map(dout, B, T, H, D, Dkdv::QUERIES), lse, delta, doc_start, T, H, K, D, scale);
@@ -3021,7 +3053,8 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
     constexpr int STAGES = Tiles::STAGES;
     const int group = uniform(threadIdx.x / 128), tiles = rows * columns, blocks = gridDim.x;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) mbarrier_init(&tile.full[s], 1), mbarrier_init(&tile.empty[s], 1);
+        for (int s = 0; s < STAGES; s++)
+            mbarrier_init(&tile.full[s], 1), mbarrier_init(&tile.empty[s], GROUP_WARPS);    // of either group
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -3040,7 +3073,6 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
         return;
     }
     registers_take<240>();
-    auto release = [&](int i) { if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % STAGES]); };
     int i = group * steps;                                  // counts the steps of both groups
     for (int number = blockIdx.x + group * blocks; number < tiles; number += 2 * blocks, i += steps) {
         ProductSums sum = {};
@@ -3051,11 +3083,11 @@ __device__ __forceinline__ void product_pipeline(Tiles &tile, int rows, int colu
             multiply(sum, tile.stage[i % STAGES]);
             wgmma_commit();
             wgmma_wait<1>();                                // those of step k go on, those before are over
-            if (k > 0) release(i - 1);
+            if (k > 0) release(&tile.empty[(i - 1) % STAGES]);
         }
         if (number + blocks < tiles) barrier_arrive(2 - group, 256);
         for (int m = 0; m < 2; m++) wgmma_wait<0>(sum.half[m]);
-        release(i - 1);
+        release(&tile.empty[(i - 1) % STAGES]);
         finish(mlp_place(number, rows, columns), sum);
     }
 }

@@ -371,18 +371,19 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         float *__restrict__ delta, const __grid_constant__ TensorMap qkv_map,
         const __grid_constant__ TensorMap dout_map, const bf16 *__restrict__ dout,
         const bf16 *__restrict__ out, const float *__restrict__ lse, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        int T, int H, int K, int D, int together, float scale) {
     typedef WgmmaDqTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.rows_full, 2);
-        for (int i = 0; i < 2; i++) mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2);
+        for (int i = 0; i < 2; i++)
+            mbarrier_init(&tile.full[i], 2), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -441,8 +442,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dq_kernel
         pack_left(left, ds);
         wgmma_fence();
         wgmma_values(dq, left, tile.k[i % 2]);
-        wgmma_wait<0>(dq);
-        if (threadIdx.x % 128 == 0) mbarrier_arrive(&tile.empty[i % 2]);
+        wgmma_wait<0>(dq, left);
+        release(&tile.empty[i % 2]);
     }
     const int W = (H + 2 * K) * D;
     store_rows(dqkv + (size_t)(row0 + t) * W + h * D, W, dq, scale, tile.dq[warp], T - t, D);
@@ -462,7 +463,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
-            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 8);
+            mbarrier_init(&tile.full[i], 2 + QUERIES), mbarrier_init(&tile.empty[i], 2 * GROUP_WARPS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -526,11 +527,10 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
                 pack_left(ds_left, ds);
                 wgmma_fence();
                 wgmma_values(dk, ds_left, tile.q[stage]);
-                wgmma_wait<0>(dv);
-                wgmma_wait<0>(dk);
+                wgmma_wait<0>(dv, p_left);
+                wgmma_wait<0>(dk, ds_left);
             }
-            __syncwarp();                                   // all lanes have read lse and delta
-            if (lane == 0) mbarrier_arrive(&tile.empty[stage]);
+            release(&tile.empty[stage]);
         }
     const int W = (H + 2 * K) * D;
     bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;

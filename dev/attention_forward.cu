@@ -208,20 +208,20 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
 template <int WIDTH>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf16 *__restrict__ out,
         float *__restrict__ lse, const __grid_constant__ TensorMap qkv, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float log2_scale) {
+        int T, int H, int K, int D, int together, float log2_scale) {
     typedef WgmmaTiles<WIDTH> Tiles;
     constexpr int QUERIES = Tiles::QUERIES, KEYS = Tiles::KEYS;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    // long rows first
-    const int h = blockIdx.x % H, b = blockIdx.x / H, t0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int2 place = attention_place(together);
+    const int h = place.x % H, b = place.x / H, t0 = place.y * QUERIES;
     const int row0 = b * T, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const int first = doc_start ? doc_start[row0 + t0] / KEYS * KEYS : 0;
     const int n = CEIL_DIV(min(t0 + QUERIES, T) - first, KEYS);             // tiles of keys
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.q_full, 1);
         for (int i = 0; i < 2; i++) {
-            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2);
-            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2);
+            mbarrier_init(&tile.k_full[i], 1), mbarrier_init(&tile.k_empty[i], 2 * GROUP_WARPS);
+            mbarrier_init(&tile.v_full[i], 1), mbarrier_init(&tile.v_empty[i], 2 * GROUP_WARPS);
         }
         mbarrier_init_fence();
     }
@@ -256,7 +256,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         fill(shrink, 1);
         softmax.update(score, shrink, log2_scale);
     };
-    auto release = [&](uint64_t *empty) { if (threadIdx.x % 128 == 0) mbarrier_arrive(empty); };
     mbarrier_wait(&tile.q_full, 0);
     mbarrier_wait(&tile.k_full[0], 0);
     wgmma_fence();
@@ -279,7 +278,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_forward_kernel4(bf
         wgmma_wait<1>(score);
         release(&tile.k_empty[i % 2]);
         probabilities(first + i * KEYS);                // while the product with V goes on
-        wgmma_wait<0>(out_t);
+        wgmma_wait<0>(out_t, p);
         release(&tile.v_empty[j % 2]);
         if (__any_sync(~0u, shrink[0][0][0] != 1 || shrink[0][0][2] != 1)) {
             #pragma unroll

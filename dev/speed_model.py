@@ -597,6 +597,17 @@ def wgmma_forward(T, heads, D):
     return wgmma_seconds([tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
 
 
+L2_BYTES = (50 << 20) * 5 // 8  # of an H100 or H200: what heads_together() in train_litespark.cu counts on
+
+
+def wgmma_keys_from_dram(T, kv_heads, D, sections=True):
+    """Bytes of K and V that a launch of attention_forward_kernel4 or attention_backward_dq_kernel3 reads from DRAM. A row of blocks reads the keys
+    up to its own, of as many heads as go in step: again from DRAM where these exceed L2_BYTES, else only the 128 that are new."""
+    together = min(kv_heads, max(1, L2_BYTES // (4 * T * D))) if sections else kv_heads
+    row = lambda end: 4 * D * (end if 4 * D * end * together > L2_BYTES else TILE)
+    return kv_heads * sum(row(end) for end in range(TILE, T + TILE, TILE))
+
+
 def wgmma_backward(T, heads, kv_heads, D):
     """Of dq and of dk dv: seconds, and the clocks of each term per tile. 2-byte elements; a product of a warpgroup reads its left operand
     (unless that is in registers) and all of its right one; TMA writes two tiles."""
@@ -784,7 +795,14 @@ def print_wgmma(markdown):
         if D == 128: clocks_of = f"dq {says(dq_clocks)}; dk dv {says(dkdv_clocks)}; one pass {says(one_clocks)}"
     table(["attention backward, B 1, 64 heads, 8 of keys, causal", "us, modelled: dq + dk dv", "TFLOP/s of 5 products, modelled", "one pass, modelled", "published",
            "published / one pass", "ours times that"], rows, markdown)
-    print(f"Backward, clocks per tile at D 128: {clocks_of}.")
+    print(f"Backward, clocks per tile at D 128: {clocks_of}.\n")
+    rows = []
+    for name, B, T, H, K, D in (("30B", 4, 4096, 64, 64, 104), ("llama3.1-8B", 4, 8192, 32, 8, 128), ("3B", 8, 4096, 16, 2, 128), ("3B", 1, 131072, 16, 2, 128)):
+        step, ours = wgmma_keys_from_dram(T, B * K, D, False), wgmma_keys_from_dram(T, B * K, D)
+        t = (wgmma_forward(T, B * H, D)[0], wgmma_backward(T, B * H, B * K, D)[0][0])
+        rows.append([f"{name}, B {B}, T {T}, {B * K} heads of keys", f"{4e-6 * B * K * T * D:.0f}", f"{step / 1e9:.2f}", f"{ours / 1e9:.2f}",
+                     f"{step / DRAM * 1e6:.0f}", f"{ours / DRAM * 1e6:.0f}", f"{t[0] * 1e6:.0f}; {t[1] * 1e6:.0f}"])
+    table(["forward, and dq: K and V from DRAM", "MB, each once", "GB, all heads in step", "GB, as many as L2 holds", "us at full rate, in step", "us, as L2 holds", "us of forward; dq, modelled without DRAM"], rows, markdown)
     print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.\n")
     print_turns(markdown)
     print_wgmma_products(markdown)

@@ -34,7 +34,7 @@ ONLY = {
          "mlp_forward_wgmma": "sm_90a", "mlp_backward_wgmma": "sm_90a", "rows_map": "sm_90a", "product_blocks": "sm_90a",
          "attention_forward_f32": "fp32", "attention_forward_mma": "two forms", "attention_forward_wgmma": "two forms",
          "attention_backward_f32": "fp32", "attention_backward_mma": "two forms", "attention_backward_wgmma": "two forms",
-         "has_wgmma": "sm_90a", "tensor_map": "sm_90a", "head_map": "sm_90a"},
+         "has_wgmma": "sm_90a", "tensor_map": "sm_90a", "head_map": "sm_90a", "heads_together": "sm_90a"},
 }
 
 

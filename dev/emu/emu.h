@@ -359,8 +359,8 @@ struct Copy { void *dst; const void *src; int valid, size; };       // one cp.as
 struct Verb { const char *name; void (*complete)(void **args, uint32_t lanes); };  // args[lane] of each lane of the mask
 
 struct Wgmma {                                                // one in flight; operands are registers or descriptors
-    const char *name; float *sum; int columns; bool add, in_registers, by_rows, left_by_columns; uint64_t a, b;
-    uint32_t a_registers[4];
+    const char *name; float *sum; int columns; bool add; const uint32_t *left; bool by_rows;     // left: of a, or null
+    bool left_by_columns; uint64_t a, b; uint32_t a_registers[4];
     bool first; float start[96];                              // the sums before it, if none in flight has the same
 };
 struct BulkCopy {                                             // to global memory, in flight
@@ -377,6 +377,8 @@ struct Thread {
     std::vector<Wgmma> products;                              // wgmma not complete yet, oldest first
     std::vector<size_t> product_groups;                       // products.size() at each commit not waited for yet
     bool fenced;                                              // by wgmma.fence, since the last wait
+    std::vector<char> fence_stack; const char *fence_from;    // the thread's stack at that fence: its registers
+    int registers;                                            // as setmaxnreg has it
     std::vector<BulkCopy> bulk;                               // not complete yet, oldest first
     std::vector<size_t> bulk_groups;                          // bulk.size() at each commit not waited for yet
     std::vector<uint32_t> unfenced;                           // units of shared memory: see Worker
@@ -400,11 +402,13 @@ struct Launch {
 
 struct Worker {                                              // one per OS thread
     Launch *launch; uint3 block; int n_threads, alive;
-    uint64_t rng; uint32_t ready_warps; int last_warp, last_lane;
+    uint64_t rng; uint32_t ready_warps; int last_warp, last_lane, starved;
     Thread host{}; size_t host_bytes;                  // the stack that run_block was called on; its place: for ASan
     char *smem; size_t smem_bytes;
     Warp warps[MAX_WARPS]; Barrier barriers[BARRIERS]; Thread threads[MAX_THREADS];
     Barrier warpgroups[MAX_WARPS / 4];                        // where the 128 threads of each meet: wgmma
+    size_t groups_over[MAX_WARPS];                            // of wgmma, that each warp has waited for and not yet seen
+    int spare_registers; uint32_t registers_waiting[MAX_WARPS];      // setmaxnreg
     std::map<const uint64_t *, Mbarrier> mbarriers; bool mbarriers_fenced; std::vector<TensorCopy> tensor_copies;
     uint16_t unfenced[SMEM_MAX / 16];                         // who wrote 16 bytes without the asynchronous proxy's fence since
     char *stacks, *smem_pages, *fault_stack; std::vector<char *> free_stacks;
@@ -418,6 +422,7 @@ struct Worker {                                              // one per OS threa
     void resume(Thread *next);
     void sleep(const char *waits_at, const void *where);     // until somebody wakes this thread
     void yield();                                            // with EMU_SEED: perhaps let others run first
+    void hand_over(Thread *next);                            // let one that is ready run now
     void linger();                                           // the same, perhaps until all of them wait
     Thread *finish(Thread *t);
     void run_block(Launch *l, uint64_t number);
@@ -475,7 +480,7 @@ inline Thread *Worker::pick() {
     if (!ready_warps) fail(cudaErrorLaunchFailure, "deadlock: no thread of the block can run\n%s", waiting_list());
     int w, lane;
     if (settings.seed) {
-        w = random_bit(ready_warps, random());
+        w = starved >= 0 && random() % 1024 ? next_bit(ready_warps, starved) : random_bit(ready_warps, random());
         lane = random_bit(warps[w].ready, random());
     } else {
         w = ready_warps >> last_warp & 1 ? last_warp : next_bit(ready_warps, last_warp);
@@ -513,6 +518,13 @@ inline void Worker::sleep(const char *waits_at, const void *where) {
     self->where = where;
     resume(pick());
     self->waits_at = nullptr;
+}
+inline void Worker::hand_over(Thread *next) {                // to one that is ready
+    wake(me->warp, 1u << me->lane);
+    Warp &w = warps[next->warp];
+    w.ready &= ~(1u << next->lane);
+    if (!w.ready) ready_warps &= ~(1u << next->warp);
+    resume(next);
 }
 inline void Worker::yield() {
     if (!settings.seed || random() % 4) return;
@@ -578,6 +590,7 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
     gridDim = l->grid;
     n_threads = alive = l->block.x * l->block.y * l->block.z;
     rng = (settings.seed + 1) * 0x9E3779B97F4A7C15ull ^ (l->number << 40) ^ (number + 1) * 0xD1342543DE82EF95ull;
+    starved = settings.seed && random() % 2 ? (int)(random() % ((n_threads + 31) / 32)) : -1;    // runs where no other warp can
     ready_warps = 0;
     last_warp = last_lane = 31;
     for (int w = 0; w * 32 < n_threads; w++) {
@@ -588,6 +601,9 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
     }
     memset(barriers, 0, sizeof barriers);
     memset(warpgroups, 0, sizeof warpgroups);
+    memset(registers_waiting, 0, sizeof registers_waiting);
+    memset(groups_over, 0, sizeof groups_over);
+    spare_registers = 0;
     mbarriers.clear();
     tensor_copies.clear();
     memset(unfenced, 0, sizeof unfenced);
@@ -595,6 +611,7 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
     for (int i = 0; i < n_threads; i++) {
         Thread &t = threads[i];
         t.worker = this; t.idx = idx; t.warp = i / 32; t.lane = i % 32; t.waits_at = nullptr; t.fenced = false;
+        t.registers = (65536 / n_threads < 256 ? 65536 / n_threads : 255) / 8 * 8;
         if (++idx.x == l->block.x) { idx.x = 0; if (++idx.y == l->block.y) { idx.y = 0; idx.z++; } }
     }
     smem_bytes = l->smem;
@@ -613,6 +630,13 @@ inline void Worker::run_block(Launch *l, uint64_t number) {
         host_error(cudaErrorIllegalAddress, "%s block (%u,%u,%u): shared memory written %d bytes past its %zu bytes",
                    function_name(l->kernel).c_str(), block.x, block.y, block.z, (int)(past - smem - smem_bytes), smem_bytes);
         sticky = cudaErrorIllegalAddress;
+        l->failed = true;
+    }
+    for (int i = 0; i < BARRIERS && !l->failed; i++) {
+        if (!barriers[i].arrived) continue;
+        host_error(cudaErrorLaunchFailure, "%s block (%u,%u,%u): at its end named barrier %d has %d of %d threads",
+                   function_name(l->kernel).c_str(), block.x, block.y, block.z, i, barriers[i].arrived, barriers[i].expected);
+        sticky = cudaErrorLaunchFailure;
         l->failed = true;
     }
     if (!l->failed && !tensor_copies.empty()) {

@@ -164,20 +164,40 @@ EMU_NOINLINE inline Mbarrier &mbarrier(const char *name, uint64_t *barrier) {
     if (it == me->worker->mbarriers.end()) fail(cudaErrorLaunchFailure, "%s: this mbarrier was never initialised", name);
     return it->second;
 }
-inline void mbarrier_step(Mbarrier &m) {                      // does the phase end?
-    if (m.arrived < m.expected || m.bytes) return;
+inline Thread *mbarrier_step(Mbarrier &m) {                   // does the phase end? Then one of those who waited for it
+    if (m.arrived < m.expected || m.bytes) return nullptr;
+    Thread *one = nullptr;
     m.phase ^= 1;
     m.arrived = 0;
-    for (int w = 0; w < MAX_WARPS; w++) me->worker->wake(w, m.waiting[w]), m.waiting[w] = 0;
+    for (int w = 0; w < MAX_WARPS; w++) {
+        if (m.waiting[w]) one = &me->worker->threads[w * 32 + __builtin_ctz(m.waiting[w])];
+        me->worker->wake(w, m.waiting[w]), m.waiting[w] = 0;
+    }
+    return one;
 }
 EMU_NOINLINE inline void mbarrier_arrive(const char *name, uint64_t *barrier, int bytes) {
     Mbarrier &m = mbarrier(name, barrier);
     me->where = __builtin_return_address(0);
     if (bytes < 0 || bytes >= 1 << 20) fail(cudaErrorLaunchFailure, "%s: %d bytes", name, bytes);
+    if (m.arrived == m.expected) fail(cudaErrorLaunchFailure, "%s: all %d arrivals of this phase are there", name, m.expected);
     m.bytes += bytes;
     m.arrived++;
-    mbarrier_step(m);
-    me->worker->yield();
+    Thread *one = mbarrier_step(m);                           // often runs at once: did the arrival come too early?
+    if (one && settings.seed && me->worker->random() % 2) me->worker->hand_over(one);
+    else me->worker->yield();
+}
+// A block has at first what an SM's 65,536 registers leave each of its threads; more than that waits for what others give.
+EMU_NOINLINE inline void set_registers(const char *name, int n) {
+    Thread *t = me;
+    Worker *w = t->worker;
+    while (w->spare_registers < n - t->registers) {
+        w->registers_waiting[t->warp] |= 1u << t->lane;
+        w->sleep(name, __builtin_return_address(0));
+    }
+    w->spare_registers -= n - t->registers;
+    t->registers = n;
+    for (int i = 0; i < MAX_WARPS; i++) w->wake(i, w->registers_waiting[i]), w->registers_waiting[i] = 0;
+    w->yield();
 }
 // The proxies. What stmatrix and store_16B write to shared memory is marked with the thread that wrote it, until that thread
 // calls async_proxy_fence or an asynchronous copy overwrites it. wgmma and bulk copies may read unmarked bytes only.
@@ -203,7 +223,8 @@ inline void tensor_land(const TensorCopy &c) {                // one box; zeros 
         memcpy(dst, c.flat, c.bytes);
         Mbarrier &m = me->worker->mbarriers[c.barrier];
         m.bytes -= c.bytes;
-        return mbarrier_step(m);
+        mbarrier_step(m);
+        return;
     }
     for (uint32_t z = 0; z < map.box[3]; z++)
         for (uint32_t y = 0; y < map.box[2]; y++)
@@ -355,8 +376,20 @@ EMU_NOINLINE inline void turn_pass(int *counter, int turn) {
     me->worker->yield();
 }
 
-// wgmma: a thread's sums are poison from the call to the wait. There the warpgroup meets, and the last thread computes, with
-// shared memory as it is then.
+// The registers of a wgmma are arrays on the thread's stack; what they were at the fence is what they must be at the wgmma.
+EMU_NOINLINE inline void wgmma_fence() {
+    Thread *t = me;
+    t->fenced = true;
+    t->fence_from = (const char *)__builtin_frame_address(0);
+    if (!EMU_ASAN) t->fence_stack.assign(t->fence_from, (const char *)t->stack + settings.stack);
+}
+inline bool written_since_fence(const void *p, size_t n) {
+    const size_t at = (size_t)((const char *)p - me->fence_from), have = me->fence_stack.size();
+    return at < have && at + n <= have && memcmp(&me->fence_stack[at], p, n);
+}
+
+// wgmma: a thread's sums are poison from the call to the wait. There the warpgroup meets, and then each warp
+// computes its rows, with shared memory as it is when the warp goes on.
 EMU_NOINLINE inline void wgmma(const char *name, float *sum, int columns, bool add, const uint32_t *a_registers, uint64_t a,
                                uint64_t b, bool by_columns = false, bool left_by_columns = false) {
     Thread *t = me;
@@ -364,8 +397,10 @@ EMU_NOINLINE inline void wgmma(const char *name, float *sum, int columns, bool a
     bool chained = false;
     for (const Wgmma &p : t->products) chained = chained || p.sum == sum;
     if (!chained && !t->fenced) fail(cudaErrorLaunchFailure, "%s without a wgmma.fence since its registers were written", name);
-    Wgmma p = {name, sum, columns, add, a_registers != nullptr, !a_registers && !by_columns, left_by_columns, a, b, {},
-               !chained, {}};
+    if ((!chained && written_since_fence(sum, columns / 2 * sizeof *sum)) ||
+        (a_registers && written_since_fence(a_registers, 4 * sizeof *a_registers)))
+        fail(cudaErrorLaunchFailure, "%s: its registers were written after the wgmma.fence", name);
+    Wgmma p = {name, sum, columns, add, a_registers, !a_registers && !by_columns, left_by_columns, a, b, {}, !chained, {}};
     if (a_registers) memcpy(p.a_registers, a_registers, sizeof p.a_registers);
     if (!chained) memcpy(p.start, sum, columns / 2 * sizeof *sum);
     memset(sum, POISON, columns / 2 * sizeof *sum);
@@ -386,34 +421,58 @@ inline float wgmma_element(uint64_t operand, int row, int column) {
     memcpy(&bits, p, 2);
     return bf16_low(bits);
 }
-inline void wgmma_complete(Thread *first, size_t index) {     // product `index` of the 128 threads
-    static thread_local float A[64][16], B[16][256];
+inline void wgmma_complete(Thread *first, size_t index) {     // product `index` of a warp's 32 threads: its 16 rows
+    static thread_local float A[16][16], B[16][256];
     const Wgmma &x = first->products[index];
-    for (int i = 0; i < 64; i++)
-        for (int k = 0; k < 16 && !x.in_registers; k++)
-            A[i][k] = x.left_by_columns ? wgmma_element(x.a, k, i) : wgmma_element(x.a, i, k);
-    for (int thread = 0; thread < 128; thread++) {
-        const Wgmma &p = first[thread].products[index];
-        if (p.name != x.name || p.a != x.a || p.b != x.b || p.add != x.add)
-            fail(cudaErrorLaunchFailure, "the threads of a warpgroup issued different wgmma, or with different operands");
-        const int g = thread / 32 * 16 + thread % 32 / 4, k = thread % 4 * 2;
-        for (int i = 0; i < 4 && x.in_registers; i++) {
+    for (int i = 0, row = first->warp % 4 * 16; i < 16 && !x.left; i++)
+        for (int k = 0; k < 16; k++)
+            A[i][k] = x.left_by_columns ? wgmma_element(x.a, k, row + i) : wgmma_element(x.a, row + i, k);
+    for (int lane = 0; lane < 32 && x.left; lane++) {
+        const Wgmma &p = first[lane].products[index];
+        const int g = lane / 4, k = lane % 4 * 2;
+        if (memcmp(p.a_registers, p.left, sizeof p.a_registers))
+            fail(cudaErrorLaunchFailure, "wgmma.wait_group: registers of an operand were overwritten before it");
+        for (int i = 0; i < 4; i++) {
             A[g + i % 2 * 8][k + i / 2 * 8] = bf16_low(p.a_registers[i]);
             A[g + i % 2 * 8][k + i / 2 * 8 + 1] = bf16_high(p.a_registers[i]);
         }
     }
     for (int k = 0; k < 16; k++)
         for (int n = 0; n < x.columns; n++) B[k][n] = x.by_rows ? wgmma_element(x.b, n, k) : wgmma_element(x.b, k, n);
-    for (int thread = 0; thread < 128; thread++) {
-        Wgmma &p = first[thread].products[index];
+    for (int lane = 0; lane < 32; lane++) {
+        Wgmma &p = first[lane].products[index];
         if (p.first) memcpy(p.sum, p.start, p.columns / 2 * sizeof *p.sum);
-        const int g = thread / 32 * 16 + thread % 32 / 4, t = thread % 4 * 2;
+        const int g = lane / 4, t = lane % 4 * 2;
         for (int e = 0; e < p.columns / 2; e++) {             // e = 4j + 2i + c: row g + 8i, column 8j + t + c
             const float *a = A[g + e / 2 % 2 * 8];
             const int n = e / 4 * 8 + t + e % 2;
             float s = p.add ? p.sum[e] : 0;
             for (int k = 0; k < 16; k++) s += a[k] * B[k][n];
             p.sum[e] = s;
+        }
+    }
+}
+// What the warpgroup has waited for is over for a warp when its first thread goes on, for the others perhaps later.
+inline void wgmma_go_on(Worker *w, int warp) {
+    const size_t done = w->groups_over[warp];
+    if (!done) return;
+    w->groups_over[warp] = 0;
+    Thread *first = &w->threads[warp * 32];
+    const size_t products = first->product_groups[done - 1];
+    for (size_t i = 0; i < products; i++) wgmma_complete(first, i);
+    for (int i = 0; i < 32; i++) {
+        Thread &o = first[i];
+        o.products.erase(o.products.begin(), o.products.begin() + products);
+        o.product_groups.erase(o.product_groups.begin(), o.product_groups.begin() + done);
+        for (size_t &g : o.product_groups) g -= products;
+        for (size_t j = 0; products && j < o.products.size(); j++) {        // the same sums, still added to
+            Wgmma &p = o.products[j];
+            bool oldest = !p.first;
+            for (size_t k = 0; k < j; k++) oldest = oldest && o.products[k].sum != p.sum;
+            if (!oldest) continue;
+            p.first = true;
+            memcpy(p.start, p.sum, p.columns / 2 * sizeof *p.sum);
+            memset(p.sum, POISON, p.columns / 2 * sizeof *p.sum);
         }
     }
 }
@@ -429,33 +488,25 @@ EMU_NOINLINE inline void wgmma_wait(int n) {                  // at most n group
     t->fenced = false;
     if (++b.arrived < 128) {
         b.waiting[t->warp] |= 1u << t->lane;
-        return w->sleep("wgmma.wait_group", t->where);
+        w->sleep("wgmma.wait_group", t->where);
+        return wgmma_go_on(w, t->warp);
     }
     Thread *first = &w->threads[t->warp / 4 * 128];
-    for (int i = 0; i < 128; i++)
+    for (int i = 0; i < 128; i++) {
         if (first[i].products.size() != t->products.size() || first[i].product_groups != t->product_groups)
             fail(cudaErrorLaunchFailure, "the threads of a warpgroup issued different numbers of wgmma");
-    const size_t groups = t->product_groups.size(), done = groups > (size_t)n ? groups - n : 0;
-    const size_t products = done ? t->product_groups[done - 1] : 0;
-    for (size_t i = 0; i < products; i++) wgmma_complete(first, i);
-    for (int i = 0; i < 128; i++) {
-        Thread &o = first[i];
-        o.products.erase(o.products.begin(), o.products.begin() + products);
-        o.product_groups.erase(o.product_groups.begin(), o.product_groups.begin() + done);
-        for (size_t &g : o.product_groups) g -= products;
-        for (size_t j = 0; products && j < o.products.size(); j++) {        // the same sums, still added to
-            Wgmma &p = o.products[j];
-            bool oldest = !p.first;
-            for (size_t k = 0; k < j; k++) oldest = oldest && o.products[k].sum != p.sum;
-            if (!oldest) continue;
-            p.first = true;
-            memcpy(p.start, p.sum, p.columns / 2 * sizeof *p.sum);
-            memset(p.sum, POISON, p.columns / 2 * sizeof *p.sum);
+        for (size_t j = 0; j < t->products.size(); j++) {
+            const Wgmma &p = first[i].products[j], &x = t->products[j];
+            if (p.name != x.name || p.a != x.a || p.b != x.b || p.add != x.add)
+                fail(cudaErrorLaunchFailure, "the threads of a warpgroup issued different wgmma, or with different operands");
         }
     }
+    const size_t groups = t->product_groups.size(), done = groups > (size_t)n ? groups - n : 0;
+    for (int i = 0; i < 4; i++) w->groups_over[t->warp / 4 * 4 + i] = done;
     b.arrived = 0;
     for (int i = 0; i < MAX_WARPS; i++) w->wake(i, b.waiting[i]), b.waiting[i] = 0;
     w->yield();
+    wgmma_go_on(w, t->warp);
 }
 }  // namespace emu
 
@@ -529,8 +580,14 @@ EMU_INLINE void turn_pass(int *counter, int turn) {
     emu::turn_pass(counter, turn);
     asm volatile("");
 }
-template <int n> EMU_INLINE void registers_give() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.dec
-template <int n> EMU_INLINE void registers_take() { static_assert(n >= 24 && n <= 256 && n % 8 == 0); }   // setmaxnreg.inc
+template <int n> EMU_INLINE void registers_give() {          // setmaxnreg.dec
+    static_assert(n >= 24 && n <= 256 && n % 8 == 0);
+    emu::set_registers("setmaxnreg.dec", n);
+}
+template <int n> EMU_INLINE void registers_take() {          // setmaxnreg.inc
+    static_assert(n >= 24 && n <= 256 && n % 8 == 0);
+    emu::set_registers("setmaxnreg.inc", n);
+}
 
 // wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n64k16, m64n128k16, with a and b by rows, and with a in
 // registers and b by columns
@@ -538,11 +595,17 @@ EMU_INLINE uint64_t wgmma_operand(const void *corner, int panel_bytes) {
     const uint64_t at = (const char *)corner - emu::me->worker->smem;
     return at >> 4 | (uint64_t)panel_bytes >> 4 << 16 | 1024ull >> 4 << 32 | 1ull << 62;
 }
-EMU_INLINE void wgmma_fence() { emu::me->fenced = true; }
+EMU_INLINE void wgmma_fence() {
+    emu::wgmma_fence();
+    asm volatile("" ::: "memory");
+}
 EMU_INLINE void wgmma_commit() { emu::me->product_groups.push_back(emu::me->products.size()); }
 template <int n, int NT> EMU_INLINE void wgmma_wait(float (&)[1][NT][4]) {
     emu::wgmma_wait(n);
     asm volatile("");
+}
+template <int n, int NT, int STEPS> EMU_INLINE void wgmma_wait(float (&sum)[1][NT][4], const uint32_t (&)[STEPS][4]) {
+    wgmma_wait<n>(sum);
 }
 template <int NT> EMU_INLINE void wgmma_rows(float (&sum)[1][NT][4], uint64_t a, uint64_t b, int add) {
     emu::wgmma("wgmma by rows", sum[0][0], NT * 8, add, nullptr, a, b);

@@ -269,6 +269,7 @@ __global__ void divergence(int n) {
 }
 __global__ void early_exit(int n) { if ((int)threadIdx.x >= n) return; __syncthreads(); }
 __global__ void late_barrier() { if (threadIdx.x < 32) __syncthreads(); else barrier_sync(3, 64); }
+__global__ void lone_arrival() { if (threadIdx.x < 32) barrier_arrive(3, 64); }
 __global__ void wrong_mask(int *out) { out[threadIdx.x] = __shfl_sync(0x0000FFFFu, 1, 0); }
 __global__ void mixed_masks() { if (threadIdx.x % 2) __syncwarp(0xFFFFFFFFu); else (void)__ballot_sync(0xFFFFFFFFu, 1); }
 __global__ void whole_warp() { __syncwarp(); }
@@ -304,7 +305,8 @@ __global__ void add_value(float *p, const float *q) { *p += *q; }
 // s (64,N) = a (64,64 tiles) b (N,64 tiles)^T, o (64,128) = bf16(s) v (N,128): a thread of warpgroup 1 copies by TMA into two
 // stages, warpgroup 0 computes.
 enum WgmmaBug { FINE, NO_TMA_WAIT, TMA_PARITY, EARLY_RELEASE, NO_WGMMA_WAIT, NO_COMMIT, NO_PANEL, SWIZZLED_TWICE, NO_FENCE,
-                NO_INIT_FENCE, FEWER_BYTES, MORE_BYTES, NEVER_INIT, LOST_LOAD, DIVERGENT };
+                NO_INIT_FENCE, FEWER_BYTES, MORE_BYTES, NEVER_INIT, LOST_LOAD, DIVERGENT, OPERAND_OVERWRITTEN, MORE_ARRIVALS,
+                REGISTERS_KEPT, EARLY_FENCE, ONE_RELEASES };
 template <int N> struct WgmmaShared { bf16 a[2][64][64], b[2][N][64], v[2][N][64]; uint64_t full[2], empty[2], v_full; };
 template <int bug, int N> __global__ void wgmma_gemm(float *s_out, float *o_out, const __grid_constant__ TensorMap a,
                                               const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap v,
@@ -312,12 +314,13 @@ template <int bug, int N> __global__ void wgmma_gemm(float *s_out, float *o_out,
     WgmmaShared<N> &m = *swizzled_shared_memory<WgmmaShared<N>>();
     const int bytes = sizeof m.a[0] + sizeof m.b[0], thread = threadIdx.x % 128, lane = thread % 32;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) mbarrier_init(&m.full[i], 1), mbarrier_init(&m.empty[i], 1);
+        for (int i = 0; i < 2; i++) mbarrier_init(&m.full[i], 1), mbarrier_init(&m.empty[i], bug == ONE_RELEASES ? 1 : 4);
         if (bug != NEVER_INIT) mbarrier_init(&m.v_full, 1);
         if (bug != NO_INIT_FENCE) mbarrier_init_fence();
     }
     __syncthreads();
     if (threadIdx.x >= 128) {
+        if (bug != REGISTERS_KEPT) registers_give<24>();
         for (int i = 0; thread == 0 && i < tiles; i++) {
             mbarrier_wait(&m.empty[i % 2], i / 2 % 2 ^ 1);
             mbarrier_expect(&m.full[i % 2], bug == FEWER_BYTES ? bytes - 128 : bug == MORE_BYTES ? bytes + 128 : bytes);
@@ -325,10 +328,12 @@ template <int bug, int N> __global__ void wgmma_gemm(float *s_out, float *o_out,
             tma_load(m.b[i % 2], &b, &m.full[i % 2], i * 64, 0, 0, 0);
         }
         if (thread == 0) mbarrier_expect(&m.v_full, sizeof m.v);
+        if (bug == MORE_ARRIVALS && thread == 0) mbarrier_arrive(&m.v_full);
         for (int panel = 0; thread == 0 && panel < 2; panel++) tma_load(m.v[panel], &v, &m.v_full, panel * 64, 0, 0, 0);
         if (bug == LOST_LOAD && thread == 0) tma_load(m.a[0], &a, &m.empty[0], 0, 0, 0, 0);
         return;
     }
+    registers_take<256>();
     float s[1][N / 8][4] = {}, o[1][16][4] = {};
     uint32_t p[N / 16][4];
     for (int i = 0; i < tiles; i++) {
@@ -339,9 +344,10 @@ template <int bug, int N> __global__ void wgmma_gemm(float *s_out, float *o_out,
             wgmma_rows(s, wgmma_operand(corner, 16), wgmma_operand(&m.b[i % 2][0][k * 16], 16), i + k > 0);
         }
         if (bug != NO_COMMIT) wgmma_commit();
-        if (bug == EARLY_RELEASE && thread == 0) mbarrier_arrive(&m.empty[i % 2]);
+        const bool releases = bug == ONE_RELEASES ? thread == 0 : lane == 0;
+        if (bug == EARLY_RELEASE && releases) mbarrier_arrive(&m.empty[i % 2]);
         if (bug != NO_WGMMA_WAIT) wgmma_wait<0>(s);
-        if (bug != EARLY_RELEASE && thread == 0) mbarrier_arrive(&m.empty[i % 2]);
+        if (bug != EARLY_RELEASE && releases) mbarrier_arrive(&m.empty[i % 2]);
     }
     auto pack = [](float low, float high) {
         return (uint32_t)__bfloat16_as_ushort(bf16(low)) | (uint32_t)__bfloat16_as_ushort(bf16(high)) << 16;
@@ -349,9 +355,11 @@ template <int bug, int N> __global__ void wgmma_gemm(float *s_out, float *o_out,
     for (int i = 0; i < N / 4; i++) p[i / 4][i % 4] = pack(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1]);
     mbarrier_wait(&m.v_full, 0);
     wgmma_fence();
+    if (bug == EARLY_FENCE) p[N / 32][1] ^= 0x10001;
     for (int k = 0; k < N / 16; k++) wgmma_columns(o, p[k], wgmma_operand(m.v[0][k * 16], bug == NO_PANEL ? 16 : sizeof m.v[0]));
     wgmma_commit();
-    wgmma_wait<0>(o);
+    if (bug == OPERAND_OVERWRITTEN) p[N / 32][1] = 0;
+    wgmma_wait<0>(o, p);
     for (int e = 0; e < 64; e++) {
         const int row = thread / 32 * 16 + lane / 4 + e / 2 % 2 * 8, column = e / 4 * 8 + lane % 4 * 2 + e % 2;
         o_out[row * 128 + column] = o[0][e / 4][e % 4];
@@ -375,7 +383,7 @@ template <int bug> __global__ void wgmma_late(float *out, const __grid_constant_
     LateShared &m = *swizzled_shared_memory<LateShared>();
     const int thread = threadIdx.x % 128, lane = thread % 32;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) mbarrier_init(&m.full[i], 1), mbarrier_init(&m.empty[i], 1);
+        for (int i = 0; i < 2; i++) mbarrier_init(&m.full[i], 1), mbarrier_init(&m.empty[i], 4);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -401,7 +409,7 @@ template <int bug> __global__ void wgmma_late(float *out, const __grid_constant_
         wgmma_commit();
         wgmma_wait<1>();
         const int over = bug == RELEASED_TOO_EARLY ? i : i - 1;
-        if (thread == 0 && over >= 0) mbarrier_arrive(&m.empty[over % 2]);
+        if (lane == 0 && over >= 0) mbarrier_arrive(&m.empty[over % 2]);
     }
     if (bug != READ_TOO_EARLY) wgmma_wait<0>(sum);
     for (int e = 0; e < 96; e++)
@@ -692,6 +700,7 @@ static void test_reports() {
     expect("barrier divergence", launch, "barrier divergence", divergence, 1, 64, 0, 32);
     expect("a thread leaves before the barrier of others", launch, "left the kernel", early_exit, 1, 64, 0, 50);
     expect("deadlock lists where everybody waits", launch, "threads 32-63: bar.sync", late_barrier, 1, 64, 0);
+    expect("a named barrier left half full", launch, "at its end named barrier 3 has 32 of 64 threads", lone_arrival, 1, 64, 0);
     expect("deadlock of half a warp", launch, "deadlock", half_warp, 1, 32, 0);
     expect("shuffle by a lane outside its mask", launch, "not in its own mask", wrong_mask, 1, 32, 0, ints);
     expect("two warp operations meet", launch, "but lane 0 waits at a warp vote", mixed_masks, 1, 32, 0);
@@ -772,6 +781,7 @@ static void test_hopper() {
     found("bug found: no wait for a TMA load", wgmma_error<NO_TMA_WAIT>);
     found("bug found: an mbarrier's wrong parity", wgmma_error<TMA_PARITY>);
     found("bug found: a stage released before its wgmma is complete", wgmma_error<EARLY_RELEASE>);
+    found("bug found: a stage released by one thread for its warpgroup", wgmma_error<ONE_RELEASES>);
     found("bug found: no wgmma_wait", wgmma_error<NO_WGMMA_WAIT>);
     found("bug found: no wgmma_commit", wgmma_error<NO_COMMIT>);
     found("bug found: wrong distance of panels", wgmma_error<NO_PANEL>);
@@ -791,6 +801,10 @@ static void test_hopper() {
     reported("an mbarrier that expects too many bytes", "mbarrier.try_wait", start_wgmma<MORE_BYTES>);
     reported("an mbarrier without its init", "never initialised", start_wgmma<NEVER_INIT>);
     reported("a TMA load that nobody waits for", "still in flight", start_wgmma<LOST_LOAD>);
+    reported("operand registers overwritten before wgmma_wait", "registers of an operand", start_wgmma<OPERAND_OVERWRITTEN>);
+    reported("operand registers written after wgmma.fence", "written after the wgmma.fence", start_wgmma<EARLY_FENCE>);
+    reported("more arrivals than a phase of an mbarrier has", "arrivals of this phase are there", start_wgmma<MORE_ARRIVALS>);
+    reported("registers taken that nobody gave", "setmaxnreg.inc", start_wgmma<REGISTERS_KEPT>);
     reported("a thread without the wgmma of its warpgroup", "different numbers of wgmma", start_wgmma<DIVERGENT>);
     auto turn_reported = [=](const char *name, const char *text, auto start_bug) {
         expect(name, launch, text, [=] {
