@@ -357,7 +357,9 @@ def facts(log):
     """What stands in the header, but the options."""
     head, names = log["last"], {key: key for key in ("device", "host", "ranks", "parameters", "commit", "run")}
     names |= {"peak_tflops_per_gpu": "peak, TFLOP/s per rank", "idle_watts": "idle, W", "power_limit_watts": "power limit, W"}
-    return {title: "unavailable" if head[key] is None else head[key] for key, title in names.items() if key in head}
+    def text(x):
+        return "unavailable" if x is None else f"{x:.4g}" if isinstance(x, float) else x
+    return {title: text(head[key]) for key, title in names.items() if key in head}
 
 
 def results(log, args):

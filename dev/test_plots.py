@@ -104,6 +104,26 @@ for (const option of document.getElementById("axis").options) {
 result.bad = document.querySelectorAll('[d*="NaN"], [cx*="NaN"], [cy*="NaN"], [x*="NaN"], [y1*="NaN"], [d*="Infinity"]').length;
 result.rows = Object.fromEntries([...document.querySelectorAll("tr")].map(r => [...r.cells].map(c => c.textContent)).map(c => [c[0], c.slice(1)]));
 result.differs = [...document.querySelectorAll("tr.differs")].map(r => r.cells[0].textContent);
+result.width = innerWidth;
+const panels = [...document.querySelectorAll(".panel")], last = p => p.querySelector(":scope > svg");
+result.scales = panels.map(p => box(last(p)).width / last(p).viewBox.baseVal.width);         // of the text in a picture
+const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+const overlap = list => list.some((e, i) => list.slice(i + 1).some(f => !apart(box(e), box(f))));
+result.overlaps = panels.filter(p => overlap([...last(p).querySelectorAll("text")]) || overlap([p.querySelector("h3"), p.querySelector(".keys"),
+    p.querySelector("button")])).map(p => p.querySelector("h3").textContent);
+result.cells = Math.min(...[...document.querySelectorAll("td")].map(e => box(e).width));
+const stack = panels.find(p => p.querySelector(".area")), paint = e => getComputedStyle(e).getPropertyValue(e.tagName === "path" ? "fill" : "background-color");
+if (stack) {
+    const at = () => { const b = box(last(stack)); last(stack).dispatchEvent(new MouseEvent("mousemove", {clientX: b.left + b.width / 2, clientY: b.top + 20,
+        bubbles: true})); return document.getElementById("tip").textContent.split("\\n").slice(1); };
+    result.stack = {fills: [...stack.querySelectorAll(".area")].map(paint), legend: [...stack.querySelectorAll(".swatch")].map(paint), seconds: at()};
+    stack.querySelector("button").click();
+    result.stack.shares = at();
+    const areas = [...stack.querySelectorAll(".area")].map(e => e.getBBox()), cursor = stack.querySelector(".cursor");
+    result.stack.gaps = [Math.min(...areas.map(b => b.y)) - cursor.getAttribute("y1"), Math.max(...areas.map(b => b.y + b.height)) - cursor.getAttribute("y2")];
+    stack.querySelector("button").click();
+    last(stack).dispatchEvent(new MouseEvent("mouseleave"));
+}
 result.wide = document.documentElement.scrollWidth > innerWidth;
 const first = document.querySelector("#runs input");
 if (first) { first.click(); result.one_less = count(); first.click(); }
@@ -111,26 +131,34 @@ const button = document.querySelector(".panel button"), labels = () => [...docum
 result.log = labels(); button.click(); result.linear = labels(); button.click();
 result.colors = [getComputedStyle(document.body).backgroundColor];
 document.getElementById("theme").click(); result.colors.push(getComputedStyle(document.body).backgroundColor);
-document.body.append(Object.assign(document.createElement("pre"), {id: "result", textContent: JSON.stringify(result)}));
+parent.postMessage(JSON.stringify(result), "*");
 """
+# A window has a least width; a frame has none.
+FRAME = """<body style="margin: 0"><iframe src="PAGE" style="border: 0; width: WIDTHpx; height: 1900px"></iframe><script>
+onmessage = m => document.body.append(Object.assign(document.createElement("pre"), {id: "result", textContent: m.data}));
+</script></body>"""
 
 
-def chromium(page, *flags):
+def chromium(page, *flags, width=1400):
     if not CHROMIUM:
         raise Absent("apt-get install chromium")
-    r = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1900",
+    r = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},1900",
                         f"--user-data-dir={tempfile.mkdtemp(dir=TOP)}", *flags, "file://" + page], capture_output=True, text=True, timeout=120)
     expect(r.returncode == 0, r.stderr)
     return r.stdout
 
 
-def probed(page):
+def probed(page, width=1400):
     with open(page) as f:
         text = f.read()
     text = text.replace("<head>", "<head><script>onerror = m => document.documentElement.dataset.error = m</script>", 1)
     with open(page + ".probe.html", "w") as f:
         f.write(text.replace("</body>", f"<script>{PROBE}</script></body>"))
-    dom = chromium(page + ".probe.html", "--dump-dom")
+    with open(page + ".frame.html", "w") as f:
+        f.write(FRAME.replace("PAGE", os.path.basename(page) + ".probe.html").replace("WIDTH", str(width)))
+    dom = chromium(page + ".frame.html", "--dump-dom", width=max(width, 500))
+    if '<pre id="result">' not in dom:                      # what the page says of itself without the frame
+        dom = chromium(page + ".probe.html", "--dump-dom")
     found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.S)
     expect(found, "the page ended before the probe: " + dom[:800])
     result = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
@@ -187,6 +215,32 @@ def test_page_compares_runs_and_says_unavailable():
     expect(r["rows"]["joules per token"] == ["unavailable", "0.4"] and r["rows"]["pairs won"] == ["0.9700", ""], r["rows"])
     expect("lr" in r["differs"] and "commit" not in r["differs"], r["differs"])
     expect("dpo: loss" in r["axes"]["tokens"]["tip"] and "other: loss" in r["axes"]["tokens"]["tip"], r["axes"]["tokens"]["tip"])
+
+
+def test_page_is_readable_on_screens_of_any_width():
+    """Names that no blank breaks; a telephone, a window, a wide one: no text over another, none shrunk, no column of single letters."""
+    long = "a_run_whose_name_has_no_blank_and_no_hyphen_in_it_and_goes_on_for_long"
+    status, said = plot(hard_log(long), dpo_log(), "-o", f"{TOP}/narrow.html")
+    expect(status == 0, said)
+    for width in (390, 1280, 2000):
+        r = probed(f"{TOP}/narrow.html", width)
+        expect(r["width"] == width and not r["wide"], f"at {width}: the page is {r['width']} wide, or wider than its window")
+        expect(min(r["scales"]) > 0.97 and r["cells"] > 75, f"at {width}: text is {min(r['scales'])} of its size, a column {r['cells']} wide")
+        expect(not r["overlaps"], f"at {width}: text lies on text in {r['overlaps']}")
+        stack = r["stack"]
+        expect(len(set(stack["fills"])) == 6 and stack["fills"] == stack["legend"], f"at {width}: colours {stack['fills']}, legend {stack['legend']}")
+        expect(stack["seconds"][1] == "forward (mean) 0.125 s" or stack["seconds"][1].startswith("forward 0.125 s"), stack["seconds"])
+        shares = [float(re.search(r"([\d.]+)%", line)[1]) for line in stack["shares"]]
+        expect(shares == [10, 25, 50, 7.5, 2.5, 5], f"at {width}: {stack['shares']}")
+        expect(max(map(abs, stack["gaps"])) < 0.5, f"at {width}: the shares do not fill the picture: {stack['gaps']}")
+    pictures = [f"{TOP}/{width}.png" for width in (390, 1280)]
+    for width, picture in zip((390, 1280), pictures):
+        chromium(f"{TOP}/narrow.html", f"--screenshot={picture}", width=width)
+    need("matplotlib")
+    import matplotlib.image
+    for width, picture in zip((390, 1280), pictures):
+        pixels = matplotlib.image.imread(picture)
+        expect(pixels.shape[1] == width and len({tuple(p) for p in pixels[::7, ::7, :3].reshape(-1, 3).tolist()}) > 20, f"at {width}: an empty picture")
 
 
 def test_page_is_light_and_dark_and_alone():
