@@ -575,7 +575,7 @@ PLANTED = [
             'convert<1>(own_grads(m, u), x + first, n);', 'convert<0>(own_grads(m, u), x + first, n);', 'gradients', 2, 2),
     Planted('copies keep their own sums', 'cpu', 'void reduce_finish(', 'm->plan.shard == m->plan.ranks', '1',
             'gradients', 4, 1, 2),
-    Planted('copies keep their own sums', 'emu', 'void reduce_finish(', 'm->plan.shard < m->plan.ranks', '0',
+    Planted('copies keep their own sums', 'emu', 'static void unit_reduce(', 'm->plan.shard < m->plan.ranks', '0',
             'gradients', 4, 1, 2),
     Planted('the norm of a share for that of all', 'cpu emu', 'double gradient_norm(', 'comm_sum(squares, n);', ';',
             'training', 2, 2),
