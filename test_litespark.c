@@ -5399,7 +5399,8 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
     damage_file(file_at("id2.bin"), 1024, "\xff\xff", 2);
     damage_file(file_at("id2.bin"), 12, "\0\0\0\0\0\0\0\0", 8);   // neither vocabulary nor checksum in the header
     ROW("token id 65535", "--config %s --train-data %s", tiny_config, file_at("id2.bin"));
-    ROW("checksums.txt", "--resume dev/fixture/llama --train-data %s", data);
+    ROW("no checkpoint is there", "--resume dev/fixture/llama --train-data %s", data);
+    ROW("no checkpoint is there", "--resume %s --train-data %s", file_at("absent"), data);
     ROW("is a file", "--config %s --train-data %s --out %s/below/a_file", tiny_config, data, tiny_config);
     ROW("is a file", "--config %s --train-data %s --out %s", tiny_config, data, tiny_config);
     ROW("cannot make --out", "--config %s --train-data %s --out /proc/litespark/out", tiny_config, data);

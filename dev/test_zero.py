@@ -551,6 +551,9 @@ def test_what_does_not_fit_is_refused(trainer, folder):
     refused(1, ['--zero', 4], '--zero')
     refused(1, ['--zero', 3, '--shard-size', -1], '--shard-size')
     refused(1, ['--reduce-dtype', 'fp16'], '--reduce-dtype')
+    refused(3, ['--zero', 3, '--shard-size', 2], '--shard-size 2', '3 ranks')
+    refused(2, ['--timeout', 0], '--timeout 0: out of range')   # which already the start of MPI takes
+    refused(2, ['--resume', f'{folder}/absent'], 'no checkpoint is there')
     if kind(trainer) == 'cpu':
         refused(2, ['--zero', 2, '--reduce-dtype', 'bf16'], '--reduce-dtype', 'CUDA')
 
