@@ -652,8 +652,8 @@ def test_planted_errors_are_found(trainer, folder):
         try:
             find(row.finder, row.split, f'{folder}/{i}')
             missed.append(row.name)
-        except (Failed, subprocess.TimeoutExpired):
-            pass
+        except Failed as e:                                     # of these errors none stops a rank: that is a slow machine
+            check('waited ' not in str(e), f'{row.name}: {e}')
         finally:
             del os.environ['PLANTED']
     check(not missed, f'not found: {missed}')
