@@ -589,7 +589,7 @@ PLANTED = [
     Planted('a sum does not wait for the gradients', 'emu', 'void comm_follow(',
             'cudaCheck(cudaStreamWaitEvent(gpu.comm_stream, gpu.ready, 0));', ';', 'order', 2, 2),
     Planted('a slot of gradients is opened before its sum is complete', 'emu', 'static void grads_open(',
-            'comm_join(m->reduced[v]);', ';', 'order', 2, 3),
+            'comm_join(m->reduced[v]);', ';', 'order', 2, 2),     # ZeRO 3: the layer's gather, begun later, is waited for
 ]
 
 
