@@ -174,6 +174,9 @@ data/stories/stories.json: build/stories
 	build/stories --out data/stories
 
 RANKS    ?= 1
+ifneq ($(RANKS),1)
+$(if $(shell echo '$(RANKS)' | grep -Ex '[1-9][0-9]{0,5}'),,$(error RANKS='$(RANKS)': say how many ranks, a whole number from 1 on, such as RANKS=2))
+endif
 run: train      # dev/run.sh: mpirun with signals that save
 	exec $(TRAINER) --resume auto --out $(OUT) $(ARGS)
 

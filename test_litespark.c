@@ -4605,6 +4605,38 @@ static void test_run_sh_repeats_a_lost_signal(void) {
     CHECK(r.code == 0 && r.seconds > 1, "exit status %d after %.1f s", r.code, r.seconds);
 }
 
+// Counts of ranks and host files that are none: one line, before mpirun (here one that leaves a file) is started. What mpirun
+// says of its own failure is not a status of the program.
+static void test_run_sh_refuses_what_is_no_count(void) {
+    const char *mpirun_of_ours = file_at("mpirun"), *up = file_at("up");
+    write_text(mpirun_of_ours, "#!/bin/sh\n>$UP\nexit $STATUS\n");
+    chmod(mpirun_of_ours, 0755);
+    const struct { int status; const char *options, *part; } row[] = {
+        {0, "-np 0", "-np '0'"}, {0, "-np abc", "-np 'abc'"}, {0, "--np 1.5", "--np '1.5'"}, {0, "-n -1", "-n '-1'"},
+        {0, "-np 2x", "'2x'"}, {0, "-np 2 --hostfile /litespark/none", "'/litespark/none' cannot be read"},
+        {0, "-np 2 --hostfile /", "'/' cannot be read"}, {0, "-np 12", NULL}, {0, "-np 2 --hostfile /dev/null", NULL},
+        {0, "-np 2 /bin/sh -n 0", NULL},                // the program's own -n
+        {132, "-np 2", NULL}, {255, "-np 2", NULL}};
+    for (int i = 0; i < COUNT(row); i++) {
+        unlink(up);
+        Process p = start_command(path_text("env UP=%s STATUS=%d PATH=%s:%s dev/run.sh %s %s", up, row[i].status, test_dir,
+                                            getenv("PATH"), row[i].options, "program"));
+        Result r = finish(&p, 40);
+        if (row[i].part) CHECK_REFUSED(r, "error: dev/run.sh: ", row[i].part);
+        else CHECK(r.code == !!row[i].status && !r.err[0], "%s: exit status %d: %s", row[i].options, r.code, r.err);
+        const int started = access(up, F_OK) == 0;
+        CHECK(started == !row[i].part, "%s: mpirun was %sstarted", row[i].options, started ? "" : "not ");
+    }
+    static const char *const ranks[] = {"0", "abc", "", "2x"};
+    for (int i = 0; i < COUNT(ranks); i++) {
+        Process p = start_command(path_text("make -n run RANKS=%s", ranks[i]));
+        Result r = finish(&p, TIMEOUT);
+        const char *said = path_text("RANKS='%s': say how many ranks", ranks[i]);
+        CHECK(r.code == 2 && strstr(r.err, said) && !strstr(r.out, "litespark"), "RANKS=%s: exit status %d: %s", ranks[i], r.code,
+              r.err);
+    }
+}
+
 // Signals to mpirun (USR1), dev/run.sh and to one rank, twice in a row, save, although a rank answers only 2.5 s later (it is
 // stopped), which is longer than mpirun waits.
 static void test_signals_to_launchers_and_ranks_save(void) {
@@ -5367,7 +5399,8 @@ static void test_bad_models_and_data_are_refused_before_any_work(void) {
     damage_file(file_at("id2.bin"), 1024, "\xff\xff", 2);
     damage_file(file_at("id2.bin"), 12, "\0\0\0\0\0\0\0\0", 8);   // neither vocabulary nor checksum in the header
     ROW("token id 65535", "--config %s --train-data %s", tiny_config, file_at("id2.bin"));
-    ROW("checksums.txt", "--resume dev/fixture/llama --train-data %s", data);
+    ROW("no checkpoint is there", "--resume dev/fixture/llama --train-data %s", data);
+    ROW("no checkpoint is there", "--resume %s --train-data %s", file_at("absent"), data);
     ROW("is a file", "--config %s --train-data %s --out %s/below/a_file", tiny_config, data, tiny_config);
     ROW("is a file", "--config %s --train-data %s --out %s", tiny_config, data, tiny_config);
     ROW("cannot make --out", "--config %s --train-data %s --out /proc/litespark/out", tiny_config, data);
@@ -5717,6 +5750,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(second_interrupt_by_hand_exits_at_once, F32),
     TEST(signals_to_launchers_and_ranks_save, F32),
     TEST(run_sh_repeats_a_lost_signal, F32),
+    TEST(run_sh_refuses_what_is_no_count, F32),
     TEST(time_limit_of_slurm_saves, F32),
     TEST(timeout_counts_from_the_last_sign_of_life, F32),
     TEST(bound_ranks_are_told, F32),

@@ -6941,8 +6941,12 @@ void options_help(void) {
 // --timeout alone, before all: the start of MPI waits already. What is wrong with it, options_parse says.
 void options_parse_timeout(int argc, char **argv) {
     options_default();
-    for (int i = 1; i + 1 < argc; i++)
-        if (!strcmp(argv[i], "--timeout")) parse_int(argv[i + 1], &opt.timeout);
+    const Option *o = option_find("--timeout");
+    int64_t x;
+    for (int i = 1; i + 1 < argc; i++) {
+        if (strcmp(argv[i], o->name) || !parse_int(argv[i + 1], &x)) continue;
+        if ((double)x >= o->lo && (double)x <= o->hi) opt.timeout = x;
+    }
 }
 
 // argv -> opt. Unknown names, missing and malformed values die.
@@ -10196,6 +10200,9 @@ char *checkpoint_choose(const char *resume, const char *out) {
     Str why = {""};
     if (strcmp(resume, "auto")) {
         why = checkpoint_whole_together(resume, /*weights_only=*/0);
+        if (why.s[0] && access(str("%s/checksums.txt", resume).s, F_OK))
+            die("--resume %s: no checkpoint is there (no checksums.txt); name a folder such as "
+                "OUT/step_00000100, or OUT", resume);
         if (why.s[0]) die("--resume %s: %s; resume an older checkpoint", resume, why.s);
         trust(resume);
         return xstrdup(resume);

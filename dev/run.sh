@@ -9,6 +9,21 @@
 # machine it once did not pass a USR1 on, so each is sent again a few seconds later, which does the ranks no harm.
 command -v mpirun >/dev/null || { echo 'error: dev/run.sh: there is no mpirun: apt-get install openmpi-bin libopenmpi-dev' >&2; exit 1; }
 [ $# -gt 0 ] || { echo 'usage: dev/run.sh -np RANKS [mpirun OPTIONS] ./train_litespark OPTIONS' >&2; exit 1; }
+# What mpirun takes for something else (-np 0: all its slots), or answers with a page that does not name the mistake.
+fail() { echo "error: dev/run.sh: $*" >&2; exit 1; }
+before=''
+for word; do
+    case $before in
+    -np | --np | -n | --n)
+        case $word in
+        0* | *[!0-9]* | '') fail "$before '$word': say how many ranks, a whole number from 1 on" ;;
+        esac ;;
+    -hostfile | --hostfile | -machinefile | --machinefile | --default-hostfile)
+        if [ -d "$word" ] || [ ! -r "$word" ]; then fail "$before '$word' cannot be read: name a file with lines such as 'HOST slots=8'"; fi ;;
+    esac
+    if [ -f "$word" ] && [ -x "$word" ]; then break; fi     # the program: what follows is its own
+    before=$word
+done
 [ "$(id -u)" != 0 ] || root=--allow-run-as-root
 interrupted=0
 seen=1              # what the ranks are told: whether a terminal shows what they print
@@ -44,5 +59,5 @@ while :; do         # a signal ends the wait, not the job
     kill -0 $job 2>/dev/null || break
 done
 kill $watcher 2>/dev/null
-[ $status != 137 ] || status=1
+case $status in 132 | 137 | 255) status=1 ;; esac     # mpirun did not find the program; was killed; could not start ranks
 exit $status

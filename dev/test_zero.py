@@ -551,6 +551,9 @@ def test_what_does_not_fit_is_refused(trainer, folder):
     refused(1, ['--zero', 4], '--zero')
     refused(1, ['--zero', 3, '--shard-size', -1], '--shard-size')
     refused(1, ['--reduce-dtype', 'fp16'], '--reduce-dtype')
+    refused(3, ['--zero', 3, '--shard-size', 2], '--shard-size 2', '3 ranks')
+    refused(2, ['--timeout', 0], '--timeout 0: out of range')   # which already the start of MPI takes
+    refused(2, ['--resume', f'{folder}/absent'], 'no checkpoint is there')
     if kind(trainer) == 'cpu':
         refused(2, ['--zero', 2, '--reduce-dtype', 'bf16'], '--reduce-dtype', 'CUDA')
 
@@ -575,7 +578,7 @@ PLANTED = [
             'convert<1>(own_grads(m, u), x + first, n);', 'convert<0>(own_grads(m, u), x + first, n);', 'gradients', 2, 2),
     Planted('copies keep their own sums', 'cpu', 'void reduce_finish(', 'm->plan.shard == m->plan.ranks', '1',
             'gradients', 4, 1, 2),
-    Planted('copies keep their own sums', 'emu', 'void reduce_finish(', 'm->plan.shard < m->plan.ranks', '0',
+    Planted('copies keep their own sums', 'emu', 'static void unit_reduce(', 'm->plan.shard < m->plan.ranks', '0',
             'gradients', 4, 1, 2),
     Planted('the norm of a share for that of all', 'cpu emu', 'double gradient_norm(', 'comm_sum(squares, n);', ';',
             'training', 2, 2),
@@ -586,7 +589,7 @@ PLANTED = [
     Planted('a sum does not wait for the gradients', 'emu', 'void comm_follow(',
             'cudaCheck(cudaStreamWaitEvent(gpu.comm_stream, gpu.ready, 0));', ';', 'order', 2, 2),
     Planted('a slot of gradients is opened before its sum is complete', 'emu', 'static void grads_open(',
-            'comm_join(m->reduced[v]);', ';', 'order', 2, 3),
+            'comm_join(m->reduced[v]);', ';', 'order', 2, 2),     # ZeRO 3: the layer's gather, begun later, is waited for
 ]
 
 
@@ -649,8 +652,8 @@ def test_planted_errors_are_found(trainer, folder):
         try:
             find(row.finder, row.split, f'{folder}/{i}')
             missed.append(row.name)
-        except (Failed, subprocess.TimeoutExpired):
-            pass
+        except Failed as e:                                     # of these errors none stops a rank: that is a slow machine
+            check('waited ' not in str(e), f'{row.name}: {e}')
         finally:
             del os.environ['PLANTED']
     check(not missed, f'not found: {missed}')
