@@ -1014,6 +1014,9 @@ static const struct Planted {
     {"wgmma from a wrong row", "struct SwizzledTile {", "row * 8", "row * 4", 0, "mistral", "bf16", LONG | HOPPER},
     {"wgmma from a wrong column", "struct SwizzledTile {", "column % 64 / 8", "column % 64 / 16", 0, "mistral", "bf16",
      LONG | HOPPER},
+    {"a step of 16 lost in the scores of wgmma", "void wgmma_scores(", "c < WIDTH", "c < WIDTH - 8", 0, "d104", "bf16",
+     QUICK | LONG | HOPPER},
+    {"fewer columns than D in wgmma", "void with_wgmma_width(", "D <= 96", "D <= 104", 0, "d104", "bf16", LONG | HOPPER},
     {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel2(",
      "n_lo[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };
