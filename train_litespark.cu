@@ -715,14 +715,15 @@ __device__ __forceinline__ uint64_t wgmma_operand(const void *corner, int panel_
 __device__ __forceinline__ void wgmma_fence() { SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 #define SUMS_4(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
-#define SUMS_32(x, n) SUMS_4(x[n]), SUMS_4(x[n + 1]), SUMS_4(x[n + 2]), SUMS_4(x[n + 3]), SUMS_4(x[n + 4]), \
-    SUMS_4(x[n + 5]), SUMS_4(x[n + 6]), SUMS_4(x[n + 7])
+#define SUMS_16(x, n) SUMS_4(x[n]), SUMS_4(x[n + 1]), SUMS_4(x[n + 2]), SUMS_4(x[n + 3])
+#define SUMS_32(x, n) SUMS_16(x, n), SUMS_16(x, n + 4)
 #define REGISTERS_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_64 REGISTERS_32 \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_48 REGISTERS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define REGISTERS_52 REGISTERS_48 ", %48, %49, %50, %51"
+#define REGISTERS_64 REGISTERS_52 ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // at most n groups are still in flight; `sum` can be read: the compiler keeps its uses below this line
 template <int n, int NT> __device__ __forceinline__ void wgmma_wait(float (&sum)[1][NT][4]) {
     SM90A("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
@@ -748,16 +749,22 @@ __device__ __forceinline__ void wgmma_rows(float (&sum)[1][16][4], uint64_t a, u
           "}, %64, %65, add, 1, 1, 0, 0;\n}"
           : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8) : "l"(a), "l"(b), "r"(add));
 }
-// sum (64,64) += a (64,16) b (16,64); a in registers, in the fragments of mma_bf16. Then the same with 128
+// sum (64,columns) += a (64,16) b (16,columns); a in registers, in the fragments of mma_bf16
+#define WGMMA_COLUMNS(columns, registers, left, right, ...) \
+    SM90A("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 {" registers "}, {" left "}, " \
+          right ", 1, 1, 1, 1;" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 __device__ __forceinline__ void wgmma_columns(float (&sum)[1][8][4], const uint32_t (&a)[4], uint64_t b) {
-    SM90A("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-          REGISTERS_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-          : SUMS_32(sum[0], 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    WGMMA_COLUMNS(64, REGISTERS_32, "%32, %33, %34, %35", "%36", SUMS_32(sum[0], 0));
+}
+__device__ __forceinline__ void wgmma_columns(float (&sum)[1][12][4], const uint32_t (&a)[4], uint64_t b) {
+    WGMMA_COLUMNS(96, REGISTERS_48, "%48, %49, %50, %51", "%52", SUMS_32(sum[0], 0), SUMS_16(sum[0], 8));
+}
+__device__ __forceinline__ void wgmma_columns(float (&sum)[1][13][4], const uint32_t (&a)[4], uint64_t b) {
+    WGMMA_COLUMNS(104, REGISTERS_52, "%52, %53, %54, %55", "%56", SUMS_32(sum[0], 0), SUMS_16(sum[0], 8),
+                  SUMS_4(sum[0][12]));
 }
 __device__ __forceinline__ void wgmma_columns(float (&sum)[1][16][4], const uint32_t (&a)[4], uint64_t b) {
-    SM90A("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-          REGISTERS_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-          : SUMS_32(sum[0], 0), SUMS_32(sum[0], 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    WGMMA_COLUMNS(128, REGISTERS_64, "%64, %65, %66, %67", "%68", SUMS_32(sum[0], 0), SUMS_32(sum[0], 8));
 }
 
 // Sums of 192 columns, both operands in shared memory: sum (64,192) += a (64,16) b^T (192,16), a (64,16) b
@@ -1920,12 +1927,12 @@ __global__ void __launch_bounds__(ATT_THREADS) attention_forward_kernel3(bf16 *_
 //         both warpgroups say so. Each of these has 64 queries: it starts the scores of tile i and P V of
 //         tile i - 1 together, and the softmax of i runs under the latter. And the two take turns: one's
 //         products fill the tensor cores during the other's softmax (Shah et al. 2024)
-// limits  as kernel 3; D is padded to 64 or 128 by TMA, which writes zeros past the end of a row. At D 128
-//         199,680 bytes of shared memory, one block per SM; 240 registers for those who compute, 24 for who
-//         copies
-// ROWS rows of WIDTH (64, 128) bf16 as wgmma takes them: panels of 64 columns
+// limits  as kernel 3, widths 64, 96, 104, 128: what of the rows is computed. TMA pads them to 64 or 128 with
+//         zeros. At D 128 199,680 bytes of shared memory, one block per SM; 240 registers for those who
+//         compute, 24 for who copies
+// ROWS rows of WIDTH bf16 as wgmma takes them: panels of 64 columns, the last of which may reach past WIDTH
 template <int ROWS, int WIDTH> struct SwizzledTile {
-    static constexpr int PANELS = WIDTH / 64, PANEL_BYTES = ROWS * 128;
+    static constexpr int PANELS = CEIL_DIV(WIDTH, 64), PANEL_BYTES = ROWS * 128;
     bf16 element[PANELS][ROWS][64];
 
     // wgmma's operand from this row (a multiple of 8) and column on, as steps of 16 bytes from the corner's:
@@ -1945,7 +1952,8 @@ __device__ __forceinline__ void tma_load_tile(SwizzledTile<ROWS, WIDTH> &tile, u
         tma_load(tile.element[panel], heads, landed, panel * 64, head, t, b);
 }
 
-// score (64,KEYS) = rows row..row+63 of q times k^T, for a warpgroup; runs until wgmma_wait
+// score (64,KEYS) = rows row..row+63 of q times k^T, for a warpgroup; runs until wgmma_wait. Of width 104 the
+// last step takes 8 columns of zeros along.
 template <int QUERIES, int KEYS, int WIDTH>
 __device__ __forceinline__ void wgmma_scores(float (&score)[1][KEYS / 8][4],
                                              const SwizzledTile<QUERIES, WIDTH> &q, int row,
@@ -2148,6 +2156,14 @@ template <typename F> static void with_width(int D, F f) {
     else f(std::integral_constant<int, 128>());
 }
 
+// The same for the kernels of sm_90a
+template <typename F> static void with_wgmma_width(int D, F f) {
+    if (D <= 64) f(std::integral_constant<int, 64>());
+    else if (D <= 96) f(std::integral_constant<int, 96>());
+    else if (D <= 104) f(std::integral_constant<int, 104>());
+    else f(std::integral_constant<int, 128>());
+}
+
 static void attention_forward_f32(float *out, float *lse, const float *qkv, const int *doc_start, int B,
                                   int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
@@ -2184,16 +2200,14 @@ static int heads_together(int B, int T, int H, int K, int D) {
 static void attention_forward_wgmma(bf16 *out, float *lse, const bf16 *qkv, const int *doc_start, int B,
                                     int T, int H, int K, int D) {
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    auto start = [&](auto width) {
+    with_wgmma_width(D, [&](auto width) {
         typedef WgmmaTiles<decltype(width)::value> Tiles;
         static_assert(Tiles::QUERIES == Tiles::KEYS);                       // one map serves q, k and v
         const TensorMap map = head_map(qkv, B, T, H + 2 * K, D, Tiles::KEYS);
         launch(attention_forward_kernel4<decltype(width)::value>, dim3(B * H, CEIL_DIV(T, Tiles::QUERIES)),
                WGMMA_THREADS, sizeof(Tiles), out, lse, map, doc_start, T, H, K, D,
                heads_together(B, T, H, K, D), (float)(M_LOG2E / sqrt((double)D)));
-    };
-    if (D <= 64) start(std::integral_constant<int, 64>());
-    else start(std::integral_constant<int, 128>());
+    });
 }
 
 // ---- attention_decode_kernel2: samples --------------------------------------------------------------------
@@ -2775,7 +2789,7 @@ static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *q
     const float scale = (float)(1 / sqrt((double)D));
     float *delta = gpu.scratch;             // (N,H)
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
-    auto start = [&](auto width) {
+    with_wgmma_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value;
         typedef WgmmaDqTiles<WIDTH> Dq;
         typedef WgmmaDkdvTiles<WIDTH> Dkdv;
@@ -2787,9 +2801,7 @@ static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *q
         launch(attention_backward_dkdv_kernel3<WIDTH>, dim3(B * K, CEIL_DIV(T, 2 * Dkdv::KEYS)),
                WGMMA_THREADS, sizeof(Dkdv), dqkv, head_map(qkv, B, T, H + 2 * K, D, Dkdv::KEYS),
                head_map(dout, B, T, H, D, Dkdv::QUERIES), lse, delta, doc_start, T, H, K, D, scale);
-    };
-    if (D <= 64) start(std::integral_constant<int, 64>());
-    else start(std::integral_constant<int, 128>());
+    });
 }
 
 // ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) --------------------------------------------------------

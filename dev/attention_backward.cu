@@ -1027,6 +1027,7 @@ int main(int argc, char **argv) {
     shape<bf16>(CHECK, 2, 600, 2, 1, 64, NO_DOCS, 3);
     shape<bf16>(CHECK, 1, 777, 4, 1, 128, NO_DOCS, 1);
     shape<bf16>(CHECK, 2, 390, 3, 1, 72, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 275, 2, 1, 96, SOME_DOCS, 1);
     shape<bf16>(CHECK, 1, 385, 1, 1, 128, TILE_DOCS, 3);
     shape<bf16>(CHECK, 1, 450, 2, 1, 120, SOME_DOCS, 1);
     shape<bf16>(CHECK, 2, 260, 4, 2, 112, SOME_DOCS, 1);

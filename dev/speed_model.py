@@ -588,12 +588,18 @@ def wgmma_seconds(blocks, clocks):
     return max(free) / CLOCK
 
 
+def wgmma_widths(D):
+    """What is computed of D: the depth of the scores (steps of 16), the columns of out, dq, dk and dv. And the width of the tiles that TMA writes."""
+    columns = next(w for w in (64, 96, 104, 128) if D <= w)
+    return -(-columns // 16) * 16, columns, 64 if D <= 64 else 128
+
+
 def wgmma_forward(T, heads, D):
     """Seconds of a causal forward, and the clocks of each term per tile of 128 queries and 128 keys."""
-    width = 64 if D <= 64 else 128
+    depth, columns, width = wgmma_widths(D)
     scores = TILE * TILE
-    bytes_read = (2 * 64 * width * 2 + 2 * TILE * width * 2) + 2 * TILE * width * 2 + 2 * TILE * width * 2    # q and k; v; what TMA writes
-    clocks = wgmma_clocks(scores, 4 * scores * width, bytes_read, INSTRUCTIONS)
+    bytes_read = 2 * (64 + TILE) * depth * 2 + 2 * TILE * columns * 2 + 2 * TILE * width * 2      # q and k; v; what TMA writes
+    clocks = wgmma_clocks(scores, 2 * scores * (depth + columns), bytes_read, INSTRUCTIONS)
     return wgmma_seconds([tiles for tiles in range(-(-T // TILE), 0, -1) for _ in range(heads)], clocks), clocks
 
 
@@ -611,13 +617,13 @@ def wgmma_keys_from_dram(T, kv_heads, D, sections=True):
 def wgmma_backward(T, heads, kv_heads, D):
     """Of dq and of dk dv: seconds, and the clocks of each term per tile. 2-byte elements; a product of a warpgroup reads its left operand
     (unless that is in registers) and all of its right one; TMA writes two tiles."""
-    width = 64 if D <= 64 else 128
+    depth, columns, width = wgmma_widths(D)
     scores = TILE * TILE                                    # dq: 128 queries, 128 keys; three products
-    dq = wgmma_clocks(scores, 6 * scores * width, (2 * 2 * (64 + TILE) + 2 * TILE + 2 * TILE) * width * 2, BACKWARD_INSTRUCTIONS)
+    dq = wgmma_clocks(scores, 2 * scores * (2 * depth + columns), (2 * 2 * (64 + TILE) * depth + 2 * TILE * columns + 2 * TILE * width) * 2, BACKWARD_INSTRUCTIONS)
     rows = range(-(-T // TILE), 0, -1)
     first = wgmma_seconds([tiles for tiles in rows for _ in range(heads)], dq)
     scores = TILE * 64                                      # dk dv: 128 keys, 64 queries; four products
-    dkdv = wgmma_clocks(scores, 8 * scores * width, (2 * 2 * (64 + 64) + 2 * 2 * 64 + 2 * 64) * width * 2, BACKWARD_INSTRUCTIONS)
+    dkdv = wgmma_clocks(scores, 4 * scores * (depth + columns), (2 * 2 * (64 + 64) * depth + 2 * 2 * 64 * columns + 2 * 64 * width) * 2, BACKWARD_INSTRUCTIONS)
     second = wgmma_seconds([2 * tiles * (heads // kv_heads) for tiles in rows for _ in range(kv_heads)], dkdv)
     return (first, dq), (second, dkdv)
 

@@ -28,7 +28,7 @@ ONLY = {
          "sum_over_ranks": "the wire's type", "gather_start": "the next unit comes while this one computes",
          "add_sum": "sums on the device", "column_sums": "sums over blocks", "partial_blocks": "sums over blocks",
          "lanes_per_head": "threads of a head", "matmul_plan": "cuBLASLt", "matrix_layout": "cuBLASLt",
-         "cuda_check": "CUDA", "launch_kernel": "CUDA", "device_attribute": "CUDA", "with_width": "widths compiled",
+         "cuda_check": "CUDA", "launch_kernel": "CUDA", "device_attribute": "CUDA", "with_width": "widths compiled", "with_wgmma_width": "widths compiled",
          "choose_kernels": "devices differ", "mlp_forward_passes": "two forms", "mlp_forward_products": "two forms",
          "mlp_backward_passes": "two forms", "mlp_backward_products": "two forms",
          "mlp_forward_wgmma": "sm_90a", "mlp_backward_wgmma": "sm_90a", "rows_map": "sm_90a", "product_blocks": "sm_90a",

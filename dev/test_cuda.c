@@ -1025,6 +1025,9 @@ static const struct Planted {
     {"an arrival before delta is written", "attention_backward_dkdv_kernel3(",
      "tile.delta[stage][j] = t + j < T ? delta[at] : 0;\n                    mbarrier_arrive(&tile.full[stage]);",
      "mbarrier_arrive(&tile.full[stage]); tile.delta[stage][j] = t + j < T ? delta[at] : 0;", 1, "long", "bf16", LONG | HOPPER},
+    {"a step of 16 lost in the scores of wgmma", "void wgmma_scores(", "c < WIDTH", "c < WIDTH - 8", 0, "d104", "bf16",
+     QUICK | LONG | HOPPER},
+    {"fewer columns than D in wgmma", "void with_wgmma_width(", "D <= 96", "D <= 104", 0, "d104", "bf16", LONG | HOPPER},
     {"dropped term in qk-norm backward", "void qk_norm_rope_backward_kernel2(",
      "n_lo[k] * mean", "0", 0, "qwen3", "fp32", LONG},
 };

@@ -193,7 +193,7 @@ def test_page_shows_every_metric_of_a_hard_log():
     want = {"updates": "40", "of them skipped": "1", "time by parts": parts, "tokens": "4,000", "tokens per second": "200", "loss of held-out data": "1.0250",
             "above the floor": "0.5350 (109.2%)", "energy of updates": "0.0004444 kWh", "energy of evaluations": "0.001 kWh",
             "energy of checkpoints": "0.0005 kWh", "of updates above idle": "0.0002778 kWh", "power of updates": "80 W", "joules per token": "0.4",
-            "joules per update": "40", "tokens per joule": "2.5", "joules per trained token": "0.6667", "GFLOP per joule": "2.5", "gCO2e at 400 g/kWh": "0.7778", "lr": "0.001", "device": "a <b>processor</b>", "power limit, W": "200.0"}
+            "joules per update": "40", "tokens per joule": "2.5", "joules per trained token": "0.6667", "GFLOP per joule": "2.5", "gCO2e at 400 g/kWh": "0.7778", "lr": "0.001", "device": "a <b>processor</b>", "power limit, W": "200"}
     for name, text in want.items():
         expect(r["rows"].get(name) == [text], f"{name}: {r['rows'].get(name)}, not {text}")
 

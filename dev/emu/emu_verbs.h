@@ -589,8 +589,8 @@ template <int n> EMU_INLINE void registers_take() {          // setmaxnreg.inc
     emu::set_registers("setmaxnreg.inc", n);
 }
 
-// wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n64k16, m64n128k16, with a and b by rows, and with a in
-// registers and b by columns
+// wgmma.fence, .mma_async, .commit_group, .wait_group; shapes m64n64k16, m64n128k16, with a and b by rows, and, these
+// two and m64n96k16, m64n104k16, with a in registers and b by columns
 EMU_INLINE uint64_t wgmma_operand(const void *corner, int panel_bytes) {
     const uint64_t at = (const char *)corner - emu::me->worker->smem;
     return at >> 4 | (uint64_t)panel_bytes >> 4 << 16 | 1024ull >> 4 << 32 | 1ull << 62;
