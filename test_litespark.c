@@ -4632,7 +4632,7 @@ static void test_run_sh_refuses_what_is_no_count(void) {
         Process p = start_command(path_text("make -n run RANKS=%s", ranks[i]));
         Result r = finish(&p, TIMEOUT);
         const char *said = path_text("RANKS='%s': say how many ranks", ranks[i]);
-        CHECK(r.code == 2 && strstr(r.err, said) && !strstr(r.out, "litespark"), "RANKS=%s: exit status %d: %s", ranks[i], r.code,
+        CHECK(r.code == 2 && strstr(r.err, said) && !strstr(r.out, "train_litespark"), "RANKS=%s: exit status %d: %s", ranks[i], r.code,
               r.err);
     }
 }

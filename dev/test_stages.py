@@ -248,23 +248,24 @@ def test_reference_files(trainer, folder):
 
 def test_kill_in_the_reference_pass_loses_nothing(trainer, folder):
     begin = start(trainer, folder)
-    rows, n = packed(pairs(1500), 63)
+    rows, n = packed(pairs(4000), 63)
     data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n, n_shards=2)
     before = {f: open(f'{folder}/dpo/{f}', 'rb').read() for f in os.listdir(f'{folder}/dpo')}
-    args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--total-batch-tokens', 2 * 63, '--steps', 1,
+    args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--total-batch-tokens', 2 * 63,
             '--sample-every', 0]
-    for _ in range(3):
-        p = subprocess.Popen(trainer + list(map(str, args)) + ['--threads', '1', '--out', f'{folder}/a'], stdout=subprocess.PIPE, text=True)
+    for _ in range(3):                      # so many steps that a fast machine does not save before it is killed
+        p = subprocess.Popen(trainer + list(map(str, args)) + ['--steps', '100000', '--threads', '1', '--out', f'{folder}/a'],
+                             stdout=subprocess.PIPE, text=True)
         for line in p.stdout:
             if line.startswith('reference'):
                 break
-        time.sleep(0.05)
+        time.sleep(0.02)
         p.send_signal(signal.SIGKILL)
         p.wait()
     for f, content in before.items():
         check(open(f'{folder}/dpo/{f}', 'rb').read() == content, f'{f} has changed')
     check(not os.path.exists(f'{folder}/a/step_00000001'), 'a checkpoint of nothing')
-    Run(trainer, *args, '--out', f'{folder}/a')
+    Run(trainer, *args, '--steps', 1, '--out', f'{folder}/a')
     check(os.path.exists(f'{folder}/a/step_00000001'), 'no run after the kills')
     left = [f for f in os.listdir(f'{folder}/dpo') if f not in before and not f.endswith('.ref')]
     check(not left, f'left behind: {left}')
