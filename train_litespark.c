@@ -7926,8 +7926,9 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
 // --dry-run --device NAME says of a layout (GPUs, machines, ZeRO, micro-step) whether it fits and what it
 // costs, without a GPU. Memory is exact: model_plan lays out the arenas as for a run. Time is MODELLED:
 //   compute  a kernel takes the bytes it touches over DRAM's speed; a product its FLOPs over what cuBLASLt
-//            reaches, or its bytes; attention and our own products tensor cores plus instructions. The counts
-//            are of an emulator that ran the kernels (dev/speed_model.py, dev/SPEED.md)
+//            reaches, or its bytes; attention and our own products tensor cores plus instructions, on Hopper
+//            (wgmma) the largest term of a tile. The counts are of an emulator that ran the kernels, those of
+//            Hopper's tiles by hand (dev/speed_model.py, dev/SPEED.md)
 //   volume   a ring over n ranks: each sends (n-1)/n of the bytes of a gather or a reduce-scatter, twice that
 //            of an all-reduce; of m ranks in a machine, 1/m of it goes over the network
 //   latency  as NCCL's own model has it (src/graph/tuning.cc: ring and tree, protocol Simple)
@@ -7995,6 +7996,11 @@ enum { ATTENTION_FORWARD, ATTENTION_BACKWARD, GATE_UP_SWIGLU, DOWN_SWIGLU_BACKWA
        DOWN_WGMMA };
 // us on an H100, a + b x + c x^2: of a query head (G share a key) and x = T; of an element of h and x = C
 typedef struct MmaKernel { int kernel, D, G; double tensor[3], other[3]; } MmaKernel;
+// Attention with wgmma, of heads up to this width, clocks: of a block besides its tiles (start and end, which
+// nothing hides), and of a tile, its largest term of tensor cores, shared memory, exponentials, instructions.
+// Both times 1.44 forward and 1.65 backward: what the same model of cuDNN's kernels has to be multiplied with
+// to give their published speed (H200, T 4096, 64 heads of 128)
+typedef struct WgmmaAttention { int width; double forward[2], dq[2], dkdv[2]; } WgmmaAttention;
 // counted, written by dev/speed_model.py --planner sync
 static const struct { double fixed, per_row; } passes[] = {         // bytes per column
     {588, 2.26562},             // embedding forward
@@ -8025,6 +8031,12 @@ static const MmaKernel mma_kernels[] = {        // tensor cores; instructions an
     {DOWN_SWIGLU_BACKWARD, 0, 0, {0, 3.082e-09, 0}, {1.321e-06, 1.622e-09, 0}},
     {GATE_UP_WGMMA, 0, 0, {3.186e-07, 5.392e-09, 0}, {0, 0, 0}},
     {DOWN_WGMMA, 0, 0, {1.593e-07, 2.696e-09, 0}, {0, 0, 0}},
+};
+static const WgmmaAttention wgmma_attention[] = {   // clocks: start and end of a block, a tile
+    {64, {3635, 1475}, {4172, 2539}, {3326, 1693}},
+    {96, {3635, 2212}, {4172, 3808}, {3326, 2539}},
+    {104, {3635, 2489}, {4172, 4337}, {3326, 2856}},
+    {128, {3635, 2950}, {4172, 5078}, {3326, 3385}},
 };
 // end of what is counted
 
@@ -8068,6 +8080,30 @@ static double swiglu_product(const GpuKind *g, int backward, double N, double C,
     return ceil(tiles / g->sms) * fmax(chip, memory) + 1500 / (g->clock * 1e9) + memory;
 }
 
+// Seconds of `heads` blocks each of 1, 2, .. rows units of so many tiles. Long ones start first, each on the
+// SM that is free first: then all SMs end within the last block, a shortest one; half of it is added to the
+// mean. Or the longest block is the limit. Against all blocks played through (dev/speed_model.py): within 2%
+// where an SM has six or more, and in 82 of 100 shapes; at most 17% off, with texts of a few blocks.
+static double attention_blocks(const GpuKind *g, const double clocks[2], double heads, double rows,
+                               double tiles) {
+    const double unit = tiles * clocks[1], longest = clocks[0] + rows * unit, shortest = clocks[0] + unit;
+    const double mean = heads * rows * (longest + shortest) / 2 / g->sms;
+    return fmax(longest, mean + (heads * rows > g->sms) * shortest / 2) / (g->clock * 1e9);
+}
+
+// Seconds of a layer's causal attention. On Hopper a block of the forward and of dq has 128 queries of a head
+// and takes 128 keys a time; one of dk dv has 128 keys and takes 64 queries of each head of the group a time.
+static double attention_seconds(const GpuKind *g, int backward, const Config *c, double B, double T) {
+    const int G = c->H / c->K;
+    const double rows = ceil(T / 128), H = B * c->H, K = B * c->K;
+    const WgmmaAttention *w = wgmma_attention;
+    if (!is_hopper(g))
+        return H * mma_kernel(g, backward ? ATTENTION_BACKWARD : ATTENTION_FORWARD, c->D, G, T);
+    while (w->width < c->D) w++;
+    if (!backward) return attention_blocks(g, w->forward, H, rows, 1);
+    return attention_blocks(g, w->dq, H, rows, 1) + attention_blocks(g, w->dkdv, K, rows, 2 * G);
+}
+
 enum { OF_EMBEDDING, OF_ATTENTION, OF_PROJECTIONS, OF_MLP, OF_NORMS, OF_HEAD, OF_OPTIMIZER, N_GROUPS };
 static const char *const group_names[] = {"embedding", "attention, RoPE", "matmuls q k v o", "MLP", "norms",
                                           "head, loss", "optimizer, clearing"};
@@ -8077,10 +8113,10 @@ enum { MICRO_STEP, FORWARD, AGAIN, BACKWARD, UPDATE, N_PHASES };    // FORWARD t
 static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const Config *c, const Plan *p,
                           double n) {
     const double N = (double)p->B * p->T, C = c->C, F = c->F, HD = (double)c->H * c->D;
-    const double W = HD + 2.0 * c->K * c->D, qk = (double)(c->H + c->K) * c->D, heads = (double)p->B * c->H;
+    const double W = HD + 2.0 * c->K * c->D, qk = (double)(c->H + c->K) * c->D;
     const double chunk = fmin(p->chunk, N), chunks = ceil(N / chunk), norm = pass(g, NORM_FORWARD, N, C);
     const double own = n / p->shard, dram = g->dram * 1e12;
-    const int G = c->H / c->K, by_default = g->mma_sync == 1 || is_hopper(g);
+    const int by_default = g->mma_sync == 1 || is_hopper(g);
     const int products = opt.mlp == MLP_PRODUCTS || (!opt.mlp && by_default);
     double *s = t[MICRO_STEP], *f = t[FORWARD], *a = t[AGAIN], *b = t[BACKWARD];
     memset(t, 0, sizeof(double) * N_PHASES * N_GROUPS);
@@ -8093,8 +8129,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     const double gate_up = products ? swiglu_product(g, 0, N, C, F) : product(g, N, 2 * F, C, 2, 0);
     f[OF_NORMS] = 2 * norm;
     f[OF_PROJECTIONS] = product(g, N, W, C, 2, 0) + product(g, N, C, HD, 2, 1);
-    f[OF_ATTENTION] = pass(g, ROPE_FORWARD, N, qk)
-                    + heads * mma_kernel(g, ATTENTION_FORWARD, c->D, G, p->T);
+    f[OF_ATTENTION] = pass(g, ROPE_FORWARD, N, qk) + attention_seconds(g, 0, c, p->B, p->T);
     f[OF_MLP] = gate_up + (products ? 0 : pass(g, SWIGLU_FORWARD, N, F)) + product(g, N, C, F, 2, 1);
     a[OF_PROJECTIONS] = p->recompute == RECOMPUTE_BLOCK ? f[OF_PROJECTIONS] : 0;
     a[OF_ATTENTION] = p->recompute == RECOMPUTE_BLOCK ? f[OF_ATTENTION] : 0;
@@ -8106,8 +8141,7 @@ static void compute_times(double t[N_PHASES][N_GROUPS], const GpuKind *g, const 
     b[OF_NORMS] = 2 * (pass(g, NORM_BACKWARD, N, C) + pass(g, NORM_SUMS, 0, C));
     b[OF_PROJECTIONS] = product(g, C, HD, N, 4, 1) + product(g, N, HD, C, 2, 0) + product(g, N, C, W, 2, 0)
                       + product(g, W, C, N, 4, 1);
-    b[OF_ATTENTION] = pass(g, ROPE_BACKWARD, N, qk)
-                    + heads * mma_kernel(g, ATTENTION_BACKWARD, c->D, G, p->T);
+    b[OF_ATTENTION] = pass(g, ROPE_BACKWARD, N, qk) + attention_seconds(g, 1, c, p->B, p->T);
     t[UPDATE][OF_OPTIMIZER] = pass(g, CLEAR_GRADS, p->zero >= 2 ? own : n, 1)
                             + pass(g, SUM_OF_SQUARES, own, 1) + pass(g, ADAMW, own, 1)
                             - (p->bf16_state ? 8 * own / dram : 0);

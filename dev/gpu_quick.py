@@ -193,14 +193,11 @@ def sanitizer():
 
 # ---- training -----------------------------------------------------------------------------------------------------------------------
 def modelled(s, T, B, chunk, total, mlp):
-    """Seconds of an update as dev/speed_model.py has it, and the parts of that; None where it has no counts for such heads"""
+    """Seconds of an update as dev/speed_model.py has it, and the parts of that"""
     with open(speed_model.COUNTS) as f:
         counts = speed_model.Counts(json.load(f)["runs"])
     speed_model.choose_device("h200", counts.runs)
-    try:
-        ops, update = speed_model.step_ops(counts, speed_model.Config(*s), B, T, "none", chunk, "fp32", mlp)
-    except SystemExit:
-        return None, [], []
+    ops, update = speed_model.step_ops(counts, speed_model.Config(*s), B, T, "none", chunk, "fp32", mlp)
     return total / (B * T) * sum(x.seconds * x.times for x in ops) + sum(x.seconds * x.times for x in update), ops, update
 
 
@@ -237,7 +234,7 @@ def layers(name, T, chunk, mlp, L=4, steps=0, label="", seconds=SECONDS):
         return
     t, _, _ = modelled(s, T, B, chunk, TOTAL, mlp)
     if TINY: steps = 3
-    if not steps: steps = max(6, min(60, round(seconds / t))) if t else 12
+    if not steps: steps = max(6, min(60, round(seconds / t)))
     folder = model_folder(f"{name}_L{L}", s)
     data = token_shard(s[0], 5 * TOTAL + 1)
     measure(label or f"{name} L {L}", ["--init-from", folder, "--train-data", data, "--seq-len", str(T), "--logits-chunk", str(chunk), "--mlp", mlp,

@@ -2,7 +2,7 @@
 """Modelled time of a training step of train_litespark.cu. Nothing here is measured on a GPU: every figure is MODELLED.
 
     dev/speed_model.py [--preset 3B] [--seq-len 4096] [--recompute none|mlp|block] [--batch-size 0] [--logits-chunk 0]
-                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp auto|passes|products] [--attention mma|wgmma] [--markdown]
+                       [--total-batch-tokens 1048576] [--optimizer-dtype fp32|bf16] [--device h100|h200|a100|b200|l40s|4090] [--mlp auto|passes|products] [--attention auto|mma|wgmma] [--markdown]
     dev/speed_model.py --kernels [--markdown]             the counts of each kernel: bytes, conflicts, instructions, time
     dev/speed_model.py --wgmma [--markdown]               kernels with wgmma and TMA (sm_90a), beside published figures
     dev/speed_model.py --check TRAINER                    the memory formula against the trainer's own --dry-run
@@ -23,9 +23,11 @@ Where the numbers come from
   attention  tensor + issue + SFU terms added up (mma.sync at 0.62 of 989.4 TFLOP/s; 4 warp instructions, 16 SFU lanes, 64 integer
            lanes and 128 shared bytes per clock and SM, 132 SMs, 1.755 GHz), no DRAM, or the shared or integer term where that takes
            longer; the sum times the factor that brings the same sum for FlashAttention-2's kernel (forward, backward) to its published speed.
-           --attention wgmma: the kernels of Hopper, largest term of a tile, times a factor from published figures of such kernels.
+           On Hopper that is --attention mma; what ships there (auto, wgmma): the largest term of a tile of the wgmma kernels, times a factor from published
+           figures of such kernels.
   launches what the gaps between them may cost is printed (LAUNCH_GAP), not added.
-  left out gaps between kernels, the host, latency, tails of the last wave, causal imbalance between blocks, NCCL, and power limits.
+  left out gaps between kernels, the host, latency, NCCL, power limits; but for the wgmma kernels of attention, whose blocks are played through, tails
+           of the last wave and causal imbalance between blocks.
 """
 import argparse
 import heapq
@@ -309,19 +311,20 @@ class Counts:
         k = self.total(run, kernel)
         return {q: k[q] / items * n for q in SUMS}
 
-    def attention(self, kernel, c, B, T):
-        """Per query head a + b T + c T^2, through the runs of FIT_T with the same head_dim and group."""
+    def attention(self, kernel, c, B, T, bytes_only=False):
+        """Per query head a + b T + c T^2, through the runs of FIT_T with the same head_dim and group. bytes_only: of a group as near as
+        can be, in proportion to head_dim."""
         group = c.H // c.K
         have = sorted({(r["D"], r["H"] // r["K"]) for n, r in self.runs.items() if n.startswith("attention")})
-        same = [x for x in have if x[0] == c.D] or sys.exit(f"speed_model: no counts for head_dim {c.D}: add it to RUNS and --measure")
-        D, G = min(same, key=lambda x: abs(x[1] - group))
+        same = [x for x in have if x[0] == c.D or bytes_only] or sys.exit(f"speed_model: no counts for head_dim {c.D}: add it to RUNS and --measure")
+        D, G = min(same, key=lambda x: (abs(x[1] - group), abs(x[0] - c.D)))
         runs = [f"attention D{D} G{G} T{t}" for t in FIT_T]
         t = FIT_T
         out = {}
         for q in SUMS:
             name = next(k for k in self.runs[runs[0]]["kernels"] if k.startswith(kernel))
             y = [self.total(n, name)[q] / self.runs[n]["H"] for n in runs]
-            out[q] = B * c.H * sum(y[i] * (T - t[(i + 1) % 3]) * (T - t[(i + 2) % 3]) / ((t[i] - t[(i + 1) % 3]) * (t[i] - t[(i + 2) % 3])) for i in range(3))
+            out[q] = c.D / D * B * c.H * sum(y[i] * (T - t[(i + 1) % 3]) * (T - t[(i + 2) % 3]) / ((t[i] - t[(i + 1) % 3]) * (t[i] - t[(i + 2) % 3])) for i in range(3))
         return out
 
     def name(self, run, start):
@@ -406,7 +409,7 @@ def counted_parameters(counts):
     return Config(r["V"], r["L"], r["C"], r["H"], r["K"], r["D"], r["F"], 1).n
 
 
-def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attention="mma"):
+def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attention="auto"):
     """Ops of a micro-step (N = B*T tokens) and of an update, in the order of the program."""
     N, C, F, L = B * T, c.C, c.F, c.L
     factor, backward_factor = fa2()[1], fa2_backward()[1]
@@ -415,7 +418,8 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attent
     width = lambda r: (r["H"] + r["K"]) * r["D"]
     rope = lambda kernel: counts.rows(kernel, N, (c.H + c.K) * c.D, "norm 1", "norm 3", width)
     mlp = lambda kernel: counts.rows(counts.name("mlp 1", kernel), N, F, "mlp 1", "mlp 2", lambda r: r["F"])
-    forward_attention = counts.attention("attention_forward", c, B, T)
+    if attention == "auto": attention = "wgmma" if HOPPER else "mma"
+    counted_attention = lambda kernel: counts.attention(kernel, c, B, T, attention == "wgmma")
     again = {"none": 0, "mlp": 0, "block": 1}[recompute] * (L - 1)      # the last layer's activations are still there
     again_up = {"none": 0, "mlp": 1, "block": 1}[recompute] * (L - 1)
     cls_rows = min(chunk, N)
@@ -440,7 +444,7 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attent
         memory_bound("norm", "final RMSNorm forward", 1, embed("rmsnorm_forward")),
         gemm("qkv forward", L + again, N, c.W, C),
         memory_bound("RoPE", "RoPE forward", L + again, rope(rope_forward)),
-        attention_op("attention forward", L + again, forward_attention, factor),
+        attention_op("attention forward", L + again, counted_attention("attention_forward"), factor),
         gemm("o forward + residual", L + again, N, C, c.HD, 2, True),
         *up,
         gemm("down forward + residual", L, N, C, F, 2, True),
@@ -458,8 +462,8 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attent
         gemm("gate/up backward w", L, 2 * F, C, N, 4, True),
         gemm("o backward w", L, C, c.HD, N, 4, True),
         gemm("o backward x", L, N, c.HD, C),
-        attention_op("attention backward: dq", L, counts.attention("attention_backward_dq", c, B, T), backward_factor),
-        attention_op("attention backward: dk dv", L, counts.attention("attention_backward_dkdv", c, B, T), backward_factor),
+        attention_op("attention backward: dq", L, counted_attention("attention_backward_dq"), backward_factor),
+        attention_op("attention backward: dk dv", L, counted_attention("attention_backward_dkdv"), backward_factor),
         memory_bound("RoPE", "RoPE backward", L, rope(rope_backward)),
         gemm("qkv backward x", L, N, C, c.W),
         gemm("qkv backward w", L, c.W, C, N, 4, True),
@@ -521,6 +525,12 @@ def planner_rows(counts):
     for name, kernel in (("GATE_UP_WGMMA", "gate_up_swiglu"), ("DOWN_WGMMA", "swiglu_down_backward")):     # per element of h, but for DRAM and the last tiles
         at = lambda C: wgmma_product_factor() * max(product_on_chip(C)) * WGMMA_PRODUCTS[kernel]["columns_per_f"] / (ROWS * COLUMNS * SMS * CLOCK) * 1e6
         out.append(row(name, 0, 0, (2 * at(1024) - at(2048), (at(2048) - at(1024)) / 1024, 0), (0, 0, 0)))
+    out += ["};", "static const WgmmaAttention wgmma_attention[] = {   // clocks: start and end of a block, a tile"]
+    whole = lambda *xs: ", ".join(f"{x:.0f}" for x in xs)
+    for D in WGMMA_WIDTHS:
+        (_, dq), (_, dkdv) = wgmma_backward(TILE, 1, 1, D)
+        (forward, backward), blocks = wgmma_factors(), [wgmma_block(x) for x in (wgmma_forward(TILE, 1, D)[1], dq, dkdv)]
+        out.append(f"    {{{D}, " + ", ".join(f"{{{whole(f * ends, f * tile)}}}" for f, (ends, tile) in zip((forward, backward, backward), blocks)) + "},")
     return "\n".join(out + ["};"]) + "\n"
 
 
@@ -555,7 +565,7 @@ def planner(counts, what):
         for preset, T in (("3B", 4096), ("30B", 4096), ("llama3.2-1B", 1024)):
             ops, update = step_ops(counts, Config(*PRESETS[preset]), 1, T, "none", DEFAULT_CHUNK, "fp32", "passes")
             for x in ops + update:
-                if x.group != "GEMM" and x.limit not in ("dram", "tensor+issue+sfu"):
+                if x.group != "GEMM" and not (HOPPER and x.group == "attention") and x.limit not in ("dram", "tensor+issue+sfu"):
                     print(f"speed_model: the planner leaves out that {x.name} is bound by {x.limit} on {device} ({preset})")
                     bad = True
     return 1 if bad else 0
@@ -579,18 +589,27 @@ def wgmma_clocks(scores, tensor, shared, instructions):
     return {k: work[k] / WGMMA_SM[k] for k in work}
 
 
+def wgmma_block(clocks):
+    """Clocks of a block of n tiles: (a, b) of a + b n. Beside the first scores and the last product runs nothing."""
+    tile = max(clocks.values())
+    return TMA_CLOCKS + clocks["tensor"] + max(clocks["exponentials"], clocks["instructions"]) - tile, tile
+
+
 def wgmma_seconds(blocks, clocks):
     """blocks: the tiles of each, in the order of the grid; each goes to the SM that is free first."""
-    ends = TMA_CLOCKS + clocks["tensor"] + max(clocks["exponentials"], clocks["instructions"])     # first scores, last product: nothing runs beside them
+    ends, tile = wgmma_block(clocks)
     free = [0.0] * SMS
     heapq.heapify(free)
-    for tiles in blocks: heapq.heappush(free, heapq.heappop(free) + ends + (tiles - 1) * max(clocks.values()))
+    for tiles in blocks: heapq.heappush(free, heapq.heappop(free) + ends + tiles * tile)
     return max(free) / CLOCK
+
+
+WGMMA_WIDTHS = (64, 96, 104, 128)       # compiled: with_wgmma_width() in train_litespark.cu; a head takes the narrowest that holds it
 
 
 def wgmma_widths(D):
     """What is computed of D: the depth of the scores (steps of 16), the columns of out, dq, dk and dv. And the width of the tiles that TMA writes."""
-    columns = next(w for w in (64, 96, 104, 128) if D <= w)
+    columns = next(w for w in WGMMA_WIDTHS if D <= w)
     return -(-columns // 16) * 16, columns, 64 if D <= 64 else 128
 
 
@@ -767,11 +786,16 @@ def print_wgmma_products(markdown):
     print(f"Factor {factor:.3f}: fast.cu's product of 4096 x 4096 x 4096 in this model to its published {PLAIN_PUBLISHED[4096] / 1e12:.0f} TFLOP/s on an H100. DRAM at {DRAM / 1e12:.1f} TB/s.")
 
 
-def wgmma_attention(op, c, B, T):
-    """op as its wgmma kernel: the model times what it is off at T 4096, 64 heads of 128, from cuDNN's published figures on an H200. Bytes stay as counted."""
+def wgmma_factors():
+    """(forward, backward): the model to cuDNN's published figures on an H200, T 4096, 64 heads of 128. Backward that of a pass like cuDNN's."""
     n, heads = 4096, 64
-    off = {"attention forward": 2.0 * n * n * 128 * heads / wgmma_forward(n, heads, 128)[0] / 591e12}
-    off["attention backward: dq"] = off["attention backward: dk dv"] = 5.0 * n * n * 128 * heads / wgmma_one_pass(n, heads)[0] / 474e12
+    return 2.0 * n * n * 128 * heads / wgmma_forward(n, heads, 128)[0] / 591e12, 5.0 * n * n * 128 * heads / wgmma_one_pass(n, heads)[0] / 474e12
+
+
+def wgmma_attention(op, c, B, T):
+    """op as its wgmma kernel: the model times its factor. Bytes stay as counted."""
+    forward, backward = wgmma_factors()
+    off = {"attention forward": forward, "attention backward: dq": backward, "attention backward: dk dv": backward}
     if op.name not in off: return
     dq, dkdv = wgmma_backward(T, B * c.H, B * c.K, c.D)
     t, clocks = {"attention forward": wgmma_forward(T, B * c.H, c.D), "attention backward: dq": dq, "attention backward: dk dv": dkdv}[op.name]
@@ -941,7 +965,7 @@ def main():
     p.add_argument("--device", default="h100", choices=list(DEVICES))
     p.add_argument("--memory-gib", type=float, default=0, help="0: the device's")
     p.add_argument("--mlp", default="auto", choices=["auto", "passes", "products"])
-    p.add_argument("--attention", default="mma", choices=["mma", "wgmma"])
+    p.add_argument("--attention", default="auto", choices=["auto", "mma", "wgmma"])
     p.add_argument("--markdown", action="store_true")
     p.add_argument("--kernels", action="store_true")
     p.add_argument("--wgmma", action="store_true")
@@ -1006,15 +1030,12 @@ def main():
 
     # targets
     forward = next(x for x in ops if x.name == "attention forward")
-    q = counts.attention("attention_forward", c, B, T)
     causal_flops = 4.0 * B * c.H * T * T / 2 * c.D
-    fa_speed, factor, fa_terms = fa2()
     small = 16384 / N * seconds(ops) + seconds(update)
     norms = [(x.name, x.sectors / x.compulsory) for x in ops + update if x.group not in ("GEMM", "attention") and x.compulsory]
     worst, others = max(norms, key=lambda x: x[1]), max((x for x in norms if x[0] != "embedding forward"), key=lambda x: x[1])
     shown = [(counts.name(run, start), run) for start, run, _ in kernel_rows(counts)]
     bank = max(((n, max(counts.total(run, n)[x] for x in ("bank_loads", "bank_stores"))) for n, run in shown), key=lambda x: x[1])
-    raw = causal_flops / attention_sum(q) / 1e12
     rows = [["non-GEMM, non-attention time", "<= 12% of the step", f"{100 * rest / step:.2f}%", verdict(rest <= 0.12 * step)],
             ["the same, with 16384 tokens per update", "(shown)", f"{100 * (16384 / N * (seconds([x for x in ops if x.group not in ('GEMM', 'attention')])) + seconds(update)) / small:.2f}%, "
              f"AdamW {100 * update[2].seconds / small:.2f}%", "-"],
@@ -1025,8 +1046,21 @@ def main():
         rows += [["non-GEMM bytes per token and layer", f"<= {TARGET_BYTES}", f"{ours:.0f}", verdict(ours <= TARGET_BYTES)],
                  ["against LLM.Q's default, which saves 91,720 B per token and layer", f"< {LLMQ_SUM}", f"{ours:.0f}", verdict(ours < LLMQ_SUM)],
                  ["against LLM.Q with our saved set (norm + swiglu)", f"< {LLMQ_SAME}", f"{ours:.0f}", verdict(ours < LLMQ_SAME)]]
-    rows += [["attention forward, tensor + issue + SFU", ">= 300 TFLOP/s" if c.D == 128 and T == 4096 else "(shown)", f"{raw:.0f} TFLOP/s; with the factor {raw / factor:.0f}; executed "
-              f"{q['mma_flops'] / causal_flops:.3f} of the causal FLOPs", verdict(raw >= 300) if c.D == 128 and T == 4096 else "-"]]
+    wgmma = o.attention == "wgmma" or (o.attention == "auto" and HOPPER)
+    if wgmma:
+        rows += [["attention forward, with wgmma", "(shown)", f"{causal_flops / forward.seconds / 1e12:.0f} TFLOP/s, the factor in it", "-"]]
+        table(["target", "wanted", "modelled", ""], rows, md)
+    else: print_mma_attention(counts.attention("attention_forward", c, B, T), causal_flops, c.D == 128 and T == 4096, rows, md)
+    print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, micro, step, counts, md)
+    return 0
+
+
+def print_mma_attention(q, causal_flops, as_published, rows, md):
+    """The table of targets (rows) with that of attention with mma.sync, and what its factors come from."""
+    fa_speed, factor, fa_terms = fa2()
+    raw = causal_flops / attention_sum(q) / 1e12
+    rows += [["attention forward, tensor + issue + SFU", ">= 300 TFLOP/s" if as_published else "(shown)", f"{raw:.0f} TFLOP/s; with the factor {raw / factor:.0f}; executed "
+              f"{q['mma_flops'] / causal_flops:.3f} of the causal FLOPs", verdict(raw >= 300) if as_published else "-"]]
     table(["target", "wanted", "modelled", ""], rows, md)
     print("Calibration: the same sum for FlashAttention-2 forward (hd 128, causal, T 4096) is " + " + ".join(f"{t} {us:.1f}" for t, us in fa_terms.items())
           + f" us = {fa_speed / 1e12:.0f} TFLOP/s; published {FA2['published'] / 1e12:.0f}; factor {factor:.3f} on the sum of the forward kernel. Backward (full square, T 2048 counted, published for T 4096): modelled "
@@ -1034,8 +1068,6 @@ def main():
     terms = {t: q[t] for t in ("tensor_us", "issue_us", "sfu_us", "shared_us", "int_us")}
     print("Attention forward, one launch: " + ", ".join(f"{t[:-3]} {v:.1f} us" for t, v in terms.items())
           + f"; largest single term alone: {causal_flops / max(terms.values()) / 1e6:.0f} TFLOP/s.\n")
-    print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, micro, step, counts, md)
-    return 0
 
 
 def print_choices(c, T, B, o, chunk, state_bytes, memory, ours, ops, update, micro, step, counts, md):
