@@ -8434,8 +8434,11 @@ void plan_report(const Config *c, const Machine *machine) {
 //   packing       panels of a (MR rows) and of b (NR columns) that do not lie well are copied into the order
 //                 in which the micro-kernel reads: contiguous, no conflicts of pages or cache sets, and zeros
 //                 instead of what lies beyond the last column.
-//   blocking      k is cut into slices of at most KC: a panel of a stays in the L1 cache, NC columns of b in
-//                 L2 while they are reused.
+//   blocking      k is cut into slices of at most KC. Where b is packed, a panel of a stays in the L1 cache
+//                 and a block of b in L2 while tiles go along the columns; where b is read in place, MC rows
+//                 of a and a panel of b stay in L2 while tiles go down the rows.
+//   prefetch      what comes from memory is asked for a tile or 16 steps of k before it is needed, a line or
+//                 two at a time: many at once would hold up the loads of the micro-kernel.
 //   threads       out is cut into blocks of rows and columns. A thread takes a block from packing to the last
 //                 slice, so there is no barrier but the last, and a thread that the system holds up holds up
 //                 nobody else.
@@ -8455,13 +8458,13 @@ enum {
     LANES = VEC_BYTES / (int)sizeof(floatX), NR = 2 * LANES,
     CACHE_LINE = 64 / (int)sizeof(floatX),
     KC = 512, MC = 144,                     // multiples of MR and NR; fp32 sums of 512 terms stay accurate
-    NC = VEC_BYTES == 64 ? 512 : 1024,      // 512: 1 MiB of b, half of the L2 of the CPUs with AVX-512
-    NC_IN_PLACE = 1024,                     // where only a is packed: once more for each NC columns
+    B_BLOCK = 192*1024,                     // packed elements of b: 768 KiB, three quarters of an L2 of 1 MiB
+    KC_BOTH = 384,                          // where both are packed: more columns for each packing of a
     AHEAD = 16,                             // steps of k from the prefetch of b to its use
     PACK_CHUNK = 128,                       // steps of k that transposing takes at a time: output stays in L1
     PACK_AHEAD = 8,                         // rows from packing's prefetch to its use: memory is slow
     TILE_KC = 128,                          // slice of matmul_tile: its panel of b lies on the stack
-    PACK_SIZE = (MC + NC) * KC              // one thread's scratch, in elements
+    PACK_SIZE = MC*KC + B_BLOCK             // one thread's scratch, in elements
 };
 // Vec lives in a register; the _mem types lie at any address, over elements that other code reads as floatX.
 typedef floatX Vec __attribute__((vector_size(VEC_BYTES)));
@@ -8496,26 +8499,38 @@ static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i
 // inlined: loops over them unroll and `sum` is registers. Two rows share one pointer: x86 has 16 of them. a's
 // strides are numbers, not an Operand: that goes through the stack, written in pieces and read in others, and
 // such a read waits until all stores before it, those of the last tile, are in the cache (up to 15% slower).
+// What comes next: with `later` NULL b goes on behind its K rows, for the next tile; else that tile has the
+// same b, and the lines at later, later + ldb, ... (K of them) are for tiles after it.
 static inline __attribute__((always_inline))
 void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, const floatX *a, size_t row,
-                  size_t col, const floatX *b, size_t ldb, int K, int accumulate) {
+                  size_t col, const floatX *b, size_t ldb, int K, int accumulate, const floatX *later) {
     Vec sum[MR][2];
-    const floatX *a_row[(MR + 1) / 2];
+    const floatX *a_row[(MR + 1) / 2], *const first = b;
     UNROLL
     for (int i = 0; i < rows; i++) {
         sum[i][0] = sum[i][1] = (Vec){0};
         if (i % 2 == 0) a_row[i/2] = a + i*row;
-        __builtin_prefetch(out + i*ldo);
-        __builtin_prefetch(out + i*ldo + vecs*LANES - 1);
     }
-    for (size_t k = 0, offset = 0; k < (size_t)K; k++, offset += col, b += ldb) {
-        const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + (vecs - 1)*LANES);
-        for (int j = 0; j < vecs*LANES; j += CACHE_LINE) __builtin_prefetch(b + AHEAD*ldb + j);
-        UNROLL
-        for (int i = 0; i < rows; i++) {
-            const floatX a_ik = a_row[i/2][offset + (i % 2)*row];
-            sum[i][0] += a_ik * b0;
-            if (vecs == 2) sum[i][1] += a_ik * b1;
+    size_t offset = 0;
+    for (int k = 0; k < K; k += AHEAD) {
+        if (k / AHEAD < rows) {                 // a row of out per AHEAD steps
+            __builtin_prefetch(out + k/AHEAD*ldo);
+            __builtin_prefetch(out + k/AHEAD*ldo + vecs*LANES - 1);
+        }
+        const int64_t soon = later && k + AHEAD >= K ? first - b : (int64_t)(AHEAD*ldb);
+        for (const floatX *end = b + min_int(AHEAD, K - k)*ldb; b != end; b += ldb, offset += col) {
+            const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + (vecs - 1)*LANES);
+            for (int j = 0; j < vecs*LANES; j += CACHE_LINE) __builtin_prefetch(b + soon + j);
+            if (later) {
+                __builtin_prefetch(later, 0, 2);                // to L2
+                later += ldb;
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                const floatX a_ik = a_row[i/2][offset + (i % 2)*row];
+                sum[i][0] += a_ik * b0;
+                if (vecs == 2) sum[i][1] += a_ik * b1;
+            }
         }
     }
     UNROLL
@@ -8527,11 +8542,16 @@ void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, const
         }
 }
 
-// A full tile of a packed panel of a: its strides are constants inside the instructions.
+// Full tiles: of a packed panel of a, whose strides are constants inside the instructions; of both in place.
 static __attribute__((noinline))
 void micro_kernel_packed(floatX *out, size_t ldo, const floatX *a, const floatX *b, size_t ldb, int K,
-                         int accumulate) {
-    micro_kernel(MR, 2, out, ldo, a, 1, MR, b, ldb, K, accumulate);
+                         int accumulate, const floatX *later) {
+    micro_kernel(MR, 2, out, ldo, a, 1, MR, b, ldb, K, accumulate, later);
+}
+static __attribute__((noinline))
+void micro_kernel_in_place(floatX *out, size_t ldo, const floatX *a, size_t row, const floatX *b, size_t ldb,
+                           int K, int accumulate, const floatX *later) {
+    micro_kernel(MR, 2, out, ldo, a, row, 1, b, ldb, K, accumulate, later);
 }
 
 // Any strides, any number of rows, one or two vectors of columns.
@@ -8539,8 +8559,8 @@ static void micro_kernel_rows(int rows, int vecs, floatX *out, size_t ldo, const
                               size_t col, const floatX *b, size_t ldb, int K, int accumulate) {
     switch (2*rows + vecs) {
 #define CASE(n) \
-        case 2*n + 1: micro_kernel(n, 1, out, ldo, a, row, col, b, ldb, K, accumulate); break; \
-        case 2*n + 2: micro_kernel(n, 2, out, ldo, a, row, col, b, ldb, K, accumulate); break;
+        case 2*n + 1: micro_kernel(n, 1, out, ldo, a, row, col, b, ldb, K, accumulate, NULL); break; \
+        case 2*n + 2: micro_kernel(n, 2, out, ldo, a, row, col, b, ldb, K, accumulate, NULL); break;
         MATMUL_ROWS(CASE)
 #undef CASE
     }
@@ -8636,31 +8656,39 @@ static void matmul_block(floatX *out, size_t ldo, Operand a, Operand b, int M, i
     const int a_in_place = a.col == 1 && !rows_collide(a.row, MR);
     const int b_in_place = b.col == 1 && b.row * sizeof(floatX) % 2048 != 0;
     const size_t a_row = a_in_place ? a.row : 1, a_col = a_in_place ? a.col : (size_t)MR;
-    const int slice = slice_size(K, KC), nc = b_in_place && !a_in_place && N % LANES == 0 ? NC_IN_PLACE : NC;
+    const int slice = slice_size(K, a_in_place || b_in_place ? KC : KC_BOTH);
+    const int nc = b_in_place ? N : B_BLOCK / slice / NR * NR;
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
         for (int j0 = 0; j0 < N; j0 += nc) {
-            const int nk = min_int(slice, K - k0), nj = min_int(nc, N - j0);
+            const int nk = min_int(slice, K - k0), nj = min_int(nc, N - j0), panels_j = div_up(nj, NR);
             // columns of b read where they lie; a tile that ends inside a vector is packed as a whole, so
             // that no load passes the end of b
             const int own = !b_in_place ? 0 : nj % LANES == 0 ? nj : nj / NR * NR;
             const Operand columns = {at(b, k0, j0 + own), b.col, b.row};        // transposed: pack's (n,K)
             pack(packed_b, NR, columns, nj - own, nk);
             for (int i0 = 0; i0 < M; i0 += MC) {
-                const int ni = min_int(MC, M - i0);
+                const int ni = min_int(MC, M - i0), panels_i = div_up(ni, MR);
                 const Operand block = {at(a, i0, k0), a.row, a.col};
                 if (!a_in_place) pack(packed_a, MR, block, ni, nk);
-                for (int i = 0; i < ni; i += MR)    // the panel of a stays in L1, those of b stream past it
-                    for (int j = 0; j < nj; j += NR) {
-                        floatX *o = out + (i0 + i)*ldo + j0 + j;
-                        const floatX *panel = a_in_place ? at(block, i, 0) : packed_a + (size_t)i*nk;
-                        const floatX *panel_b = j < own ? at(b, k0, j0 + j) : packed_b + (size_t)(j - own)*nk;
-                        const size_t ldb = j < own ? b.row : (size_t)NR;
-                        const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j);
-                        const int add = accumulate || k0 > 0;
-                        if (rows == MR && cols == NR && !a_in_place)
-                            micro_kernel_packed(o, ldo, panel, panel_b, ldb, nk, add);
-                        else micro_tile(o, ldo, panel, a_row, a_col, panel_b, ldb, rows, cols, nk, add);
-                    }
+                for (int t = 0; t < panels_i * panels_j; t++) {
+                    const int i = MR * (b_in_place ? t % panels_i : t / panels_j);
+                    const int j = NR * (b_in_place ? t / panels_i : t % panels_j);
+                    floatX *o = out + (i0 + i)*ldo + j0 + j;
+                    const floatX *panel = a_in_place ? at(block, i, 0) : packed_a + (size_t)i*nk;
+                    const floatX *panel_b = j < own ? at(b, k0, j0 + j) : packed_b + (size_t)(j - own)*nk;
+                    const size_t ldb = j < own ? b.row : (size_t)NR;
+                    const int rows = min_int(MR, ni - i), cols = min_int(NR, nj - j);
+                    const int add = accumulate || k0 > 0;
+                    const floatX *later = b_in_place ? panel_b : NULL;
+                    // b's next panel comes from memory: the first tiles ask for it, a line per row and tile
+                    if (b_in_place && i0 == 0 && i/MR < NR/CACHE_LINE && j + 2*NR <= own)
+                        later += NR + i/MR*CACHE_LINE;
+                    if (rows == MR && cols == NR && !a_in_place)
+                        micro_kernel_packed(o, ldo, panel, panel_b, ldb, nk, add, later);
+                    else if (rows == MR && cols == NR && later)
+                        micro_kernel_in_place(o, ldo, panel, a_row, panel_b, ldb, nk, add, later);
+                    else micro_tile(o, ldo, panel, a_row, a_col, panel_b, ldb, rows, cols, nk, add);
+                }
             }
         }
 }
