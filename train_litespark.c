@@ -8718,11 +8718,15 @@ void matmul(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
     const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
     const int n_threads = (double)M*N*K < 1e6 ? 1 : omp_get_max_threads();  // less: waking costs more
     floatX *scratch = matmul_scratch(n_threads);
+    if (n_threads == 1) {
+        matmul_block(out, (size_t)ldo, x, y, M, N, K, accumulate, scratch);
+        return;
+    }
     int block_m = M, block_n = N;
     double least = 1e300;
     // up to four blocks per thread, least work for the thread that has the most. To pack an element, which
     // every block does for itself, costs about 16 multiply-adds, to read it where it lies about 2
-    for (int m = 1; m <= 4*n_threads && n_threads > 1; m++)
+    for (int m = 1; m <= 4*n_threads; m++)
         for (int n = 1; m*n <= 4*n_threads; n++) {
             const int rows = div_up(div_up(M, MR), m) * MR, cols = div_up(div_up(N, NR), n) * NR;
             const double each = (double)rows*cols + (trans_a ? 16.0 : 2.0)*rows + (trans_b ? 16.0 : 2.0)*cols;
