@@ -519,6 +519,21 @@ def test_characters_are_text_below_all_merges(d):
     check("encodes", trainer_encoder(d, f"{d}/tokenizer.bin")("ab\u00e9c") == [5, 7, 4])
 
 
+def test_dropout_of_a_tokenizer_is_left_out(d):
+    """A text has the same tokens each time, those without dropout, by tokens.py and by the tokenizer.json that it leaves."""
+    path = next(t[1] for t in hf_encoders(d) if t[0] == "tokenizers byte-level")
+    with open(path, encoding="utf-8") as f:
+        spec = json.load(f)
+    text = save(f"{d}/in.txt", long_text(3000))
+    must(text, "--tokenizer", path, "--out", f"{d}/o", "--val-fraction", 0)
+    with_dropout = save(f"{d}/dropout/tokenizer.json", json.dumps(dict(spec, model=dict(spec["model"], dropout=0.5))))
+    r = run(text, "--tokenizer", with_dropout, "--out", f"{d}/p", "--val-fraction", 0)
+    check("dropout is named", r.returncode == 0 and "dropout of 0.5" in r.stderr, r.stderr)
+    check("tokens without dropout", shard_ids(f"{d}/p", "train") == shard_ids(f"{d}/o", "train"))
+    with open(f"{d}/p/tokenizer.json", encoding="utf-8") as f:
+        check("nothing else is changed", json.load(f) == spec)
+
+
 def test_auto_tokenizer(d):
     """What lies beside the shards goes into checkpoints: there AutoTokenizer gives the ids of the shards, BOS included."""
     tk, tokens = library("tokenizers"), importlib.import_module("tokens")

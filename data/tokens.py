@@ -323,6 +323,11 @@ def hf_tokenizer(path, data):
     kind = model.get("type") or ("BPE" if "merges" in model else None)
     if kind != "BPE":
         raise UserError(f"{path}: tokenizer model {kind} is not supported, BPE is; use another tokenizer")
+    if model.get("dropout"):        # the library obeys it wherever it encodes (findings/tokenizers_keep_dropout_on.sh)
+        print(f"note: {path}: its dropout of {model['dropout']:g}, by which a text has other tokens each time, is left out here and "
+              "in the tokenizer.json of --out", file=sys.stderr)
+        model["dropout"] = None
+        data = json.dumps(spec, ensure_ascii=False).encode()
     byte_of = gpt2_bytes()
     byte_level = any(p.get("type") == "ByteLevel" for p in parts([spec.get("pre_tokenizer"), spec.get("decoder")]))
 
