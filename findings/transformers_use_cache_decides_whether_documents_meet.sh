@@ -4,9 +4,9 @@
 # them apart, but only without a cache and without an attention_mask. LlamaModel makes a cache wherever use_cache is true, as
 # it is in every config by default (Trainer sets it false for its own run), and a mask of ones, which masks nothing, counts as
 # a mask, too. So the same row has another loss in a loop of one's own than in Trainer: there its documents are one text. And
-# activation checkpointing, which should change no number, turns the cache off (it says so), and the documents part. The other way
-# round, position_ids with a gap, by which methods for long contexts train far positions on short rows, are one text with a
-# cache and two texts without.
+# activation checkpointing, which should change no number, turns the cache off (it says so), and the documents part. The
+# other way round, position_ids with a gap, by which methods for long contexts train far positions on short rows, are one text
+# with a cache and two texts without.
 # Seen: the loss of a random model over documents of 5 and 7 tokens is 8.1364 with each alone; packed, 8.1364 with
 # use_cache=False, 8.5502 by default, 8.5502 with use_cache=False and a mask of ones, 8.1364 by default with activation
 # checkpointing. One text of 12 tokens with positions 0 to 4 and 100 to 106: 8.3942 by default, 8.2318 with use_cache=False. The
