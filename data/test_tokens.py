@@ -244,6 +244,18 @@ def test_every_file_is_read_or_named(d):
             refused(f"{name} {kind}", [path, "damaged"], path, "--out", f"{d}/{name}{kind}")
             with open(f"{d}/{name}{kind}/tokens.json") as f:
                 check(f"{name} {kind} is not complete", json.load(f)["complete"] is False)
+    # two frames one after the other; a second one whose first byte is wrong, which lzma and bz2 take for the end
+    for kind, data in whole.items():
+        must(save(f"{d}/two.txt.{kind}", data + data), "--out", f"{d}/two{kind}", "--val-fraction", 0)
+        check(f"two frames of {kind}", texts_of(f"{d}/two{kind}") == [text.decode() * 2])
+        damaged = save(f"{d}/second.txt.{kind}", data + bytes([data[0] ^ 1]) + data[1:])
+        refused(f"second frame of {kind}", [damaged, "damaged"], damaged, "--out", f"{d}/second{kind}")
+    # zeros that the .xz format allows between two streams and after them, in fours; not before the first
+    xz = whole["xz"]
+    must(save(f"{d}/padded.txt.xz", xz + bytes(8) + xz + bytes(6000)), "--out", f"{d}/padded", "--val-fraction", 0)
+    check("an .xz file with stream padding", texts_of(f"{d}/padded") == [text.decode() * 2])
+    for name, data in ("between", xz + bytes(5) + xz), ("after", xz + bytes(6002)), ("before", bytes(4) + xz):
+        refused(f"zeros {name}", ["damaged xz"], save(f"{d}/{name}.txt.xz", data), "--out", f"{d}/o{name}")
     refused("cut.txt.zst", ["damaged", "inside a frame"], shared("faults/cut.txt.zst"), "--out", f"{d}/o1")
     check("a window of 2^28", "200 documents" in must(shared("faults/window_2_28.jsonl.zst"), "--out", f"{d}/o2",
                                                       "--val-fraction", 0))
@@ -505,6 +517,21 @@ def test_characters_are_text_below_all_merges(d):
     check("characters", all(-1e29 < score[c] < score[b"abc"] < score[b"ab"] for c in (b"a", b"b", b"c", "\u00e9".encode())), score)
     check("what no merge makes", all(score[c] < -1e29 for c in (b"<unk>", b"<0x61>", b"lone")), score)
     check("encodes", trainer_encoder(d, f"{d}/tokenizer.bin")("ab\u00e9c") == [5, 7, 4])
+
+
+def test_dropout_of_a_tokenizer_is_left_out(d):
+    """A text has the same tokens each time, those without dropout, by tokens.py and by the tokenizer.json that it leaves."""
+    path = next(t[1] for t in hf_encoders(d) if t[0] == "tokenizers byte-level")
+    with open(path, encoding="utf-8") as f:
+        spec = json.load(f)
+    text = save(f"{d}/in.txt", long_text(3000))
+    must(text, "--tokenizer", path, "--out", f"{d}/o", "--val-fraction", 0)
+    with_dropout = save(f"{d}/dropout/tokenizer.json", json.dumps(dict(spec, model=dict(spec["model"], dropout=0.5))))
+    r = run(text, "--tokenizer", with_dropout, "--out", f"{d}/p", "--val-fraction", 0)
+    check("dropout is named", r.returncode == 0 and "dropout of 0.5" in r.stderr, r.stderr)
+    check("tokens without dropout", shard_ids(f"{d}/p", "train") == shard_ids(f"{d}/o", "train"))
+    with open(f"{d}/p/tokenizer.json", encoding="utf-8") as f:
+        check("nothing else is changed", json.load(f) == spec)
 
 
 def test_auto_tokenizer(d):

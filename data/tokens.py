@@ -323,6 +323,11 @@ def hf_tokenizer(path, data):
     kind = model.get("type") or ("BPE" if "merges" in model else None)
     if kind != "BPE":
         raise UserError(f"{path}: tokenizer model {kind} is not supported, BPE is; use another tokenizer")
+    if model.get("dropout"):        # the library obeys it wherever it encodes (findings/tokenizers_keep_dropout_on.sh)
+        print(f"note: {path}: its dropout of {model['dropout']:g}, by which a text has other tokens each time, is left out here and "
+              "in the tokenizer.json of --out", file=sys.stderr)
+        model["dropout"] = None
+        data = json.dumps(spec, ensure_ascii=False).encode()
     byte_of = gpt2_bytes()
     byte_level = any(p.get("type") == "ByteLevel" for p in parts([spec.get("pre_tokenizer"), spec.get("decoder")]))
 
@@ -667,12 +672,14 @@ def find_source(row, key, where):
     return value
 
 
-class Zstd(io.RawIOBase):
-    """The text of a .zst file. The library's own reader takes a file that ends inside a frame for a whole one."""
-    def __init__(self, raw):
-        library = need("zstandard")      # a frame of `zstd --long=31` needs 2 GiB, which is refused by default
-        self.raw, self.decompressor = raw, library.ZstdDecompressor(max_window_size=1 << 31)
-        self.frame, self.rest, self.text = None, b"", memoryview(b"")
+class Frames(io.RawIOBase):
+    """The text of a file of zstd frames, or of xz or bzip2 streams, one after the other; frame() begins to decode one.
+    The libraries' own readers lose text in silence: zstandard's takes a file that ends inside a frame for a whole one;
+    those of lzma and bz2 (Python 3.11.7, 3.13.0) end at what is no stream, be it damage or the zeros that the .xz format
+    allows between two streams (findings/python_ends_an_xz_file_at_its_padding.sh)."""
+    def __init__(self, raw, frame, padding):
+        self.raw, self.begin, self.padding = raw, frame, padding
+        self.frame, self.rest, self.text, self.zeros = None, b"", memoryview(b""), None     # zeros: since the last frame
 
     def readable(self):
         return True
@@ -683,14 +690,25 @@ class Zstd(io.RawIOBase):
             if not data:
                 if self.frame:
                     raise EOFError("it ends inside a frame")
+                self.check_padding()
                 return 0
-            self.frame = self.frame or self.decompressor.decompressobj()
+            if self.zeros is not None:
+                self.zeros, data = self.zeros + len(data), data.lstrip(b"\0")
+                self.zeros -= len(data)
+                if not data:
+                    continue
+                self.check_padding()
+            self.frame, self.zeros = self.frame or self.begin(), None
             self.text = memoryview(self.frame.decompress(data))
             if self.frame.eof:
-                self.frame, self.rest = None, self.frame.unused_data
+                self.frame, self.rest, self.zeros = None, self.frame.unused_data, 0 if self.padding else None
         n = min(len(buffer), len(self.text))
         buffer[:n], self.text = self.text[:n], self.text[n:]
         return n
+
+    def check_padding(self):
+        if (self.zeros or 0) % 4:
+            raise EOFError(f"{self.zeros} zeros between its streams, which is no multiple of 4")
 
 
 class Hashed(io.RawIOBase):
@@ -720,11 +738,14 @@ def file_hash(path):
 def open_input(path, raw):
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".zst"):
-        return io.BufferedReader(Zstd(raw), BATCH)
-    if path.endswith((".xz", ".bz2")):
-        return need("lzma" if path.endswith(".xz") else "bz2").open(raw)
-    return raw
+    ending = os.path.splitext(path)[1]
+    if ending == ".zst":        # a frame of `zstd --long=31` needs 2 GiB, which is refused by default
+        frame = need("zstandard").ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    elif ending in (".xz", ".bz2"):
+        frame = need("lzma").LZMADecompressor if ending == ".xz" else need("bz2").BZ2Decompressor
+    else:
+        return raw
+    return io.BufferedReader(Frames(raw, frame, padding=ending == ".xz"), BATCH)
 
 
 def refuse_wide(path, head):

@@ -247,11 +247,12 @@ def errors(got, want):
     return worst
 
 
-def write_shard(path, tokens, vocab_size):
-    """llm.c's uint16 token shard; words 3 and 4 are the vocabulary size and the CRC-32 of the tokens."""
+def write_shard(path, tokens, vocab_size, eod=-1):
+    """llm.c's uint16 token shard; words 3 to 5 are the vocabulary size, the CRC-32 of the tokens and eod + 1, the id that
+    ends a document, plus one."""
     data = struct.pack(f"<{len(tokens)}H", *tokens)
     with open(path, "wb") as f:
-        f.write(struct.pack("<256I", 20240520, 1, len(tokens), vocab_size, zlib.crc32(data), *[0] * 251) + data)
+        f.write(struct.pack("<256I", 20240520, 1, len(tokens), vocab_size, zlib.crc32(data), eod + 1, *[0] * 250) + data)
 
 
 def write(name, seed):

@@ -6,7 +6,8 @@
 
 For small random Llama (rope type llama3), Mistral, Qwen2 and Qwen3 models:
   1. save_pretrained -> litespark: evaluation loss 1e-5, gradient of every tensor 1e-5 (relative L2), from fp32, bf16 and
-     sharded files, and from config.json as transformers 4 and as transformers 5 write it;
+     sharded files, and from config.json as transformers 4 and as transformers 5 write it; packed documents under
+     --document-mask on have the loss of transformers' packed rows;
   2. litespark -> from_pretrained: a pass through litespark keeps every bit; checkpoints of runs from --config and
      --init-from load with no missing or unexpected key and have the loss that litespark reports for them; greedy text;
   3. every file litespark wrote opens in the safetensors library, with the expected dtypes and shapes;
@@ -133,9 +134,9 @@ class Litespark:
         return subprocess.run([self.binary, "--init-from", folder, "--seq-len", str(T), "--out", self.work + "/no", *options],
                               capture_output=True)
 
-    def evaluate(self, name, folder, val):
+    def evaluate(self, name, folder, val, *options):
         """Loss over all windows of `val`, from the log; NaN after a failed check."""
-        done = self.run(name, "--init-from", folder, "--eval-only", "--val-data", val, "--val-batches", 0)
+        done = self.run(name, "--init-from", folder, "--eval-only", "--val-data", val, "--val-batches", 0, *options)
         if not done:
             return float("nan")
         with open(os.path.join(done[0], "eval.jsonl")) as f:
@@ -144,6 +145,27 @@ class Litespark:
         if check(f"{name} logs one val loss", len(losses) == 1, "" if len(losses) == 1 else f"{losses}"):
             check(f"{name} prints it", printed and abs(float(printed[0]) - losses[0]) < 1e-3, f"{printed[:1]}" if not printed else "")
         return losses[-1] if losses else float("nan")
+
+
+def check_documents(name, ls, folder, model, tokens):
+    """--document-mask on: the loss of transformers' packed rows, whose position_ids begin again with each document."""
+    path, eod = os.path.join(ls.work, "documents.bin"), 1
+    tokens = [eod if i % 7 == 5 or i % 11 == 3 else t for i, t in enumerate(tokens)]
+    write_shard(path, tokens, model.config.vocab_size, eod)
+    x, y = windows(tokens)
+    starts = torch.zeros_like(x)        # the position in the row at which the document of a token begins
+    for row, of_row in zip(x, starts):
+        for t in range(1, T):
+            of_row[t] = t if row[t - 1] == eod else of_row[t - 1]
+    y = y.masked_fill(x == eod, -100)   # no document predicts the first token of the next one
+    def loss(**options):
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(model(x, **options).logits.flatten(0, 1), y.flatten()).item()
+    # transformers 5.24 keeps them apart only without a cache and without an attention_mask, be it all ones
+    # (findings/transformers_use_cache_decides_whether_documents_meet.sh)
+    want = loss(position_ids=torch.arange(T) - starts, use_cache=False)
+    check(f"{name} documents matter", abs(want - loss()) > 1e-3)
+    check_loss(f"{name} packed documents", ls.evaluate(name, folder, path, "--document-mask", "on"), want)
 
 
 def last_checkpoint(out):
@@ -274,6 +296,8 @@ def test_family(family, ls):
         with torch.no_grad():
             want = mean_nll(model, tokens["val"]).item()
         check_loss(name, ls.evaluate(name, folder, files["val"]), want)
+        if kind == "fp32":
+            check_documents(name, ls, folder, model, tokens["val"])
         if kind in ("fp32", "bf16"):
             check_grads(name, ls, folder, files["train"], model, tokens["train"])
 
