@@ -244,6 +244,17 @@ def test_every_file_is_read_or_named(d):
             refused(f"{name} {kind}", [path, "damaged"], path, "--out", f"{d}/{name}{kind}")
             with open(f"{d}/{name}{kind}/tokens.json") as f:
                 check(f"{name} {kind} is not complete", json.load(f)["complete"] is False)
+        two = save(f"{d}/two.txt.{kind}", data + data)
+        must(two, "--out", f"{d}/two{kind}", "--val-fraction", 0)
+        check(f"{kind}: two frames, one after the other", texts_of(f"{d}/two{kind}") == [2 * text.decode()])
+        # of the second one its first byte and one soon after; the libraries' own readers end before it, without a word
+        for at in (0, 30):
+            second = bytes([*data[:at], data[at] ^ 255, *data[at + 1:]])
+            bad = save(f"{d}/bad{at}.txt.{kind}", data + second)
+            refused(f"{kind}: a damaged second frame", [bad, "damaged"], bad, "--out", f"{d}/bad{at}{kind}")
+    padded = save(f"{d}/padded.txt.xz", whole["xz"] + bytes(8) + whole["xz"] + bytes(4))
+    must(padded, "--out", f"{d}/padded", "--val-fraction", 0)
+    check("xz: zeros between and after frames", texts_of(f"{d}/padded") == [2 * text.decode()])
     refused("cut.txt.zst", ["damaged", "inside a frame"], shared("faults/cut.txt.zst"), "--out", f"{d}/o1")
     check("a window of 2^28", "200 documents" in must(shared("faults/window_2_28.jsonl.zst"), "--out", f"{d}/o2",
                                                       "--val-fraction", 0))
@@ -1079,6 +1090,33 @@ def test_go_on_refuses_other_input(d):
     save_jsonl(f"{d}/in/2.jsonl", texts[:10])
     r = run(*args)
     check("complete, but the input has changed: made anew", r.returncode == 0 and len(texts_of(f"{d}/o")) == 1010, r.stderr)
+    save_jsonl(f"{d}/in/3.jsonl", texts[:5])
+    r = run(*args)
+    check("complete, but there is a new file: made anew", r.returncode == 0 and len(texts_of(f"{d}/o")) == 1015, r.stderr)
+    save_jsonl(f"{d}/in/3.jsonl", [t.replace("text", "TEXT") for t in texts[:5]])
+    later = os.path.getmtime(f"{d}/o/tokens.json") + 2          # a clock of whole seconds is enough
+    os.utime(f"{d}/in/3.jsonl", (later, later))
+    r = run(*args)
+    check("complete, but a file of the same size is another: made anew", r.returncode == 0 and
+          texts_of(f"{d}/o")[-1].startswith("TEXT 4"), r.stderr)
+    os.utime(f"{d}/in/3.jsonl", (later + 9, later + 9))
+    check("complete, a file is newer, but the same", "is complete already" in must(*args))
+
+
+def test_two_runs_in_one_folder(d):
+    path, outs = save_jsonl(f"{d}/in.jsonl", sample_texts(20000)), (f"{d}/o", f"{d}/alone")
+    args = (path, "--format", "ds", "--seq-len", 64, "--jobs", 1, "--save-every", 0)
+    p = subprocess.Popen([sys.executable, SCRIPT, *map(str, args), "--out", outs[0]], stdout=subprocess.DEVNULL)
+    while p.poll() is None and not os.path.exists(f"{outs[0]}/.state.json"):
+        time.sleep(0.001)
+    p.send_signal(signal.SIGSTOP)
+    check("the first is at work", not os.path.exists(f"{outs[0]}/manifest.json"))
+    refused("a second run", [outs[0], "in use"], *args, "--out", outs[0])
+    p.send_signal(signal.SIGCONT)
+    check("the first goes on to its end", p.wait() == 0)
+    must(*args, "--out", outs[1])
+    shards = [{n: b for n, b in everything_in(o).items() if n.endswith(".ds")} for o in outs]
+    check("its shards are as if it had been alone", shards[0] == shards[1] and len(shards[0]) == 2, list(shards[0]))
 
 
 def test_bad_input(d):

@@ -667,11 +667,12 @@ def find_source(row, key, where):
     return value
 
 
-class Zstd(io.RawIOBase):
-    """The text of a .zst file. The library's own reader takes a file that ends inside a frame for a whole one."""
-    def __init__(self, raw):
-        library = need("zstandard")      # a frame of `zstd --long=31` needs 2 GiB, which is refused by default
-        self.raw, self.decompressor = raw, library.ZstdDecompressor(max_window_size=1 << 31)
+class Frames(io.RawIOBase):
+    """The text of a .zst, .xz or .bz2 file, which may be several frames, one after the other (as pzstd, pbzip2 and cat make
+    them). The libraries' own readers take a file that ends inside a frame for a whole one (zstd), or end without a word
+    before a frame that is damaged (xz, bz2). new: -> a decompressor of one frame."""
+    def __init__(self, raw, new, padding=b""):
+        self.raw, self.new, self.padding = raw, new, padding
         self.frame, self.rest, self.text = None, b"", memoryview(b"")
 
     def readable(self):
@@ -684,7 +685,11 @@ class Zstd(io.RawIOBase):
                 if self.frame:
                     raise EOFError("it ends inside a frame")
                 return 0
-            self.frame = self.frame or self.decompressor.decompressobj()
+            if not self.frame:
+                data = data.lstrip(self.padding) if self.padding else data
+                if not data:
+                    continue
+                self.frame = self.new()
             self.text = memoryview(self.frame.decompress(data))
             if self.frame.eof:
                 self.frame, self.rest = None, self.frame.unused_data
@@ -720,10 +725,13 @@ def file_hash(path):
 def open_input(path, raw):
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".zst"):
-        return io.BufferedReader(Zstd(raw), BATCH)
-    if path.endswith((".xz", ".bz2")):
-        return need("lzma" if path.endswith(".xz") else "bz2").open(raw)
+    if path.endswith(".zst"):        # a frame of `zstd --long=31` needs 2 GiB, which is refused by default
+        library = need("zstandard").ZstdDecompressor(max_window_size=1 << 31)
+        return io.BufferedReader(Frames(raw, library.decompressobj), BATCH)
+    if path.endswith(".xz"):         # between frames there may be zeros
+        return io.BufferedReader(Frames(raw, need("lzma").LZMADecompressor, b"\0"), BATCH)
+    if path.endswith(".bz2"):
+        return io.BufferedReader(Frames(raw, need("bz2").BZ2Decompressor), BATCH)
     return raw
 
 
@@ -1340,11 +1348,31 @@ def split_folders(args):
 COUNT_SERVES = ("mix", "repeat", "train_tokens", "val_fraction", "val_tokens", "val_from", "shard_tokens")
 
 
-def claim_folder(args, options, resume=False, name="tokens.json"):
+def lock_folder(folder):
+    """Makes the folder, and keeps a second run out of it until this process ends: both would write the same files."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:         # not on this system
+        return
+    lock = os.open(folder, os.O_RDONLY)         # stays open
+    for attempt in range(30):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)     # the workers of a killed run need a moment to leave
+        except OSError:         # not on this file system
+            return
+    raise UserError(f"{folder} is in use by another run; wait for its end, or choose another --out")
+
+
+def claim_folder(args, options, resume=False, name="tokens.json", files=()):
     """An empty folder, or one that the same command filled before: its shards are then written anew. resume: -> the
-    state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do."""
+    state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do.
+    files: the input, as it is now."""
     out, state, saved = args.out, os.path.join(args.out, name), None
-    if os.path.isdir(out) and set(os.listdir(out)) - {name + ".tmp"}:       # which a kill at the start leaves
+    lock_folder(out)
+    if set(os.listdir(out)) - {name + ".tmp"}:       # which a kill at the start leaves
         if not os.path.exists(state):
             raise UserError(f"{out} is not empty and holds no {name}; choose another --out")
         with open(state, encoding="utf-8") as f:
@@ -1358,7 +1386,7 @@ def claim_folder(args, options, resume=False, name="tokens.json"):
             if folder != out and os.path.exists(os.path.join(folder, "tokens.json")):
                 raise UserError(f"{folder} holds another preparation (tokens.json); choose another --out")
         if resume and before.get("complete"):
-            if is_whole(args):
+            if is_whole(args, files):
                 return "complete"
             print(f"note: {out} was complete, but its input or shards are no longer those of its manifest.json: it is made "
                   "anew", file=sys.stderr)
@@ -1371,19 +1399,22 @@ def claim_folder(args, options, resume=False, name="tokens.json"):
             remove_shards(args)
             if begun:
                 remove_files(out, ".counts.json")
-    os.makedirs(out, exist_ok=True)
     if not saved:
         write_whole(state, json.dumps({"options": options, "complete": False}, indent=1).encode())
     return saved
 
 
-def is_whole(args):
-    """Every input and every shard of manifest.json is there with its size."""
+def is_whole(args, files):
+    """The input is that of manifest.json (by the bytes, where a file is newer), and every shard is there with its size."""
     try:
         with open(os.path.join(args.out, "manifest.json"), encoding="utf-8") as f:
             manifest = json.load(f)
-        return all(os.path.getsize(os.path.join(folder, row["path"])) == row["bytes"]
-                   for folder, key in (("", "inputs"), (args.out, "shards")) for row in manifest[key])
+        made = os.path.getmtime(os.path.join(args.out, "tokens.json"))
+        return (sorted(files) == sorted(row["path"] for row in manifest["inputs"])
+                and all(os.path.getsize(os.path.join(folder, row["path"])) == row["bytes"]
+                        for folder, key in (("", "inputs"), (args.out, "shards")) for row in manifest[key])
+                and all(os.path.getmtime(row["path"]) <= made or file_hash(row["path"]) == row["sha256"]
+                        for row in manifest["inputs"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -1506,7 +1537,8 @@ def prepare(args):
     options["tokenizer_crc"] = crc
     for key, unused in (("val_from", []), ("train_tokens", 0)):     # as in folders that were made before these came
         options[key] = options[key] if options[key] != unused else None
-    saved = claim_folder(args, options, resume=True)
+    files = [f for _, some in streams + val_streams for f in some]
+    saved = claim_folder(args, options, resume=True, files=files)
     if saved == "complete":
         print(f"{args.out} is complete already; remove it to make it anew")
         return
