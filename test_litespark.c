@@ -740,7 +740,8 @@ static void test_config_accepts_and_refuses(void) {
         {"eos_token_id", "[101]", 0}, {"eos_token_id", "[5,100]", 0}, {"eos_token_id", "\"5\"", 0},
         {"pad_token_id", "100", 0}, {"pad_token_id", "-1", 1}, {"layer_types", "[\"full_attention\"]", 0},
         {"eos_token_id", "null", 1}, {"rms_norm_eps", "-1", 0}, {"rms_norm_eps", "2", 0}, {"initializer_range", "\"a\"", 0},
-        {"intermediate_size", "4194305", 0}};
+        {"intermediate_size", "4194305", 0}, {"is_causal", "true", 1}, {"is_causal", "false", 0},
+        {"per_layer_config", "{\"1\": {\"rms_norm_eps\": 0.5}}", 0}, {"per_layer_config", "null", 1}};
     Config c;
     for (int i = 0; i < COUNT(rows); i++) {
         Text t = {NULL, 0, 0};
@@ -4319,6 +4320,27 @@ static void test_clean_up_leaves_what_is_not_ours(void) {
     for (int i = 0; i < COUNT(go); i++) CHECK(access(file_at("%s", go[i]), F_OK), "%s is still there", go[i]);
 }
 
+// A file that is called lock, or a link to one, may be anybody's.
+static void test_a_lock_that_is_not_ours_stays(void) {
+    if (!have_binary()) return;
+    const char *const notes = "my notes\n", *text = file_at("notes");
+    write_text(text, notes);
+    for (int i = 0; i < 4; i++) {
+        char *out = folder("out"), *lock = file_at("out/lock");
+        if (i < 2) write_text(lock, notes);
+        else if (symlink("../notes", lock)) die("test: no link");
+        CHECK_REFUSED(trainer(0, "%s --batch-size 1 --steps 1 %s --out %s", tiny(), i % 2 ? "--resume auto" : "", out), lock,
+            "another --out");
+        size_t n;
+        char *now = slurp(i < 2 ? lock : text, &n);
+        CHECK(!strcmp(now, notes), "it holds '%s' now", now);
+        free(now);
+    }
+    folder("out2");
+    write_text(file_at("out2/lock"), "");                   // of a run that was killed at its start
+    CHECK_RAN(trainer(0, "%s --batch-size 1 --steps 1 --out %s", tiny(), file_at("out2")));
+}
+
 // OUT holds one run: no other one and no later steps; what was just saved and what is whole is kept.
 static void test_out_is_of_one_run(void) {
     if (!have_binary()) return;
@@ -4458,6 +4480,40 @@ static void test_resume_says_other_data(void) {
     }
 }
 
+// Nor does it help that a shard of the same size begins as before and names no checksum: llm.c's, and rows (.ds).
+static void test_resume_says_data_that_differ_late(void) {
+    if (!have_binary()) return;
+    enum { N = 9000 };
+    int *tokens = (int *)xmalloc(N * sizeof(int));
+    for (int i = 0; i < N; i++) tokens[i] = random_int(TINY_V);
+    make_tiny();
+    folder("data");
+    write_text(file_at("data/metadata.json"), "{\"vocab_size\": 100, \"sequence_length\": 17, \"token_size_bytes\": 2}");
+    for (int ds = 0; ds < 2; ds++) for (int ranks = 0; ranks <= 2; ranks += 2) {
+        if (ranks && (ds || !mpi_works())) continue;
+        char *shard[2] = {file_at("data/a%d.%s", ranks, ds ? "ds" : "bin"), file_at("data/b%d.%s", ranks, ds ? "ds" : "bin")};
+        for (int i = 0; i < 2; i++) {
+            write_bin(shard[i], tokens, N, 2, 0, 0, -1);
+            size_t n;
+            char *bytes = slurp(shard[i], &n);
+            if (ds) write_bytes(shard[i], bytes + 1024, N * 2);
+            free(bytes);
+        }
+        char *out = file_at("out%d%d", ds, ranks), *same = "--batch-size 1 --sample-every 0 --threads 1";
+        CHECK_RAN(trainer(ranks, "--config %s --train-data %s --seq-len 16 %s --steps 2 --out %s", tiny_config,
+            file_at("data/?%d.%s", ranks, ds ? "ds" : "bin"), same, out));
+        Result r = trainer(ranks, "--resume auto --steps 3 %s --out %s", same, out);
+        CHECK_RAN(r);
+        CHECK(!strstr(r.out, "resume: data"), "the same data: %s", r.out);
+        damage_file(shard[1], -2, "\1\0", 2);
+        if (tokens[N - 1] == 1) damage_file(shard[1], -2, "\2\0", 2);
+        r = trainer(ranks, "--resume auto --steps 4 %s --out %s", same, out);
+        CHECK_RAN(r);
+        CHECK(strstr(r.out, "resume: data | ") && strstr(r.out, "from other shards: their order begins anew"), "%s", r.out);
+    }
+    free(tokens);
+}
+
 // A log that cannot be written: said at once and at the end; the run goes on. An evaluation has its own log, where it is told to.
 static void test_log_on_a_full_disk_ends_no_run(void) {
     if (!have_binary()) return;
@@ -4473,6 +4529,18 @@ static void test_log_on_a_full_disk_ends_no_run(void) {
     CHECK_RAN(r);
     CHECK(strstr(r.out, "val loss") && access(file_at("out/log.jsonl"), F_OK) && access(file_at("out/eval.jsonl"), F_OK),
         "an evaluation wrote into the run's folder");
+}
+
+// What a crash left of the last line is a line of its own.
+static void test_log_goes_on_after_half_a_line(void) {
+    if (!have_binary()) return;
+    folder("out");
+    const char *const half = "{\"type\": \"step\", \"lo", *then = "\n{\"type\": \"header\"";
+    write_text(file_at("out/log.jsonl"), half);
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 0 --out %s", tiny(), file_at("out")));
+    char *text = slurp(file_at("out/log.jsonl"), NULL);
+    CHECK(!strncmp(text, half, strlen(half)) && !strncmp(text + strlen(half), then, strlen(then)), "%.100s", text);
+    free(text);
 }
 
 static void test_out_with_a_checkpoint_is_not_overwritten(void) {
@@ -4612,15 +4680,17 @@ static void test_run_sh_refuses_what_is_no_count(void) {
     write_text(mpirun_of_ours, "#!/bin/sh\n>$UP\nexit $STATUS\n");
     chmod(mpirun_of_ours, 0755);
     const struct { int status; const char *options, *part; } row[] = {
-        {0, "-np 0", "-np '0'"}, {0, "-np abc", "-np 'abc'"}, {0, "--np 1.5", "--np '1.5'"}, {0, "-n -1", "-n '-1'"},
-        {0, "-np 2x", "'2x'"}, {0, "-np 2 --hostfile /litespark/none", "'/litespark/none' cannot be read"},
-        {0, "-np 2 --hostfile /", "'/' cannot be read"}, {0, "-np 12", NULL}, {0, "-np 2 --hostfile /dev/null", NULL},
+        {0, "-np 0 program", "-np '0'"}, {0, "-np abc program", "-np 'abc'"}, {0, "--np 1.5 program", "--np '1.5'"}, {0, "-n -1 program", "-n '-1'"},
+        {0, "-np 2x program", "'2x'"}, {0, "-np 2 --hostfile /litespark/none program", "'/litespark/none' cannot be read"},
+        {0, "-np 2 --hostfile / program", "'/' cannot be read"}, {0, "-np 12 program", NULL}, {0, "-np 2 --hostfile /dev/null program", NULL},
         {0, "-np 2 /bin/sh -n 0", NULL},                // the program's own -n
-        {132, "-np 2", NULL}, {255, "-np 2", NULL}};
+        {0, "-np", "-np: say how many ranks"}, {0, "--oversubscribe -n", "-n: say how many ranks"},
+        {0, "-np 2", "there is no program"}, {0, "-np 2 --oversubscribe", "there is no program"},
+        {132, "-np 2 program", NULL}, {255, "-np 2 program", NULL}};
     for (int i = 0; i < COUNT(row); i++) {
         unlink(up);
-        Process p = start_command(path_text("env UP=%s STATUS=%d PATH=%s:%s dev/run.sh %s %s", up, row[i].status, test_dir,
-                                            getenv("PATH"), row[i].options, "program"));
+        Process p = start_command(path_text("env UP=%s STATUS=%d PATH=%s:%s dev/run.sh %s", up, row[i].status, test_dir,
+                                            getenv("PATH"), row[i].options));
         Result r = finish(&p, 40);
         if (row[i].part) CHECK_REFUSED(r, "error: dev/run.sh: ", row[i].part);
         else CHECK(r.code == !!row[i].status && !r.err[0], "%s: exit status %d: %s", row[i].options, r.code, r.err);
@@ -5740,11 +5810,14 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(resume_auto_takes_the_newest_whole_checkpoint, F32),
     TEST(keep_prunes_old_checkpoints, F32),
     TEST(clean_up_leaves_what_is_not_ours, F32),
+    TEST(a_lock_that_is_not_ours_stays, F32),
     TEST(out_is_of_one_run, F32),
     TEST(two_runs_in_one_out_are_refused, F32),
     TEST(paths_are_not_patterns, F32),
     TEST(resume_says_other_data, F32),
+    TEST(resume_says_data_that_differ_late, F32),
     TEST(log_on_a_full_disk_ends_no_run, F32),
+    TEST(log_goes_on_after_half_a_line, F32),
     TEST(out_with_a_checkpoint_is_not_overwritten, F32),
     TEST(signals_save_and_resume_exactly, F32),
     TEST(signals_end_evaluation_and_sampling, F32),
