@@ -4480,6 +4480,40 @@ static void test_resume_says_other_data(void) {
     }
 }
 
+// What is no error, but most likely one of the user's.
+static void test_doubtful_data_are_said(void) {
+    if (!have_binary()) return;
+    enum { N = 16 * 20 + 1 };                               // no token is dropped
+    int tokens[3][N];
+    const int vocab[3] = {TINY_V, TINY_V, TINY_V - 1};      // the last: of another tokenizer
+    make_tiny();
+    folder("data");
+    for (int i = 0; i < 3; i++) {
+        for (int j = 0; j < N; j++) tokens[i][j] = random_int(TINY_V - 1);
+        write_bin(file_at("data/%c.bin", 'a' + i), tokens[i], N, 2, vocab[i], 1, 0);
+    }
+    copy_file(file_at("data/b.bin"), file_at("data/copy.bin"));
+    folder("data/sub");
+    copy_file(file_at("data/c.bin"), file_at("data/sub/c.bin"));
+    const struct { const char *train, *val, *complete; const char *says; } row[] = {
+        {"a.bin", "b.bin", NULL, NULL}, {"a.bin", "b.bin", "true", NULL}, {"[ab].bin", "c.bin", "true", NULL},
+        {"[bc].bin", "a.bin", "true", "c.bin' was made for a vocabulary of"}, {"a.bin", "[bc].bin", NULL, "val data: "},
+        {"[ab].bin", "copy.bin", NULL, "1 of 1 shards to evaluate on are trained on, too: "},
+        {"[ab].bin", "[ab].bin", "true", "2 of 2 shards to evaluate on are trained on, too: "},
+        {"a.bin", "sub/c.bin", "false", "a.bin' is from a preparation that is not complete"}};
+    for (int i = 0; i < COUNT(row); i++) {
+        unlink(file_at("data/tokens.json"));
+        if (row[i].complete) write_text(file_at("data/tokens.json"),
+            path_text("{\n \"options\": {},\n \"complete\": %s\n}", row[i].complete));
+        Result r = trainer(0, "--config %s --train-data %s --val-data %s --seq-len 16 --batch-size 1 --sample-every 0 --threads 1 "
+            "--steps 0 --checkpoint-every 0 --out %s", tiny_config, file_at("data/%s", row[i].train), file_at("data/%s", row[i].val),
+            file_at("out%d", i));
+        CHECK_RAN(r);
+        CHECK(count_lines(r.out, "warning: ") == (row[i].says != NULL) && (!row[i].says || strstr(r.out, row[i].says)), "row %d: %s",
+            i, r.out);
+    }
+}
+
 // Nor does it help that a shard of the same size begins as before and names no checksum: llm.c's, and rows (.ds).
 static void test_resume_says_data_that_differ_late(void) {
     if (!have_binary()) return;
@@ -5815,6 +5849,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(two_runs_in_one_out_are_refused, F32),
     TEST(paths_are_not_patterns, F32),
     TEST(resume_says_other_data, F32),
+    TEST(doubtful_data_are_said, F32),
     TEST(resume_says_data_that_differ_late, F32),
     TEST(log_on_a_full_disk_ends_no_run, F32),
     TEST(log_goes_on_after_half_a_line, F32),

@@ -1902,6 +1902,7 @@ int data_declares(const char *pattern, int *V, int *S);
 void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
                  int shuffle, int vocab_size, int document_mask);
 void loader_log(const DataLoader *dl, const char *name, FILE *f);
+void loaders_warn_of_shared(const DataLoader *train, const DataLoader *val, FILE *f);
 void loader_rewind(DataLoader *dl);
 int64_t loader_eval_batches(const DataLoader *dl);
 void loader_next(DataLoader *dl, Batch *batch);
@@ -3084,6 +3085,7 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
     batch_alloc(&tr->val_batch, B, T, masked, /*with_floor=*/1);
     if (opt.stage == STAGE_DPO) batch_alloc_pairs(&tr->val_batch, &tr->val);
     loader_log(&tr->val, "val", stdout);
+    if (is_training()) loaders_warn_of_shared(&tr->train, &tr->val, stdout);
 }
 
 static void print_model(const Trainer *tr) {
@@ -6321,6 +6323,45 @@ int64_t data_windows(const char *pattern, int T) {
 // The first shard, for messages.
 const char *loader_path(const DataLoader *dl) { return dl->shards[0].path; }
 
+// data/tokens.py was at work there, or was stopped: its shards are whole, but not all that there will be.
+static int is_incomplete(const Shard *s) {
+    char text[1 << 16] = "";
+    const int folder = (int)(strrchr(s->path, '/') ? strrchr(s->path, '/') + 1 - s->path : 0);
+    FILE *f = fopen(str("%.*stokens.json", folder, s->path).s, "r");
+    if (f && !fread(text, 1, sizeof text - 1, f)) *text = 0;
+    if (f) fclose(f);
+    return strstr(text, "\"complete\": false") != NULL;
+}
+
+// What is no error, but most likely one of the user's: a line for the first of each kind.
+static void loader_warn(const DataLoader *dl, const char *name, FILE *f) {
+    const Shard *s = dl->shards, *known = s;
+    int other = 0, part = 0;
+    for (int i = 0; i < dl->n_shards; i++) {
+        if (!known->vocab) known = &s[i];
+        if (s[i].vocab && s[i].vocab != known->vocab && !other++)
+            fprintf(f, "warning: %s data: '%s' was made for a vocabulary of %d, '%s' for one of %d: is that "
+                    "one tokenizer?\n", name, s[i].path, s[i].vocab, known->path, known->vocab);
+        if (!s[i].row && is_incomplete(&s[i]) && !part++)
+            fprintf(f, "warning: %s data: '%s' is from a preparation that is not complete (tokens.json "
+                    "beside it); the same command of data/tokens.py goes on with it\n", name, s[i].path);
+    }
+}
+
+// Of shards to evaluate on that are among those to train on, as their size and first bytes tell.
+void loaders_warn_of_shared(const DataLoader *train, const DataLoader *val, FILE *f) {
+    const Shard *first = NULL;
+    int n = 0;
+    for (const Shard *v = val->shards; v < val->shards + val->n_shards; v++)
+        for (const Shard *t = train->shards; t < train->shards + train->n_shards; t++) {
+            if (v->begin_crc != t->begin_crc || v->n_tokens != t->n_tokens) continue;
+            if (!n++) first = v;
+            break;
+        }
+    if (n) fprintf(f, "warning: %d of %d shards to evaluate on are trained on, too: '%s'%s\n", n,
+                   val->n_shards, first->path, n > 1 ? " and others" : "");
+}
+
 // One line for the log; name: "train" or "val".
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     const int vocab = dl->shards[0].vocab;
@@ -6333,6 +6374,7 @@ void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     if (share > 1)
         fprintf(f, "warning: %.0f%% of the %s tokens are in no window of %d; another --seq-len may take more"
                 "\n", share, name, dl->T);
+    loader_warn(dl, name, f);
 }
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
