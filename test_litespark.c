@@ -4514,6 +4514,51 @@ static void test_doubtful_data_are_said(void) {
     }
 }
 
+// Any bytes may be in names of files; log and checkpoints are JSON all the same, and what they say of options is read again.
+static void test_any_name_and_any_prompt_can_be_resumed(void) {
+    if (!have_binary()) return;
+    const char *out = file_at("out"), *const val[] = {"val_\xe9t\xe9", "val_\xc3\xa9t\xc3\xa9", "val_\"\\"};
+    make_tiny();
+    CHECK_REFUSED(trainer(0, "%s --batch-size 1 --steps 1 --out %s", tiny(), file_at("out\xff")), "--out: this is not UTF-8", "");
+    CHECK(access(file_at("out\xff"), F_OK), "a refused run left a folder");
+    folder("val");
+    char first[400], prompt[5001] = "";
+    snprintf(first, sizeof first, "%s/val_2.bin", top_dir);
+    for (int i = 0; i < COUNT(val); i++) copy_file(first, file_at("val/%s_000.bin", val[i]));
+    memset(prompt, 'a', sizeof prompt - 1);
+    for (int start = 0; start < 3; start++) {               // the second as the first: a job that is queued again
+        Text line = {NULL, 0, 0};
+        text_add(&line, "env OMP_WAIT_POLICY=passive %s %s --val-data %s --batch-size 1 --steps %d --val-every 1 --resume auto --out %s "
+            "--prompt %s", binary, tiny(), file_at("val/*.bin"), start < 2 ? 2 : 3, out, prompt);
+        prompt[0] = start ? 'b' : 'a';                      // another one in the end
+        Process p = start_command(line.s);
+        Result r = finish(&p, TIMEOUT);
+        CHECK_RAN(r);
+        free(line.s);
+    }
+    char *text = slurp(file_at("out/log.jsonl"), NULL);
+    int lines = 0;
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), lines++) free(json_parse(line, strlen(line), "log.jsonl"));
+    CHECK(lines > 4, "%d lines", lines);
+    free(text);
+}
+
+// The folder of a checkpoint that a link names is that of its run.
+static void test_resume_of_a_link_goes_on_in_its_run(void) {
+    if (!have_binary()) return;
+    CHECK_RAN(trainer(0, "%s --batch-size 1 --steps 2 --checkpoint-every 1 --out %s", tiny(), file_at("out")));
+    folder("links");
+    if (symlink("../out/step_00000002", file_at("links/latest"))) die("test: no link");
+    for (int i = 0; i < 2; i++) {
+        Result r = trainer(0, "--resume %s%s --steps %d --threads 1", file_at("links/latest"), i ? "/" : "", 3 + i);
+        if (!i) CHECK_RAN(r);
+        else CHECK_REFUSED(r, "step_00000003 is later than step 2", "--resume auto");
+    }
+    int64_t newest;
+    CHECK(count_checkpoints(file_at("out"), &newest) == 2 && newest == 3, "the newest is %d", (int)newest);
+    CHECK(count_checkpoints(file_at("links"), &newest) == 0 && access(file_at("links/log.jsonl"), F_OK), "a run beside the link");
+}
+
 // Nor does it help that a shard of the same size begins as before and names no checksum: llm.c's, and rows (.ds).
 static void test_resume_says_data_that_differ_late(void) {
     if (!have_binary()) return;
@@ -5850,6 +5895,8 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(paths_are_not_patterns, F32),
     TEST(resume_says_other_data, F32),
     TEST(doubtful_data_are_said, F32),
+    TEST(any_name_and_any_prompt_can_be_resumed, F32),
+    TEST(resume_of_a_link_goes_on_in_its_run, F32),
     TEST(resume_says_data_that_differ_late, F32),
     TEST(log_on_a_full_disk_ends_no_run, F32),
     TEST(log_goes_on_after_half_a_line, F32),

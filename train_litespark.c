@@ -1860,6 +1860,7 @@ void options_parse_timeout(int argc, char **argv);
 void options_parse(int argc, char **argv);
 void options_text(Text *t);
 void options_check(void);
+void options_check_texts(void);
 void options_help(void);
 Option *option_find(const char *name);
 void option_set(Option *o, const char *text);
@@ -1931,6 +1932,7 @@ void out_lock(const char *out, int make);
 void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
 void out_remove_leftovers(const char *out);
 Str folder_above(const char *path);
+const char *without_link(const char *path);
 int same_folder(const char *a, const char *b);
 char *checkpoint_choose(const char *resume, const char *out);
 int checkpoint_list(const char *out, int64_t **steps);
@@ -2878,6 +2880,7 @@ static char *setup_resume(Trainer *tr, Options *was) {
         int64_t *steps;
         const int is_out = checkpoint_list(resume, &steps) && access(str("%s/checksums.txt", resume).s, F_OK);
         free(steps);
+        if (!is_out) resume = without_link(resume);         // its folder is the run's, not that of the link
         if (!option_given("--out")) opt.out = is_out ? resume : xstrdup(folder_above(resume).s);
         if (is_out) folder = resume;
         if (is_out) resume = "auto";
@@ -4396,6 +4399,7 @@ void options_check(void) {
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (opt.eval_tasks && !*opt.eval_tasks) die("--eval-tasks is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
+    if (!opt.generate) options_check_texts();
     profile_has(0);
     plan_check();
 }
@@ -4673,13 +4677,31 @@ void text_add(Text *t, const char *fmt, ...) {
     }
 }
 
-// Appends s as a JSON string, quotes included (s is UTF-8).
+// Appends s as a JSON string, quotes included. Bytes that are not UTF-8 (names of files may have such) become
+// U+FFFD.
 void text_add_string(Text *t, const char *s) {
     text_add(t, "\"");
-    for (; *s; s++)
+    for (const char *end = s + strlen(s); s < end;) {
+        const int n = utf8_length(s, (size_t)(end - s));
         if (*s == '"' || *s == '\\') text_add(t, "\\%c", *s);
-        else text_add(t, (unsigned char)*s < 0x20 ? "\\u%04x" : "%c", *s);
+        else if ((unsigned char)*s < 0x20) text_add(t, "\\u%04x", *s);
+        else if (n) text_add(t, "%.*s", n, s);
+        else text_add(t, "\\ufffd");
+        s += n ? n : 1;
+    }
     text_add(t, "\"");
+}
+
+// All text that goes into log and checkpoints; dies of an option that could not be read from there again.
+void options_check_texts(void) {
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
+        if (o->type != OPT_TEXT || !o->given) continue;
+        const char *s = option_text(o), *end = s + strlen(s);
+        for (int n; s < end; s += n)
+            if (!(n = utf8_length(s, (size_t)(end - s))))
+                die("%s: this is not UTF-8, as log and checkpoints are; give the file or folder another name",
+                    o->name);
+    }
 }
 
 // The shortest decimal that reads back as x, for JSON: marked as a float (8.0, not 8); there is no NaN: null.
@@ -6901,6 +6923,16 @@ Str folder_above(const char *path) {                    // "a/b/" -> "a", "b" ->
     return above;
 }
 
+// "latest" -> "/runs/out/step_00000100", where that is a link; else path.
+const char *without_link(const char *path) {
+    struct stat info;
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    const int is_link = !lstat(str("%.*s", (int)n, path).s, &info) && S_ISLNK(info.st_mode);
+    const char *real = is_link ? realpath(path, NULL) : NULL;
+    return real ? real : path;
+}
+
 int same_folder(const char *a, const char *b) {
     struct stat x, y;
     return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
@@ -7718,14 +7750,14 @@ static void options_resume(const Json *saved, const char *where, int64_t format,
         if (!o || e->type != 's')
             die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (o->kind == START) continue;
-        const Str wish = str("%s", o->given ? option_text(o) : "");
+        const char *wish = xstrdup(o->given ? option_text(o) : "");
         const char *text = o->text;
         option_set(o, e->str);
-        if (!o->given || !strcmp(wish.s, option_text(o))) continue;
+        if (!o->given || !strcmp(wish, option_text(o))) continue;
         if (o->kind == FIXED)
             die("%s %s: the run was begun with %s, which cannot change; leave it out, or start another run "
-                "with --init-from", o->name, wish.s, option_text(o));
-        if (comm_rank() == 0) printf("resume: %s was %s, is now %s\n", o->name, option_text(o), wish.s);
+                "with --init-from", o->name, wish, option_text(o));
+        if (comm_rank() == 0) printf("resume: %s was %s, is now %s\n", o->name, option_text(o), wish);
         given[o - option_table] = text;
     }
     if (format == 1 && fabs(opt.min_lr - opt.lr / 10) <= 1e-9 * opt.lr)

@@ -1456,7 +1456,7 @@ def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tok
     everything = {s.prefix: s for s in [train, *vals.values()]}
     if len(everything) <= len(vals):
         raise UserError("two sources have the same name in that of a file: " + ", ".join(map(str, vals)))
-    val, split, text_bytes, trained, stamp = vals.get(None), train, 0, {n: [0, 0] for n in plan or ()}, time.time()
+    val, split, text_bytes, trained, stamp = vals.get(None), train, 0, {n: [0, 0] for n in plan or ()}, time.monotonic()
     kept = saved is not None
     if saved:
         for prefix, state in saved["splits"].items():
@@ -1488,14 +1488,14 @@ def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tok
                     split.add(ids[at:at + count], first, last)
                 at, text_bytes = at + count, text_bytes + size
             progress.show(sum(s.count for s in everything.values()))
-            if state and time.time() - stamp >= args.save_every:
+            if state and time.monotonic() - stamp >= args.save_every:
                 write_whole(os.path.join(args.out, ".state.json"), json.dumps(
                     {"version": 1, "train_tokens": train_tokens, "reader": state, "text_bytes": text_bytes,
                      "trained": trained, "inputs": reader.inputs[:state["inputs"]],
                      "splits": {p: s.state() for p, s in everything.items()}}).encode())
                 for folder in set(folders):
                     sync_folder(folder)
-                kept, stamp = True, time.time()
+                kept, stamp = True, time.monotonic()
         if not train.count:
             raise UserError(f"no text in {', '.join(args.inputs[:3]) or args.mix}: nothing to tokenize")
         if args.format == "ds" and not train.rows:
