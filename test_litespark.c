@@ -1606,6 +1606,10 @@ static void test_loader_refuses_bad_shards(void) {
 #undef OPEN
 }
 
+static void next_batches(DataLoader *dl, Batch *batch, int n) {
+    while (n--) loader_next(dl, batch);
+}
+
 static void test_loader_handles_more_shards_than_descriptors(void) {
     enum { N = 300 };                                       // MAX_OPEN_SHARDS is 256
     static int tokens[3 * N];
@@ -1628,6 +1632,11 @@ static void test_loader_handles_more_shards_than_descriptors(void) {
         n_open += dl.shards[i].fd >= 0;
     }
     CHECK(n_open <= MAX_OPEN_SHARDS, "%d descriptors are open", n_open);
+    for (int i = 0; i < N; i++) {                           // another preparation took its place
+        unlink(dl.shards[i].path);
+        write_bin(dl.shards[i].path, tokens, 3, 2, 60000, 1, -1);
+    }
+    CHECK_DIES(next_batches(&dl, &batch, N / 10), "m_0", "is not the one that the run began with");
     loader_close(&dl);
     batch_free(&batch);
     int after = open("/dev/null", O_RDONLY);

@@ -8793,14 +8793,18 @@ static void shard_find_floor(Shard *s) {
     s->floor_path = xstrdup(path.s);
 }
 
+static uint32_t begin_crc(int fd, const char *path, size_t bytes) {
+    char start[4096];
+    const size_t n = read_at(fd, path, start, sizeof start, 0);
+    return crc32_update(crc32_update(0, &bytes, sizeof bytes), start, n);
+}
+
 // What a shard says of itself; its length is checked, its tokens are not read.
 static void shard_describe(Shard *s) {
     size_t bytes;
-    char start[4096];
     s->fd = open_regular(s->path, "token shard", &bytes);
     if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
-    const size_t n = read_at(s->fd, s->path, start, sizeof start, 0);
-    s->begin_crc = crc32_update(crc32_update(0, &bytes, sizeof bytes), start, n);
+    s->begin_crc = begin_crc(s->fd, s->path, bytes);
     const char *dot = strrchr(s->path, '.');
     if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes);
     else shard_open_bin(s, bytes);
@@ -8848,11 +8852,15 @@ static uint32_t packed_token(const void *data, int width, size_t i) {
 // The descriptor of a shard, which it keeps until another one needs its place.
 static int shard_fd(DataLoader *dl, int index) {
     Shard *s = &dl->shards[index], **place = &dl->open_shard[index % MAX_OPEN_SHARDS];
+    size_t bytes;
     if (s->fd >= 0) return s->fd;
     if (*place) { close((*place)->fd); (*place)->fd = -1; }
     *place = NULL;
-    s->fd = open_regular(s->path, "token shard", NULL);
+    s->fd = open_regular(s->path, "token shard", &bytes);
     *place = s;
+    if (begin_crc(s->fd, s->path, bytes) != s->begin_crc)
+        die("token shard '%s' is not the one that the run began with; start again, with --resume auto",
+            s->path);
     return s->fd;
 }
 
@@ -8999,8 +9007,11 @@ static int is_incomplete(const Shard *s) {
 // What is no error, but most likely one of the user's: a line for the first of each kind.
 static void loader_warn(const DataLoader *dl, const char *name, FILE *f) {
     const Shard *s = dl->shards, *known = s;
-    int other = 0, part = 0;
+    int other = 0, part = 0, made = 0;
     for (int i = 0; i < dl->n_shards; i++) {
+        if (strcmp(s[i].made, s->made) && !made++)
+            fprintf(f, "warning: %s data: '%s' has %s; '%s' has %s\n", name, s[i].path, s[i].made, s->path,
+                    s->made);
         if (!known->vocab) known = &s[i];
         if (s[i].vocab && s[i].vocab != known->vocab && !other++)
             fprintf(f, "warning: %s data: '%s' was made for a vocabulary of %d, '%s' for one of %d: is that "

@@ -429,6 +429,21 @@ def test_a_policy_far_from_its_reference_is_said(trainer, folder):
     check('rewards/margins per token' in Run(trainer, *args, '--dpo-beta', 300, '--out', f'{folder}/d').text, 'no warning per token')
 
 
+def test_templates_that_differ_are_said(trainer, folder):
+    begin, rows = start(trainer, folder), packed([[d] for d in sft_documents(4)], 63)
+    for name, template in (('a', 'chatml'), ('b', 'chatml'), ('c', 'zephyr')):
+        shards(f'{folder}/{name}', 'sft', 63, 96, *rows)
+        with open(f'{folder}/{name}/metadata.json') as f:
+            meta = json.load(f)
+        with open(f'{folder}/{name}/metadata.json', 'w') as f:
+            json.dump(dict(meta, mask='assistant', template=template), f)
+    args = ['--stage', 'sft', '--init-from', begin, '--batch-size', 1, '--steps', 0, '--checkpoint-every', 0, '--sample-every', 0]
+    for pattern, n in (('[ab]', 0), ('[abc]', 1)):
+        text = Run(trainer, *args, '--train-data', f'{folder}/{pattern}/*.ds', '--out', f'{folder}/out{n}').text
+        found = [line for line in text.splitlines() if line.startswith('warning: train data: ')]
+        check(len(found) == n and all('template: zephyr' in line and 'template: chatml' in line for line in found), text)
+
+
 def test_shards_of_another_stage_are_refused(trainer, folder):
     begin = start(trainer, folder)
     rows, n = packed(pairs(4), 63)
