@@ -576,7 +576,11 @@ def test_cl100k_pattern(d):
 def test_merge_rule(d):
     """tokenizer.bin alone, with the merge rule of the trainers, encodes as SentencePiece does."""
     sp = library("sentencepiece").SentencePieceProcessor(model_file=sentencepiece_model(d))
-    must("--export-tokenizer", sentencepiece_model(d), "--out", f"{d}/tokenizer.bin")
+    with open(sentencepiece_model(d), "rb") as f:
+        model = save(f"{d}/my.model", f.read())
+    for _ in range(2):
+        must("--export-tokenizer", model, "--out", f"{d}/tokenizer.bin")
+    refused("a tokenizer over itself", [model, "another --out"], "--export-tokenizer", model, "--out", model)
     tok = read_tokenizer(f"{d}/tokenizer.bin")
     check("kind 0, every piece", tok[0] == 0 and len(tok[1]) == sp.get_piece_size())
     lines = [t.replace("\u2581", "")[:160] for t in sample_texts(200, 9)]

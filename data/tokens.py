@@ -1814,6 +1814,10 @@ def main(argv):
             inspect(args.inspect)
         elif args.export_tokenizer:
             tokenizer = load_tokenizer(args.export_tokenizer, args.tiktoken_pattern)
+            if os.path.exists(args.out):
+                with open(args.out, "rb") as f:
+                    if f.read(4) != struct.pack("<i", 20251002):
+                        raise UserError(f"{args.out} is there and is no tokenizer.bin; choose another --out")
             write_whole(args.out, tokenizer_bin(tokenizer)[0])
             print(f"{args.out}: {len(tokenizer.pieces)} pieces, bos {tokenizer.bos}, eos {tokenizer.eos}")
         else:
