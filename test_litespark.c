@@ -4346,7 +4346,7 @@ static void test_a_lock_that_is_not_ours_stays(void) {
         free(now);
     }
     folder("out2");
-    write_text(file_at("out2/lock"), "");                   // of a run that was killed at its start
+    write_bytes(file_at("out2/lock"), "\0\0", 2);           // of a run that ended with the machine
     CHECK_RAN(trainer(0, "%s --batch-size 1 --steps 1 --out %s", tiny(), file_at("out2")));
 }
 

@@ -6988,7 +6988,7 @@ void out_lock(const char *out, int make) {
     if (fd < 0) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
     const ssize_t n = pread(fd, holder, sizeof holder - 1, 0);
     if (n > 0) holder[n] = 0, holder[strcspn(holder, "\n")] = 0;
-    if (n > 0 && strncmp(holder, "process ", 8))
+    if (n > 0 && *holder && strncmp(holder, "process ", 8))     // zeros: what a power failure may leave
         die("%s is not a file of litespark's; move it away, or choose another --out", path.s);
     if (!flock(fd, LOCK_EX | LOCK_NB)) {
         gethostname(host, sizeof host - 1);
