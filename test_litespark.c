@@ -740,7 +740,8 @@ static void test_config_accepts_and_refuses(void) {
         {"eos_token_id", "[101]", 0}, {"eos_token_id", "[5,100]", 0}, {"eos_token_id", "\"5\"", 0},
         {"pad_token_id", "100", 0}, {"pad_token_id", "-1", 1}, {"layer_types", "[\"full_attention\"]", 0},
         {"eos_token_id", "null", 1}, {"rms_norm_eps", "-1", 0}, {"rms_norm_eps", "2", 0}, {"initializer_range", "\"a\"", 0},
-        {"intermediate_size", "4194305", 0}};
+        {"intermediate_size", "4194305", 0}, {"is_causal", "true", 1}, {"is_causal", "false", 0},
+        {"per_layer_config", "{\"1\": {\"rms_norm_eps\": 0.5}}", 0}, {"per_layer_config", "null", 1}};
     Config c;
     for (int i = 0; i < COUNT(rows); i++) {
         Text t = {NULL, 0, 0};
@@ -1605,6 +1606,10 @@ static void test_loader_refuses_bad_shards(void) {
 #undef OPEN
 }
 
+static void next_batches(DataLoader *dl, Batch *batch, int n) {
+    while (n--) loader_next(dl, batch);
+}
+
 static void test_loader_handles_more_shards_than_descriptors(void) {
     enum { N = 300 };                                       // MAX_OPEN_SHARDS is 256
     static int tokens[3 * N];
@@ -1627,6 +1632,11 @@ static void test_loader_handles_more_shards_than_descriptors(void) {
         n_open += dl.shards[i].fd >= 0;
     }
     CHECK(n_open <= MAX_OPEN_SHARDS, "%d descriptors are open", n_open);
+    for (int i = 0; i < N; i++) {                           // another preparation took its place
+        unlink(dl.shards[i].path);
+        write_bin(dl.shards[i].path, tokens, 3, 2, 60000, 1, -1);
+    }
+    CHECK_DIES(next_batches(&dl, &batch, N / 10), "m_0", "is not the one that the run began with");
     loader_close(&dl);
     batch_free(&batch);
     int after = open("/dev/null", O_RDONLY);
@@ -4335,6 +4345,27 @@ static void test_clean_up_leaves_what_is_not_ours(void) {
     for (int i = 0; i < COUNT(go); i++) CHECK(access(file_at("%s", go[i]), F_OK), "%s is still there", go[i]);
 }
 
+// A file that is called lock, or a link to one, may be anybody's.
+static void test_a_lock_that_is_not_ours_stays(void) {
+    if (!have_binary()) return;
+    const char *const notes = "my notes\n", *text = file_at("notes");
+    write_text(text, notes);
+    for (int i = 0; i < 4; i++) {
+        char *out = folder("out"), *lock = file_at("out/lock");
+        if (i < 2) write_text(lock, notes);
+        else if (symlink("../notes", lock)) die("test: no link");
+        CHECK_REFUSED(trainer(0, "%s --batch-size 1 --steps 1 %s --out %s", tiny(), i % 2 ? "--resume auto" : "", out), lock,
+            "another --out");
+        size_t n;
+        char *now = slurp(i < 2 ? lock : text, &n);
+        CHECK(!strcmp(now, notes), "it holds '%s' now", now);
+        free(now);
+    }
+    folder("out2");
+    write_bytes(file_at("out2/lock"), "\0\0", 2);           // of a run that ended with the machine
+    CHECK_RAN(trainer(0, "%s --batch-size 1 --steps 1 --out %s", tiny(), file_at("out2")));
+}
+
 // OUT holds one run: no other one and no later steps; what was just saved and what is whole is kept.
 static void test_out_is_of_one_run(void) {
     if (!have_binary()) return;
@@ -4474,6 +4505,119 @@ static void test_resume_says_other_data(void) {
     }
 }
 
+// What is no error, but most likely one of the user's.
+static void test_doubtful_data_are_said(void) {
+    if (!have_binary()) return;
+    enum { N = 16 * 20 + 1 };                               // no token is dropped
+    int tokens[3][N];
+    const int vocab[3] = {TINY_V, TINY_V, TINY_V - 1};      // the last: of another tokenizer
+    make_tiny();
+    folder("data");
+    for (int i = 0; i < 3; i++) {
+        for (int j = 0; j < N; j++) tokens[i][j] = random_int(TINY_V - 1);
+        write_bin(file_at("data/%c.bin", 'a' + i), tokens[i], N, 2, vocab[i], 1, 0);
+    }
+    copy_file(file_at("data/b.bin"), file_at("data/copy.bin"));
+    folder("data/sub");
+    copy_file(file_at("data/c.bin"), file_at("data/sub/c.bin"));
+    const struct { const char *train, *val, *complete; const char *says; } row[] = {
+        {"a.bin", "b.bin", NULL, NULL}, {"a.bin", "b.bin", "true", NULL}, {"[ab].bin", "c.bin", "true", NULL},
+        {"[bc].bin", "a.bin", "true", "c.bin' was made for a vocabulary of"}, {"a.bin", "[bc].bin", NULL, "val data: "},
+        {"[ab].bin", "copy.bin", NULL, "1 of 1 shards to evaluate on are trained on, too: "},
+        {"[ab].bin", "[ab].bin", "true", "2 of 2 shards to evaluate on are trained on, too: "},
+        {"a.bin", "sub/c.bin", "false", "a.bin' is from a preparation that is not complete"}};
+    for (int i = 0; i < COUNT(row); i++) {
+        unlink(file_at("data/tokens.json"));
+        if (row[i].complete) write_text(file_at("data/tokens.json"),
+            path_text("{\n \"options\": {},\n \"complete\": %s\n}", row[i].complete));
+        Result r = trainer(0, "--config %s --train-data %s --val-data %s --seq-len 16 --batch-size 1 --sample-every 0 --threads 1 "
+            "--steps 0 --checkpoint-every 0 --out %s", tiny_config, file_at("data/%s", row[i].train), file_at("data/%s", row[i].val),
+            file_at("out%d", i));
+        CHECK_RAN(r);
+        CHECK(count_lines(r.out, "warning: ") == (row[i].says != NULL) && (!row[i].says || strstr(r.out, row[i].says)), "row %d: %s",
+            i, r.out);
+    }
+}
+
+// Any bytes may be in names of files; log and checkpoints are JSON all the same, and what they say of options is read again.
+static void test_any_name_and_any_prompt_can_be_resumed(void) {
+    if (!have_binary()) return;
+    const char *out = file_at("out"), *const val[] = {"val_\xe9t\xe9", "val_\xc3\xa9t\xc3\xa9", "val_\"\\"};
+    make_tiny();
+    CHECK_REFUSED(trainer(0, "%s --batch-size 1 --steps 1 --out %s", tiny(), file_at("out\xff")), "--out: this is not UTF-8", "");
+    CHECK(access(file_at("out\xff"), F_OK), "a refused run left a folder");
+    folder("val");
+    char first[400], prompt[5001] = "";
+    snprintf(first, sizeof first, "%s/val_2.bin", top_dir);
+    for (int i = 0; i < COUNT(val); i++) copy_file(first, file_at("val/%s_000.bin", val[i]));
+    memset(prompt, 'a', sizeof prompt - 1);
+    for (int start = 0; start < 3; start++) {               // the second as the first: a job that is queued again
+        Text line = {NULL, 0, 0};
+        text_add(&line, "env OMP_WAIT_POLICY=passive %s %s --val-data %s --batch-size 1 --steps %d --val-every 1 --resume auto --out %s "
+            "--prompt %s", binary, tiny(), file_at("val/*.bin"), start < 2 ? 2 : 3, out, prompt);
+        prompt[0] = start ? 'b' : 'a';                      // another one in the end
+        Process p = start_command(line.s);
+        Result r = finish(&p, TIMEOUT);
+        CHECK_RAN(r);
+        free(line.s);
+    }
+    char *text = slurp(file_at("out/log.jsonl"), NULL);
+    int lines = 0;
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), lines++) free(json_parse(line, strlen(line), "log.jsonl"));
+    CHECK(lines > 4, "%d lines", lines);
+    free(text);
+}
+
+// The folder of a checkpoint that a link names is that of its run.
+static void test_resume_of_a_link_goes_on_in_its_run(void) {
+    if (!have_binary()) return;
+    CHECK_RAN(trainer(0, "%s --batch-size 1 --steps 2 --checkpoint-every 1 --out %s", tiny(), file_at("out")));
+    folder("links");
+    if (symlink("../out/step_00000002", file_at("links/latest"))) die("test: no link");
+    for (int i = 0; i < 2; i++) {
+        Result r = trainer(0, "--resume %s%s --steps %d --threads 1", file_at("links/latest"), i ? "/" : "", 3 + i);
+        if (!i) CHECK_RAN(r);
+        else CHECK_REFUSED(r, "step_00000003 is later than step 2", "--resume auto");
+    }
+    int64_t newest;
+    CHECK(count_checkpoints(file_at("out"), &newest) == 2 && newest == 3, "the newest is %d", (int)newest);
+    CHECK(count_checkpoints(file_at("links"), &newest) == 0 && access(file_at("links/log.jsonl"), F_OK), "a run beside the link");
+}
+
+// Nor does it help that a shard of the same size begins as before and names no checksum: llm.c's, and rows (.ds).
+static void test_resume_says_data_that_differ_late(void) {
+    if (!have_binary()) return;
+    enum { N = 9000 };
+    int *tokens = (int *)xmalloc(N * sizeof(int));
+    for (int i = 0; i < N; i++) tokens[i] = random_int(TINY_V);
+    make_tiny();
+    folder("data");
+    write_text(file_at("data/metadata.json"), "{\"vocab_size\": 100, \"sequence_length\": 17, \"token_size_bytes\": 2}");
+    for (int ds = 0; ds < 2; ds++) for (int ranks = 0; ranks <= 2; ranks += 2) {
+        if (ranks && (ds || !mpi_works())) continue;
+        char *shard[2] = {file_at("data/a%d.%s", ranks, ds ? "ds" : "bin"), file_at("data/b%d.%s", ranks, ds ? "ds" : "bin")};
+        for (int i = 0; i < 2; i++) {
+            write_bin(shard[i], tokens, N, 2, 0, 0, -1);
+            size_t n;
+            char *bytes = slurp(shard[i], &n);
+            if (ds) write_bytes(shard[i], bytes + 1024, N * 2);
+            free(bytes);
+        }
+        char *out = file_at("out%d%d", ds, ranks), *same = "--batch-size 1 --sample-every 0 --threads 1";
+        CHECK_RAN(trainer(ranks, "--config %s --train-data %s --seq-len 16 %s --steps 2 --out %s", tiny_config,
+            file_at("data/?%d.%s", ranks, ds ? "ds" : "bin"), same, out));
+        Result r = trainer(ranks, "--resume auto --steps 3 %s --out %s", same, out);
+        CHECK_RAN(r);
+        CHECK(!strstr(r.out, "resume: data"), "the same data: %s", r.out);
+        damage_file(shard[1], -2, "\1\0", 2);
+        if (tokens[N - 1] == 1) damage_file(shard[1], -2, "\2\0", 2);
+        r = trainer(ranks, "--resume auto --steps 4 %s --out %s", same, out);
+        CHECK_RAN(r);
+        CHECK(strstr(r.out, "resume: data | ") && strstr(r.out, "from other shards: their order begins anew"), "%s", r.out);
+    }
+    free(tokens);
+}
+
 // A log that cannot be written: said at once and at the end; the run goes on. An evaluation has its own log, where it is told to.
 static void test_log_on_a_full_disk_ends_no_run(void) {
     if (!have_binary()) return;
@@ -4489,6 +4633,18 @@ static void test_log_on_a_full_disk_ends_no_run(void) {
     CHECK_RAN(r);
     CHECK(strstr(r.out, "val loss") && access(file_at("out/log.jsonl"), F_OK) && access(file_at("out/eval.jsonl"), F_OK),
         "an evaluation wrote into the run's folder");
+}
+
+// What a crash left of the last line is a line of its own.
+static void test_log_goes_on_after_half_a_line(void) {
+    if (!have_binary()) return;
+    folder("out");
+    const char *const half = "{\"type\": \"step\", \"lo", *then = "\n{\"type\": \"header\"";
+    write_text(file_at("out/log.jsonl"), half);
+    CHECK_RAN(trainer(0, "%s --batch-size 2 --steps 2 --checkpoint-every 0 --out %s", tiny(), file_at("out")));
+    char *text = slurp(file_at("out/log.jsonl"), NULL);
+    CHECK(!strncmp(text, half, strlen(half)) && !strncmp(text + strlen(half), then, strlen(then)), "%.100s", text);
+    free(text);
 }
 
 static void test_out_with_a_checkpoint_is_not_overwritten(void) {
@@ -4628,15 +4784,17 @@ static void test_run_sh_refuses_what_is_no_count(void) {
     write_text(mpirun_of_ours, "#!/bin/sh\n>$UP\nexit $STATUS\n");
     chmod(mpirun_of_ours, 0755);
     const struct { int status; const char *options, *part; } row[] = {
-        {0, "-np 0", "-np '0'"}, {0, "-np abc", "-np 'abc'"}, {0, "--np 1.5", "--np '1.5'"}, {0, "-n -1", "-n '-1'"},
-        {0, "-np 2x", "'2x'"}, {0, "-np 2 --hostfile /litespark/none", "'/litespark/none' cannot be read"},
-        {0, "-np 2 --hostfile /", "'/' cannot be read"}, {0, "-np 12", NULL}, {0, "-np 2 --hostfile /dev/null", NULL},
+        {0, "-np 0 program", "-np '0'"}, {0, "-np abc program", "-np 'abc'"}, {0, "--np 1.5 program", "--np '1.5'"}, {0, "-n -1 program", "-n '-1'"},
+        {0, "-np 2x program", "'2x'"}, {0, "-np 2 --hostfile /litespark/none program", "'/litespark/none' cannot be read"},
+        {0, "-np 2 --hostfile / program", "'/' cannot be read"}, {0, "-np 12 program", NULL}, {0, "-np 2 --hostfile /dev/null program", NULL},
         {0, "-np 2 /bin/sh -n 0", NULL},                // the program's own -n
-        {132, "-np 2", NULL}, {255, "-np 2", NULL}};
+        {0, "-np", "-np: say how many ranks"}, {0, "--oversubscribe -n", "-n: say how many ranks"},
+        {0, "-np 2", "there is no program"}, {0, "-np 2 --oversubscribe", "there is no program"},
+        {132, "-np 2 program", NULL}, {255, "-np 2 program", NULL}};
     for (int i = 0; i < COUNT(row); i++) {
         unlink(up);
-        Process p = start_command(path_text("env UP=%s STATUS=%d PATH=%s:%s dev/run.sh %s %s", up, row[i].status, test_dir,
-                                            getenv("PATH"), row[i].options, "program"));
+        Process p = start_command(path_text("env UP=%s STATUS=%d PATH=%s:%s dev/run.sh %s", up, row[i].status, test_dir,
+                                            getenv("PATH"), row[i].options));
         Result r = finish(&p, 40);
         if (row[i].part) CHECK_REFUSED(r, "error: dev/run.sh: ", row[i].part);
         else CHECK(r.code == !!row[i].status && !r.err[0], "%s: exit status %d: %s", row[i].options, r.code, r.err);
@@ -5756,11 +5914,17 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(resume_auto_takes_the_newest_whole_checkpoint, F32),
     TEST(keep_prunes_old_checkpoints, F32),
     TEST(clean_up_leaves_what_is_not_ours, F32),
+    TEST(a_lock_that_is_not_ours_stays, F32),
     TEST(out_is_of_one_run, F32),
     TEST(two_runs_in_one_out_are_refused, F32),
     TEST(paths_are_not_patterns, F32),
     TEST(resume_says_other_data, F32),
+    TEST(doubtful_data_are_said, F32),
+    TEST(any_name_and_any_prompt_can_be_resumed, F32),
+    TEST(resume_of_a_link_goes_on_in_its_run, F32),
+    TEST(resume_says_data_that_differ_late, F32),
     TEST(log_on_a_full_disk_ends_no_run, F32),
+    TEST(log_goes_on_after_half_a_line, F32),
     TEST(out_with_a_checkpoint_is_not_overwritten, F32),
     TEST(signals_save_and_resume_exactly, F32),
     TEST(signals_end_evaluation_and_sampling, F32),

@@ -362,6 +362,7 @@ typedef struct DataLoader {
     int most_documents;         // in a row with flags
     float *reference;           // (n_windows, most_documents/2, 2) DPO: see Batch; or NULL
     uint32_t crc;               // of the size and the first bytes of each shard: tells data from other data
+    uint32_t tokens_crc;        // of all tokens of all shards; 0: too many to be read beforehand
     LoaderState state;
     void *buffer;               // one window as it lies in the file
     struct Shard *open_shard[MAX_OPEN_SHARDS];  // who has the descriptor of this place, NULL = none
@@ -403,8 +404,9 @@ typedef struct TrainState {     // with the weights and the optimizer: all that 
     double seconds, joules;     // spent in steps; joules NAN: unavailable
     uint32_t reference_crc;     // DPO: of the reference's weights; 0: none yet
     LoaderState loader;         // where the data of the next update begin
-    // the data that loader.position counts in (0: not known): windows of seq_len tokens, DataLoader.crc
-    int64_t n_windows, seq_len, data_crc;
+    // the data that loader.position counts in (0: not known): windows of seq_len tokens, DataLoader.crc and
+    // tokens_crc
+    int64_t n_windows, seq_len, data_crc, tokens_crc;
     uint64_t run;               // a random number from the first start on, so that no run prunes another's
     double losses[SPIKE_WINDOW], norms[SPIKE_WINDOW];   // of the last healthy updates, for --skip-spikes
     int64_t n_healthy;
@@ -1719,7 +1721,7 @@ void model_update(Model *m, double lr, double grad_scale, int64_t step, const Op
 enum { MASS_TARGETS, MASS_PAIRS, MASS_CHOSEN, N_MASSES };   // CHOSEN: targets in chosen answers
 // sums over pairs, but for the loss of chosen answers, which is one over their targets
 enum { DPO_LOSS, REWARDS_CHOSEN, REWARDS_REJECTED, REWARDS_MARGINS, REWARDS_ACCURACIES, LOGPS_CHOSEN,
-       LOGPS_REJECTED, SFT_LOSS, N_SUMS };
+       LOGPS_REJECTED, SFT_LOSS, DPO_Z, N_SUMS };           // Z: z of dpo_loss
 
 typedef struct Objective {
     const char *name;
@@ -1771,6 +1773,8 @@ static void weigh_targets(double *weight, const Batch *batch, const double *mass
 // ---- preferences (dpo: Rafailov et al. 2023): the mean over all pairs of the update
 static double log_sigmoid(double z) { return z < 0 ? z - log1p(exp(z)) : -log1p(exp(-z)); }
 
+static int dpo_per_token(const Options *o) { return o->dpo_loss == DPO_NORM || o->dpo_loss == DPO_IPO; }
+
 // Loss of a pair, and its derivatives. c, r: log p of the chosen and the rejected answer, policy minus
 // reference, sums over their n_c and n_r tokens. s = log sigmoid, b = --dpo-beta, e = --dpo-label-smoothing:
 //   sigmoid  z = b (c - r):           -(1-e) s(z) - e s(-z)                 e > 0: conservative DPO
@@ -1778,8 +1782,7 @@ static double log_sigmoid(double z) { return z < 0 ? z - log1p(exp(z)) : -log1p(
 //   robust   z = b (c - r):           (-(1-e) s(z) + e s(-z)) / (1 - 2e)    Chowdhury et al. 2024
 //   ipo      (c/n_c - r/n_r - 1/(2b))^2                                     Azar et al. 2023
 double dpo_loss(const Options *o, double c, int n_c, double r, int n_r, double *dc, double *dr) {
-    const int per_token = o->dpo_loss == DPO_NORM || o->dpo_loss == DPO_IPO;
-    const double u_c = per_token ? 1.0 / n_c : 1, u_r = per_token ? 1.0 / n_r : 1;
+    const double u_c = dpo_per_token(o) ? 1.0 / n_c : 1, u_r = dpo_per_token(o) ? 1.0 / n_r : 1;
     const double b = o->dpo_beta, e = o->dpo_label_smoothing, d = c * u_c - r * u_r, z = b * d;
     const int robust = o->dpo_loss == DPO_ROBUST;
     const double flip = robust ? -e : e, scale = robust ? 1 - 2*e : 1;
@@ -1819,6 +1822,8 @@ static void weigh_pairs(double *weight, const Batch *batch, const double *mass, 
             sums[REWARDS_REJECTED] += opt.dpo_beta * r;
             sums[REWARDS_MARGINS] += opt.dpo_beta * (c - r);
             sums[REWARDS_ACCURACIES] += c > r;
+            sums[DPO_Z] += opt.dpo_beta * (dpo_per_token(&opt) ? c / chosen.n_targets - r / rejected.n_targets
+                                                               : c - r);
             sums[LOGPS_CHOSEN] += lp_c;
             sums[LOGPS_REJECTED] += lp_r;
             for (int i = chosen.first; i < chosen.end; i++) {
@@ -1855,6 +1860,7 @@ void options_parse_timeout(int argc, char **argv);
 void options_parse(int argc, char **argv);
 void options_text(Text *t);
 void options_check(void);
+void options_check_texts(void);
 void options_help(void);
 Option *option_find(const char *name);
 void option_set(Option *o, const char *text);
@@ -1897,12 +1903,14 @@ int data_declares(const char *pattern, int *V, int *S);
 void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, int world, uint64_t seed,
                  int shuffle, int vocab_size, int document_mask);
 void loader_log(const DataLoader *dl, const char *name, FILE *f);
+void loaders_warn_of_shared(const DataLoader *train, const DataLoader *val, FILE *f);
 void loader_rewind(DataLoader *dl);
 int64_t loader_eval_batches(const DataLoader *dl);
 void loader_next(DataLoader *dl, Batch *batch);
 void batch_alloc(Batch *batch, int B, int T, int document_mask, int with_floor);
 void batch_alloc_pairs(Batch *batch, DataLoader *dl);
 int64_t data_windows(const char *pattern, int T);
+int data_stage(const char *pattern, Str *path);
 int loader_source(const DataLoader *dl, int64_t window);
 void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size);
 const char *loader_path(const DataLoader *dl);
@@ -1924,6 +1932,7 @@ void out_lock(const char *out, int make);
 void out_check_run(const char *out, const TrainState *t, int continued, int later_are_damaged);
 void out_remove_leftovers(const char *out);
 Str folder_above(const char *path);
+const char *without_link(const char *path);
 int same_folder(const char *a, const char *b);
 char *checkpoint_choose(const char *resume, const char *out);
 int checkpoint_list(const char *out, int64_t **steps);
@@ -2224,11 +2233,12 @@ static void log_step(const Trainer *tr, double loss, double lr, double norm, dou
                measured_text(tr->window.joules_per_token, "%.3g").s, joules.s, duration_text(left).s);
         fflush(stdout);
     }
-    const double margin = tr->sums[REWARDS_MARGINS] / tr->mass[MASS_PAIRS];
-    if (opt.stage == STAGE_DPO && fabs(margin) > 20) {
+    const double z = tr->sums[DPO_Z] / tr->mass[MASS_PAIRS];        // log sigmoid is a straight line there
+    if (opt.stage == STAGE_DPO && fabs(z) > 20) {
         live_end();
-        printf("step %" PRId64 " | warning: rewards/margins %.1f: the policy is far from its reference; a "
-               "lower --lr or a higher --dpo-beta holds it\n", step, margin);
+        printf("step %" PRId64 " | warning: rewards/margins %s%.1f: the policy is far from its reference; a "
+               "lower --lr or a higher --dpo-beta holds it\n", step,
+               dpo_per_token(&opt) ? "per token " : "", z);
     }
     const struct { const char *key; double x; } row[] = {
         {"loss", loss}, {"lr", lr}, {"grad_norm", norm}, {"tokens", (double)tr->state.tokens},
@@ -2870,6 +2880,7 @@ static char *setup_resume(Trainer *tr, Options *was) {
         int64_t *steps;
         const int is_out = checkpoint_list(resume, &steps) && access(str("%s/checksums.txt", resume).s, F_OK);
         free(steps);
+        if (!is_out) resume = without_link(resume);         // its folder is the run's, not that of the link
         if (!option_given("--out")) opt.out = is_out ? resume : xstrdup(folder_above(resume).s);
         if (is_out) folder = resume;
         if (is_out) resume = "auto";
@@ -2996,8 +3007,10 @@ static void setup_sizes(Trainer *tr) {
 static void resume_data(Trainer *tr) {
     TrainState *s = &tr->state;
     const DataLoader *dl = &tr->train;
+    const int same_tokens = s->data_crc == dl->crc
+                         && (!s->tokens_crc || !dl->tokens_crc || s->tokens_crc == dl->tokens_crc);
     const int same = !s->n_windows
-                  || (s->n_windows == dl->n_windows && s->seq_len == dl->T && s->data_crc == dl->crc);
+                  || (s->n_windows == dl->n_windows && s->seq_len == dl->T && same_tokens);
     tr->train.state = tr->state.loader;
     if (same && s->loader.position < dl->n_windows) return;
     tr->train.state.position = 0;
@@ -3005,17 +3018,27 @@ static void resume_data(Trainer *tr) {
     if (s->n_windows)
         were = str("were %" PRId64 " windows of %" PRId64 " tokens, ", s->n_windows, s->seq_len);
     printf("resume: data | %sare %" PRId64 " windows of %d tokens%s: their order begins anew\n", were.s,
-           dl->n_windows, dl->T, s->data_crc == dl->crc ? "" : ", from other shards");
+           dl->n_windows, dl->T, same_tokens ? "" : ", from other shards");
 }
 
 // Shards are made for a stage.
-static void check_stage(const DataLoader *dl) {
-    if (dl->stage == opt.stage) return;
-    die("token shard '%s' was made for --stage %s, this run is --stage %s; %s", loader_path(dl),
-        stage_names[dl->stage], stage_names[opt.stage],
-        dl->stage == STAGE_CHOICE ? "multiple choice goes with --eval-tasks"
+static void check_stage(int stage, const char *path) {
+    if (stage == opt.stage) return;
+    die("token shard '%s' was made for --stage %s, this run is --stage %s; %s", path,
+        stage_names[stage], stage_names[opt.stage],
+        stage == STAGE_CHOICE ? "multiple choice goes with --eval-tasks"
         : opt.stage == STAGE_PRETRAIN ? "make shards of text with data/tokens.py"
                                     : "make rows with data/chat.py");
+}
+
+// A dry run does without data, but what is there must do.
+static void check_stages_of_files(void) {
+    const char *const patterns[] = {opt.train_data, opt.val_data};
+    for (int i = 0; i < COUNT(patterns); i++) {
+        Str path;
+        const int stage = patterns[i] ? data_stage(patterns[i], &path) : -1;
+        if (stage >= 0) check_stage(stage, path.s);
+    }
 }
 
 // A pass over the data in updates. Nothing is left over: the last update takes rows of the next pass.
@@ -3041,12 +3064,13 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
             batch_alloc(&tr->batches[i], B, T, masked, /*with_floor=*/0);
         for (int64_t i = 0; i < tr->micro_steps && opt.stage == STAGE_DPO; i++)
             batch_alloc_pairs(&tr->batches[i], &tr->train);
-        check_stage(&tr->train);
+        check_stage(tr->train.stage, loader_path(&tr->train));
         if (resume_dir) resume_data(tr);
         tr->state.loader = tr->train.state;
         tr->state.n_windows = tr->train.n_windows;
         tr->state.seq_len = T;
         tr->state.data_crc = tr->train.crc;
+        tr->state.tokens_crc = tr->train.tokens_crc;
         loader_log(&tr->train, "train", stdout);
         if (opt.stage != STAGE_PRETRAIN) say_epoch(tr);
     }
@@ -3060,10 +3084,11 @@ static void setup_data(Trainer *tr, const char *resume_dir) {
     }
     if (!opt.val_data) return;
     loader_open(&tr->val, opt.val_data, B, T, comm_rank(), comm_world(), 0, /*shuffle=*/0, tr->c.V, masked);
-    check_stage(&tr->val);
+    check_stage(tr->val.stage, loader_path(&tr->val));
     batch_alloc(&tr->val_batch, B, T, masked, /*with_floor=*/1);
     if (opt.stage == STAGE_DPO) batch_alloc_pairs(&tr->val_batch, &tr->val);
     loader_log(&tr->val, "val", stdout);
+    if (is_training()) loaders_warn_of_shared(&tr->train, &tr->val, stdout);
 }
 
 static void print_model(const Trainer *tr) {
@@ -3298,7 +3323,10 @@ static void setup(Trainer *tr) {
     setup_model(tr, resume_dir);
     setup_sizes(tr);
     if (resume_dir) say_what_changed(tr, &was);
-    if (opt.dry_run) return;
+    if (opt.dry_run) {
+        check_stages_of_files();
+        return;
+    }
     setup_data(tr, resume_dir);
     check_same_input(tr, resume_dir);
     if (!opt.generate) print_model(tr);
@@ -4371,6 +4399,7 @@ void options_check(void) {
     if (opt.val_data && !*opt.val_data) die("--val-data is empty; name a file or leave it out");
     if (opt.eval_tasks && !*opt.eval_tasks) die("--eval-tasks is empty; name a file or leave it out");
     if (!*opt.out) die("--out is empty; name a folder");
+    if (!opt.generate) options_check_texts();
     profile_has(0);
     plan_check();
 }
@@ -4648,13 +4677,31 @@ void text_add(Text *t, const char *fmt, ...) {
     }
 }
 
-// Appends s as a JSON string, quotes included (s is UTF-8).
+// Appends s as a JSON string, quotes included. Bytes that are not UTF-8 (names of files may have such) become
+// U+FFFD.
 void text_add_string(Text *t, const char *s) {
     text_add(t, "\"");
-    for (; *s; s++)
+    for (const char *end = s + strlen(s); s < end;) {
+        const int n = utf8_length(s, (size_t)(end - s));
         if (*s == '"' || *s == '\\') text_add(t, "\\%c", *s);
-        else text_add(t, (unsigned char)*s < 0x20 ? "\\u%04x" : "%c", *s);
+        else if ((unsigned char)*s < 0x20) text_add(t, "\\u%04x", *s);
+        else if (n) text_add(t, "%.*s", n, s);
+        else text_add(t, "\\ufffd");
+        s += n ? n : 1;
+    }
     text_add(t, "\"");
+}
+
+// All text that goes into log and checkpoints; dies of an option that could not be read from there again.
+void options_check_texts(void) {
+    for (const Option *o = option_table; o < option_table + COUNT(option_table); o++) {
+        if (o->type != OPT_TEXT || !o->given) continue;
+        const char *s = option_text(o), *end = s + strlen(s);
+        for (int n; s < end; s += n)
+            if (!(n = utf8_length(s, (size_t)(end - s))))
+                die("%s: this is not UTF-8, as log and checkpoints are; give the file or folder another name",
+                    o->name);
+    }
 }
 
 // The shortest decimal that reads back as x, for JSON: marked as a float (8.0, not 8); there is no NaN: null.
@@ -5105,7 +5152,7 @@ static const struct { const char *key, *only, *families; } config_fixed[] = {
     {"attention_dropout", "0", NULL}, {"partial_rotary_factor", "1", NULL},
     {"quantization_config", "null", NULL}, {"quantization", "null", NULL}, {"num_experts", "0", NULL},
     {"num_local_experts", "0", NULL}, {"n_routed_experts", "0", NULL}, {"num_experts_per_tok", "0", NULL},
-    {"moe_intermediate_size", "0", NULL},
+    {"moe_intermediate_size", "0", NULL}, {"is_causal", "true", NULL}, {"per_layer_config", "null", NULL},
 };
 
 // The presets; rope factor 0 = plain RoPE, else "llama3" with low 1, high 4, original length 8192.
@@ -5362,6 +5409,7 @@ void config_from_json(Config *c, const char *text, size_t n, const char *where) 
         const char *only = config_fixed[i].only, *families = config_fixed[i].families;
         int same = !v || (families && !strstr(families, c->family->name)) ||
                    (v->type == 's' ? !strcmp(v->str, only) : v->type == 'f' ? !strcmp(only, "false") :
+                    v->type == 't' ? !strcmp(only, "true") :
                           v->type == 'n' && isdigit((unsigned char)*only) && v->num == atof(only));
         if (!same) json_refuse(v, config_fixed[i].key, where, only);
     }
@@ -6104,14 +6152,18 @@ static void shard_find_floor(Shard *s) {
     s->floor_path = xstrdup(path.s);
 }
 
+static uint32_t begin_crc(int fd, const char *path, size_t bytes) {
+    char start[4096];
+    const size_t n = read_at(fd, path, start, sizeof start, 0);
+    return crc32_update(crc32_update(0, &bytes, sizeof bytes), start, n);
+}
+
 // What a shard says of itself; its length is checked, its tokens are not read.
 static void shard_describe(Shard *s) {
     size_t bytes;
-    char start[4096];
     s->fd = open_regular(s->path, "token shard", &bytes);
     if (bytes == 0) die("token shard '%s' is empty; write it again", s->path);
-    const size_t n = read_at(s->fd, s->path, start, sizeof start, 0);
-    s->begin_crc = crc32_update(crc32_update(0, &bytes, sizeof bytes), start, n);
+    s->begin_crc = begin_crc(s->fd, s->path, bytes);
     const char *dot = strrchr(s->path, '.');
     if (dot && strcmp(dot, ".ds") == 0) shard_open_ds(s, bytes);
     else shard_open_bin(s, bytes);
@@ -6159,11 +6211,15 @@ static uint32_t packed_token(const void *data, int width, size_t i) {
 // The descriptor of a shard, which it keeps until another one needs its place.
 static int shard_fd(DataLoader *dl, int index) {
     Shard *s = &dl->shards[index], **place = &dl->open_shard[index % MAX_OPEN_SHARDS];
+    size_t bytes;
     if (s->fd >= 0) return s->fd;
     if (*place) { close((*place)->fd); (*place)->fd = -1; }
     *place = NULL;
-    s->fd = open_regular(s->path, "token shard", NULL);
+    s->fd = open_regular(s->path, "token shard", &bytes);
     *place = s;
+    if (begin_crc(s->fd, s->path, bytes) != s->begin_crc)
+        die("token shard '%s' is not the one that the run began with; start again, with --resume auto",
+            s->path);
     return s->fd;
 }
 
@@ -6190,8 +6246,8 @@ static void row_check(const Shard *s, size_t w, const uint32_t *row) {
                                                      : "but answers come in pairs");
 }
 
-// Reads a whole shard once: its CRC-32 and its largest id, and rows with flags.
-static void shard_scan(DataLoader *dl, int index) {
+// Reads a whole shard once: its CRC-32, which it returns, its largest id, and rows with flags.
+static uint32_t shard_scan(DataLoader *dl, int index) {
     Shard *s = &dl->shards[index];
     // rows with flags are looked at whole
     const size_t of_row = (size_t)s->row * (size_t)s->width, some = (size_t)1 << 20;
@@ -6203,7 +6259,7 @@ static void shard_scan(DataLoader *dl, int index) {
     for (size_t at = 0; at < bytes; at += block) {
         size_t n = min_size(bytes - at, block);
         read_exactly(fd, s->path, data, n, s->header_bytes + at);
-        if (s->crc) crc = crc32_update(crc, data, n);
+        crc = crc32_update(crc, data, n);
         for (size_t i = 0; i < n / (size_t)s->width; i++) {
             uint32_t id = packed_token(data, s->width, i) & (s->stage ? ~FLAGS : ~0u);
             largest = id > largest ? id : largest;
@@ -6212,12 +6268,22 @@ static void shard_scan(DataLoader *dl, int index) {
             row_check(s, (at + i) / of_row, (const uint32_t *)((const char *)data + i));
     }
     free(data);
-    if (crc != s->crc)
+    if (s->crc && crc != s->crc)
         die("token shard '%s' is damaged: CRC-32 %08x, its header promises %08x; write it again",
             s->path, crc, s->crc);
     if (largest >= (uint32_t)dl->vocab_size)
         die("token shard '%s' has token id %u, outside the vocabulary of %d; use the tokenizer of the model",
             s->path, largest, dl->vocab_size);
+    return crc;
+}
+
+// All shards, which the ranks share -> dl->tokens_crc.
+static void loader_scan(DataLoader *dl) {
+    double *crc = (double *)xcalloc((size_t)dl->n_shards, sizeof(double));
+    for (int i = dl->rank; i < dl->n_shards; i += dl->world) crc[i] = shard_scan(dl, i);
+    comm_sum(crc, dl->n_shards);
+    dl->tokens_crc = crc32_update(0, crc, (size_t)dl->n_shards * sizeof(double));
+    free(crc);
 }
 
 // The number of a shard's source: its name without folder, "val_", number and extension.
@@ -6263,7 +6329,7 @@ void loader_open(DataLoader *dl, const char *pattern, int B, int T, int rank, in
     if (dl->n_windows == 0)
         die("'%s' is too short: %" PRId64 " tokens in all, no shard has one window of %d + 1; "
             "use more text or a smaller --seq-len", pattern, dl->n_tokens, T);
-    for (int i = rank; i < dl->n_shards && bytes <= FULL_SCAN_BYTES; i += world) shard_scan(dl, i);
+    if (bytes <= FULL_SCAN_BYTES) loader_scan(dl);
     dl->has_floor = n_floors == dl->n_shards;
     dl->buffer = xmalloc(((size_t)T + 1) * 4);
 }
@@ -6287,6 +6353,48 @@ int64_t data_windows(const char *pattern, int T) {
 // The first shard, for messages.
 const char *loader_path(const DataLoader *dl) { return dl->shards[0].path; }
 
+// data/tokens.py was at work there, or was stopped: its shards are whole, but not all that there will be.
+static int is_incomplete(const Shard *s) {
+    char text[1 << 16] = "";
+    const int folder = (int)(strrchr(s->path, '/') ? strrchr(s->path, '/') + 1 - s->path : 0);
+    FILE *f = fopen(str("%.*stokens.json", folder, s->path).s, "r");
+    if (f && !fread(text, 1, sizeof text - 1, f)) *text = 0;
+    if (f) fclose(f);
+    return strstr(text, "\"complete\": false") != NULL;
+}
+
+// What is no error, but most likely one of the user's: a line for the first of each kind.
+static void loader_warn(const DataLoader *dl, const char *name, FILE *f) {
+    const Shard *s = dl->shards, *known = s;
+    int other = 0, part = 0, made = 0;
+    for (int i = 0; i < dl->n_shards; i++) {
+        if (strcmp(s[i].made, s->made) && !made++)
+            fprintf(f, "warning: %s data: '%s' has %s; '%s' has %s\n", name, s[i].path, s[i].made, s->path,
+                    s->made);
+        if (!known->vocab) known = &s[i];
+        if (s[i].vocab && s[i].vocab != known->vocab && !other++)
+            fprintf(f, "warning: %s data: '%s' was made for a vocabulary of %d, '%s' for one of %d: is that "
+                    "one tokenizer?\n", name, s[i].path, s[i].vocab, known->path, known->vocab);
+        if (!s[i].row && is_incomplete(&s[i]) && !part++)
+            fprintf(f, "warning: %s data: '%s' is from a preparation that is not complete (tokens.json "
+                    "beside it); the same command of data/tokens.py goes on with it\n", name, s[i].path);
+    }
+}
+
+// Of shards to evaluate on that are among those to train on, as their size and first bytes tell.
+void loaders_warn_of_shared(const DataLoader *train, const DataLoader *val, FILE *f) {
+    const Shard *first = NULL;
+    int n = 0;
+    for (const Shard *v = val->shards; v < val->shards + val->n_shards; v++)
+        for (const Shard *t = train->shards; t < train->shards + train->n_shards; t++) {
+            if (v->begin_crc != t->begin_crc || v->n_tokens != t->n_tokens) continue;
+            if (!n++) first = v;
+            break;
+        }
+    if (n) fprintf(f, "warning: %d of %d shards to evaluate on are trained on, too: '%s'%s\n", n,
+                   val->n_shards, first->path, n > 1 ? " and others" : "");
+}
+
 // One line for the log; name: "train" or "val".
 void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     const int vocab = dl->shards[0].vocab;
@@ -6299,6 +6407,7 @@ void loader_log(const DataLoader *dl, const char *name, FILE *f) {
     if (share > 1)
         fprintf(f, "warning: %.0f%% of the %s tokens are in no window of %d; another --seq-len may take more"
                 "\n", share, name, dl->T);
+    loader_warn(dl, name, f);
 }
 
 void loader_rewind(DataLoader *dl) { dl->state.epoch = dl->state.position = 0; }
@@ -6512,19 +6621,32 @@ void tasks_open(Tasks *tasks, const char *pattern, int B, int T, int vocab_size)
     for (int i = 0; i < dl->n_shards; i++) choices_read(tasks, &dl->shards[i]);
 }
 
-// What the first shard that matches says of the vocabulary (*V) and the tokens per row (*S), 0 = nothing;
-// returns 0 when there is no shard.
-int data_declares(const char *pattern, int *V, int *S) {
+// The first shard that matches, described; returns 0 when there is none.
+static int data_first(const char *pattern, Shard *s, Str *path) {
     glob_t found;
-    Shard s;
     if (!find_files(pattern, &found)) return 0;
-    memset(&s, 0, sizeof s);
-    s.path = found.gl_pathv[0];
-    shard_describe(&s);
+    *path = str("%s", found.gl_pathv[0]);
     globfree(&found);
+    memset(s, 0, sizeof *s);
+    s->path = path->s;
+    shard_describe(s);
+    return 1;
+}
+
+// What it says of the vocabulary (*V) and the tokens per row (*S), 0 = nothing.
+int data_declares(const char *pattern, int *V, int *S) {
+    Shard s;
+    Str path;
+    if (!data_first(pattern, &s, &path)) return 0;
     *V = s.vocab;
     *S = s.row ? s.row - 1 : 0;
     return 1;
+}
+
+// The stage that it was made for, and its path; -1: there is none.
+int data_stage(const char *pattern, Str *path) {
+    Shard s;
+    return data_first(pattern, &s, path) ? s.stage : -1;
 }
 
 // ==== 14. Schedule, FLOPs, log =============================================================================
@@ -6551,13 +6673,39 @@ double flops_per_token(const Config *c, double T, int causal) {
 }
 
 // ---- log.jsonl: one JSON object per line, only rank 0 writes ----------------------------------------------
-static struct { int fd; int64_t lost; Str path; } log_file = {-1, 0, {""}};
+typedef struct RecordFile { int fd; int64_t lost; Str path; } RecordFile;
+static RecordFile log_file = {-1, 0, {""}}, power_file = {-1, 0, {""}};
+
+// Opens a file to append to; what a crash left of its last line stays a line of its own. 0: it cannot be.
+static int records_open(RecordFile *file, const char *path) {
+    char last = '\n';
+    file->path = str("%s", path);
+    file->fd = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    const off_t end = file->fd < 0 ? 0 : lseek(file->fd, 0, SEEK_END);
+    if (end > 0 && pread(file->fd, &last, 1, end - 1) == 1 && last != '\n' && write(file->fd, "\n", 1) < 0) {}
+    return file->fd >= 0;
+}
+
+// Appends the line t and frees it. On a full disk it is lost, whole: a half line would spoil the next one.
+static void records_add(RecordFile *file, Text *t) {
+    const off_t end = lseek(file->fd, 0, SEEK_END);
+    errno = 0;
+    if (write(file->fd, t->s, (size_t)t->n) != t->n) {
+        const char *why = strerror(errno ? errno : ENOSPC);
+        if (!file->lost++) {
+            live_end();
+            fprintf(stderr, "warning: cannot write %s: %s; training goes on without these records\n",
+                    file->path.s, why);
+        }
+        if (ftruncate(file->fd, end)) {}
+    }
+    free(t->s);
+}
 
 void log_open(const char *path) {
     if (comm_rank() != 0) return;
-    log_file.path = str("%s", path);
-    log_file.fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (log_file.fd < 0) die("cannot write %s: %s; choose another --out", path, strerror(errno));
+    if (!records_open(&log_file, path))
+        die("cannot write %s: %s; choose another --out", path, strerror(errno));
 }
 
 // Appends "key": x after a comma; what is not finite (unknown, unavailable) is null.
@@ -6577,23 +6725,11 @@ void text_add_options(Text *t, int as_given) {
     text_add(t, "}");
 }
 
-// Writes the record t as one line and frees it. A full disk ends no training: the record is lost, whole.
+// Writes the record t as one line and frees it. A full disk ends no training.
 void log_record(Text *t) {
     text_add(t, "}\n");
-    if (log_file.fd >= 0) {
-        const off_t end = lseek(log_file.fd, 0, SEEK_END);
-        errno = 0;
-        if (write(log_file.fd, t->s, (size_t)t->n) != t->n) {
-            const char *why = strerror(errno ? errno : ENOSPC);
-            if (!log_file.lost++) {
-                live_end();
-                fprintf(stderr, "warning: cannot write %s: %s; training goes on without these records\n",
-                        log_file.path.s, why);
-            }
-            if (ftruncate(log_file.fd, end)) {}             // a half line would spoil the next one
-        }
-    }
-    free(t->s);
+    if (log_file.fd >= 0) records_add(&log_file, t);
+    else free(t->s);
 }
 
 void log_close(void) {
@@ -6604,7 +6740,8 @@ void log_close(void) {
 }
 
 // ---- --power-log: a thread that writes what this rank's part of the machine does each second --------------
-static void *power_log_thread(void *file) {
+static void *power_log_thread(void *unused) {
+    (void)unused;
     double joules, before = NAN, then = 0, mhz, celsius;
     for (;;) {
         if (!power_sample(&joules, &mhz, &celsius)) return NULL;
@@ -6618,9 +6755,7 @@ static void *power_log_thread(void *file) {
             text_add_field(&r, "mhz", mhz);
             text_add_field(&r, "celsius", celsius);
             text_add(&r, "}\n");
-            if (fputs(r.s, (FILE *)file)) {}                // a full disk ends no training
-            fflush((FILE *)file);
-            free(r.s);
+            records_add(&power_file, &r);
         }
         before = joules;
         then = now;
@@ -6634,11 +6769,11 @@ void power_log_start(const char *path) {
     sigset_t all, before;
     double joules, mhz, celsius;
     if (!power_sample(&joules, &mhz, &celsius)) return;
-    FILE *f = fopen(name.s, "a");
-    if (!f) die("--power-log: cannot write %s: %s", name.s, strerror(errno));
+    if (!records_open(&power_file, name.s))
+        die("--power-log: cannot write %s: %s", name.s, strerror(errno));
     sigfillset(&all);                           // signals are for the thread that trains
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (pthread_create(&thread, NULL, power_log_thread, f)) die("--power-log: there is no thread for it");
+    if (pthread_create(&thread, NULL, power_log_thread, NULL)) die("--power-log: there is no thread for it");
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_detach(thread);
 }
@@ -6799,6 +6934,16 @@ Str folder_above(const char *path) {                    // "a/b/" -> "a", "b" ->
     return above;
 }
 
+// "latest" -> "/runs/out/step_00000100", where that is a link; else path.
+const char *without_link(const char *path) {
+    struct stat info;
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    const int is_link = !lstat(str("%.*s", (int)n, path).s, &info) && S_ISLNK(info.st_mode);
+    const char *real = is_link ? realpath(path, NULL) : NULL;
+    return real ? real : path;
+}
+
 int same_folder(const char *a, const char *b) {
     struct stat x, y;
     return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
@@ -6832,24 +6977,26 @@ void out_check(const char *out) {
 }
 
 // One run at a time trains in OUT. The kernel takes the lock back however the process ends. Not make: only
-// if the file is there, as it is after the first run.
+// if the file is there, as it is after the first run. One that says something else is not ours.
 void out_lock(const char *out, int make) {
     static int fd = -1;
     const Str path = str("%s/lock", out);
     char host[256] = "", holder[512] = "another run";
     if (fd >= 0) return;
-    fd = open(path.s, O_RDWR | O_CLOEXEC | (make ? O_CREAT : 0), 0666);
+    fd = open(path.s, O_RDWR | O_CLOEXEC | O_NOFOLLOW | (make ? O_CREAT : 0), 0666);
     if (fd < 0 && !make && errno == ENOENT) return;
     if (fd < 0) die("cannot write %s: %s; choose another --out", path.s, strerror(errno));
+    const ssize_t n = pread(fd, holder, sizeof holder - 1, 0);
+    if (n > 0) holder[n] = 0, holder[strcspn(holder, "\n")] = 0;
+    if (n > 0 && *holder && strncmp(holder, "process ", 8))     // zeros: what a power failure may leave
+        die("%s is not a file of litespark's; move it away, or choose another --out", path.s);
     if (!flock(fd, LOCK_EX | LOCK_NB)) {
         gethostname(host, sizeof host - 1);
         // only a hint: that it fails is no harm
         if (ftruncate(fd, 0) || dprintf(fd, "process %d on %s\n", (int)getpid(), host) < 0) {}
-    } else if (errno == EWOULDBLOCK) {
-        const ssize_t n = pread(fd, holder, sizeof holder - 1, 0);
-        if (n > 0) holder[n] = 0, holder[strcspn(holder, "\n")] = 0;
+    } else if (errno == EWOULDBLOCK)
         die("--out %s is in use by %s: wait for its end, or name another --out", out, holder);
-    } else
+    else
         fprintf(stderr, "warning: cannot lock %s: %s; see to it that no other run uses this --out\n", path.s,
                 strerror(errno));
 }
@@ -7109,8 +7256,9 @@ static void save_trainer_state(const TrainState *t) {
     text_add_field(&j, "joules", t->joules);
     text_add(&j, ", \"targets\": %" PRId64 ", \"reference_crc\": %u", t->targets, t->reference_crc);
     text_add(&j, ",\n \"loader\": {\"seed\": %" PRIu64 ", \"epoch\": %" PRId64 ", \"position\": %" PRId64
-             ", \"windows\": %" PRId64 ", \"seq_len\": %" PRId64 ", \"crc\": %" PRId64 "},\n \"options\": ",
-             t->loader.seed, t->loader.epoch, t->loader.position, t->n_windows, t->seq_len, t->data_crc);
+             ", \"windows\": %" PRId64 ", \"seq_len\": %" PRId64 ", \"crc\": %" PRId64 ", \"tokens_crc\": %"
+             PRId64 "},\n \"options\": ", t->loader.seed, t->loader.epoch, t->loader.position, t->n_windows,
+             t->seq_len, t->data_crc, t->tokens_crc);
     text_add_options(&j, /*as_given=*/1);
     text_add(&j, ",\n \"n_healthy\": %" PRId64, t->n_healthy);
     text_add_series(&j, "losses", t->losses);
@@ -7613,14 +7761,14 @@ static void options_resume(const Json *saved, const char *where, int64_t format,
         if (!o || e->type != 's')
             die("%s: option \"%s\" is not known; this checkpoint is of another version", where, e->key);
         if (o->kind == START) continue;
-        const Str wish = str("%s", o->given ? option_text(o) : "");
+        const char *wish = xstrdup(o->given ? option_text(o) : "");
         const char *text = o->text;
         option_set(o, e->str);
-        if (!o->given || !strcmp(wish.s, option_text(o))) continue;
+        if (!o->given || !strcmp(wish, option_text(o))) continue;
         if (o->kind == FIXED)
             die("%s %s: the run was begun with %s, which cannot change; leave it out, or start another run "
-                "with --init-from", o->name, wish.s, option_text(o));
-        if (comm_rank() == 0) printf("resume: %s was %s, is now %s\n", o->name, option_text(o), wish.s);
+                "with --init-from", o->name, wish, option_text(o));
+        if (comm_rank() == 0) printf("resume: %s was %s, is now %s\n", o->name, option_text(o), wish);
         given[o - option_table] = text;
     }
     if (format == 1 && fabs(opt.min_lr - opt.lr / 10) <= 1e-9 * opt.lr)
@@ -7654,6 +7802,7 @@ void checkpoint_read_state(const char *dir, TrainState *t, Options *was) {
     t->n_windows = json_int(loader, "windows", where, 0, MOST, 0);
     t->seq_len = json_int(loader, "seq_len", where, 0, INT_MAX, 0);
     t->data_crc = json_int(loader, "crc", where, 0, UINT32_MAX, 0);
+    t->tokens_crc = json_int(loader, "tokens_crc", where, 0, UINT32_MAX, 0);
     t->run = strtoull(json_string(root, "run", where, "0"), NULL, 16);
     options_resume(json_get(root, "options"), where, format, was);
     free(root);
@@ -7854,12 +8003,33 @@ static void reference_copy(const DataLoader *dl, const Shard *s, float *values, 
     }
 }
 
+// reference_write writes X.ref as this and keeps it locked meanwhile.
+static Str reference_part(const char *path, int pid) { return str("%s.%d.part", path, pid); }
+
+// Those whose process is gone: from this host, and from others, as nobody holds the lock.
+static void reference_remove_parts(const char *path) {
+    DIR *d = opendir(folder_above(path).s);
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    for (struct dirent *e; d && (e = readdir(d));) {
+        int pid = 0;
+        if (strncmp(e->d_name, name, strlen(name)) || sscanf(e->d_name + strlen(name), ".%d.", &pid) != 1
+            || pid <= 0 || strcmp(e->d_name, reference_part(name, pid).s) || !kill(pid, 0) || errno != ESRCH)
+            continue;
+        const Str part = reference_part(path, pid);
+        const int fd = open(part.s, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        if (fd >= 0 && !flock(fd, LOCK_EX | LOCK_NB)) unlink(part.s);
+        if (fd >= 0) close(fd);
+    }
+    if (d) closedir(d);
+}
+
 // dl->reference from the files beside its shards. 0: one is not there. Dies of one that is there and is not
 // of this shard and this reference. All ranks read.
 int reference_read(DataLoader *dl, uint32_t weights) {
     int all = 1;
     for (Shard *s = dl->shards; s < dl->shards + dl->n_shards; s++) {
         const Str path = reference_path(s, weights);
+        if (comm_rank() == 0) reference_remove_parts(path.s);
         uint32_t want[REFERENCE_WORDS], found[REFERENCE_WORDS];
         size_t bytes;
         const size_t n = reference_values(s);
@@ -7902,7 +8072,7 @@ void reference_check_folders(const DataLoader *dl, uint32_t weights) {
 // Writes the files of reference_read, on rank 0. A file is whole once it has its name.
 void reference_write(const DataLoader *dl, uint32_t weights) {
     for (const Shard *s = dl->shards; s < dl->shards + dl->n_shards && comm_rank() == 0; s++) {
-        const Str path = reference_path(s, weights), part = str("%s.%d.part", path.s, (int)getpid());
+        const Str path = reference_path(s, weights), part = reference_part(path.s, (int)getpid());
         uint32_t words[REFERENCE_WORDS];
         const size_t n = reference_values(s);
         float *values = (float *)xmalloc(n * sizeof(float) + 1);
@@ -7910,14 +8080,16 @@ void reference_write(const DataLoader *dl, uint32_t weights) {
         reference_header(dl, s, weights, words);
         words[8] = crc32_update(0, values, n * sizeof(float));
         FILE *f = fopen(part.s, "wb");
-        int failed = !f || fwrite(words, sizeof words, 1, f) != 1 || fwrite(values, sizeof(float), n, f) != n
-                  || fflush(f) || fsync(fileno(f));
-        if (f) failed |= fclose(f) != 0;
-        if (failed || rename(part.s, path.s)) {
+        if (f) flock(fileno(f), LOCK_EX | LOCK_NB);             // until it has its name
+        const int failed = !f || fwrite(words, sizeof words, 1, f) != 1
+                        || fwrite(values, sizeof(float), n, f) != n || fflush(f) || fsync(fileno(f))
+                        || rename(part.s, path.s);
+        if (failed) {
             const char *why = strerror(errno);
             unlink(part.s);
             reference_cannot_write(path.s, why);
         }
+        fclose(f);
         free(values);
     }
 }

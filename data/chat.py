@@ -939,6 +939,8 @@ def list_rows(path, stream, text, line):
         line, at = line + text.count("\n", at, end), end
         try:
             if text[at:at + 1] == "]":
+                if rest or text[at + 1:].strip() or any(map(bytes.strip, stream)):
+                    raise UserError(f"{path}:{line}: there is more after the list; make one list of all (jq -s add)")
                 return
             _, end = decoder.raw_decode(text, at)
             yield line, True, True, text[at:end].encode("utf-8", "surrogateescape")

@@ -32,6 +32,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -1200,7 +1201,11 @@ static void file_open(File *file, const char *dir, const char *name) {
     if (snprintf(file->path, sizeof file->path, "%s/%s", dir, name) >= (int)sizeof file->path)
         die("the path %s is too long", dir);
     snprintf(file->temp, sizeof file->temp, "%s.tmp", file->path);
-    file->f = fopen(file->temp, "wb");
+    // locked until it has its name: two runs would write the same file
+    const int fd = open(file->temp, O_RDWR | O_CREAT, 0666);
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        die("%s is being written by another run; wait for its end", file->path);
+    file->f = fd < 0 || ftruncate(fd, 0) != 0 ? NULL : fdopen(fd, "wb");
     file_check(file, file->f != NULL);
 }
 
@@ -1210,8 +1215,8 @@ static void file_write(File *file, const void *data, size_t n) {
 
 static void file_close(File *file) {
     file_check(file, fflush(file->f) == 0 && fsync(fileno(file->f)) == 0);
-    file_check(file, fclose(file->f) == 0);
     file_check(file, rename(file->temp, file->path) == 0);
+    fclose(file->f);
 }
 
 static void make_dirs(const char *dir) {

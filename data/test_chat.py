@@ -459,6 +459,9 @@ def test_files(d):
         refused("no column known", ["m2.parquet", "no column", "other"], save_parquet(f"{d}/m2.parquet", [{"other": 1}]),
                 "--stage", "sft",
                 "--tokenizer", "bytes", "--seq-len", 9, "--out", f"{d}/o_m2")
+    for name, more in (("j1.json", b"\n" + json.dumps(rows).encode()), ("j2.json", b", {")):      # cat a.json b.json
+        refused("a list, and more", [name, "after the list"], save(f"{d}/{name}", json.dumps(rows, indent=1).encode() + more),
+                "--stage", "sft", "--tokenizer", "bytes", "--seq-len", 40, "--out", f"{d}/o_{name}")
     check("every file gives the same rows", len(set(out.values())) == 1 and len(out) >= 10, {k: len(v) for k,
         v in out.items()})
     one = lines.splitlines(True)

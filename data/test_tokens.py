@@ -244,12 +244,13 @@ def test_every_file_is_read_or_named(d):
             refused(f"{name} {kind}", [path, "damaged"], path, "--out", f"{d}/{name}{kind}")
             with open(f"{d}/{name}{kind}/tokens.json") as f:
                 check(f"{name} {kind} is not complete", json.load(f)["complete"] is False)
-    # two frames one after the other; a second one whose first byte is wrong, which lzma and bz2 take for the end
+    # two frames one after the other; a second one of which a byte is wrong, the first (lzma and bz2 take it for the end) or a later
     for kind, data in whole.items():
         must(save(f"{d}/two.txt.{kind}", data + data), "--out", f"{d}/two{kind}", "--val-fraction", 0)
         check(f"two frames of {kind}", texts_of(f"{d}/two{kind}") == [text.decode() * 2])
-        damaged = save(f"{d}/second.txt.{kind}", data + bytes([data[0] ^ 1]) + data[1:])
-        refused(f"second frame of {kind}", [damaged, "damaged"], damaged, "--out", f"{d}/second{kind}")
+        for at in (0, 30):
+            damaged = save(f"{d}/second{at}.txt.{kind}", data + data[:at] + bytes([data[at] ^ 255]) + data[at + 1:])
+            refused(f"second frame of {kind}", [damaged, "damaged"], damaged, "--out", f"{d}/second{at}{kind}")
     # zeros that the .xz format allows between two streams and after them, in fours; not before the first
     xz = whole["xz"]
     must(save(f"{d}/padded.txt.xz", xz + bytes(8) + xz + bytes(6000)), "--out", f"{d}/padded", "--val-fraction", 0)
@@ -592,7 +593,11 @@ def test_cl100k_pattern(d):
 def test_merge_rule(d):
     """tokenizer.bin alone, with the merge rule of the trainers, encodes as SentencePiece does."""
     sp = library("sentencepiece").SentencePieceProcessor(model_file=sentencepiece_model(d))
-    must("--export-tokenizer", sentencepiece_model(d), "--out", f"{d}/tokenizer.bin")
+    with open(sentencepiece_model(d), "rb") as f:
+        model = save(f"{d}/my.model", f.read())
+    for _ in range(2):
+        must("--export-tokenizer", model, "--out", f"{d}/tokenizer.bin")
+    refused("a tokenizer over itself", [model, "another --out"], "--export-tokenizer", model, "--out", model)
     tok = read_tokenizer(f"{d}/tokenizer.bin")
     check("kind 0, every piece", tok[0] == 0 and len(tok[1]) == sp.get_piece_size())
     lines = [t.replace("\u2581", "")[:160] for t in sample_texts(200, 9)]
@@ -1106,6 +1111,33 @@ def test_go_on_refuses_other_input(d):
     save_jsonl(f"{d}/in/2.jsonl", texts[:10])
     r = run(*args)
     check("complete, but the input has changed: made anew", r.returncode == 0 and len(texts_of(f"{d}/o")) == 1010, r.stderr)
+    save_jsonl(f"{d}/in/3.jsonl", texts[:5])
+    r = run(*args)
+    check("complete, but there is a new file: made anew", r.returncode == 0 and len(texts_of(f"{d}/o")) == 1015, r.stderr)
+    save_jsonl(f"{d}/in/3.jsonl", [t.replace("text", "TEXT") for t in texts[:5]])
+    later = os.path.getmtime(f"{d}/o/tokens.json") + 2          # a clock of whole seconds is enough
+    os.utime(f"{d}/in/3.jsonl", (later, later))
+    r = run(*args)
+    check("complete, but a file of the same size is another: made anew", r.returncode == 0 and
+          texts_of(f"{d}/o")[-1].startswith("TEXT 4"), r.stderr)
+    os.utime(f"{d}/in/3.jsonl", (later + 9, later + 9))
+    check("complete, a file is newer, but the same", "is complete already" in must(*args))
+
+
+def test_two_runs_in_one_folder(d):
+    path, outs = save_jsonl(f"{d}/in.jsonl", sample_texts(20000)), (f"{d}/o", f"{d}/alone")
+    args = (path, "--format", "ds", "--seq-len", 64, "--jobs", 1, "--save-every", 0)
+    p = subprocess.Popen([sys.executable, SCRIPT, *map(str, args), "--out", outs[0]], stdout=subprocess.DEVNULL)
+    while p.poll() is None and not os.path.exists(f"{outs[0]}/.state.json"):
+        time.sleep(0.001)
+    p.send_signal(signal.SIGSTOP)
+    check("the first is at work", not os.path.exists(f"{outs[0]}/manifest.json"))
+    refused("a second run", [outs[0], "in use"], *args, "--out", outs[0])
+    p.send_signal(signal.SIGCONT)
+    check("the first goes on to its end", p.wait() == 0)
+    must(*args, "--out", outs[1])
+    shards = [{n: b for n, b in everything_in(o).items() if n.endswith(".ds")} for o in outs]
+    check("its shards are as if it had been alone", shards[0] == shards[1] and len(shards[0]) == 2, list(shards[0]))
 
 
 def test_bad_input(d):

@@ -1361,11 +1361,31 @@ def split_folders(args):
 COUNT_SERVES = ("mix", "repeat", "train_tokens", "val_fraction", "val_tokens", "val_from", "shard_tokens")
 
 
-def claim_folder(args, options, resume=False, name="tokens.json"):
+def lock_folder(folder):
+    """Makes the folder, and keeps a second run out of it until this process ends: both would write the same files."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:         # not on this system
+        return
+    lock = os.open(folder, os.O_RDONLY)         # stays open
+    for attempt in range(30):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)     # the workers of a killed run need a moment to leave
+        except OSError:         # not on this file system
+            return
+    raise UserError(f"{folder} is in use by another run; wait for its end, or choose another --out")
+
+
+def claim_folder(args, options, resume=False, name="tokens.json", files=()):
     """An empty folder, or one that the same command filled before: its shards are then written anew. resume: -> the
-    state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do."""
+    state that a killed run saved, whose shards are kept, or None; or "complete", where there is nothing to do.
+    files: the input, as it is now."""
     out, state, saved = args.out, os.path.join(args.out, name), None
-    if os.path.isdir(out) and set(os.listdir(out)) - {name + ".tmp"}:       # which a kill at the start leaves
+    lock_folder(out)
+    if set(os.listdir(out)) - {name + ".tmp"}:       # which a kill at the start leaves
         if not os.path.exists(state):
             raise UserError(f"{out} is not empty and holds no {name}; choose another --out")
         with open(state, encoding="utf-8") as f:
@@ -1379,7 +1399,7 @@ def claim_folder(args, options, resume=False, name="tokens.json"):
             if folder != out and os.path.exists(os.path.join(folder, "tokens.json")):
                 raise UserError(f"{folder} holds another preparation (tokens.json); choose another --out")
         if resume and before.get("complete"):
-            if is_whole(args):
+            if is_whole(args, files):
                 return "complete"
             print(f"note: {out} was complete, but its input or shards are no longer those of its manifest.json: it is made "
                   "anew", file=sys.stderr)
@@ -1392,19 +1412,22 @@ def claim_folder(args, options, resume=False, name="tokens.json"):
             remove_shards(args)
             if begun:
                 remove_files(out, ".counts.json")
-    os.makedirs(out, exist_ok=True)
     if not saved:
         write_whole(state, json.dumps({"options": options, "complete": False}, indent=1).encode())
     return saved
 
 
-def is_whole(args):
-    """Every input and every shard of manifest.json is there with its size."""
+def is_whole(args, files):
+    """The input is that of manifest.json (by the bytes, where a file is newer), and every shard is there with its size."""
     try:
         with open(os.path.join(args.out, "manifest.json"), encoding="utf-8") as f:
             manifest = json.load(f)
-        return all(os.path.getsize(os.path.join(folder, row["path"])) == row["bytes"]
-                   for folder, key in (("", "inputs"), (args.out, "shards")) for row in manifest[key])
+        made = os.path.getmtime(os.path.join(args.out, "tokens.json"))
+        return (sorted(files) == sorted(row["path"] for row in manifest["inputs"])
+                and all(os.path.getsize(os.path.join(folder, row["path"])) == row["bytes"]
+                        for folder, key in (("", "inputs"), (args.out, "shards")) for row in manifest[key])
+                and all(os.path.getmtime(row["path"]) <= made or file_hash(row["path"]) == row["sha256"]
+                        for row in manifest["inputs"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -1446,7 +1469,7 @@ def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tok
     everything = {s.prefix: s for s in [train, *vals.values()]}
     if len(everything) <= len(vals):
         raise UserError("two sources have the same name in that of a file: " + ", ".join(map(str, vals)))
-    val, split, text_bytes, trained, stamp = vals.get(None), train, 0, {n: [0, 0] for n in plan or ()}, time.time()
+    val, split, text_bytes, trained, stamp = vals.get(None), train, 0, {n: [0, 0] for n in plan or ()}, time.monotonic()
     kept = saved is not None
     if saved:
         for prefix, state in saved["splits"].items():
@@ -1478,14 +1501,14 @@ def write_shards(args, reader, vocab, progress, plan=None, saved=None, train_tok
                     split.add(ids[at:at + count], first, last)
                 at, text_bytes = at + count, text_bytes + size
             progress.show(sum(s.count for s in everything.values()))
-            if state and time.time() - stamp >= args.save_every:
+            if state and time.monotonic() - stamp >= args.save_every:
                 write_whole(os.path.join(args.out, ".state.json"), json.dumps(
                     {"version": 1, "train_tokens": train_tokens, "reader": state, "text_bytes": text_bytes,
                      "trained": trained, "inputs": reader.inputs[:state["inputs"]],
                      "splits": {p: s.state() for p, s in everything.items()}}).encode())
                 for folder in set(folders):
                     sync_folder(folder)
-                kept, stamp = True, time.time()
+                kept, stamp = True, time.monotonic()
         if not train.count:
             raise UserError(f"no text in {', '.join(args.inputs[:3]) or args.mix}: nothing to tokenize")
         if args.format == "ds" and not train.rows:
@@ -1527,7 +1550,8 @@ def prepare(args):
     options["tokenizer_crc"] = crc
     for key, unused in (("val_from", []), ("train_tokens", 0)):     # as in folders that were made before these came
         options[key] = options[key] if options[key] != unused else None
-    saved = claim_folder(args, options, resume=True)
+    files = [f for _, some in streams + val_streams for f in some]
+    saved = claim_folder(args, options, resume=True, files=files)
     if saved == "complete":
         print(f"{args.out} is complete already; remove it to make it anew")
         return
@@ -1803,6 +1827,10 @@ def main(argv):
             inspect(args.inspect)
         elif args.export_tokenizer:
             tokenizer = load_tokenizer(args.export_tokenizer, args.tiktoken_pattern)
+            if os.path.exists(args.out):
+                with open(args.out, "rb") as f:
+                    if f.read(4) != struct.pack("<i", 20251002):
+                        raise UserError(f"{args.out} is there and is no tokenizer.bin; choose another --out")
             write_whole(args.out, tokenizer_bin(tokenizer)[0])
             print(f"{args.out}: {len(tokenizer.pieces)} pieces, bos {tokenizer.bos}, eos {tokenizer.eos}")
         else:

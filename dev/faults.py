@@ -472,10 +472,13 @@ def report(seconds):
 def main():
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))         # reports what was done by then
+    if os.path.exists(work) and not (os.path.exists(f'{work}/.faults') or os.path.exists(f'{work}/faults.so')):
+        sys.exit(f'error: --work {args.work} is there and is not of an earlier campaign; name another')
     if os.path.ismount(f'{work}/disk'):
         subprocess.run(['umount', '-l', f'{work}/disk'])
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(f'{work}/disk')
+    open(f'{work}/.faults', 'w').close()                # the folder is ours
     write_data()
     subprocess.run([os.environ.get('CC', 'cc'), '-O2', '-shared', '-fPIC', 'dev/faults.c', '-o', f'{work}/faults.so', '-ldl',
                     '-pthread'], check=True)

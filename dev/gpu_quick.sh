@@ -95,7 +95,9 @@ for part in $PARTS; do
     case " $ALL" in *" $part "*) ;; *) echo "error: PARTS: no part '$part': choose of $ALL"; exit 2 ;; esac
 done
 mkdir -p "$OUT" || exit 1
-[ ! -s "$OUT/results.jsonl" ] || mv "$OUT/results.jsonl" "$OUT/results_before.jsonl"
+for name in results.jsonl log.txt; do       # of runs before, all of them
+    [ ! -s "$OUT/$name" ] || cat "$OUT/$name" >>"$OUT/before_$name" || exit 1
+done
 : >"$OUT/results.jsonl"
 : >"$OUT/log.txt"
 WORK=$(mktemp -d) STARTED=

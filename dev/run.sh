@@ -11,8 +11,9 @@ command -v mpirun >/dev/null || { echo 'error: dev/run.sh: there is no mpirun: a
 [ $# -gt 0 ] || { echo 'usage: dev/run.sh -np RANKS [mpirun OPTIONS] ./train_litespark OPTIONS' >&2; exit 1; }
 # What mpirun takes for something else (-np 0: all its slots), or answers with a page that does not name the mistake.
 fail() { echo "error: dev/run.sh: $*" >&2; exit 1; }
-before=''
+before='' program=''
 for word; do
+    taken=yes
     case $before in
     -np | --np | -n | --n)
         case $word in
@@ -20,10 +21,17 @@ for word; do
         esac ;;
     -hostfile | --hostfile | -machinefile | --machinefile | --default-hostfile)
         if [ -d "$word" ] || [ ! -r "$word" ]; then fail "$before '$word' cannot be read: name a file with lines such as 'HOST slots=8'"; fi ;;
+    *) taken='' ;;
     esac
-    if [ -f "$word" ] && [ -x "$word" ]; then break; fi     # the program: what follows is its own
+    if [ -f "$word" ] && [ -x "$word" ]; then program=$word; break; fi      # what follows is its own
+    # perhaps a program: it may lie elsewhere (--wdir), or be what another option takes
+    case $taken/$word in yes/* | /-*) ;; *) program=$word ;; esac
     before=$word
 done
+if [ ! "$program" ]; then
+    case $before in -np | --np | -n | --n) fail "$before: say how many ranks, a whole number from 1 on" ;; esac
+    fail 'there is no program to start; name one, such as ./train_litespark'
+fi
 [ "$(id -u)" != 0 ] || root=--allow-run-as-root
 interrupted=0
 seen=1              # what the ranks are told: whether a terminal shows what they print

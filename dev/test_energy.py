@@ -234,6 +234,20 @@ def test_power_log(trainer, out):
     train(trainer, out + "2", more, 3, [r'"celsius": null'], LITESPARK_SYS=f"{TOP}/none")
     more_rows = records(log)[None][len(rows):]
     expect(more_rows and all(r[k] is None for r in more_rows for k in ("watts", "mhz", "celsius")), more_rows)
+    # after half a line of before; and a full disk, which is said once
+    half, some = '{"time": 1, "wat', [trainer, "--config", f"{FIXTURE}/config.json", "--train-data", f"{FIXTURE}/tokens.bin", *(
+        "--seq-len 16 --batch-size 2 --threads 1 --steps 100000000 --log-every 1000 --checkpoint-every 0 --out").split()]
+    write(f"{TOP}/half.jsonl", half)
+    for path, said in ((f"{TOP}/half.jsonl", 0), ("/dev/full", 1)):
+        p = subprocess.Popen([*some, f"{out}-{said}", "--power-log", path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while p.poll() is None and not (os.path.exists(f"{out}-{said}/log.jsonl") and content(f"{TOP}/half.jsonl").count("\n") > 1):
+            time.sleep(0.1)
+        time.sleep(4)
+        p.terminate()
+        text = p.communicate()[1]
+        expect(p.returncode == 0 and text.count("warning: cannot write") == said, text)
+    lines = content(f"{TOP}/half.jsonl").splitlines()
+    expect(len(lines) > 1 and lines[0] == half and all(json.loads(line) for line in lines[1:]), lines)
     r = subprocess.run([trainer, "--config", f"{FIXTURE}/config.json", "--train-data", f"{FIXTURE}/tokens.bin", "--seq-len", "16", "--batch-size", "2", "--steps", "2",
                         "--power-log", f"{TOP}/none/x", "--out", out + "3"], capture_output=True, text=True)
     expect(r.returncode == 1 and r.stderr.startswith("error: --power-log: cannot write ") and not os.path.exists(f"{out}3/log.jsonl"), r.stderr)

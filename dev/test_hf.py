@@ -363,7 +363,7 @@ def check_odd_models(family, ls, work, model, tokens, files):
         "layer_types full": dict(sliding_window=T if family == "mistral" else 4, use_sliding_window=True, max_window_layers=0,
                                  layer_types=types[:1] * 2),
         "layer_types": dict(sliding_window=T, use_sliding_window=True, layer_types=types),
-        "attention_bias": dict(attention_bias=True), "mlp_bias": dict(mlp_bias=True),
+        "attention_bias": dict(attention_bias=True), "mlp_bias": dict(mlp_bias=True), "is_causal": dict(is_causal=False),
         "original outside": dict(rope_parameters=rope(), original_max_position_embeddings=8),
         "original only outside": dict(rope_parameters={k: v for k, v in rope().items() if k[0] != "o"},
                                       original_max_position_embeddings=8),
@@ -373,7 +373,7 @@ def check_odd_models(family, ls, work, model, tokens, files):
         "rope type": dict(rope_parameters=None, rope_scaling={**{k: v for k, v in rope().items() if k != "rope_type"},
                                                               "type": "llama3"}),
     }
-    refused = {"attention_bias": family in ("llama", "qwen3"), "mlp_bias": family == "llama"}
+    refused = {"attention_bias": family in ("llama", "qwen3"), "mlp_bias": family == "llama", "is_causal": True}
     source = os.path.join(work, "fp32")
     for kind, keys in rows.items():
         name, folder = f"{family} {kind}", os.path.join(work, kind.replace(" ", "_"))

@@ -6,6 +6,7 @@
 TRAINER is a program, or a command in quotes that ends with one (`ptxcpu --race -- build/train_litespark_ptx`). Against TRL's
 numbers where DIR (oracle/trl: oracle.json, policy, reference) exists, against equalities that must hold everywhere else.
 """
+import fcntl
 import json
 import math
 import os
@@ -420,6 +421,70 @@ def test_a_policy_far_from_its_reference_is_said(trainer, folder):
             '--warmup-steps', 0, '--sample-every', 0]
     check('far from its reference' in Run(trainer, *args, '--lr', 3e-2, '--dpo-beta', 100, '--out', f'{folder}/a').text, 'no warning')
     check('far from' not in Run(trainer, *args, '--lr', 1e-4, '--out', f'{folder}/b').text, 'a warning without a reason')
+    # losses per token: a sum over an answer's tokens, times their larger beta, says nothing
+    args += ['--dpo-loss', 'norm', '--lr', 1e-2]
+    text = Run(trainer, *args, '--out', f'{folder}/c').text
+    check(max(r['rewards/margins'] for r in log_of(f'{folder}/c')) > 20, 'the margins are too small to test with')
+    check('far from' not in text, 'a warning of a sum over tokens')
+    check('rewards/margins per token' in Run(trainer, *args, '--dpo-beta', 300, '--out', f'{folder}/d').text, 'no warning per token')
+
+
+def test_templates_that_differ_are_said(trainer, folder):
+    begin, rows = start(trainer, folder), packed([[d] for d in sft_documents(4)], 63)
+    for name, template in (('a', 'chatml'), ('b', 'chatml'), ('c', 'zephyr')):
+        shards(f'{folder}/{name}', 'sft', 63, 96, *rows)
+        with open(f'{folder}/{name}/metadata.json') as f:
+            meta = json.load(f)
+        with open(f'{folder}/{name}/metadata.json', 'w') as f:
+            json.dump(dict(meta, mask='assistant', template=template), f)
+    args = ['--stage', 'sft', '--init-from', begin, '--batch-size', 1, '--steps', 0, '--checkpoint-every', 0, '--sample-every', 0]
+    for pattern, n in (('[ab]', 0), ('[abc]', 1)):
+        text = Run(trainer, *args, '--train-data', f'{folder}/{pattern}/*.ds', '--out', f'{folder}/out{n}').text
+        found = [line for line in text.splitlines() if line.startswith('warning: train data: ')]
+        check(len(found) == n and all('template: zephyr' in line and 'template: chatml' in line for line in found), text)
+
+
+def test_shards_of_another_stage_are_refused(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed(pairs(4), 63)
+    data = {'sft': shards(f'{folder}/sft', 'sft', 63, 96, *packed([[d] for d in sft_documents(4)], 63)),
+            'dpo': shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n), 'pretrain': f'{folder}/text.bin'}
+    with open(data['pretrain'], 'wb') as f:
+        f.write(struct.pack('<256i', 20240520, 1, 1000, 96, *[0] * 252) + bytes(2000))
+    for stage in data:
+        for train, val in [(a, b) for a in data for b in data if (a, b).count(stage) == 1]:
+            args = ['--stage', stage, '--init-from', begin, '--train-data', data[train], '--val-data', data[val], '--seq-len', 63,
+                    '--batch-size', 1, '--out', f'{folder}/out']
+            said = []
+            for more in (['--steps', 1], ['--dry-run']):
+                run = Run(trainer, *args, *more, ok=False)
+                run.refused(f'this run is --stage {stage};')
+                said.append([line for line in run.text.splitlines() if line.startswith('error: ')])
+            check(said[0] == said[1] and len(said[0]) == 1, f'{stage}: {train}, {val}: {said}')
+    check(not os.path.exists(f'{folder}/out'), 'a refused run left a folder')
+
+
+def test_parts_of_killed_reference_passes_go(trainer, folder):
+    begin = start(trainer, folder)
+    rows, n = packed(pairs(4), 63)
+    data = shards(f'{folder}/dpo', 'dpo', 63, 96, rows, n)
+    args = ['--stage', 'dpo', '--init-from', begin, '--train-data', data, '--batch-size', 1, '--steps', 1, '--sample-every', 0]
+    Run(trainer, *args, '--out', f'{folder}/a')
+    where = os.path.dirname(data)
+    [ref] = [f for f in os.listdir(where) if f.endswith('.ref')]
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    locked = open(f'{where}/{ref}.{dead.pid}9.part', 'w')       # of a process on another host that shares the folder
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    stay = [f'{ref}.{os.getpid()}.part', f'{ref}.{dead.pid}.part.mine', f'{ref}.x.part', f'x.{ref}.{dead.pid}.part', locked.name[len(where) + 1:]]
+    go = [f'{ref}.{dead.pid}.part']
+    for name in stay[:-1] + go:
+        open(f'{where}/{name}', 'w').close()
+    os.symlink(f'{begin}/config.json', f'{where}/{ref}.{dead.pid}8.part')
+    Run(trainer, *args, '--out', f'{folder}/b')
+    found = set(os.listdir(where))
+    check(not found & set(go), f'{go} is still there')
+    check(found >= {*stay, f'{ref}.{dead.pid}8.part'} and os.path.exists(f'{begin}/config.json'), f'{stay}: what is left is {found}')
 
 
 def test_checkpoints_carry_the_template_that_was_trained(trainer, folder):

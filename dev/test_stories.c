@@ -882,24 +882,32 @@ static void test_files(const Grammar *g, int n_scored) {
     report("a rerun gives the same bytes, also after another run",
            ok && same_dirs("build/out_test/a", "build/out_test/b"), "yes");
 
-    pid_t pid = fork();
-    if (pid == 0) {   // disk full while the shards are written: one error line, exit 1, no marker
-        struct rlimit limit = {100000, 100000};
-        signal(SIGXFSZ, SIG_IGN);
-        setrlimit(RLIMIT_FSIZE, &limit);
-        if (!freopen("build/out_test/stderr.txt", "w", stderr)) _exit(9);
-        third.tokens = third.stories = 0;
-        write_stories(g, "build/out_test/b", 1, 256000, 40, &third);
-        _exit(0);
+    static const char *const names[] = {"an interrupted run leaves no marker", "one run at a time"};
+    for (int i = 0; i < COUNT(names); i++) {
+        // the disk is full while the shards are written; another run writes them: one error line, exit 1, no marker
+        const int fd = i ? open("build/out_test/b/train/train_000.ds.tmp", O_RDWR | O_CREAT, 0666) : -1;
+        if (i) flock(fd, LOCK_EX);
+        pid_t pid = fork();
+        if (pid == 0) {
+            struct rlimit limit = {100000, 100000};
+            signal(SIGXFSZ, SIG_IGN);
+            if (!i) setrlimit(RLIMIT_FSIZE, &limit);
+            if (!freopen("build/out_test/stderr.txt", "w", stderr)) _exit(9);
+            third.tokens = third.stories = 0;
+            write_stories(g, "build/out_test/b", 1, 256000, 40, &third);
+            _exit(0);
+        }
+        int status = 0;
+        waitpid(pid, &status, 0);
+        if (fd >= 0) close(fd);
+        unsigned char *message = slurp("build/out_test", "stderr.txt", &n);
+        if (message && strchr((char *)message, '\n')) *strchr((char *)message, '\n') = 0;
+        ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && access("build/out_test/b/stories.json", F_OK) != 0
+             && message && strncmp((char *)message, "error: ", 7) == 0
+             && (!i || strstr((char *)message, "another run"));
+        report(names[i], ok, "%s", message ? (char *)message : "");
+        free(message);
     }
-    int status = 0;
-    waitpid(pid, &status, 0);
-    unsigned char *message = slurp("build/out_test", "stderr.txt", &n);
-    if (message && strchr((char *)message, '\n')) *strchr((char *)message, '\n') = 0;
-    ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && access("build/out_test/b/stories.json", F_OK) != 0
-         && message && strncmp((char *)message, "error: ", 7) == 0;
-    report("an interrupted run leaves no marker", ok, "%s", message ? (char *)message : "");
-    free(message);
 }
 
 static void test_options(const char *program) {
