@@ -5164,11 +5164,15 @@ static void test_slow_rank_is_named(void) {
     }
     CHECK(n == 2 && slow, "found %d ranks", n);
     const double start = now_seconds();
-    while (n == 2 && slow && steps_logged(out) < 35 && now_seconds() - start < 60) {
+    // until it is said: a stop that falls into the sums counts as waiting, and breaks the row
+    for (int said = 0; n == 2 && slow && !said && now_seconds() - start < 60;) {
         kill(slow, SIGSTOP);
         usleep(100000);
         kill(slow, SIGCONT);
         usleep(5000);
+        char *so_far = slurp(p.out_path, NULL);
+        said = strstr(so_far, " is slow: ") != NULL;
+        free(so_far);
     }
     kill(p.pid, SIGUSR1);
     Result r = finish(&p, TIMEOUT);
@@ -5178,7 +5182,7 @@ static void test_slow_rank_is_named(void) {
     free(want);
     double rank[64], ratio[64];
     const int steps = log_values(out, "step", "slowest_rank", rank, 64);
-    CHECK(log_values(out, "step", "slowest_over_median", ratio, 64) == steps && steps >= 30, "%d steps", steps);
+    CHECK(log_values(out, "step", "slowest_over_median", ratio, 64) == steps && steps >= 20, "%d steps", steps);
     int named = 0;
     for (int i = 0; i < steps; i++) named += rank[i] == 1 && ratio[i] > 1.5;
     CHECK(named >= 20 && isnan(ratio[0]), "rank 1 is named in %d of %d updates", named, steps);

@@ -20,7 +20,7 @@ ONLY = {
         "min_int": "CUDA has min", "store_matrix": "the .cu's types round", "round_bf16": "likewise",
         "rotate_head": "a loop of its own there", "attention_mask": "mask_scores, on fragments",
         "fold_row": "vector code", "min_int": "min() there",
-        "matmul_naive": "the reference", "reduce_land": "streams do it there", "take_x": "take() knows the type"},
+        "matmul_naive": "the reference", "take_x": "take() knows the type"},
     CU: {"matmul": "cuBLASLt; the .c's is in section 16", "with_precision": "bf16 or float: templates, where the twin rounds",
          "copy_to_host": "another memory", "copy_from_host": "another memory", "copy_staged": "another memory", "feed_at": "another memory",
          "feed_batch": "another memory", "feed_weights": "another memory", "take_sums": "another memory",
