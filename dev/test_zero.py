@@ -568,11 +568,11 @@ class Planted:
 
 PLANTED = [
     Planted("the next rank's share", 'cpu emu', 'void state_share(', 'm->plan.rank % m->plan.shard',
-            '(m->plan.rank + 1) % m->plan.shard', 'gradients', 2, 1),
+            '(m->plan.rank + 1) % m->plan.shard', 'training', 2, 1),
     Planted('a unit that is not reduced', 'cpu emu', 'static void unit_reduce(', 'if (m->plan.zero < 2 && !last) return;',
             'if ((m->plan.zero < 2 && !last) || u == 2) return;', 'gradients', 2, 0),
     Planted('stale weights in a slot', 'cpu emu', 'static void weights_changed(', 'm->plan.zero < 3', '1', 'training', 2, 3),
-    Planted('a sum over ranks replaces that of the micro-step before', 'cpu', 'static void reduce_land(', 'to[i] += sum[i];',
+    Planted('a sum over ranks replaces that of the micro-step before', 'cpu', 'static void unit_reduce(', 'to[i] += sum[i];',
             'to[i] = sum[i];', 'gradients', 2, 2),
     Planted('a sum over ranks replaces that of the micro-step before', 'emu', 'static void unit_reduce(',
             'convert<1>(own_grads(m, u), x + first, n);', 'convert<0>(own_grads(m, u), x + first, n);', 'gradients', 2, 2),
