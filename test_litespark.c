@@ -3199,11 +3199,35 @@ static void test_plan_exposes_what_compute_does_not_hide(void) {
     CHECK_ERROR("between groups", fabs(c.seconds - (8.4e-6 + 2 * 2 * 14e-6 + 2.4 / 46)), 1e-12);
 }
 
+// With attention_parts the longest block takes at most a quarter more than an SM's share of all blocks, with no lesser divisor of
+// the group does it; or it is the whole group.
+static void test_parts_of_groups_fill_the_sms(void) {
+    const struct { int B, T, H, K, SMs, parts; } rows[] = {{1, 1024, 16, 2, 132, 8}, {1, 4096, 16, 2, 132, 4},
+        {2, 4096, 16, 2, 132, 2}, {4, 4096, 16, 2, 132, 1}, {1, 8192, 16, 2, 132, 2}, {1, 4096, 16, 2, 1, 1},
+        {1, 4096, 16, 2, 1000, 4}, {1, 128, 9, 9, 132, 1}, {1, 2048, 28, 4, 132, 7}};
+    for (int i = 0; i < COUNT(rows); i++) {
+        const int parts = attention_parts(rows[i].B, rows[i].T, rows[i].H, rows[i].K, rows[i].SMs);
+        CHECK(parts == rows[i].parts, "row %d: %d parts", i, parts);
+    }
+    for (int i = 0; i < 3000; i++) {
+        const int K = 1 + i % 5, G = 1 + i / 5 % 12, B = 1 + i / 60 % 5, tiles = 1 + i / 300, SMs = 1 + i * 7 % PARTS_SMS;
+        const int parts = attention_parts(B, tiles * 128 - i % 128, G * K, K, SMs);
+        double work = 0;                        // of a key head's blocks, in tiles of queries
+        for (int n = 1; n <= tiles; n++) work += n;
+        for (int p = 1; p <= parts; p++) {
+            const int fills = tiles <= 1.25 * p * B * K * work / SMs + 1e-9;
+            CHECK(G % parts == 0 && (G % p || p == G || fills == (p == parts)), "%d parts of %d, B %d K %d, %d tiles, %d SMs",
+                  parts, G, B, K, tiles, SMs);
+        }
+    }
+}
+
 // dev/speed_model.py, where the counts are from, and the planner say the same of one GPU: of the step, and of attention. That of Hopper
 // is played through block by block there, and a formula here.
 static void test_plan_agrees_with_the_model_of_speed(void) {
     const struct { const char *device, *preset; int B, T, recompute; const char *mlp; } rows[] = {
         {"h100", "3B", 4, 4096, RECOMPUTE_NONE, "products"}, {"h100", "3B", 1, 1024, RECOMPUTE_BLOCK, "products"},
+        {"h100", "3B", 1, 4096, RECOMPUTE_NONE, "products"},                        // 4 parts of each group; the one before 8
         {"h200", "30B", 1, 4096, RECOMPUTE_MLP, "products"}, {"h200", "3B", 8, 4096, RECOMPUTE_NONE, "products"},
         {"h100", "15M", 128, 256, RECOMPUTE_NONE, "products"}, {"h100", "15M", 32, 1024, RECOMPUTE_NONE, "products"},
         {"h100", "100M", 32, 1024, RECOMPUTE_NONE, "products"}, {"h100", "llama3.2-1B", 4, 4096, RECOMPUTE_BLOCK, "products"},
@@ -5887,6 +5911,7 @@ static const struct Test { const char *name; void (*run)(void); int forms; } tes
     TEST(dry_run_prints_what_the_run_takes, F32),
     TEST(plan_counts_the_bytes_of_each_stage, F32),
     TEST(plan_exposes_what_compute_does_not_hide, F32),
+    TEST(parts_of_groups_fill_the_sms, F32),
     TEST(plan_agrees_with_the_model_of_speed, F32),
     TEST(two_runs_give_the_same_bits, F32),
     TEST(accumulation_equals_a_large_batch, F32),

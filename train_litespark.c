@@ -434,6 +434,19 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
+// On a GPU dk and dv are sums over a group, the H/K query heads of a key head; a block has 128 keys. Where
+// these are too few blocks, parts of a group are blocks of their own. Returns how many: the least divisor of
+// H/K with which the longest block, of n = T/128 tiles of queries, takes at most a quarter more than an SM's
+// share of all, parts*B*K*(1 + 2 + .. + n) / SMs; else H/K. Their sums need memory, so more than PARTS_SMS
+// SMs do not count.
+enum { PARTS_SMS = 132 };       // of an H100
+static inline int attention_parts(int B, int T, int H, int K, int SMs) {
+    const int group = H / K, n = CEIL_DIV(T, 128), wanted = 8 * (SMs < PARTS_SMS ? SMs : PARTS_SMS);
+    int parts = 1;
+    while (parts < group && (group % parts || (int64_t)5 * parts * B * K * (n + 1) < wanted)) parts++;
+    return parts;
+}
+
 // ---- what the plumbing offers ops and model; what it offers the training loop stands before that ----------
 typedef struct Str { char s[4096]; } Str;               // a short text as a value, with nothing to free
 // a growing text: start from zero, text_add, free(t.s)
@@ -8256,7 +8269,7 @@ static double swiglu_product(const GpuKind *g, int backward, double N, double C,
 // Seconds of `heads` blocks each of 1, 2, .. rows units of so many tiles. Long ones start first, each on the
 // SM that is free first: then all SMs end within the last block, a shortest one; half of it is added to the
 // mean. Or the longest block is the limit. Against all blocks played through (dev/speed_model.py): within 2%
-// where an SM has six or more, and in 82 of 100 shapes; at most 17% off, with texts of a few blocks.
+// where an SM has six or more, and in 76 of 100 shapes; at most 17% off, with texts of a few blocks.
 static double attention_blocks(const GpuKind *g, const double clocks[2], double heads, double rows,
                                double tiles) {
     const double unit = tiles * clocks[1], longest = clocks[0] + rows * unit, shortest = clocks[0] + unit;
@@ -8265,16 +8278,20 @@ static double attention_blocks(const GpuKind *g, const double clocks[2], double 
 }
 
 // Seconds of a layer's causal attention. On Hopper a block of the forward and of dq has 128 queries of a head
-// and takes 128 keys a time; one of dk dv has 128 keys and takes 64 queries of each head of the group a time.
-static double attention_seconds(const GpuKind *g, int backward, const Config *c, double B, double T) {
-    const int G = c->H / c->K;
-    const double rows = ceil(T / 128), H = B * c->H, K = B * c->K;
+// and takes 128 keys a time; one of dk dv has 128 keys and takes 64 queries a time, of each head of its part
+// of a group. The sums of parts are written, and read to be added, in DRAM, though L2 may hold them.
+static double attention_seconds(const GpuKind *g, int backward, const Config *c, int B, int T) {
+    const int G = c->H / c->K, parts = attention_parts(B, T, c->H, c->K, (int)g->sms);
+    const double rows = CEIL_DIV(T, 128), H = (double)B * c->H, K = (double)B * c->K * parts;
+    const double added = parts > 1 ? (16.0 * parts + 4) * B * T * c->K * c->D / (g->dram * 1e12) : 0;
     const WgmmaAttention *w = wgmma_attention;
     if (!is_hopper(g))
-        return H * mma_kernel(g, backward ? ATTENTION_BACKWARD : ATTENTION_FORWARD, c->D, G, T);
+        return H * mma_kernel(g, backward ? ATTENTION_BACKWARD : ATTENTION_FORWARD, c->D, G, T)
+             + backward * added;
     while (w->width < c->D) w++;
     if (!backward) return attention_blocks(g, w->forward, H, rows, 1);
-    return attention_blocks(g, w->dq, H, rows, 1) + attention_blocks(g, w->dkdv, K, rows, 2 * G);
+    return attention_blocks(g, w->dq, H, rows, 1)
+         + attention_blocks(g, w->dkdv, K, rows, 2 * G / parts) + added;
 }
 
 enum { OF_EMBEDDING, OF_ATTENTION, OF_PROJECTIONS, OF_MLP, OF_NORMS, OF_HEAD, OF_OPTIMIZER, N_GROUPS };

@@ -432,6 +432,19 @@ typedef struct Plan {           // what decides the size of every array of a ran
     int sample;                 // tokens of a sample whose keys and values are kept (S); 0: no samples
 } Plan;
 
+// On a GPU dk and dv are sums over a group, the H/K query heads of a key head; a block has 128 keys. Where
+// these are too few blocks, parts of a group are blocks of their own. Returns how many: the least divisor of
+// H/K with which the longest block, of n = T/128 tiles of queries, takes at most a quarter more than an SM's
+// share of all, parts*B*K*(1 + 2 + .. + n) / SMs; else H/K. Their sums need memory, so more than PARTS_SMS
+// SMs do not count.
+enum { PARTS_SMS = 132 };       // of an H100
+static inline int attention_parts(int B, int T, int H, int K, int SMs) {
+    const int group = H / K, n = CEIL_DIV(T, 128), wanted = 8 * (SMs < PARTS_SMS ? SMs : PARTS_SMS);
+    int parts = 1;
+    while (parts < group && (group % parts || (int64_t)5 * parts * B * K * (n + 1) < wanted)) parts++;
+    return parts;
+}
+
 // ---- what the plumbing offers ops and model; what it offers the training loop stands before that ----------
 typedef struct Str { char s[4096]; } Str;               // a short text as a value, with nothing to free
 // a growing text: start from zero, text_add, free(t.s)
@@ -1755,6 +1768,19 @@ __device__ __forceinline__ void store_rows(bf16 *out, size_t stride, const float
         store_16B(out + row * stride + column, load_16B(tile.at(row, column)));
 }
 
+// The same as fp32, for sums that are added to others before they are rounded
+template <int NT, int MT>
+__device__ __forceinline__ void store_sums(float *out, size_t stride, const float (&sum)[MT][NT][4],
+                                           float scale, int rows, int D) {
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    #pragma unroll
+    for (int i = 0; i < 2 * MT; i++)
+        for (int n = 0; n < NT; n++)
+            if (row + i * 8 < rows && column + n * 8 < D)
+                *(float2 *)(out + (row + i * 8) * stride + column + n * 8) =
+                    make_float2(sum[i / 2][n][i % 2 * 2] * scale, sum[i / 2][n][i % 2 * 2 + 1] * scale);
+}
+
 // ---- causal attention with grouped heads, O(T) memory (Dao et al. 2022; Dao 2023) -------------------------
 // out_t = sum_s p_ts v_s,  p_ts = exp(q_t k_s / sqrt(D) - lse_t) for doc_start_t <= s <= t.  H/K query heads
 // share a k/v head. One warp owns whole rows of a tile of scores, so a row's maximum and sum never leave four
@@ -2277,7 +2303,8 @@ template <typename floatX> void keep_keys_values(floatX *kv, const floatX *qkv, 
 //   dv_s = sum_t P_ts dout_t      dS_ts = P_ts (dout_t v_s - delta_t)
 //   dq_t = scale sum_s dS_ts k_s      dk_s = scale sum_t dS_ts q_t
 // dqkv (N,(H+2K)D) =, each element written once. Two kernels and no atomics: dq runs first, owns whole rows
-// of dout and out, and leaves delta for dk dv.
+// of dout and out, and leaves delta for dk dv. Where a block per key head would leave SMs idle, dk dv splits
+// the group of query heads that share it into parts, and a third kernel adds up what these found.
 
 // ---- attention_backward_dq_kernel2: the walk of the forward, with P known from lse and dS in P's place ----
 // dq (in dqkv) =, delta (N,H) =
@@ -2383,7 +2410,8 @@ __device__ __forceinline__ int queries_end(int t_first, int s_end, const int *do
 }
 
 // ---- attention_backward_dkdv_kernel2: a block has up to 128 keys and walks all queries that see them ------
-// dk, dv (in dqkv) =: sums over the H/K query heads that share them, head after head
+// dk, dv (in dqkv) =: sums over the H/K query heads that share them, head after head. With parts > 1 a block
+// has H/K/parts of these, and its sums go to sums (N,parts,2KD) = instead, for attention_backward_add
 // bytes   2·N·(H+2K)·D + 2·N·H·D + 8·N·H in + 4·N·K·D out = 170 MB: 51 us for N 16384, H 16, K 2, D 128.
 //         q and dO again per block, from L2
 // FLOPs   4·N·(T+1)·H·D (four products) = 275 G at T 2048        floor 278 us (tensor; mma.sync: 448 us)
@@ -2409,17 +2437,18 @@ template <int WIDTH, int PAIRS>
 __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel2(
         bf16 *__restrict__ dqkv, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
         const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        float *__restrict__ sums, int parts, int T, int H, int K, int D, float scale) {
     typedef DkdvTiles<WIDTH, PAIRS> Tiles;
     constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, KEYS = Tiles::KEYS;
     constexpr int QUERIES = Tiles::QUERIES, THREADS = Tiles::THREADS;
     Tiles &tile = *shared_memory<Tiles>();
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;          // early keys have most queries
+    const int part = blockIdx.x % parts, kv = blockIdx.x / parts % K, b = blockIdx.x / parts / K;
+    const int s0 = blockIdx.y * KEYS;                               // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     // tells the compiler it is uniform: fewer registers
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const int pair = warp % PAIRS, owns_dk = warp / PAIRS;          // with 4 pairs a pair is on one scheduler
-    const int pair_row = pair * ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
+    const int pair_row = pair * ROWS, key = s0 + pair_row, row0 = b * T;
     const float log2_scale = scale * (float)M_LOG2E;
     float4 *exchange = &tile.exchange[pair][0][lane];
     Tile<ROWS, WIDTH> &left = rows_of<ROWS>(owns_dk ? tile.v : tile.k, pair_row);   // only this warp's
@@ -2442,8 +2471,8 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<THREADS>(tile.k, k, W, T - s0, D);
     load_tile<THREADS>(tile.v, k + K * D, W, T - s0, D);
-    int h = kv * (H / K), t = t_first;
-    const int h_end = h + H / K;
+    int h = (kv * parts + part) * (H / K / parts), t = t_first;
+    const int h_end = h + H / K / parts;
     load_queries(h, t, 0);
     cp_async_commit();
 
@@ -2493,8 +2522,12 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         }
         multiply_probabilities(sum, p, owns_dk ? q_tile : dout_tile);
     }
-    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
+    const int out_head = kv + (owns_dk ? 0 : K);
+    const size_t row = row0 + key;
+    if (parts > 1)
+        store_sums(sums + ((row * parts + part) * 2 * K + out_head) * D, (size_t)parts * 2 * K * D, sum,
+                   owns_dk ? scale : 1, T - key, D);
+    else store_rows(dqkv + row * W + (H + out_head) * D, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
 // ---- attention_backward_dq_kernel3: sm_90a; wgmma and TMA -------------------------------------------------
@@ -2617,13 +2650,14 @@ template <int WIDTH>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(bf16 *__restrict__ dqkv,
         const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
         const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        float *__restrict__ sums, int parts, int T, int H, int K, int D, float scale) {
     typedef WgmmaDkdvTiles<WIDTH> Tiles;
     constexpr int KEYS = Tiles::KEYS, QUERIES = Tiles::QUERIES, STAGES = Tiles::STAGES;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    const int kv = blockIdx.x % K, b = blockIdx.x / K, s0 = blockIdx.y * 2 * KEYS;  // most queries first
+    const int part = blockIdx.x % parts, kv = blockIdx.x / parts % K, b = blockIdx.x / parts / K;
     const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row0 = b * T, h_first = kv * (H / K), h_end = h_first + H / K;
+    const int row0 = b * T, s0 = blockIdx.y * 2 * KEYS;                             // most queries first
+    const int h_first = (kv * parts + part) * (H / K / parts), h_end = h_first + H / K / parts;
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
@@ -2696,10 +2730,34 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
             }
             release(&tile.empty[stage]);
         }
+    const size_t row = row0 + key;
+    if (parts > 1) {
+        float *out = sums + ((row * parts + part) * 2 * K + kv) * D;
+        store_sums(out, (size_t)parts * 2 * K * D, dk, scale, T - key, D);
+        store_sums(out + K * D, (size_t)parts * 2 * K * D, dv, 1, T - key, D);
+        return;
+    }
     const int W = (H + 2 * K) * D;
-    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    bf16 *out = dqkv + row * W + (H + kv) * D;
     store_rows(out, W, dk, scale, tile.out[warp], T - key, D);
     store_rows(out + K * D, W, dv, 1, tile.out[warp], T - key, D);
+}
+
+// ---- attention_backward_add_kernel1: the parts of a group, in a fixed order -------------------------------
+// dk, dv (in dqkv) = sums (N,parts,2KD) over the parts
+// bytes   8·N·parts·K·D in + 4·N·K·D out = 38 MB for N 4096, parts 4, K 2, D 128        floor 11 us (memory),
+//         less where L2 still has the sums
+// idea    fp32 until here, and rounded once, as with one part
+// variants dev/attention_backward.cu: 1 this
+__global__ void attention_backward_add_kernel1(bf16 *__restrict__ dqkv, const float *__restrict__ sums,
+                                               int parts, int N, int H, int K, int D) {
+    const int columns = 2 * K * D, i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    const int row = i / columns, column = i % columns;
+    if (row >= N) return;
+    float sum[4] = {};
+    for (int part = 0; part < parts; part++)
+        accumulate(sum, sums + ((size_t)row * parts + part) * columns + column);
+    store(dqkv + (size_t)row * (H + 2 * K) * D + H * D + column, narrow<bf16>(sum));
 }
 
 // ---- attention_backward_dq_f32_kernel1, attention_backward_dkdv_f32_kernel1: a warp per query, per key ----
@@ -2762,11 +2820,26 @@ static void attention_backward_f32(float *dqkv, const float *dout, const float *
            dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
 }
 
+// Parts of a group on this device; floats of gpu.scratch that hold their sums, 2·128·D for each block
+static int group_parts(int B, int T, int H, int K) {
+    static int sm_count = device_attribute(cudaDevAttrMultiProcessorCount);
+    return attention_parts(B, T, H, K, sm_count);
+}
+static size_t part_sums(size_t N, int K, int D, int parts) { return parts > 1 ? N * parts * 2 * K * D : 0; }
+
+static void add_parts(bf16 *dqkv, const float *sums, int parts, int N, int H, int K, int D) {
+    if (parts > 1)
+        launch(attention_backward_add_kernel1, CEIL_DIV(N * 2 * K * D, 4 * 256), 256, 0, dqkv, sums, parts, N,
+               H, K, D);
+}
+
 static void attention_backward_mma(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
                                    const float *lse, const int *doc_start, int B, int T, int H, int K,
                                    int D) {
     const float scale = (float)(1 / sqrt((double)D));
-    float *delta = gpu.scratch;             // (N,H)
+    const int parts = group_parts(B, T, H, K);
+    // (N,parts,2KD), (N,H)
+    float *sums = gpu.scratch, *delta = sums + part_sums((size_t)B * T, K, D, parts);
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
     with_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value, PAIRS = WIDTH <= 64 ? 2 : 4;
@@ -2777,19 +2850,22 @@ static void attention_backward_mma(bf16 *dqkv, const bf16 *dout, const bf16 *qkv
         const auto dkdv = [&](auto pairs) {
             typedef DkdvTiles<WIDTH, decltype(pairs)::value> Tiles;
             launch(attention_backward_dkdv_kernel2<WIDTH, decltype(pairs)::value>,
-                   dim3(B * K, CEIL_DIV(T, Tiles::KEYS)), Tiles::THREADS, sizeof(Tiles),
-                   dqkv, dout, qkv, lse, delta, doc_start, T, H, K, D, scale);
+                   dim3(B * K * parts, CEIL_DIV(T, Tiles::KEYS)), Tiles::THREADS, sizeof(Tiles),
+                   dqkv, dout, qkv, lse, delta, doc_start, sums, parts, T, H, K, D, scale);
         };
         if ((int)sizeof(DkdvTiles<WIDTH, PAIRS>) <= shared_limit) dkdv(std::integral_constant<int, PAIRS>());
         else dkdv(std::integral_constant<int, 2>());
     });
+    add_parts(dqkv, sums, parts, B * T, H, K, D);
 }
 
 static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const bf16 *out,
                                      const float *lse, const int *doc_start, int B, int T, int H, int K,
                                      int D) {
     const float scale = (float)(1 / sqrt((double)D));
-    float *delta = gpu.scratch;             // (N,H)
+    const int parts = group_parts(B, T, H, K);
+    // (N,parts,2KD), (N,H)
+    float *sums = gpu.scratch, *delta = sums + part_sums((size_t)B * T, K, D, parts);
     assert(D % 8 == 0 && D <= 128 && H % K == 0);
     with_wgmma_width(D, [&](auto width) {
         constexpr int WIDTH = decltype(width)::value;
@@ -2800,10 +2876,12 @@ static void attention_backward_wgmma(bf16 *dqkv, const bf16 *dout, const bf16 *q
                sizeof(Dq), dqkv, delta, head_map(qkv, B, T, H + 2 * K, D, Dq::KEYS),
                head_map(dout, B, T, H, D, Dq::QUERIES), dout, out, lse, doc_start, T, H, K, D,
                heads_together(B, T, H, K, D), scale);
-        launch(attention_backward_dkdv_kernel3<WIDTH>, dim3(B * K, CEIL_DIV(T, 2 * Dkdv::KEYS)),
+        launch(attention_backward_dkdv_kernel3<WIDTH>, dim3(B * K * parts, CEIL_DIV(T, 2 * Dkdv::KEYS)),
                WGMMA_THREADS, sizeof(Dkdv), dqkv, head_map(qkv, B, T, H + 2 * K, D, Dkdv::KEYS),
-               head_map(dout, B, T, H, D, Dkdv::QUERIES), lse, delta, doc_start, T, H, K, D, scale);
+               head_map(dout, B, T, H, D, Dkdv::QUERIES), lse, delta, doc_start, sums, parts, T, H, K, D,
+               scale);
     });
+    add_parts(dqkv, sums, parts, B * T, H, K, D);
 }
 
 // ---- MLP: h = silu(gate) up (SwiGLU, Shazeer 2020) --------------------------------------------------------
@@ -3750,9 +3828,11 @@ template <typename floatX> static void layout(ModelOf<floatX> *m) {
         take(w, &m->dx, N * c->C);
         take(w, &m->datt, N * HD);
         take(w, &m->dqkv, N * (HD + 2 * KD));
+        // attention_backward's is the last: sums of parts, delta. With fewer SMs than these it has no more
+        const int parts = plan->bf16 ? attention_parts(m->B, m->T, c->H, c->K, PARTS_SMS) : 1;
         take(w, &gpu.scratch, std::max({MAX_PARTIALS * (size_t)c->C, MAX_PARTIALS * (HD + 2 * KD),
-                                        // the last: attention_backward's delta
-                                        (size_t)2 * SQUARES_BLOCKS, N * c->H}));
+                                        (size_t)2 * SQUARES_BLOCKS,
+                                        part_sums(N, c->K, c->D, parts) + N * c->H}));
     }
     take(w, &m->logits, (size_t)m->chunk * c->Vp);
     take(w, &m->cosine, (size_t)m->T * c->D / 2);
@@ -4194,6 +4274,7 @@ template <typename floatX> void llama_backward(ModelOf<floatX> *m, const Feed *b
     const Config *c = &m->c;
     const int N = batch->B * batch->T, C = c->C, F = c->F, HD = c->H * c->D, W = HD + 2 * c->K * c->D;
     floatX *none = NULL;
+    assert(batch->B == m->B && batch->T == m->T);           // which attention's scratch was laid out for
     cudaCheck(cudaMemsetAsync(m->dx, 0, (size_t)N * C * sizeof(floatX), gpu.stream));
     rmsnorm_backward(m->dx, head_grads(m).norm, none, m->dnorm, m->x_last, m->rstd_last, head_weights(m).norm,
                      N, C);
@@ -10896,7 +10977,7 @@ static double swiglu_product(const GpuKind *g, int backward, double N, double C,
 // Seconds of `heads` blocks each of 1, 2, .. rows units of so many tiles. Long ones start first, each on the
 // SM that is free first: then all SMs end within the last block, a shortest one; half of it is added to the
 // mean. Or the longest block is the limit. Against all blocks played through (dev/speed_model.py): within 2%
-// where an SM has six or more, and in 82 of 100 shapes; at most 17% off, with texts of a few blocks.
+// where an SM has six or more, and in 76 of 100 shapes; at most 17% off, with texts of a few blocks.
 static double attention_blocks(const GpuKind *g, const double clocks[2], double heads, double rows,
                                double tiles) {
     const double unit = tiles * clocks[1], longest = clocks[0] + rows * unit, shortest = clocks[0] + unit;
@@ -10905,16 +10986,20 @@ static double attention_blocks(const GpuKind *g, const double clocks[2], double 
 }
 
 // Seconds of a layer's causal attention. On Hopper a block of the forward and of dq has 128 queries of a head
-// and takes 128 keys a time; one of dk dv has 128 keys and takes 64 queries of each head of the group a time.
-static double attention_seconds(const GpuKind *g, int backward, const Config *c, double B, double T) {
-    const int G = c->H / c->K;
-    const double rows = ceil(T / 128), H = B * c->H, K = B * c->K;
+// and takes 128 keys a time; one of dk dv has 128 keys and takes 64 queries a time, of each head of its part
+// of a group. The sums of parts are written, and read to be added, in DRAM, though L2 may hold them.
+static double attention_seconds(const GpuKind *g, int backward, const Config *c, int B, int T) {
+    const int G = c->H / c->K, parts = attention_parts(B, T, c->H, c->K, (int)g->sms);
+    const double rows = CEIL_DIV(T, 128), H = (double)B * c->H, K = (double)B * c->K * parts;
+    const double added = parts > 1 ? (16.0 * parts + 4) * B * T * c->K * c->D / (g->dram * 1e12) : 0;
     const WgmmaAttention *w = wgmma_attention;
     if (!is_hopper(g))
-        return H * mma_kernel(g, backward ? ATTENTION_BACKWARD : ATTENTION_FORWARD, c->D, G, T);
+        return H * mma_kernel(g, backward ? ATTENTION_BACKWARD : ATTENTION_FORWARD, c->D, G, T)
+             + backward * added;
     while (w->width < c->D) w++;
     if (!backward) return attention_blocks(g, w->forward, H, rows, 1);
-    return attention_blocks(g, w->dq, H, rows, 1) + attention_blocks(g, w->dkdv, K, rows, 2 * G);
+    return attention_blocks(g, w->dq, H, rows, 1)
+         + attention_blocks(g, w->dkdv, K, rows, 2 * G / parts) + added;
 }
 
 enum { OF_EMBEDDING, OF_ATTENTION, OF_PROJECTIONS, OF_MLP, OF_NORMS, OF_HEAD, OF_OPTIMIZER, N_GROUPS };

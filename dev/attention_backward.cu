@@ -8,7 +8,8 @@
 // floor   347 us (FLOP-bound). Two kernels do 7/5 of the products: 486 us; mma.sync reaches 0.62 of Hopper's
 //         peak: 784 us
 // idea    dq sums over keys, dk and dv over queries. In one pass several blocks add to one of them: by
-//         atomics in any order, or in turns (4); two passes rebuild P twice
+//         atomics in any order, or in turns (4); two passes rebuild P twice. A block for all heads of a group
+//         keeps its sums in registers; where that makes too few blocks, 2 and 3 split groups
 // limits  D % 8 == 0, D <= 128; 3 and 4 run where the code for sm_90a does
 // result  modelled (H100; T 512, H 2, K 1, D 128, bf16, floor 0.47 us): MB in sectors and us: kernel 0 8733
 //         and 2607 (all caches missed); 1 6.4 and 22; 2 4.3 and 29. Shared memory limits the last two, in few
@@ -277,17 +278,18 @@ template <int WIDTH, int PAIRS>
 __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv_kernel2(
         bf16 *__restrict__ dqkv, const bf16 *__restrict__ dout, const bf16 *__restrict__ qkv,
         const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        float *__restrict__ sums, int parts, int T, int H, int K, int D, float scale) {
     typedef DkdvTiles<WIDTH, PAIRS> Tiles;
     constexpr int MT = Tiles::MT, NT = Tiles::NT, ROWS = Tiles::ROWS, KEYS = Tiles::KEYS;
     constexpr int QUERIES = Tiles::QUERIES, THREADS = Tiles::THREADS;
     Tiles &tile = *shared_memory<Tiles>();
-    const int kv = blockIdx.x % K, s0 = blockIdx.y * KEYS;          // early keys have most queries
+    const int part = blockIdx.x % parts, kv = blockIdx.x / parts % K, b = blockIdx.x / parts / K;
+    const int s0 = blockIdx.y * KEYS;                               // early keys have most queries
     const int W = (H + 2 * K) * D, lane = threadIdx.x % 32;
     // tells the compiler it is uniform: fewer registers
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const int pair = warp % PAIRS, owns_dk = warp / PAIRS;          // with 4 pairs a pair is on one scheduler
-    const int pair_row = pair * ROWS, key = s0 + pair_row, row0 = blockIdx.x / K * T;
+    const int pair_row = pair * ROWS, key = s0 + pair_row, row0 = b * T;
     const float log2_scale = scale * (float)M_LOG2E;
     float4 *exchange = &tile.exchange[pair][0][lane];
     Tile<ROWS, WIDTH> &left = rows_of<ROWS>(owns_dk ? tile.v : tile.k, pair_row);   // only this warp's
@@ -310,8 +312,8 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
     const bf16 *k = qkv + (size_t)(row0 + s0) * W + (H + kv) * D;
     load_tile<THREADS>(tile.k, k, W, T - s0, D);
     load_tile<THREADS>(tile.v, k + K * D, W, T - s0, D);
-    int h = kv * (H / K), t = t_first;
-    const int h_end = h + H / K;
+    int h = (kv * parts + part) * (H / K / parts), t = t_first;
+    const int h_end = h + H / K / parts;
     load_queries(h, t, 0);
     cp_async_commit();
 
@@ -361,8 +363,12 @@ __global__ void __launch_bounds__(64 * PAIRS, 4 / PAIRS) attention_backward_dkdv
         }
         multiply_probabilities(sum, p, owns_dk ? q_tile : dout_tile);
     }
-    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv + (owns_dk ? 0 : K)) * D;
-    store_rows(out, W, sum, owns_dk ? scale : 1, left, T - key, D);
+    const int out_head = kv + (owns_dk ? 0 : K);
+    const size_t row = row0 + key;
+    if (parts > 1)
+        store_sums(sums + ((row * parts + part) * 2 * K + out_head) * D, (size_t)parts * 2 * K * D, sum,
+                   owns_dk ? scale : 1, T - key, D);
+    else store_rows(dqkv + row * W + (H + out_head) * D, W, sum, owns_dk ? scale : 1, left, T - key, D);
 }
 
 // ---- kernel 3, shipped for sm_90a: wgmma and TMA ----------------------------------------------------------
@@ -453,13 +459,14 @@ template <int WIDTH>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kernel3(bf16 *__restrict__ dqkv,
         const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
         const float *__restrict__ lse, const float *__restrict__ delta, const int *__restrict__ doc_start,
-        int T, int H, int K, int D, float scale) {
+        float *__restrict__ sums, int parts, int T, int H, int K, int D, float scale) {
     typedef WgmmaDkdvTiles<WIDTH> Tiles;
     constexpr int KEYS = Tiles::KEYS, QUERIES = Tiles::QUERIES, STAGES = Tiles::STAGES;
     Tiles &tile = *swizzled_shared_memory<Tiles>();
-    const int kv = blockIdx.x % K, b = blockIdx.x / K, s0 = blockIdx.y * 2 * KEYS;  // most queries first
+    const int part = blockIdx.x % parts, kv = blockIdx.x / parts % K, b = blockIdx.x / parts / K;
     const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row0 = b * T, h_first = kv * (H / K), h_end = h_first + H / K;
+    const int row0 = b * T, s0 = blockIdx.y * 2 * KEYS;                             // most queries first
+    const int h_first = (kv * parts + part) * (H / K / parts), h_end = h_first + H / K / parts;
     if (threadIdx.x == 0) {
         mbarrier_init(&tile.keys_full, 4);
         for (int i = 0; i < STAGES; i++)
@@ -532,10 +539,29 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1) attention_backward_dkdv_kern
             }
             release(&tile.empty[stage]);
         }
+    const size_t row = row0 + key;
+    if (parts > 1) {
+        float *out = sums + ((row * parts + part) * 2 * K + kv) * D;
+        store_sums(out, (size_t)parts * 2 * K * D, dk, scale, T - key, D);
+        store_sums(out + K * D, (size_t)parts * 2 * K * D, dv, 1, T - key, D);
+        return;
+    }
     const int W = (H + 2 * K) * D;
-    bf16 *out = dqkv + (size_t)(row0 + key) * W + (H + kv) * D;
+    bf16 *out = dqkv + row * W + (H + kv) * D;
     store_rows(out, W, dk, scale, tile.out[warp], T - key, D);
     store_rows(out + K * D, W, dv, 1, tile.out[warp], T - key, D);
+}
+
+// ---- of 2 and 3, shipped: the sums of the parts of a group are added up -----------------------------------
+__global__ void attention_backward_add_kernel1(bf16 *__restrict__ dqkv, const float *__restrict__ sums,
+                                               int parts, int N, int H, int K, int D) {
+    const int columns = 2 * K * D, i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    const int row = i / columns, column = i % columns;
+    if (row >= N) return;
+    float sum[4] = {};
+    for (int part = 0; part < parts; part++)
+        accumulate(sum, sums + ((size_t)row * parts + part) * columns + column);
+    store(dqkv + (size_t)row * (H + 2 * K) * D + H * D + column, narrow<bf16>(sum));
 }
 
 // ---- kernel 4: sm_90a; one pass: P and dS are computed once, dq is added up over blocks, in turns ---------
@@ -958,6 +984,7 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
     Tensor<floatX> dqkv("dqkv", (size_t)N * W), qkv("qkv", (size_t)N * W), dout("dout", (size_t)N * H * D),
         out("out", (size_t)N * H * D);
     Tensor<float> lse("lse", (size_t)N * H), delta("delta", (size_t)N * H);
+    Tensor<float> scratch("delta and sums of parts", (size_t)N * H * (1 + 2 * D));  // of at most H/K parts
     Tensor<int> doc("doc_start", N);
     dqkv.judge_apart(W, {{"dq", 0, (size_t)H * D}, {"dk", (size_t)H * D, (size_t)(H + K) * D},
                          {"dv", (size_t)(H + K) * D, (size_t)W}});
@@ -970,7 +997,7 @@ static void shape(int when, int B, int T, int H, int K, int D, int docs, float a
         twin::attention_backward(dqkv.twin(b), dout.host, qkv.host, out.host, lse.host,
                                  docs ? doc.host : NULL, B, T, H, K, D);
     });
-    gpu.scratch = delta;
+    gpu.scratch = scratch;
     const int *doc_start = docs ? (int *)doc : NULL;
     const float scale = (float)(1 / sqrt((double)D));
     std::function<void()> mma_tiles, wgmma_tiles, one_pass;
@@ -1031,12 +1058,16 @@ int main(int argc, char **argv) {
     shape<bf16>(CHECK, 1, 385, 1, 1, 128, TILE_DOCS, 3);
     shape<bf16>(CHECK, 1, 450, 2, 1, 120, SOME_DOCS, 1);
     shape<bf16>(CHECK, 2, 260, 4, 2, 112, SOME_DOCS, 1);
+    shape<bf16>(CHECK, 1, 201, 8, 1, 64, SOME_DOCS, 1);             // 4 SMs: 4 parts of 2 heads
+    shape<bf16>(CHECK, 1, 129, 4, 1, 96, NO_DOCS, 1);               // 4 parts of 1
+    shape<bf16>(CHECK, 1, 333, 8, 1, 128, TILE_DOCS, 1);            // 2 parts of 4
     shape<float>(CHECK, 1, 5, 1, 1, 8, NO_DOCS, 1);
     shape<float>(CHECK, 2, 33, 4, 2, 16, NO_DOCS, 1);
     shape<float>(CHECK, 1, 65, 4, 1, 48, SOME_DOCS, 1);
     shape<float>(CHECK, 1, 100, 2, 2, 104, TILE_DOCS, 1);
     shape<bf16>(MODEL, 1, 512, 2, 1, 128, NO_DOCS, 1);
     shape<bf16>(TIME, 8, 2048, 16, 2, 128, NO_DOCS, 1);
+    shape<bf16>(TIME, 1, 4096, 16, 2, 128, NO_DOCS, 1);             // 132 SMs: 4 parts of 2
     shape<bf16>(TIME, 4, 4095, 8, 8, 64, SOME_DOCS, 1);
     shape<bf16>(TIME, 2, 2048, 16, 4, 104, NO_DOCS, 1);
     shape<float>(TIME, 1, 1024, 8, 2, 128, NO_DOCS, 1);

@@ -267,7 +267,8 @@ KERNEL_OPS = [("embedding_forward", ["embedding forward"]), ("embedding_backward
               ("rmsnorm_forward", ["RMSNorm forward", "final RMSNorm forward"]), ("rmsnorm_backward", ["RMSNorm backward, norm rebuilt", "final RMSNorm backward"]),
               ("column_sums", ["sums of its partials"]), ("rope_forward", ["RoPE forward"]), ("rope_backward", ["RoPE backward"]),
               ("attention_forward", ["attention forward"]), ("attention_backward_dq", ["attention backward: dq"]),
-              ("attention_backward_dkdv", ["attention backward: dk dv"]), ("gate_up_swiglu", ["gate/up forward with SwiGLU"]),
+              ("attention_backward_dkdv", ["attention backward: dk dv"]), ("attention_backward_add", ["attention backward: parts added"]),
+              ("gate_up_swiglu", ["gate/up forward with SwiGLU"]),
               ("swiglu_down_backward", ["down backward x with SwiGLU"]), ("swiglu_forward", ["SwiGLU forward"]), ("swiglu_backward", ["SwiGLU backward, h rebuilt"]),
               ("cross_entropy", ["cross-entropy"]), ("adamw_update", ["AdamW"]), ("sum_of_squares", ["global norm"])]
 

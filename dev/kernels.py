@@ -73,7 +73,7 @@ def items_of(path):
     with open(path, encoding="utf-8") as f:
         lines = f.read().split("\n")
     out, section, at = [], 0, 0
-    code = re.sub(r"^/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), "\n".join(lines), count=1, flags=re.S)
+    code = re.sub(r"^/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), "\n".join(lines), count=1, flags=re.S | re.M)
     bare = [strip(l) for l in code.split("\n")]
     while at < len(lines):
         if m := re.match(r"// ==== (\d+)\.", lines[at]):

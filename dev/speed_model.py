@@ -63,12 +63,13 @@ def devices():
 DEVICES = devices()
 PEAK, GEMM, DRAM, SMS, CLOCK, MMA_SYNC, MEMORY_GIB = DEVICES["h100"]
 HOPPER, MMA_SYNC_ALL = True, False      # of the device chosen: wgmma; mma.sync has all of the tensor cores
+CHOSEN_SMS = SMS                        # its own; SMS stays the H100's, whose counts are scaled
 
 
 def choose_device(name, runs):
-    global PEAK, GEMM, DRAM, HOPPER, MMA_SYNC_ALL
+    global PEAK, GEMM, DRAM, HOPPER, MMA_SYNC_ALL, CHOSEN_SMS
     PEAK, GEMM, DRAM, sms, clock, mma_sync, memory = DEVICES[name]
-    HOPPER, MMA_SYNC_ALL = name in ("h100", "h200"), mma_sync == 1
+    HOPPER, MMA_SYNC_ALL, CHOSEN_SMS = name in ("h100", "h200"), mma_sync == 1, sms
     tensor, others = DEVICES["h100"][0] * MMA_SYNC / (PEAK * mma_sync), SMS * CLOCK / (sms * clock)
     for r in runs.values():
         for k in r["kernels"].values():
@@ -123,6 +124,18 @@ class Config:
 # ---- memory: the arenas of the trainer (layout() in section 4) -------------------------------------------------------
 UNIT_ALIGN = 128
 MAX_PARTIALS, SQUARES_BLOCKS = 264, 1024
+PARTS_SMS = 132
+
+
+def attention_parts(kv_heads, T, group, sms):
+    """Parts into which attention's backward for keys and values splits the query heads of a key head, as in the trainer; kv_heads: B K"""
+    fill = lambda parts: 5 * parts * kv_heads * (-(-T // 128) + 1) >= 8 * min(sms, PARTS_SMS)
+    return next((x for x in range(1, group) if group % x == 0 and fill(x)), group)
+
+
+def added_bytes(kv_heads, T, D, parts):
+    """Of their sums, fp32, which are written, and read to be added, all in DRAM, though L2 may hold them"""
+    return kv_heads * T * D * (16.0 * parts + 4) if parts > 1 else 0.0
 
 
 def arenas(c, B, T, recompute, chunk, state_bytes=4):
@@ -137,7 +150,8 @@ def arenas(c, B, T, recompute, chunk, state_bytes=4):
     acts = sum(up(*x) for x in once) + c.L * sum(up(*x) for x in layer) + up(N * c.C, 2) + up(N, 4)
     chunk = min(chunk, N)
     padded = -(-N // chunk) * chunk
-    scratch = max(MAX_PARTIALS * c.C, MAX_PARTIALS * 2 * c.D, MAX_PARTIALS * c.W, 2 * SQUARES_BLOCKS, N * c.H)
+    parts = attention_parts(B * c.K, T, c.H // c.K, PARTS_SMS)
+    scratch = max(MAX_PARTIALS * c.C, MAX_PARTIALS * 2 * c.D, MAX_PARTIALS * c.W, 2 * SQUARES_BLOCKS, N * c.H + (N * parts * 2 * c.K * c.D if parts > 1 else 0))
     tensors = c.L * 9 + 2 + (0 if c.tied else 1)
     work = [(padded * c.C, 2)] * 2 + [(N * c.F, 2)] + [(N * c.C, 2), (N * c.HD, 2), (N * c.W, 2), (chunk * c.Vp, 2), (padded, 4), (N, 8),
             (T * c.D // 2, 4), (T * c.D // 2, 4), (scratch, 4), (tensors + 1, 8), (32 * MIB, 1), (6 * N + 1, 4)]
@@ -172,6 +186,7 @@ def check_memory(trainer):
 
 # ---- counting: the trainer under ptxcpu -------------------------------------------------------------------------------
 # name: (V, L, C, H, K, D, F), T, B, logits chunk. Narrow where the kernels of interest do not see the width, so that it takes minutes.
+# One sequence is too few for dk dv, whose groups are split now (attention_parts): counted anew, it has a block per query head here.
 RUNS = {"norm 1": ((512, 1, 2048, 16, 2, 128, 128), 256, 9, 256), "norm 2": ((512, 2, 2048, 16, 2, 128, 128), 256, 9, 256),
         "norm 3": ((512, 1, 2048, 16, 2, 128, 128), 256, 16, 256), "mlp 1": ((32000, 1, 128, 1, 1, 128, 11008), 256, 2, 256),
         "mlp 2": ((32000, 1, 128, 1, 1, 128, 11008), 256, 4, 256)}
@@ -424,6 +439,7 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attent
     again_up = {"none": 0, "mlp": 1, "block": 1}[recompute] * (L - 1)
     cls_rows = min(chunk, N)
     chunks = -(-N // cls_rows)
+    added = added_bytes(B * c.K, T, c.D, attention_parts(B * c.K, T, c.H // c.K, CHOSEN_SMS))
     run = counts.runs["mlp 2"]
     cross = counts.per_item("mlp 2", counts.name("mlp 2", "cross_entropy"), run["B"] * run["T"] * run["V"], float(cls_rows) * c.V)
     embed = lambda kernel: counts.rows(counts.name("norm 1", kernel), N, C, "norm 1", "norm 3", lambda r: r["C"])
@@ -464,6 +480,7 @@ def step_ops(counts, c, B, T, recompute, chunk, state, mlp_form="passes", attent
         gemm("o backward x", L, N, c.HD, C),
         attention_op("attention backward: dq", L, counted_attention("attention_backward_dq"), backward_factor),
         attention_op("attention backward: dk dv", L, counted_attention("attention_backward_dkdv"), backward_factor),
+        *([clear("attention", "attention backward: parts added", L, added)] if added else []),
         memory_bound("RoPE", "RoPE backward", L, rope(rope_backward)),
         gemm("qkv backward x", L, N, C, c.W),
         gemm("qkv backward w", L, c.W, C, N, 4, True),
@@ -635,7 +652,7 @@ def wgmma_keys_from_dram(T, kv_heads, D, sections=True):
 
 def wgmma_backward(T, heads, kv_heads, D):
     """Of dq and of dk dv: seconds, and the clocks of each term per tile. 2-byte elements; a product of a warpgroup reads its left operand
-    (unless that is in registers) and all of its right one; TMA writes two tiles."""
+    (unless that is in registers) and all of its right one; TMA writes two tiles. Without the adding of parts."""
     depth, columns, width = wgmma_widths(D)
     scores = TILE * TILE                                    # dq: 128 queries, 128 keys; three products
     dq = wgmma_clocks(scores, 2 * scores * (2 * depth + columns), (2 * 2 * (64 + TILE) * depth + 2 * TILE * columns + 2 * TILE * width) * 2, BACKWARD_INSTRUCTIONS)
@@ -643,7 +660,9 @@ def wgmma_backward(T, heads, kv_heads, D):
     first = wgmma_seconds([tiles for tiles in rows for _ in range(heads)], dq)
     scores = TILE * 64                                      # dk dv: 128 keys, 64 queries; four products
     dkdv = wgmma_clocks(scores, 4 * scores * (depth + columns), (2 * 2 * (64 + 64) * depth + 2 * 2 * 64 * columns + 2 * 64 * width) * 2, BACKWARD_INSTRUCTIONS)
-    second = wgmma_seconds([2 * tiles * (heads // kv_heads) for tiles in rows for _ in range(kv_heads)], dkdv)
+    group = heads // kv_heads
+    parts = attention_parts(kv_heads, T, group, SMS)
+    second = wgmma_seconds([2 * tiles * (group // parts) for tiles in rows for _ in range(kv_heads * parts)], dkdv)
     return (first, dq), (second, dkdv)
 
 
@@ -714,7 +733,7 @@ def print_turns(markdown):
             [("3B: B 4, T 4096, 16 heads, 2 of keys", 4096, 16, 2, 128, 4, 1), ("3B, 2 heads of a group in a block", 4096, 16, 2, 128, 4, 2),
              ("3B, all 8", 4096, 16, 2, 128, 4, 8), ("30B: T 4096, 64 heads, 64 of keys, D 104", 4096, 64, 64, 104, 1, 1)]:
         one = wgmma_in_turns(T, heads, kv_heads, D, B, together)
-        two = sum(x[0] for x in wgmma_backward(T, B * heads, B * kv_heads, D))
+        two = sum(x[0] for x in wgmma_backward(T, B * heads, B * kv_heads, D)) + added_bytes(B * kv_heads, T, D, attention_parts(B * kv_heads, T, heads // kv_heads, SMS)) / DRAM
         any_order = wgmma_one_pass(T, H)[0]
         factor = max(x for x in WGMMA_BACKWARD[T] if x) / (5.0 * T * T * 128 * H / any_order / 1e12)
         tflops = lambda seconds: 5.0 * B * T * T * D * heads / seconds / 1e12
@@ -803,6 +822,29 @@ def wgmma_attention(op, c, B, T):
     op.terms = f"times {off[op.name]:.2f}; of a tile, in clocks: " + ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
 
 
+def print_parts(markdown):
+    """The parts of a group that attention_parts chooses: dk dv with and without them, and beside the best choice."""
+    def us(B, T, H, K, D, parts):       # dk dv as modelled, and the pass that adds, if there are several
+        group, clocks = H // K, wgmma_backward(TILE, 1, 1, D)[1][1]
+        blocks = [2 * tiles * (group // parts) for tiles in range(-(-T // TILE), 0, -1) for _ in range(B * K * parts)]
+        return wgmma_factors()[1] * wgmma_seconds(blocks, clocks) * 1e6, (added_bytes(B * K, T, D, parts) / DRAM * 1e6)
+    rows = []
+    for name, B, T in (("3B", 1, 4096), ("3B", 2, 4096), ("3B", 4, 4096), ("3B", 1, 1024), ("llama3.1-8B", 1, 2048), ("llama3.2-1B", 1, 1024)):
+        c = Config(*PRESETS[name])
+        parts = attention_parts(B * c.K, T, c.H // c.K, SMS)
+        rows.append([f"{name}, T {T}, B {B}", parts, f"{us(B, T, c.H, c.K, c.D, 1)[0]:.0f}", " + ".join(f"{x:.0f}" for x in us(B, T, c.H, c.K, c.D, parts) if x)])
+    table(["dk dv, us, modelled, with the factor", "parts", "a block per group", "with parts + the pass that adds"], rows, markdown)
+    worse, whole = [], []
+    for group, K, D in ((8, 2, 128), (4, 8, 128), (4, 8, 64), (8, 1, 128), (4, 4, 128), (7, 4, 128), (3, 3, 64), (2, 8, 128), (6, 2, 128), (8, 4, 128), (3, 4, 64), (12, 2, 128)):
+        for T in (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384):
+            for B in (1, 2, 3, 4, 6, 8):
+                all_of = {p: sum(us(B, T, group * K, K, D, p)) for p in range(1, group + 1) if group % p == 0}
+                worse.append(all_of[attention_parts(B * K, T, group, SMS)] / min(all_of.values()) - 1)
+                whole.append(all_of[1] / min(all_of.values()) - 1)
+    print(f"Of {len(worse)} shapes (groups of 2 to 12, T 512 to 16384, B 1 to 8) the parts chosen are {100 * sum(worse) / len(worse):.1f}% slower than the best divisor in the mean, "
+          f"{sum(x > 0.1 for x in worse)} by more than 10%, the worst by {100 * max(worse):.0f}%; a block per group {100 * sum(whole) / len(whole):.0f}% in the mean.\n")
+
+
 def print_wgmma(markdown):
     lengths = (2048, 4096, 8192, 16384, 32768)
     says = lambda clocks: ", ".join(f"{k} {v:.0f}" for k, v in clocks.items())
@@ -816,6 +858,7 @@ def print_wgmma(markdown):
     for D in (128, 64):
         for T in lengths:
             (dq, dq_clocks), (dkdv, dkdv_clocks) = wgmma_backward(T, 64, 8, D)
+            dkdv += added_bytes(8, T, D, attention_parts(8, T, 8, SMS)) / DRAM
             one, one_clocks = wgmma_one_pass(T, 64)
             ours, one_pass = [5.0 * T * T * D * 64 / t / 1e12 for t in (dq + dkdv, one)]
             published = [x for x in WGMMA_BACKWARD[T] if x] if D == 128 else []
@@ -834,6 +877,7 @@ def print_wgmma(markdown):
                      f"{step / DRAM * 1e6:.0f}", f"{ours / DRAM * 1e6:.0f}", f"{t[0] * 1e6:.0f}; {t[1] * 1e6:.0f}"])
     table(["forward, and dq: K and V from DRAM", "MB, each once", "GB, all heads in step", "GB, as many as L2 holds", "us at full rate, in step", "us, as L2 holds", "us of forward; dq, modelled without DRAM"], rows, markdown)
     print("Modelled, not measured: the largest term hides the others but at the ends of a block; 132 SMs at 1.755 GHz, which a GPU at its power limit does not hold.\n")
+    print_parts(markdown)
     print_turns(markdown)
     print_wgmma_products(markdown)
     return 0
@@ -862,7 +906,7 @@ def per_layer(ops, c, N):
               "RoPE forward + backward": ["RoPE forward", "RoPE backward"], "attention forward": ["attention forward"],
               "SwiGLU forward": ["SwiGLU forward", "gate/up forward with SwiGLU"],
               "SwiGLU backward": ["SwiGLU backward, h rebuilt", "down backward x with SwiGLU"], "RMSNorm backward x2": ["RMSNorm backward, norm rebuilt"],
-              "attention backward": ["attention backward: dk dv", "attention backward: dq"], "sums of partials": ["sums of its partials"]}
+              "attention backward": ["attention backward: dk dv", "attention backward: dq", "attention backward: parts added"], "sums of partials": ["sums of its partials"]}
     by = {o.name: o for o in ops}
     rows = []
     for name, members in groups.items():

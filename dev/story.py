@@ -26,7 +26,7 @@ ONLY = {
          "feed_batch": "another memory", "feed_weights": "another memory", "take_sums": "another memory",
          "sort_rows": "no atomics in the embedding's gradient", "update_units": "types of m and v", "write_state": "another memory", "convert": "the wire's type",
          "sum_over_ranks": "the wire's type", "gather_start": "the next unit comes while this one computes",
-         "add_sum": "sums on the device", "column_sums": "sums over blocks", "partial_blocks": "sums over blocks",
+         "add_sum": "sums on the device", "column_sums": "sums over blocks", "partial_blocks": "sums over blocks", "group_parts": "blocks on SMs", "part_sums": "blocks on SMs", "add_parts": "blocks on SMs",
          "lanes_per_head": "threads of a head", "matmul_plan": "cuBLASLt", "matrix_layout": "cuBLASLt",
          "cuda_check": "CUDA", "launch_kernel": "CUDA", "device_attribute": "CUDA", "with_width": "widths compiled", "with_wgmma_width": "widths compiled",
          "choose_kernels": "devices differ", "mlp_forward_passes": "two forms", "mlp_forward_products": "two forms",

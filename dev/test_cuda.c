@@ -185,6 +185,8 @@ static const Case cases[] = {
     {"long",       "llama",   0,     64, 1,   16, 2, 1,  32,  16, 1, 517, 500,  0, LONG, ""},
     {"vocabulary", "llama",   1,  50001, 1,   16, 2, 1,   8,  16, 1,   7,   4,  0, LONG, ""},
     {"deep",       "qwen3",   1,     90, 6,   32, 4, 2,  16,  48, 2,  40,  64,  0, LONG, ""},
+    {"group4",     "llama",   0,     70, 1,   40, 4, 1,  96,  24, 1, 141, 100,  0, LONG, ""},
+    {"group8",     "qwen3",   0,     90, 1,   40, 8, 1, 128,  24, 1, 203,  64, 31, LONG, ""},
 };
 
 static const Case *case_named(const char *name) {
@@ -464,6 +466,39 @@ static void check_hopper(void) {
             ok = 0, snprintf(text, sizeof text, "right, but not the bits of the first schedule");
         result(name, ok, "%s", r.code ? complaint(&r) : text);
         free(command);
+    }
+}
+
+// Attention's backward for keys and values, by the number of SMs: 1, a block for all heads of a group; 132, one for each head,
+// whose sums are added. Both are right, and alike but for the order of fp32 sums, from which few values of dk and dv round to a
+// neighbour.
+static void check_parts(void) {
+    const char *const names[] = {"qwen2", "d96", "doc64", "group4", "group8"}, *const devices[] = {"8.0", "9.0"};
+    const int SMs[] = {1, 132};
+    for (int i = 0; i < COUNT(names); i++) for (int device = 0; device < 2 && is_emu(); device++) {
+        const Case *c = case_named(names[i]);
+        char name[100], who[2][20], text[400];
+        snprintf(name, sizeof name, "parts of a group %s bf16 on %s", c->name, devices[device]);
+        if (!(c->levels & level) || !wanted(name)) continue;
+        int bad = 0;
+        for (int k = 0; k < 2 && !bad; k++) {
+            char *command = path_text("env EMU_CC=%s EMU_SMS=%d %s", devices[device], SMs[k], cuda);
+            snprintf(who[k], sizeof who[k], "parts%d", k);
+            Run r = start_dump(command, who[k], c, "bf16", "");
+            bad = finish(&r) || !dump_is_right(c, who[k], "bf16", text, sizeof text);
+            if (r.code) snprintf(text, sizeof text, "%s", complaint(&r));
+            free(command);
+        }
+        if (!bad) {
+            StSet *a = st_open(dump_path(c, who[0], "bf16")), *b = st_open(dump_path(c, who[1], "bf16"));
+            double worst = 0;
+            for (int t = 0; t < a->n_tensors; t++) worst = fmax(worst, tensor_error(a, b, a->tensors[t].name).error);
+            bad = !(worst < 0x1p-9);                        // half a step of bf16
+            snprintf(text, sizeof text, "%.1e apart", worst);
+            st_close(a);
+            st_close(b);
+        }
+        result(name, !bad, "%s", text);
     }
 }
 
@@ -1025,6 +1060,14 @@ static const struct Planted {
     {"an arrival before delta is written", "attention_backward_dkdv_kernel3(",
      "tile.delta[stage][j] = t + j < T ? delta[at] : 0;\n                    mbarrier_arrive(&tile.full[stage]);",
      "mbarrier_arrive(&tile.full[stage]); tile.delta[stage][j] = t + j < T ? delta[at] : 0;", 1, "long", "bf16", LONG | HOPPER},
+    {"a part of a group not added", "attention_backward_add_kernel1(",
+     "part < parts", "part < parts - 1", 0, "qwen2", "bf16", QUICK | LONG | HOPPER},
+    {"heads of another part of a group", "attention_backward_dkdv_kernel2(",
+     "(kv * parts + part)", "(kv * parts)", 0, "qwen2", "bf16", LONG},
+    {"heads of another part of a group with wgmma", "attention_backward_dkdv_kernel3(",
+     "(kv * parts + part)", "(kv * parts)", 0, "doc64", "bf16", LONG | HOPPER},
+    {"a row's sums in another's place", "attention_backward_dkdv_kernel3(",
+     "(row * parts + part)", "(row + part * T)", 0, "doc64", "bf16", LONG | HOPPER},
     {"a step of 16 lost in the scores of wgmma", "void wgmma_scores(", "c < WIDTH", "c < WIDTH - 8", 0, "d104", "bf16",
      QUICK | LONG | HOPPER},
     {"fewer columns than D in wgmma", "void with_wgmma_width(", "D <= 96", "D <= 104", 0, "d104", "bf16", LONG | HOPPER},
@@ -1129,6 +1172,7 @@ int main(int argc, char **argv) {
     check_recompute();
     check_mlp_forms();
     check_hopper();
+    check_parts();
     check_seeds();
     check_splits();
     check_training();

@@ -188,7 +188,7 @@ inline int smem_optin() {
 }
 }
 inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
-    *v = a == cudaDevAttrMultiProcessorCount ? 4 : a == cudaDevAttrL2CacheSize ? 64 << 10 : emu::smem_optin();
+    *v = a == cudaDevAttrMultiProcessorCount ? emu::settings.sms : a == cudaDevAttrL2CacheSize ? 64 << 10 : emu::smem_optin();
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetPCIBusId(char *id, int n, int device) {

@@ -71,6 +71,7 @@ struct Settings {
     int threads = (int)setting("EMU_THREADS", omp_get_max_threads() < 16 ? omp_get_max_threads() : 16);
     size_t memory = setting("EMU_MEM", (size_t)8 << 30);      // bytes of the virtual device
     int cc = getenv("EMU_CC") ? (int)(atof(getenv("EMU_CC")) * 10 + 0.5) : 80;
+    int sms = (int)setting("EMU_SMS", 4);                     // streaming multiprocessors, for what goes by their number
     size_t bus = setting("EMU_BUS", 0);                       // PCI bus of device 0; the next have the next
     int mig = (int)setting("EMU_MIG", 0);                     // 1: the devices are parts of GPUs, by name
     int hostcheck = (int)setting("EMU_HOSTCHECK", 0);         // 1: host code that touches device memory faults
