@@ -8637,16 +8637,20 @@ void plan_report(const Config *c, const Machine *machine) {
 #if defined(__AVX512F__)
 enum { VEC_BYTES = 64, MR = 12 };               // 32 registers: 12*2 sums, 2 of b, 1 of a (14 were no faster)
 #define MATMUL_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+#define WIDE_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)        // of tiles of three vectors: 8*3 sums
 #elif defined(__AVX__)
 enum { VEC_BYTES = 32, MR = 6 };                // 16 registers: 6*2 sums, 2 of b, 1 of a
 #define MATMUL_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define WIDE_ROWS(X)
 #else
 enum { VEC_BYTES = 16, MR = 6 };                // SSE (16 registers) and NEON (32)
 #define MATMUL_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define WIDE_ROWS(X)
 #endif
 enum {
     LANES = VEC_BYTES / (int)sizeof(floatX), NR = 2 * LANES,
     CACHE_LINE = 64 / (int)sizeof(floatX),
+    WIDE = VEC_BYTES == 64 ? 8 : 0,         // rows of tiles of three vectors; 0: there are none
     KC = 512, MC = 144,                     // multiples of MR and NR; fp32 sums of 512 terms stay accurate
     B_BLOCK = 192*1024,                     // packed elements of b: 768 KiB, three quarters of an L2 of 1 MiB
     KC_BOTH = 384,                          // where both are packed: more columns for each packing of a
@@ -8694,11 +8698,11 @@ static inline const floatX *at(Operand x, int i, int k) { return x.p + (size_t)i
 static inline __attribute__((always_inline))
 void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, const floatX *a, size_t row,
                   size_t col, const floatX *b, size_t ldb, int K, int accumulate, const floatX *later) {
-    Vec sum[MR][2];
+    Vec sum[MR][3];
     const floatX *a_row[(MR + 1) / 2], *const first = b;
     UNROLL
     for (int i = 0; i < rows; i++) {
-        sum[i][0] = sum[i][1] = (Vec){0};
+        sum[i][0] = sum[i][1] = sum[i][2] = (Vec){0};
         if (i % 2 == 0) a_row[i/2] = a + i*row;
     }
     size_t offset = 0;
@@ -8709,7 +8713,8 @@ void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, const
         }
         const int64_t soon = later && k + AHEAD >= K ? first - b : (int64_t)(AHEAD*ldb);
         for (const floatX *end = b + min_int(AHEAD, K - k)*ldb; b != end; b += ldb, offset += col) {
-            const Vec b0 = *(const Vec_mem *)b, b1 = *(const Vec_mem *)(b + (vecs - 1)*LANES);
+            const Vec_mem *b_k = (const Vec_mem *)b;
+            const Vec b0 = b_k[0], b1 = b_k[vecs > 1], b2 = b_k[vecs - 1];
             for (int j = 0; j < vecs*LANES; j += CACHE_LINE) __builtin_prefetch(b + soon + j);
             if (later) {
                 __builtin_prefetch(later, 0, 2);                // to L2
@@ -8719,7 +8724,8 @@ void micro_kernel(const int rows, const int vecs, floatX *out, size_t ldo, const
             for (int i = 0; i < rows; i++) {
                 const floatX a_ik = a_row[i/2][offset + (i % 2)*row];
                 sum[i][0] += a_ik * b0;
-                if (vecs == 2) sum[i][1] += a_ik * b1;
+                if (vecs > 1) sum[i][1] += a_ik * b1;
+                if (vecs > 2) sum[i][2] += a_ik * b2;
             }
         }
     }
@@ -8744,22 +8750,26 @@ void micro_kernel_in_place(floatX *out, size_t ldo, const floatX *a, size_t row,
     micro_kernel(MR, 2, out, ldo, a, row, 1, b, ldb, K, accumulate, later);
 }
 
-// Any strides, any number of rows, one or two vectors of columns.
+// Any strides, any number of rows, one to three vectors of columns.
 static void micro_kernel_rows(int rows, int vecs, floatX *out, size_t ldo, const floatX *a, size_t row,
                               size_t col, const floatX *b, size_t ldb, int K, int accumulate) {
-    switch (2*rows + vecs) {
+    switch (3*rows + vecs) {
 #define CASE(n) \
-        case 2*n + 1: micro_kernel(n, 1, out, ldo, a, row, col, b, ldb, K, accumulate, NULL); break; \
-        case 2*n + 2: micro_kernel(n, 2, out, ldo, a, row, col, b, ldb, K, accumulate, NULL); break;
+        case 3*n + 1: micro_kernel(n, 1, out, ldo, a, row, col, b, ldb, K, accumulate, NULL); break; \
+        case 3*n + 2: micro_kernel(n, 2, out, ldo, a, row, col, b, ldb, K, accumulate, NULL); break;
         MATMUL_ROWS(CASE)
+#undef CASE
+#define CASE(n) case 3*n + 3: micro_kernel(n, 3, out, ldo, a, row, col, b, ldb, K, accumulate, NULL); break;
+        WIDE_ROWS(CASE)
 #undef CASE
     }
 }
 
-// Any block of out up to MR x NR. The last columns go through a tile of whole vectors: there b is padded.
+// Any block of out up to MR x NR, or WIDE x 3 vectors. The last columns go through a tile of whole vectors:
+// there b is padded.
 static void micro_tile(floatX *out, size_t ldo, const floatX *a, size_t row, size_t col, const floatX *b,
                        size_t ldb, int rows, int cols, int K, int accumulate) {
-    const int vecs = cols <= LANES ? 1 : 2;
+    const int vecs = div_up(cols, LANES);
     if (cols % LANES == 0) {
         micro_kernel_rows(rows, vecs, out, ldo, a, row, col, b, ldb, K, accumulate);
         return;
@@ -8942,16 +8952,18 @@ void matmul_tile(floatX *out, int ldo, const floatX *a, int lda, int trans_a,
     const Operand x = operand(a, lda, trans_a), y = operand(b, ldb, trans_b);
     const int slice = slice_size(K, TILE_KC);
     for (int k0 = 0; k0 == 0 || k0 < K; k0 += slice)
-        for (int j = 0; j < N; j += NR) {
-            const int nk = min_int(slice, K - k0), cols = min_int(NR, N - j);
+        for (int j = 0, cols; j < N; j += cols) {
+            // three vectors as one tile: of two and one, the last would have too few sums (D 48: 88 to 96%)
+            const int wide = WIDE > 0 && !trans_b && N - j == 3*LANES, step = wide ? (int)WIDE : (int)MR;
+            const int nk = min_int(slice, K - k0);
+            cols = wide ? 3*LANES : min_int(NR, N - j);
             const int pack = trans_b || cols % LANES != 0;
             const Operand columns = {at(y, k0, j), y.col, y.row};
             if (pack) pack_panel(packed, NR, columns, cols, nk);
-            for (int i = 0; i < M; i += MR) {
+            for (int i = 0; i < M; i += step)
                 micro_tile(out + (size_t)i*ldo + j, (size_t)ldo, at(x, i, k0), x.row, x.col,
-                           pack ? packed : columns.p, pack ? (size_t)NR : y.row, min_int(MR, M - i), cols, nk,
-                           accumulate || k0 > 0);
-            }
+                           pack ? packed : columns.p, pack ? (size_t)NR : y.row, min_int(step, M - i), cols,
+                           nk, accumulate || k0 > 0);
         }
 }
 
