@@ -3523,8 +3523,8 @@ void comm_share(int shard) {
 
 // The sums are ours, and each is complete on return. Of Open MPI's own, which go on meanwhile only inside its
 // calls, the reduce-scatter and the all-reduce in place send whole units to one rank and back; here each rank
-// of S sends and receives (S-1)/S of them, in pieces that stay in the cache (steps of two ranks: 0.93 of the
-// time, with ZeRO 0.89). A sum's order depends on the share alone: runs repeat bit by bit.
+// of S sends and receives (S-1)/S of them, in pieces that stay in the cache (steps of two ranks: 0.92 of the
+// time, with ZeRO 0.89 to 0.93). A sum's order depends on the share alone: runs repeat bit by bit.
 
 // Sends n elements to rank `to` of c while n_from arrive from rank `from`.
 static void exchange(MPI_Comm c, const floatX *x, size_t n, int to, floatX *y, size_t n_from, int from,
