@@ -1394,8 +1394,8 @@ void model_free(Model *m) {
 //     unit_reduce(m, u, last)     after backward: adds them up over ranks; last: of an update
 //     reduce_finish(m)            all sums are complete
 // A shared unit is whole in its slot. The embedding and the head stay in theirs until the next update; layers
-// have two in turn, so that a unit can be on its way while another is in use: to gather one releases the one
-// before.
+// have two in turn, as on GPUs, where one is on its way while another is in use: to gather one releases the
+// one before.
 void unit_gather(Model *m, int u, int next) {
     size_t first, n;
     (void)next;                                 // nobody here could fetch it meanwhile
